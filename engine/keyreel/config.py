@@ -1,0 +1,169 @@
+"""All defaults, in frozen dataclasses. The command line's options are generated from these fields.
+
+A field's `help` metadata is the text of its option; values are checked when a config is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SamplingMode = Literal["fps", "every", "times", "keyframes", "all"]
+ShiftMode = Literal["off", "fixed", "adaptive"]
+ResizeMode = Literal["shortest", "longest", "squash", "fit"]
+Interpolation = Literal["bicubic", "bilinear", "area"]
+
+
+def option(default: Any, help: str) -> Any:
+    """A field with a default and the help text of its command-line option."""
+    return field(default=default, metadata={"help": help})
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Which frames are taken. The frame shown at t is the last with pts <= t."""
+
+    mode: SamplingMode = option("fps", "which frames: fps, every, times, keyframes or all")
+    fps: float = option(2.0, "frames a second of video, for mode fps")
+    every: int = option(1, "take each n-th frame, for mode every")
+    times: tuple[float, ...] = option((), "seconds, in any order, repeats allowed, for mode times")
+    start_seconds: float = option(0.0, "first second of the video that counts")
+    stop_seconds: float | None = option(None, "end of what counts, exclusive; the video's end by default")
+
+    def __post_init__(self) -> None:
+        _check(self.mode in ("fps", "every", "times", "keyframes", "all"), f"unknown sampling mode {self.mode!r}")
+        _check(0 < self.fps <= 1000, f"fps must be in (0, 1000], got {self.fps}")
+        _check(self.every >= 1, f"every must be >= 1, got {self.every}")
+        _check(all(0 <= t < 1e9 for t in self.times), "times must be finite and >= 0")
+        _check(self.mode != "times" or bool(self.times), "mode times needs at least one time")
+        _check(0 <= self.start_seconds < 1e9, f"start_seconds must be >= 0, got {self.start_seconds}")
+        stop = self.stop_seconds
+        _check(stop is None or stop > self.start_seconds, f"stop_seconds {stop} is not after {self.start_seconds}")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTransform:
+    """How a frame becomes a picture of a given size, after rotation and sample aspect.
+
+    shortest: scale so that the short side fits, crop the middle. longest: scale so that the long side fits, pad with
+    `fill`. squash: scale both sides. fit: scale to fit inside, keep the aspect, neither crop nor pad.
+    """
+
+    height: int
+    width: int
+    mode: ResizeMode = "shortest"
+    interpolation: Interpolation = "bicubic"
+    fill: int = 0
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.height <= 16384 and 1 <= self.width <= 16384, f"bad size {self.height} x {self.width}")
+        _check(self.mode in ("shortest", "longest", "squash", "fit"), f"unknown resize mode {self.mode!r}")
+        _check(self.interpolation in ("bicubic", "bilinear", "area"), f"unknown interpolation {self.interpolation!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLimits:
+    """Bounds on hostile or mistaken input."""
+
+    max_pixels: int = option(16384 * 8704, "largest coded picture, in pixels")
+    max_duration_seconds: float = option(24 * 3600.0, "longest video")
+    max_frames: int = option(1_000_000, "most frames taken from one video")
+    max_spool_bytes: int = option(8 << 30, "most bytes read from a stream that cannot be rewound")
+    allow_network: bool = option(False, "allow http and https URLs")
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeConfig:
+    """From frames to vectors."""
+
+    shift: ShiftMode | None = option(None, "temporal shift: off, fixed or adaptive; the model's own default")
+    shift_steps: int = option(3, "how many sampled frames the shift may reach")
+    shift_share: float = option(0.25, "share of the patches that the fixed shift replaces")
+    shift_threshold: float = option(0.15, "change (1 - cosine) a patch must pass to be shifted, mode adaptive")
+    attention_strength: float | None = option(None, "exponent on the attention map; 0 is stock CLIP pooling")
+    batch_size: int = option(16, "frames in one inference")
+
+    def __post_init__(self) -> None:
+        _check(self.shift in (None, "off", "fixed", "adaptive"), f"unknown shift mode {self.shift!r}")
+        _check(1 <= self.shift_steps <= 32, f"shift_steps must be in 1..32, got {self.shift_steps}")
+        _check(0 < self.shift_share <= 0.5, f"shift_share must be in (0, 0.5], got {self.shift_share}")
+        _check(0 <= self.shift_threshold <= 2, f"shift_threshold must be in [0, 2], got {self.shift_threshold}")
+        strength = self.attention_strength
+        _check(strength is None or 0 <= strength <= 8, f"attention_strength must be in [0, 8], got {strength}")
+        _check(1 <= self.batch_size <= 1024, f"batch_size must be in 1..1024, got {self.batch_size}")
+
+
+@dataclass(frozen=True, slots=True)
+class SelectConfig:
+    """From vectors to key-frames and shots."""
+
+    keyframes: int | None = option(None, "how many key-frames; chosen from the video by default")
+    per_minute: float | None = option(None, "key-frames for each minute of video, instead of a number")
+    max_keyframes: int = option(32, "most key-frames that the automatic choice may take")
+    penalty: float = option(0.1, "weight of the repulsion between centroids")
+    margin: float = option(0.8, "cosine above which two centroids repel each other")
+    iterations: int = option(30, "most rounds of clustering")
+    similarity_limit: float = option(0.97, "no two key-frames are more alike than this cosine")
+    min_gap_seconds: float = option(0.5, "least time between two key-frames")
+    quality_floor: float = option(0.2, "share of the least clean frames that are not taken as key-frames")
+    cut_threshold: float = option(0.35, "change at which a cut is seen; lower finds more")
+    min_shot_seconds: float = option(0.5, "shorter shots are joined to a neighbour")
+
+    def __post_init__(self) -> None:
+        _check(self.keyframes is None or self.keyframes >= 1, f"keyframes must be >= 1, got {self.keyframes}")
+        _check(self.per_minute is None or self.per_minute > 0, f"per_minute must be > 0, got {self.per_minute}")
+        both = self.keyframes is not None and self.per_minute is not None
+        _check(not both, "give keyframes or per_minute, not both")
+        _check(1 <= self.max_keyframes <= 1024, f"max_keyframes must be in 1..1024, got {self.max_keyframes}")
+        _check(self.penalty >= 0, f"penalty must be >= 0, got {self.penalty}")
+        _check(-1 <= self.margin <= 1, f"margin must be in [-1, 1], got {self.margin}")
+        _check(self.iterations >= 1, f"iterations must be >= 1, got {self.iterations}")
+        _check(-1 <= self.similarity_limit <= 1, f"similarity_limit must be in [-1, 1], got {self.similarity_limit}")
+        _check(self.min_gap_seconds >= 0, f"min_gap_seconds must be >= 0, got {self.min_gap_seconds}")
+        _check(0 <= self.quality_floor < 1, f"quality_floor must be in [0, 1), got {self.quality_floor}")
+        _check(self.min_shot_seconds >= 0, f"min_shot_seconds must be >= 0, got {self.min_shot_seconds}")
+
+
+@dataclass(frozen=True, slots=True)
+class ReelConfig:
+    """The highlight reel."""
+
+    seconds: float | None = option(None, "length of the reel; 15 % of the video, 10 to 60 s, by default")
+    query: str | None = option(None, "rank the spans by how well they answer this text")
+    span_seconds: float = option(3.0, "wished length of one span")
+    fade_seconds: float = option(0.03, "length of the sound's fades at each joint")
+    max_height: int = option(1080, "tallest reel; larger videos are scaled down")
+    crf: int = option(20, "H.264 quality, 0 best to 51 worst")
+    preset: str = option("veryfast", "x264 preset")
+
+    def __post_init__(self) -> None:
+        _check(self.seconds is None or self.seconds > 0, f"reel seconds must be > 0, got {self.seconds}")
+        _check(self.span_seconds > 0, f"span_seconds must be > 0, got {self.span_seconds}")
+        _check(self.fade_seconds >= 0, f"fade_seconds must be >= 0, got {self.fade_seconds}")
+        _check(self.max_height >= 16, f"max_height must be >= 16, got {self.max_height}")
+        _check(0 <= self.crf <= 51, f"crf must be in 0..51, got {self.crf}")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputConfig:
+    """What `Summary.save` writes."""
+
+    reel: bool = option(True, "write reel.mp4")
+    reel_seconds: float | None = option(None, "length of the reel; 15 % of the video, 10 to 60 s, by default")
+    query: str | None = option(None, "rank the reel's spans by how well they answer this text")
+    storyboard: bool = option(True, "write storyboard.html")
+    thumbnails: bool = option(True, "write thumbs.vtt and thumbs.jpg")
+    otio: bool = option(False, "write reel.otio")
+    edl: bool = option(False, "write reel.edl")
+    keyframe_height: int = option(1080, "tallest key-frame picture, in pixels")
+    jpeg_quality: int = option(90, "quality of the pictures, 1 to 95")
+    overwrite: bool = option(False, "replace a folder that is there")
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.jpeg_quality <= 95, f"jpeg_quality must be in 1..95, got {self.jpeg_quality}")
+        _check(self.keyframe_height >= 16, f"keyframe_height must be >= 16, got {self.keyframe_height}")

@@ -1,0 +1,134 @@
+"""What can go wrong, as a tree.
+
+KeyreelError                   .hint: what to do about it, .exit_code: what the command line exits with
+├─ SourceError        exit 3   the video
+│  ├─ SourceNotFound
+│  ├─ UnsupportedCodec         nothing here can decode it, or there is no video in it
+│  └─ CorruptStream            .recovered_frames: how many could be decoded all the same
+├─ ModelError         exit 4   the bundle
+│  ├─ ModelNotFound            .near: names that are close
+│  └─ CheckpointMismatch       a file is not the one that the manifest names
+├─ BackendError       exit 5   the device
+│  ├─ BackendUnavailable       .probe: which probe failed
+│  └─ OutOfMemory              the hint says what to lower
+└─ RenderError        exit 7   the outputs
+
+MissingExtra(ImportError)      a feature whose package is not installed; says the pip line
+Wrong arguments raise ValueError or TypeError.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class KeyreelError(Exception):
+    """Base of all errors that keyreel raises on purpose.
+
+    Args:
+        message: what was wrong, what was got, what is allowed.
+        hint: what the user can do about it; printed on a line of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message}\nHint: {self.hint}" if self.hint else message
+
+
+class SourceError(KeyreelError):
+    """The video cannot be used."""
+
+    exit_code = 3
+
+
+class SourceNotFound(SourceError):
+    """There is no such file."""
+
+
+class UnsupportedCodec(SourceError):
+    """No decoder for it, or no video stream in it."""
+
+
+class CorruptStream(SourceError):
+    """The stream is damaged beyond what can be worked with."""
+
+    def __init__(self, message: str, *, recovered_frames: int = 0, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.recovered_frames = recovered_frames
+
+
+class ModelError(KeyreelError):
+    """The model bundle cannot be used."""
+
+    exit_code = 4
+
+
+class ModelNotFound(ModelError):
+    """No bundle of that name; `near` holds names that are close to it."""
+
+    def __init__(self, name: str, known: Iterable[str] = (), *, hint: str | None = None) -> None:
+        self.near = tuple(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5))
+        close = f" Close to it: {', '.join(self.near)}." if self.near else ""
+        super().__init__(f"no model named {name!r}.{close}", hint=hint)
+
+
+class CheckpointMismatch(ModelError):
+    """A file of the bundle is not the one that its manifest names."""
+
+
+class BackendError(KeyreelError):
+    """The device cannot be used."""
+
+    exit_code = 5
+
+
+class BackendUnavailable(BackendError):
+    """The device that was asked for does not work; `probe` names the check that failed."""
+
+    def __init__(self, message: str, *, probe: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.probe = probe
+
+
+class OutOfMemory(BackendError):
+    """The device's memory is full; the hint says what to lower."""
+
+
+class RenderError(KeyreelError):
+    """An output cannot be made."""
+
+    exit_code = 7
+
+
+class MissingExtra(ImportError):
+    """An optional package is not installed."""
+
+    exit_code = 2
+
+    def __init__(self, module: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {module!r}. Hint: pip install 'keyreel[{extra}]'", name=module)
+        self.extra = extra
+
+
+def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Imports an optional module, or says which extra brings it.
+
+    Raises:
+        MissingExtra: the module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A module that is there but misses one of its own is a broken installation, not a missing extra.
+        if error.name and module.split(".")[0] != error.name.split(".")[0]:
+            raise
+        raise MissingExtra(module.split(".")[0], extra, purpose) from error

@@ -1,0 +1,205 @@
+"""The values that flow between the stages: frozen, checked when made, times on the CPU.
+
+Letters: T frames, P patches (grid h x w), D embedding width, H x W pixels. Times are float64 seconds from the start
+of the video stream; spans are half-open, [start, stop).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from keyreel.decode.source import Source
+
+U8: TypeAlias = NDArray[np.uint8]
+F32: TypeAlias = NDArray[np.float32]
+F64: TypeAlias = NDArray[np.float64]
+I64: TypeAlias = NDArray[np.int64]
+
+Progress: TypeAlias = Callable[[str, float, float | None], None]
+"""progress(stage, done, total): called from the working thread, in seconds of video or in items; total may be None."""
+
+
+def _same_length(owner: object, **arrays: Any) -> None:
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    if len({shape[:1] for shape in shapes.values()}) > 1:
+        text = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{type(owner).__name__}: leading dimensions must agree, got {text}")
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What a file says of its video stream, in display orientation."""
+
+    path: str  # as given; "<bytes>", "<stream>" or "<stdin>" where there is none
+    duration_seconds: float | None  # None where neither container nor stream knows
+    width: int  # pixels, after sample aspect and rotation
+    height: int  # pixels, after sample aspect and rotation
+    codec: str  # FFmpeg's name of the codec, "h264"
+    pixel_format: str  # FFmpeg's name of the coded format, "yuv420p10le"
+    rotation_degrees: int  # 0, 90, 180, 270: how far the coded picture is turned clockwise to be shown
+    average_fps: float | None  # an average only; pts are the clock
+    has_audio: bool
+    transfer: str  # "sdr", "pq" or "hlg"
+
+    @property
+    def display_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.height, self.width
+
+
+@dataclass(frozen=True, slots=True)
+class FrameBatch:
+    """Decoded frames with their times."""
+
+    data: U8  # [T, H, W, 3] uint8 RGB (sRGB/BT.709 transfer), display orientation
+    pts_seconds: F64  # [T] float64, from the stream's start; rising in stream order, as asked for with `times`
+    frame_index: I64  # [T] int64, place of the frame in display order, from 0
+
+    def __post_init__(self) -> None:
+        _same_length(self, data=self.data, pts_seconds=self.pts_seconds, frame_index=self.frame_index)
+        if self.data.ndim != 4 or self.data.shape[-1] != 3:
+            raise ValueError(f"FrameBatch.data must be [T, H, W, 3], got {tuple(self.data.shape)}")
+
+    def __len__(self) -> int:
+        return int(self.data.shape[0])
+
+    def __getitem__(self, rows: slice | Sequence[int] | I64) -> FrameBatch:
+        return FrameBatch(self.data[rows], self.pts_seconds[rows], self.frame_index[rows])
+
+    def __repr__(self) -> str:
+        span = f"{self.pts_seconds[0]:.3f}..{self.pts_seconds[-1]:.3f} s" if len(self) else "empty"
+        return f"FrameBatch(data={tuple(self.data.shape)} {self.data.dtype}, {span})"
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """One fused vector a frame, and what was measured on the way."""
+
+    vectors: F32  # [T, D] float32, unit length, in the text encoder's space
+    pts_seconds: F64  # [T] float64
+    frame_index: I64  # [T] int64
+    attention: F32  # [T, P] float32, each row sums to 1
+    grid: tuple[int, int]  # (h, w), h * w = P
+    sharpness: F32  # [T] float32 >= 0: variance of the luma's Laplacian, luma in 0..1
+    luma_mean: F32  # [T] float32 in 0..1
+    luma_spread: F32  # [T] float32: standard deviation of the luma
+    pixel_change: F32  # [T] float32 in 0..1: how far the picture differs from the one before, 0 for the first
+    model: str  # name of the bundle
+    model_sha256: str  # fingerprint of the bundle's manifest
+
+    def __post_init__(self) -> None:
+        names = ("vectors", "pts_seconds", "frame_index", "attention")
+        names += ("sharpness", "luma_mean", "luma_spread", "pixel_change")
+        _same_length(self, **{name: getattr(self, name) for name in names})
+        if self.attention.shape[1:] != (self.grid[0] * self.grid[1],):
+            raise ValueError(f"Embedding.attention {self.attention.shape} does not fit the grid {self.grid}")
+
+    def __len__(self) -> int:
+        return int(self.vectors.shape[0])
+
+    def __repr__(self) -> str:
+        return f"Embedding(vectors={tuple(self.vectors.shape)}, grid={self.grid}, model={self.model!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """A span between two cuts or fades, [start, stop)."""
+
+    start_seconds: float
+    stop_seconds: float
+
+    @property
+    def duration_seconds(self) -> float:
+        return self.stop_seconds - self.start_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFrame:
+    """A frame that stands for a cluster of frames."""
+
+    pts_seconds: float
+    frame_index: int  # place in display order
+    cluster: int  # 0 .. K-1, in time order of the key-frames
+    weight: float  # share of the sampled frames that it stands for, the shares sum to 1
+    score: float  # cosine to the centroid of its cluster
+    quality: float  # 0..1, rank of sharpness and exposure among the frames
+    sample: int  # row of the frame in the Embedding
+
+
+@dataclass(frozen=True, slots=True)
+class SearchHit:
+    """A moment that answers a query, [start, stop) around its best frame."""
+
+    video: str
+    start_seconds: float
+    stop_seconds: float
+    pts_seconds: float  # the best frame's time
+    score: float  # cosine between query and the best frame
+    preview: str | None = None  # path of a picture of the best frame, where one was written
+
+
+class SummaryActions(Protocol):
+    """What a Summary can do; the Engine provides it. Keeps the values free of the stages."""
+
+    def save_summary(self, summary: Summary, folder: Path, options: Mapping[str, Any]) -> Path: ...
+    def render_summary_reel(self, summary: Summary, path: Path, options: Mapping[str, Any]) -> tuple[Shot, ...]: ...
+    def search_summary(self, summary: Summary, query: Any, options: Mapping[str, Any]) -> list[SearchHit]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Key-frames and shots of one video, with all that led to them."""
+
+    video: VideoInfo
+    embedding: Embedding
+    keyframes: tuple[KeyFrame, ...]  # in time order, never empty
+    shots: tuple[Shot, ...]  # in time order, together they cover the video
+    importance: F32  # [T] float32 in 0..1: how much each sampled frame stands for
+    device: str  # "cpu", "cuda:0"
+    device_reason: str  # why this device
+    config: Mapping[str, Any]  # the options that were in force
+    warnings: tuple[str, ...]
+    timings_seconds: Mapping[str, float]  # decode, encode, fuse, select, total: busy time of each stage
+    source: Source = field(repr=False, compare=False)
+    actions: SummaryActions = field(repr=False, compare=False)
+
+    def save(self, folder: str | Path, **options: Any) -> Path:
+        """Writes summary.json, key-frames, contact sheet, storyboard, thumbnails and reel into `folder`.
+
+        Nothing half-written is left behind: everything is made in a folder beside it, then renamed. Options are the
+        fields of `config.OutputConfig`. Returns the folder.
+
+        Raises:
+            RenderError: an output cannot be made.
+        """
+        return self.actions.save_summary(self, Path(folder), options)
+
+    def render_reel(self, path: str | Path, *, seconds: float | None = None, query: str | None = None) -> tuple[Shot, ...]:
+        """Writes an MP4 of the spans around the key-frames, or around what `query` finds; returns the spans.
+
+        Raises:
+            RenderError: the reel cannot be made.
+        """
+        return self.actions.render_summary_reel(self, Path(path), {"seconds": seconds, "query": query})
+
+    def search(self, query: Any, *, k: int = 5) -> list[SearchHit]:
+        """Moments of this video that answer a text or a picture, best first.
+
+        Args:
+            query: a text, a path to a picture, or [H, W, 3] uint8.
+            k: how many at most.
+        """
+        return self.actions.search_summary(self, query, {"k": k})
+
+
+def is_finite_time(seconds: float | None) -> bool:
+    """True for a time that can be used: not None, not NaN, not infinite."""
+    return seconds is not None and math.isfinite(seconds)
