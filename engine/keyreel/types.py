@@ -182,7 +182,9 @@ class Summary:
         """
         return self.actions.save_summary(self, Path(folder), options)
 
-    def render_reel(self, path: str | Path, *, seconds: float | None = None, query: str | None = None) -> tuple[Shot, ...]:
+    def render_reel(
+        self, path: str | Path, *, seconds: float | None = None, query: str | None = None
+    ) -> tuple[Shot, ...]:
         """Writes an MP4 of the spans around the key-frames, or around what `query` finds; returns the spans.
 
         Raises:

@@ -1,0 +1,186 @@
+"""A model on disk: a folder with ONNX graphs, a tokenizer and a manifest that names the sha256 of each file.
+
+    backbone.onnx   frames u8 [N, H, W, 3]                    -> tokens f32 [N, R+P, C]
+    attention.onnx  frames u8 [N, H, W, 3] or tokens          -> attention f32 [N, P], rows sum to 1
+    fusion.onnx     tokens, attention, strength f32 []        -> vectors f32 [N, D], unit length
+    text.onnx       token_ids i64 [Q, L]                      -> vectors f32 [Q, D], unit length
+    tokenizer.json  read by the package tokenizers
+
+R prefix tokens (a class token) come before the P patches. Models are found by name in the user's cache folder, which
+KEYREEL_CACHE moves; `builtin` lies in the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from keyreel.config import ImageTransform, ShiftMode
+from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
+
+SCHEMA = "keyreel.bundle/1"
+MANIFEST = "manifest.json"
+BUILTIN = "builtin"
+GRAPHS = ("backbone.onnx", "attention.onnx", "fusion.onnx", "text.onnx")
+
+
+def cache_root() -> Path:
+    """The folder that holds exported bundles: KEYREEL_CACHE, else XDG_CACHE_HOME/keyreel, else ~/.cache/keyreel."""
+    own = os.environ.get("KEYREEL_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keyreel"
+
+
+def bundle_folder(name: str) -> Path:
+    """Where the bundle of a model lies in the cache: 'ViT-B-32/openai' -> <cache>/models/ViT-B-32--openai."""
+    safe = re.sub(r"[^A-Za-z0-9._+-]", "--", name.strip("/"))
+    if not safe.strip("."):
+        raise ValueError(f"not a model name: {name!r}")
+    return cache_root() / "models" / safe
+
+
+def cached_names() -> tuple[str, ...]:
+    """Names of the models that can be loaded at once: the built-in one and those in the cache."""
+    names = [BUILTIN]
+    for manifest in sorted((cache_root() / "models").glob(f"*/{MANIFEST}")):
+        try:
+            names.append(str(json.loads(manifest.read_text("utf-8"))["name"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged neighbour must not hide the sound ones; loading it by name says what is wrong
+    return tuple(names)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A checked model folder. `sha256` is the digest of its manifest, which holds the digests of all other files."""
+
+    folder: Path
+    name: str
+    family: str  # "cls", "map", "attention_pool" or "average": how the image tower pools its tokens
+    image: ImageTransform  # what the backbone takes
+    grid: tuple[int, int]  # (h, w), P = h * w
+    prefix_tokens: int  # R
+    token_width: int  # C
+    embedding_width: int  # D
+    context_length: int  # L
+    clean: str  # how a text is cleaned before the tokenizer
+    attention_input: Literal["frames", "tokens"]
+    strength_default: float
+    shift_default: ShiftMode
+    sha256: str
+    manifest: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def find(cls, name: str | os.PathLike[str]) -> Bundle:
+        """The bundle called `name`: 'builtin', a folder, or a model that was exported into the cache.
+
+        Raises:
+            ModelNotFound: there is none; the hint says how to make it.
+            CheckpointMismatch: a file is not the one that the manifest names.
+            ModelError: the folder holds no usable bundle.
+        """
+        text = os.fspath(name)
+        if text == BUILTIN:
+            return cls.load(Path(__file__).parent / "models" / BUILTIN)
+        if (Path(text) / MANIFEST).is_file():
+            return cls.load(Path(text))
+        if Path(text).is_dir():
+            raise ModelError(f"{text} is a folder without a {MANIFEST}", hint="`keyreel export MODEL -o DIR` makes one")
+        cached = bundle_folder(text)
+        if (cached / MANIFEST).is_file():
+            return cls.load(cached)
+        hint = f"`keyreel export {text}` makes it (needs pip install 'keyreel[export]'), or leave the model out"
+        raise ModelNotFound(text, cached_names(), hint=hint)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Bundle:
+        """Reads the manifest and checks every file against it.
+
+        Raises:
+            CheckpointMismatch: a file is missing or is not the one that the manifest names.
+            ModelError: the manifest cannot be read or is not ours.
+        """
+        folder = Path(folder)
+        try:
+            raw = (folder / MANIFEST).read_bytes()
+            manifest = json.loads(raw)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{folder / MANIFEST} cannot be read: {error}", hint="export the model again") from error
+        if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+            got = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+            raise ModelError(f"{folder}: schema {got!r} is not {SCHEMA!r}", hint="export the model again")
+        _check_files(folder, manifest)
+        try:
+            return cls(
+                folder=folder,
+                name=str(manifest["name"]),
+                family=str(manifest["family"]),
+                image=ImageTransform(**manifest["image"]),
+                grid=cast("tuple[int, int]", tuple(int(n) for n in manifest["grid"])),
+                prefix_tokens=int(manifest["prefix_tokens"]),
+                token_width=int(manifest["token_width"]),
+                embedding_width=int(manifest["embedding_width"]),
+                context_length=int(manifest["text"]["context_length"]),
+                clean=str(manifest["text"]["clean"]),
+                attention_input=manifest["attention"]["input"],
+                strength_default=float(manifest["fusion"]["strength_default"]),
+                shift_default=manifest["fusion"]["shift_default"],
+                sha256=hashlib.sha256(raw).hexdigest(),
+                manifest=manifest,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{folder / MANIFEST}: bad or missing entry: {error!r}", hint="export it again") from error
+
+    def file(self, name: str) -> Path:
+        return self.folder / name
+
+
+def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise ModelError(f"{folder / MANIFEST} lists no files", hint="export the model again")
+    missing = [name for name in (*GRAPHS, "tokenizer.json") if name not in files]
+    if missing:
+        raise ModelError(f"{folder / MANIFEST} does not list {', '.join(missing)}", hint="export the model again")
+    for name, entry in files.items():
+        path = folder / name
+        if path.resolve().parent != folder.resolve():
+            raise ModelError(f"{folder / MANIFEST} names a file outside its folder: {name!r}")
+        if not path.is_file():
+            raise CheckpointMismatch(f"{path} is missing", hint="export the model again")
+        digest = sha256_of(path)
+        if digest != entry.get("sha256"):
+            raise CheckpointMismatch(
+                f"{path} is not the file that the manifest names (sha256 {digest[:12]}, expected {str(entry.get('sha256'))[:12]})",
+                hint="export the model again",
+            )
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Adds size and sha256 of every other file in `folder` to the manifest and writes it, aside first, then renamed."""
+    files = {
+        path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != MANIFEST
+    }
+    document = json.dumps({"schema": SCHEMA, **manifest, "files": files}, indent=2, ensure_ascii=False) + "\n"
+    handle, aside = tempfile.mkstemp(dir=folder, prefix=".manifest-")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(document)
+    # mkstemp makes the file private; a bundle is meant to be read by whoever may read its folder.
+    Path(aside).chmod(0o644)
+    Path(aside).replace(folder / MANIFEST)

@@ -1,0 +1,206 @@
+"""Key-frames: how many, which clusters, which frame of each; never none.
+
+1. Weights: black, blank and lone flash frames count next to nothing, so that no cluster is spent on them.
+2. Number: as asked, or the knee of the curve of the worst-covered frame over K = 1..Kmax, all K run as one batch.
+3. Clusters: spherical k-means with a diversity penalty (keyreel_kernels.clustering).
+4. One frame a cluster: the cleanest kind there is in it, then the closest to the centroid; clusters in order of size;
+   a frame too close in time or too alike to one that is taken gives way to the next of its cluster, or the cluster is
+   given up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyreel.config import SelectConfig
+from keyreel.types import F32, F64, I64, Embedding, KeyFrame
+from keyreel_kernels import Ops
+from keyreel_kernels.clustering import Clusters
+
+# Weight of frames that no cluster should be spent on. Not 0: a video of nothing else still has a key-frame.
+FAINT = 1e-3
+# A frame whose neighbours are less like it than the median frame's neighbours by this much is a lone flash.
+FLASH_GAP = 0.25
+# Luma in 0..1: darker on average is black, brighter is white, less spread is blank.
+BLACK, WHITE, BLANK = 0.06, 0.97, 0.02
+# How far above the knee's depth a smaller K is taken, as a share of both axes.
+NEAR_KNEE = 0.03
+# What a frame fails, in the order in which it is forgiven.
+LEVELS = ("sharpness", "exposure", "lone flash frames")
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What was selected, and what had to be given up for it."""
+
+    keyframes: tuple[KeyFrame, ...]  # in time order, at least one
+    importance: F32  # [T] float32 in 0..1
+    objective: float  # J of the clustering
+    warnings: tuple[str, ...]
+
+
+def select_keyframes(embedding: Embedding, config: SelectConfig, ops: Ops, *, duration_seconds: float) -> Selection:
+    """Chooses the key-frames of one video.
+
+    Raises:
+        ValueError: the embedding is empty.
+    """
+    x = embedding.vectors
+    if not len(x):
+        raise ValueError("there are no frames to choose from")
+    offsets = np.array([0, len(x)], np.int64)
+    support, smooth = ops.temporal_support(x, offsets)
+    level, quality = frame_quality(embedding, support, config.quality_floor)
+    w = np.where(level >= 2, FAINT, 1.0).astype(np.float32)
+    found, wished = _clusters(x, smooth, w, offsets, config, ops, duration_seconds)
+    centroids = found.centroids[0]
+    chosen = _representatives(embedding, found.labels, found.similarity, level, config)
+    kept = sorted(chosen, key=lambda pair: embedding.pts_seconds[pair[1]])
+    # Frames of clusters that were given up are counted with the nearest that stayed.
+    cosine = x @ centroids[[cluster for cluster, _ in kept]].T
+    share = np.bincount(cosine.argmax(1), weights=w, minlength=len(kept)) / w.sum()
+    keyframes = tuple(
+        KeyFrame(
+            pts_seconds=float(embedding.pts_seconds[row]),
+            frame_index=int(embedding.frame_index[row]),
+            cluster=n,
+            weight=float(share[n]),
+            score=float(x[row] @ centroids[cluster]),
+            quality=float(quality[row]),
+            sample=int(row),
+        )
+        for n, (cluster, row) in enumerate(kept)
+    )
+    worst = max(int(level[frame.sample]) for frame in keyframes)
+    warnings = [f"quality floor relaxed for some key-frames: {', '.join(LEVELS[:worst])}"] if worst else []
+    if wished is not None and len(keyframes) < wished:
+        warnings.append(f"{wished} key-frames were asked for, only {len(keyframes)} frames differ enough")
+    return Selection(keyframes, _importance(x, w, found), float(found.objective[0]), tuple(warnings))
+
+
+def frame_quality(embedding: Embedding, support: F32, floor: float) -> tuple[I64, F32]:
+    """How clean each frame is.
+
+    Returns:
+        level [T] int64: 0 clean, 1 among the `floor` share of least sharp frames, 2 black, white or blank, 3 a lone
+        flash; quality [T] float32 in 0..1: rank of the sharpness, lowered by the level.
+    """
+    count = len(embedding)
+    rank = embedding.sharpness.argsort(kind="stable").argsort(kind="stable") / max(count - 1, 1)
+    # Equal sharpness everywhere says nothing; a floor that cuts through ties would be a lottery.
+    unsharp = (rank < floor) & (embedding.sharpness < 0.5 * np.median(embedding.sharpness))
+    mean = embedding.luma_mean
+    unexposed = (mean < BLACK) | (mean > WHITE) | (embedding.luma_spread < BLANK)
+    flash = support < np.median(support) - FLASH_GAP
+    level = np.where(flash, 3, np.where(unexposed, 2, np.where(unsharp, 1, 0))).astype(np.int64)
+    quality = (1 + rank) / 2 * np.array([1.0, 0.5, 0.1, 0.05])[level]
+    return level, quality.astype(np.float32)
+
+
+def _clusters(
+    x: F32, smooth: F32, w: F32, offsets: I64, config: SelectConfig, ops: Ops, duration_seconds: float
+) -> tuple[Clusters, int | None]:
+    """Clusters one video, and the number that was asked for where one was."""
+    wished = config.keyframes
+    if config.per_minute is not None:
+        wished = max(1, round(config.per_minute * duration_seconds / 60))
+    most = min(len(x), config.max_keyframes if wished is None else wished)
+    seeds, _ = ops.seed(smooth, w, offsets, most)
+    most = max(int((seeds[0] >= 0).sum()), 1)
+    k = np.array([most]) if wished is not None else np.arange(1, most + 1)
+    spans = np.repeat(np.array([[0, len(x)]], np.int64), len(k), axis=0)
+    found: Clusters = ops.cluster(
+        x,
+        w,
+        spans,
+        k.astype(np.int64),
+        np.repeat(seeds, len(k), axis=0),
+        penalty=config.penalty,
+        margin=config.margin,
+        iterations=config.iterations,
+    )
+    if wished is None:
+        rows = ops.representatives(spans, k, found.labels, found.similarity, np.ones(len(x), bool))
+        gap = np.array([(w * (1 - (x @ x[own[own >= 0]].T).max(1))).max() for own in rows], np.float64)
+        best = knee(gap, enough=1 - config.similarity_limit) - 1
+        rows = slice(best * len(x), (best + 1) * len(x))
+        one = slice(best, best + 1)
+        found = Clusters(
+            found.centroids[one, : best + 1],
+            found.labels[rows],
+            found.similarity[rows],
+            found.objective[one],
+            found.history[one],
+        )
+    return found, wished
+
+
+def knee(gap: F64, *, enough: float) -> int:
+    """The number of clusters after which the worst-covered frame hardly comes closer.
+
+    The point of the falling curve farthest below the chord from K = 1 to Kmax, both axes scaled to 0..1 (Satopaa et
+    al. 2011, "Finding a Kneedle in a Haystack"). The mean of J falls too smoothly for that: a short scene weighs
+    little in it, while one uncovered scene, however short, shows in the worst gap.
+
+    Args:
+        gap: [Kmax] float64, for K = 1..Kmax. enough: gap at which no further cluster is needed.
+
+    Returns:
+        K in 1..Kmax.
+    """
+    curve = np.minimum.accumulate(gap)
+    covered = np.flatnonzero(curve <= enough)
+    most = int(covered[0]) + 1 if len(covered) else len(curve)
+    if most <= 2:
+        return most
+    if curve[-1] > 0.5 * curve[0]:
+        return len(curve)  # Kmax clusters do not cover half of the way: there is no knee yet
+    x = np.linspace(0, 1, len(curve))
+    y = (curve - curve[-1]) / (curve[0] - curve[-1])
+    below = 1 - x - y
+    # The first K that comes close to the knee: of two that cover as well, the smaller is the better summary.
+    return min(int((below >= below.max() - NEAR_KNEE).argmax()) + 1, most)
+
+
+def _representatives(
+    embedding: Embedding, labels: I64, similarity: F32, level: I64, config: SelectConfig
+) -> list[tuple[int, int]]:
+    """(cluster, row) of each key-frame, the largest cluster first."""
+    x, pts = embedding.vectors, embedding.pts_seconds
+    taken: list[tuple[int, int]] = []
+    fallback: list[tuple[tuple[int, float], int, int]] = []
+    sizes = np.bincount(labels, weights=np.where(level >= 2, FAINT, 1.0))
+    for cluster in np.argsort(-sizes, kind="stable"):
+        rows = np.flatnonzero(labels == cluster)
+        if not len(rows):
+            continue
+        best_level = level[rows].min()
+        rows = rows[np.lexsort((-similarity[rows], level[rows]))]
+        fallback.append(((int(best_level), -float(similarity[rows[0]])), int(cluster), int(rows[0])))
+        if best_level >= 2:
+            continue  # a stretch of black or a lone flash is no scene
+        # Only the half nearest to the centroid: a frame at the rim would stand for the neighbour instead.
+        clean = rows[level[rows] == best_level]
+        for row in clean[: -(-len(clean) // 2)]:
+            apart = all(abs(pts[row] - pts[other]) >= config.min_gap_seconds for _, other in taken)
+            if apart and all(x[row] @ x[other] <= config.similarity_limit for _, other in taken):
+                taken.append((int(cluster), int(row)))
+                break
+    if not taken:
+        _, cluster, row = min(fallback)
+        taken.append((cluster, row))
+    return taken
+
+
+def _importance(x: F32, w: F32, found: Clusters) -> F32:
+    """[T] float32 in 0..1: how well a frame stands for its cluster, times how far it is from the video's average."""
+    mean = (w[:, None] * x).sum(0)
+    mean /= max(float(np.linalg.norm(mean)), 1e-12)
+    raw = np.maximum(found.similarity, 0) * (1 - x @ mean) * w
+    low, high = raw.min(), raw.max()
+    if high - low < 1e-6:
+        return np.ones(len(x), np.float32)
+    scaled: NDArray[np.float32] = ((raw - low) / (high - low)).astype(np.float32)
+    return scaled

@@ -1,0 +1,90 @@
+"""Text to unit vectors: cleaning, tokenizer, text session."""
+
+from __future__ import annotations
+
+import html
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ftfy
+import numpy as np
+from tokenizers import Tokenizer as FastTokenizer
+
+from keyreel.bundle import Bundle
+from keyreel.errors import ModelError
+from keyreel.session import Session
+from keyreel.types import F32, I64
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _mended(text: str) -> str:
+    # Unescaped twice, as open_clip does: captions from the web are often escaped twice.
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+
+
+def _canonical(text: str) -> str:
+    return " ".join(text.replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
+
+
+_CLEANERS: dict[str, Callable[[str], str]] = {
+    "none": lambda text: text,
+    "whitespace": lambda text: " ".join(_mended(text).split()),
+    "lower": lambda text: " ".join(_mended(text).split()).lower(),
+    "canonicalize": lambda text: _canonical(_mended(text)),
+}
+
+
+def clean_text(text: str, how: str) -> str:
+    """Mends a text before it is cut into tokens. `how` has open_clip's names: none, whitespace, lower, canonicalize."""
+    try:
+        return _CLEANERS[how](text)
+    except KeyError:
+        raise ValueError(f"unknown way of cleaning {how!r}, allowed: {', '.join(_CLEANERS)}") from None
+
+
+class Tokenizer:
+    """Text -> token ids, [Q, L] int64, padded and cut as tokenizer.json says."""
+
+    def __init__(self, path: Path, *, clean: str, context_length: int) -> None:
+        try:
+            self._tokenizer = FastTokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the package raises a bare Exception
+            raise ModelError(f"{path} cannot be read: {error}", hint="export the model again") from error
+        self._clean = clean
+        self.context_length = context_length
+
+    def encode(self, texts: Sequence[str]) -> I64:
+        """[Q, L] int64 token ids.
+
+        Raises:
+            TypeError: not a sequence of strings.
+            ModelError: the tokenizer does not pad to the context length.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("expected a sequence of strings")
+        rows = self._tokenizer.encode_batch([clean_text(text, self._clean) for text in texts])
+        ids = np.array([row.ids for row in rows], dtype=np.int64).reshape(len(texts), -1)
+        if len(texts) and ids.shape[1] != self.context_length:
+            raise ModelError(f"the tokenizer gives {ids.shape[1]} tokens, the model takes {self.context_length}")
+        return ids
+
+
+class TextEncoder:
+    """Texts -> unit vectors in the space of the fused frame vectors."""
+
+    def __init__(self, bundle: Bundle, session: Session) -> None:
+        self._session = session
+        self._width = bundle.embedding_width
+        self._tokenizer = Tokenizer(
+            bundle.file("tokenizer.json"), clean=bundle.clean, context_length=bundle.context_length
+        )
+
+    def encode(self, texts: Sequence[str]) -> F32:
+        """[Q, D] float32, unit length."""
+        ids = self._tokenizer.encode(texts)
+        if not len(ids):
+            return np.empty((0, self._width), np.float32)
+        vectors: F32 = self._session.run({"token_ids": ids})["vectors"]
+        return vectors
