@@ -1,0 +1,30 @@
+"""Turns video into key-frames, highlight reels and a text-searchable library."""
+
+from __future__ import annotations
+
+import logging
+from importlib import metadata
+
+from keyreel.config import EncodeConfig, Sampling, SelectConfig
+from keyreel.engine import Engine
+from keyreel.errors import KeyreelError
+from keyreel.types import Embedding, FrameBatch, KeyFrame, SearchHit, Shot, Summary, VideoInfo
+
+__version__ = metadata.version("keyreel")
+__all__ = [
+    "Embedding",
+    "EncodeConfig",
+    "Engine",
+    "FrameBatch",
+    "KeyFrame",
+    "KeyreelError",
+    "Sampling",
+    "SearchHit",
+    "SelectConfig",
+    "Shot",
+    "Summary",
+    "VideoInfo",
+    "__version__",
+]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -88,3 +88,6 @@ class TextEncoder:
             return np.empty((0, self._width), np.float32)
         vectors: F32 = self._session.run({"token_ids": ids})["vectors"]
         return vectors
+
+    def close(self) -> None:
+        self._session.close()

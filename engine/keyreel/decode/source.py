@@ -1,0 +1,388 @@
+"""One video, from wherever it comes: opened as often as needed, with nothing but the video reachable from it.
+
+Video files are hostile input. FFmpeg may use the `file` protocol only (and http when asked to), and only demuxers of
+single files: a playlist could name any file of this machine or any host of its network, so playlists are refused.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import av
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from keyreel.config import DecodeLimits
+from keyreel.decode.color import display_size, rotation_degrees, transfer_of
+from keyreel.errors import CorruptStream, SourceError, SourceNotFound, UnsupportedCodec
+from keyreel.types import VideoInfo
+
+# FFmpeg matches a demuxer when any of its names is listed. Left out on purpose: hls, dash, concat, imf, sdp, rtsp and
+# whatever else opens further files, devices, image sequences, and text that a demuxer would draw (tty, ansi).
+_CONTAINERS = (
+    "mov,matroska,avi,asf,flv,live_flv,mpegts,mpeg,mpegvideo,ogg,ivf,h264,hevc,vvc,av1,obu,m4v,h263,vc1,vc1test,"
+    "mjpeg,mpjpeg,nut,mxf,gxf,wtv,rm,dv,gif,apng,webp_anim,yuv4mpegpipe,swf,nuv,bink,smk,roq,flic,amv,dirac,cavsvideo,"
+    "avs2,avs3,mp3,wav,flac,aac,aiff,w64,caf,amr,ac3,eac3,dts,truehd,ape,tta,wv"
+)
+_PLAYLIST = re.compile(
+    rb"\s*(#EXTM3U|ffconcat|\[playlist\]|\[reference\]|<asx|<\?xml.{0,300}<(MPD|SmoothStreaming))", re.I | re.S
+)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//|\S*\|)")
+_CHUNK_BYTES = 1 << 20
+_DEFAULT_LIMITS = DecodeLimits()
+
+
+class _View:
+    """A file object's bytes under an own position, so that several containers can read one file object at a time."""
+
+    def __init__(self, file: BinaryIO, lock: threading.Lock) -> None:
+        self._file, self._lock, self._position = file, lock, 0
+
+    def read(self, size: int = -1) -> bytes:
+        with self._lock:
+            self._file.seek(self._position)
+            data = self._file.read(size)
+        self._position += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with self._lock:
+            base = 0 if whence == os.SEEK_SET else self._position if whence == os.SEEK_CUR else self._file.seek(0, 2)
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+
+class Source:
+    """A reopenable handle of one video; a context manager that removes what it spooled.
+
+    Several containers may be open at a time, also on one file object.
+
+    Args:
+        video: a path; bytes; a binary file object, read from its start; "-" for standard input; with
+            `limits.allow_network` an http(s) URL. What cannot seek is copied to a temporary file at the first open.
+        limits: bounds on what is accepted.
+
+    Raises:
+        TypeError: `video` is none of these.
+    """
+
+    def __init__(
+        self, video: str | os.PathLike[str] | bytes | BinaryIO, *, limits: DecodeLimits = _DEFAULT_LIMITS
+    ) -> None:
+        self.limits = limits
+        self.path: Path | None = None
+        self._video: Any = video
+        self._lock = threading.RLock()
+        self._file_lock = threading.Lock()
+        self._spooled: Any = None
+        self._info: VideoInfo | None = None
+        self._closed = False
+        self._url: str | None = None
+        if isinstance(video, str) and video == "-":
+            self.name = "<stdin>"
+        elif isinstance(video, str) and _SCHEME.match(video) and not os.path.exists(video):
+            self.name = self._url = video
+        elif isinstance(video, (str, os.PathLike)):
+            self.name = os.fspath(video)
+            self.path = Path(self.name)
+        elif isinstance(video, (bytes, bytearray, memoryview)):
+            self.name = "<bytes>"
+            self._video = bytes(video)
+        elif hasattr(video, "read") and not hasattr(video, "encoding"):
+            self.name = "<stream>"
+        else:
+            raise TypeError(f"a video is a path, bytes, a binary file object, '-' or a URL, got {type(video).__name__}")
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Source({self.name!r})"
+
+    def close(self) -> None:
+        """Removes the spooled copy, if there is one. Containers that are open stay usable."""
+        with self._lock:
+            self._closed = True
+            if self._spooled is not None:
+                self._spooled.close()
+                self._spooled = None
+
+    def open(self) -> InputContainer:
+        """A new container, at the start of the video.
+
+        Raises:
+            SourceNotFound: no such file.
+            CorruptStream: not a video that FFmpeg can read.
+            SourceError: refused: a folder, a playlist, a URL that is not allowed, over a limit.
+            ValueError: the source was closed.
+        """
+        if self._closed:
+            raise ValueError(f"{self.name}: the source is closed")
+        target, head, options = self._target()
+        if _PLAYLIST.match(head):
+            raise self._playlist()
+        try:
+            timeout = (20.0, 60.0) if self._url else None
+            container: InputContainer = av.open(
+                target, mode="r", options=options, metadata_errors="replace", timeout=timeout
+            )
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise self._refusal(error) from error
+        try:
+            self._check(container)
+        except BaseException:
+            container.close()
+            raise
+        return container
+
+    def probe(self) -> VideoInfo:
+        """What the file says of its video stream; decodes one frame, whose colours and rotation count. Cached.
+
+        Raises:
+            SourceError: as `open`; UnsupportedCodec: no video stream in it, or no decoder for it; CorruptStream: not
+                one frame of it can be decoded.
+        """
+        with self._lock:
+            if self._info is None:
+                with self.open() as container:
+                    self._info = self._describe(container)
+            return self._info
+
+    def _target(self) -> tuple[Any, bytes, dict[str, str]]:
+        options = {
+            "protocol_whitelist": "file",
+            "format_whitelist": _CONTAINERS,
+            "max_pixels": str(self.limits.max_pixels),
+        }
+        if self._url is not None:
+            if not re.match(r"https?://", self._url, re.I):
+                allowed = "Allowed: a path, '-' for standard input, and http(s) URLs where the network is allowed."
+                raise SourceError(f"{self.name}: this kind of address cannot be opened. {allowed}", hint="Download it.")
+            if not self.limits.allow_network:
+                raise SourceError(
+                    f"{self.name}: URLs are not opened unless asked for.",
+                    hint="Allow the network (DecodeLimits(allow_network=True)), or download the file first.",
+                )
+            return self._url, b"", options | {"protocol_whitelist": "http,https,tcp,tls"}
+        if self.path is not None:
+            return f"file:{self.path.absolute()}", self._head_of_file(self.path), options
+        if isinstance(self._video, bytes):
+            if not self._video:
+                raise CorruptStream(f"{self.name}: empty, 0 bytes of video.", hint="Check what was read.")
+            return io.BytesIO(self._video), self._video[:1024], options
+        if self._video != "-" and self._seekable():
+            view = _View(self._video, self._file_lock)
+            with self._reading():
+                head = view.read(1024)
+            if not isinstance(head, bytes):
+                raise TypeError(f"{self.name}: read() gave {type(head).__name__}, a binary file object gives bytes")
+            if not head:
+                raise CorruptStream(f"{self.name}: empty, 0 bytes of video.", hint="Check what was read.")
+            view.seek(0)
+            return view, head, options
+        path = self._spool()
+        return f"file:{path}", self._head_of_file(path), options
+
+    def _seekable(self) -> bool:
+        seekable = getattr(self._video, "seekable", None)
+        return bool(seekable()) if seekable is not None else hasattr(self._video, "seek")
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SourceError(f"{self.name}: cannot be read: {error.strerror or error}.") from error
+
+    def _head_of_file(self, path: Path) -> bytes:
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise SourceNotFound(f"{self.name}: no such file.", hint="Check the path.") from error
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self.name}: cannot be read: {error}.") from error
+        if stat.S_ISDIR(mode):
+            raise SourceError(f"{self.name}: is a folder, not a video file.", hint="Name the files in it.")
+        if not stat.S_ISREG(mode):
+            raise SourceError(f"{self.name}: is not a regular file.", hint="Pipe it in, and give '-' as the video.")
+        with self._reading(), path.open("rb") as file:
+            head = file.read(1024)
+        if not head:
+            raise CorruptStream(f"{self.name}: empty file, 0 bytes.", hint="Copy or download it again.")
+        return head
+
+    def _spool(self) -> Path:
+        with self._lock:
+            if self._spooled is None:
+                file: BinaryIO = sys.stdin.buffer if self._video == "-" else self._video
+                spooled = tempfile.NamedTemporaryFile(prefix="keyreel-", suffix=".video")  # noqa: SIM115
+                try:
+                    with self._reading():
+                        self._copy(file, spooled)
+                except BaseException:
+                    spooled.close()
+                    raise
+                self._spooled = spooled
+            return Path(self._spooled.name)
+
+    def _copy(self, file: BinaryIO, spooled: Any) -> None:
+        size = 0
+        while data := file.read(_CHUNK_BYTES):
+            size += len(data)
+            if size > self.limits.max_spool_bytes:
+                raise SourceError(
+                    f"{self.name}: more than {self.limits.max_spool_bytes} bytes (max_spool_bytes).",
+                    hint="Raise max_spool_bytes, or save it to a file and give the path.",
+                )
+            spooled.write(data)
+        spooled.flush()
+
+    def _playlist(self) -> SourceError:
+        return SourceError(
+            f"{self.name}: is a playlist; it names other files or hosts and is not opened. Allowed: files that hold "
+            "the video themselves, such as MP4, MOV, MKV, WebM, AVI, TS.",
+            hint="Give the video file itself, or join the parts with ffmpeg first.",
+        )
+
+    def _refusal(self, error: Exception) -> SourceError:
+        if isinstance(error, av.error.ArgumentError):
+            # EINVAL comes from format_whitelist: FFmpeg knows the format, and it is none of ours.
+            return SourceError(
+                f"{self.name}: a playlist, a text or another format that is no single video file. Allowed: MP4, MOV, "
+                "MKV, WebM, AVI, TS, MPEG, FLV, OGG, IVF and the like.",
+                hint="Give the video file itself.",
+            )
+        if isinstance(error, FileNotFoundError):
+            return SourceNotFound(f"{self.name}: no such file.", hint="Check the path.")
+        if self._url is not None:
+            reason = getattr(error, "strerror", None) or error
+            return SourceNotFound(f"{self.name}: cannot be fetched: {reason}.", hint="Check the address.")
+        if isinstance(error, av.error.InvalidDataError | av.error.EOFError):
+            return CorruptStream(
+                f"{self.name}: not a video, or too damaged to open: {error.strerror}.",
+                hint="Check that it plays; copy or download it again.",
+            )
+        return SourceError(f"{self.name}: cannot be opened: {getattr(error, 'strerror', None) or error}.")
+
+    def _check(self, container: InputContainer) -> None:
+        stream = select_video(container)
+        if stream is None:
+            return
+        pixels = stream.width * stream.height
+        if pixels > self.limits.max_pixels:
+            raise SourceError(
+                f"{self.name}: pictures of {stream.width} x {stream.height} = {pixels} pixels, allowed are "
+                f"{self.limits.max_pixels} (max_pixels).",
+                hint="Raise max_pixels if you trust the file.",
+            )
+        self.check_duration(_duration_seconds(container, stream))
+        if stream.codec_context is not None:
+            stream.codec_context.options = {"max_pixels": str(self.limits.max_pixels)}
+
+    def check_duration(self, seconds: float | None) -> None:
+        """Raises SourceError where a video of this many seconds is longer than the limit."""
+        if seconds is not None and seconds > self.limits.max_duration_seconds:
+            raise SourceError(
+                f"{self.name}: {seconds:.0f} s long, allowed are {self.limits.max_duration_seconds:.0f} s "
+                "(max_duration_seconds).",
+                hint="Raise max_duration_seconds, or cut the video.",
+            )
+
+    def require_video(self, container: InputContainer) -> VideoStream:
+        """The video stream of a container.
+
+        Raises:
+            UnsupportedCodec: there is none, or no decoder for it.
+        """
+        stream = select_video(container)
+        if stream is None:
+            kinds = {"cover picture" if s.type == "video" else s.type for s in container.streams}
+            raise UnsupportedCodec(
+                f"{self.name}: no video in it, only: {', '.join(sorted(kinds)) or 'nothing'}.",
+                hint="Give a file that has a video stream.",
+            )
+        if stream.codec_context is None:
+            raise UnsupportedCodec(
+                f"{self.name}: no decoder for its video ({stream.codec_tag or 'unknown codec'}).",
+                hint="Convert it to H.264 with ffmpeg.",
+            )
+        return stream
+
+    def _describe(self, container: InputContainer) -> VideoInfo:
+        stream = self.require_video(container)
+        duration = _duration_seconds(container, stream)
+        frame = self._first_frame(container, stream)
+        height, width = display_size(frame, stream.sample_aspect_ratio)
+        if height * width > self.limits.max_pixels:
+            raise SourceError(
+                f"{self.name}: shown at {width} x {height} pixels, allowed are {self.limits.max_pixels} (max_pixels).",
+                hint="Raise max_pixels if you trust the file.",
+            )
+        rate = stream.average_rate
+        return VideoInfo(
+            path=self.name,
+            duration_seconds=duration,
+            width=width,
+            height=height,
+            codec=stream.codec_context.codec.canonical_name,
+            pixel_format=frame.format.name,
+            rotation_degrees=rotation_degrees(frame),
+            average_fps=float(rate) if rate else None,
+            has_audio=len(container.streams.audio) > 0,
+            transfer=transfer_of(frame),
+        )
+
+    def _first_frame(self, container: InputContainer, stream: VideoStream) -> VideoFrame:
+        reason = "it holds no pictures"
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    break
+                for frame in packet.decode():
+                    return frame
+            except av.error.FFmpegError as error:
+                reason = error.strerror or str(error)
+                if isinstance(error, av.error.ArgumentError):
+                    reason = f"damaged, or pictures of more than {self.limits.max_pixels} pixels (max_pixels)"
+                if not isinstance(error, av.error.InvalidDataError | av.error.ArgumentError):
+                    break
+        raise CorruptStream(
+            f"{self.name}: not one frame can be decoded: {reason}.", hint="Check that it plays; copy it again."
+        )
+
+
+def select_video(container: InputContainer) -> VideoStream | None:
+    """The stream to take: FFmpeg's best one, never a cover picture."""
+    pictures = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [s for s in container.streams.video if not s.disposition & pictures]
+    best = container.streams.best("video")
+    return best if best in streams else streams[0] if streams else None
+
+
+def _duration_seconds(container: InputContainer, stream: VideoStream) -> float | None:
+    if stream.duration and stream.duration > 0 and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return container.duration / av.time_base if container.duration and container.duration > 0 else None

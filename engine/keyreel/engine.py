@@ -1,0 +1,344 @@
+"""The Engine: a model on a device, set once, asked often."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from keyreel.backend import Backend, resolve
+from keyreel.bundle import BUILTIN, Bundle
+from keyreel.config import EncodeConfig, ImageTransform, OutputConfig, ReelConfig, Sampling, SelectConfig
+from keyreel.decode.cpu import FrameStream
+from keyreel.decode.source import Source
+from keyreel.encode import Encoder
+from keyreel.errors import SourceError, SourceNotFound
+from keyreel.render.reel import write_reel
+from keyreel.render.save import reel_spans, save_summary
+from keyreel.search import best_hits, moments
+from keyreel.select import select_keyframes
+from keyreel.shots import find_candidates, place_boundaries, shots_between
+from keyreel.text import TextEncoder
+from keyreel.types import F32, U8, Embedding, FrameBatch, Progress, SearchHit, Shot, Summary
+
+Video: TypeAlias = Source | str | os.PathLike[str] | bytes | BinaryIO
+Query: TypeAlias = str | os.PathLike[str] | NDArray[Any]
+
+
+class Engine:
+    """Turns videos into key-frames, vectors and moments. Safe to share between threads.
+
+    A service calls `await asyncio.to_thread(engine.summarize, path)`: the work runs in native code that lets other
+    threads go on.
+
+        with Engine.from_pretrained() as engine:
+            summary = engine.summarize("match.mp4")
+            summary.save("out")
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self._encoder: Encoder | None = Encoder(bundle, backend)
+        self._text: TextEncoder | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | os.PathLike[str] = BUILTIN, *, device: str = "auto", threads: int | None = None
+    ) -> Engine:
+        """Loads a model onto a device.
+
+        Args:
+            model: "builtin", the folder of a bundle, or the name of a model that `keyreel export` has put into the
+                cache, "ViT-B-32/laion2b_s34b_b79k".
+            device: "auto", "cpu" or "cuda:N". An explicit device never falls back.
+            threads: threads inside one operator; what the runtime finds by default.
+
+        Raises:
+            ModelError: there is no such bundle, or it is damaged.
+            BackendUnavailable: the device does not work.
+            MissingExtra: no runtime is installed.
+        """
+        return cls(Bundle.find(model), resolve(device, threads=threads))
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the model. Idempotent; calls that are under way must have ended."""
+        with self._lock:
+            if self._encoder is not None:
+                self._encoder.close()
+            if self._text is not None:
+                self._text.close()
+            self._encoder = self._text = None
+
+    def __repr__(self) -> str:
+        return f"Engine(model={self.bundle.name!r}, device={self.backend.device!r})"
+
+    # --- frames and vectors ---------------------------------------------------------------------------------------
+
+    def frames(
+        self, video: Video, sampling: Sampling | None = None, *, transform: ImageTransform | None = None
+    ) -> FrameStream:
+        """Decodes the frames that `sampling` names: an iterator of FrameBatch, to be closed or used in a `with`.
+
+        Args:
+            transform: size of the frames; the display size by default. `engine.bundle.image` is the model's.
+
+        Raises:
+            SourceError: the video cannot be opened.
+        """
+        return FrameStream(as_source(video), sampling or Sampling(), transform=transform)
+
+    def embed(self, frames: FrameBatch | NDArray[Any] | Any) -> F32:
+        """Frames that are in memory already -> vectors.
+
+        Args:
+            frames: a FrameBatch or any array with __dlpack__, [T, H, W, 3] uint8 RGB; neighbours in time are taken to
+                be neighbours in the array.
+
+        Returns:
+            [T, D] float32, unit length.
+
+        Raises:
+            ValueError, TypeError: not such an array.
+        """
+        data = frames.data if isinstance(frames, FrameBatch) else np.from_dlpack(frames)
+        if data.ndim != 4 or data.shape[-1] != 3 or not len(data):
+            raise ValueError(f"frames must be [T, H, W, 3] with T >= 1, got {data.shape}")
+        if data.dtype != np.uint8:
+            raise TypeError(f"frames must be uint8, got {data.dtype}")
+        count = np.arange(len(data))
+        batch = FrameBatch(self._fitted(data), count.astype(np.float64), count)
+        size = EncodeConfig().batch_size
+        batches = (batch[start : start + size] for start in range(0, len(batch), size))
+        return self._images.encode(batches, EncodeConfig())[0].vectors
+
+    def embed_video(
+        self,
+        video: Video,
+        *,
+        sampling: Sampling | None = None,
+        encode: EncodeConfig | None = None,
+        progress: Progress | None = None,
+    ) -> Embedding:
+        """A video -> one vector for each sampled frame, with attention maps and picture signals.
+
+        Raises:
+            SourceError: the video cannot be decoded.
+        """
+        with closing(self.frames(video, sampling, transform=self.bundle.image)) as stream:
+            return self._images.encode(stream, encode or EncodeConfig(), progress=progress)[0]
+
+    def encode_text(self, texts: str | Sequence[str]) -> F32:
+        """Texts -> [Q, D] float32 unit vectors, in the space of the frames' vectors."""
+        with self._lock:
+            if self._encoder is None:
+                raise ValueError("the engine is closed")
+            if self._text is None:  # loaded on first use: key-frames alone need no text tower
+                self._text = TextEncoder(self.bundle, self.backend.open_session(self.bundle.file("text.onnx")))
+            encoder = self._text
+        return encoder.encode([texts] if isinstance(texts, str) else list(texts))
+
+    def encode_image(self, image: str | os.PathLike[str] | NDArray[Any]) -> F32:
+        """A picture -> [1, D] float32 unit vector.
+
+        Args:
+            image: a file that Pillow reads, or [H, W, 3] uint8 RGB.
+
+        Raises:
+            SourceError: the file is missing or is no picture.
+        """
+        if isinstance(image, (str, os.PathLike)):
+            image = read_picture(image)
+        return self.embed(np.asarray(image)[None])
+
+    # --- the main job ---------------------------------------------------------------------------------------------
+
+    def summarize(
+        self,
+        video: Video,
+        *,
+        keyframes: int | Literal["auto"] = "auto",
+        sampling: Sampling | None = None,
+        encode: EncodeConfig | None = None,
+        select: SelectConfig | None = None,
+        progress: Progress | None = None,
+    ) -> Summary:
+        """Finds the key-frames and shots of a video.
+
+        Args:
+            keyframes: how many, or "auto"; `select` says more.
+            sampling: which frames are looked at; two a second by default.
+            progress: called as progress(stage, done, total) from this thread.
+
+        Raises:
+            SourceError: the video cannot be decoded.
+        """
+        began = time.perf_counter()
+        sampling, encode, select = sampling or Sampling(), encode or EncodeConfig(), select or SelectConfig()
+        if keyframes != "auto":
+            select = dataclasses.replace(select, keyframes=keyframes, per_minute=None)
+        source = as_source(video)
+        info = source.probe()
+        forward = _with_total(progress, sampling, info.duration_seconds)
+        with closing(self.frames(source, sampling, transform=self.bundle.image)) as stream:
+            embedding, timings = self._images.encode(stream, encode, progress=forward)
+            warnings, decode_seconds = stream.warnings, stream.decode_seconds
+        stop = _stop_seconds(embedding, sampling, info.duration_seconds)
+        started = time.perf_counter()
+        found = select_keyframes(
+            embedding, select, self.backend.ops, duration_seconds=stop - sampling.start_seconds
+        )
+        cuts = place_boundaries(source, embedding, find_candidates(embedding, select), self.backend.ops)
+        timings["select"] = time.perf_counter() - started
+        shots = shots_between(
+            cuts,
+            start_seconds=sampling.start_seconds,
+            stop_seconds=stop,
+            min_shot_seconds=select.min_shot_seconds,
+        )
+        return Summary(
+            video=info,
+            embedding=embedding,
+            keyframes=found.keyframes,
+            shots=shots,
+            importance=found.importance,
+            device=self.backend.device,
+            device_reason=self.backend.reason,
+            config={
+                "sampling": dataclasses.asdict(sampling),
+                "encode": {
+                    **dataclasses.asdict(encode),
+                    "shift": self._images.shift_mode(encode),
+                    "attention_strength": self._images.strength(encode),
+                },
+                "select": dataclasses.asdict(select),
+                "image": dataclasses.asdict(self.bundle.image),
+            },
+            warnings=(*warnings, *found.warnings),
+            timings_seconds={"decode": decode_seconds, **timings, "total": time.perf_counter() - began},
+            source=source,
+            actions=self,
+        )
+
+    def search(self, query: Query, summaries: Sequence[Summary], *, k: int = 5) -> list[SearchHit]:
+        """The k best moments of several videos that answer a text or a picture, best first."""
+        vector = self._query(query)
+        hits: list[SearchHit] = []
+        for summary in summaries:
+            hits += self._moments(summary, vector, k)
+        return best_hits(hits, k)
+
+    # --- what a Summary can do ------------------------------------------------------------------------------------
+
+    def save_summary(self, summary: Summary, folder: Path, options: Mapping[str, Any]) -> Path:
+        progress = options.get("progress")
+        config = OutputConfig(**{name: value for name, value in options.items() if name != "progress"})
+        scores = None if config.query is None else self._scores(summary, self._query(config.query))
+        return save_summary(summary, folder, config, query_scores=scores, progress=progress)
+
+    def render_summary_reel(self, summary: Summary, path: Path, options: Mapping[str, Any]) -> tuple[Shot, ...]:
+        config = ReelConfig(**options)
+        scores = None if config.query is None else self._scores(summary, self._query(config.query))
+        return write_reel(summary.source, reel_spans(summary, config, scores), path, config)
+
+    def search_summary(self, summary: Summary, query: Query, options: Mapping[str, Any]) -> list[SearchHit]:
+        return self._moments(summary, self._query(query), options["k"])
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _images(self) -> Encoder:
+        encoder = self._encoder
+        if encoder is None:
+            raise ValueError("the engine is closed")
+        return encoder
+
+    def _fitted(self, data: U8) -> U8:
+        image = self.bundle.image
+        fitted: U8 = self.backend.ops.transform(
+            data,
+            height=image.height,
+            width=image.width,
+            mode=image.mode,
+            interpolation=image.interpolation,
+            fill=image.fill,
+        )
+        return fitted
+
+    def _query(self, query: Query) -> F32:
+        vectors = self.encode_text(query) if isinstance(query, str) else self.encode_image(query)
+        return vectors[0]
+
+    def _scores(self, summary: Summary, vector: F32) -> F32:
+        if summary.embedding.model_sha256 != self.bundle.sha256:
+            raise ValueError(f"the summary was made with {summary.embedding.model!r}, this is {self.bundle.name!r}")
+        scores: F32 = summary.embedding.vectors @ vector
+        return scores
+
+    def _moments(self, summary: Summary, vector: F32, k: int) -> list[SearchHit]:
+        return moments(
+            self._scores(summary, vector),
+            summary.embedding.pts_seconds,
+            summary.shots,
+            video=summary.video.path,
+            stop_seconds=summary.shots[-1].stop_seconds,
+            k=k,
+        )
+
+
+def as_source(video: Video) -> Source:
+    """A Source as it is, anything else opened as one."""
+    return video if isinstance(video, Source) else Source(video)
+
+
+def read_picture(path: str | os.PathLike[str]) -> U8:
+    """[H, W, 3] uint8 RGB, upright.
+
+    Raises:
+        SourceError: the file is missing or is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError as error:
+        raise SourceNotFound(f"there is no picture {os.fspath(path)!r}") from error
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise SourceError(f"{os.fspath(path)!r} cannot be read as a picture: {error}") from error
+
+
+def _with_total(progress: Progress | None, sampling: Sampling, duration: float | None) -> Progress | None:
+    if progress is None:
+        return None
+    stop = sampling.stop_seconds if sampling.stop_seconds is not None else duration
+
+    def forward(stage: str, done: float, _: float | None) -> None:
+        progress(stage, done - sampling.start_seconds, None if stop is None else stop - sampling.start_seconds)
+
+    return forward
+
+
+def _stop_seconds(embedding: Embedding, sampling: Sampling, duration: float | None) -> float:
+    """The end of what was looked at: what the container says, but never before the last frame."""
+    pts = embedding.pts_seconds
+    step = float(np.median(np.diff(pts))) if len(pts) > 1 else 0.0
+    stop = duration if duration is not None else float(pts.max()) + step
+    if sampling.stop_seconds is not None:
+        stop = min(stop, sampling.stop_seconds)
+    # Whatever a container claims, the last frame is shown for a moment.
+    return max(stop, float(pts.max()) + 1e-3)

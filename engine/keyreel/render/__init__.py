@@ -1,0 +1,1 @@
+"""Outputs: reel, key-frame pictures, storyboard, thumbnails, interchange files."""

@@ -1,0 +1,206 @@
+"""Pictures: key-frame JPEGs, contact sheet, attention overlays, thumbnail sprite."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from keyreel.config import ImageTransform, Sampling
+from keyreel.decode.cpu import FrameStream
+from keyreel.decode.source import Source
+from keyreel.errors import RenderError
+from keyreel.types import F32, U8, KeyFrame, VideoInfo
+
+CONTACT_WIDTH = 1920  # pixels, about
+TILE_EDGE = 160  # pixels, long side of a thumbnail
+MOST_TILES = 200
+TILE_COLUMNS = 10
+STEPS_SECONDS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600)
+# Ends and three stops between: dark violet, magenta, orange, pale yellow; perceived lightness rises evenly.
+HEAT = np.array([(20, 11, 52), (101, 21, 110), (187, 55, 84), (249, 142, 9), (252, 255, 164)], np.float64)
+
+
+def clock(seconds: float, separator: str = ":") -> str:
+    """12.3 -> "00:00:12.300", the form that WebVTT uses; "-" as separator makes it fit for a file name."""
+    whole = round(seconds * 1000)
+    hours, rest = divmod(whole, 3_600_000)
+    minutes, rest = divmod(rest, 60_000)
+    return f"{hours:02d}{separator}{minutes:02d}{separator}{rest // 1000:02d}.{rest % 1000:03d}"
+
+
+def short_clock(seconds: float) -> str:
+    """12.3 -> "0:12.3", for people; hours only where there are some."""
+    tenths = math.floor(seconds * 10 + 1e-6)
+    minutes, rest = divmod(tenths, 600)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{rest // 10:02d}.{rest % 10}"
+    return f"{hours}:{minutes:02d}:{text}" if hours else f"{minutes}:{text}"
+
+
+def keyframe_name(number: int, pts_seconds: float) -> str:
+    """(7, 83.456) -> "keyframe_0007_00-01-23.456.jpg": sorted by name is sorted by time."""
+    return f"keyframe_{number:04d}_{clock(pts_seconds, '-')}.jpg"
+
+
+def keyframe_pictures(source: Source, keyframes: Sequence[KeyFrame], max_height: int) -> Iterator[U8]:
+    """The key-frames' pictures, [H, W, 3] uint8 RGB, upright, in the order given, at most `max_height` tall.
+
+    Raises:
+        RenderError: a key-frame cannot be decoded again.
+    """
+    info = source.probe()
+    transform = None
+    if info.height > max_height:
+        width = max(1, round(info.width * max_height / info.height))
+        transform = ImageTransform(max_height, width, "squash", "area")
+    sampling = Sampling("times", times=tuple(max(0.0, k.pts_seconds) for k in keyframes))
+    found = 0
+    with FrameStream(source, sampling, transform=transform, batch_size=1) as frames:
+        for batch in frames:
+            for picture in batch.data:
+                found += 1
+                yield picture
+    if found < len(keyframes):
+        raise RenderError(
+            f"{source.name}: only {found} of {len(keyframes)} key-frames could be decoded again",
+            hint="the file changed or is damaged; summarize it again",
+        )
+
+
+def shrink(picture: U8, edge: int) -> Image.Image:
+    """The picture with its long side at most `edge` pixels."""
+    image = Image.fromarray(picture)
+    image.thumbnail((edge, edge), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return image
+
+
+def jpeg(image: Image.Image, quality: int) -> bytes:
+    """The image as a JPEG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, optimize=True, progressive=True)
+    return buffer.getvalue()
+
+
+def write_jpeg(picture: U8, path: Path, quality: int) -> None:
+    """Writes [H, W, 3] uint8 RGB as a JPEG file without chroma subsampling at high quality."""
+    subsampling = "4:4:4" if quality >= 90 else "4:2:0"
+    Image.fromarray(picture).save(path, "JPEG", quality=quality, subsampling=subsampling, optimize=True)
+
+
+def contact_sheet(pictures: Sequence[Image.Image], times_seconds: Sequence[float]) -> Image.Image:
+    """A grid of the pictures with their times under them, about 1920 pixels wide and nearly 4:3."""
+    count = len(pictures)
+    aspect = pictures[0].width / pictures[0].height
+    columns = min(count, max(1, round(math.sqrt(count * (4 / 3) / aspect))))
+    # A row that is nearly empty looks like a mistake: spread the pictures evenly over the rows.
+    columns = math.ceil(count / math.ceil(count / columns))
+    gap = 24
+    width = min((CONTACT_WIDTH - gap) // columns - gap, 1280, max(p.width for p in pictures))
+    height = max(1, round(width / aspect))
+    font_size = min(max(16, width // 16), 36)
+    caption = round(font_size * 1.7)
+    rows = math.ceil(count / columns)
+    sheet = Image.new("RGB", (gap + columns * (width + gap), gap + rows * (height + caption + gap // 2)), "#fafaf8")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=font_size)
+    for place, (picture, seconds) in enumerate(zip(pictures, times_seconds, strict=True)):
+        row, column = divmod(place, columns)
+        left, top = gap + column * (width + gap), gap + row * (height + caption + gap // 2)
+        sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left, top))
+        middle = top + height + caption // 2
+        draw.text((left, middle), short_clock(seconds), fill="#22231f", font=font, anchor="lm")
+        draw.text((left + width, middle), str(place + 1), fill="#8b8c85", font=font, anchor="rm")
+    return sheet
+
+
+def attended_area(video: VideoInfo, image: Mapping[str, Any]) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the model's input, as shares of the picture; outside 0..1 where it was padded.
+
+    Args:
+        video: its display size.
+        image: the bundle's {"height", "width", "mode"}.
+    """
+    mode = image.get("mode", "shortest")
+    if mode == "squash":
+        return 0.0, 0.0, 1.0, 1.0
+    height, width = float(image.get("height", 1)), float(image.get("width", 1))
+    scales = (height / video.height, width / video.width)
+    scale = min(scales) if mode in ("longest", "fit") else max(scales)
+    if mode == "fit":
+        return 0.0, 0.0, 1.0, 1.0
+    half_x, half_y = width / scale / video.width / 2, height / scale / video.height / 2
+    return 0.5 - half_x, 0.5 - half_y, 0.5 + half_x, 0.5 + half_y
+
+
+def attention_overlay(
+    attention: F32, grid: tuple[int, int], area: tuple[float, float, float, float], size: tuple[int, int]
+) -> Image.Image:
+    """A heat map to lay over a whole picture: colour and opacity rise with attention, clear outside `area`.
+
+    Args:
+        attention: [P] float32 >= 0.
+        grid: (h, w), h * w = P.
+        area: where the grid lies on the picture, from `attended_area`.
+        size: (width, height) of the overlay in pixels.
+    """
+    peak = float(attention.max(initial=0.0))
+    heat = (attention / peak if peak > 0 else attention).reshape(grid).astype(np.float32)
+    width, height = size
+    left, top, right, bottom = (round(a * b) for a, b in zip(area, (width, height, width, height), strict=True))
+    scaled = Image.fromarray(heat).resize((max(1, right - left), max(1, bottom - top)), Image.Resampling.BICUBIC)
+    canvas = Image.new("F", size, -1.0)
+    canvas.paste(scaled, (left, top))
+    values = np.asarray(canvas)
+    level = np.clip(values, 0.0, 1.0)
+    stops = np.linspace(0, 1, len(HEAT))
+    colours = np.stack([np.interp(level, stops, HEAT[:, channel]) for channel in range(3)], axis=-1)
+    # -1 marks what the model did not see; bicubic undershoot stays above it.
+    alpha = np.where(values <= -0.999, 0.0, 40 + 170 * level)
+    return Image.fromarray(np.concatenate([colours, alpha[..., None]], axis=-1).round().astype(np.uint8), "RGBA")
+
+
+def overlay_png(overlay: Image.Image) -> bytes:
+    """The overlay as a small PNG file: 64 colours are enough for a smooth cloud."""
+    buffer = io.BytesIO()
+    overlay.quantize(64, method=Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def tile_times(duration_seconds: float) -> tuple[float, tuple[float, ...]]:
+    """(step, times): the regular times of the thumbnails, at most 200, the step a round number of seconds."""
+    least = duration_seconds / MOST_TILES
+    step = float(next((s for s in STEPS_SECONDS if s >= least), math.ceil(least)))
+    return step, tuple(step * n for n in range(max(1, math.ceil(duration_seconds / step - 1e-9))))
+
+
+def sprite(source: Source, times: Sequence[float]) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
+    """(picture of all thumbnails, (x, y, width, height) of each); fewer boxes than times where decoding ends early.
+
+    Raises:
+        RenderError: nothing could be decoded.
+    """
+    info = source.probe()
+    scale = TILE_EDGE / max(info.width, info.height)
+    width, height = max(1, round(info.width * scale)), max(1, round(info.height * scale))
+    transform = ImageTransform(height, width, "squash", "area")
+    tiles: list[U8] = []
+    with FrameStream(source, Sampling("times", times=tuple(times)), transform=transform) as frames:
+        for batch in frames:
+            tiles.extend(batch.data)
+    if not tiles:
+        raise RenderError(f"{source.name}: no frame for the thumbnails could be decoded")
+    columns = min(len(tiles), TILE_COLUMNS)
+    rows = math.ceil(len(tiles) / columns)
+    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
+    boxes = []
+    for place, tile in enumerate(tiles):
+        y, x = (place // columns) * height, (place % columns) * width
+        sheet[y : y + height, x : x + width] = tile
+        boxes.append((x, y, width, height))
+    return Image.fromarray(sheet), boxes

@@ -1,0 +1,330 @@
+"""The highlight reel: spans of a video as one MP4 (H.264 + AAC), sound in step with the picture.
+
+Both clocks are pts. The output's time is the sum of the spans before plus the time since the span's start, for pictures
+(1/90000 s) and for samples (1/48000 s) alike, so that neither can drift from the other whatever the source's rate.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.audio.resampler import AudioResampler
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Discard
+from av.video.reformatter import ColorRange, Colorspace
+
+from keyreel.config import ImageTransform, ReelConfig, Sampling
+from keyreel.decode.cpu import FrameStream
+from keyreel.decode.source import Source, select_video
+from keyreel.errors import RenderError
+from keyreel.types import F32, U8, FrameBatch, Progress, Shot, VideoInfo
+
+TICKS = 90000  # a second, of the picture's clock
+RATE = 48000  # samples a second
+SOUND_BITS = 160_000  # a second
+PREROLL_SECONDS = 0.5  # decoded before a span and dropped: lossy audio needs a few frames to settle
+SLACK_SECONDS = 0.01  # pts rounded to milliseconds must not cut the sound; a larger step is a real gap
+BATCH_BYTES = 48 << 20
+BT709 = 1  # the code point of BT.709 in ITU-T H.273, for primaries, transfer and matrix alike
+
+
+def write_reel(
+    source: Source, spans: Sequence[Shot], path: Path, config: ReelConfig, *, progress: Progress | None = None
+) -> tuple[Shot, ...]:
+    """Writes the spans one after the other as an MP4 that starts fast; returns those that are in it.
+
+    Pictures keep their pts (a variable rate stays variable), are upright with square pixels and even sides, and each
+    span opens with a key frame. Sound is 48 kHz stereo, silence where the source has a gap, no track where the source
+    has none. A span of which nothing can be decoded is left out. The file is made aside, then renamed.
+
+    Args:
+        source: the video.
+        spans: in time order, disjoint.
+        path: of the MP4; its folder must be there.
+        config: size, quality, fades.
+        progress: called with ("reel", seconds done, seconds in all).
+
+    Raises:
+        RenderError: no H.264 or AAC encoder, nothing could be decoded, or the file cannot be written.
+        SourceError: the video cannot be opened.
+    """
+    for encoder in ("libx264", "aac"):
+        try:
+            av.codec.Codec(encoder, "w")
+        except av.codec.codec.UnknownCodecError as error:
+            raise RenderError(
+                f"this build of PyAV has no {encoder} encoder, which the reel needs",
+                hint="install PyAV's own wheel: pip install --force-reinstall --only-binary av av",
+            ) from error
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    try:
+        shown = _write(source, spans, aside, config, progress)
+        os.replace(aside, path)
+    except (OSError, av.FFmpegError) as error:
+        raise RenderError(
+            f"{path}: the reel cannot be written: {error}", hint="is the folder there, is the disk full?"
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
+    return shown
+
+
+def _write(
+    source: Source, spans: Sequence[Shot], path: Path, config: ReelConfig, progress: Progress | None
+) -> tuple[Shot, ...]:
+    info = source.probe()
+    height, width = _even_size(info, config.max_height)
+    transform = None if (height, width) == info.display_size else ImageTransform(height, width, "squash", "area")
+    total = sum(span.duration_seconds for span in spans)
+    shown: list[Shot] = []
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as output:
+        video = _video_stream(output, info, height, width, config)
+        audio = _audio_stream(output) if info.has_audio else None
+        lasting: dict[int, int] = {}  # how long the frame of a pts is shown: the encoder guesses at the last one
+
+        def coded(frame: av.VideoFrame | None) -> Iterator[Packet]:
+            for packet in video.encode(frame):
+                packet.duration = lasting.pop(packet.pts, packet.duration)
+                yield packet
+
+        begin = 0.0  # of this span, in the output's seconds
+        for span in spans:
+            sound: Iterator[F32] | None = None
+            heard = first = round(begin * RATE)
+            last = round((begin + span.duration_seconds) * RATE)
+            pictures = _pictures(source, span, transform, info)
+            for picture, seconds, lasts in pictures:
+                if sound is None:
+                    shown.append(span)
+                    sound = _faded(_sound(source, span.start_seconds, last - first), last - first, config.fade_seconds)
+                now = begin + seconds - span.start_seconds
+                frame = _yuv(picture, height, width)
+                frame.pts, frame.time_base = round(now * TICKS), Fraction(1, TICKS)
+                lasting[frame.pts] = max(1, round((now + lasts) * TICKS) - frame.pts)
+                if seconds <= span.start_seconds:
+                    frame.pict_type = av.video.frame.PictureType.I
+                output.mux(coded(frame))
+                if audio is not None:
+                    heard = _write_sound(output, audio, sound, heard, round(now * RATE))
+                if progress is not None:
+                    progress("reel", now, total)
+            if sound is None:
+                continue
+            if audio is not None:
+                _write_sound(output, audio, sound, heard, last)
+            begin += span.duration_seconds
+        if not shown:
+            raise RenderError(f"{source.name}: no frame of the reel's spans could be decoded")
+        output.mux(coded(None))
+        if audio is not None:
+            output.mux(audio.encode(None))
+    if progress is not None:
+        progress("reel", total, total)
+    return tuple(shown)
+
+
+def _even_size(info: VideoInfo, max_height: int) -> tuple[int, int]:
+    """(height, width), at most `max_height` tall, both even as 4:2:0 needs them."""
+    scale = min(1.0, max_height / info.height)
+    return max(2, round(info.height * scale / 2) * 2), max(2, round(info.width * scale / 2) * 2)
+
+
+def _video_stream(output: Any, info: VideoInfo, height: int, width: int, config: ReelConfig) -> Any:
+    fps = min(max(info.average_fps or 25.0, 1.0), 240.0)
+    # forced-idr: a picture asked to be an I-frame is one that a player can start at.
+    options = {"crf": str(config.crf), "preset": config.preset, "forced-idr": "1"}
+    stream = output.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+    context = stream.codec_context
+    context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+    context.time_base = stream.time_base = Fraction(1, TICKS)
+    context.sample_aspect_ratio = Fraction(1, 1)
+    context.color_primaries = context.color_trc = context.colorspace = BT709
+    context.color_range = ColorRange.MPEG
+    return stream
+
+
+def _audio_stream(output: Any) -> Any:
+    stream = output.add_stream("aac", rate=RATE, layout="stereo")
+    stream.codec_context.bit_rate = SOUND_BITS
+    return stream
+
+
+def _yuv(picture: U8, height: int, width: int) -> av.VideoFrame:
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
+    # The width and height guard against a source whose picture size changes on the way.
+    return frame.reformat(
+        width,
+        height,
+        "yuv420p",
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
+        interpolation="AREA",
+    )
+
+
+def _pictures(
+    source: Source, span: Shot, transform: ImageTransform | None, info: VideoInfo
+) -> Iterator[tuple[U8, float, float]]:
+    """(picture, time, how long it is shown); the first is the one shown at the span's start, its time that start."""
+    size = transform or ImageTransform(info.height, info.width)
+    batch_size = max(1, min(16, BATCH_BYTES // (size.height * size.width * 3)))
+    start, stop = span.start_seconds, span.stop_seconds
+    # The frame shown at the start began before it: most often within a frame's time, else it is looked for.
+    lead = 1.5 / max(info.average_fps or 25.0, 1.0)
+    sampling = Sampling("all", start_seconds=max(0.0, start - lead), stop_seconds=stop)
+    held: tuple[U8, float] | None = None
+    with FrameStream(source, sampling, transform=transform, batch_size=batch_size) as frames:
+        for batch in _any(frames):
+            for picture, pts in zip(batch.data, batch.pts_seconds, strict=True):
+                seconds = max(float(pts), start)
+                if seconds - start > 1 / TICKS:
+                    held = held or _shown_at(source, start, transform) or (picture, start)
+                    if seconds > held[1]:
+                        yield *held, seconds - held[1]
+                held = picture, max(seconds, held[1] if held is not None else start)
+    held = held or _shown_at(source, start, transform)
+    if held is not None:
+        yield *held, stop - held[1]
+
+
+def _any(frames: FrameStream) -> Iterator[FrameBatch]:
+    """The batches; none where the stream has no frame in the span, as between two slides of a talk."""
+    try:
+        yield from frames
+    except ValueError:
+        return
+
+
+def _shown_at(source: Source, seconds: float, transform: ImageTransform | None) -> tuple[U8, float] | None:
+    with FrameStream(source, Sampling("times", times=(seconds,)), transform=transform, batch_size=1) as frames:
+        return next(((batch.data[0], seconds) for batch in frames), None)
+
+
+def _write_sound(output: Any, audio: Any, sound: Iterator[F32], heard: int, until: int) -> int:
+    """Encodes blocks until sample `until` of the output is reached; returns the next sample."""
+    while heard < until and (block := next(sound, None)) is not None:
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="fltp", layout="stereo")
+        frame.rate, frame.pts, frame.time_base = RATE, heard, Fraction(1, RATE)
+        output.mux(audio.encode(frame))
+        heard += block.shape[1]
+    return heard
+
+
+def _faded(blocks: Iterator[F32], count: int, fade_seconds: float) -> Iterator[F32]:
+    """The blocks [2, n] float32, `count` samples in all, with a linear fade at both ends."""
+    length = max(1.0, min(fade_seconds * RATE, count / 2))
+    done = 0
+    for block in blocks:
+        place = np.arange(done, done + block.shape[1]) + 0.5
+        gain = np.clip(np.minimum(place, count - place) / length, 0.0, 1.0)
+        yield (block * gain).astype(np.float32)
+        done += block.shape[1]
+
+
+def _sound(source: Source, start_seconds: float, count: int) -> Iterator[F32]:
+    """`count` samples [2, n] float32 at 48 kHz from `start_seconds` on, each at its time, silence in the gaps."""
+    done = 0
+    for position, block in _placed(source, start_seconds):
+        if position >= count:
+            break
+        while position > done:
+            silence = min(position - done, RATE)
+            yield np.zeros((2, silence), np.float32)
+            done += silence
+        block = block[:, done - position : count - position]
+        if block.shape[1]:
+            yield block
+            done += block.shape[1]
+    while done < count:
+        silence = min(count - done, RATE)
+        yield np.zeros((2, silence), np.float32)
+        done += silence
+
+
+def _placed(source: Source, start_seconds: float) -> Iterator[tuple[int, F32]]:
+    """(place of the first sample counted from `start_seconds`, block [2, n]); places may be negative or overlap."""
+    resampler = AudioResampler(format="fltp", layout="stereo", rate=RATE)
+    kind: tuple[str, str, int] | None = None
+    due = position = 0.0  # when the next frame is expected, in seconds; where its first sample goes
+
+    for frame, seconds in _audio_frames(source, start_seconds):
+        arrived = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if kind != arrived or (seconds is not None and abs(seconds - due) > SLACK_SECONDS):
+            if kind is not None:
+                for block in _blocks(resampler, None):
+                    yield round(position), block
+            resampler, kind = AudioResampler(format="fltp", layout="stereo", rate=RATE), arrived
+            due = seconds if seconds is not None else due
+            position = (due - start_seconds) * RATE
+        frame.pts = None
+        for block in _blocks(resampler, frame):
+            yield round(position), block
+            position += block.shape[1]
+        due += frame.samples / frame.sample_rate
+    if kind is not None:
+        for block in _blocks(resampler, None):
+            yield round(position), block
+
+
+def _blocks(resampler: AudioResampler, frame: av.AudioFrame | None) -> Iterator[F32]:
+    for resampled in resampler.resample(frame):
+        yield resampled.to_ndarray().astype(np.float32, copy=False)
+
+
+def _audio_frames(source: Source, start_seconds: float) -> Iterator[tuple[av.AudioFrame, float | None]]:
+    """Decoded frames from a little before `start_seconds` on, with their time from the video stream's start."""
+    for seek in (True, False):
+        with source.open() as container:
+            stream = container.streams.audio[0]
+            base = float(stream.time_base or 1.0)
+            origin = _origin(container)
+            for other in container.streams:
+                if other.index != stream.index:
+                    other.discard = Discard.all
+            target = start_seconds - PREROLL_SECONDS + origin
+            if seek and target > 0:
+                try:
+                    container.seek(int(target / base), stream=stream)
+                except av.FFmpegError:
+                    continue
+            landed = not seek or target <= 0
+            for frame in _decoded(container, stream):
+                seconds = None if frame.pts is None else frame.pts * base - origin
+                if not landed and (seconds is None or seconds > start_seconds):
+                    break  # the index led too far: read from the beginning
+                landed = True
+                yield frame, seconds
+            if landed:
+                return
+
+
+def _origin(container: InputContainer) -> float:
+    """Where the video's time begins, on the file's clock."""
+    stream = select_video(container)
+    if stream is not None and stream.start_time is not None and stream.time_base is not None:
+        return float(stream.start_time * stream.time_base)
+    return 0.0 if container.start_time is None else container.start_time / av.time_base
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[av.AudioFrame]:
+    """What can be decoded; a damaged packet is left out, and the gap becomes silence by the pts of the next."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.FFmpegError:
+            return
+        if packet is None:
+            return
+        try:
+            yield from packet.decode()
+        except av.FFmpegError:
+            continue

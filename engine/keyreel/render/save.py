@@ -1,0 +1,229 @@
+"""All outputs of one summary, made in a hidden folder beside the target, then renamed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from keyreel.config import OutputConfig, ReelConfig
+from keyreel.errors import RenderError
+from keyreel.render.pictures import (
+    contact_sheet,
+    keyframe_name,
+    keyframe_pictures,
+    shrink,
+    sprite,
+    tile_times,
+    write_jpeg,
+)
+from keyreel.render.plan import plan_reel
+from keyreel.render.reel import write_reel
+from keyreel.render.sidecars import SUMMARY, summary_document, webvtt, write_edl, write_json, write_otio
+from keyreel.render.storyboard import link_to, picture_edge, storyboard_page
+from keyreel.types import F32, Progress, Shot, Summary
+
+OURS = {"summary.json", "keyframes", "contact.jpg", "storyboard.html"}
+OURS |= {"reel.mp4", "reel.otio", "reel.edl", "thumbs.vtt", "thumbs.jpg"}
+CONTACT_EDGE = 960
+
+
+def save_summary(
+    summary: Summary,
+    folder: Path,
+    config: OutputConfig,
+    *,
+    query_scores: F32 | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes the outputs that `config` asks for into `folder`; returns it.
+
+    An empty folder and one that holds an earlier summary and nothing else are replaced. After an error or Ctrl-C the
+    target is as it was and nothing half-written stands beside it.
+
+    Args:
+        summary: what to write; its source must still be readable.
+        folder: made with its parents where it is missing.
+        config: which outputs.
+        query_scores: [T] float32, how well each sampled frame answers `config.query`; ranks the reel's spans.
+        progress: called with ("pictures" | "reel" | "thumbnails", done, total).
+
+    Raises:
+        RenderError: the folder holds other things, or an output cannot be made.
+        MissingExtra: OTIO or EDL asked for and not installed.
+        SourceError: the video can no longer be read.
+    """
+    target = folder.resolve()
+    _check_replaceable(target, summary, overwrite=config.overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _aside(target) as made:
+            _write_all(summary, made, target, config, query_scores, progress)
+            _swap(made, target)
+    except OSError as error:
+        raise RenderError(
+            f"{folder}: cannot be written: {error}", hint="is the disk full, may you write there?"
+        ) from error
+    return folder
+
+
+def video_seconds(summary: Summary) -> float:
+    """Length of the video; the end of the last shot or frame where the file does not say."""
+    stated = summary.video.duration_seconds
+    if stated is not None and math.isfinite(stated) and stated > 0:
+        return stated
+    ends = [shot.stop_seconds for shot in summary.shots]
+    return max([*ends, float(summary.embedding.pts_seconds[-1]), 1e-3])
+
+
+def reel_spans(summary: Summary, config: ReelConfig, query_scores: F32 | None = None) -> tuple[Shot, ...]:
+    """The spans of a summary's reel, see `plan.plan_reel`."""
+    return plan_reel(
+        duration_seconds=video_seconds(summary),
+        shots=summary.shots,
+        keyframes=summary.keyframes,
+        importance=summary.importance,
+        pts_seconds=summary.embedding.pts_seconds,
+        config=config,
+        query_scores=query_scores,
+    )
+
+
+def _write_all(
+    summary: Summary,
+    made: Path,
+    target: Path,
+    config: OutputConfig,
+    query_scores: F32 | None,
+    progress: Progress | None,
+) -> None:
+    began = time.perf_counter()
+    source, duration = summary.source, video_seconds(summary)
+    files, contact, small = _write_keyframes(summary, made, config, progress)
+    contact_sheet(contact, [k.pts_seconds for k in summary.keyframes]).save(
+        made / "contact.jpg", quality=config.jpeg_quality
+    )
+    spans: tuple[Shot, ...] = ()
+    options = ReelConfig(seconds=config.reel_seconds, query=config.query)
+    if config.reel or config.otio or config.edl:
+        spans = reel_spans(summary, options, query_scores)
+    if config.reel:
+        spans = write_reel(source, spans, made / "reel.mp4", options, progress=progress)
+    link = link_to(source.path, target) if source.path is not None else None
+    media = source.path.absolute().as_uri() if source.path is not None else summary.video.path
+    if config.otio:
+        write_otio(summary.video, media, spans, made / "reel.otio")
+    if config.edl:
+        write_edl(summary.video, media, spans, made / "reel.edl")
+    if config.thumbnails:
+        if progress is not None:
+            progress("thumbnails", 0, None)
+        step, times = tile_times(duration)
+        sheet, boxes = sprite(source, times)
+        sheet.save(made / "thumbs.jpg", quality=config.jpeg_quality)
+        (made / "thumbs.vtt").write_text(webvtt(boxes, step, duration, "thumbs.jpg"), encoding="utf-8")
+
+    def document() -> dict[str, object]:
+        reel = ("reel.mp4" if config.reel else None, spans) if spans else None
+        return summary_document(summary, files=files, reel=reel, render_seconds=time.perf_counter() - began)
+
+    if config.storyboard:
+        page = storyboard_page(
+            summary,
+            pictures=small,
+            files=files,
+            video_link=link,
+            reel=("reel.mp4", spans) if config.reel else None,
+            duration_seconds=duration,
+            timings_seconds=document()["timings_seconds"],  # type: ignore[arg-type]
+        )
+        (made / "storyboard.html").write_text(page, encoding="utf-8")
+    write_json(document(), made / "summary.json")
+
+
+def _write_keyframes(
+    summary: Summary, made: Path, config: OutputConfig, progress: Progress | None
+) -> tuple[list[str], list[Image.Image], list[Image.Image]]:
+    """Writes the key-frames; returns their names and their pictures for contact sheet and page, small."""
+    (made / "keyframes").mkdir()
+    count = len(summary.keyframes)
+    files, contact, small = [], [], []
+    pictures = keyframe_pictures(summary.source, summary.keyframes, config.keyframe_height)
+    for number, (keyframe, picture) in enumerate(zip(summary.keyframes, pictures, strict=True), 1):
+        files.append(f"keyframes/{keyframe_name(number, keyframe.pts_seconds)}")
+        write_jpeg(picture, made / files[-1], config.jpeg_quality)
+        contact.append(shrink(picture, CONTACT_EDGE if count <= 4 else CONTACT_EDGE // 2))
+        small.append(shrink(picture, picture_edge(count)))
+        if progress is not None:
+            progress("pictures", number, count)
+    return files, contact, small
+
+
+def _check_replaceable(target: Path, summary: Summary, *, overwrite: bool) -> None:
+    """Raises RenderError where the target is not ours to replace."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise RenderError(f"{target}: is a file, the outputs need a folder", hint="give another folder")
+    # Replacing means deleting: never the video itself, nor the folder that someone stands or lives in.
+    precious = [Path.cwd(), Path(os.path.expanduser("~"))]
+    if summary.source.path is not None:
+        precious.append(summary.source.path.resolve())
+    for path in precious:
+        if path.is_relative_to(target):
+            raise RenderError(f"{target}: holds {path} and is not replaced", hint="give another folder, or one in it")
+    names = {entry.name for entry in target.iterdir()}
+    if overwrite or not names:
+        return
+    if not _is_summary(target / "summary.json"):
+        raise RenderError(
+            f"{target}: is there and is no summary of keyreel", hint="give another folder, or overwrite=True"
+        )
+    if foreign := sorted(names - OURS):
+        raise RenderError(
+            f"{target}: holds an earlier summary and also {', '.join(foreign[:5])}",
+            hint="move these away, give another folder, or overwrite=True",
+        )
+
+
+def _is_summary(path: Path) -> bool:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.get("schema") == SUMMARY
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """A new hidden folder beside the target, gone afterwards unless it was renamed."""
+    made = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.part")
+    made.mkdir()
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _swap(made: Path, target: Path) -> None:
+    """Renames the made folder to the target; what stood there is put back where that fails, else deleted."""
+    if not target.exists():
+        os.rename(made, target)
+        return
+    old = made.with_suffix(".old")
+    try:
+        os.rename(target, old)
+        os.rename(made, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,156 @@
+"""Shots: where the pictures and what they show change together; placed to the frame by a second look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyreel.config import ImageTransform, Sampling, SelectConfig
+from keyreel.decode.cpu import FrameStream
+from keyreel.decode.source import Source
+from keyreel.types import F32, F64, I64, Embedding, Shot
+from keyreel_kernels import Ops
+
+# Luma (0..1) below which a frame is part of a fade through black.
+DARK = 0.06
+# Colour histogram distance between two samples that is worth a second look: cuts between the clips that were looked
+# at begin at 0.35, and a camera that turns quickly reaches 0.7, so that this alone decides nothing.
+SUSPECT = 0.25
+# In the second look a cut is one frame that differs from the one before by at least this,
+JUMP = 0.15
+# by this factor more than frames around it do (a moving camera changes all frames alike),
+CONTRAST = 4.0
+# and after which the picture stays different (a photographer's flash does not).
+STAYS = 0.15
+# Seconds around the two samples that the second look covers as well, to see what is usual.
+MARGIN_SECONDS = 0.2
+# Frames of the second look: large enough for a colour histogram.
+SMALL = ImageTransform(72, 128, mode="squash", interpolation="area")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A place where a shot may begin: after sample `before`, not later than sample `after`."""
+
+    before: int
+    after: int
+    kind: Literal["suspect", "change", "fade"]  # what only looks like a cut, what is one, a run of black
+
+
+def find_candidates(embedding: Embedding, config: SelectConfig) -> tuple[Candidate, ...]:
+    """Where shots may begin, from the samples alone.
+
+    A run of black between two pictures is a fade. Elsewhere the change at a sample decides, see `scene_change`: above
+    `cut_threshold` it is a boundary however it came about (cut or dissolve); where only the colours differ, the second
+    look decides.
+    """
+    change = scene_change(embedding)
+    count = len(change)
+    dark = embedding.luma_mean < DARK
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], dark, [False]]).astype(np.int8))).reshape(-1, 2)
+    fades = [(int(start), int(stop)) for start, stop in edges if 0 < start and stop < count]
+    # Changes on the ramps into and out of the black belong to the fade.
+    ramps = {t for start, stop in edges for t in range(start - 1, stop + 2)}
+    found = [Candidate(start - 1, stop, "fade") for start, stop in fades]
+    for t in range(1, count):
+        if t in ramps:
+            continue
+        # A dissolve reaches over several samples: only the peak counts as one.
+        peak = change[t] >= change[max(t - 1, 1)] and (t + 1 == count or change[t] > change[t + 1])
+        if change[t] >= config.cut_threshold and peak:
+            found.append(Candidate(t - 1, t, "change"))
+        elif embedding.pixel_change[t] >= SUSPECT:
+            found.append(Candidate(t - 1, t, "suspect"))
+    return tuple(sorted(found, key=lambda c: c.before))
+
+
+def scene_change(embedding: Embedding) -> F32:
+    """[T] float32 in 0..1, 0 for the first sample; how much the pictures and what they show change.
+
+    The geometric mean of two: the colour histograms' distance, which sees every cut but also a camera that turns; and
+    the vectors' distance as a share of the distance between two frames of the video picked at random, which sees that
+    something else is shown.
+    """
+    z = embedding.vectors
+    step = np.zeros(len(z), np.float32)
+    step[1:] = 1 - (z[1:] * z[:-1]).sum(1)
+    # The mean of 1 - <z_i, z_j> over all pairs is 1 - |mean z|^2.
+    typical = max(1 - float((z.mean(0) ** 2).sum()), 1e-3)
+    change: F32 = np.sqrt(embedding.pixel_change * np.clip(step / typical, 0, 1)).astype(np.float32)
+    return change
+
+
+def place_boundaries(
+    source: Source, embedding: Embedding, candidates: Sequence[Candidate], ops: Ops, *, threads: int = 0
+) -> tuple[float, ...]:
+    """The time of each boundary, to the frame, in rising order: all frames between the samples are looked at.
+
+    A cut begins with the frame that jumps; a dissolve is placed where the change is greatest, a fade where it is
+    darkest. Candidates of kind "suspect" without a jump are dropped.
+    """
+    times = []
+    for candidate in candidates:
+        low, high = (float(embedding.pts_seconds[t]) for t in (candidate.before, candidate.after))
+        window = Sampling(
+            mode="all", start_seconds=max(low - MARGIN_SECONDS, 0), stop_seconds=high + MARGIN_SECONDS + 1e-3
+        )
+        pts, histogram, luma = _look(source, window, ops, threads)
+        inside = np.flatnonzero((pts > low) & (pts <= high + 1e-6))
+        if not len(inside):
+            continue
+        change = _distance(histogram[1:], histogram[:-1])  # change[n]: from frame n to n + 1
+        jump = int(inside[change[inside - 1].argmax()]) if inside[0] else int(inside[0])
+        if candidate.kind == "fade" or luma.min() < DARK < luma.max():
+            # The samples may have missed the black; every look that sees it must name the same frame.
+            times.append(float(pts[luma.argmin()]))
+        elif candidate.kind == "change" or _is_cut(histogram, change, jump):
+            times.append(float(pts[jump]))
+    return tuple(sorted(set(times)))
+
+
+def _is_cut(histogram: F32, change: F32, jump: int) -> bool:
+    """Whether frame `jump` begins something else."""
+    peak = change[jump - 1]
+    usual = float(np.median(np.delete(change, jump - 1))) if len(change) > 1 else 0.0
+    before, after = histogram[max(jump - 3, 0)], histogram[min(jump + 2, len(histogram) - 1)]
+    stays = _distance(after[None], before[None])[0] >= STAYS
+    return bool(peak >= JUMP and peak >= CONTRAST * usual and stays)
+
+
+def _distance(one: F32, other: F32) -> F32:
+    """1 - intersection of histograms (Swain & Ballard 1991), [n]."""
+    distance: F32 = (1 - np.minimum(one, other).sum(1)).astype(np.float32)
+    return distance
+
+
+def _look(source: Source, window: Sampling, ops: Ops, threads: int) -> tuple[F64, F32, F32]:
+    pts, histograms, luma = [], [], []
+    with FrameStream(source, window, transform=SMALL, threads=threads) as stream:
+        for batch in stream:
+            _, mean, _, histogram = ops.frame_signals(batch.data)
+            pts.append(batch.pts_seconds)
+            histograms.append(histogram)
+            luma.append(mean)
+    return np.concatenate(pts), np.concatenate(histograms), np.concatenate(luma)
+
+
+def shots_between(
+    times: Sequence[float], *, start_seconds: float, stop_seconds: float, min_shot_seconds: float
+) -> tuple[Shot, ...]:
+    """Spans between the boundaries, which cover [start, stop) without a gap; too short ones join the one before."""
+    edges = [start_seconds]
+    for time in sorted(times):
+        if time - edges[-1] >= min_shot_seconds and stop_seconds - time >= min(min_shot_seconds, stop_seconds / 2):
+            edges.append(time)
+    edges.append(max(stop_seconds, start_seconds))
+    return tuple(Shot(low, high) for low, high in zip(edges, edges[1:], strict=False))
+
+
+def shot_of(shots: Sequence[Shot], pts_seconds: F64) -> NDArray[np.int64]:
+    """[T] int64: the number of the shot that each time lies in."""
+    starts = np.array([shot.start_seconds for shot in shots])
+    return np.maximum(np.searchsorted(starts, pts_seconds, side="right") - 1, 0).astype(np.int64)

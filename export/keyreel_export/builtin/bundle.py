@@ -1,0 +1,198 @@
+"""From trained towers to the folder that the engine loads: four ONNX graphs, the tokenizer and the manifest.
+
+Weights lie in the files as fp16 and are cast to fp32 when a session is made; all arithmetic is fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from keyreel.bundle import write_manifest
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from keyreel_export.builtin.data import SIZE
+from keyreel_export.builtin.student import CONTEXT_LENGTH, EMBEDDING_WIDTH, TOKEN_WIDTH, ImageTower, TextTower
+
+GRID = SIZE // 16
+FLOOR = 0.05  # of the mean energy, so that no patch has weight 0
+
+
+class Backbone(nn.Module):
+    """frames uint8 [N, 2S, 2S, 3] -> tokens [N, P, C]."""
+
+    def __init__(self, tower: ImageTower) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, frames: Tensor) -> Tensor:
+        # Cast, then permute: TensorRT parses the other order and fails to build it.
+        pixels = functional.avg_pool2d(frames.float().permute(0, 3, 1, 2), 2)
+        return self.tower(pixels).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class SpatialAttention(nn.Module):
+    """tokens [N, P, C] -> attention [N, P] that sums to 1: each patch's share of the feature energy.
+
+    Activation-based attention of Zagoruyko & Komodakis 2017 (arXiv:1612.03928), sum of squares over channels.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        energy = tokens.square().sum(-1)
+        energy = energy + FLOOR * energy.mean(-1, keepdim=True) + 1e-6
+        return energy / energy.sum(-1, keepdim=True)
+
+
+class Fusion(nn.Module):
+    """tokens [N, P, C], attention [N, P], strength [] -> unit vectors [N, D]; strength 0 is average pooling."""
+
+    def __init__(self, project: nn.Linear) -> None:
+        super().__init__()
+        self.project = project
+
+    def forward(self, tokens: Tensor, attention: Tensor, strength: Tensor) -> Tensor:
+        weights = torch.pow(attention * tokens.shape[1], strength)
+        weights = weights / weights.sum(-1, keepdim=True)
+        pooled = (weights[..., None] * tokens).sum(1)
+        return functional.normalize(self.project(pooled), dim=-1, eps=1e-6)
+
+
+def _fuse(module: nn.Module) -> None:
+    """Folds each BatchNorm into the convolution before it, in place."""
+    for child in module.children():
+        if isinstance(child, nn.Sequential) and len(child) == 2 and isinstance(child[1], nn.BatchNorm2d):
+            child[0] = fuse_conv_bn_eval(child[0], child[1])
+            child[1] = nn.Identity()
+        else:
+            _fuse(child)
+
+
+def _halve(module: nn.Module) -> None:
+    """Rounds all weights to what fp16 can hold, in place."""
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.copy_(weight.half().float())
+
+
+def _write(
+    module: nn.Module, inputs: Mapping[str, Tensor], output: str, letters: Mapping[str, str], path: Path
+) -> None:
+    """Exports a module, the first axis of every array dynamic, and stores its large weights as fp16."""
+    shapes = {name: {0: torch.export.Dim(letters[name])} if value.ndim else None for name, value in inputs.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of its own deprecations
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=tuple(shapes.values()),
+            opset_version=20,
+            dynamo=True,
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError(f"torch gave no program for {path.name}")
+    model = program.model_proto
+    for weight in list(model.graph.initializer):
+        values = numpy_helper.to_array(weight)
+        if weight.data_type == TensorProto.FLOAT and values.size > 64:
+            stored = numpy_helper.from_array(values.astype(np.float16), f"{weight.name}.fp16")
+            model.graph.initializer.remove(weight)
+            model.graph.initializer.append(stored)
+            model.graph.node.insert(0, helper.make_node("Cast", [stored.name], [weight.name], to=TensorProto.FLOAT))
+    del model.graph.value_info[:]
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+def _difference(path: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
+    """Largest absolute difference between onnxruntime and torch on the same inputs."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+    with torch.inference_mode():
+        return float(np.abs(found - module(*inputs.values()).numpy()).max())
+
+
+def write_bundle(
+    folder: Path, image: ImageTower, text: TextTower, tokenizer: str, facts: Mapping[str, Any], *, strength: float
+) -> dict[str, float]:
+    """Writes the whole folder; returns the differences between torch and onnxruntime.
+
+    Args:
+        tokenizer: the tokenizer's JSON.
+        facts: what the manifest says of "sources" and "verify".
+        strength: default attention strength.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    image, text = copy.deepcopy(image).eval(), copy.deepcopy(text).eval()
+    _fuse(image)
+    _halve(image)
+    _halve(text)
+    rng = np.random.default_rng(0)
+    frames = torch.from_numpy(rng.integers(0, 256, (3, 2 * SIZE, 2 * SIZE, 3), dtype=np.uint8))
+    ids = torch.from_numpy(rng.integers(1, text.embedding.num_embeddings, (3, CONTEXT_LENGTH)))
+    ids[1, 5:] = 0
+    with torch.inference_mode():
+        tokens = Backbone(image)(frames)
+    tokens = torch.from_numpy(tokens.numpy())
+    attention = SpatialAttention()(tokens)
+    jobs: dict[str, tuple[nn.Module, dict[str, Tensor], str]] = {
+        "backbone": (Backbone(image), {"frames": frames}, "tokens"),
+        "attention": (SpatialAttention(), {"tokens": tokens}, "attention"),
+        "fusion": (
+            Fusion(image.project),
+            {"tokens": tokens, "attention": attention, "strength": torch.tensor(0.5)},
+            "vectors",
+        ),
+        "text": (text, {"token_ids": ids}, "vectors"),
+    }
+    verify: dict[str, float] = {}
+    for name, (module, inputs, output) in jobs.items():
+        path = folder / f"{name}.onnx"
+        letters = dict.fromkeys(inputs, "Q" if name == "text" else "N")
+        _write(module, inputs, output, letters, path)
+        verify[f"{name}_max_abs_difference"] = _difference(path, module, inputs)
+    (folder / "tokenizer.json").write_text(tokenizer, "utf-8")
+    weight = image.project.weight.detach().numpy().tobytes() + image.project.bias.detach().numpy().tobytes()
+    manifest = {
+        "name": "builtin",
+        "family": "average",
+        "precision": "fp32",
+        "image": {"height": 2 * SIZE, "width": 2 * SIZE, "mode": "squash", "interpolation": "bilinear", "fill": 0},
+        "grid": [GRID, GRID],
+        "prefix_tokens": 0,
+        "token_width": TOKEN_WIDTH,
+        "embedding_width": EMBEDDING_WIDTH,
+        "text": {"context_length": CONTEXT_LENGTH, "clean": "lower"},
+        "attention": {
+            "input": "tokens",
+            "source": "feature energy of the image tower itself, after Zagoruyko & Komodakis 2017 (arXiv:1612.03928)",
+            "layer": "last feature map, after ReLU",
+            "formula": f"e_i = sum_c x_ic^2; f_i = e_i + {FLOOR} mean(e) + 1e-6; a_i = f_i / sum_j f_j",
+        },
+        "fusion": {
+            "strength_default": strength,
+            "shift_default": "off",
+            "projection_sha256": hashlib.sha256(weight).hexdigest(),
+        },
+        "sources": facts["sources"],
+        "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+        "verify": {**verify, **facts["verify"]},
+    }
+    write_manifest(folder, manifest)
+    return verify

@@ -1,0 +1,152 @@
+"""What may be said of a picture: tags, the texts that they make true, and the tokenizer of those texts.
+
+An image has tags (its labels, a class the teacher is sure of, the tags of a scene). A text is true of each image that
+has all its tags. Labels are incomplete, so a text whose missing tags may well hold is neither right nor wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from keyreel_export.builtin.data import Example
+from keyreel_export.builtin.student import CONTEXT_LENGTH
+
+Phrase = tuple[str, frozenset[str]]  # a text, and the tags that make it true
+
+TEMPLATES = (
+    "{}",
+    "{}",
+    "a photo of a {}",
+    "a photo of {}",
+    "a picture of a {}",
+    "a video of a {}",
+    "a {}",
+    "the {}",
+    "there is a {}",
+    "a close-up of a {}",
+    "{} in the picture",
+    "people, {}",
+)
+JOINTS = ("{} and {}", "a photo of {} with {}", "{}, {}", "a {} and a {}", "{} with a {}")
+BROAD = 200  # labels with so many images are broad terms, which single-label sources leave out
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What is known of one picture."""
+
+    tags: frozenset[str]
+    unknown: frozenset[str]  # tags that may hold as well
+    phrases: tuple[Phrase, ...]  # captions
+
+
+def read_classes(path: Path | None, labels: Iterable[str]) -> list[list[Phrase]]:
+    """Names of the teacher's classes, a list of synonyms for each; empty without a teacher.
+
+    A class that has the name of a label carries the label's tag.
+    """
+    if path is None or not path.exists():
+        return []
+    known = set(labels)
+    classes = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines()):
+        names = [name.strip().lower() for name in line.split(",") if name.strip()]
+        tag = next((name for name in names if name in known), f"class {number}")
+        classes.append([(name, frozenset({tag})) for name in names])
+    return classes
+
+
+def describe(
+    examples: Sequence[Example], classes: Sequence[Sequence[Phrase]], places: Sequence[int], guesses: Sequence[int]
+) -> list[View]:
+    """One View for each crop: `places` says of which example, `guesses` the class the teacher is sure of or -1."""
+    counts = Counter(label for example in examples for label in example.labels)
+    broad = frozenset(label for label, count in counts.items() if count >= BROAD)
+    together = Counter((a, b) for example in examples for a in example.labels for b in example.labels if a != b)
+    implied: dict[str, set[str]] = {}
+    for (a, b), count in together.items():
+        if count > 0.25 * counts[a]:
+            implied.setdefault(a, set()).add(b)
+    views = []
+    for place, guess in zip(places, guesses, strict=True):
+        example, names = examples[place], classes[guess] if 0 < guess < len(classes) else []
+        own = f"caption {example.member}"
+        tags = frozenset(example.labels).union(*(tags for _, tags in names), {own} if example.captions else ())
+        unknown = frozenset[str]().union(*(implied.get(tag, ()) for tag in tags))
+        if example.source in ("imagenet-sample", "coco-mini") or not example.labels:
+            unknown |= broad
+        captions = [(caption.lower(), frozenset({own})) for caption in example.captions]
+        views.append(View(tags, unknown - tags, (*captions, *names)))
+    return views
+
+
+def say(view: View, rng: np.random.Generator) -> Phrase:
+    """One random text that is true of a picture."""
+    labels = [tag for tag in sorted(view.tags) if not tag.startswith(("class ", "caption "))]
+    if view.phrases and (not labels or rng.random() < 0.5):
+        text, tags = view.phrases[int(rng.integers(len(view.phrases)))]
+        return text, tags
+    if not labels:
+        return "a picture", frozenset()
+    if len(labels) > 1 and rng.random() < 0.25:
+        first, second = (labels[int(i)] for i in rng.choice(len(labels), 2, replace=False))
+        return JOINTS[int(rng.integers(len(JOINTS)))].format(first, second), frozenset({first, second})
+    label = labels[int(rng.integers(len(labels)))]
+    return TEMPLATES[int(rng.integers(len(TEMPLATES)))].format(label), frozenset({label})
+
+
+class Tags:
+    """Tags as columns of 0 and 1, so that subsets are matrix products."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._column = {name: place for place, name in enumerate(sorted(set(names)))}
+
+    def rows(self, sets: Sequence[Iterable[str]]) -> torch.Tensor:
+        """[n, V] float32; a tag that is not known is left out."""
+        found = torch.zeros(len(sets), len(self._column))
+        for row, tags in enumerate(sets):
+            for tag in tags:
+                if tag in self._column:
+                    found[row, self._column[tag]] = 1.0
+        return found
+
+
+def train_tokenizer(texts: Iterable[str], size: int = 4096) -> Tokenizer:
+    """Byte-pair pieces over the words of a corpus: an unknown word falls into pieces, at worst into bytes."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=["[PAD]", "[START]"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    start = tokenizer.token_to_id("[START]")
+    tokenizer.post_processor = processors.TemplateProcessing(single="[START] $A", special_tokens=[("[START]", start)])
+    tokenizer.enable_truncation(CONTEXT_LENGTH)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"), pad_token="[PAD]", length=CONTEXT_LENGTH)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> torch.Tensor:
+    """[Q, L] int64, cut to the longest of them."""
+    rows = tokenizer.encode_batch(list(texts))
+    longest = max(sum(row.attention_mask) for row in rows)
+    return torch.tensor([row.ids[:longest] for row in rows])
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """The tokenizer as a file, without white space."""
+    return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))

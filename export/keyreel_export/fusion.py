@@ -1,0 +1,70 @@
+"""Temporal-spatial fusion: tokens times attention, pooled, through a fully connected layer, to unit length."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from keyreel.errors import CheckpointMismatch, ModelError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from keyreel_export.towers import Tower
+
+
+class TemporalSpatialFusion(nn.Module):
+    """z[t] = normalise(FC(Σ_i w'[t,i] · v(x̃[t,i]))), see `keyreel_export.towers` for w'.
+
+    Args:
+        tower: pools the tokens.
+        projection: FC; the tower's own, which keeps z in the space of its text encoder, by default.
+    """
+
+    def __init__(self, tower: Tower, projection: nn.Module | None = None) -> None:
+        super().__init__()
+        self.tower = tower
+        self.projection = tower.projection if projection is None else projection
+
+    def forward(self, tokens: Tensor, attention: Tensor, strength: Tensor) -> Tensor:
+        """Fuses shifted tokens under an attention map.
+
+        Args:
+            tokens: [N, R+P, C] float32.
+            attention: [N, P] float32, rows sum to 1.
+            strength: [] float32, γ.
+
+        Returns:
+            [N, D] float32, unit length.
+        """
+        fused: Tensor = self.projection(self.tower.pooled(tokens, attention, strength))
+        return F.normalize(fused.float(), dim=-1)
+
+
+def load_projection(path: Path, feature_width: int, embedding_width: int) -> tuple[nn.Linear, str]:
+    """Reads a trained FC: a safetensors file with `weight` [D, F] and, where it has one, `bias` [D].
+
+    Returns:
+        The layer and the sha256 of the file.
+
+    Raises:
+        ModelError: the file cannot be read.
+        CheckpointMismatch: it holds something else, or the shapes do not fit.
+    """
+    import safetensors
+    from safetensors.torch import load
+
+    try:
+        content = path.read_bytes()
+        tensors = load(content)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelError(
+            f"the projection {path} cannot be read: {error}", hint="it must be a safetensors file"
+        ) from error
+    wanted = {"weight": (embedding_width, feature_width), "bias": (embedding_width,)}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if "weight" not in found or any(wanted.get(name) != shape for name, shape in found.items()):
+        raise CheckpointMismatch(f"the projection {path} holds {found}, wanted are {wanted}, bias optional")
+    layer = nn.Linear(feature_width, embedding_width, bias="bias" in found)
+    layer.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+    return layer.requires_grad_(False).eval(), hashlib.sha256(content).hexdigest()

@@ -1,0 +1,123 @@
+"""From the name of a model to open_clip's model, its tokenizer and the attention network, with their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keyreel.bundle import sha256_of
+from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
+
+from keyreel_export.attention import build_network
+from keyreel_export.onnx import contained
+from keyreel_export.torchvision_cpu import import_open_clip
+
+HUB = "hf-hub:"
+TOWERS = "image and text tower"
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A model's name, taken apart."""
+
+    architecture: str  # a name of open_clip's, or hf-hub:org/repo
+    pretrained: str | None  # a tag of open_clip's or the path of a checkpoint; None for a hub model or random weights
+    source: dict[str, str]  # the manifest's entry: what, from, licence
+    quick_gelu: bool = False  # the weights were trained with the activation x * sigmoid(1.702 x)
+
+
+def _source(what: str, origin: str | Path, licence: str = UNKNOWN) -> dict[str, str]:
+    if isinstance(origin, Path):
+        origin = f"{origin.name} sha256:{sha256_of(origin)}"
+    return {"what": what, "from": origin, "licence": licence}
+
+
+def resolve(name: str, *, random_weights: bool = False) -> Recipe:
+    """Takes a model's name apart, without loading or downloading anything.
+
+    Raises:
+        ModelNotFound: open_clip knows no such architecture or tag, and it is no file.
+    """
+    open_clip = import_open_clip()
+    if name.startswith(HUB):
+        return Recipe(name, None, _source(TOWERS, name))
+    architecture, _, rest = name.partition("/")
+    pairs = [f"{model}/{tag}" for model, tag in open_clip.list_pretrained()]
+    if architecture not in open_clip.list_models():
+        raise ModelNotFound(name, [*pairs, *open_clip.list_models()], hint="open_clip.list_pretrained() has all names")
+    if random_weights:
+        return Recipe(architecture, None, _source(TOWERS, "random weights", "none"))
+    for path in (Path(rest), Path("/", rest)):
+        if rest and path.is_file():
+            return Recipe(architecture, str(path), _source(TOWERS, path))
+    from open_clip.pretrained import get_pretrained_cfg
+
+    config = get_pretrained_cfg(architecture, rest)
+    if not config:
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        hint = f"weights of {architecture}: {', '.join(tags) or 'none'}; or give ARCH/path/to/checkpoint"
+        raise ModelNotFound(name, pairs, hint=hint)
+    repository = str(config.get("hf_hub") or "").strip("/")
+    origin = f"{HUB}{repository}" if repository else str(config.get("url"))
+    return Recipe(architecture, rest, _source(TOWERS, origin), bool(config.get("quick_gelu")))
+
+
+def load_model(recipe: Recipe) -> Any:
+    """The open_clip model of a recipe, float32, in evaluation mode.
+
+    Raises:
+        CheckpointMismatch: the checkpoint is not one of this architecture.
+        ModelError: weights cannot be downloaded or read.
+    """
+    open_clip = import_open_clip()
+    wanted = recipe.pretrained is not None or recipe.architecture.startswith(HUB)
+    try:
+        with contained():
+            # weights_only=True, open_clip's default, is spelt out: a checkpoint must not run code.
+            model = open_clip.create_model(
+                recipe.architecture,
+                recipe.pretrained,
+                force_quick_gelu=recipe.quick_gelu,
+                require_pretrained=wanted,
+                weights_only=True,
+            )
+    except Exception as error:
+        if recipe.pretrained is not None and Path(recipe.pretrained).is_file():
+            raise CheckpointMismatch(
+                f"{recipe.pretrained} cannot be loaded as weights of {recipe.architecture}: {error}",
+                hint="safetensors, or what torch.load(weights_only=True) reads, with open_clip's names of weights",
+            ) from error
+        hint = "offline, HF_HUB_OFFLINE=1 takes what the cache has, and ARCH/path/to/checkpoint a local file"
+        raise ModelError(f"{recipe.source['from']} cannot be loaded: {error}", hint=hint) from error
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(architecture: str) -> Any:
+    """open_clip's own tokenizer of a model.
+
+    Raises:
+        ModelError: it cannot be loaded, for want of the network or of the package transformers.
+    """
+    open_clip = import_open_clip()
+    try:
+        with contained():
+            return open_clip.get_tokenizer(architecture)
+    except Exception as error:
+        hint = (
+            "models with a Hugging Face tokenizer need `pip install transformers` and its files, downloaded or cached"
+        )
+        raise ModelError(f"the tokenizer of {architecture} cannot be loaded: {error}", hint=hint) from error
+
+
+def load_attention(name: str, weights: Path | None, *, random_weights: bool) -> tuple[Any, dict[str, str]]:
+    """The attention CNN and the manifest's entry on its weights; errors as in `attention.build_network`."""
+    network = build_network(name, weights, random_weights=random_weights)
+    what = f"spatial attention: {name}"
+    if random_weights:
+        return network, _source(what, "random weights", "none")
+    if weights is not None:
+        return network, _source(what, weights)
+    config = network.pretrained_cfg
+    return network, _source(what, f"{HUB}{config.get('hf_hub_id') or name}", str(config.get("license") or UNKNOWN))

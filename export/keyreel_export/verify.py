@@ -1,0 +1,167 @@
+"""Exported graphs against torch: how far apart, and how far apart they may be.
+
+References are computed by torch in float32 from the stock weights, also for graphs of half precision. Half graphs run
+in a process of their own with few optimisations: onnxruntime 1.31 crashes while it optimises some of them for a CPU.
+`python -m keyreel_export.verify GRAPH FEEDS.npz OUT.npz` is that process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from keyreel.errors import ModelError, import_extra
+from keyreel.types import U8
+from numpy.typing import NDArray
+from torch import nn
+
+Feeds: TypeAlias = Mapping[str, NDArray[Any]]
+
+BATCH_SIZES = (1, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How far a graph may be from torch."""
+
+    tokens_difference: float  # largest absolute difference over the largest absolute value
+    attention_difference: float  # largest absolute difference over 1/P, the uniform map's value
+    vectors_difference: float  # largest absolute difference of the entries of unit vectors
+    text_difference: float  # the same, of text vectors
+    cosine: float  # least cosine between a vector and its reference
+
+
+BOUNDS: Mapping[str, Bounds] = {
+    "fp32": Bounds(1e-4, 1e-3, 1e-4, 1e-5, 0.9999),
+    "fp16": Bounds(3e-2, 5e-2, 2e-2, 2e-2, 0.999),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One feed of a graph and what torch makes of it."""
+
+    feeds: Feeds
+    expected: NDArray[Any]
+
+
+def sample_frames(height: int, width: int, *, count: int, seed: int) -> U8:
+    """Frames to verify with: [count, H, W, 3] uint8, by turns white noise and smooth shapes with the power spectrum
+    of photographs (amplitude ~ 1/frequency: Field, J. Opt. Soc. Am. A 4, 1987)."""
+    random = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1.0 / max(height, width)
+    frames = np.empty((count, height, width, 3), np.uint8)
+    for index in range(count):
+        noise = random.standard_normal((height, width, 3))
+        if index % 2 == 0:
+            noise = np.fft.irfft2(np.fft.rfft2(noise, axes=(0, 1)) / frequency[..., None], (height, width), axes=(0, 1))
+        noise = noise / noise.std(axis=(0, 1))
+        frames[index] = np.clip(128 + 55 * noise, 0, 255).astype(np.uint8)
+    return frames
+
+
+@torch.no_grad()
+def cases(module: nn.Module, batches: list[Feeds]) -> list[Case]:
+    """Runs `module` on each batch; the feeds' names are those of the graph's inputs, in the module's order."""
+    return [Case(feeds, module(*(torch.from_numpy(array) for array in feeds.values())).numpy()) for feeds in batches]
+
+
+def run_graph(path: Path, feeds: list[Feeds], precision: str) -> list[NDArray[Any]]:
+    """Runs an ONNX graph with one output on the CPU.
+
+    Raises:
+        MissingExtra: onnxruntime is not installed.
+        ModelError: the graph cannot be loaded or run.
+    """
+    if precision == "fp32":
+        return _run_here(path, feeds, basic=False)
+    with tempfile.TemporaryDirectory() as folder:
+        given, got = Path(folder) / "feeds.npz", Path(folder) / "out.npz"
+        arrays = {f"{index}.{name}": array for index, feed in enumerate(feeds) for name, array in feed.items()}
+        np.savez(given, allow_pickle=False, **arrays)
+        command = [sys.executable, "-m", __name__, str(path), str(given), str(got)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines()[-1:] or [f"signal {-done.returncode}"]
+            raise ModelError(f"onnxruntime cannot run {path.name}: {last[0]}")
+        with np.load(got, allow_pickle=False) as file:
+            return [file[str(index)] for index in range(len(feeds))]
+
+
+def _run_here(path: Path, feeds: list[Feeds], *, basic: bool) -> list[NDArray[Any]]:
+    runtime = import_extra("onnxruntime", extra="cpu", purpose="verifying an exported model")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    if basic:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return [session.run(None, dict(feed))[0] for feed in feeds]
+    except Exception as error:
+        raise ModelError(f"onnxruntime cannot run {path.name}: {error}") from error
+
+
+def check(graph: str, found: list[NDArray[Any]], expected: list[NDArray[Any]], bounds: Bounds) -> dict[str, float]:
+    """How far what a graph gives is from what torch gives.
+
+    Args:
+        graph: "backbone", "attention", "fusion", "text", or "identity" for the chain against open_clip.
+        found: one array a case.
+        expected: the same, from torch.
+        bounds: what is allowed.
+
+    Returns:
+        "<graph>_difference" and, of unit vectors, "<graph>_cosine".
+
+    Raises:
+        ModelError: a bound is exceeded, or shapes or dtypes differ.
+    """
+    pairs = list(zip(found, expected, strict=True))
+    difference = max(_difference(a, b) for a, b in pairs)
+    if graph == "backbone":
+        relative = difference / max(float(np.abs(b).max()) for _, b in pairs)
+        return _hold("backbone_difference", relative, bounds.tokens_difference)
+    if graph == "attention":
+        return _hold("attention_difference", difference * expected[0].shape[1], bounds.attention_difference)
+    cosine = min(float((a * b).sum(axis=1).min()) for a, b in pairs)
+    if not cosine >= bounds.cosine:
+        raise ModelError(
+            f"an exported graph differs from torch: {graph}_cosine {cosine:.6f}, allowed >= {bounds.cosine}"
+        )
+    allowed = bounds.text_difference if graph == "text" else bounds.vectors_difference
+    return {**_hold(f"{graph}_difference", difference, allowed), f"{graph}_cosine": cosine}
+
+
+def _difference(a: NDArray[Any], b: NDArray[Any]) -> float:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ModelError(f"the graph gives {a.dtype} {a.shape}, torch {b.dtype} {b.shape}")
+    return float(np.abs(a - b).max())
+
+
+def _hold(measure: str, value: float, allowed: float) -> dict[str, float]:
+    # Written so that a NaN, which compares false, is refused.
+    if not value <= allowed:
+        raise ModelError(f"an exported graph differs from torch: {measure} {value:.3g}, allowed <= {allowed}")
+    return {measure: value}
+
+
+def _main(graph: str, given: str, got: str) -> None:
+    feeds: dict[int, dict[str, NDArray[Any]]] = {}
+    with np.load(given, allow_pickle=False) as file:
+        for key in file.files:
+            index, name = key.split(".", 1)
+            feeds.setdefault(int(index), {})[name] = file[key]
+    results = _run_here(Path(graph), [feeds[index] for index in sorted(feeds)], basic=True)
+    np.savez(got, allow_pickle=False, **{str(index): result for index, result in enumerate(results)})
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,198 @@
+"""Clips with known flashes and beeps, and summaries with made-up vectors, for the tests of the outputs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from keyreel.config import Sampling
+from keyreel.decode.cpu import FrameStream
+from keyreel.decode.source import Source
+from keyreel.types import Embedding, KeyFrame, Shot, Summary
+
+BEEP_SECONDS = 0.1
+TONE_HZ = 1000
+
+
+def beeps(seconds: float, times: Iterable[float], rate: int) -> np.ndarray:
+    """[2, N] float32: 1 kHz for 0.1 s at each of the times, silence between."""
+    place = np.arange(round(seconds * rate)) / rate
+    loud = np.zeros(place.shape, bool)
+    for time in times:
+        loud |= (place >= time) & (place < time + BEEP_SECONDS)
+    return np.tile(np.where(loud, 0.8 * np.sin(2 * np.pi * TONE_HZ * place), 0), (2, 1)).astype(np.float32)
+
+
+def write_clip(
+    path: Path,
+    frame_times: Sequence[float],
+    flashes: Sequence[float] = (),
+    *,
+    size: tuple[int, int] = (96, 160),
+    sound: str | None = "aac",
+    rate: int = 44100,
+    silent: tuple[float, float] | None = None,
+    sound_starts: float = 0.0,
+    colours: Sequence[tuple[int, int, int]] | None = None,
+) -> Path:
+    """Writes a clip that is white for 0.1 s at each flash, with a beep at the same times.
+
+    Args:
+        path: its suffix says the container.
+        frame_times: pts of each frame in seconds, rising; rounded to milliseconds.
+        flashes: seconds.
+        size: (height, width).
+        sound: FFmpeg's name of the encoder, None for a silent clip.
+        rate: samples a second.
+        silent: [start, stop) seconds of which no sound is written, a gap in the pts.
+        sound_starts: seconds before which no sound is written.
+        colours: of the frames, one each, instead of grey.
+    """
+    length = frame_times[-1] + 0.04
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": "12", "g": "50"})
+        video.height, video.width, video.pix_fmt = *size, "yuv420p"
+        video.codec_context.time_base = Fraction(1, 1000)
+        video.codec_context.colorspace = video.codec_context.color_primaries = video.codec_context.color_trc = 1
+        audio = out.add_stream(sound, rate=rate, layout="stereo") if sound else None
+        for number, time in enumerate(frame_times):
+            lit = any(flash <= time + 1e-6 < flash + BEEP_SECONDS for flash in flashes)
+            colour = colours[number] if colours else ((255,) * 3 if lit else (40 + number % 8,) * 3)
+            picture = np.broadcast_to(np.array(colour, np.uint8), (*size, 3))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=1, dst_color_range=1)
+            frame.pts, frame.time_base = round(time * 1000), Fraction(1, 1000)
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+        if audio is not None:
+            samples = beeps(length, flashes, rate)
+            chunk = audio.codec_context.frame_size or 1024
+            for first in range(0, samples.shape[1] - chunk + 1, chunk):
+                if first / rate < sound_starts or (silent and silent[0] <= first / rate < silent[1]):
+                    continue
+                block = np.ascontiguousarray(samples[:, first : first + chunk])
+                sample_format = audio.codec_context.format.name
+                if sample_format == "s16":
+                    block = (block.T.reshape(1, -1) * 32767).round().astype(np.int16)
+                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format=sample_format, layout="stereo")
+                frame.rate, frame.pts, frame.time_base = rate, first, Fraction(1, rate)
+                out.mux(audio.encode(frame))
+            out.mux(audio.encode(None))
+    return path
+
+
+def onsets(path: Path) -> tuple[list[float], list[float]]:
+    """(flash times, beep times) of a clip in seconds, by decoding all of it plainly."""
+    flashes, dark = [], True
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            bright = frame.to_ndarray(format="gray").mean() > 150
+            if bright and dark:
+                flashes.append(frame.time)
+            dark = not bright
+    samples, starts = decode_sound(path)
+    loud = np.abs(samples[0]) > 0.15
+    # A beep begins where it is loud after 50 ms of quiet.
+    places = np.flatnonzero(loud)
+    begins = places[np.concatenate([[True], np.diff(places) > 0.05 * 48000])] if len(places) else places
+    return flashes, [starts + place / 48000 for place in begins]
+
+
+def decode_sound(path: Path) -> tuple[np.ndarray, float]:
+    """([2, N] float32 at the file's rate, time of the first sample)."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(audio=0))
+    return np.concatenate([frame.to_ndarray() for frame in frames], axis=1), frames[0].time
+
+
+def atoms(path: Path) -> list[str]:
+    """Names of the top-level boxes of an MP4, in order (ISO/IEC 14496-12, 4.2)."""
+    data, place, names = path.read_bytes(), 0, []
+    while place + 8 <= len(data):
+        size = int.from_bytes(data[place : place + 4], "big")
+        names.append(data[place + 4 : place + 8].decode("latin-1"))
+        place += size if size >= 8 else len(data)
+    return names
+
+
+class NoActions:
+    """Stands for the Engine where nothing of it is used."""
+
+    def save_summary(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+    render_summary_reel = search_summary = save_summary
+
+
+def make_summary(
+    source: Source,
+    *,
+    keyframes: int = 4,
+    fps: float = 4.0,
+    shots: Sequence[float] = (),
+    grid: tuple[int, int] = (7, 7),
+    warnings: tuple[str, ...] = (),
+) -> Summary:
+    """A summary of a real clip whose key-frames are evenly spread and whose vectors and maps are made up.
+
+    Args:
+        source: of the clip.
+        keyframes: how many.
+        fps: sampled frames a second.
+        shots: seconds of the cuts.
+        grid: of the attention maps; each has one bump that walks from corner to corner.
+        warnings: as given.
+    """
+    with FrameStream(source, Sampling("fps", fps=fps)) as stream:
+        batches = list(stream)
+    pts = np.concatenate([batch.pts_seconds for batch in batches])
+    index = np.concatenate([batch.frame_index for batch in batches])
+    count, (rows, columns) = len(pts), grid
+    along = np.linspace(0, 1, count)[:, None, None]
+    y, x = np.mgrid[0:rows, 0:columns]
+    bump = np.exp(-((y - along * (rows - 1)) ** 2 + (x - along * (columns - 1)) ** 2) / 4) + 0.02
+    attention = (bump / bump.sum(axis=(1, 2), keepdims=True)).reshape(count, -1).astype(np.float32)
+    vectors = np.random.default_rng(0).normal(size=(count, 8))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    flat = np.full(count, 0.5, np.float32)
+    embedding = Embedding(
+        vectors.astype(np.float32),
+        pts,
+        index,
+        attention,
+        grid,
+        flat,
+        flat,
+        flat,
+        flat,
+        "made-up",
+        "0123456789abcdef" * 4,
+    )
+    rows_taken = np.unique(np.linspace(0, count - 1, keyframes + 2)[1:-1].round().astype(int))
+    weights = np.arange(1, len(rows_taken) + 1) / sum(range(1, len(rows_taken) + 1))
+    chosen = tuple(
+        KeyFrame(float(pts[row]), int(index[row]), number, float(weight), 0.9, 0.75, int(row))
+        for number, (row, weight) in enumerate(zip(rows_taken, weights, strict=True))
+    )
+    info = source.probe()
+    duration = info.duration_seconds or float(pts[-1])
+    ends = [0.0, *(cut for cut in shots if 0 < cut < duration), duration]
+    return Summary(
+        video=info,
+        embedding=embedding,
+        keyframes=chosen,
+        shots=tuple(Shot(a, b) for a, b in itertools.pairwise(ends)),
+        importance=(0.5 + 0.5 * np.sin(np.arange(count) / 3)).astype(np.float32),
+        device="cpu",
+        device_reason="asked for",
+        config={"image": {"height": 224, "width": 224, "mode": "shortest"}, "fps": fps, "span": (1, 2)},
+        warnings=warnings,
+        timings_seconds={"decode": 0.5, "encode": 1.0, "fuse": 0.1, "select": 0.05, "total": 1.7},
+        source=source,
+        actions=NoActions(),
+    )

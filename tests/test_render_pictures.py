@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from keyreel.decode.source import Source
+from keyreel.render.pictures import (
+    attended_area,
+    attention_overlay,
+    clock,
+    contact_sheet,
+    keyframe_name,
+    keyframe_pictures,
+    overlay_png,
+    short_clock,
+    sprite,
+    tile_times,
+)
+from keyreel.types import VideoInfo
+from PIL import Image
+from render_clips import make_summary, write_clip
+
+
+def video(width: int, height: int) -> VideoInfo:
+    return VideoInfo("a.mp4", 10.0, width, height, "h264", "yuv420p", 0, 25.0, False, "sdr")
+
+
+def test_clocks_by_hand():
+    assert clock(0) == "00:00:00.000"
+    assert clock(83.456) == "00:01:23.456"
+    assert clock(3599.9996) == "01:00:00.000"
+    assert short_clock(0) == "0:00.0"
+    assert short_clock(83.48) == "1:23.4"
+    assert short_clock(7261.05) == "2:01:01.0"
+    assert short_clock(0.3) == "0:00.3"
+    assert keyframe_name(7, 83.456) == "keyframe_0007_00-01-23.456.jpg"
+
+
+@given(st.floats(0, 1e6))
+def test_clock_reads_back(seconds):
+    hours, minutes, rest = clock(seconds).split(":")
+    assert int(hours) * 3600 + int(minutes) * 60 + float(rest) == pytest.approx(seconds, abs=5.1e-4)
+
+
+def test_keyframes_are_the_frames_of_their_times(tmp_path):
+    colours = [(10 * n, 255 - 10 * n, 128) for n in range(25)]
+    clip = write_clip(tmp_path / "clip.mp4", [n / 5 for n in range(25)], size=(64, 96), sound=None, colours=colours)
+    with Source(clip) as source:
+        summary = make_summary(source, keyframes=5, fps=5)
+        pictures = list(keyframe_pictures(source, summary.keyframes, 1080))
+        small = list(keyframe_pictures(source, summary.keyframes, 32))
+    for keyframe, picture, little in zip(summary.keyframes, pictures, small, strict=True):
+        assert picture.shape == (64, 96, 3)
+        assert little.shape == (32, 48, 3)
+        wanted = colours[round(keyframe.pts_seconds * 5)]
+        np.testing.assert_allclose(picture.mean((0, 1)), wanted, atol=5)
+        np.testing.assert_allclose(little.mean((0, 1)), wanted, atol=5)
+
+
+def test_rotated_keyframes_are_upright(media):
+    with Source(media("format/rotate-buck-bunny.mp4")) as source:
+        summary = make_summary(source, keyframes=1)
+        (picture,) = keyframe_pictures(source, summary.keyframes, 1080)
+    assert picture.shape[:2] == (1080, 608)
+
+
+@pytest.mark.parametrize("size", [(480, 270), (270, 480), (480, 200)])
+@pytest.mark.parametrize("count", [1, 2, 5, 9, 32])
+def test_contact_sheet_holds_every_picture_with_a_caption(count, size):
+    colours = [(20 + 7 * n, 250 - 7 * n, (53 * n) % 256) for n in range(count)]
+    sheet = np.asarray(contact_sheet([Image.new("RGB", size, c) for c in colours], [1.5 * n for n in range(count)]))
+    assert sheet.shape[1] <= 1944
+    # Each colour fills one rectangle of the picture's shape, in reading order, with dark writing under it.
+    packed = sheet.astype(np.int32) @ np.array([65536, 256, 1], np.int32)
+    places = []
+    for red, green, blue in colours:
+        rows, columns = np.nonzero(packed == red * 65536 + green * 256 + blue)
+        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+        assert len(rows) >= 0.98 * height * width
+        assert width / height == pytest.approx(size[0] / size[1], rel=0.02)
+        assert width >= min(size[0], 100)
+        caption = sheet[rows.max() + 1 : rows.max() + 40, columns.min() : columns.max()]
+        assert (caption.max(-1) < 100).sum() > 40
+        places.append((rows.min(), columns.min()))
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("size", "image", "area"),
+    [
+        ((200, 100), {"height": 50, "width": 50, "mode": "shortest"}, (0.25, 0, 0.75, 1)),
+        ((100, 200), {"height": 50, "width": 50, "mode": "shortest"}, (0, 0.25, 1, 0.75)),
+        ((200, 100), {"height": 50, "width": 50, "mode": "longest"}, (0, -0.5, 1, 1.5)),
+        ((200, 100), {"height": 50, "width": 50, "mode": "squash"}, (0, 0, 1, 1)),
+        ((100, 100), {}, (0, 0, 1, 1)),
+    ],
+)
+def test_where_the_model_looked(size, image, area):
+    assert attended_area(video(*size), image) == pytest.approx(area)
+
+
+def test_overlay_lies_where_the_attention_is():
+    attention = np.full(16, 0.01, np.float32)
+    attention[6] = 0.85  # row 1, column 2 of 4 x 4
+    overlay = np.asarray(attention_overlay(attention, (4, 4), (0.25, 0.0, 0.75, 1.0), (80, 40)), int)
+    assert overlay.shape == (40, 80, 4)
+    assert (overlay[:, :20, 3] == 0).all()
+    assert (overlay[:, 60:, 3] == 0).all()
+    assert (overlay[:, 20:60, 3] >= 30).all()
+    row, column = np.unravel_index(overlay[..., 3].argmax(), (40, 80))
+    assert 10 <= row < 20
+    assert 40 <= column < 50
+    assert overlay[row, column, :3].sum() > 550
+    assert overlay[35, 25, :3].sum() < 150
+    png = overlay_png(attention_overlay(attention, (4, 4), (0, 0, 1, 1), (96, 54)))
+    assert png[:4] == b"\x89PNG"
+    assert len(png) < 8000
+
+
+def test_overlay_of_an_empty_or_padded_map():
+    flat = np.asarray(attention_overlay(np.zeros(4, np.float32), (2, 2), (0, -0.5, 1, 1.5), (40, 20)))
+    assert (flat[..., 3] == 40).all()
+
+
+@given(st.floats(0.01, 1e5))
+def test_tiles_are_regular_few_and_cover_the_video(duration):
+    step, times = tile_times(duration)
+    assert 1 <= len(times) <= 200
+    assert times[0] == 0
+    assert len(times) == 1 or times[-1] < duration
+    assert times[-1] + step >= duration - 1e-6
+    assert step >= 1
+
+
+def test_sprite_tiles_are_the_frames_of_their_times(tmp_path):
+    colours = [(8 * n, 250 - 8 * n, 90) for n in range(30)]
+    clip = write_clip(tmp_path / "clip.mp4", [n / 2 for n in range(30)], size=(72, 128), sound=None, colours=colours)
+    with Source(clip) as source:
+        sheet, boxes = sprite(source, [float(n) for n in range(15)])
+    pixels = np.asarray(sheet)
+    assert pixels.shape == (180, 1600, 3)
+    for second, (x, y, width, height) in enumerate(boxes):
+        assert (width, height) == (160, 90)
+        np.testing.assert_allclose(pixels[y : y + height, x : x + width].mean((0, 1)), colours[2 * second], atol=6)
+
+
+def test_names_sort_by_time():
+    names = [keyframe_name(n, 3.7 * n) for n in range(1, 40)]
+    assert names == sorted(names)
+    assert all(re.fullmatch(r"keyframe_\d{4}_\d\d-\d\d-\d\d\.\d{3}\.jpg", name) for name in names)
+    assert Path(names[0]).suffix == ".jpg"

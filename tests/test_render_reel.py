@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from keyreel.config import ReelConfig, Sampling
+from keyreel.decode.cpu import FrameStream
+from keyreel.decode.source import Source
+from keyreel.errors import RenderError
+from keyreel.render import reel
+from keyreel.render.reel import write_reel
+from keyreel.types import Shot
+from render_clips import atoms, decode_sound, onsets, write_clip
+
+FAST = ReelConfig(preset="ultrafast")
+FLASHES = [0.6, 1.6, 2.6, 3.6, 4.6, 5.6, 6.6, 7.6]
+SPANS = (Shot(0.3, 2.21), Shot(3.117, 4.95), Shot(6.2, 8.0))
+STEADY = [n / 25 for n in range(225)]
+# Gaps of 13 to 77 ms, with frames at the flashes: what a phone writes.
+_gaps = np.cumsum(np.random.default_rng(3).choice([0.013, 0.021, 0.040, 0.077], 260))
+VARIABLE = sorted({round(t, 3) for t in [0.0, *_gaps, *FLASHES, *(f + 0.1 for f in FLASHES)] if t < 9})
+
+
+def in_reel(times, spans):
+    """Where times of the source come to lie in the reel."""
+    places, before = [], 0.0
+    for span in spans:
+        places += [before + t - span.start_seconds for t in times if span.start_seconds <= t < span.stop_seconds]
+        before += span.duration_seconds
+    return places
+
+
+def write(path: Path, out: Path, spans, config=FAST):
+    with Source(path) as source:
+        return write_reel(source, spans, out, config)
+
+
+def frames_of(path: Path):
+    with av.open(str(path)) as container:
+        return list(container.decode(video=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "times", "options"),
+    [
+        ("steady.mp4", STEADY, {}),
+        ("variable.mp4", VARIABLE, {}),
+        ("milliseconds.mkv", VARIABLE, {"sound": "pcm_s16le", "rate": 22050}),
+        ("opus.webm.mkv", STEADY, {"sound": "libopus", "rate": 48000}),
+        ("late.mkv", VARIABLE, {"sound_starts": 1.3}),
+        ("gap.mkv", STEADY, {"silent": (4.0, 7.2), "sound": "pcm_s16le"}),
+    ],
+)
+def test_sound_and_picture_stay_together(tmp_path, name, times, options):
+    clip = write_clip(tmp_path / name, times, FLASHES, **options)
+    assert write(clip, tmp_path / "reel.mp4", SPANS) == SPANS
+    flashes, beeps = onsets(tmp_path / "reel.mp4")
+    silent = options.get("silent", (0.0, options.get("sound_starts", 0.0)))
+    heard = [t for t in FLASHES if not silent[0] <= t < silent[1]]
+    assert flashes == pytest.approx(in_reel(FLASHES, SPANS), abs=0.002)
+    assert beeps == pytest.approx(in_reel(heard, SPANS), abs=0.015)
+
+
+def test_sound_and_picture_stay_together_on_a_long_span_far_into_the_file(tmp_path):
+    flashes = [n + 0.4 for n in range(40)]
+    clip = write_clip(tmp_path / "long.mp4", [n / 10 for n in range(405)], flashes, size=(32, 32))
+    span = (Shot(15.05, 39.95),)
+    write(clip, tmp_path / "reel.mp4", span)
+    seen, heard = onsets(tmp_path / "reel.mp4")
+    assert len(seen) == 25
+    assert heard == pytest.approx(seen, abs=0.015)
+
+
+@pytest.mark.parametrize("name", ["later.mp4", "later.mkv"])
+def test_a_video_that_starts_after_its_sound(tmp_path, name):
+    shift = 0.52
+    clip = write_clip(tmp_path / name, [t + shift for t in STEADY], [f + shift for f in FLASHES])
+    write(clip, tmp_path / "reel.mp4", SPANS)
+    flashes, beeps = onsets(tmp_path / "reel.mp4")
+    assert flashes == pytest.approx(in_reel(FLASHES, SPANS), abs=0.002)
+    assert beeps == pytest.approx(flashes, abs=0.015)
+
+
+def test_samples_are_cut_exactly(tmp_path):
+    clip = write_clip(tmp_path / "exact.mkv", STEADY, FLASHES, sound="pcm_s16le", rate=48000)
+    original = decode_sound(clip)[0].reshape(-1, 2).T.astype(np.float32) / 32768
+    for start in (0.0, 0.123, 2.6, 7.9):
+        with Source(clip) as source:
+            blocks = list(reel._sound(source, start, 40000))
+        first = round(start * 48000)
+        expected = np.zeros((2, 40000), np.float32)
+        expected[:, : original.shape[1] - first] = original[:, first : first + 40000]
+        # Matroska rounds pts to milliseconds.
+        shifts = [
+            np.abs(np.roll(np.concatenate(blocks, axis=1), s, axis=1) - expected)[:, 48:-48].max()
+            for s in range(-48, 49)
+        ]
+        assert min(shifts) < 1e-4
+
+
+def test_each_joint_fades_and_the_length_is_exact(tmp_path):
+    blocks = [np.ones((2, n), np.float32) for n in (100, 4000, 900)]
+    faded = np.concatenate(list(reel._faded(iter(blocks), 5000, 0.02)), axis=1)
+    assert faded.shape == (2, 5000)
+    ramp = (np.arange(960) + 0.5) / 960
+    np.testing.assert_allclose(faded[0, :960], ramp, atol=1e-6)
+    np.testing.assert_allclose(faded[1, -960:], ramp[::-1], atol=1e-6)
+    assert np.all(faded[:, 960:-960] == 1)
+
+
+@pytest.mark.parametrize("times", [STEADY, VARIABLE])
+def test_frames_keep_their_times_and_spans_open_with_key_frames(tmp_path, times):
+    clip = write_clip(tmp_path / "clip.mp4", times, FLASHES)
+    write(clip, tmp_path / "reel.mp4", SPANS)
+    wanted, before, joints = [], 0.0, []
+    for span in SPANS:
+        shown = max(t for t in times if t <= span.start_seconds)
+        inside = [t for t in times if span.start_seconds < t < span.stop_seconds]
+        wanted += [before + max(t, span.start_seconds) - span.start_seconds for t in [shown, *inside]]
+        joints.append(before)
+        before += span.duration_seconds
+    frames = frames_of(tmp_path / "reel.mp4")
+    assert [float(f.time) for f in frames] == pytest.approx(wanted, abs=2e-4)
+    keys = [float(f.time) for f in frames if f.key_frame]
+    assert all(any(abs(key - joint) < 1e-3 for key in keys) for joint in joints)
+    with av.open(str(tmp_path / "reel.mp4")) as container:
+        for stream in container.streams:
+            assert float(stream.duration * stream.time_base) == pytest.approx(before, abs=0.001)
+
+
+def test_a_picture_held_for_seconds_is_shown_from_the_spans_start(tmp_path):
+    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
+    clip = write_clip(tmp_path / "slides.mp4", [0.0, 4.0, 8.0], size=(64, 64), sound=None, colours=colours)
+    write(clip, tmp_path / "reel.mp4", (Shot(2.0, 3.0), Shot(6.5, 8.5 - 0.48)))
+    frames = frames_of(tmp_path / "reel.mp4")
+    assert [float(f.time) for f in frames] == pytest.approx([0.0, 1.0, 2.5], abs=1e-3)
+    middle = [f.to_ndarray(format="rgb24")[32, 32] for f in frames]
+    np.testing.assert_allclose(middle, colours, atol=6)
+
+
+def test_mp4_of_the_right_kind(tmp_path, media):
+    path = tmp_path / "reel.mp4"
+    write(media("natural/flower.mp4"), path, (Shot(0.5, 1.5), Shot(3.0, 4.0)))
+    names = atoms(path)
+    assert names.index("moov") < names.index("mdat")
+    with av.open(str(path)) as container:
+        video, audio = container.streams.video[0], container.streams.audio[0]
+        context = video.codec_context
+        assert (context.name, context.pix_fmt, audio.codec_context.name) == ("h264", "yuv420p", "aac")
+        assert (context.width, context.height, audio.rate, audio.channels) == (960, 540, 48000, 2)
+        assert video.sample_aspect_ratio in (None, 1)
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+        frames = list(container.decode(video=0))
+    assert 59 <= len(frames) <= 62
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "size"),
+    [
+        ("format/rotate-buck-bunny.mp4", 0.5, (1080, 608)),
+        ("format/nasa_13013_rotated.mp4", 0.1, (480, 270)),
+        ("format/testsrc2_odd_height_and_width_444.mp4", 0.2, (240, 320)),
+        ("format/bt601_full_range.mp4", 0.5, (240, 320)),
+        ("format/testsrc2_hdr.mp4", 0.5, (180, 320)),
+    ],
+)
+def test_upright_even_and_in_the_same_colours(tmp_path, media, name, start, size):
+    clip = media(name)
+    write(clip, tmp_path / "reel.mp4", (Shot(start, start + 0.3),), ReelConfig(preset="ultrafast", crf=8))
+    first = frames_of(tmp_path / "reel.mp4")[0]
+    assert first.rotation == 0
+    picture = first.to_ndarray(format="rgb24").astype(int)
+    assert picture.shape == (*size, 3)
+    with Source(clip) as source, FrameStream(source, Sampling("times", times=(start,))) as stream:
+        wanted = next(iter(stream)).data[0]
+    if wanted.shape != picture.shape:
+        wanted = av.VideoFrame.from_ndarray(wanted, "rgb24").reformat(size[1], size[0]).to_ndarray(format="rgb24")
+    # Block means: chroma subsampling and coding blur edges, a turned picture or a wrong matrix changes whole areas.
+    blocks = [
+        p[: size[0] // 10 * 10, : size[1] // 10 * 10].reshape(size[0] // 10, 10, size[1] // 10, 10, 3).mean((1, 3))
+        for p in (picture, wanted)
+    ]
+    assert np.abs(blocks[0] - blocks[1]).mean() < 2.5
+
+
+def test_silent_source_gives_no_sound_track(tmp_path, media):
+    write(media("natural/bikes.mp4"), tmp_path / "reel.mp4", (Shot(1.0, 2.0),))
+    with av.open(str(tmp_path / "reel.mp4")) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+
+
+def test_damaged_sound_leaves_the_rest(tmp_path, media):
+    spans = (Shot(0.0, 2.0), Shot(9.0, 11.0))
+    assert write(media("broken/video_with_failing_audio.mp4"), tmp_path / "reel.mp4", spans) == spans
+    samples, _ = decode_sound(tmp_path / "reel.mp4")
+    assert samples.shape[1] / 48000 == pytest.approx(4.0, abs=0.05)
+    assert np.abs(samples[:, :90000]).max() > 0.01
+
+
+def test_damaged_video_gives_what_can_be_decoded(tmp_path, media):
+    clip = media("broken/corrupted.mp4")
+    with Source(clip) as source:
+        shown = write_reel(source, (Shot(0.0, 1.0), Shot(2.0, 3.0)), tmp_path / "reel.mp4", FAST)
+    assert shown[0] == Shot(0.0, 1.0)
+    assert len(frames_of(tmp_path / "reel.mp4")) >= 10
+
+
+def test_errors_leave_nothing(tmp_path, monkeypatch):
+    clip = write_clip(tmp_path / "clip.mp4", STEADY[:50], size=(32, 32))
+
+    def interrupt(stage, done, total):
+        raise KeyboardInterrupt
+
+    with Source(clip) as source:
+        with pytest.raises(KeyboardInterrupt):
+            write_reel(source, SPANS[:1], tmp_path / "reel.mp4", FAST, progress=interrupt)
+        with pytest.raises(RenderError, match="cannot be written"):
+            write_reel(source, SPANS[:1], tmp_path / "missing" / "reel.mp4", FAST)
+        with pytest.raises(RenderError, match="cannot be written"):
+            write_reel(source, SPANS[:1], tmp_path / "reel.mp4", ReelConfig(preset="no such preset"))
+
+        def missing(name, mode):
+            raise av.codec.codec.UnknownCodecError(name)
+
+        monkeypatch.setattr(av.codec, "Codec", missing)
+        with pytest.raises(RenderError, match=r"libx264(.|\n)*pip install"):
+            write_reel(source, SPANS[:1], tmp_path / "reel.mp4", FAST)
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_progress_rises_to_the_end(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", STEADY, size=(32, 32))
+    told: list[tuple[str, float, float | None]] = []
+    with Source(clip) as source:
+        write_reel(source, SPANS, tmp_path / "reel.mp4", FAST, progress=lambda *a: told.append(a))
+    total = sum(s.duration_seconds for s in SPANS)
+    assert {(stage, end) for stage, _, end in told} == {("reel", total)}
+    assert all(a[1] <= b[1] for a, b in itertools.pairwise(told))
+    assert told[-1][1] == total
