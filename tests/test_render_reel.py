@@ -114,7 +114,7 @@ def test_each_joint_fades_and_the_length_is_exact(tmp_path):
 @pytest.mark.parametrize("times", [STEADY, VARIABLE])
 def test_frames_keep_their_times_and_spans_open_with_key_frames(tmp_path, times):
     clip = write_clip(tmp_path / "clip.mp4", times, FLASHES)
-    write(clip, tmp_path / "reel.mp4", SPANS)
+    write(clip, tmp_path / "reel.mp4", SPANS, ReelConfig())
     wanted, before, joints = [], 0.0, []
     for span in SPANS:
         shown = max(t for t in times if t <= span.start_seconds)

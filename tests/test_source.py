@@ -353,9 +353,9 @@ def test_urls_when_allowed(clip: Path) -> None:
                 f"http://127.0.0.1:{server.server_port}/clip.mp4", limits=DecodeLimits(allow_network=True)
             ) as s:
                 np.testing.assert_array_equal(pixels(s), pixels(Source(clip)))
-            with Source(f"http://127.0.0.1:{server.server_port}/no.mp4", limits=DecodeLimits(allow_network=True)) as s:
-                with pytest.raises(SourceNotFound):
-                    s.probe()
+            missing = Source(f"http://127.0.0.1:{server.server_port}/no.mp4", limits=DecodeLimits(allow_network=True))
+            with pytest.raises(SourceNotFound):
+                missing.probe()
         finally:
             server.shutdown()
             thread.join()
@@ -369,9 +369,8 @@ def test_limits(clip: Path) -> None:
     refusal(clip, SourceError, "64 x 48", "3071", "max_pixels", limits=DecodeLimits(max_pixels=3071))
     Source(clip, limits=DecodeLimits(max_pixels=64 * 48)).probe()
     refusal(clip, SourceError, "max_duration_seconds", limits=DecodeLimits(max_duration_seconds=1.0))
-    with Source(Pipe(data), limits=DecodeLimits(max_spool_bytes=1000)) as source:  # type: ignore[arg-type]
-        with pytest.raises(SourceError, match="max_spool_bytes"):
-            source.probe()
+    with pytest.raises(SourceError, match="max_spool_bytes"):
+        Source(Pipe(data), limits=DecodeLimits(max_spool_bytes=1000)).probe()  # type: ignore[arg-type]
     with Source(clip, limits=DecodeLimits(max_frames=11)) as source, pytest.raises(SourceError, match="max_frames"):
         pixels(source)
     with Source(clip, limits=DecodeLimits(max_frames=12)) as source:
@@ -379,9 +378,8 @@ def test_limits(clip: Path) -> None:
 
 
 def test_limits_hold_where_the_header_is_silent(media: Media, clip: Path, tmp_path: Path) -> None:
-    with Source(media("format/testsrc2_mpeg4.avi"), limits=DecodeLimits(max_pixels=1000)) as source:
-        with pytest.raises(SourceError, match="max_pixels"):
-            source.probe()
+    with pytest.raises(SourceError, match="max_pixels"):
+        Source(media("format/testsrc2_mpeg4.avi"), limits=DecodeLimits(max_pixels=1000)).probe()
     raw = tmp_path / "long.mkv"
     with av.open(str(raw), "w", options={"live": "1"}) as container:
         stream = container.add_stream("libx264", rate=10)
@@ -392,6 +390,5 @@ def test_limits_hold_where_the_header_is_silent(media: Media, clip: Path, tmp_pa
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     for sampling in (Sampling("all"), Sampling("fps")):
-        with Source(raw, limits=DecodeLimits(max_duration_seconds=5)) as source:
-            with pytest.raises(SourceError, match="max_duration_seconds"):
-                list(FrameStream(source, sampling))
+        with pytest.raises(SourceError, match="max_duration_seconds"):
+            list(FrameStream(Source(raw, limits=DecodeLimits(max_duration_seconds=5)), sampling))

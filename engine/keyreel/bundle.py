@@ -164,10 +164,9 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise CheckpointMismatch(f"{path} is missing", hint="export the model again")
         digest = sha256_of(path)
         if digest != entry.get("sha256"):
-            raise CheckpointMismatch(
-                f"{path} is not the file that the manifest names (sha256 {digest[:12]}, expected {str(entry.get('sha256'))[:12]})",
-                hint="export the model again",
-            )
+            wanted = str(entry.get("sha256"))
+            message = f"{path} is not the file of the manifest (sha256 {digest[:12]}, expected {wanted[:12]})"
+            raise CheckpointMismatch(message, hint="export the model again")
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

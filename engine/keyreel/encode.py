@@ -175,4 +175,5 @@ class Encoder:
 def _changes(histogram: F32, before: F32 | None) -> F32:
     """[n] float32 in 0..1: 1 - intersection of each histogram with the one before (Swain & Ballard 1991)."""
     previous = np.concatenate([histogram[:1] if before is None else before[None], histogram[:-1]])
-    return (1 - np.minimum(histogram, previous).sum(1)).clip(0, 1).astype(np.float32)
+    change: F32 = (1 - np.minimum(histogram, previous).sum(1)).clip(0, 1).astype(np.float32)
+    return change

@@ -117,7 +117,7 @@ class Engine:
         Raises:
             ValueError, TypeError: not such an array.
         """
-        data = frames.data if isinstance(frames, FrameBatch) else np.from_dlpack(frames)
+        data: NDArray[Any] = frames.data if isinstance(frames, FrameBatch) else np.from_dlpack(frames)
         if data.ndim != 4 or data.shape[-1] != 3 or not len(data):
             raise ValueError(f"frames must be [T, H, W, 3] with T >= 1, got {data.shape}")
         if data.dtype != np.uint8:
@@ -201,9 +201,7 @@ class Engine:
             warnings, decode_seconds = stream.warnings, stream.decode_seconds
         stop = _stop_seconds(embedding, sampling, info.duration_seconds)
         started = time.perf_counter()
-        found = select_keyframes(
-            embedding, select, self.backend.ops, duration_seconds=stop - sampling.start_seconds
-        )
+        found = select_keyframes(embedding, select, self.backend.ops, duration_seconds=stop - sampling.start_seconds)
         cuts = place_boundaries(source, embedding, find_candidates(embedding, select), self.backend.ops)
         timings["select"] = time.perf_counter() - started
         shots = shots_between(
@@ -282,8 +280,8 @@ class Engine:
         return fitted
 
     def _query(self, query: Query) -> F32:
-        vectors = self.encode_text(query) if isinstance(query, str) else self.encode_image(query)
-        return vectors[0]
+        vector: F32 = (self.encode_text(query) if isinstance(query, str) else self.encode_image(query))[0]
+        return vector
 
     def _scores(self, summary: Summary, vector: F32) -> F32:
         if summary.embedding.model_sha256 != self.bundle.sha256:
@@ -315,7 +313,8 @@ def read_picture(path: str | os.PathLike[str]) -> U8:
     """
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            picture: U8 = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return picture
     except FileNotFoundError as error:
         raise SourceNotFound(f"there is no picture {os.fspath(path)!r}") from error
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:

@@ -31,6 +31,7 @@ NEAR_KNEE = 0.03
 # What a frame fails, in the order in which it is forgiven.
 LEVELS = ("sharpness", "exposure", "lone flash frames")
 
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """What was selected, and what had to be given up for it."""

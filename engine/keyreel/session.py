@@ -49,7 +49,7 @@ class OnnxRuntimeSession:
         options.log_severity_level = 3
         try:
             self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001 - onnxruntime's own errors have no common public base
+        except Exception as error:  # onnxruntime's own errors have no common public base
             raise ModelError(f"{path} cannot be loaded: {error}", hint="export the model again") from error
         if self._session.get_providers() != ["CPUExecutionProvider"]:
             got = ", ".join(self._session.get_providers())

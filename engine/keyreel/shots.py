@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from keyreel.config import ImageTransform, Sampling, SelectConfig
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
-from keyreel.types import F32, F64, I64, Embedding, Shot
+from keyreel.types import F32, F64, Embedding, Shot
 from keyreel_kernels import Ops
 
 # Luma (0..1) below which a frame is part of a fade through black.
@@ -52,7 +53,7 @@ def find_candidates(embedding: Embedding, config: SelectConfig) -> tuple[Candida
     count = len(change)
     dark = embedding.luma_mean < DARK
     edges = np.flatnonzero(np.diff(np.concatenate([[False], dark, [False]]).astype(np.int8))).reshape(-1, 2)
-    fades = [(int(start), int(stop)) for start, stop in edges if 0 < start and stop < count]
+    fades = [(int(start), int(stop)) for start, stop in edges if start > 0 and stop < count]
     # Changes on the ramps into and out of the black belong to the fade.
     ramps = {t for start, stop in edges for t in range(start - 1, stop + 2)}
     found = [Candidate(start - 1, stop, "fade") for start, stop in fades]
@@ -147,7 +148,7 @@ def shots_between(
         if time - edges[-1] >= min_shot_seconds and stop_seconds - time >= min(min_shot_seconds, stop_seconds / 2):
             edges.append(time)
     edges.append(max(stop_seconds, start_seconds))
-    return tuple(Shot(low, high) for low, high in zip(edges, edges[1:], strict=False))
+    return tuple(Shot(low, high) for low, high in itertools.pairwise(edges))
 
 
 def shot_of(shots: Sequence[Shot], pts_seconds: F64) -> NDArray[np.int64]:

@@ -50,7 +50,7 @@ class Tokenizer:
     def __init__(self, path: Path, *, clean: str, context_length: int) -> None:
         try:
             self._tokenizer = FastTokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the package raises a bare Exception
+        except Exception as error:  # the package raises a bare Exception
             raise ModelError(f"{path} cannot be read: {error}", hint="export the model again") from error
         self._clean = clean
         self.context_length = context_length

@@ -96,9 +96,17 @@ class Embedding:
     model_sha256: str  # fingerprint of the bundle's manifest
 
     def __post_init__(self) -> None:
-        names = ("vectors", "pts_seconds", "frame_index", "attention")
-        names += ("sharpness", "luma_mean", "luma_spread", "pixel_change")
-        _same_length(self, **{name: getattr(self, name) for name in names})
+        _same_length(
+            self,
+            vectors=self.vectors,
+            pts_seconds=self.pts_seconds,
+            frame_index=self.frame_index,
+            attention=self.attention,
+            sharpness=self.sharpness,
+            luma_mean=self.luma_mean,
+            luma_spread=self.luma_spread,
+            pixel_change=self.pixel_change,
+        )
         if self.attention.shape[1:] != (self.grid[0] * self.grid[1],):
             raise ValueError(f"Embedding.attention {self.attention.shape} does not fit the grid {self.grid}")
 

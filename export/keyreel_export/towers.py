@@ -56,7 +56,8 @@ def query_attention(query: Tensor, keys: Tensor, values: Tensor, heads: int, bia
 
     q, k, v = split(query), split(keys), split(values)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias[:, None, None].to(q.dtype)
-    return (logits.softmax(-1) @ v).transpose(1, 2).flatten(1)
+    attended: Tensor = logits.softmax(-1) @ v
+    return attended.transpose(1, 2).flatten(1)
 
 
 class Tower(nn.Module):
@@ -347,7 +348,7 @@ def _split_timm(visual: Any) -> Tower:
     pools = [module for module in trunk.modules() if isinstance(module, SelectAdaptivePool2d)]
     if len(pools) != 1 or pools[0].pool_type != "avg" or getattr(trunk, "output_fmt", "NCHW") != "NCHW":
         raise _unsupported(f"timm's {name}")
-    # FastViT's training-time branches become one convolution each (MobileOne, arXiv 2206.04040): same values, less work.
+    # FastViT's training-time branches become one convolution each (MobileOne, arXiv 2206.04040): same values.
     return AveragePoolTower(visual, reparameterize_model(trunk))
 
 

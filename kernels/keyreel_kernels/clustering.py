@@ -15,6 +15,7 @@ float64; ties go to the lowest index.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -62,7 +63,7 @@ def temporal_support(x: F32, offsets: I64, reach: int = 3) -> tuple[F32, F32]:
         video; and smooth [N, D] float32: unit mean of the frame and those two, which has less noise.
     """
     support, smooth = np.ones(len(x), np.float64), x.astype(np.float64)
-    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, stop in itertools.pairwise(offsets):
         z = x[start:stop].astype(np.float64)
         count = len(z)
         if count < 2:
@@ -98,7 +99,7 @@ def seed(x: F32, w: F32, offsets: I64, count: int) -> tuple[I64, F32]:
     """
     rows = np.full((len(offsets) - 1, count), -1, np.int64)
     gaps = np.zeros((len(offsets) - 1, count), np.float32)
-    for b, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for b, (start, stop) in enumerate(itertools.pairwise(offsets)):
         z, v = x[start:stop].astype(np.float64), w[start:stop].astype(np.float64)
         gap = np.full(len(z), np.inf)
         first = int((v * (z @ (v @ z))).argmax())
@@ -227,12 +228,12 @@ def cluster(
     history = np.repeat(objective(x, w, spans, k, centroids, labels, **weigh)[:, None], iterations + 1, axis=1)
     active = np.arange(len(k))
     for n in range(1, iterations + 1):
-        own, count = spans[active], k[active]
+        own, number = spans[active], k[active]
         before = np.concatenate([labels[at[m] : at[m + 1]] for m in active])
-        moved = update(x, w, own, count, centroids[active], before, **weigh)
-        moved = relocate(x, w, own, count, moved, before, **weigh)
-        after, cosine = assign(x, own, count, moved)
-        now = objective(x, w, own, count, moved, after, **weigh)
+        moved = update(x, w, own, number, centroids[active], before, **weigh)
+        moved = relocate(x, w, own, number, moved, before, **weigh)
+        after, cosine = assign(x, own, number, moved)
+        now = objective(x, w, own, number, moved, after, **weigh)
         # A round is taken only if it lowers J: rounding the centroids to float32 may lift it by a few ulp at rest.
         better = now < history[active, n - 1] - STILL
         starts = label_starts(own)

@@ -52,7 +52,8 @@ def yuv_to_rgb(y: U8 | U16, uv: U8 | U16, *, bits: int, standard: str, full_rang
     red = luma + 2 * (1 - kr) * cr
     blue = luma + 2 * (1 - kb) * cb
     green = (luma - kr * red - kb * blue) / (1 - kr - kb)
-    return np.clip(np.stack([red, green, blue], axis=-1), 0, 1).astype(np.float32)
+    rgb: F32 = np.clip(np.stack([red, green, blue], axis=-1), 0, 1).astype(np.float32)
+    return rgb
 
 
 def _linear(values: F32, at: NDArray[np.float64], axis: int) -> F32:
@@ -60,7 +61,8 @@ def _linear(values: F32, at: NDArray[np.float64], axis: int) -> F32:
     at = np.clip(at, 0, last)
     low = np.floor(at).astype(np.int64)
     part = (at - low).astype(np.float32).reshape([-1 if n == axis else 1 for n in range(values.ndim)])
-    return values.take(low, axis) * (1 - part) + values.take(np.minimum(low + 1, last), axis) * part
+    mixed: F32 = values.take(low, axis) * (1 - part) + values.take(np.minimum(low + 1, last), axis) * part
+    return mixed
 
 
 def resize_weights(old: int, new: int, interpolation: Interpolation) -> F32:
@@ -85,7 +87,8 @@ def resize_weights(old: int, new: int, interpolation: Interpolation) -> F32:
         near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
         weights = np.where(x < 1, near, np.where(x < 2, far, 0))
     weights = np.where((at >= first[:, None]) & (at < last[:, None]), weights, 0)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    normal: F32 = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return normal
 
 
 def resize(frames: U8 | F32, height: int, width: int, interpolation: Interpolation) -> F32:
@@ -93,7 +96,8 @@ def resize(frames: U8 | F32, height: int, width: int, interpolation: Interpolati
     rows = resize_weights(frames.shape[1], height, interpolation)
     columns = resize_weights(frames.shape[2], width, interpolation)
     half = np.einsum("xw,nhwc->nhxc", columns, frames.astype(np.float32), optimize=True)
-    return np.einsum("yh,nhxc->nyxc", rows, half, optimize=True).astype(np.float32)
+    whole: F32 = np.einsum("yh,nhxc->nyxc", rows, half, optimize=True).astype(np.float32)
+    return whole
 
 
 def transform(frames: U8, *, height: int, width: int, mode: str, interpolation: Interpolation, fill: int = 0) -> U8:
@@ -267,7 +271,8 @@ def weighted_pool(values: F32, weights: F32, attention: F32, strength: float) ->
     """
     biased = weights * (attention * attention.shape[1]) ** np.float32(strength)
     pooled = np.einsum("np,npd->nd", biased / biased.sum(1, keepdims=True), values)
-    return (pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    unit: F32 = (pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    return unit
 
 
 def top_k(queries: F32, vectors: F32, k: int) -> tuple[F32, I64]:

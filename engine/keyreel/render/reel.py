@@ -17,7 +17,6 @@ import av
 import numpy as np
 from av.audio.resampler import AudioResampler
 from av.container import InputContainer
-from av.packet import Packet
 from av.stream import Discard
 from av.video.reformatter import ColorRange, Colorspace
 
@@ -90,10 +89,11 @@ def _write(
         audio = _audio_stream(output) if info.has_audio else None
         lasting: dict[int, int] = {}  # how long the frame of a pts is shown: the encoder guesses at the last one
 
-        def coded(frame: av.VideoFrame | None) -> Iterator[Packet]:
-            for packet in video.encode(frame):
+        def coded(frame: av.VideoFrame | None) -> Any:
+            packets = video.encode(frame)
+            for packet in packets:
                 packet.duration = lasting.pop(packet.pts, packet.duration)
-                yield packet
+            return packets
 
         begin = 0.0  # of this span, in the output's seconds
         for span in spans:
@@ -140,7 +140,9 @@ def _even_size(info: VideoInfo, max_height: int) -> tuple[int, int]:
 def _video_stream(output: Any, info: VideoInfo, height: int, width: int, config: ReelConfig) -> Any:
     fps = min(max(info.average_fps or 25.0, 1.0), 240.0)
     # forced-idr: a picture asked to be an I-frame is one that a player can start at.
-    options = {"crf": str(config.crf), "preset": config.preset, "forced-idr": "1"}
+    # bf 0: pictures are stored as they are shown, so that the picture needs no edit list, which not every player reads,
+    # and the last picture's duration is that of the track's end.
+    options = {"crf": str(config.crf), "preset": config.preset, "forced-idr": "1", "bf": "0"}
     stream = output.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
     context = stream.codec_context
     context.width, context.height, context.pix_fmt = width, height, "yuv420p"

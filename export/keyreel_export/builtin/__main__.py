@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from keyreel_export.builtin.bundle import write_bundle
+from keyreel.bundle import write_manifest
+from keyreel_export.builtin.bundle import write_graphs
 from keyreel_export.builtin.data import SIZE, Example, Teacher, make_bank, read_examples, read_images, square_view
 from keyreel_export.builtin.measure import Towers, best_strength, measure_labels, measure_scenes
 from keyreel_export.builtin.phrases import read_classes, tokenizer_json
@@ -94,20 +95,18 @@ def main(arguments: list[str] | None = None) -> None:
     verify: dict[str, Any] = {"training_images_seen": float(run.seen), "training_minutes": options.minutes}
     if taught:
         verify |= teacher_cosine(run, options.trainset, val, options.teacher)
-    facts = {"sources": [*SOURCES, *([TEACHER] if taught else [])], "verify": verify}
-    tokenizer = tokenizer_json(run.tokenizer)
-
-    def write(strength: float) -> Towers:
-        write_bundle(options.output, run.learner.image, run.learner.text, tokenizer, facts, strength=strength)
-        return Towers(options.output, threads=options.workers)
-
-    towers = write(0.0)
-    table = measure_labels(towers, options.trainset, val)
+    manifest = write_graphs(options.output, run.learner.image, run.learner.text, tokenizer_json(run.tokenizer))
+    manifest["sources"] = [*SOURCES, *([TEACHER] if taught else [])]
+    write_manifest(options.output, manifest)
+    table = measure_labels(Towers(options.output), options.trainset, val)
     strength = best_strength(table)
+    manifest["fusion"]["strength_default"] = strength
     chosen = next(row for row in table if row["strength"] == strength)
-    verify |= {f"val_label_{key}": chosen[key] for key in ("top1", "top5", "images", "labels")}
-    verify |= measure_scenes(towers)
-    write(strength)
+    verify |= {f"val_label_{key}": float(chosen[key]) for key in ("top1", "top5", "images", "labels")}
+    write_manifest(options.output, manifest)
+    verify |= measure_scenes(Towers(options.output))
+    manifest["verify"] |= verify
+    write_manifest(options.output, manifest)
     rows = [*run.log, *({"table": "attention strength", **row} for row in table), {"table": "verify", **verify}]
     log = options.output.with_name(f"{options.output.name}-training.jsonl")
     log.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

@@ -16,7 +16,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from keyreel.bundle import write_manifest
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
@@ -71,11 +70,12 @@ class Fusion(nn.Module):
 def _fuse(module: nn.Module) -> None:
     """Folds each BatchNorm into the convolution before it, in place."""
     for child in module.children():
-        if isinstance(child, nn.Sequential) and len(child) == 2 and isinstance(child[1], nn.BatchNorm2d):
-            child[0] = fuse_conv_bn_eval(child[0], child[1])
-            child[1] = nn.Identity()
-        else:
-            _fuse(child)
+        if isinstance(child, nn.Sequential) and len(child) == 2:
+            conv, norm = child[0], child[1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                child[0], child[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+                continue
+        _fuse(child)
 
 
 def _halve(module: nn.Module) -> None:
@@ -128,15 +128,13 @@ def _difference(path: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> 
         return float(np.abs(found - module(*inputs.values()).numpy()).max())
 
 
-def write_bundle(
-    folder: Path, image: ImageTower, text: TextTower, tokenizer: str, facts: Mapping[str, Any], *, strength: float
-) -> dict[str, float]:
-    """Writes the whole folder; returns the differences between torch and onnxruntime.
+def write_graphs(folder: Path, image: ImageTower, text: TextTower, tokenizer: str) -> dict[str, Any]:
+    """Writes all of the bundle but its manifest, which it returns.
+
+    "verify" holds the largest difference between torch and onnxruntime of each graph; "sources" is left to the caller.
 
     Args:
         tokenizer: the tokenizer's JSON.
-        facts: what the manifest says of "sources" and "verify".
-        strength: default attention strength.
     """
     folder.mkdir(parents=True, exist_ok=True)
     image, text = copy.deepcopy(image).eval(), copy.deepcopy(text).eval()
@@ -169,7 +167,7 @@ def write_bundle(
         verify[f"{name}_max_abs_difference"] = _difference(path, module, inputs)
     (folder / "tokenizer.json").write_text(tokenizer, "utf-8")
     weight = image.project.weight.detach().numpy().tobytes() + image.project.bias.detach().numpy().tobytes()
-    manifest = {
+    return {
         "name": "builtin",
         "family": "average",
         "precision": "fp32",
@@ -186,13 +184,10 @@ def write_bundle(
             "formula": f"e_i = sum_c x_ic^2; f_i = e_i + {FLOOR} mean(e) + 1e-6; a_i = f_i / sum_j f_j",
         },
         "fusion": {
-            "strength_default": strength,
+            "strength_default": 0.0,
             "shift_default": "off",
             "projection_sha256": hashlib.sha256(weight).hexdigest(),
         },
-        "sources": facts["sources"],
         "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
-        "verify": {**verify, **facts["verify"]},
+        "verify": verify,
     }
-    write_manifest(folder, manifest)
-    return verify

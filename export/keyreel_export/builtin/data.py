@@ -183,7 +183,10 @@ def make_bank(
         target = folder / f"bank-{seed}-{views}-{'taught' if model else 'plain'}-{first:06d}.npz"
         jobs.append((trainset, model, examples[first : first + PART], first, views, seed, target))
     missing = [job for job in jobs if not job[-1].exists()]
-    if missing:
+    if workers == 1:
+        for job in missing:
+            _make_part(job)
+    elif missing:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             list(pool.map(_make_part, missing))
     parts = [np.load(job[-1]) for job in jobs]

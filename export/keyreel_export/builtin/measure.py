@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+
 from keyreel.bundle import Bundle
 from keyreel.text import Tokenizer
-
 from keyreel_export.builtin.data import F32, U8, Example, read_images, square_view
 from keyreel_export.builtin.scenes import COLOURS, SHAPES, render_scene
 
@@ -20,7 +20,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)
 class Towers:
     """Frames and texts to vectors, with the graphs of one bundle."""
 
-    def __init__(self, folder: Path, *, threads: int = 2) -> None:
+    def __init__(self, folder: Path, *, threads: int = 1) -> None:
         self.bundle = Bundle.load(folder)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads

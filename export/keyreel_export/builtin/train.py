@@ -227,8 +227,8 @@ class Run:
         self.learner.eval()
 
     def _work(self, rank: int, meeting: Path) -> None:
-        store = distributed.FileStore(str(meeting), self.plan.workers)
-        distributed.init_process_group("gloo", store=store, rank=rank, world_size=self.plan.workers)
+        address = f"file://{meeting.resolve()}"
+        distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=self.plan.workers)
         self.rng = np.random.default_rng([self.plan.seed, rank, self.step])
         torch.manual_seed(self.plan.seed + 1000 * rank + self.step)
         budget, taught = self.plan.minutes * 60, self.bank.features.shape[1] > 0
@@ -283,7 +283,7 @@ class Run:
         flat = torch.cat([*(grad.flatten() for grad in grads), torch.tensor([seconds])])
         distributed.all_reduce(flat)
         flat /= self.plan.workers
-        for grad, mean in zip(grads, flat[:-1].split([grad.numel() for grad in grads]), strict=True):
+        for grad, mean in zip(grads, torch.split(flat[:-1], [grad.numel() for grad in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
         return float(flat[-1])
 

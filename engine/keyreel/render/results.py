@@ -1,0 +1,45 @@
+"""Pictures of search hits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from keyreel.config import ImageTransform, Sampling
+from keyreel.decode.cpu import FrameStream
+from keyreel.decode.source import Source
+from keyreel.render.pictures import write_jpeg
+from keyreel.types import U8, SearchHit
+
+PREVIEW = ImageTransform(360, 640, mode="fit", interpolation="area")
+QUALITY = 85
+
+
+def hit_pictures(hits: Sequence[SearchHit], sources: Mapping[str, Source]) -> list[U8]:
+    """The best frame of each hit, [H, W, 3] uint8, at most 640 x 360. One pass over each video.
+
+    Args:
+        sources: the video of each hit, by the name that stands in it.
+    """
+    pictures: dict[int, U8] = {}
+    for video in dict.fromkeys(hit.video for hit in hits):
+        own = [n for n, hit in enumerate(hits) if hit.video == video]
+        sampling = Sampling(mode="times", times=tuple(hits[n].pts_seconds for n in own))
+        with FrameStream(sources[video], sampling, transform=PREVIEW) as stream:
+            rows = iter(own)
+            for batch in stream:
+                for picture in batch.data:
+                    pictures[next(rows)] = picture
+    return [pictures[n] for n in range(len(hits))]
+
+
+def save_previews(hits: Sequence[SearchHit], pictures: Sequence[U8], folder: Path) -> list[SearchHit]:
+    """Writes the pictures as hit_01.jpg ... and returns the hits with their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named = []
+    for number, (hit, picture) in enumerate(zip(hits, pictures, strict=True), start=1):
+        path = folder / f"hit_{number:02d}.jpg"
+        write_jpeg(picture, path, QUALITY)
+        named.append(dataclasses.replace(hit, preview=str(path)))
+    return named

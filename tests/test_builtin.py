@@ -1,0 +1,261 @@
+"""The built-in bundle, read with onnxruntime straight, and a small run of the script that makes it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer
+
+import keyreel
+
+FOLDER = Path(keyreel.__file__).parent / "models" / "builtin"
+MANIFEST = json.loads((FOLDER / "manifest.json").read_text("utf-8"))
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 160, 60),
+    "blue": (30, 60, 200),
+    "yellow": (250, 220, 40),
+    "white": (245, 245, 245),
+    "black": (10, 10, 10),
+}
+
+
+def session(name: str) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(FOLDER / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
+
+
+class Bundle:
+    def __init__(self) -> None:
+        self.sessions = {name: session(name) for name in ("backbone", "attention", "fusion", "text")}
+        self.tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+
+    def run(self, name: str, **feed: Any) -> np.ndarray:
+        return self.sessions[name].run(None, {key: np.asarray(value) for key, value in feed.items()})[0]
+
+    def text(self, *texts: str) -> np.ndarray:
+        rows = self.tokenizer.encode_batch([text.lower() for text in texts])
+        return self.run("text", token_ids=np.array([row.ids for row in rows], np.int64))
+
+    def fuse(self, tokens: np.ndarray, attention: np.ndarray, strength: float) -> np.ndarray:
+        return self.run("fusion", tokens=tokens, attention=attention, strength=np.float32(strength))
+
+    def image(self, *frames: np.ndarray) -> np.ndarray:
+        tokens = self.run("backbone", frames=np.stack(frames))
+        strength = MANIFEST["fusion"]["strength_default"]
+        return self.fuse(tokens, self.run("attention", tokens=tokens), strength)
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return Bundle()
+
+
+@pytest.fixture(scope="module")
+def tokens(bundle: Bundle) -> np.ndarray:
+    rng = np.random.default_rng(3)
+    blocks = rng.integers(0, 256, (3, 28, 28, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    return bundle.run("backbone", frames=blocks)
+
+
+def test_files_are_those_of_the_manifest() -> None:
+    on_disk = {path.name for path in FOLDER.iterdir()} - {"manifest.json"}
+    assert on_disk == set(MANIFEST["files"])
+    for name, entry in MANIFEST["files"].items():
+        raw = (FOLDER / name).read_bytes()
+        assert (hashlib.sha256(raw).hexdigest(), len(raw)) == (entry["sha256"], entry["bytes"]), name
+
+
+def test_folder_is_small() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 16 * 2**20
+
+
+def test_the_card_and_the_log_stand_beside_it() -> None:
+    card = (FOLDER.parent / "MODEL_CARD.md").read_text("utf-8")
+    assert f"{100 * MANIFEST['verify']['val_label_top1']:.1f} %" in card
+    log = (FOLDER.parent / "builtin-training.jsonl").read_text("utf-8")
+    assert len(log) < 50_000
+    last = json.loads(log.splitlines()[-1])
+    assert last["val_label_top1"] == MANIFEST["verify"]["val_label_top1"]
+
+
+def test_shapes_and_lengths_for_one_and_several(bundle: Bundle) -> None:
+    places = MANIFEST["grid"][0] * MANIFEST["grid"][1]
+    rng = np.random.default_rng(0)
+    for count in (1, 5):
+        frames = rng.integers(
+            0, 256, (count, MANIFEST["image"]["height"], MANIFEST["image"]["width"], 3), dtype=np.uint8
+        )
+        tokens = bundle.run("backbone", frames=frames)
+        assert tokens.shape == (count, MANIFEST["prefix_tokens"] + places, MANIFEST["token_width"])
+        attention = bundle.run("attention", tokens=tokens)
+        assert attention.shape == (count, places)
+        vectors = bundle.fuse(tokens, attention, 0.5)
+        texts = bundle.text(*["a dog"] * count)
+        for found in (vectors, texts):
+            assert found.shape == (count, MANIFEST["embedding_width"])
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
+
+
+def test_frames_are_halved_inside_the_graph(bundle: Bundle) -> None:
+    rng = np.random.default_rng(1)
+    frames = rng.integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    turned = frames.reshape(2, 112, 2, 112, 2, 3)[:, :, ::-1, :, ::-1].reshape(frames.shape)
+    np.testing.assert_allclose(bundle.run("backbone", frames=turned), bundle.run("backbone", frames=frames), atol=1e-4)
+    other = np.roll(frames, 8, axis=2)
+    assert np.abs(bundle.run("backbone", frames=other) - bundle.run("backbone", frames=frames)).max() > 1e-2
+
+
+def test_attention_is_the_share_of_the_energy(bundle: Bundle, tokens: np.ndarray) -> None:
+    found = bundle.run("attention", tokens=tokens)
+    np.testing.assert_allclose(found.sum(axis=1), 1.0, atol=1e-5)
+    assert found.min() > 0
+    energy = np.einsum("npc,npc->np", tokens, tokens, dtype=np.float64)
+    lifted = energy + 0.05 * energy.mean(axis=1, keepdims=True) + 1e-6
+    np.testing.assert_allclose(found, lifted / lifted.sum(axis=1, keepdims=True), rtol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 2.0])
+def test_fusion_is_a_weighted_mean_then_one_linear_map(bundle: Bundle, tokens: np.ndarray, strength: float) -> None:
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(FOLDER / "fusion.onnx").graph
+    arrays = [onnx.numpy_helper.to_array(weight).astype(np.float64) for weight in graph.initializer]
+    width, depth = MANIFEST["embedding_width"], MANIFEST["token_width"]
+    matrix = next(a if a.shape == (width, depth) else a.T for a in arrays if a.size == width * depth)
+    offset = next(a for a in arrays if a.shape == (width,))
+    attention = bundle.run("attention", tokens=tokens)
+    pooled = np.array([np.average(t, axis=0, weights=a**strength) for t, a in zip(tokens, attention, strict=True)])
+    expected = pooled @ matrix.T + offset
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(bundle.fuse(tokens, attention, strength), expected, atol=2e-5)
+
+
+def test_without_strength_the_map_does_not_matter(bundle: Bundle, tokens: np.ndarray) -> None:
+    rng = np.random.default_rng(2)
+    attention = rng.dirichlet(np.full(tokens.shape[1], 0.3), len(tokens)).astype(np.float32)
+    uniform = np.full_like(attention, 1 / tokens.shape[1])
+    plain = bundle.fuse(np.repeat(tokens.mean(axis=1, keepdims=True), tokens.shape[1], axis=1), uniform, 1.0)
+    np.testing.assert_allclose(bundle.fuse(tokens, attention, 0.0), plain, atol=1e-5)
+    np.testing.assert_allclose(bundle.fuse(tokens, uniform, 2.0), plain, atol=1e-5)
+    assert np.abs(bundle.fuse(tokens, attention, 1.0) - plain).max() > 1e-3
+
+
+def test_odd_texts_give_unit_vectors(bundle: Bundle) -> None:
+    texts = ["", " ", "🎬🐕🏽 👨‍👩‍👧", "日本語の字幕", "word " * 5000, "\x00\ufffd", "x" * 20_000]
+    found = bundle.text(*texts)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
+
+
+def test_padding_does_not_change_a_text(bundle: Bundle) -> None:
+    [row] = bundle.tokenizer.encode_batch(["a red circle"])
+    assert len(row.ids) == MANIFEST["text"]["context_length"]
+    short = np.array([row.ids[: sum(row.attention_mask)]], np.int64)
+    np.testing.assert_allclose(
+        bundle.run("text", token_ids=np.pad(short, ((0, 0), (0, 32 - short.shape[1])))),
+        bundle.text("a red circle"),
+        atol=1e-6,
+    )
+    assert float((bundle.text("a red circle") @ bundle.text("a blue square").T)[0, 0]) < 0.9
+
+
+def scene(colour: str, shape: str, ground: str, rng: np.random.Generator) -> np.ndarray:
+    """A wide frame with one shape, squashed as the engine does it."""
+    image = Image.new("RGB", (640, 360), COLOURS[ground])
+    x, y, r = rng.uniform(150, 490), rng.uniform(120, 240), rng.uniform(70, 110)
+    draw = ImageDraw.Draw(image)
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
+    elif shape == "square":
+        draw.rectangle((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
+    else:
+        draw.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill=COLOURS[colour])
+    return np.asarray(image.resize((224, 224), Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_red_circle_is_found_among_other_scenes(bundle: Bundle, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    kinds = [("red", "circle", "blue"), ("green", "square", "white"), ("yellow", "triangle", "black")]
+    kinds += [("blue", "circle", "white"), ("red", "square", "white"), ("white", "triangle", "green")]
+    vectors = bundle.image(*(scene(*kind, rng) for kind in kinds))
+    scores = vectors @ bundle.text(*(f"a {colour} {shape}" for colour, shape, _ in kinds)).T
+    assert scores[:, 0].argmax() == 0
+    assert (scores.argmax(axis=0) == np.arange(len(kinds))).mean() >= 5 / 6
+
+
+# The script that makes it -----------------------------------------------------------------------------------------
+
+
+def tiny_trainset(folder: Path) -> Path:
+    (folder / "shards").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    with tarfile.open(folder / "shards" / "train-000.tar", "w") as tar:
+        for number in range(24):
+            raw = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (64, 80, 3), dtype=np.uint8)).save(raw, "JPEG")
+            entry = tarfile.TarInfo(f"x-{number}.jpg")
+            entry.size = raw.tell()
+            raw.seek(0)
+            tar.addfile(entry, raw)
+            labels = [["dog", "animal"], ["cat", "animal"], ["car"], []][number % 4]
+            rows.append({"file": f"shards/train-000.tar/{entry.name}", "source": "x", "labels": labels, "captions": []})
+            rows[-1]["split"] = "val" if number < 8 else "train"
+    (folder / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return folder
+
+
+def test_the_script_makes_a_bundle_that_loads_and_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    from keyreel.bundle import Bundle as Checked
+    from keyreel_export.builtin.__main__ import main
+
+    trainset, out = tiny_trainset(tmp_path / "set"), tmp_path / "out" / "tiny"
+    arguments = ["--trainset", str(trainset), "-o", str(out), "--work", str(tmp_path / "work"), "--minutes", "0.02"]
+    arguments += ["--workers", "1", "--views", "1", "--batch", "8", "--scenes", "24"]
+    main(arguments)
+    made = Checked.load(out)
+    assert (made.grid, made.family, made.token_width) == ((7, 7), "average", 512)
+    verify = made.manifest["verify"]
+    assert max(value for name, value in verify.items() if name.endswith("max_abs_difference")) < 1e-3
+    assert verify["val_label_images"] == 6
+    assert verify["training_images_seen"] >= 8
+    first = {name: entry["sha256"] for name, entry in made.manifest["files"].items()}
+    main(arguments)  # the time is used up: nothing is learnt, the same bundle is written
+    again = Checked.load(out)
+    assert {name: entry["sha256"] for name, entry in again.manifest["files"].items()} == first
+
+
+def test_scenes_are_as_their_captions_say() -> None:
+    from keyreel_export.builtin.scenes import COLOURS as PALETTE
+    from keyreel_export.builtin.scenes import KINDS, render_scene
+
+    for kind in KINDS:
+        one, same = (render_scene(kind, np.random.default_rng(5), (120, 80)) for _ in range(2))
+        assert one.pixels.shape == (80, 120, 3)
+        np.testing.assert_array_equal(one.pixels, same.pixels)
+        assert one.captions
+        assert all(tags <= one.tags for _, tags in one.captions)
+    for seed in range(20):
+        made = render_scene("shape", np.random.default_rng(seed))
+        ground = next(tag for tag in made.tags if tag.endswith(" background")).split()[0]
+        border = np.median(
+            np.concatenate([made.pixels[0], made.pixels[-1], made.pixels[:, 0], made.pixels[:, -1]]), axis=0
+        )
+        nearest = min(PALETTE, key=lambda name: float(np.abs(np.asarray(PALETTE[name]) - border).sum()))
+        assert nearest == ground
+    with pytest.raises(ValueError, match="unknown kind"):
+        render_scene("opera", np.random.default_rng(0))

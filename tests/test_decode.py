@@ -1,0 +1,694 @@
+"""Frames, times and places of every clip against a plain full decode; sampling against brute force; threads, memory."""
+
+from __future__ import annotations
+
+import gc
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from av.video.reformatter import ColorRange, Interpolation
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from keyreel.config import ImageTransform, Sampling
+from keyreel.decode import cpu
+from keyreel.decode.color import Converter, matrix_of, transfer_of
+from keyreel.decode.cpu import FrameStream
+from keyreel.decode.sampling import Picker
+from keyreel.decode.source import Source
+from keyreel.errors import CorruptStream, UnsupportedCodec
+from keyreel.types import FrameBatch
+from numpy.typing import NDArray
+
+Media = Callable[[str], Path]
+SMALL = ImageTransform(24, 32, "squash")
+
+# name: frames, as `ffprobe -count_frames` gave them in the clips' manifest
+COUNTS = {
+    "format/8k24fps_300ms.mp4": 8,
+    "format/av1_video.mkv": 125,
+    "format/bbb_642x642_768kbps_30fps_vp9.webm": 90,
+    "format/bbb_800x640_768kbps_30fps_avc_non_reference_3b.mp4": 120,
+    "format/bbb_800x640_768kbps_30fps_vp9.mp4": 120,
+    "format/bt2020_10bit.mp4": 60,
+    "format/bt601_full_range.mp4": 60,
+    "format/bt601_limited_range.mp4": 60,
+    "format/bt709_full_range.mp4": 30,
+    "format/carphone_pristine.mp4": 120,
+    "format/cursed-vfr.mp4": 63,
+    "format/flower.webm": 150,
+    "format/h264_10bits.mp4": 30,
+    "format/h265_10bits.mp4": 30,
+    "format/h265_video.mp4": 10,
+    "format/hdr10-av1.mp4": 127,
+    "format/nasa_13013_rotated.mp4": 17,
+    "format/rotate-buck-bunny.mp4": 45,
+    "format/sample.avi": 96,
+    "format/sample_12_5fps_720p_1s.mp4": 13,
+    "format/sample_with_increasing_timestamps_320w_240h_fragmented.mp4": 932,
+    "format/testsrc2_12bit_hdr.mp4": 60,
+    "format/testsrc2_444_10bit_hevc.mp4": 25,
+    "format/testsrc2_av1_10bit.mp4": 25,
+    "format/testsrc2_hdr.mp4": 60,
+    "format/testsrc2_mpeg4.avi": 30,
+    "format/testsrc2_odd_height_and_width_444.mp4": 25,
+    "format/testsrc2_odd_height_and_width_mpeg2.mp4": 10,
+    "format/testsrc2_odd_height_and_width_vp9.mp4": 25,
+    "format/testsrc2_vp8.webm": 30,
+    "format/testsrc2_vp9.webm": 30,
+    "format/video_180.mov": 3,
+    "format/video_90.mov": 3,
+    "format/vp80-03-segmentation-1427.ivf": 12,
+    "broken/annex-b.mp4": 6,
+    "broken/corrupted.mp4": 49,
+    "broken/discard_first_keyframe.mp4": 25,
+    "broken/unordered.mov": 4,
+    "broken/video_with_failing_audio.mp4": 280,
+}
+REASONS = {
+    "broken/annex-b.mp4": ("damaged", "header promises"),
+    "broken/corrupted.mp4": ("damaged packets skipped: 1",),
+}
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What a plain decode of the whole file gives."""
+
+    data: NDArray[np.uint8]  # [T, 24, 32, 3]
+    pts_seconds: NDArray[np.float64]
+    keys: NDArray[np.bool_]
+    end_seconds: float
+
+
+@lru_cache(maxsize=4)
+def plain(path: Path) -> Plain:
+    """One thread, packet by packet, swscale's own colours; no seeking, no plan."""
+    pictures, ticks, keys, duration = [], [], [], 0
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"  # type: ignore[assignment]
+        base = stream.time_base
+        assert base is not None
+        packets: Iterator[Any] = container.demux(stream)
+        for packet in packets:
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                continue
+            for frame in frames:
+                assert frame.pts is not None
+                ticks.append(frame.pts)
+                keys.append(bool(frame.key_frame))
+                duration = frame.duration
+                if transfer_of(frame) == "sdr":
+                    turn = round(frame.rotation / 90) % 4  # counter-clockwise, as rot90's
+                    width, height = (24, 32) if turn % 2 else (32, 24)
+                    small = frame.reformat(
+                        width,
+                        height,
+                        "rgb24",
+                        src_colorspace=matrix_of(frame.colorspace, frame.height, "sdr"),
+                        src_color_range=frame.color_range or ColorRange.MPEG,
+                        dst_color_range=ColorRange.JPEG,
+                        interpolation=Interpolation.BICUBIC,
+                    ).to_ndarray()
+                    pictures.append(np.rot90(small, turn))
+                else:
+                    pictures.append(Converter(SMALL, None)(frame))
+        start = stream.start_time or 0
+    seconds = np.array([float((t - start) * base) for t in ticks])
+    return Plain(np.stack(pictures), seconds, np.array(keys), seconds[-1] + float(duration * base))
+
+
+def read(
+    video: Any, sampling: Sampling, transform: ImageTransform | None = SMALL, **options: Any
+) -> tuple[FrameBatch, tuple[str, ...]]:
+    with Source(video) as source, FrameStream(source, sampling, transform=transform, **options) as stream:
+        batches = list(stream)
+    whole = FrameBatch(
+        np.concatenate([b.data for b in batches]),
+        np.concatenate([b.pts_seconds for b in batches]),
+        np.concatenate([b.frame_index for b in batches]),
+    )
+    return whole, stream.warnings
+
+
+def same_pictures(mine: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> None:
+    """The plain route rounds less well than ours; a wrong frame or wrong colours are far off."""
+    off = np.abs(mine.astype(int) - theirs)
+    assert off.max() <= 6
+    assert off.mean() <= 1.2
+
+
+# --- every clip
+
+
+@pytest.mark.parametrize("name", sorted(COUNTS))
+def test_every_clip_against_a_plain_decode(media: Media, name: str) -> None:
+    expected = plain(media(name))
+    assert len(expected.data) == COUNTS[name]
+    whole, warnings = read(media(name), Sampling("all"))
+    np.testing.assert_array_equal(whole.frame_index, np.arange(COUNTS[name]))
+    np.testing.assert_allclose(whole.pts_seconds, expected.pts_seconds, atol=1e-9)
+    same_pictures(whole.data, expected.data)
+    for reason in REASONS.get(name, ()):
+        assert any(reason in warning for warning in warnings)
+    hdr = "hdr" in name or "bt2020" in name
+    assert hdr == any("PQ (HDR)" in warning for warning in warnings)
+    if name not in REASONS and not hdr:
+        assert warnings == ()
+
+
+@pytest.mark.parametrize("name", sorted(set(COUNTS) - {"format/8k24fps_300ms.mp4"}))
+def test_planned_sampling_is_bit_identical_to_decoding_everything(media: Media, name: str) -> None:
+    """fps, every, times and keyframes, by brute force over all frames of the same clip."""
+    path = media(name)
+    whole, _ = read(path, Sampling("all"))
+    expected = plain(path)
+    pts, count = whole.pts_seconds, len(whole)
+    rising = np.append(pts, expected.end_seconds)
+    grid = [n / 3 for n in range(10_000) if n / 3 + 1e-9 < rising[-1]]
+    shown = [max(0, int(np.searchsorted(pts, t + 1e-9, side="right")) - 1) for t in grid]
+    asked = [*np.random.default_rng(count).uniform(0, rising[-1] + 1, 20).tolist(), 0.0, float(pts[-1]), float(pts[1])]
+    cases = {
+        Sampling("fps", fps=3): sorted(set(shown)),
+        Sampling("every", every=7): list(range(0, count, 7)),
+        Sampling("times", times=tuple(asked)): [
+            max(0, int(np.searchsorted(pts, t + 1e-9, side="right")) - 1) for t in asked
+        ],
+        Sampling("keyframes"): np.flatnonzero(expected.keys).tolist(),
+    }
+    for sampling, rows in cases.items():
+        got, _ = read(path, sampling, batch_size=8)
+        assert got.frame_index.tolist() == rows, sampling.mode
+        np.testing.assert_array_equal(got.pts_seconds, pts[rows])
+        np.testing.assert_array_equal(got.data, whole.data[rows])
+
+
+@pytest.mark.parametrize("name", ["natural/bikes.mp4", "natural/test.mp4", "natural/flower.mp4", "format/flower.webm"])
+def test_windows(media: Media, name: str) -> None:
+    path = media(name)
+    whole, _ = read(path, Sampling("all"))
+    pts = whole.pts_seconds
+    inside = np.flatnonzero((pts >= 1.1) & (pts < 2.3))
+    for mode, every, rows in (("all", 1, inside), ("every", 5, inside[::5])):
+        got, _ = read(path, Sampling(mode, every=every, start_seconds=1.1, stop_seconds=2.3))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(got.frame_index, rows)
+        np.testing.assert_array_equal(got.data, whole.data[rows])
+    got, _ = read(path, Sampling("fps", fps=4, start_seconds=1.1, stop_seconds=2.3))
+    wanted = [1.1 + n / 4 for n in range(5)]
+    np.testing.assert_array_equal(got.frame_index, [np.searchsorted(pts, t + 1e-9, side="right") - 1 for t in wanted])
+    with pytest.raises(ValueError, match="no frame between"):
+        read(path, Sampling("all", start_seconds=500))
+
+
+def test_full_resolution_is_upright(media: Media) -> None:
+    """The picture as shown equals numpy's turn of the coded picture."""
+    for name, turn in (("format/video_90.mov", -1), ("format/video_180.mov", 2), ("format/nasa_13013_rotated.mp4", 1)):
+        got, _ = read(media(name), Sampling("times", times=(0.0,)), None)
+        with av.open(str(media(name))) as container:
+            coded = next(container.decode(video=0)).to_ndarray(format="rgb24")
+        off = np.abs(got.data[0].astype(int) - np.rot90(coded, turn))
+        assert off.mean() < 3
+        assert got.data.shape[1:3] == np.rot90(coded, turn).shape[:2]
+
+
+def test_size_of_non_square_pixels(media: Media) -> None:
+    got, _ = read(media("format/carphone_pristine.mp4"), Sampling("times", times=(0.0,)), None)
+    assert got.data.shape == (1, 144, 193, 3)
+
+
+# --- clips made here
+
+
+def render(
+    path: Path,
+    ticks: Sequence[int],
+    *,
+    base: Fraction = Fraction(1, 1000),
+    codec: str = "libx264",
+    size: tuple[int, int] = (64, 48),
+    rotate: tuple[float, bool, bool] | None = None,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """A clip with frames at these ticks; frame n shows n as eight grey bars, which is read back by `number`."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options or {"g": "8", "bf": "3"})
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = size[0], size[1], "yuv420p", base
+        stream.codec_context.time_base = base
+        if rotate:
+            stream.set_display_rotation(rotate[0], hflip=rotate[1], vflip=rotate[2])
+        for n, tick in enumerate(ticks):
+            frame = av.VideoFrame.from_ndarray(bars(n, size), "rgb24")
+            frame.pts, frame.time_base = tick, base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def bars(n: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    bits = np.array([235 if n >> k & 1 else 16 for k in range(8)], np.uint8)
+    row = np.repeat(bits, size[0] // 8)
+    return np.repeat(np.broadcast_to(row[None, :, None], (1, size[0], 3)), size[1], 0)
+
+
+def number(picture: NDArray[np.uint8]) -> int:
+    bits = picture.mean((0, 2)).reshape(8, -1).mean(1) > 128
+    return int(sum(1 << k for k in range(8) if bits[k]))
+
+
+def numbers(batch: FrameBatch) -> list[int]:
+    return [number(picture) for picture in batch.data]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "ts"])
+def test_containers(tmp_path: Path, suffix: str) -> None:
+    """Frames, times and places by four containers, two of which can be planned for; B-frames in all."""
+    options = {"g": "8", "bf": "0" if suffix == "avi" else "3"}
+    path = render(tmp_path / f"clip.{suffix}", range(60), base=Fraction(1, 25), options=options)
+    got, _ = read(path, Sampling("all"), None)
+    assert numbers(got) == list(range(60))
+    np.testing.assert_allclose(got.pts_seconds, np.arange(60) / 25, atol=6e-4)
+    got, _ = read(path, Sampling("times", times=(2.0, 0.5, 1.21, 9.0)), None)
+    assert numbers(got) == got.frame_index.tolist() == [50, 12, 30, 59]
+
+
+def test_variable_rate(tmp_path: Path) -> None:
+    gaps = np.random.default_rng(5).integers(5, 700, 79)
+    ticks = [0, *np.cumsum(gaps).tolist()]
+    for suffix in ("mp4", "mkv"):
+        path = render(tmp_path / f"vfr.{suffix}", ticks)
+        got, _ = read(path, Sampling("all"), None)
+        np.testing.assert_allclose(got.pts_seconds, np.array(ticks) / 1000, atol=1e-9)
+        assert numbers(got) == list(range(80))
+        asked = np.random.default_rng(6).uniform(0, ticks[-1] / 1000, 40)
+        got, _ = read(path, Sampling("times", times=tuple(asked)), None)
+        assert numbers(got) == [int(np.searchsorted(np.array(ticks) / 1000, t, side="right")) - 1 for t in asked]
+        got, _ = read(path, Sampling("fps", fps=5), None)
+        wanted = np.arange(0, ticks[-1] / 1000 + 1e-9, 0.2)
+        assert (
+            numbers(got)[:-1]
+            == sorted({int(np.searchsorted(np.array(ticks) / 1000, t + 1e-9, side="right")) - 1 for t in wanted})[
+                : len(got) - 1
+            ]
+        )
+
+
+def test_times_start_at_the_streams_start(tmp_path: Path) -> None:
+    path = render(tmp_path / "late.mkv", range(5000, 7000, 40))
+    for sampling in (Sampling("all"), Sampling("every", every=2)):
+        got, _ = read(path, sampling, None)
+        np.testing.assert_allclose(got.pts_seconds, np.arange(50)[:: sampling.every] * 0.04, atol=1e-9)
+    got, _ = read(path, Sampling("times", times=(0.0, 1.0)), None)
+    assert numbers(got) == [0, 25]
+
+
+def test_one_frame_and_one_second(tmp_path: Path) -> None:
+    path = render(tmp_path / "one.mp4", [0])
+    for mode in ("fps", "every", "keyframes", "all"):
+        got, _ = read(path, Sampling(mode), None)  # type: ignore[arg-type]
+        assert numbers(got) == [0]
+    got, _ = read(path, Sampling("times", times=(5.0, 0.0)), None)
+    assert numbers(got) == [0, 0]
+
+
+def test_open_groups_and_refresh_without_key_frames(tmp_path: Path) -> None:
+    """Pictures that lead into the next group, and streams whose pictures only heal by and by, come out right."""
+    ticks = range(0, 4000, 40)
+    for n, extra in enumerate(("open-gop=1:keyint=10:min-keyint=10:bframes=4:b-adapt=0", "intra-refresh=1:keyint=12")):
+        path = render(tmp_path / f"open{n}.mkv", ticks, options={"x264-params": extra})
+        whole, _ = read(path, Sampling("all"), None)
+        assert numbers(whole) == list(range(100))
+        for sampling, rows in (
+            (Sampling("times", times=(3.5, 0.37, 2.05, 3.9)), [87, 9, 51, 97]),
+            (Sampling("every", every=9), list(range(0, 100, 9))),
+        ):
+            got, _ = read(path, sampling, None)
+            np.testing.assert_array_equal(got.data, whole.data[rows])
+        got, _ = read(path, Sampling("keyframes"), None)
+        np.testing.assert_array_equal(got.data, whole.data[got.frame_index])
+    path = render(
+        tmp_path / "open.mp4",
+        ticks,
+        codec="libx265",
+        options={"x265-params": "open-gop=1:keyint=10:min-keyint=10:bframes=4:b-adapt=0:temporal-layers=1:log-level=0"},
+    )
+    whole, _ = read(path, Sampling("all"), None)
+    for sampling in (
+        Sampling("every", every=9),
+        Sampling("times", times=(3.5, 0.37, 2.05, 3.9)),
+        Sampling("keyframes"),
+    ):
+        got, _ = read(path, sampling, None)
+        np.testing.assert_array_equal(got.data, whole.data[got.frame_index])
+        assert numbers(got) == got.frame_index.tolist()
+
+
+def test_seeking_far_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = render(tmp_path / "far.mp4", range(0, 60_000, 40), options={"g": "24", "bf": "3"})
+    seeks: list[int] = []
+    real = cpu.Cursor._seek
+    monkeypatch.setattr(cpu.Cursor, "_seek", lambda self, place: (seeks.append(place), real(self, place))[1])
+    got, _ = read(path, Sampling("times", times=(1.0, 30.0, 58.0)), None)
+    assert got.frame_index.tolist() == [25, 750, 1450]
+    assert [n % 256 for n in (25, 750, 1450)] == numbers(got)
+    assert len(seeks) == 2
+    # A container that seeks to the wrong place must not give wrong frames.
+    for wrong in (0, 55_000):
+        monkeypatch.setattr(
+            cpu.Cursor, "_seek", lambda self, place, wrong=wrong: _seek_elsewhere(self, place, wrong, real)
+        )
+        again, _ = read(path, Sampling("times", times=(1.0, 30.0, 58.0)), None)
+        np.testing.assert_array_equal(again.data, got.data)
+        np.testing.assert_array_equal(again.frame_index, got.frame_index)
+
+
+def _seek_elsewhere(cursor: Any, place: int, wrong: int, real: Any) -> None:
+    class Container:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def seek(self, _: int, **options: Any) -> None:
+            self.inner.seek(int(wrong / 1000 / options["stream"].time_base), **options)
+
+        def demux(self, stream: Any) -> Any:
+            return self.inner.demux(stream)
+
+    inner = cursor._container
+    cursor._container = Container(inner)
+    try:
+        real(cursor, place)
+    finally:
+        cursor._container = inner
+
+
+def test_rotations_and_flips(tmp_path: Path) -> None:
+    """All eight orientations, against the display matrix applied point by point."""
+    corner = np.full((48, 64, 3), 128, np.uint8)
+    corner[:16, :16], corner[:16, -16:], corner[-16:, :16] = (235, 0, 0), (0, 235, 0), (0, 0, 235)
+    for degrees in (0, 90, 180, 270):
+        for hflip, vflip in ((False, False), (True, False), (False, True)):
+            path = tmp_path / f"{degrees}{hflip}{vflip}.mp4"
+            with av.open(str(path), "w") as container:
+                stream = container.add_stream("libx264", rate=25)
+                stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv444p"
+                stream.set_display_rotation(degrees, hflip=hflip, vflip=vflip)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(corner, "rgb24")))
+                container.mux(stream.encode(None))
+            got, _ = read(path, Sampling("all"), None)
+            with av.open(str(path)) as container:
+                frame = next(container.decode(video=0))
+            sides = {frame.side_data[i].type.name: frame.side_data[i] for i in range(len(frame.side_data))}  # type: ignore
+            matrix = np.frombuffer(bytes(sides["DISPLAYMATRIX"]), np.int32) if "DISPLAYMATRIX" in sides else None
+            a, b, c, d = (1, 0, 0, 1) if matrix is None else (int(np.sign(matrix[k])) for k in (0, 1, 3, 4))
+            down, across = np.mgrid[:48, :64]
+            x, y = a * across + c * down, b * across + d * down
+            expected = np.zeros((np.ptp(y) + 1, np.ptp(x) + 1, 3), np.uint8)
+            expected[y - y.min(), x - x.min()] = corner
+            assert got.data[0].shape == expected.shape
+            assert np.abs(got.data[0].astype(int) - expected).mean() < 4, (degrees, hflip, vflip)
+
+
+def test_size_that_changes_midway(tmp_path: Path) -> None:
+    """Two H.264 streams behind each other: with a transform one size, without one a new batch."""
+    parts = [render(tmp_path / f"{n}.h264", range(0, 400, 40), size=s) for n, s in enumerate(((64, 48), (128, 96)))]
+    path = tmp_path / "both.h264"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with Source(path) as source:
+        stream = FrameStream(source, Sampling("all"), batch_size=8)
+        shapes = [batch.data.shape for batch in stream]
+        assert shapes == [(8, 48, 64, 3), (2, 48, 64, 3), (8, 96, 128, 3), (2, 96, 128, 3)]
+        assert any("64 x 48 to 128 x 96" in warning for warning in stream.warnings)
+    got, warnings = read(path, Sampling("all"), SMALL)
+    assert got.data.shape == (20, 24, 32, 3)
+    assert (np.diff(got.pts_seconds) > 0).all()
+    assert not any("size" in warning for warning in warnings)
+
+
+def test_missing_and_falling_times(tmp_path: Path) -> None:
+    """A raw stream has no pts; joined transport streams start again: times still rise, and it is said."""
+    raw = render(tmp_path / "raw.h264", range(0, 400, 40), options={"bf": "0"})
+    got, _ = read(raw, Sampling("all"), None)
+    assert numbers(got) == list(range(10))
+    assert got.pts_seconds[0] == 0
+    assert (np.diff(got.pts_seconds) > 0).all()
+    part = render(tmp_path / "part.ts", range(0, 4000, 40), options={"bf": "0"})
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(part.read_bytes() * 2)
+    got, warnings = read(joined, Sampling("all"), None)
+    assert numbers(got) == [*range(100), *range(100)]
+    assert any("goes back" in warning for warning in warnings)
+    np.testing.assert_allclose(np.diff(got.pts_seconds), 0.04, atol=1e-3)
+
+
+# --- sampling rules, on made-up times
+
+
+def brute(pts: Sequence[float], end: float, sampling: Sampling, keys: Sequence[bool]) -> list[int]:
+    """One row for each wanted frame, straight from the definitions."""
+    stop = math.inf if sampling.stop_seconds is None else sampling.stop_seconds
+    window = [i for i, t in enumerate(pts) if sampling.start_seconds <= t + 1e-9 < stop]
+    if sampling.mode == "all":
+        return window
+    if sampling.mode == "every":
+        return window[:: sampling.every]
+    if sampling.mode == "keyframes":
+        return [i for i in window if keys[i]]
+    wanted: Sequence[float] = sorted(sampling.times)
+    if sampling.mode == "fps":
+        last = int((end + 2) * sampling.fps)
+        grid = [sampling.start_seconds + n / sampling.fps for n in range(last)]
+        wanted = [t for t in grid if t + 1e-9 < min(stop, end)]
+    rows = [max((i for i, p in enumerate(pts) if p <= t + 1e-9), default=0) for t in wanted]
+    return rows if sampling.mode == "times" else sorted(set(rows))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    gaps=st.lists(st.integers(1, 3000), min_size=1, max_size=40),
+    mode=st.sampled_from(["fps", "every", "times", "keyframes", "all"]),
+    fps=st.sampled_from([0.3, 1.0, 2.0, 3.0, 7.5, 29.97, 100.0]),
+    every=st.integers(1, 9),
+    times=st.lists(st.integers(0, 70_000), min_size=1, max_size=12),
+    start=st.integers(0, 20_000),
+    length=st.one_of(st.none(), st.integers(1, 30_000)),
+    keys=st.lists(st.booleans(), min_size=40, max_size=40),
+)
+def test_picker_against_brute_force(
+    gaps: list[int],
+    mode: Any,
+    fps: float,
+    every: int,
+    times: list[int],
+    start: int,
+    length: int | None,
+    keys: list[bool],
+) -> None:
+    edges = [0.0, *(t / 1000 for t in np.cumsum(gaps).tolist())]
+    pts, end = edges[:-1], edges[-1]
+    sampling = Sampling(
+        mode,
+        fps=fps,
+        every=every,
+        times=tuple(t / 1000 for t in times),
+        start_seconds=start / 1000,
+        stop_seconds=None if length is None else (start + length) / 1000,
+    )
+    picker = Picker(sampling, np.sort(np.array(sampling.times)))
+    rows: list[int] = []
+    for i in range(len(pts)):
+        count = picker.rows(edges[i], edges[i + 1], key=keys[i], first=i == 0, last=i == len(pts) - 1)
+        rows += [i] * count
+        if picker.done(edges[i + 1]):
+            break
+    assert rows == brute(pts, end, sampling, keys)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(times=st.lists(st.floats(0, 12), min_size=1, max_size=12), batch_size=st.integers(1, 9))
+def test_times_in_any_order_against_brute_force(media: Media, times: list[float], batch_size: int) -> None:
+    path = media("natural/bikes.mp4")
+    expected = plain(path)
+    got, _ = read(path, Sampling("times", times=tuple(times)), batch_size=batch_size)
+    rows = [max(0, int(np.searchsorted(expected.pts_seconds, t + 1e-9, side="right")) - 1) for t in times]
+    assert got.frame_index.tolist() == rows
+    same_pictures(got.data, expected.data[rows])
+
+
+# --- damage
+
+
+def test_damage_midway(tmp_path: Path) -> None:
+    """Overwritten packets cost their own frames; the rest comes, in each mode, with the reason."""
+    path = render(tmp_path / "good.mp4", range(0, 8000, 40), options={"g": "20", "bf": "2"})
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [p for p in container.demux(video=0) if p.size]
+    for packet in packets[100:110]:
+        assert packet.pos is not None
+        data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
+    whole, warnings = read(bytes(data), Sampling("all"), None)
+    assert 150 <= len(whole) < 200
+    assert any("damaged packets skipped" in w for w in warnings)
+    assert (np.diff(whole.pts_seconds) > 0).all()
+    for sampling in (Sampling("fps", fps=5), Sampling("times", times=(0.5, 4.1, 7.5)), Sampling("every", every=10)):
+        got, warnings = read(bytes(data), sampling, None)
+        np.testing.assert_array_equal(got.data, whole.data[np.searchsorted(whole.pts_seconds, got.pts_seconds)])
+        assert set(got.pts_seconds) <= set(whole.pts_seconds)
+        assert any("damaged" in w for w in warnings)
+        if sampling.mode == "times":
+            assert len(got) == 3
+    assert numbers(read(bytes(data), Sampling("times", times=(7.0,)), None)[0]) == [175]
+
+
+def test_truncation(media: Media) -> None:
+    """A fragmented file cut in the middle gives its first half."""
+    data = media("format/sample_with_increasing_timestamps_320w_240h_fragmented.mp4").read_bytes()
+    whole, _ = read(data[: len(data) // 2], Sampling("all"))
+    assert 300 < len(whole) < 932
+    data = media("natural/flower.mp4").read_bytes()
+    whole, warnings = read(data[: len(data) // 2], Sampling("fps"))
+    assert any("header promises" in w for w in warnings)
+
+
+def test_not_one_frame(tmp_path: Path) -> None:
+    path = render(tmp_path / "good.mp4", range(0, 400, 40))
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat") + 4
+    data[start : start + 400] = bytes(400)
+    with av.open(str(path)) as container:
+        for packet in [p for p in container.demux(video=0) if p.size]:
+            assert packet.pos is not None
+            data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    for sampling in (Sampling("all"), Sampling("fps")):
+        with pytest.raises(CorruptStream, match="not one frame") as caught:
+            read(bytes(data), sampling)
+        assert caught.value.recovered_frames == 0
+    with pytest.raises(CorruptStream):
+        Source(bytes(data)).probe()
+    # and the next file is not disturbed
+    assert len(read(path, Sampling("all"))[0]) == 10
+
+
+# --- threads and memory
+
+
+def decoding_threads() -> int:
+    return sum(thread.name == "keyreel-decode" for thread in threading.enumerate())
+
+
+def test_the_queue_is_bounded(media: Media) -> None:
+    """A consumer that stops leaves the decoder waiting after two batches and one in hand."""
+    with Source(media("natural/car-detection.mp4")) as source:
+        stream = FrameStream(source, Sampling("all"), transform=SMALL, batch_size=4)
+        next(stream)
+        made: list[int] = []
+        worker = stream._worker
+        real = worker._put
+        worker._put = lambda item: (made.append(1), real(item))[1]  # type: ignore
+        time.sleep(0.8)
+        busy = stream.decode_seconds
+        assert worker._queue.qsize() == 2
+        assert len(made) <= 4
+        time.sleep(0.3)
+        assert stream.decode_seconds == busy  # waiting is not counted
+        began = time.perf_counter()
+        stream.close()
+        stream.close()
+        assert time.perf_counter() - began < 1
+        assert decoding_threads() == 0
+        assert list(stream) == []
+
+
+def test_a_dropped_stream_ends_its_thread(media: Media) -> None:
+    source = Source(media("natural/car-detection.mp4"))
+    for batch in FrameStream(source, Sampling("all"), transform=SMALL, batch_size=2):
+        assert len(batch) == 2
+        break
+    gc.collect()
+    until = time.monotonic() + 5
+    while decoding_threads() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert decoding_threads() == 0
+
+
+def test_close_from_another_thread_frees_the_consumer(media: Media) -> None:
+    source = Source(media("natural/car-detection.mp4"))
+    stream = FrameStream(source, Sampling("keyframes", start_seconds=0.1), transform=SMALL, batch_size=1000)
+    threading.Timer(0.05, stream.close).start()
+    began = time.perf_counter()
+    list(stream)
+    assert time.perf_counter() - began < 5
+
+
+def test_errors_of_the_thread_reach_the_consumer(media: Media, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, frame: Any) -> Any:
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr(Converter, "__call__", fail)
+    stream = FrameStream(Source(media("natural/bikes.mp4")), Sampling("fps"))
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        next(stream)
+    assert list(stream) == []
+    assert decoding_threads() == 0
+
+
+def test_unsupported_pictures_are_named(media: Media, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Converter, "_scale", lambda *_: (_ for _ in ()).throw(ValueError("no such conversion")))
+    with pytest.raises(UnsupportedCodec, match="yuv420p"):
+        read(media("natural/bikes.mp4"), Sampling("fps"))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_memory_does_not_grow_with_opens(tmp_path: Path) -> None:
+    """Hundreds of streams of mixed sizes, some left early."""
+    paths = [render(tmp_path / f"{w}.mp4", range(0, 800, 40), size=(w, 48)) for w in (64, 128, 192)]
+
+    def use(count: int) -> None:
+        for n in range(count):
+            with Source(paths[n % 3]) as source, FrameStream(source, Sampling("fps", fps=10), batch_size=2) as stream:
+                next(stream)
+                if n % 2:
+                    list(stream)
+
+    use(60)
+    gc.collect()
+    before = resident_bytes()
+    use(300)
+    gc.collect()
+    assert resident_bytes() - before < 24 << 20
+    assert decoding_threads() == 0
+
+
+def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
+    """2,400 frames of 640 x 480 would be 2 GB as pictures; the stream holds four batches."""
+    path = render(tmp_path / "long.mp4", range(2400), size=(640, 480), options={"preset": "ultrafast", "g": "100"})
+    before = peak = resident_bytes()
+    count = 0
+    with Source(path) as source:
+        for batch in FrameStream(source, Sampling("all"), batch_size=8):
+            count += len(batch)
+            peak = max(peak, resident_bytes())
+    assert count == 2400
+    assert peak - before < 300 << 20
+
+
+def test_wrong_arguments(media: Media) -> None:
+    source = Source(b"x")
+    with pytest.raises(ValueError, match="batch_size"):
+        FrameStream(source, Sampling(), batch_size=0)
+    with pytest.raises(ValueError, match="threads"):
+        FrameStream(source, Sampling(), threads=-1)
