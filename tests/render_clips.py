@@ -10,7 +10,8 @@ from typing import Any
 
 import av
 import numpy as np
-from keyreel.config import Sampling
+
+from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
 from keyreel.types import Embedding, KeyFrame, Shot, Summary
@@ -148,7 +149,7 @@ def make_summary(
         grid: of the attention maps; each has one bump that walks from corner to corner.
         warnings: as given.
     """
-    with FrameStream(source, Sampling("fps", fps=fps)) as stream:
+    with FrameStream(source, Sampling("fps", fps=fps), transform=ImageTransform(8, 8, "squash")) as stream:
         batches = list(stream)
     pts = np.concatenate([batch.pts_seconds for batch in batches])
     index = np.concatenate([batch.frame_index for batch in batches])

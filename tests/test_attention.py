@@ -15,9 +15,10 @@ pytest.importorskip("onnxscript", reason="the extra export is not installed")
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 from keyreel_export import attention as module
-from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,11 @@ import pytest
 from av.video.frame import VideoFrame
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from keyreel.config import ImageTransform
 from keyreel.decode import color
 from keyreel.decode.color import Converter, display_size, eetf, nits_to_pq, pq_to_nits, resized_size, tone_map
-from numpy.typing import NDArray
 
 Media = Callable[[str], Path]
 

@@ -19,6 +19,8 @@ import pytest
 from av.video.reformatter import ColorRange, Interpolation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode import cpu
 from keyreel.decode.color import Converter, matrix_of, transfer_of
@@ -27,7 +29,6 @@ from keyreel.decode.sampling import Picker
 from keyreel.decode.source import Source
 from keyreel.errors import CorruptStream, UnsupportedCodec
 from keyreel.types import FrameBatch
-from numpy.typing import NDArray
 
 Media = Callable[[str], Path]
 SMALL = ImageTransform(24, 32, "squash")

@@ -14,10 +14,11 @@ pytest.importorskip("onnxscript", reason="the extra export is not installed")
 
 import tiny_models
 import torch
+from safetensors.torch import save_file
+
 from keyreel.errors import CheckpointMismatch, ModelError
 from keyreel_export.fusion import TemporalSpatialFusion, load_projection
 from keyreel_export.towers import Tower, split_tower
-from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from render_clips import make_summary, write_clip
+
 from keyreel.decode.source import Source
 from keyreel.render.pictures import (
     attended_area,
@@ -21,8 +24,6 @@ from keyreel.render.pictures import (
     tile_times,
 )
 from keyreel.types import VideoInfo
-from PIL import Image
-from render_clips import make_summary, write_clip
 
 
 def video(width: int, height: int) -> VideoInfo:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from keyreel.config import ReelConfig
 from keyreel.render.plan import plan_reel, reel_seconds
 from keyreel.types import KeyFrame, Shot

@@ -6,6 +6,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from render_clips import atoms, decode_sound, onsets, write_clip
+
 from keyreel.config import ReelConfig, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
@@ -13,7 +15,6 @@ from keyreel.errors import RenderError
 from keyreel.render import reel
 from keyreel.render.reel import write_reel
 from keyreel.types import Shot
-from render_clips import atoms, decode_sound, onsets, write_clip
 
 FAST = ReelConfig(preset="ultrafast")
 FLASHES = [0.6, 1.6, 2.6, 3.6, 4.6, 5.6, 6.6, 7.6]

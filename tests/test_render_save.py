@@ -3,18 +3,20 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
+from PIL import Image
+from render_clips import make_summary, onsets, write_clip
+
 from keyreel.config import OutputConfig
 from keyreel.decode.source import Source
-from keyreel.errors import RenderError
+from keyreel.errors import MissingExtra, RenderError
 from keyreel.render import save
 from keyreel.render.save import save_summary
 from keyreel.render.sidecars import summary_schema
-from PIL import Image
-from render_clips import make_summary, onsets, write_clip
 
 ALL = {"summary.json", "keyframes", "contact.jpg", "storyboard.html", "reel.mp4", "thumbs.vtt", "thumbs.jpg"}
 QUICK = OutputConfig(reel=False, thumbnails=False, storyboard=False)
@@ -166,6 +168,15 @@ def test_a_failed_rename_puts_the_old_folder_back(summary, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_missing_package_is_told_before_the_work(summary, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "opentimelineio", None)
+    told = []
+    with pytest.raises(MissingExtra, match=r"keyreel\[otio\]"):
+        save_summary(summary, tmp_path / "out", OutputConfig(otio=True), progress=lambda *step: told.append(step))
+    assert told == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_folders_have_the_usual_rights(summary, tmp_path):
     save_summary(summary, tmp_path / "out", QUICK)
     (tmp_path / "plain").mkdir()
@@ -189,6 +200,6 @@ with Source({str(source.path)!r}) as source:
             os.kill(os.getpid(), signal.SIGINT)
     save_summary(summary, Path({str(tmp_path / "out")!r}), OutputConfig(), progress=progress)
 """
-    done = subprocess.run([os.sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "KeyboardInterrupt" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,8 @@ import sys
 import jsonschema
 import numpy as np
 import pytest
+from render_clips import make_summary, write_clip
+
 from keyreel.decode.source import Source
 from keyreel.errors import MissingExtra
 from keyreel.render.sidecars import (
@@ -22,7 +24,6 @@ from keyreel.render.sidecars import (
     write_otio,
 )
 from keyreel.types import SearchHit, Shot
-from render_clips import make_summary, write_clip
 
 SPANS = (Shot(1.0, 2.5), Shot(3.2, 4.0))
 

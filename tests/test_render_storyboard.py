@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from render_clips import make_summary, write_clip
+
 from keyreel.config import OutputConfig
 from keyreel.decode.source import Source
 from keyreel.render.pictures import keyframe_pictures, shrink
 from keyreel.render.save import save_summary
 from keyreel.render.storyboard import link_to, picture_edge, search_page, storyboard_page
 from keyreel.types import SearchHit, Shot
-from render_clips import make_summary, write_clip
 
 HOSTILE = """<script>alert(1)</script>"' onload=x &amp; \udcff.mp4"""
 VOID = {"meta", "img", "source", "input", "br", "link"}

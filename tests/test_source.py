@@ -16,6 +16,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+
 from keyreel.config import DecodeLimits, ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source

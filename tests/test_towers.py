@@ -13,9 +13,10 @@ pytest.importorskip("onnxscript", reason="the extra export is not installed")
 
 import tiny_models
 import torch
+from torch.nn import functional as F
+
 from keyreel.errors import ModelError
 from keyreel_export import towers
-from torch.nn import functional as F
 
 CASES = {
     "ViT-B-32": ("cls", (7, 7), 1, 768),
@@ -25,8 +26,8 @@ CASES = {
     "MobileCLIP2-S0": ("average", (8, 8), 0, 1024),
     "PE-Core-T-16-384": ("map", (24, 24), 1, 192),
     "ViTamin-S": ("average", (14, 14), 0, 384),
-    "MobileCLIP-B": ("cls", (14, 14), 1, 768),
-    "EVA02-B-16": ("cls", (14, 14), 1, 768),
+    "keyreel-tiny-token": ("cls", (10, 10), 1, 64),
+    "keyreel-tiny-eva": ("cls", (16, 16), 1, 192),
 }
 
 

@@ -24,6 +24,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_cfg": {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"},
         "text_cfg": {**_TEXT, "no_causal_mask": True, "pool_type": "last"},
     },
+    "keyreel-tiny-token": {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": None},
+        "text_cfg": _TEXT,
+    },
+    "keyreel-tiny-eva": {
+        "embed_dim": 32,
+        "vision_cfg": {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": None},
+        "text_cfg": _TEXT,
+    },
     "keyreel-tiny-avg": {
         "embed_dim": 32,
         "vision_cfg": {"image_size": 160, "timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear"},
@@ -47,6 +57,7 @@ def register(folder: Path) -> Any:
 def build(open_clip: Any, name: str, *, seed: int = 0, text: bool = True) -> Any:
     """A model with random weights in evaluation mode; `text=False` shrinks the text tower to next to nothing."""
     import torch
+
     from keyreel_export.onnx import contained
 
     small = {} if text else {"text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}}

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 from keyreel_export.torchvision_cpu import import_timm
 
 DEFAULT_NETWORK = "mobilenetv3_small_100"

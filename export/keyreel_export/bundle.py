@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from keyreel.bundle import MANIFEST, Bundle, bundle_folder, write_manifest
-from keyreel.errors import ModelError
-from keyreel.types import Progress
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from keyreel.bundle import MANIFEST, Bundle, bundle_folder, write_manifest
+from keyreel.errors import ModelError
+from keyreel.types import Progress
 from keyreel_export import pretrained, tokens, verify
 from keyreel_export.attention import DEFAULT_NETWORK, FORMULA, SpatialAttention, UniformAttention
 from keyreel_export.fusion import TemporalSpatialFusion, load_projection
@@ -152,6 +152,7 @@ def export_model(
         if folder.exists():
             folder.rename(Path(aside) / "replaced")
         made.rename(folder)
+    report("done", 7, 7)
     return folder
 
 

@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 
 import torch
-from keyreel.errors import CheckpointMismatch, ModelError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from keyreel.errors import CheckpointMismatch, ModelError
 from keyreel_export.towers import Tower
 
 

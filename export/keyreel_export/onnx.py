@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from keyreel.errors import ModelError, import_extra
 from torch import Tensor, nn
+
+from keyreel.errors import ModelError, import_extra
 
 OPSET = 20
 # A protobuf message ends at 2 GiB; weights beyond go to a file of their own, <name>.onnx.data.

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import regex  # type: ignore[import-untyped]
-from keyreel.errors import ModelError
-from keyreel.types import I64
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from keyreel.errors import ModelError
+from keyreel.types import I64
 from keyreel_export.torchvision_cpu import import_open_clip
 
 CORPUS = (

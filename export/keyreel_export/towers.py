@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from keyreel.errors import ModelError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from keyreel.errors import ModelError
 from keyreel_export.torchvision_cpu import import_open_clip
 
 Family = Literal["cls", "map", "attention_pool", "average"]

@@ -17,10 +17,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from keyreel.errors import ModelError, import_extra
-from keyreel.types import U8
 from numpy.typing import NDArray
 from torch import nn
+
+from keyreel.errors import ModelError, import_extra
+from keyreel.types import U8
 
 Feeds: TypeAlias = Mapping[str, NDArray[Any]]
 

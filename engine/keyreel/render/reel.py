@@ -31,7 +31,7 @@ RATE = 48000  # samples a second
 SOUND_BITS = 160_000  # a second
 PREROLL_SECONDS = 0.5  # decoded before a span and dropped: lossy audio needs a few frames to settle
 SLACK_SECONDS = 0.01  # pts rounded to milliseconds must not cut the sound; a larger step is a real gap
-BATCH_BYTES = 48 << 20
+BATCH_BYTES = 16 << 20
 BT709 = 1  # the code point of BT.709 in ITU-T H.273, for primaries, transfer and matrix alike
 
 

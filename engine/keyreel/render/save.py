@@ -27,7 +27,7 @@ from keyreel.render.pictures import (
 )
 from keyreel.render.plan import plan_reel
 from keyreel.render.reel import write_reel
-from keyreel.render.sidecars import SUMMARY, summary_document, webvtt, write_edl, write_json, write_otio
+from keyreel.render.sidecars import SUMMARY, import_otio, summary_document, webvtt, write_edl, write_json, write_otio
 from keyreel.render.storyboard import link_to, picture_edge, storyboard_page
 from keyreel.types import F32, Progress, Shot, Summary
 
@@ -63,6 +63,8 @@ def save_summary(
     """
     target = folder.resolve()
     _check_replaceable(target, summary, overwrite=config.overwrite)
+    if config.otio or config.edl:
+        import_otio(edl=config.edl)  # before the work, not after it
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _aside(target) as made:

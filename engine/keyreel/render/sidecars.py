@@ -79,7 +79,7 @@ def summary_document(
         "timings_seconds": timings,
     }
     plain = _plain(document)
-    assert_json(plain)
+    check_json(plain)
     return plain  # type: ignore[no-any-return]
 
 
@@ -106,11 +106,11 @@ def search_document(query: str, hits: Sequence[SearchHit]) -> Json:
             ],
         }
     )
-    assert_json(document)
+    check_json(document)
     return document  # type: ignore[no-any-return]
 
 
-def assert_json(document: Any) -> None:
+def check_json(document: Any) -> None:
     """Raises ValueError where a document holds what JSON cannot: NaN, infinity."""
     json.dumps(document, allow_nan=False)
 
@@ -204,13 +204,24 @@ def webvtt(boxes: Sequence[tuple[int, int, int, int]], step_seconds: float, dura
     return "\n".join(cues)
 
 
+def import_otio(*, edl: bool = False) -> Any:
+    """opentimelineio, with its CMX 3600 adapter where an EDL is wanted.
+
+    Raises:
+        MissingExtra: one of them is not installed.
+    """
+    if edl:
+        import_extra("otio_cmx3600_adapter", extra="otio", purpose="writing an EDL")
+    return import_extra("opentimelineio", extra="otio", purpose="writing OTIO or an EDL")
+
+
 def write_otio(video: VideoInfo, target: str, spans: Sequence[Shot], path: Path) -> None:
     """Writes the reel as an OpenTimelineIO timeline.
 
     Raises:
         MissingExtra: opentimelineio is not installed.
     """
-    otio = import_extra("opentimelineio", extra="otio", purpose="writing OTIO")
+    otio = import_otio()
     timeline = _timeline(otio, video, target, spans, _rate(video.average_fps))
     otio.adapters.write_to_file(timeline, str(path), adapter_name="otio_json")
 
@@ -222,8 +233,7 @@ def write_edl(video: VideoInfo, target: str, spans: Sequence[Shot], path: Path) 
         MissingExtra: opentimelineio or its CMX 3600 adapter is not installed.
         RenderError: the adapter refuses the timeline.
     """
-    otio = import_extra("opentimelineio", extra="otio", purpose="writing an EDL")
-    import_extra("otio_cmx3600_adapter", extra="otio", purpose="writing an EDL")
+    otio = import_otio(edl=True)
     valid = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60000 / 1001, 60.0)
     rate = min(valid, key=lambda fps: abs(math.log(fps / _rate(video.average_fps))))
     timeline = _timeline(otio, video, target, spans, rate)

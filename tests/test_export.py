@@ -1,0 +1,307 @@
+"""The whole export: bundles of tiny models, loaded back with onnxruntime, against open_clip."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the extra export is not installed")
+pytest.importorskip("onnxscript", reason="the extra export is not installed")
+pytest.importorskip("onnxruntime", reason="no onnxruntime to run what is exported")
+
+import onnx
+import onnxruntime
+import tiny_models
+import torch
+from safetensors.torch import save_file
+
+from keyreel.bundle import Bundle
+from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
+from keyreel_export import bundle as module
+from keyreel_export import onnx as graphs
+from keyreel_export import pretrained, verify
+from keyreel_export.fusion import TemporalSpatialFusion
+from keyreel_export.towers import split_tower
+
+VIT = "keyreel-tiny-vit"
+
+
+@pytest.fixture(scope="module")
+def open_clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_models.register(tmp_path_factory.mktemp("configs"))
+
+
+@pytest.fixture(scope="module")
+def exported(open_clip: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "vit"
+    stages: list[tuple[str, float]] = []
+    handlers = list(logging.getLogger().handlers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = module.export_model(
+            VIT, folder, random_weights=True, seed=7, progress=lambda stage, done, _total: stages.append((stage, done))
+        )
+    assert made == folder
+    assert [stage for stage, _ in stages] == [
+        "load", "tokenizer", "reference", "backbone", "attention", "fusion", "text", "done",
+    ]  # fmt: skip
+    assert logging.getLogger().handlers == handlers
+    return folder
+
+
+def run(folder: Path, graph: str, **feeds: Any) -> Any:
+    session = onnxruntime.InferenceSession(str(folder / f"{graph}.onnx"), providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)[0]
+
+
+def chain(folder: Path, frames: Any, strength: float) -> Any:
+    found = run(folder, "backbone", frames=frames)
+    uses_frames = Bundle.load(folder).attention_input == "frames"
+    attention = run(folder, "attention", **({"frames": frames} if uses_frames else {"tokens": found}))
+    return run(folder, "fusion", tokens=found, attention=attention, strength=np.array(strength, np.float32))
+
+
+def stock_vectors(model: Any, frames: Any) -> Any:
+    config = model.visual.preprocess_cfg
+    images = (frames / 255.0 - np.array(config["mean"])) / np.array(config["std"])
+    with torch.no_grad():
+        return model.encode_image(torch.from_numpy(images.transpose(0, 3, 1, 2)).float(), normalize=True).numpy()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_images_equal_open_clip(open_clip: Any, exported: Path, count: int) -> None:
+    frames = np.random.default_rng(count).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    stock = stock_vectors(tiny_models.build(open_clip, VIT, seed=7), frames)
+    np.testing.assert_allclose(chain(exported, frames, 0.0), stock, atol=1e-5)
+    moved = chain(exported, frames, 2.0)
+    assert np.abs(moved - stock).max() > 1e-4
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1, atol=1e-5)
+
+
+def test_texts_equal_open_clip(open_clip: Any, exported: Path) -> None:
+    from keyreel.text import Tokenizer
+
+    texts = ["a photo of a cat", "", "\u732b \U0001f600", "long " * 100]
+    ids = Tokenizer(exported / "tokenizer.json", clean="lower", context_length=77).encode(texts)
+    model = tiny_models.build(open_clip, VIT, seed=7)
+    with torch.no_grad():
+        expected = model.encode_text(open_clip.get_tokenizer(VIT)(texts), normalize=True).numpy()
+    np.testing.assert_allclose(run(exported, "text", token_ids=ids), expected, atol=1e-5)
+
+
+def test_manifest(exported: Path) -> None:
+    bundle = Bundle.load(exported)
+    assert (bundle.name, bundle.family, bundle.grid, bundle.prefix_tokens) == (VIT, "cls", (4, 4), 1)
+    assert (bundle.token_width, bundle.embedding_width, bundle.context_length) == (64, 32, 77)
+    assert (bundle.image.height, bundle.image.width) == (64, 64)
+    assert (bundle.image.mode, bundle.image.interpolation) == ("shortest", "bicubic")
+    assert (bundle.strength_default, bundle.shift_default, bundle.attention_input) == (0.0, "off", "frames")
+    manifest = json.loads((exported / "manifest.json").read_text())
+    assert [entry["from"] for entry in manifest["sources"]] == ["random weights", "random weights"]
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["verify"]["identity_cosine"] >= 0.9999
+    assert manifest["verify"]["text_difference"] <= 1e-5
+    assert sorted(manifest["files"]) == [
+        "attention.onnx",
+        "backbone.onnx",
+        "fusion.onnx",
+        "text.onnx",
+        "tokenizer.json",
+    ]
+
+
+@pytest.mark.parametrize("graph", ["backbone", "attention"])
+def test_frames_are_cast_before_anything_else(exported: Path, graph: str) -> None:
+    """TensorRT parses a graph that permutes uint8, but cannot build it."""
+    model = onnx.load(str(exported / f"{graph}.onnx"))
+    users = [node.op_type for node in model.graph.node if "frames" in node.input and node.op_type != "Shape"]
+    assert users == ["Cast"]
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == 20
+    assert str(Path(torch.__file__).parent).encode() not in model.SerializeToString()
+
+
+@pytest.mark.parametrize("name", ["keyreel-tiny-map", "keyreel-tiny-token", "keyreel-tiny-avg"])
+def test_fusion_of_the_other_families(open_clip: Any, tmp_path: Path, name: str) -> None:
+    fusion = TemporalSpatialFusion(split_tower(tiny_models.build(open_clip, name, text=False)))
+    tower, random = fusion.tower, np.random.default_rng(0)
+    patches = tower.grid[0] * tower.grid[1]
+
+    def feeds(count: int) -> dict[str, Any]:
+        attention = random.random((count, patches), np.float32) + 1e-3
+        return {
+            "tokens": random.standard_normal((count, tower.prefix_tokens + patches, tower.token_width), np.float32),
+            "attention": attention / attention.sum(1, keepdims=True),
+            "strength": np.array(1.5, np.float32),
+        }
+
+    example = {name: torch.from_numpy(array) for name, array in feeds(2).items()}
+    graphs.export_graph(fusion, example, ["vectors"], tmp_path / "fusion.onnx")
+    for count in (1, 4):
+        case = verify.cases(fusion, [feeds(count)])[0]
+        found = verify.run_graph(tmp_path / "fusion.onnx", [case.feeds], "fp32")
+        assert verify.check("fusion", found, [case.expected], verify.BOUNDS["fp32"])["fusion_difference"] <= 1e-6
+
+
+def test_half_precision_with_a_trained_projection(open_clip: Any, tmp_path: Path) -> None:
+    weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+    save_file({"weight": weight}, tmp_path / "fc.safetensors")
+    folder = module.export_model(
+        "keyreel-tiny-rn",
+        tmp_path / "rn",
+        precision="fp16",
+        attention="uniform",
+        projection=tmp_path / "fc.safetensors",
+        random_weights=True,
+    )
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["precision"], manifest["attention"]["input"]) == ("fp16", "tokens")
+    assert len(manifest["fusion"]["projection_sha256"]) == 64
+    assert "identity_cosine" not in manifest["verify"]
+    assert manifest["verify"]["fusion_cosine"] >= 0.999
+    kinds = {onnx.load(str(folder / f"{graph}.onnx")).graph.output[0].type.tensor_type.elem_type
+             for graph in ("backbone", "attention", "fusion", "text")}  # fmt: skip
+    assert kinds == {onnx.TensorProto.FLOAT}
+    weights = onnx.load(str(folder / "backbone.onnx")).graph.initializer
+    halves = sum(len(w.raw_data) for w in weights if w.data_type == onnx.TensorProto.FLOAT16)
+    assert halves > 0.95 * sum(len(w.raw_data) for w in weights)
+
+
+def test_weights_beside_the_graph_when_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_LARGEST_INSIDE_BYTES", 1000)
+    layer = torch.nn.Linear(64, 32).requires_grad_(False)
+    graphs.export_graph(layer, {"x": torch.zeros(2, 64)}, ["y"], tmp_path / "layer.onnx")
+    assert (tmp_path / "layer.onnx.data").stat().st_size >= 64 * 32 * 4
+    case = verify.cases(layer, [{"x": np.ones((3, 64), np.float32)}])[0]
+    found = verify.run_graph(tmp_path / "layer.onnx", [case.feeds], "fp32")[0]
+    np.testing.assert_allclose(found, case.expected, atol=1e-6)
+
+
+def test_nothing_is_left_of_an_export_that_fails(
+    open_clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differs(*_args: Any) -> dict[str, float]:
+        raise ModelError("an exported graph differs from torch")
+
+    monkeypatch.setattr(verify, "check", differs)
+    monkeypatch.setattr(verify, "run_graph", lambda *_args: [])
+    monkeypatch.setattr(module, "export_graph", lambda *_args: None)
+    with pytest.raises(ModelError, match="differs"):
+        module.export_model(VIT, tmp_path / "out", attention="uniform", random_weights=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_folders_are_left_alone(open_clip: Any, tmp_path: Path) -> None:
+    (tmp_path / "holiday.txt").write_text("mine")
+    with pytest.raises(ModelError, match="not empty"):
+        module.export_model(VIT, tmp_path, random_weights=True)
+    with pytest.raises(ModelError, match="is a file"):
+        module.export_model(VIT, tmp_path / "holiday.txt", random_weights=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
+
+
+def test_the_default_folder_is_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYREEL_CACHE", str(tmp_path))
+    assert module.default_folder("ViT-B-32/openai").is_relative_to(tmp_path)
+
+
+def test_names(open_clip: Any) -> None:
+    recipe = pretrained.resolve("ViT-B-32/laion2b_s34b_b79k")
+    assert (recipe.architecture, recipe.pretrained, recipe.quick_gelu) == ("ViT-B-32", "laion2b_s34b_b79k", False)
+    assert recipe.source["from"] == "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+    assert pretrained.resolve("ViT-B-32/openai").quick_gelu
+    assert pretrained.resolve("hf-hub:org/repo").architecture == "hf-hub:org/repo"
+    with pytest.raises(ModelNotFound) as caught:
+        pretrained.resolve("ViT-B-32/laion2b_s34b_b79")
+    assert caught.value.near[0] == "ViT-B-32/laion2b_s34b_b79k"
+    with pytest.raises(ModelNotFound) as caught:
+        pretrained.resolve("ViT-B32/openai")
+    assert "ViT-B-32/openai" in caught.value.near
+    with pytest.raises(ModelNotFound, match="openai"):
+        pretrained.resolve("ViT-B-32")
+    with pytest.raises(ValueError, match="precision"):
+        module.export_model(VIT, precision="int8")
+
+
+def test_quick_gelu_follows_the_weights(open_clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """open_clip only warns when the tag's activation is not the architecture's, and the vectors are wrong."""
+    seen: dict[str, Any] = {}
+
+    def create(*_args: Any, **options: Any) -> Any:
+        seen.update(options)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    pretrained.load_model(pretrained.resolve("ViT-B-32/openai"))
+    assert seen["force_quick_gelu"] is True
+    assert seen["weights_only"] is True
+
+
+def test_local_checkpoints(open_clip: Any, tmp_path: Path) -> None:
+    model = tiny_models.build(open_clip, VIT, seed=3)
+    path = tmp_path / "weights.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    recipe = pretrained.resolve(f"{VIT}/{path}")
+    assert recipe.source["from"].startswith("weights.safetensors sha256:")
+    loaded = pretrained.load_model(recipe).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(CheckpointMismatch, match="keyreel-tiny-rn"):
+        pretrained.load_model(pretrained.resolve(f"keyreel-tiny-rn/{path}"))
+
+
+class _Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def test_a_checkpoint_cannot_run_code(open_clip: Any, tmp_path: Path) -> None:
+    torch.save({"state_dict": _Harmful(tmp_path / "harm")}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointMismatch, match="cannot be loaded"):
+        pretrained.load_model(pretrained.resolve(f"{VIT}/{tmp_path / 'model.pt'}"))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_without_a_network(open_clip: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("ViT-B-32/laion2b_s34b_b79k", "hf-hub:org/repo"):
+        with pytest.raises(ModelError) as caught:
+            pretrained.load_model(pretrained.resolve(name))
+        assert "HF_HUB_OFFLINE" in str(caught.value.hint)
+    with pytest.raises(ModelError, match="tokenizer") as caught:
+        pretrained.load_tokenizer("ViT-B-16-SigLIP")
+    assert "transformers" in str(caught.value.hint)
+
+
+def test_differences_are_refused() -> None:
+    bounds = verify.BOUNDS["fp32"]
+    unit = np.eye(2, 4, dtype=np.float32)
+    turned = unit.copy()
+    turned[0] = (0.99, 0.14106736, 0, 0)
+    assert verify.check("fusion", [unit], [unit], bounds) == {"fusion_difference": 0.0, "fusion_cosine": 1.0}
+    for graph in ("fusion", "text", "identity", "backbone", "attention"):
+        with pytest.raises(ModelError, match="differs from torch"):
+            verify.check(graph, [turned], [unit], bounds)
+        with pytest.raises(ModelError, match="differs from torch"):
+            verify.check(graph, [unit * np.float32(np.nan)], [unit], bounds)
+    with pytest.raises(ModelError, match="float64"):
+        verify.check("fusion", [unit.astype(np.float64)], [unit], bounds)
+
+
+def test_sample_frames_are_noise_and_shapes() -> None:
+    frames = verify.sample_frames(96, 128, count=3, seed=1)
+    assert frames.shape == (3, 96, 128, 3)
+    assert frames.dtype == np.uint8
+    # Neighbours are alike in what stands for photographs, and not in white noise.
+    luma = frames.mean(-1)
+    alike = [np.corrcoef(picture[:, :-1].ravel(), picture[:, 1:].ravel())[0, 1] for picture in luma]
+    assert min(alike[0], alike[2]) > 0.5
+    assert abs(alike[1]) < 0.05

@@ -1,0 +1,188 @@
+"""Key-frames on planted scenes, beside scikit-learn, and on videos that have nothing to choose from."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planted import SCENE_LENGTHS, embedding_of, planted
+from sklearn.cluster import KMeans
+
+from keyreel.config import SelectConfig
+from keyreel.select import frame_quality, knee, select_keyframes
+from keyreel.types import Embedding, KeyFrame
+from keyreel_kernels import ops_for
+
+OPS = ops_for("cpu")
+DRAWS = 100
+
+
+def choose(embedding: Embedding, **options: object) -> tuple[KeyFrame, ...]:
+    config = SelectConfig(**options)  # type: ignore[arg-type]
+    return select_keyframes(embedding, config, OPS, duration_seconds=len(embedding) / 2).keyframes
+
+
+def coverage(x: np.ndarray, rows: list[int], real: np.ndarray) -> float:
+    return float((x[real] @ x[rows].T).max(1).mean())
+
+
+def scikit_learn(x: np.ndarray, draw: int) -> list[int]:
+    """The frame nearest to each centre of scikit-learn's KMeans, n_init=1."""
+    model = KMeans(8, n_init=1, random_state=draw).fit(x)
+    centres = model.cluster_centers_ / np.linalg.norm(model.cluster_centers_, axis=1, keepdims=True)
+    cosine = x @ centres.T
+    return [
+        int(np.flatnonzero(model.labels_ == j)[cosine[model.labels_ == j, j].argmax()])
+        for j in range(8)
+        if (model.labels_ == j).any()
+    ]
+
+
+def test_finds_planted_scenes_with_the_number_given() -> None:
+    scenes, ours, theirs = [], [], []
+    for draw in range(DRAWS):
+        x, scene = planted(draw)
+        rows = [frame.sample for frame in choose(embedding_of(x), keyframes=8)]
+        assert len(rows) == 8
+        assert (scene[rows] >= 0).all(), f"draw {draw}: a flash frame was chosen"
+        scenes.append(len(set(scene[rows])))
+        ours.append(coverage(x, rows, scene >= 0))
+        theirs.append(coverage(x, scikit_learn(x, draw), scene >= 0))
+    assert np.mean(scenes) >= 7.95
+    assert np.mean(ours) >= np.mean(theirs)
+
+
+def test_finds_planted_scenes_with_an_automatic_number() -> None:
+    scenes = []
+    # Every K of 1..32 is run in each draw: a quarter of the draws keeps the suite quick.
+    for draw in range(0, DRAWS, 4):
+        x, scene = planted(draw)
+        rows = [frame.sample for frame in choose(embedding_of(x))]
+        assert 7 <= len(rows) <= 10
+        assert (scene[rows] >= 0).all()
+        scenes.append(len(set(scene[rows])))
+    assert np.mean(scenes) >= 7.5
+
+
+def test_key_frames_are_in_time_order_and_their_shares_sum_to_one() -> None:
+    x, _ = planted(7)
+    embedding = embedding_of(x)
+    frames = choose(embedding)
+    assert [f.cluster for f in frames] == list(range(len(frames)))
+    assert all(a.pts_seconds < b.pts_seconds for a, b in itertools.pairwise(frames))
+    assert sum(f.weight for f in frames) == pytest.approx(1, abs=1e-6)
+    assert all(f.pts_seconds == embedding.pts_seconds[f.sample] for f in frames)
+    assert all(f.frame_index == embedding.frame_index[f.sample] for f in frames)
+    # The longest scene has 200 of 365 frames.
+    assert max(f.weight for f in frames) == pytest.approx(max(SCENE_LENGTHS) / 365, abs=0.02)
+
+
+def test_two_runs_agree() -> None:
+    x, _ = planted(3)
+    assert choose(embedding_of(x)) == choose(embedding_of(x.copy()))
+
+
+@pytest.mark.parametrize("options", [{}, {"keyframes": 1}, {"keyframes": 5}, {"per_minute": 30.0}])
+@pytest.mark.parametrize("count", [1, 2, 60])
+def test_a_constant_video_gives_exactly_one(count: int, options: dict[str, object]) -> None:
+    x = np.tile(planted(0)[0][:1], (count, 1))
+    assert len(choose(embedding_of(x), **options)) == 1
+
+
+def test_an_all_black_video_gives_exactly_one_and_says_so() -> None:
+    x, _ = planted(1)
+    embedding = embedding_of(x[:40], luma=np.zeros(40, np.float32))
+    selection = select_keyframes(embedding, SelectConfig(), OPS, duration_seconds=20)
+    assert len(selection.keyframes) == 1
+    assert any("exposure" in warning for warning in selection.warnings)
+
+
+def test_black_stretches_are_no_key_frames() -> None:
+    x, scene = planted(2)
+    luma = np.where(scene == 3, 0.01, 0.5).astype(np.float32)
+    rows = [f.sample for f in choose(embedding_of(x, luma=luma), keyframes=7)]
+    assert set(scene[rows]) == set(range(8)) - {3}
+
+
+def test_blurred_frames_give_way_to_sharp_ones_of_the_same_scene() -> None:
+    x, scene = planted(4)
+    rng = np.random.default_rng(0)
+    blurred = rng.random(len(x)) < 0.15
+    embedding = embedding_of(x, sharpness=np.where(blurred, 0.01, 1.0).astype(np.float32))
+    frames = choose(embedding, keyframes=8)
+    assert not blurred[[f.sample for f in frames]].any()
+    assert len({scene[f.sample] for f in frames}) == 8
+
+
+def test_a_scene_that_is_blurred_throughout_is_kept_and_the_relaxation_is_told() -> None:
+    x, scene = planted(5)
+    embedding = embedding_of(x, sharpness=np.where(scene == 2, 0.01, 1.0).astype(np.float32))
+    selection = select_keyframes(embedding, SelectConfig(keyframes=8), OPS, duration_seconds=180)
+    assert len({scene[f.sample] for f in selection.keyframes}) == 8
+    assert any("sharpness" in warning for warning in selection.warnings)
+
+
+def test_per_minute_counts_by_duration() -> None:
+    x, _ = planted(6)
+    assert len(choose(embedding_of(x), per_minute=8 / (365 / 2 / 60))) == 8
+
+
+def test_asking_for_more_than_there_is_says_so() -> None:
+    x = np.repeat(planted(0)[0][[0, 210, 260]], 20, axis=0)
+    selection = select_keyframes(embedding_of(x), SelectConfig(keyframes=9), OPS, duration_seconds=30)
+    assert 1 <= len(selection.keyframes) <= 3
+    assert any("9 key-frames were asked for" in warning for warning in selection.warnings)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    count=st.integers(1, 50),
+    gap=st.floats(0, 5),
+    limit=st.floats(0.3, 1),
+    number=st.one_of(st.none(), st.integers(1, 60)),
+)
+def test_guards_hold(seed: int, count: int, gap: float, limit: float, number: int | None) -> None:
+    x, _ = planted(seed % 50)
+    rows = np.sort(np.random.default_rng(seed).choice(len(x), count, replace=False))
+    embedding = embedding_of(x[rows])
+    frames = choose(embedding, keyframes=number, min_gap_seconds=gap, similarity_limit=limit)
+    assert 1 <= len(frames) <= (number or count)
+    times = [f.pts_seconds for f in frames]
+    assert all(b - a >= gap for a, b in itertools.pairwise(times))
+    chosen = embedding.vectors[[f.sample for f in frames]]
+    alike = np.triu(chosen @ chosen.T, 1)
+    assert alike.max(initial=0) <= limit + 1e-6
+
+
+def test_no_frames_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no frames"):
+        choose(embedding_of(np.empty((0, 8), np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        ([0.01, 0.01, 0.01], 1),
+        ([0.4, 0.4, 0.4, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05], 4),
+        ([0.4, 0.39, 0.39, 0.38, 0.38, 0.37], 6),
+        ([0.4, 0.02], 2),
+        ([0.4], 1),
+    ],
+)
+def test_knee(curve: list[float], expected: int) -> None:
+    assert knee(np.array(curve), enough=0.03) == expected
+
+
+def test_quality_ranks_sharpness_and_marks_flashes() -> None:
+    x, scene = planted(8)
+    support, _ = OPS.temporal_support(x, np.array([0, len(x)]))
+    level, quality = frame_quality(embedding_of(x, sharpness=np.linspace(0, 1, len(x), dtype=np.float32)), support, 0.2)
+    assert set(np.flatnonzero(level == 3)) == set(np.flatnonzero(scene == -1))
+    assert (level[:60] >= 1).all()
+    clean = quality[level == 0]
+    assert (np.diff(clean) > 0).all()
+    assert ((quality >= 0) & (quality <= 1)).all()
