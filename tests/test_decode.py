@@ -6,24 +6,25 @@ import gc
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
-from av.video.reformatter import ColorRange, Interpolation
+from av.video.reformatter import ColorRange
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from test_color import WEIGHTS, rgb_of_yuv, slow_tone_map
 
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode import cpu
-from keyreel.decode.color import Converter, matrix_of, transfer_of
+from keyreel.decode.color import Converter, transfer_of
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.sampling import Picker
 from keyreel.decode.source import Source
@@ -83,52 +84,73 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Plain:
-    """What a plain decode of the whole file gives."""
+    """What a plain decode of the whole file gives: one thread, packet by packet, no seeking, no plan, no swscale."""
 
-    data: NDArray[np.uint8]  # [T, 24, 32, 3]
+    blocks: NDArray[np.float64]  # [T, 6, 8, 3] mean colours of a grid of blocks, coded orientation, NaN where not made
+    turn: int  # quarter turns counter-clockwise to upright
     pts_seconds: NDArray[np.float64]
     keys: NDArray[np.bool_]
     end_seconds: float
 
 
-@lru_cache(maxsize=4)
+def block_means(plane: NDArray[Any], rows: int, columns: int) -> NDArray[np.float64]:
+    """Exact means of the blocks of a rows x columns grid, whose borders may cut pixels."""
+
+    def weights(size: int, count: int) -> NDArray[np.float64]:
+        edges = np.linspace(0, size, count + 1)
+        low, high = edges[:-1, None], edges[1:, None]
+        at = np.arange(size)[None]
+        return np.clip(np.minimum(high, at + 1) - np.maximum(low, at), 0, 1) / (size / count)
+
+    return weights(plane.shape[0], rows) @ plane.astype(np.float64) @ weights(plane.shape[1], columns).T
+
+
+def blocks_of(frame: av.VideoFrame) -> NDArray[np.float64]:
+    """[6, 8, 3] RGB in 0..255, from the planes by the standards' formulas; the grid lies on the coded picture."""
+    bits = {"10le": 10, "12le": 12}.get(frame.format.name[-4:], 8)
+    means = []
+    for plane in frame.planes:
+        values = np.frombuffer(plane, np.uint8 if bits == 8 else "<u2").reshape(plane.height, -1)[:, : plane.width]
+        means.append(block_means(values, 6, 8))
+    transfer = transfer_of(frame)
+    matrix = frame.colorspace if frame.colorspace in WEIGHTS else 6 if frame.height <= 576 else 1
+    rgb = rgb_of_yuv(means, matrix, full=frame.color_range == ColorRange.JPEG, bits=bits)
+    if transfer == "sdr":
+        return rgb
+    codes = (rgb / 255 * 65535).round().astype(int)
+    return np.array([[slow_tone_map(tuple(pixel), transfer) for pixel in row] for row in codes.tolist()])
+
+
+@cache
 def plain(path: Path) -> Plain:
-    """One thread, packet by packet, swscale's own colours; no seeking, no plan."""
-    pictures, ticks, keys, duration = [], [], [], 0
+    blocks, ticks, keys, duration, turn = [], [], [], 0, 0
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "NONE"  # type: ignore[assignment]
+        stream.thread_type = "NONE"
         base = stream.time_base
         assert base is not None
-        packets: Iterator[Any] = container.demux(stream)
-        for packet in packets:
+        for packet in container.demux(stream):
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
                 continue
             for frame in frames:
                 assert frame.pts is not None
+                # Large pictures, and the many of long clips, are compared now and then only.
+                step = 1 + frame.width * frame.height * COUNTS.get(f"{path.parent.name}/{path.name}", 1) // 20_000_000
+                made = len(ticks) % step == 0
+                blocks.append(blocks_of(frame) if made else np.full((6, 8, 3), np.nan))
                 ticks.append(frame.pts)
                 keys.append(bool(frame.key_frame))
-                duration = frame.duration
-                if transfer_of(frame) == "sdr":
-                    turn = round(frame.rotation / 90) % 4  # counter-clockwise, as rot90's
-                    width, height = (24, 32) if turn % 2 else (32, 24)
-                    small = frame.reformat(
-                        width,
-                        height,
-                        "rgb24",
-                        src_colorspace=matrix_of(frame.colorspace, frame.height, "sdr"),
-                        src_color_range=frame.color_range or ColorRange.MPEG,
-                        dst_color_range=ColorRange.JPEG,
-                        interpolation=Interpolation.BICUBIC,
-                    ).to_ndarray()
-                    pictures.append(np.rot90(small, turn))
-                else:
-                    pictures.append(Converter(SMALL, None)(frame))
+                duration, turn = frame.duration, round(frame.rotation / 90) % 4
         start = stream.start_time or 0
     seconds = np.array([float((t - start) * base) for t in ticks])
-    return Plain(np.stack(pictures), seconds, np.array(keys), seconds[-1] + float(duration * base))
+    return Plain(np.stack(blocks), turn, seconds, np.array(keys), seconds[-1] + float(duration * base))
+
+
+@cache
+def everything(path: Path) -> tuple[FrameBatch, tuple[str, ...]]:
+    return read(path, Sampling("all"))
 
 
 def read(
@@ -144,24 +166,16 @@ def read(
     return whole, stream.warnings
 
 
-def same_pictures(mine: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> None:
-    """The plain route rounds less well than ours; a wrong frame or wrong colours are far off."""
-    off = np.abs(mine.astype(int) - theirs)
-    assert off.max() <= 6
-    assert off.mean() <= 1.2
-
-
 # --- every clip
 
 
 @pytest.mark.parametrize("name", sorted(COUNTS))
 def test_every_clip_against_a_plain_decode(media: Media, name: str) -> None:
     expected = plain(media(name))
-    assert len(expected.data) == COUNTS[name]
-    whole, warnings = read(media(name), Sampling("all"))
+    assert len(expected.keys) == COUNTS[name]
+    whole, warnings = everything(media(name))
     np.testing.assert_array_equal(whole.frame_index, np.arange(COUNTS[name]))
     np.testing.assert_allclose(whole.pts_seconds, expected.pts_seconds, atol=1e-9)
-    same_pictures(whole.data, expected.data)
     for reason in REASONS.get(name, ()):
         assert any(reason in warning for warning in warnings)
     hdr = "hdr" in name or "bt2020" in name
@@ -170,11 +184,26 @@ def test_every_clip_against_a_plain_decode(media: Media, name: str) -> None:
         assert warnings == ()
 
 
+@pytest.mark.parametrize("name", sorted(COUNTS))
+def test_every_clips_pixels_against_float64(media: Media, name: str) -> None:
+    expected = plain(media(name))
+    tall, wide = (8, 6) if expected.turn % 2 else (6, 8)
+    made, warnings = read(media(name), Sampling("all"), ImageTransform(tall, wide, "squash", "area"), batch_size=64)
+    blocks = np.rot90(expected.blocks, expected.turn, (1, 2))
+    off = np.abs(made.data - blocks)[~np.isnan(blocks[:, 0, 0, 0])]
+    assert len(off)
+    # Small test pictures are all hard edges, which move a little: chroma is sited on the left, taps are whole pixels.
+    edges = any(word in name for word in ("testsrc2", "bt601", "bt709", "bt2020", "10bits", "corrupted", "discard"))
+    assert off.mean() <= (3.5 if edges else 1.0), (off.mean(), off.max())
+    if not (edges and any("PQ" in warning for warning in warnings)):  # PQ is steep where saturated colours clip
+        assert off.max() <= (30 if edges else 8), (off.mean(), off.max())
+
+
 @pytest.mark.parametrize("name", sorted(set(COUNTS) - {"format/8k24fps_300ms.mp4"}))
 def test_planned_sampling_is_bit_identical_to_decoding_everything(media: Media, name: str) -> None:
     """fps, every, times and keyframes, by brute force over all frames of the same clip."""
     path = media(name)
-    whole, _ = read(path, Sampling("all"))
+    whole, _ = everything(path)
     expected = plain(path)
     pts, count = whole.pts_seconds, len(whole)
     rising = np.append(pts, expected.end_seconds)
@@ -199,7 +228,7 @@ def test_planned_sampling_is_bit_identical_to_decoding_everything(media: Media, 
 @pytest.mark.parametrize("name", ["natural/bikes.mp4", "natural/test.mp4", "natural/flower.mp4", "format/flower.webm"])
 def test_windows(media: Media, name: str) -> None:
     path = media(name)
-    whole, _ = read(path, Sampling("all"))
+    whole, _ = everything(path)
     pts = whole.pts_seconds
     inside = np.flatnonzero((pts >= 1.1) & (pts < 2.3))
     for mode, every, rows in (("all", 1, inside), ("every", 5, inside[::5])):
@@ -279,8 +308,10 @@ def test_containers(tmp_path: Path, suffix: str) -> None:
     path = render(tmp_path / f"clip.{suffix}", range(60), base=Fraction(1, 25), options=options)
     got, _ = read(path, Sampling("all"), None)
     assert numbers(got) == list(range(60))
-    np.testing.assert_allclose(got.pts_seconds, np.arange(60) / 25, atol=6e-4)
-    got, _ = read(path, Sampling("times", times=(2.0, 0.5, 1.21, 9.0)), None)
+    # AVI holds no pts: FFmpeg shows H.264 one frame after it is decoded.
+    late = 0.04 if suffix == "avi" else 0.0
+    np.testing.assert_allclose(got.pts_seconds, np.arange(60) / 25 + late, atol=6e-4)
+    got, _ = read(path, Sampling("times", times=tuple(t + late for t in (2.0, 0.5, 1.21, 9.0))), None)
     assert numbers(got) == got.frame_index.tolist() == [50, 12, 30, 59]
 
 
@@ -468,13 +499,13 @@ def brute(pts: Sequence[float], end: float, sampling: Sampling, keys: Sequence[b
     wanted: Sequence[float] = sorted(sampling.times)
     if sampling.mode == "fps":
         last = int((end + 2) * sampling.fps)
-        grid = [sampling.start_seconds + n / sampling.fps for n in range(last)]
+        grid = [sampling.start_seconds + n / sampling.fps for n in range(last + 1)]
         wanted = [t for t in grid if t + 1e-9 < min(stop, end)]
     rows = [max((i for i, p in enumerate(pts) if p <= t + 1e-9), default=0) for t in wanted]
     return rows if sampling.mode == "times" else sorted(set(rows))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     gaps=st.lists(st.integers(1, 3000), min_size=1, max_size=40),
     mode=st.sampled_from(["fps", "every", "times", "keyframes", "all"]),
@@ -515,15 +546,15 @@ def test_picker_against_brute_force(
     assert rows == brute(pts, end, sampling, keys)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(times=st.lists(st.floats(0, 12), min_size=1, max_size=12), batch_size=st.integers(1, 9))
 def test_times_in_any_order_against_brute_force(media: Media, times: list[float], batch_size: int) -> None:
     path = media("natural/bikes.mp4")
-    expected = plain(path)
+    whole, _ = everything(path)
     got, _ = read(path, Sampling("times", times=tuple(times)), batch_size=batch_size)
-    rows = [max(0, int(np.searchsorted(expected.pts_seconds, t + 1e-9, side="right")) - 1) for t in times]
+    rows = [max(0, int(np.searchsorted(whole.pts_seconds, t + 1e-9, side="right")) - 1) for t in times]
     assert got.frame_index.tolist() == rows
-    same_pictures(got.data, expected.data[rows])
+    np.testing.assert_array_equal(got.data, whole.data[rows])
 
 
 # --- damage
@@ -675,16 +706,16 @@ def test_memory_does_not_grow_with_opens(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
-    """2,400 frames of 640 x 480 would be 2 GB as pictures; the stream holds four batches."""
-    path = render(tmp_path / "long.mp4", range(2400), size=(640, 480), options={"preset": "ultrafast", "g": "100"})
+    """1,200 frames of 320 x 240 would be 276 MB as pictures; the stream holds four batches of 2 MB."""
+    path = render(tmp_path / "long.mp4", range(1200), size=(320, 240), options={"preset": "ultrafast", "g": "100"})
     before = peak = resident_bytes()
     count = 0
     with Source(path) as source:
         for batch in FrameStream(source, Sampling("all"), batch_size=8):
             count += len(batch)
             peak = max(peak, resident_bytes())
-    assert count == 2400
-    assert peak - before < 300 << 20
+    assert count == 1200
+    assert peak - before < 80 << 20
 
 
 def test_wrong_arguments(media: Media) -> None:

@@ -64,9 +64,11 @@ class Tokenizer:
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError("expected a sequence of strings")
+        if not texts:
+            return np.empty((0, self.context_length), np.int64)
         rows = self._tokenizer.encode_batch([clean_text(text, self._clean) for text in texts])
-        ids = np.array([row.ids for row in rows], dtype=np.int64).reshape(len(texts), -1)
-        if len(texts) and ids.shape[1] != self.context_length:
+        ids = np.array([row.ids for row in rows], dtype=np.int64)
+        if ids.shape[1] != self.context_length:
             raise ModelError(f"the tokenizer gives {ids.shape[1]} tokens, the model takes {self.context_length}")
         return ids
 

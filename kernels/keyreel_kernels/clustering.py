@@ -9,13 +9,16 @@ raises J and none draws a random number.
 
 Batch-first over ragged videos: x [N, D] holds the frames of all videos one after the other; a problem is a span of
 rows [start, stop) and a number of clusters, so that several K of one video are several problems over one span.
-Labels and similarities of all problems lie one after the other, in the order of the problems. Accumulation is in
+Labels and similarities of all problems lie one after the other, in the order of the problems. Everywhere: w [N]
+float32 weights >= 0; spans [M, 2] int64 rows; k [M] int64; centroids [M, Kmax, D] float32, unit length, zero from k[m]
+on; labels [L] int64; penalty mu >= 0 and margin m of J. Each video and each problem has a frame. Accumulation is in
 float64; ties go to the lowest index.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,6 +29,8 @@ F32: TypeAlias = NDArray[np.float32]
 F64: TypeAlias = NDArray[np.float64]
 I64: TypeAlias = NDArray[np.int64]
 
+# 1 - cosine of two equal unit vectors in float32 is not quite 0: below this a frame is covered.
+COVERED = 1e-6
 # Moves that lower J by less are noise of the arithmetic.
 TOLERANCE = 1e-10
 # A problem whose round gains less is at rest.
@@ -95,29 +100,28 @@ def seed(x: F32, w: F32, offsets: I64, count: int) -> tuple[I64, F32]:
 
     Returns:
         rows [B, count] int64 into x, -1 where a video has no further frame that is not covered; and the weighted gap
-        w (1 - cosine to the nearest seed before) at which each was taken, [B, count] float32, 0 in such places.
+        w (1 - cosine to the nearest seed before) at which each was taken, [B, count] float32, 0 in such places; the
+        weight itself for the first.
     """
     rows = np.full((len(offsets) - 1, count), -1, np.int64)
     gaps = np.zeros((len(offsets) - 1, count), np.float32)
     for b, (start, stop) in enumerate(itertools.pairwise(offsets)):
         z, v = x[start:stop].astype(np.float64), w[start:stop].astype(np.float64)
         gap = np.full(len(z), np.inf)
-        first = int((v * (z @ (v @ z))).argmax())
-        for n in range(min(count, len(z))):
-            chosen = first if n == 0 else int((v * gap).argmax())
-            if n and v[chosen] * gap[chosen] <= TOLERANCE:
+        chosen = int((v * (z @ (v @ z))).argmax())
+        rows[b, 0], gaps[b, 0] = start + chosen, v[chosen]
+        for n in range(1, min(count, len(z))):
+            away = 1 - z @ z[chosen]
+            gap = np.minimum(gap, np.where(away > COVERED, away, 0))
+            chosen = int((v * gap).argmax())
+            if v[chosen] * gap[chosen] <= 0:
                 break
-            gaps[b, n] = v[chosen] * min(gap[chosen], 1.0)
-            rows[b, n] = start + chosen
-            gap = np.minimum(gap, 1 - z @ z[chosen])
+            rows[b, n], gaps[b, n] = start + chosen, v[chosen] * gap[chosen]
     return rows, gaps
 
 
 def assign(x: F32, spans: I64, k: I64, centroids: F32) -> tuple[I64, F32]:
     """The nearest centroid of each frame by cosine.
-
-    Args:
-        x: [N, D] float32. spans: [M, 2] int64 rows. k: [M] int64. centroids: [M, Kmax, D] float32.
 
     Returns:
         labels [L] int64 and the cosine to that centroid [L] float32.
@@ -163,24 +167,30 @@ def update(x: F32, w: F32, spans: I64, k: I64, centroids: F32, labels: I64, *, p
         inside = own == np.arange(k[m])[:, None]
         share = (inside * v) @ x[start:stop].astype(np.float64) / max(v.sum(), 1e-30)
         mu = penalty / k[m]
-        for j in range(k[m]):
-            if not share[j].any():
+        for j in np.flatnonzero(share.any(1)).tolist():
+            excess = _excess(c, j, c[j], margin)
+            goal = share[j] - mu * c[excess > 0].sum(0)
+            length = math.sqrt(goal @ goal)
+            # The hinges lie above their linear parts, so that no move gains more than the linear minimiser promises.
+            if length < 1e-12 or length - goal @ c[j] <= TOLERANCE:
                 continue
-            others = np.delete(c, j, axis=0)
-            now = others @ c[j]
-            goal = share[j] - mu * others[now > margin].sum(0)
-            if np.linalg.norm(goal) < 1e-12:
-                continue
-            goal /= np.linalg.norm(goal)
-            cost = -share[j] @ c[j] + mu * np.maximum(0, now - margin).sum()
+            goal /= length
+            cost = mu * excess.sum() - share[j] @ c[j]
             for step in STEPS:
                 moved = (1 - step) * c[j] + step * goal
-                moved /= max(np.linalg.norm(moved), 1e-30)
-                if -share[j] @ moved + mu * np.maximum(0, others @ moved - margin).sum() < cost - TOLERANCE:
+                moved /= max(math.sqrt(moved @ moved), 1e-30)
+                if mu * _excess(c, j, moved, margin).sum() - share[j] @ moved < cost - TOLERANCE:
                     c[j] = moved
                     break
         out[m, : k[m]] = c
     return out
+
+
+def _excess(c: F64, j: int, place: F64, margin: float) -> F64:
+    """[K] float64: by how much each centroid but the j-th is closer to `place` than the margin allows."""
+    excess: F64 = np.maximum(0, c @ place - margin)
+    excess[j] = 0
+    return excess
 
 
 def relocate(x: F32, w: F32, spans: I64, k: I64, centroids: F32, labels: I64, *, penalty: float, margin: float) -> F32:
@@ -192,15 +202,16 @@ def relocate(x: F32, w: F32, spans: I64, k: I64, centroids: F32, labels: I64, *,
     out = centroids.copy()
     at = label_starts(spans)
     for m, (start, stop) in enumerate(spans):
+        empty = np.flatnonzero(np.bincount(labels[at[m] : at[m + 1]], minlength=k[m]) == 0)
+        if not len(empty):
+            continue
         z, v = x[start:stop].astype(np.float64), w[start:stop].astype(np.float64)
         c, total = out[m, : k[m]].astype(np.float64), max(v.sum(), 1e-30)
-        empty = np.setdiff1d(np.arange(k[m]), labels[at[m] : at[m + 1]])
         cosine = (z @ np.delete(c, empty, axis=0).T).max(1) if len(empty) < k[m] else np.full(len(z), -1.0)
-        for j in empty:
+        for j in empty.tolist():
             worst = int((v * (1 - cosine)).argmax())
             gained = np.maximum(cosine, z @ z[worst])
-            others = np.delete(c, j, axis=0)
-            before, after = (np.maximum(0, others @ u - margin).sum() for u in (c[j], z[worst]))
+            before, after = (_excess(c, j, u, margin).sum() for u in (c[j], z[worst]))
             if penalty / k[m] * (after - before) - (v * (gained - cosine)).sum() / total < -TOLERANCE:
                 c[j], cosine = z[worst], gained
         out[m, : k[m]] = c
@@ -210,13 +221,12 @@ def relocate(x: F32, w: F32, spans: I64, k: I64, centroids: F32, labels: I64, *,
 def cluster(
     x: F32, w: F32, spans: I64, k: I64, seeds: I64, *, penalty: float, margin: float, iterations: int
 ) -> Clusters:
-    """Runs every problem to rest: assign, move, relocate, until no label changes and J stands still.
+    """Runs every problem to rest: move, relocate, assign, until J stands still.
 
     Args:
-        x: [N, D] float32 unit vectors. w: [N] float32 weights.
-        spans: [M, 2] int64. k: [M] int64, at most the number of valid seeds of the problem.
+        k: at most the number of valid seeds of the problem.
         seeds: [M, Kmax] int64 rows of x, as `seed` gives them.
-        penalty, margin: mu and m of J. iterations: most rounds.
+        iterations: most rounds.
     """
     count = int(k.max(initial=1))
     centroids = np.zeros((len(k), count, x.shape[1]), np.float32)
@@ -251,7 +261,7 @@ def representatives(spans: I64, k: I64, labels: I64, similarity: F32, clean: NDA
     """The frame of each cluster that is closest to its centroid, among the clean ones where there are any.
 
     Args:
-        clean: [N] bool, over the rows of x.
+        similarity: [L] float32, cosine of each frame to its centroid. clean: [N] bool, over the rows of x.
 
     Returns:
         [M, Kmax] int64 rows of x; -1 for clusters without a frame.

@@ -69,7 +69,8 @@ def resize_weights(old: int, new: int, interpolation: Interpolation) -> F32:
     """[new, old] float32 rows that sum to 1: a filter as wide as the reduction, so that nothing aliases.
 
     Triangle for bilinear, Keys' cubic with a = -0.5 (Keys 1981) for bicubic, a box for area; sample positions at
-    pixel centres. The same weights as Pillow's and torchvision's antialiased resize, before their rounding.
+    pixel centres. The same weights as Pillow's and torchvision's antialiased resize, before their rounding; Pillow also
+    clips between the two passes, which shows where bicubic overshoots.
     """
     support, ratio = {"area": 0.5, "bilinear": 1.0, "bicubic": 2.0}[interpolation], old / new
     stretch = max(ratio, 1.0)
@@ -103,8 +104,8 @@ def resize(frames: U8 | F32, height: int, width: int, interpolation: Interpolati
 def transform(frames: U8, *, height: int, width: int, mode: str, interpolation: Interpolation, fill: int = 0) -> U8:
     """Frames to pictures of the model's size, as open_clip's own transform makes them.
 
-    shortest: the short side fits, the middle is cropped. longest: the long side fits, padded with `fill`. squash:
-    both sides fit.
+    shortest: the picture covers the size, the middle is cropped. longest: the long side fits, padded with `fill`.
+    squash: both sides fit.
 
     Args:
         frames: [N, H, W, 3] uint8 RGB.
@@ -116,10 +117,11 @@ def transform(frames: U8, *, height: int, width: int, mode: str, interpolation: 
     if mode == "squash":
         new_height, new_width = height, width
     elif mode == "shortest":
-        # The long side is cut to an integer, not rounded: torchvision's rule.
-        short = min(old_height, old_width)
-        side = max(height, width)
-        new_height, new_width = (max(int(side * n / short), 1) for n in (old_height, old_width))
+        # The longer side is cut to an integer, not rounded: torchvision's rule.
+        if width * old_height >= height * old_width:
+            new_height, new_width = max(height, int(width * old_height / old_width)), width
+        else:
+            new_height, new_width = height, max(width, int(height * old_width / old_height))
     elif mode == "longest":
         scale = min(height / old_height, width / old_width)
         new_height, new_width = (max(round(n * scale), 1) for n in (old_height, old_width))
@@ -146,6 +148,9 @@ def normalise(frames: U8, mean: F32, std: F32) -> F32:
 
 def frame_signals(frames: U8) -> tuple[F32, F32, F32, F32]:
     """What tells a clean frame from a poor one, and one picture from the next.
+
+    Args:
+        frames: [N, H, W, 3] uint8 RGB, N >= 1.
 
     Returns:
         sharpness [N]: variance of the 4-neighbour Laplacian of the luma (Pech-Pacheco et al. 2000); luma mean [N] and
@@ -264,12 +269,14 @@ def weighted_pool(values: F32, weights: F32, attention: F32, strength: float) ->
 
     Args:
         values: [N, P, D] float32. weights: [N, P] float32, the pooling's own, rows sum to 1. attention: [N, P] float32,
-            rows sum to 1. strength: gamma >= 0; 0 and a uniform map leave the weights as they are.
+            rows sum to 1. strength: gamma >= 0; 0 and a uniform map leave the weights as they are. P a counts as at
+            least 1e-6, so that a map of zeros under all of the weight leaves something to divide by.
 
     Returns:
         [N, D] float32.
     """
-    biased = weights * (attention * attention.shape[1]) ** np.float32(strength)
+    relative = np.maximum(attention.astype(np.float64) * attention.shape[1], 1e-6)
+    biased = weights * relative**strength
     pooled = np.einsum("np,npd->nd", biased / biased.sum(1, keepdims=True), values)
     unit: F32 = (pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)).astype(np.float32)
     return unit

@@ -1,0 +1,101 @@
+"""Finding, checking and refusing model folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from keyreel.bundle import Bundle, bundle_folder, cached_names, sha256_of, write_manifest
+from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the built-in bundle."""
+    return Path(shutil.copytree(Bundle.find("builtin").folder, tmp_path / "copy"))
+
+
+def test_the_built_in_bundle_is_whole_and_small() -> None:
+    bundle = Bundle.find("builtin")
+    assert bundle.name == "builtin"
+    assert sum(path.stat().st_size for path in bundle.folder.iterdir()) <= 16e6
+    assert bundle.grid[0] * bundle.grid[1] > 0
+    assert set(bundle.manifest["files"]) == {p.name for p in bundle.folder.iterdir()} - {"manifest.json"}
+
+
+def test_found_by_folder_and_by_cached_name(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYREEL_CACHE", str(tmp_path / "cache"))
+    assert Bundle.find(copy) == Bundle.find(str(copy))
+    target = bundle_folder("ViT-B-32/laion2b_s34b_b79k")
+    assert target == tmp_path / "cache" / "models" / "ViT-B-32--laion2b_s34b_b79k"
+    target.parent.mkdir(parents=True)
+    copy.rename(target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    write_manifest(target, {**manifest, "name": "ViT-B-32/laion2b_s34b_b79k"})
+    assert Bundle.find("ViT-B-32/laion2b_s34b_b79k").folder == target
+    assert cached_names() == ("builtin", "ViT-B-32/laion2b_s34b_b79k")
+    with pytest.raises(ModelNotFound) as caught:
+        Bundle.find("ViT-B-32/laion2b_s34b_b79")
+    assert caught.value.near == ("ViT-B-32/laion2b_s34b_b79k",)
+    assert "keyreel export" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["text.onnx", "tokenizer.json"])
+def test_a_changed_or_missing_file_is_refused(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(bytes(content))
+    with pytest.raises(CheckpointMismatch, match=name.replace(".", r"\.")):
+        Bundle.load(copy)
+    (copy / name).unlink()
+    with pytest.raises(CheckpointMismatch, match="missing"):
+        Bundle.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "other/1"}, "schema"),
+        ({"grid": None}, "bad or missing entry"),
+        ({"image": {"height": -1, "width": 2}}, "bad size"),
+        ({"files": {}}, "does not list"),
+        ({"files": None}, "lists no files"),
+    ],
+)
+def test_a_bad_manifest_is_refused(copy: Path, change: dict[str, object], message: str) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(ModelError, match=message):
+        Bundle.load(copy)
+
+
+def test_a_manifest_cannot_name_files_elsewhere(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["../copy/../../passwd"] = {"sha256": "0"}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match="outside"):
+        Bundle.load(copy)
+
+
+def test_not_json_and_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="without a manifest"):
+        Bundle.find(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        Bundle.find(tmp_path)
+    with pytest.raises(ModelNotFound, match="keyreel export"):
+        Bundle.find("no-such-model")
+
+
+def test_write_manifest_lists_every_file(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"abc")
+    write_manifest(tmp_path, {"name": "x"})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["schema"] == "keyreel.bundle/1"
+    assert manifest["files"] == {"a.bin": {"sha256": sha256_of(tmp_path / "a.bin"), "bytes": 3}}
+    # The digest of "abc" as FIPS 180-2 prints it.
+    assert sha256_of(tmp_path / "a.bin").startswith("ba7816bf8f01cfea414140de5dae2223")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []

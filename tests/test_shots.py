@@ -1,0 +1,81 @@
+"""Shots of videos whose cuts are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from concatenated import concatenate, stretches
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keyreel import Engine
+from keyreel.shots import shot_of, shots_between
+from keyreel.types import Shot
+
+
+@pytest.fixture(scope="module")
+def parts(media: Callable[[str], Path]) -> list[np.ndarray]:
+    return stretches(media)
+
+
+def matched(found: Sequence[float], true: Sequence[float], tolerance: float) -> int:
+    """How many true boundaries have a found one of their own within the tolerance."""
+    left = list(found)
+    hits = 0
+    for time in true:
+        near = [f for f in left if abs(f - time) <= tolerance]
+        if near:
+            left.remove(min(near, key=lambda f: abs(f - time)))
+            hits += 1
+    return hits
+
+
+@pytest.mark.parametrize(("fade_frames", "tolerance_seconds"), [(0, 0.021), (10, 0.3)])
+def test_cuts_and_fades_of_concatenated_real_clips(
+    parts: list[np.ndarray], tmp_path: Path, fade_frames: int, tolerance_seconds: float
+) -> None:
+    hits = found_count = true_count = 0
+    with Engine.from_pretrained(device="cpu") as engine:
+        for seed in range(4):
+            clip = tmp_path / f"{seed}.mp4"
+            cuts, _ = concatenate(parts, clip, seed, fade_frames=fade_frames)
+            found = [shot.start_seconds for shot in engine.summarize(clip).shots[1:]]
+            hits += matched(found, cuts, tolerance_seconds)
+            found_count, true_count = found_count + len(found), true_count + len(cuts)
+    assert 2 * hits / (found_count + true_count) >= 0.95, f"{hits} of {true_count}, {found_count} found"
+
+
+def test_key_frames_of_concatenated_real_clips_cover_them(parts: list[np.ndarray], tmp_path: Path) -> None:
+    covered = total = 0
+    with Engine.from_pretrained(device="cpu") as engine:
+        for seed in range(3):
+            clip = tmp_path / f"{seed}.mp4"
+            chosen = [parts[int(n)] for n in np.random.default_rng(seed).permutation(len(parts))[:8]]
+            cuts, _ = concatenate(chosen, clip, seed)
+            edges = [0.0, *cuts, np.inf]
+            frames = engine.summarize(clip, keyframes=8).keyframes
+            hit = {int(np.searchsorted(edges, f.pts_seconds, side="right")) for f in frames}
+            covered, total = covered + len(hit), total + 8
+    assert covered / total >= 0.75
+
+
+@given(
+    times=st.lists(st.floats(0, 100), max_size=30),
+    stop=st.floats(0.01, 100),
+    shortest=st.floats(0, 5),
+)
+def test_shots_cover_the_video_without_a_gap(times: list[float], stop: float, shortest: float) -> None:
+    shots = shots_between(times, start_seconds=0.0, stop_seconds=stop, min_shot_seconds=shortest)
+    assert shots[0].start_seconds == 0
+    assert shots[-1].stop_seconds == stop
+    assert all(a.stop_seconds == b.start_seconds for a, b in zip(shots[:-1], shots[1:], strict=True))
+    assert all(shot.duration_seconds >= min(shortest, stop / 2) - 1e-9 for shot in shots)
+
+
+def test_shot_of() -> None:
+    shots = (Shot(0, 1), Shot(1, 2.5), Shot(2.5, 4))
+    times = np.array([0.0, 0.99, 1.0, 2.49, 2.5, 9.0])
+    np.testing.assert_array_equal(shot_of(shots, times), [0, 0, 1, 1, 2, 2])
