@@ -202,13 +202,15 @@ class Engine:
         stop = _stop_seconds(embedding, sampling, info.duration_seconds)
         started = time.perf_counter()
         found = select_keyframes(embedding, select, self.backend.ops, duration_seconds=stop - sampling.start_seconds)
-        cuts = place_boundaries(source, embedding, find_candidates(embedding, select), self.backend.ops)
+        candidates = find_candidates(embedding, select)
+        shortest = select.min_shot_seconds
+        cuts = place_boundaries(source, embedding, candidates, self.backend.ops, min_shot_seconds=shortest)
         timings["select"] = time.perf_counter() - started
         shots = shots_between(
             cuts,
             start_seconds=sampling.start_seconds,
             stop_seconds=stop,
-            min_shot_seconds=select.min_shot_seconds,
+            min_shot_seconds=shortest,
         )
         return Summary(
             video=info,

@@ -86,31 +86,37 @@ def scene_change(embedding: Embedding) -> F32:
 
 
 def place_boundaries(
-    source: Source, embedding: Embedding, candidates: Sequence[Candidate], ops: Ops, *, threads: int = 0
+    source: Source, embedding: Embedding, candidates: Sequence[Candidate], ops: Ops, *, min_shot_seconds: float
 ) -> tuple[float, ...]:
     """The time of each boundary, to the frame, in rising order: all frames between the samples are looked at.
 
     A cut begins with the frame that jumps; a dissolve is placed where the change is greatest, a fade where it is
-    darkest. Candidates of kind "suspect" without a jump are dropped.
+    darkest. Candidates of kind "suspect" without a jump are dropped; of those closer than `min_shot_seconds` the
+    strongest stays, fades before cuts: two looks at the ramps of one fade must not hide its middle.
     """
-    times = []
+    placed: list[tuple[float, float]] = []  # (strength, time)
     for candidate in candidates:
         low, high = (float(embedding.pts_seconds[t]) for t in (candidate.before, candidate.after))
         window = Sampling(
             mode="all", start_seconds=max(low - MARGIN_SECONDS, 0), stop_seconds=high + MARGIN_SECONDS + 1e-3
         )
-        pts, histogram, luma = _look(source, window, ops, threads)
+        pts, histogram, luma = _look(source, window, ops)
         inside = np.flatnonzero((pts > low) & (pts <= high + 1e-6))
         if not len(inside):
             continue
         change = _distance(histogram[1:], histogram[:-1])  # change[n]: from frame n to n + 1
-        jump = int(inside[change[inside - 1].argmax()]) if inside[0] else int(inside[0])
+        # The window holds the sample before, so that every frame inside has one to differ from.
+        jump = int(inside[change[inside - 1].argmax()])
         if candidate.kind == "fade" or luma.min() < DARK < luma.max():
             # The samples may have missed the black; every look that sees it must name the same frame.
-            times.append(float(pts[luma.argmin()]))
+            placed.append((2.0 - float(luma.min()), float(pts[luma.argmin()])))
         elif candidate.kind == "change" or _is_cut(histogram, change, jump):
-            times.append(float(pts[jump]))
-    return tuple(sorted(set(times)))
+            placed.append((float(change[jump - 1]), float(pts[jump])))
+    kept: list[float] = []
+    for _, time in sorted(placed, key=lambda place: (-place[0], place[1])):
+        if all(abs(time - other) >= min_shot_seconds for other in kept):
+            kept.append(time)
+    return tuple(sorted(kept))
 
 
 def _is_cut(histogram: F32, change: F32, jump: int) -> bool:
@@ -128,9 +134,9 @@ def _distance(one: F32, other: F32) -> F32:
     return distance
 
 
-def _look(source: Source, window: Sampling, ops: Ops, threads: int) -> tuple[F64, F32, F32]:
+def _look(source: Source, window: Sampling, ops: Ops) -> tuple[F64, F32, F32]:
     pts, histograms, luma = [], [], []
-    with FrameStream(source, window, transform=SMALL, threads=threads) as stream:
+    with FrameStream(source, window, transform=SMALL) as stream:
         for batch in stream:
             _, mean, _, histogram = ops.frame_signals(batch.data)
             pts.append(batch.pts_seconds)

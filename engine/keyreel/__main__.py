@@ -1,0 +1,5 @@
+"""`python -m keyreel`."""
+
+from keyreel.cli import main
+
+main()

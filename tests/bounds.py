@@ -1,0 +1,35 @@
+"""How far results may lie from their references, in one place, each with the reason for its size."""
+
+from __future__ import annotations
+
+# One float32 operation on values up to 1 errs by 6e-8; the kernels chain a few dozen of them.
+FLOAT32 = 2e-6
+
+# Sums of hundreds of float32 terms (means and variances over a picture, pooled patches), relative to their size.
+FLOAT32_SUM = 2e-5
+
+# J of the same centroids, summed in float64 twice, in another order.
+FLOAT64_SUM = 1e-12
+
+# J after centroids were rounded to float32: 6e-8 on each of two unit vectors, in every direction.
+ROUNDED_CENTROIDS = 2e-7
+
+# Where `cluster` stops: a round that gains less than clustering.STILL is not taken, so that J at rest may lie some such
+# rounds above the place it creeps towards.
+AT_REST = 2e-6
+
+# A colour that went to codes and back, in codes of 8 bits: half a code of luma (255 / 219) and half a code of chroma
+# (255 / 224) times the matrix's largest entry, 2 (1 - 0.0593) in BT.2020.
+CODED_COLOUR = 0.5 * 255 / 219 + 0.5 * 255 / 224 * 1.8814
+
+# swscale works in integers of 14 bits and rounds at the end, half a level; its chroma taps lie elsewhere, which on the
+# smooth pictures of the test is under one level more.
+SWSCALE_LEVELS = 1.5
+
+# Pillow rounds to u8 between its two passes, half a level, times the second pass' weights, up to 1.3 in absolute sum
+# for bicubic, and again at the end.
+PILLOW_LEVELS = 1
+
+# scikit-learn's best of ten random starts against one deterministic start, as a share of J, on vectors without any
+# structure: the worst case that was seen is 1.2 %. Where there are scenes to find, the two are equal.
+SKLEARN_SHARE = 0.03

