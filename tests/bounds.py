@@ -18,6 +18,10 @@ ROUNDED_CENTROIDS = 2e-7
 # rounds above the place it creeps towards.
 AT_REST = 2e-6
 
+# Two centroids that rest exactly at the margin hold each other there: no move of one alone lowers J, a move of both
+# might.
+AT_MARGIN = 2e-3
+
 # A colour that went to codes and back, in codes of 8 bits: half a code of luma (255 / 219) and half a code of chroma
 # (255 / 224) times the matrix's largest entry, 2 (1 - 0.0593) in BT.2020.
 CODED_COLOUR = 0.5 * 255 / 219 + 0.5 * 255 / 224 * 1.8814
@@ -31,5 +35,6 @@ SWSCALE_LEVELS = 1.5
 PILLOW_LEVELS = 1
 
 # scikit-learn's best of ten random starts against one deterministic start, as a share of J, on vectors without any
-# structure: the worst case that was seen is 1.2 %. Where there are scenes to find, the two are equal.
-SKLEARN_SHARE = 0.03
+# structure: over 40 draws 1.9 % on average (as one random start of scikit-learn), 7.1 % at worst. Where there are
+# scenes to find, the two are equal.
+SKLEARN_SHARE = 0.08

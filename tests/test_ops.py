@@ -11,8 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import keyreel_kernels
 import pytest
+
+import keyreel_kernels
 from keyreel_kernels import Ops, clustering, ops_for, reference
 
 NAMES = [field.name for field in fields(Ops) if field.name != "device"]

@@ -153,6 +153,10 @@ def summarize(
     with Engine.from_pretrained(model, device=device) as engine, Bars(errors, quiet=quiet) as bars:
 
         def one(source: Source) -> None:
+            with source:
+                summarize_one(source)
+
+        def summarize_one(source: Source) -> None:
             folder = output / _folder_name(source, used)
             progress = bars.start(source.name)
             summary = engine.summarize(source, sampling=sampling, encode=encode, select=select, progress=progress)
@@ -198,16 +202,21 @@ def search(
     query: Any = text if image is None else read_picture(image)
     sampling, encode = Sampling(**_pick(Sampling, options)), EncodeConfig(**_pick(EncodeConfig, options))
     summaries: list[Summary] = []
-    with Engine.from_pretrained(model, device=device) as engine, Bars(errors, quiet=quiet) as bars:
+    with (
+        Engine.from_pretrained(model, device=device) as engine,
+        Bars(errors, quiet=quiet) as bars,
+        contextlib.ExitStack() as opened,  # pictures of the hits are taken from the videos at the end
+    ):
 
         def one(source: Source) -> None:
+            opened.enter_context(source)
             progress = bars.start(source.name)
             summaries.append(engine.summarize(source, keyframes=1, sampling=sampling, encode=encode, progress=progress))
             bars.finish()
 
         failed = _for_each(_sources(names, options), one, bars)
         hits = engine.search(query, summaries, k=k) if summaries else []
-    pictures = hit_pictures(hits, {s.video.path: s.source for s in summaries}) if html or previews else []
+        pictures = hit_pictures(hits, {s.video.path: s.source for s in summaries}) if html or previews else []
     if previews is not None:
         hits = save_previews(hits, pictures, previews)
     shown = text if image is None else str(image)
@@ -347,13 +356,13 @@ def _for_each(sources: Sequence[Any], work: Callable[[Source], None], bars: Bars
         try:
             if isinstance(source, KeyreelError):
                 raise source
-            with source:
-                work(source)
+            work(source)
         except KeyreelError as error:
             bars.finish()
             name = source.name if isinstance(source, Source) else ""
             failed.append(_Failure(name, error))
-            errors.print(f"{name + ': ' if name else ''}{error}", markup=False, style="red", soft_wrap=True)
+            prefix = f"{name}: " if name not in str(error) else ""
+            errors.print(f"{prefix}{error}", markup=False, style="red", soft_wrap=True)
     return failed
 
 

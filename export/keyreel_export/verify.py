@@ -1,8 +1,7 @@
 """Exported graphs against torch: how far apart, and how far apart they may be.
 
-References are computed by torch in float32 from the stock weights, also for graphs of half precision. Half graphs run
-in a process of their own with few optimisations: onnxruntime 1.31 crashes while it optimises some of them for a CPU.
-`python -m keyreel_export.verify GRAPH FEEDS.npz OUT.npz` is that process.
+References are computed by torch in float32 from the stock weights, also for graphs of half precision, which run in a
+process of their own, see `keyreel_export.half_runner`.
 """
 
 from __future__ import annotations
@@ -82,32 +81,32 @@ def run_graph(path: Path, feeds: list[Feeds], precision: str) -> list[NDArray[An
         MissingExtra: onnxruntime is not installed.
         ModelError: the graph cannot be loaded or run.
     """
-    if precision == "fp32":
-        return _run_here(path, feeds, basic=False)
+    if precision == "fp16":
+        return _run_apart(path, feeds)
+    runtime = import_extra("onnxruntime", extra="cpu", purpose="verifying an exported model")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return [session.run(None, dict(feed))[0] for feed in feeds]
+    except Exception as error:
+        raise ModelError(f"onnxruntime cannot run {path.name}: {error}") from error
+
+
+def _run_apart(path: Path, feeds: list[Feeds]) -> list[NDArray[Any]]:
+    runner = Path(__file__).with_name("half_runner.py")
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder) / "feeds.npz", Path(folder) / "out.npz"
         arrays = {f"{index}.{name}": array for index, feed in enumerate(feeds) for name, array in feed.items()}
         np.savez(given, allow_pickle=False, **arrays)
-        command = [sys.executable, "-m", __name__, str(path), str(given), str(got)]
+        # -P keeps this folder off the path, where onnx.py would hide the package onnx.
+        command = [sys.executable, "-P", str(runner), str(path), str(given), str(got)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = done.stderr.strip().splitlines()[-1:] or [f"signal {-done.returncode}"]
             raise ModelError(f"onnxruntime cannot run {path.name}: {last[0]}")
         with np.load(got, allow_pickle=False) as file:
             return [file[str(index)] for index in range(len(feeds))]
-
-
-def _run_here(path: Path, feeds: list[Feeds], *, basic: bool) -> list[NDArray[Any]]:
-    runtime = import_extra("onnxruntime", extra="cpu", purpose="verifying an exported model")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    if basic:
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    try:
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return [session.run(None, dict(feed))[0] for feed in feeds]
-    except Exception as error:
-        raise ModelError(f"onnxruntime cannot run {path.name}: {error}") from error
 
 
 def check(graph: str, found: list[NDArray[Any]], expected: list[NDArray[Any]], bounds: Bounds) -> dict[str, float]:
@@ -152,17 +151,3 @@ def _hold(measure: str, value: float, allowed: float) -> dict[str, float]:
     if not value <= allowed:
         raise ModelError(f"an exported graph differs from torch: {measure} {value:.3g}, allowed <= {allowed}")
     return {measure: value}
-
-
-def _main(graph: str, given: str, got: str) -> None:
-    feeds: dict[int, dict[str, NDArray[Any]]] = {}
-    with np.load(given, allow_pickle=False) as file:
-        for key in file.files:
-            index, name = key.split(".", 1)
-            feeds.setdefault(int(index), {})[name] = file[key]
-    results = _run_here(Path(graph), [feeds[index] for index in sorted(feeds)], basic=True)
-    np.savez(got, allow_pickle=False, **{str(index): result for index, result in enumerate(results)})
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

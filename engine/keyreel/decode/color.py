@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from av.video.frame import VideoFrame
@@ -37,6 +37,8 @@ _FILTERS = {
     "area": Interpolation.AREA,
 }
 _FULL_OF_LIMITED = np.clip((np.arange(256) - 16) * 255 / 219 + 0.5, 0, 255).astype(np.uint8)
+Orientation: TypeAlias = tuple[bool, bool, bool]  # transpose, flip rows, flip columns
+
 _LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], np.float32)  # ITU-R BT.2020, table 4
 _RGB_2020_TO_709 = np.array(  # ITU-R BT.2087
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
@@ -71,7 +73,7 @@ def rotation_degrees(frame: VideoFrame) -> int:
     return round(-frame.rotation / 90) * 90 % 360
 
 
-def orientation_of(frame: VideoFrame) -> tuple[bool, bool, bool]:
+def orientation_of(frame: VideoFrame) -> Orientation:
     """(transpose, flip rows, flip columns), in this order, that bring the coded picture upright.
 
     The display matrix holds 16.16 numbers: a shown point is (a x + c y, b x + d y), libavutil/display.h. Anything
@@ -91,7 +93,9 @@ def _side_data(frame: VideoFrame) -> list[Any]:
     return [found[i] for i in range(len(found))]
 
 
-def display_size(frame: VideoFrame, sample_aspect_ratio: Fraction | None) -> tuple[int, int]:
+def display_size(
+    frame: VideoFrame, sample_aspect_ratio: Fraction | None, orientation: Orientation | None = None
+) -> tuple[int, int]:
     """(height, width) of the upright picture with square pixels; the lines of the coded picture are kept.
 
     A sample aspect ratio beyond 1:16 or 16:1 is a mistake in the file and is taken as 1.
@@ -100,7 +104,8 @@ def display_size(frame: VideoFrame, sample_aspect_ratio: Fraction | None) -> tup
     if not Fraction(1, 16) <= ratio <= 16:
         ratio = Fraction(1)
     height, width = frame.height, max(1, round(frame.width * ratio))
-    return (width, height) if orientation_of(frame)[0] else (height, width)
+    transpose = orientation_of(frame)[0] if orientation is None else orientation[0]
+    return (width, height) if transpose else (height, width)
 
 
 def resized_size(height: int, width: int, transform: ImageTransform) -> tuple[int, int]:
@@ -138,6 +143,7 @@ class Converter:
     ) -> None:
         self._transform, self._ratio, self._max_pixels = transform, sample_aspect_ratio, max_pixels
         self._reformatter = VideoReformatter()
+        self._orientation: tuple[int, Orientation] | None = None
         self.tone_mapped: str | None = None  # the transfer that was mapped to SDR, once there was one
 
     def __call__(self, frame: VideoFrame) -> U8:
@@ -146,12 +152,13 @@ class Converter:
         Raises:
             ValueError: the picture would pass `max_pixels`, as a hostile aspect ratio makes it.
         """
-        height, width = display_size(frame, self._ratio)
+        orientation = self._orientation_of(frame)
+        height, width = display_size(frame, self._ratio, orientation)
         if self._transform is not None:
             height, width = resized_size(height, width, self._transform)
         if height * width > self._max_pixels:
             raise ValueError(f"{width} x {height} pixels, allowed are {self._max_pixels}")
-        transpose, flip_rows, flip_columns = orientation_of(frame)
+        transpose, flip_rows, flip_columns = orientation
         transfer = transfer_of(frame)
         scaled = self._scale(frame, (width, height) if transpose else (height, width), transfer)
         picture: Any = scaled.to_ndarray()
@@ -164,6 +171,15 @@ class Converter:
             picture = picture.swapaxes(0, 1)
         picture = picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
         return np.ascontiguousarray(self._cropped_or_padded(picture))
+
+    def _orientation_of(self, frame: VideoFrame) -> Orientation:
+        """Looked up once for each angle: `VideoFrame.side_data` ties the frame into a reference cycle.
+
+        Frames in a cycle are freed only when the garbage collector runs, which at 1080p means hundreds of megabytes.
+        """
+        if self._orientation is None or self._orientation[0] != frame.rotation:
+            self._orientation = frame.rotation, orientation_of(frame)
+        return self._orientation[1]
 
     def _scale(self, frame: VideoFrame, size: tuple[int, int], transfer: str) -> VideoFrame:
         full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
