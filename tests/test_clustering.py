@@ -384,20 +384,14 @@ def test_degenerate_videos(kind: str) -> None:
             np.testing.assert_allclose(found.similarity[w > 0], 1, atol=FLOAT32)
 
 
-def test_more_clusters_than_kinds_of_frames_are_left_empty() -> None:
-    """A caller who seeds the same frame twice gets an empty cluster, no error and no rise of J."""
-    x = np.repeat(np.eye(2, 4, dtype=np.float32), [3, 2], axis=0)
-    found = OPS.cluster(
-        x,
-        np.ones(5, np.float32),
-        np.array([[0, 5]]),
-        np.array([3]),
-        np.array([[0, 1, 3]]),
-        penalty=0.1,
-        margin=0.8,
-        iterations=9,
-    )
-    assert found.labels.tolist() == [0, 0, 0, 2, 2]
+@pytest.mark.parametrize(("kinds", "labels"), [(2, [0, 0, 0, 2, 2]), (3, [0, 0, 0, 2, 1])])
+def test_a_cluster_without_a_frame_goes_where_it_is_needed_or_stays(kinds: int, labels: list[int]) -> None:
+    """The caller seeds the same kind of frame twice: no error, no rise of J."""
+    x = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, kinds - 1]]
+    spans, k, seeds = np.array([[0, 5]]), np.array([3]), np.array([[0, 1, 3]])
+    found = OPS.cluster(x, np.ones(5, np.float32), spans, k, seeds, penalty=0.1, margin=0.8, iterations=9)
+    assert found.labels.tolist() == labels
+    assert found.similarity.tolist() == [1] * 5
     assert (np.diff(found.history) <= 0).all()
 
 

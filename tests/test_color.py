@@ -331,3 +331,18 @@ def test_hdr_clip_keeps_its_contrast(media: Media) -> None:
     assert low < 70
     assert 150 < high < 256
     assert 40 < out.mean() < 200
+
+
+@pytest.mark.parametrize(
+    "name", ["testsrc2_hdr.mp4", "testsrc2_12bit_hdr.mp4", "h264_10bits.mp4", "bt709_full_range.mp4"]
+)
+@pytest.mark.parametrize("interpolation", ["area", "bilinear", "bicubic"])
+@pytest.mark.parametrize("divide", [1, 2])
+def test_the_filter_does_not_change_the_colours(media, name: str, interpolation: str, divide: int) -> None:  # type: ignore[no-untyped-def]
+    with av.open(str(media(f"format/{name}"))) as container:
+        frame = next(container.decode(video=0))
+    full = Converter(None, None)(frame)
+    height, width = full.shape[0] // divide, full.shape[1] // divide
+    small = Converter(ImageTransform(height, width, "squash", interpolation), None)(frame)  # type: ignore[arg-type]
+    blocks = full[: height * divide, : width * divide].reshape(height, divide, width, divide, 3).mean((1, 3))
+    assert np.abs(small - blocks).mean() < 4

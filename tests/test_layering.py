@@ -13,7 +13,7 @@ import keyreel
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAVES = {"keyreel.errors", "keyreel.types", "keyreel.config"}
-TOP = {"keyreel.cli", "keyreel.engine"}
+TOP = {"keyreel.cli", "keyreel.engine", "keyreel.__main__"}
 
 
 def modules(root: str, package: str) -> dict[str, Path]:

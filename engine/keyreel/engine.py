@@ -199,7 +199,8 @@ class Engine:
         with closing(self.frames(source, sampling, transform=self.bundle.image)) as stream:
             embedding, timings = self._images.encode(stream, encode, progress=forward)
             warnings, decode_seconds = stream.warnings, stream.decode_seconds
-        stop = _stop_seconds(embedding, sampling, info.duration_seconds)
+            duration = info.duration_seconds if stream.end_seconds is None else stream.end_seconds
+        stop = _stop_seconds(embedding, sampling, duration)
         started = time.perf_counter()
         found = select_keyframes(embedding, select, self.backend.ops, duration_seconds=stop - sampling.start_seconds)
         candidates = find_candidates(embedding, select)
@@ -335,7 +336,7 @@ def _with_total(progress: Progress | None, sampling: Sampling, duration: float |
 
 
 def _stop_seconds(embedding: Embedding, sampling: Sampling, duration: float | None) -> float:
-    """The end of what was looked at: what the container says, but never before the last frame."""
+    """The end of what was looked at: what the container says and keeps, but never before the last frame."""
     pts = embedding.pts_seconds
     step = float(np.median(np.diff(pts))) if len(pts) > 1 else 0.0
     stop = duration if duration is not None else float(pts.max()) + step

@@ -183,7 +183,9 @@ class Converter:
 
     def _scale(self, frame: VideoFrame, size: tuple[int, int], transfer: str) -> VideoFrame:
         full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-        algorithm = _FILTERS[self._transform.interpolation if self._transform else "bicubic"]
+        # To 16-bit RGB, swscale's unscaled "area" and "bilinear" give wrong chroma (seen in FFmpeg 8, yuv420p10le).
+        wanted = self._transform.interpolation if self._transform and transfer == "sdr" else "bicubic"
+        algorithm = _FILTERS[wanted]
         return self._reformatter.reformat(
             frame,
             height=size[0],

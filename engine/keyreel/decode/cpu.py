@@ -120,6 +120,11 @@ class FrameStream:
         """Seconds spent on reading, decoding and converting so far; waiting for the consumer does not count."""
         return self._worker.busy_seconds
 
+    @property
+    def end_seconds(self) -> float | None:
+        """Where the stream ended well before what its header promises; None where it kept its word."""
+        return self._worker.end_seconds
+
     def __enter__(self) -> FrameStream:
         return self
 
@@ -166,6 +171,7 @@ class _Worker:
         self._counts: Counter[str] = Counter()
         self._details: dict[str, str] = {}
         self._ending = ""
+        self.end_seconds: float | None = None
         self._planning = sampling.mode != "all" or sampling.start_seconds > 0
         self._timeline: Timeline | None = None
 
@@ -414,4 +420,5 @@ class _Worker:
         """Notes a video that stops well before what its header promises."""
         promised = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
         if end < promised - max(1.0, 0.02 * promised):
+            self.end_seconds = end
             self._ending = f"the video ends at {end:.3f} s, its header promises {promised:.3f} s"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
@@ -78,12 +77,8 @@ def save_summary(
 
 
 def video_seconds(summary: Summary) -> float:
-    """Length of the video; the end of the last shot or frame where the file does not say."""
-    stated = summary.video.duration_seconds
-    if stated is not None and math.isfinite(stated) and stated > 0:
-        return stated
-    ends = [shot.stop_seconds for shot in summary.shots]
-    return max([*ends, float(summary.embedding.pts_seconds[-1]), 1e-3])
+    """End of what can be shown: of the last shot, not of what the file claims."""
+    return max(shot.stop_seconds for shot in summary.shots)
 
 
 def reel_spans(summary: Summary, config: ReelConfig, query_scores: F32 | None = None) -> tuple[Shot, ...]:

@@ -1,0 +1,64 @@
+"""What the README says is true of this commit."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from keyreel import config
+from keyreel.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_python_blocks_run(media: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(media("natural/test.mp4"), tmp_path / "match.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert blocks("python")
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "reel.mp4").is_file()
+    assert (tmp_path / "out" / "match" / "storyboard.html").is_file()
+
+
+def test_every_command_and_option_exists() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    seen = set()
+    for line in "\n".join(blocks("sh")).splitlines():
+        for part in line.split("#")[0].split("&&"):
+            words = shlex.split(part)
+            if words[:1] != ["keyreel"]:
+                continue
+            seen.add(words[1])
+            known = {name for option in commands[words[1]].params for name in (*option.opts, *option.secondary_opts)}
+            assert {word for word in words if word.startswith("-") and len(word) > 1} <= known, line
+    assert seen == {"demo", "summarize", "search", "export", "doctor"}
+
+
+def test_files_that_are_named_exist() -> None:
+    for name in re.findall(r"`((?:benchmarks|export|engine|tests)/[\w./-]+)`", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_dependencies_are_listed() -> None:
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    required = re.search(r"^dependencies = \[(.*?)\]", text, flags=re.DOTALL | re.MULTILINE)
+    assert required
+    for package in re.findall(r'"([A-Za-z0-9_-]+)', required[1]):
+        assert re.search(rf"^\|[^|]*\b{package}\b", README, flags=re.MULTILINE), package
+
+
+def test_shift_default_is_what_the_readme_says() -> None:
+    assert config.EncodeConfig().shift is None
+    assert "temporal shift is off by default" in README
