@@ -262,8 +262,8 @@ def export(
         str, typer.Argument(help="ARCH/PRETRAINED or ARCH/CHECKPOINT as open_clip spells it, hf-hub:ORG/REPO")
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="folder; the cache by default")] = None,
-    precision: Annotated[str, typer.Option(help="fp32")] = "fp32",
-    attention: Annotated[str, typer.Option(help="timm network of the spatial attention")] = "mobilenetv3_small_100",
+    precision: Annotated[str, typer.Option(help="fp32, or fp16 for GPUs")] = "fp32",
+    attention: Annotated[str, typer.Option(help="timm network of the spatial attention, or uniform")] = "mobilenetv3_small_100",
     attention_weights: Annotated[Path | None, typer.Option(help="its weights, a local file")] = None,
     projection: Annotated[Path | None, typer.Option(help="trained projection, safetensors")] = None,
     random_weights: Annotated[
@@ -274,7 +274,6 @@ def export(
 ) -> None:
     """Turns an open_clip model into a bundle that keyreel runs; needs the extra `export`."""
     import_extra("torch", extra="export", purpose="exporting a model")
-    import_extra("open_clip", extra="export", purpose="exporting a model")
     from keyreel_export.bundle import export_model
 
     folder = export_model(
