@@ -505,3 +505,12 @@ def test_representatives_equal_loops(number: int) -> None:
             allowed = [t for t in inside if clean[t]] or inside
             best = max(allowed, key=lambda t: (similarity[at[m] + t - start], -t), default=-1)
             assert rows[m, j] == best
+
+
+def test_more_clusters_than_seeds_are_refused() -> None:
+    x = np.eye(3, 4, dtype=np.float32)
+    seeds = np.array([[0, 1, -1]])
+    with pytest.raises(ValueError, match="3 clusters and 2 valid seeds"):
+        clustering.cluster(
+            x, np.ones(3, np.float32), np.array([[0, 3]]), np.array([3]), seeds, penalty=0.1, margin=0.8, iterations=3
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def video(seed: int, count: int) -> FrameBatch:
 
 def pieces(batch: FrameBatch, sizes: list[int]) -> list[FrameBatch]:
     edges = np.minimum(np.cumsum([0, *sizes]), len(batch))
-    cut = [batch[int(a) : int(b)] for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+    cut = [batch[int(a) : int(b)] for a, b in itertools.pairwise(edges) if b > a]
     rest = batch[int(edges[-1]) :]
     return [*cut, *([rest] if len(rest) else [])]
 
@@ -129,7 +130,7 @@ def test_equals_the_chain_written_out(shift: Any) -> None:
     frames = batch.data
     tokens = Graph(Path("backbone.onnx")).run({"frames": frames})["tokens"]
     colours = [np.histogramdd(f.reshape(-1, 3), bins=8, range=[(0, 256)] * 3)[0] / f[..., 0].size for f in frames]
-    change = [0.0] + [1 - np.minimum(a, b).sum() for a, b in zip(colours[:-1], colours[1:], strict=True)]
+    change = [0.0] + [1 - np.minimum(a, b).sum() for a, b in itertools.pairwise(colours)]
     np.testing.assert_allclose(got.pixel_change, change, atol=1e-6)
     linked = np.array([t > 0 and change[t] < SHIFT_CUT for t in range(len(frames))])
     if shift == "fixed":

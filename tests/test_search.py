@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,14 +42,14 @@ def test_the_last_moment_ends_with_the_video() -> None:
 def test_moments_are_disjoint_and_ranked(scores: list[float], cuts: list[int], k: int) -> None:
     pts = np.arange(len(scores)) / 2
     edges = sorted({0.0, *(c / 2 - 0.2 for c in cuts if c < len(scores)), len(scores) / 2})
-    shots = tuple(Shot(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True))
+    shots = tuple(Shot(a, b) for a, b in itertools.pairwise(edges))
     hits = moments(np.array(scores, np.float32), pts, shots, video="v", stop_seconds=len(scores) / 2, k=k)
     assert 1 <= len(hits) <= k
     assert hits[0].score == max(np.float32(scores))
     assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)
     spans = sorted((h.start_seconds, h.stop_seconds) for h in hits)
     assert all(a < b for a, b in spans)
-    assert all(b <= c + 1e-9 for (_, b), (c, _) in zip(spans[:-1], spans[1:], strict=True))
+    assert all(b <= c + 1e-9 for (_, b), (c, _) in itertools.pairwise(spans))
     assert all(h.start_seconds <= h.pts_seconds < h.stop_seconds for h in hits)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_shots_cover_the_video_without_a_gap(times: list[float], stop: float, sh
     shots = shots_between(times, start_seconds=0.0, stop_seconds=stop, min_shot_seconds=shortest)
     assert shots[0].start_seconds == 0
     assert shots[-1].stop_seconds == stop
-    assert all(a.stop_seconds == b.start_seconds for a, b in zip(shots[:-1], shots[1:], strict=True))
+    assert all(a.stop_seconds == b.start_seconds for a, b in itertools.pairwise(shots))
     assert all(shot.duration_seconds >= min(shortest, stop / 2) - 1e-9 for shot in shots)
 
 

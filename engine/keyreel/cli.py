@@ -263,7 +263,9 @@ def export(
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="folder; the cache by default")] = None,
     precision: Annotated[str, typer.Option(help="fp32, or fp16 for GPUs")] = "fp32",
-    attention: Annotated[str, typer.Option(help="timm network of the spatial attention, or uniform")] = "mobilenetv3_small_100",
+    attention: Annotated[
+        str, typer.Option(help="timm network of the spatial attention, or uniform")
+    ] = "mobilenetv3_small_100",
     attention_weights: Annotated[Path | None, typer.Option(help="its weights, a local file")] = None,
     projection: Annotated[Path | None, typer.Option(help="trained projection, safetensors")] = None,
     random_weights: Annotated[

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,12 +95,10 @@ def place_boundaries(
     strongest stays, fades before cuts: two looks at the ramps of one fade must not hide its middle.
     """
     placed: list[tuple[float, float]] = []  # (strength, time)
-    for candidate in candidates:
-        low, high = (float(embedding.pts_seconds[t]) for t in (candidate.before, candidate.after))
-        window = Sampling(
-            mode="all", start_seconds=max(low - MARGIN_SECONDS, 0), stop_seconds=high + MARGIN_SECONDS + 1e-3
-        )
-        pts, histogram, luma = _look(source, window, ops)
+    between = [(float(embedding.pts_seconds[c.before]), float(embedding.pts_seconds[c.after])) for c in candidates]
+    windows = [(max(low - MARGIN_SECONDS, 0.0), high + MARGIN_SECONDS + 1e-3) for low, high in between]
+    for candidate, (low, high), look in zip(candidates, between, _looks(source, windows, ops), strict=True):
+        pts, histogram, luma = look
         inside = np.flatnonzero((pts > low) & (pts <= high + 1e-6))
         if not len(inside):
             continue
@@ -134,15 +132,35 @@ def _distance(one: F32, other: F32) -> F32:
     return distance
 
 
-def _look(source: Source, window: Sampling, ops: Ops) -> tuple[F64, F32, F32]:
-    pts, histograms, luma = [], [], []
-    with FrameStream(source, window, transform=SMALL) as stream:
+Look: TypeAlias = tuple[F64, F32, F32]  # times, colour histograms and mean luma of the frames of a window
+
+
+def _looks(source: Source, windows: Sequence[tuple[float, float]], ops: Ops) -> Iterator[Look]:
+    """All frames of each window, in order. Where the source cannot be entered midway, one pass serves all windows."""
+    if source.timeline() is not None:
+        for window in windows:
+            yield _together(list(_signals(source, window, ops)))
+    elif windows:
+        seen: list[list[Look]] = [[] for _ in windows]
+        for look in _signals(source, (windows[0][0], max(stop for _, stop in windows)), ops):
+            for (start, stop), own in zip(windows, seen, strict=True):
+                rows = (look[0] >= start) & (look[0] < stop)
+                if rows.any():
+                    own.append((look[0][rows], look[1][rows], look[2][rows]))
+        yield from (_together(own) for own in seen)
+
+
+def _signals(source: Source, window: tuple[float, float], ops: Ops) -> Iterator[Look]:
+    sampling = Sampling(mode="all", start_seconds=window[0], stop_seconds=window[1])
+    with FrameStream(source, sampling, transform=SMALL) as stream:
         for batch in stream:
-            _, mean, _, histogram = ops.frame_signals(batch.data)
-            pts.append(batch.pts_seconds)
-            histograms.append(histogram)
-            luma.append(mean)
-    return np.concatenate(pts), np.concatenate(histograms), np.concatenate(luma)
+            _, luma, _, histogram = ops.frame_signals(batch.data)
+            yield batch.pts_seconds, histogram, luma
+
+
+def _together(looks: Sequence[Look]) -> Look:
+    pts, histogram, luma = zip(*looks, strict=True)
+    return np.concatenate(pts), np.concatenate(histogram), np.concatenate(luma)
 
 
 def shots_between(

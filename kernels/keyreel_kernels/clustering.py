@@ -227,10 +227,15 @@ def cluster(
         k: at most the number of valid seeds of the problem.
         seeds: [M, Kmax] int64 rows of x, as `seed` gives them.
         iterations: most rounds.
+
+    Raises:
+        ValueError: a problem has fewer valid seeds than clusters.
     """
     count = int(k.max(initial=1))
     centroids = np.zeros((len(k), count, x.shape[1]), np.float32)
     for m in range(len(k)):
+        if len(seeds[m]) < k[m] or (seeds[m, : k[m]] < 0).any():
+            raise ValueError(f"problem {m} has {k[m]} clusters and {(seeds[m] >= 0).sum()} valid seeds")
         centroids[m, : k[m]] = x[seeds[m, : k[m]]]
     weigh: dict[str, Any] = {"penalty": penalty, "margin": margin}
     at = label_starts(spans)

@@ -183,8 +183,10 @@ class Converter:
 
     def _scale(self, frame: VideoFrame, size: tuple[int, int], transfer: str) -> VideoFrame:
         full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-        # To 16-bit RGB, swscale's unscaled "area" and "bilinear" give wrong chroma (seen in FFmpeg 8, yuv420p10le).
-        wanted = self._transform.interpolation if self._transform and transfer == "sdr" else "bicubic"
+        wanted = self._transform.interpolation if self._transform else "bicubic"
+        if transfer != "sdr" and size[0] == frame.height:
+            # To 16-bit RGB at unscaled height, swscale's "area" and "bilinear" give wrong chroma (FFmpeg 8.0 and 8.1).
+            wanted = "bicubic"
         algorithm = _FILTERS[wanted]
         return self._reformatter.reformat(
             frame,

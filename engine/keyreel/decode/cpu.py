@@ -30,7 +30,7 @@ from av.video.stream import VideoStream
 
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.color import Converter
-from keyreel.decode.sampling import Cursor, Picker, PlanBroken, Timeline, scan
+from keyreel.decode.sampling import Cursor, Picker, PlanBroken
 from keyreel.decode.source import Source
 from keyreel.errors import CorruptStream, SourceError, UnsupportedCodec
 from keyreel.types import F64, U8, FrameBatch
@@ -173,7 +173,6 @@ class _Worker:
         self._ending = ""
         self.end_seconds: float | None = None
         self._planning = sampling.mode != "all" or sampling.start_seconds > 0
-        self._timeline: Timeline | None = None
 
     def warnings(self) -> tuple[str, ...]:
         counted = [f"{what}: {self._counts[what]}{first}" for what, first in list(self._details.items())]
@@ -318,10 +317,9 @@ class _Worker:
 
     def _planned(self, container: InputContainer, stream: VideoStream, times: F64) -> Iterator[tuple[_Shown, int]]:
         """Picks from the timeline, then decodes what was picked."""
-        if self._timeline is None:
-            with self._opened() as (scanned, scanned_stream):
-                self._timeline = scan(scanned, scanned_stream, self._go_on)
-        timeline = self._timeline
+        timeline = self._source.timeline(self._go_on)
+        if timeline is None:
+            raise PlanBroken
         clock = _Clock(stream, int(timeline.ticks[0]))
         starts = [clock.seconds(ticks) for ticks in (*timeline.ticks.tolist(), timeline.end_ticks)]
         self._source.check_duration(starts[-1])

@@ -13,20 +13,21 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import av
 from av.container import InputContainer
-from av.stream import Disposition
+from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from keyreel.config import DecodeLimits
 from keyreel.decode.color import display_size, rotation_degrees, transfer_of
+from keyreel.decode.sampling import PlanBroken, Timeline, scan
 from keyreel.errors import CorruptStream, SourceError, SourceNotFound, UnsupportedCodec
 from keyreel.types import VideoInfo
 
@@ -92,6 +93,8 @@ class Source:
         self._file_lock = threading.Lock()
         self._spooled: Any = None
         self._info: VideoInfo | None = None
+        self._timeline: Timeline | None = None
+        self._scanned = False
         self._closed = False
         self._url: str | None = None
         if isinstance(video, str) and video == "-":
@@ -168,6 +171,24 @@ class Source:
                 with self.open() as container:
                     self._info = self._describe(container)
             return self._info
+
+    def timeline(self, checkpoint: Callable[[], None] = lambda: None) -> Timeline | None:
+        """The video's packets in order, read once and kept; None where pictures cannot be told from packets alone.
+
+        Args:
+            checkpoint: called often while reading; raises to stop.
+        """
+        with self._lock:
+            if not self._scanned:
+                with self.open() as container:
+                    stream = self.require_video(container)
+                    for other in container.streams:
+                        if other.index != stream.index:
+                            other.discard = Discard.all
+                    with suppress(PlanBroken):
+                        self._timeline = scan(container, stream, checkpoint)
+                self._scanned = True
+            return self._timeline
 
     def _target(self) -> tuple[Any, bytes, dict[str, str]]:
         options = {
