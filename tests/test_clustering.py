@@ -511,6 +511,6 @@ def test_more_clusters_than_seeds_are_refused() -> None:
     x = np.eye(3, 4, dtype=np.float32)
     seeds = np.array([[0, 1, -1]])
     with pytest.raises(ValueError, match="3 clusters and 2 valid seeds"):
-        clustering.cluster(
+        ops_for("cpu").cluster(
             x, np.ones(3, np.float32), np.array([[0, 3]]), np.array([3]), seeds, penalty=0.1, margin=0.8, iterations=3
         )
