@@ -169,12 +169,13 @@ def test_no_frames_is_an_error() -> None:
         ([0.01, 0.01, 0.01], 1),
         ([0.4, 0.4, 0.4, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05], 4),
         ([0.4, 0.39, 0.39, 0.38, 0.38, 0.37], 6),
+        ([0.6, 0.3, 0.29, 0.25, 0.14, 0.1, 0.1, 0.1, 0.1, 0.1], 5),  # the knee is at 2, but frames are uncovered
         ([0.4, 0.02], 2),
         ([0.4], 1),
     ],
 )
 def test_knee(curve: list[float], expected: int) -> None:
-    assert knee(np.array(curve), enough=0.03) == expected
+    assert knee(np.array(curve), enough=0.03, covered=0.15) == expected
 
 
 def test_quality_ranks_sharpness_and_marks_flashes() -> None:

@@ -28,6 +28,10 @@ FLASH_GAP = 0.25
 BLACK, WHITE, BLANK = 0.06, 0.97, 0.02
 # How far above the knee's depth a smaller K is taken, as a share of both axes.
 NEAR_KNEE = 0.03
+# A frame is shown by its key-frame if their distance (1 - cosine) is below this share of the distance between two
+# frames of the video picked at random, within these bounds: two frames of one take are mostly closer than the lower,
+# frames of different places mostly farther apart than the upper.
+COVERED_SHARE, COVERED_BOUNDS = 0.6, (0.1, 0.2)
 # What a frame fails, in the order in which it is forgiven.
 LEVELS = ("sharpness", "exposure", "lone flash frames")
 
@@ -125,7 +129,11 @@ def _clusters(
     if wished is None:
         rows = ops.representatives(spans, k, found.labels, found.similarity, np.ones(len(x), bool))
         gap = np.array([(w * (1 - (x @ x[own[own >= 0]].T).max(1))).max() for own in rows], np.float64)
-        best = knee(gap, enough=1 - config.similarity_limit) - 1
+        # What counts as shown depends on how alike the frames of this video are anyway: the mean of 1 - <z_i, z_j>
+        # over all pairs is 1 - |mean z|^2.
+        typical = 1 - float((x.mean(0) ** 2).sum())
+        covered = float(np.clip(COVERED_SHARE * typical, *COVERED_BOUNDS))
+        best = knee(gap, enough=1 - config.similarity_limit, covered=covered) - 1
         rows = slice(best * len(x), (best + 1) * len(x))
         one = slice(best, best + 1)
         found = Clusters(
@@ -138,22 +146,25 @@ def _clusters(
     return found, wished
 
 
-def knee(gap: F64, *, enough: float) -> int:
-    """The number of clusters after which the worst-covered frame hardly comes closer.
+def knee(gap: F64, *, enough: float, covered: float) -> int:
+    """The number of clusters after which the worst-covered frame hardly comes closer to a key-frame.
 
     The point of the falling curve farthest below the chord from K = 1 to Kmax, both axes scaled to 0..1 (Satopaa et
-    al. 2011, "Finding a Kneedle in a Haystack"). The mean of J falls too smoothly for that: a short scene weighs
-    little in it, while one uncovered scene, however short, shows in the worst gap.
+    al. 2011, "Finding a Kneedle in a Haystack"), but not before every frame is `covered`. The mean of J falls too
+    smoothly for that: a short scene weighs little in it, while one uncovered scene, however short, shows in the worst
+    gap.
 
     Args:
-        gap: [Kmax] float64, for K = 1..Kmax. enough: gap at which no further cluster is needed.
+        gap: [Kmax] float64, for K = 1..Kmax. enough: gap at which no further cluster is needed. covered: gap at which
+            a frame is still shown by its key-frame.
 
     Returns:
         K in 1..Kmax.
     """
     curve = np.minimum.accumulate(gap)
-    covered = np.flatnonzero(curve <= enough)
-    most = int(covered[0]) + 1 if len(covered) else len(curve)
+    most, least = (
+        int(found[0]) + 1 if len(found := np.flatnonzero(curve <= g)) else len(curve) for g in (enough, covered)
+    )
     if most <= 2:
         return most
     if curve[-1] > 0.5 * curve[0]:
@@ -162,7 +173,8 @@ def knee(gap: F64, *, enough: float) -> int:
     y = (curve - curve[-1]) / (curve[0] - curve[-1])
     below = 1 - x - y
     # The first K that comes close to the knee: of two that cover as well, the smaller is the better summary.
-    return min(int((below >= below.max() - NEAR_KNEE).argmax()) + 1, most)
+    best = int((below >= below.max() - NEAR_KNEE).argmax()) + 1
+    return min(max(best, least), most)
 
 
 def _representatives(

@@ -102,7 +102,9 @@ def main(arguments: list[str] | None = None) -> None:
     strength = best_strength(table)
     manifest["fusion"]["strength_default"] = strength
     chosen = next(row for row in table if row["strength"] == strength)
-    verify |= {f"val_label_{key}": float(chosen[key]) for key in ("top1", "top5", "images", "labels")}
+    kept = ("top1", "top5", "specific_top1", "specific_top5", "commonest_share", "images", "labels")
+    verify |= {f"val_label_{key}": float(chosen[key]) for key in kept}
+    verify["val_label_to_image_map"] = chosen["label_to_image_map"]
     write_manifest(options.output, manifest)
     verify |= measure_scenes(Towers(options.output))
     manifest["verify"] |= verify

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,25 @@ class Towers:
         return np.asarray(self._sessions[name].run(None, feed)[0], np.float32)
 
 
-def label_ranks(vectors: F32, texts: F32, names: Sequence[str], examples: Sequence[Example]) -> F32:
-    """Place of the best right label among all label names, 0 the first; [N]."""
-    column = {name: place for place, name in enumerate(names)}
-    scores = vectors @ texts.T
-    best = [max(row[column[label]] for label in e.labels) for row, e in zip(scores, examples, strict=True)]
-    return np.asarray((scores > np.asarray(best)[:, None]).sum(axis=1), np.float32)
+def label_ranks(scores: F32, right: Sequence[Sequence[int]]) -> F32:
+    """Place of the best right label among all labels, 0 the first; [N].
+
+    Args:
+        scores: [N, V] of images against label names.
+        right: columns of the labels of each image.
+    """
+    best = np.array([row[list(columns)].max() for row, columns in zip(scores, right, strict=True)])
+    return np.asarray((scores > best[:, None]).sum(axis=1), np.float32)
+
+
+def mean_average_precision(scores: F32, right: Sequence[Sequence[int]]) -> float:
+    """Images ranked for each label name: mean over the labels of the average precision."""
+    relevant = np.zeros(scores.shape, bool)
+    for row, columns in enumerate(right):
+        relevant[row, list(columns)] = True
+    ranked = np.take_along_axis(relevant, np.argsort(-scores, axis=0, kind="stable"), axis=0)
+    precision = ranked.cumsum(axis=0) / np.arange(1, len(scores) + 1)[:, None]
+    return float(((precision * ranked).sum(axis=0) / ranked.sum(axis=0)).mean())
 
 
 def interval(differences: F32, seed: int = 0) -> tuple[float, float]:
@@ -71,25 +85,33 @@ def interval(differences: F32, seed: int = 0) -> tuple[float, float]:
 def measure_labels(towers: Towers, trainset: Path, examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Label top-1 and top-5 on validation images at each attention strength, with intervals against strength 0.
 
-    All distinct names of the images' labels are ranked, as bare words; a hit is any label of the image.
+    All distinct names of the images' labels are ranked, as bare words. A hit is any label of the image, which broad
+    terms make easy ("commonest_share": always saying the commonest label); "specific": only its first label counts.
+    "label_to_image_map" ranks the images for each name; a missing label counts as wrong there.
     """
     labelled = [example for example in examples if example.labels]
     frames = np.empty((len(labelled), towers.bundle.image.height, towers.bundle.image.width, 3), np.uint8)
     for index, image in read_images(trainset, labelled):
         frames[index] = square_view(image, towers.bundle.image.height)
-    names = sorted({label for example in labelled for label in example.labels})
+    counts = Counter(label for example in labelled for label in example.labels)
+    names = sorted(counts)
+    right = [[names.index(label) for label in example.labels] for example in labelled]
     texts = towers.texts(names)
-    ranks = [label_ranks(vectors, texts, names, labelled) for vectors in towers.frames(frames, STRENGTHS)]
+    scores = [vectors @ texts.T for vectors in towers.frames(frames, STRENGTHS)]
+    ranks = [label_ranks(each, right) for each in scores]
     table = []
-    for strength, rank in zip(STRENGTHS, ranks, strict=True):
+    for strength, rank, score in zip(STRENGTHS, ranks, scores, strict=True):
         row: dict[str, Any] = {"strength": strength, "images": len(labelled), "labels": len(names)}
+        specific = label_ranks(score, [columns[:1] for columns in right])
         for depth in (1, 5):
             hits, plain = (rank < depth).astype(np.float32), (ranks[0] < depth).astype(np.float32)
+            change = (float((hits - plain).mean()), *interval(hits - plain))
             row[f"top{depth}"] = round(float(hits.mean()), 4)
             row[f"top{depth}_interval"] = [round(v, 4) for v in interval(hits)]
-            row[f"top{depth}_against_0"] = [
-                round(v, 4) for v in (float((hits - plain).mean()), *interval(hits - plain))
-            ]
+            row[f"top{depth}_against_0"] = [round(v, 4) for v in change]
+            row[f"specific_top{depth}"] = round(float((specific < depth).mean()), 4)
+        row["label_to_image_map"] = round(mean_average_precision(score, right), 4)
+        row["commonest_share"] = round(max(counts.values()) / len(labelled), 4)
         table.append(row)
     return table
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,8 +88,8 @@ def describe(
     return views
 
 
-def say(view: View, rng: np.random.Generator) -> Phrase:
-    """One random text that is true of a picture."""
+def say(view: View, rng: np.random.Generator, rarity: Mapping[str, float]) -> Phrase:
+    """One random text that is true of a picture; rarer labels are said more often."""
     labels = [tag for tag in sorted(view.tags) if not tag.startswith(("class ", "caption "))]
     if view.phrases and (not labels or rng.random() < 0.5):
         text, tags = view.phrases[int(rng.integers(len(view.phrases)))]
@@ -99,7 +99,8 @@ def say(view: View, rng: np.random.Generator) -> Phrase:
     if len(labels) > 1 and rng.random() < 0.25:
         first, second = (labels[int(i)] for i in rng.choice(len(labels), 2, replace=False))
         return JOINTS[int(rng.integers(len(JOINTS)))].format(first, second), frozenset({first, second})
-    label = labels[int(rng.integers(len(labels)))]
+    shares = np.array([rarity.get(label, 1.0) for label in labels])
+    label = labels[int(rng.choice(len(labels), p=shares / shares.sum()))]
     return TEMPLATES[int(rng.integers(len(TEMPLATES)))].format(label), frozenset({label})
 
 

@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from keyreel_export.builtin.data import SIZE, U8, Bank, Example
 from keyreel_export.builtin.phrases import BROAD, Phrase, Tags, View, describe, encode, say, train_tokenizer
-from keyreel_export.builtin.scenes import KINDS, WEIGHTS, Scene, render_scene
+from keyreel_export.builtin.scenes import COLOURS, KINDS, SHAPES, WEIGHTS, Scene, render_scene
 from keyreel_export.builtin.student import EMBEDDING_WIDTH, TOKEN_WIDTH, ImageTower, TextTower
 
 SPACE, JOINT = 0.1, 0.72  # shares of the time at which the space is done and at which the joint stage begins
@@ -44,7 +44,7 @@ class Plan:
     batch: int = 128  # of all workers together
     workers: int = 2
     scenes: int = 6000  # rendered once, then drawn from
-    scene_share: float = 0.2  # of a batch that has texts
+    scene_share: float = 0.35  # of a batch that has texts
     negatives: int = 96  # label texts beside the texts of the batch
     image_rate: float = 2.5e-3
     text_rate: float = 2e-3
@@ -71,14 +71,13 @@ def contrast(vectors: Tensor, texts: Tensor, true: Tensor, unknown: Tensor, scal
 
     Args:
         vectors: [B, D] unit. texts: [Q, D] unit, the first B of them each made for its picture.
-        true: [B, Q] bool, where the text holds of the picture.
+        true: [B, Q], where the text holds of the picture: how much it counts, else 0.
         unknown: [B, Q] bool, where it may hold though the labels do not say so; left out.
     """
-    logits = (scale * vectors @ texts.T).masked_fill(unknown & ~true, -1e4)
-    right = true.to(logits.dtype)
-    to_text = -(logits.log_softmax(1) * right).sum(1) / right.sum(1).clamp(min=1)
-    own = right[:, : len(vectors)]
-    to_image = -(logits[:, : len(vectors)].log_softmax(0) * own).sum(0) / own.sum(0).clamp(min=1)
+    logits = (scale * vectors @ texts.T).masked_fill(unknown & (true == 0), -1e4)
+    to_text = -(logits.log_softmax(1) * true).sum(1) / true.sum(1).clamp(min=1e-6)
+    own = true[:, : len(vectors)]
+    to_image = -(logits[:, : len(vectors)].log_softmax(0) * own).sum(0) / own.sum(0).clamp(min=1e-6)
     return 0.5 * (to_text.mean() + to_image.mean())
 
 
@@ -100,6 +99,8 @@ class Run:
         self.scenes = draw_scenes(plan.scenes, plan.seed)
         counts = Counter(label for example in examples for label in example.labels)
         self.labels = sorted(counts)
+        frequent = counts + Counter(tag for scene in self.scenes for tag in scene.tags)
+        self.rarity = {tag: count**-0.5 for tag, count in frequent.items()}
         self.views = describe(examples, classes, bank.example.tolist(), bank.guess.tolist())
         scene_tags = frozenset[str]().union(*(scene.tags for scene in self.scenes))
         broad = frozenset(label for label, count in counts.items() if count >= BROAD)
@@ -114,6 +115,9 @@ class Run:
         self.others: list[Phrase] = [(label, frozenset({label})) for label in self.labels]
         self.others += [phrase for synonyms in classes[1:] for phrase in synonyms]
         self.others += sorted({phrase for scene in self.scenes for phrase in scene.captions}, key=lambda p: p[0])[::3]
+        # Beside scenes stand all colours of all shapes and grounds: which of the two colours is meant must be learnt.
+        self.things: list[Phrase] = [(f"a {c} {s}", frozenset({f"{c} {s}"})) for c in COLOURS for s in SHAPES]
+        self.things += [(f"a {c} background", frozenset({f"{c} background"})) for c in COLOURS]
         self.tokenizer = self._tokenizer(examples)
         taught = bank.features.shape[1]
         self.learner = Learner(self.tokenizer.get_vocab_size(), taught)
@@ -131,11 +135,16 @@ class Run:
         self.log: list[dict[str, Any]] = []
 
     def _tokenizer(self, examples: Sequence[Example]) -> Tokenizer:
+        kept = self.work / "tokenizer.json"
+        if kept.exists():
+            return Tokenizer.from_file(str(kept))
         corpus = [text for text, _ in self.others for _ in range(2)]
         corpus += [caption.lower() for example in examples for caption in example.captions for _ in range(2)]
         for view in [*self.views[:: max(1, len(self.views) // 20000)], *self.scene_views]:
-            corpus.append(say(view, self.rng)[0])
-        return train_tokenizer(corpus)
+            corpus.append(say(view, self.rng, self.rarity)[0])
+        tokenizer = train_tokenizer(corpus)
+        tokenizer.save(str(kept))
+        return tokenizer
 
     def standard(self, rows: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
         """Standardised features of the teacher, [n, F], clipped at 6."""
@@ -143,18 +152,23 @@ class Run:
         return ((features - self.mean) / self.spread).clamp(-6, 6)
 
     def truth(self, views: Sequence[View], photos: int, phrases: Sequence[Phrase]) -> tuple[Tensor, Tensor]:
-        """true and unknown, [B, Q] bool; the first `photos` of the views are photographs."""
+        """How much each text is true of each picture, and where it may be, [B, Q].
+
+        Rare tags count for more, else "animal" would be said before "dog". The first `photos` are photographs.
+        """
         need = self.tags.rows([tags for _, tags in phrases])
         count = need.sum(1)
         has = self.tags.rows([view.tags for view in views])
         may = self.tags.rows([view.tags | view.unknown for view in views])
         may[:photos] = may[:photos].maximum(self.loose)
-        return (has @ need.T == count) & (count > 0), may @ need.T == count
+        weight = torch.tensor([max((self.rarity.get(tag, 1.0) for tag in tags), default=1.0) for _, tags in phrases])
+        return (has @ need.T == count) * (count > 0) * weight, may @ need.T == count
 
     def told(self, views: Sequence[View], photos: int) -> tuple[Tensor, Tensor, Tensor]:
         """Texts for the pictures and texts beside them: vectors [Q, D], true and unknown [B, Q]."""
         others = self.rng.choice(len(self.others), min(self.plan.negatives, len(self.others)), replace=False)
-        phrases = [say(view, self.rng) for view in views] + [self.others[int(i)] for i in others]
+        phrases = [say(view, self.rng, self.rarity) for view in views] + [self.others[int(i)] for i in others]
+        phrases += self.things if photos < len(views) else []
         true, unknown = self.truth(views, photos, phrases)
         ids = encode(self.tokenizer, [text for text, _ in phrases])
         if self.learner.training:  # pieces go missing, so that no text hangs on a single one
@@ -272,7 +286,7 @@ class Run:
         falling = 0.5 * (1 + math.cos(math.pi * max(0.0, share - start) / (1 - start)))
         warm = min(1.0, (self.step + 1) / 50)
         image = self.plan.image_rate * falling * warm
-        text = self.plan.text_rate * warm * (1 - 0.8 * share / SPACE if first else 0.3 * falling)
+        text = self.plan.text_rate * warm * (1 - 0.8 * share / SPACE if first else 0.4 * falling**0.5)
         for group, rate in zip(self.optimizer.param_groups, (image, text), strict=True):
             group["lr"] = rate
         return image
