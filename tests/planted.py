@@ -53,7 +53,7 @@ def embedding_of(
         grid=(2, 2),
         sharpness=one if sharpness is None else sharpness,
         luma_mean=0.5 * one if luma is None else luma,
-        luma_spread=0.2 * one,
+        luma_spread=0.2 * one if luma is None else 0.4 * luma,
         pixel_change=0 * one,
         model="planted",
         model_sha256="0" * 64,

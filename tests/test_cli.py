@@ -16,6 +16,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from keyreel.demo import SCENES
 from keyreel.render.sidecars import search_schema, summary_schema
 
 
@@ -167,7 +168,12 @@ def test_demo_finds_what_it_shows(tmp_path: Path) -> None:
     # Six scenes with five hard cuts between them.
     cuts = [shot["start_seconds"] for shot in document["shots"][1:]]
     assert cuts == pytest.approx([4, 7, 13, 16, 21], abs=0.021)
-    assert 5 <= len(document["keyframes"]) <= 8
+    edges = [0, *cuts, 24]
+    scenes = [int(np.searchsorted(edges, k["pts_seconds"], side="right")) for k in document["keyframes"]]
+    assert set(scenes) == {1, 2, 3, 4, 5, 6}
+    for start, caption in zip(edges, [scene.caption for scene in SCENES], strict=False):
+        line = next(line for line in done.stdout.decode().splitlines() if line.strip().startswith(caption))
+        assert f"{start:.2f} - " in line, done.stdout.decode()
     assert (tmp_path / "demo" / "demo" / "storyboard.html").is_file()
 
 

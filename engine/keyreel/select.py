@@ -24,8 +24,9 @@ from keyreel_kernels.clustering import Clusters
 FAINT = 1e-3
 # A frame whose neighbours are less like it than the median frame's neighbours by this much is a lone flash.
 FLASH_GAP = 0.25
-# Luma in 0..1: darker on average is black, brighter is white, less spread is blank.
-BLACK, WHITE, BLANK = 0.06, 0.97, 0.02
+# Luma in 0..1: mean plus standard deviation below is black (a starry night is not), a mean above white, less deviation
+# blank.
+BLACK, WHITE, BLANK = 0.1, 0.97, 0.02
 # How far above the knee's depth a smaller K is taken, as a share of both axes.
 NEAR_KNEE = 0.03
 # A frame is shown by its key-frame if their distance (1 - cosine) is below this share of the distance between two
@@ -97,7 +98,8 @@ def frame_quality(embedding: Embedding, support: F32, floor: float) -> tuple[I64
     # Equal sharpness everywhere says nothing; a floor that cuts through ties would be a lottery.
     unsharp = (rank < floor) & (embedding.sharpness < 0.5 * np.median(embedding.sharpness))
     mean = embedding.luma_mean
-    unexposed = (mean < BLACK) | (mean > WHITE) | (embedding.luma_spread < BLANK)
+    spread = embedding.luma_spread
+    unexposed = (mean + spread < BLACK) | (mean > WHITE) | (spread < BLANK)
     flash = support < np.median(support) - FLASH_GAP
     level = np.where(flash, 3, np.where(unexposed, 2, np.where(unsharp, 1, 0))).astype(np.int64)
     quality = (1 + rank) / 2 * np.array([1.0, 0.5, 0.1, 0.05])[level]

@@ -16,8 +16,9 @@ from keyreel.decode.source import Source
 from keyreel.types import F32, F64, Embedding, Shot
 from keyreel_kernels import Ops
 
-# Luma (0..1) below which a frame is part of a fade through black.
-DARK = 0.06
+# Mean plus standard deviation of the luma (0..1) below which a frame is part of a fade through black. The mean alone
+# would take a starry night for black.
+DARK = 0.1
 # Colour histogram distance between two samples that is worth a second look: cuts between the clips that were looked
 # at begin at 0.35, and a camera that turns quickly reaches 0.7, so that this alone decides nothing.
 SUSPECT = 0.25
@@ -51,7 +52,7 @@ def find_candidates(embedding: Embedding, config: SelectConfig) -> tuple[Candida
     """
     change = scene_change(embedding)
     count = len(change)
-    dark = embedding.luma_mean < DARK
+    dark = embedding.luma_mean + embedding.luma_spread < DARK
     edges = np.flatnonzero(np.diff(np.concatenate([[False], dark, [False]]).astype(np.int8))).reshape(-1, 2)
     fades = [(int(start), int(stop)) for start, stop in edges if start > 0 and stop < count]
     # Changes on the ramps into and out of the black belong to the fade.
@@ -98,16 +99,16 @@ def place_boundaries(
     between = [(float(embedding.pts_seconds[c.before]), float(embedding.pts_seconds[c.after])) for c in candidates]
     windows = [(max(low - MARGIN_SECONDS, 0.0), high + MARGIN_SECONDS + 1e-3) for low, high in between]
     for candidate, (low, high), look in zip(candidates, between, _looks(source, windows, ops), strict=True):
-        pts, histogram, luma = look
+        pts, histogram, light = look
         inside = np.flatnonzero((pts > low) & (pts <= high + 1e-6))
         if not len(inside):
             continue
         change = _distance(histogram[1:], histogram[:-1])  # change[n]: from frame n to n + 1
         # The window holds the sample before, so that every frame inside has one to differ from.
         jump = int(inside[change[inside - 1].argmax()])
-        if candidate.kind == "fade" or luma.min() < DARK < luma.max():
+        if candidate.kind == "fade" or light.min() < DARK < light.max():
             # The samples may have missed the black; every look that sees it must name the same frame.
-            placed.append((2.0 - float(luma.min()), float(pts[luma.argmin()])))
+            placed.append((2.0 - float(light.min()), float(pts[light.argmin()])))
         elif candidate.kind == "change" or _is_cut(histogram, change, jump):
             placed.append((float(change[jump - 1]), float(pts[jump])))
     kept: list[float] = []
@@ -132,7 +133,7 @@ def _distance(one: F32, other: F32) -> F32:
     return distance
 
 
-Look: TypeAlias = tuple[F64, F32, F32]  # times, colour histograms and mean luma of the frames of a window
+Look: TypeAlias = tuple[F64, F32, F32]  # times, colour histograms and luma (mean + deviation) of a window's frames
 
 
 def _looks(source: Source, windows: Sequence[tuple[float, float]], ops: Ops) -> Iterator[Look]:
@@ -154,13 +155,13 @@ def _signals(source: Source, window: tuple[float, float], ops: Ops) -> Iterator[
     sampling = Sampling(mode="all", start_seconds=window[0], stop_seconds=window[1])
     with FrameStream(source, sampling, transform=SMALL) as stream:
         for batch in stream:
-            _, luma, _, histogram = ops.frame_signals(batch.data)
-            yield batch.pts_seconds, histogram, luma
+            _, mean, spread, histogram = ops.frame_signals(batch.data)
+            yield batch.pts_seconds, histogram, mean + spread
 
 
 def _together(looks: Sequence[Look]) -> Look:
-    pts, histogram, luma = zip(*looks, strict=True)
-    return np.concatenate(pts), np.concatenate(histogram), np.concatenate(luma)
+    pts, histogram, light = zip(*looks, strict=True)
+    return np.concatenate(pts), np.concatenate(histogram), np.concatenate(light)
 
 
 def shots_between(
