@@ -107,6 +107,23 @@ def test_black_stretches_are_no_key_frames() -> None:
     assert set(scene[rows]) == set(range(8)) - {3}
 
 
+def test_frames_in_a_fade_are_no_key_frames() -> None:
+    x, scene = planted(2)
+    luma = np.full(len(x), 0.5, np.float32)
+    cut = int(np.flatnonzero(np.diff(scene))[0]) + 1
+    ramp = np.array([0.05, 0.15, 0.3, 0.42], np.float32)
+    luma[:4], luma[-4:] = ramp, ramp[::-1]
+    luma[cut - 4 : cut], luma[cut : cut + 4] = ramp[::-1], ramp
+    support, _ = OPS.temporal_support(x, np.array([0, len(x)]))
+    level, _ = frame_quality(embedding_of(x, luma=luma), support, 0.2)
+    faded = np.flatnonzero(luma < 0.5)
+    assert (level[faded] >= 2).all()
+    assert (np.delete(level, faded) != 2).all()
+    frames = choose(embedding_of(x, luma=luma), keyframes=8)
+    assert not set(faded) & {f.sample for f in frames}
+    assert len({scene[f.sample] for f in frames}) == 8
+
+
 def test_blurred_frames_give_way_to_sharp_ones_of_the_same_scene() -> None:
     x, scene = planted(4)
     rng = np.random.default_rng(0)

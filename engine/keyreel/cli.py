@@ -164,7 +164,7 @@ def summarize(
             bars.finish()
             documents.append(json.loads((folder / "summary.json").read_text("utf-8")))
             for warning in summary.warnings:
-                errors.print(f"{source.name}: warning: {warning}", markup=False, style="yellow")
+                errors.print(f"{source.name}: warning: {warning}", markup=False, style="yellow", soft_wrap=True)
             if not as_json:
                 _print_summary(summary, folder)
 
@@ -391,6 +391,10 @@ def _print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _span(start: float, stop: float) -> str:
     return f"{start:.2f} - {stop:.2f} s"
 
@@ -399,8 +403,8 @@ def _print_summary(summary: Summary, folder: Path) -> None:
     out = Console(highlight=False)
     video, total = summary.video, summary.timings_seconds["total"]
     out.print(
-        f"{video.path}: {len(summary.keyframes)} key-frames, {len(summary.shots)} shots from "
-        f"{len(summary.embedding)} frames in {total:.1f} s on {summary.device} -> {folder}",
+        f"{video.path}: {_count(len(summary.keyframes), 'key-frame')} and {_count(len(summary.shots), 'shot')} from "
+        f"{_count(len(summary.embedding), 'frame')} in {total:.1f} s on {summary.device} -> {folder}",
         markup=False,
         soft_wrap=True,
     )

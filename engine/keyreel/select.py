@@ -27,6 +27,8 @@ FLASH_GAP = 0.25
 # Luma in 0..1: mean plus standard deviation below is black (a starry night is not), a mean above white, less deviation
 # blank.
 BLACK, WHITE, BLANK = 0.1, 0.97, 0.02
+# Next to black, a frame that the next one outshines by this factor is in a fade.
+FADE_STEP = 1.08
 # How far above the knee's depth a smaller K is taken, as a share of both axes.
 NEAR_KNEE = 0.03
 # A frame is shown by its key-frame if their distance (1 - cosine) is below this share of the distance between two
@@ -90,8 +92,8 @@ def frame_quality(embedding: Embedding, support: F32, floor: float) -> tuple[I64
     """How clean each frame is.
 
     Returns:
-        level [T] int64: 0 clean, 1 among the `floor` share of least sharp frames, 2 black, white or blank, 3 a lone
-        flash; quality [T] float32 in 0..1: rank of the sharpness, lowered by the level.
+        level [T] int64: 0 clean, 1 among the `floor` share of least sharp frames, 2 black, white, blank or in a fade
+        from or to black, 3 a lone flash; quality [T] float32 in 0..1: rank of the sharpness, lowered by the level.
     """
     count = len(embedding)
     rank = embedding.sharpness.argsort(kind="stable").argsort(kind="stable") / max(count - 1, 1)
@@ -99,11 +101,27 @@ def frame_quality(embedding: Embedding, support: F32, floor: float) -> tuple[I64
     unsharp = (rank < floor) & (embedding.sharpness < 0.5 * np.median(embedding.sharpness))
     mean = embedding.luma_mean
     spread = embedding.luma_spread
-    unexposed = (mean + spread < BLACK) | (mean > WHITE) | (spread < BLANK)
+    black = mean + spread < BLACK
+    unexposed = black | _fading(mean + spread, black) | (mean > WHITE) | (spread < BLANK)
     flash = support < np.median(support) - FLASH_GAP
     level = np.where(flash, 3, np.where(unexposed, 2, np.where(unsharp, 1, 0))).astype(np.int64)
     quality = (1 + rank) / 2 * np.array([1.0, 0.5, 0.1, 0.05])[level]
     return level, quality.astype(np.float32)
+
+
+def _fading(light: F32, black: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[T] bool: frames on the way out of black or into it, up to the first that the next hardly outshines."""
+    fading = np.zeros(len(light), bool)
+    for step in (1, -1):
+        inside = False
+        for t in range(len(light))[::step]:
+            ahead = t + step
+            if black[t]:
+                inside = True
+            elif inside:
+                inside = 0 <= ahead < len(light) and light[ahead] > FADE_STEP * light[t]
+                fading[t] |= inside
+    return fading
 
 
 def _clusters(
