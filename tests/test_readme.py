@@ -12,6 +12,7 @@ import pytest
 import typer.main
 
 from keyreel import config
+from keyreel.bundle import Bundle
 from keyreel.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +60,9 @@ def test_dependencies_are_listed() -> None:
         assert re.search(rf"^\|[^|]*\b{package}\b", README, flags=re.MULTILINE), package
 
 
-def test_shift_default_is_what_the_readme_says() -> None:
+def test_defaults_are_what_the_readme_says() -> None:
+    bundle = Bundle.find("builtin")
     assert config.EncodeConfig().shift is None
-    assert "temporal shift is off by default" in README
+    assert config.EncodeConfig().attention_strength is None
+    assert (bundle.shift_default, bundle.strength_default) == ("off", 0.0)
+    assert "**temporal shift are off by default**" in README
