@@ -117,6 +117,13 @@ def test_sampling_modes_reach_the_summary(engine: Engine, clip: Path) -> None:
     assert (part.embedding.pts_seconds < 2.0).all()
 
 
+def test_times_in_any_order_are_taken_in_theirs(engine: Engine, clip: Path) -> None:
+    mixed = engine.summarize(clip, sampling=Sampling(mode="times", times=(2.0, 0.5, 0.501, 2.0, 1.0)))
+    sorted_ = engine.summarize(clip, sampling=Sampling(mode="times", times=(0.5, 1.0, 2.0)))
+    np.testing.assert_array_equal(mixed.embedding.pts_seconds, sorted_.embedding.pts_seconds)
+    assert mixed.keyframes == sorted_.keyframes
+
+
 def test_text_and_frames_live_in_one_space(engine: Engine, summary: Summary) -> None:
     vectors = engine.encode_text(["a dog", "a car"])
     assert vectors.shape == (2, summary.embedding.vectors.shape[1])

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -193,11 +193,13 @@ class Engine:
         sampling, encode, select = sampling or Sampling(), encode or EncodeConfig(), select or SelectConfig()
         if keyframes != "auto":
             select = dataclasses.replace(select, keyframes=keyframes, per_minute=None)
+        # Everything after the decoder takes times as rising.
+        sampling = dataclasses.replace(sampling, times=tuple(sorted(sampling.times)))
         source = as_source(video)
         info = source.probe()
         forward = _with_total(progress, sampling, info.duration_seconds)
         with closing(self.frames(source, sampling, transform=self.bundle.image)) as stream:
-            embedding, timings = self._images.encode(stream, encode, progress=forward)
+            embedding, timings = self._images.encode(_distinct(stream), encode, progress=forward)
             warnings, decode_seconds = stream.warnings, stream.decode_seconds
             duration = info.duration_seconds if stream.end_seconds is None else stream.end_seconds
         stop = _stop_seconds(embedding, sampling, duration)
@@ -333,6 +335,16 @@ def _with_total(progress: Progress | None, sampling: Sampling, duration: float |
         progress(stage, done - sampling.start_seconds, None if stop is None else stop - sampling.start_seconds)
 
     return forward
+
+
+def _distinct(batches: Iterable[FrameBatch]) -> Iterator[FrameBatch]:
+    """Without the rows that show the frame before once more, as two close times do."""
+    last = -1
+    for batch in batches:
+        fresh = np.diff(batch.frame_index, prepend=last) != 0
+        last = int(batch.frame_index[-1])
+        if fresh.any():
+            yield batch if fresh.all() else batch[np.flatnonzero(fresh)]
 
 
 def _stop_seconds(embedding: Embedding, sampling: Sampling, duration: float | None) -> float:
