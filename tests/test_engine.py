@@ -124,6 +124,15 @@ def test_times_in_any_order_are_taken_in_theirs(engine: Engine, clip: Path) -> N
     assert mixed.keyframes == sorted_.keyframes
 
 
+@pytest.mark.parametrize(
+    "name", ["format/h265_video.mp4", "format/video_90.mov", "broken/unordered.mov", "format/testsrc2_vp9.webm"]
+)
+def test_a_video_of_a_second_or_less_gives_one_key_frame(
+    engine: Engine, media: Callable[[str], Path], name: str
+) -> None:
+    assert len(engine.summarize(media(name)).keyframes) == 1
+
+
 def test_text_and_frames_live_in_one_space(engine: Engine, summary: Summary) -> None:
     vectors = engine.encode_text(["a dog", "a car"])
     assert vectors.shape == (2, summary.embedding.vectors.shape[1])

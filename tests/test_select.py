@@ -92,6 +92,16 @@ def test_a_constant_video_gives_exactly_one(count: int, options: dict[str, objec
     assert len(choose(embedding_of(x), **options)) == 1
 
 
+def test_a_video_of_a_second_gives_exactly_one_unless_more_are_asked_for() -> None:
+    x, scene = planted(0)
+    two = embedding_of(x[[int(np.flatnonzero(scene == n)[3]) for n in (0, 4)]])
+    for seconds in (0.04, 1.0, 1.9):
+        selection = select_keyframes(two, SelectConfig(), OPS, duration_seconds=seconds)
+        assert len(selection.keyframes) == 1
+    asked = select_keyframes(two, SelectConfig(keyframes=2), OPS, duration_seconds=1.0)
+    assert len(asked.keyframes) == 2
+
+
 def test_an_all_black_video_gives_exactly_one_and_says_so() -> None:
     x, _ = planted(1)
     embedding = embedding_of(x[:40], luma=np.zeros(40, np.float32))

@@ -1,7 +1,8 @@
 """Key-frames: how many, which clusters, which frame of each; never none.
 
 1. Weights: black, blank and lone flash frames count next to nothing, so that no cluster is spent on them.
-2. Number: as asked, or the knee of the curve of the worst-covered frame over K = 1..Kmax, all K run as one batch.
+2. Number: as asked, or the knee of the curve of the worst-covered frame over K = 1..Kmax, all K run as one batch;
+   Kmax is at most one for each second.
 3. Clusters: spherical k-means with a diversity penalty (keyreel_kernels.clustering).
 4. One frame a cluster: the cleanest kind there is in it, then the closest to the centroid; clusters in order of size;
    a frame too close in time or too alike to one that is taken gives way to the next of its cluster, or the cluster is
@@ -131,7 +132,9 @@ def _clusters(
     wished = config.keyframes
     if config.per_minute is not None:
         wished = max(1, round(config.per_minute * duration_seconds / 60))
-    most = min(len(x), config.max_keyframes if wished is None else wished)
+    # More than one a second is no summary, unless it is asked for.
+    automatic = min(config.max_keyframes, max(1, int(duration_seconds)))
+    most = min(len(x), automatic if wished is None else wished)
     seeds, _ = ops.seed(smooth, w, offsets, most)
     most = max(int((seeds[0] >= 0).sum()), 1)
     k = np.array([most]) if wished is not None else np.arange(1, most + 1)
