@@ -102,7 +102,9 @@ def test_temporal_support_is_what_the_two_best_neighbours_say(number: int, count
             near = [u for u in range(start, stop) if u != t and abs(u - t) <= reach]
             best = sorted(near, key=lambda u: -float(x[t].astype(np.float64) @ x[u].astype(np.float64)))[:2]
             expected = np.mean([float(x[t] @ x[u]) for u in best]) if best else 1.0
-            mean = sum((x[u].astype(np.float64) for u in best), x[t].astype(np.float64))
+            pairs = x[start:stop].astype(np.float64) @ x[start:stop].astype(np.float64).T
+            alike = [u for u in best if pairs[t - start, u - start] > pairs.mean()]
+            mean = sum((x[u].astype(np.float64) for u in alike), x[t].astype(np.float64))
             assert support[t] == pytest.approx(expected, abs=FLOAT32)
             np.testing.assert_allclose(smooth[t], mean / np.linalg.norm(mean), atol=FLOAT32)
 

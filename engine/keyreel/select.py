@@ -151,7 +151,8 @@ def _clusters(
     )
     if wished is None:
         rows = ops.representatives(spans, k, found.labels, found.similarity, np.ones(len(x), bool))
-        gap = np.array([(w * (1 - (x @ x[own[own >= 0]].T).max(1))).max() for own in rows], np.float64)
+        # Of the smoothed frames: one noisy frame must not ask for a key-frame of its own.
+        gap = np.array([(w * (1 - (smooth @ x[own[own >= 0]].T).max(1))).max() for own in rows], np.float64)
         # What counts as shown depends on how alike the frames of this video are anyway: the mean of 1 - <z_i, z_j>
         # over all pairs is 1 - |mean z|^2.
         typical = 1 - float((x.mean(0) ** 2).sum())

@@ -65,7 +65,9 @@ def temporal_support(x: F32, offsets: I64, reach: int = 3) -> tuple[F32, F32]:
 
     Returns:
         support [N] float32: mean cosine of a frame to its two most similar neighbours, 1 for the only frame of a
-        video; and smooth [N, D] float32: unit mean of the frame and those two, which has less noise.
+        video; and smooth [N, D] float32: unit mean of the frame and those of the two that are more like it than two
+        frames of the video are on average (the mean cosine of all pairs is |mean x|^2), which has less noise and does
+        not mix scenes.
     """
     support, smooth = np.ones(len(x), np.float64), x.astype(np.float64)
     for start, stop in itertools.pairwise(offsets):
@@ -85,7 +87,8 @@ def temporal_support(x: F32, offsets: I64, reach: int = 3) -> tuple[F32, F32]:
         # Column 2s-2 is the frame s before, 2s-1 the frame s after.
         offset = np.where(best % 2 == 0, -1, 1) * (best // 2 + 1)
         other = np.where(known, np.arange(count)[:, None] + offset, np.arange(count)[:, None])
-        smooth[start:stop] += (z[other] * known[..., None]).sum(1)
+        alike = known & (cosine > (z.mean(0) ** 2).sum())
+        smooth[start:stop] += (z[other] * alike[..., None]).sum(1)
     smooth /= np.maximum(np.linalg.norm(smooth, axis=1, keepdims=True), 1e-30)
     return support.astype(np.float32), smooth.astype(np.float32)
 
