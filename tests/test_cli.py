@@ -197,3 +197,92 @@ def test_interrupt_leaves_nothing_half_written(media: Callable[[str], Path], tmp
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr.decode()
     assert list((tmp_path / "out").rglob("*")) == []
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip of half a second, for what is not about pictures."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.mp4"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for n in range(5):
+            picture = np.full((48, 64, 3), (200, 40 * n, 30), np.uint8)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        output.mux(stream.encode(None))
+    return path
+
+
+BARE = ("--no-reel", "--no-storyboard", "--no-thumbnails")
+
+
+@pytest.mark.parametrize(
+    "name", ["...mp4", "..mp4", "<script>.mp4", "-dash.mp4", "a b'\"[red].mp4", "n" * 245 + ".mp4"]
+)
+def test_odd_names_stay_inside_the_output_folder(tiny: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "work" / "other").mkdir(parents=True)
+    (tmp_path / "in" / name).write_bytes(tiny.read_bytes())
+    done = run("summarize", tmp_path / "in", "-o", tmp_path / "work" / "out", "--overwrite", *BARE)
+    assert done.returncode == 0, done.stderr.decode()
+    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["other", "out"]
+    assert len(list((tmp_path / "work" / "out").glob("*/summary.json"))) == 1
+
+
+def test_demo_and_overwrite_keep_what_is_not_ours(tiny: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "demo" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert run("demo", "-o", tmp_path).returncode == 7
+    assert mine.read_text() == "mine"
+    assert run("summarize", tiny, "-o", tmp_path, *BARE).returncode == 0
+    (tmp_path / "tiny" / "note.txt").write_text("note")
+    assert run("summarize", tiny, "-o", tmp_path, *BARE).returncode == 7
+    assert run("summarize", tiny, "-o", tmp_path, "--overwrite", *BARE).returncode == 0
+    assert (tmp_path / "tiny" / "note.txt").read_text() == "note"
+
+
+def test_another_video_of_the_same_name_is_not_replaced_silently(tiny: Path, tmp_path: Path) -> None:
+    other = tmp_path / "tiny.mp4"
+    other.write_bytes(tiny.read_bytes())
+    assert run("summarize", tiny, "-o", tmp_path / "out", *BARE).returncode == 0
+    assert run("summarize", tiny, "-o", tmp_path / "out", *BARE).returncode == 0
+    done = run("summarize", other, "-o", tmp_path / "out", *BARE)
+    assert done.returncode == 7
+    assert str(tiny) in done.stderr.decode()
+
+
+def test_own_reels_in_a_folder_are_no_input(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.mp4").write_bytes(tiny.read_bytes())
+    for _ in range(2):
+        done = run("summarize", tmp_path, "-o", tmp_path / "out", "--no-storyboard", "--no-thumbnails")
+        assert done.returncode == 0, done.stderr.decode()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["tiny"]
+
+
+def test_one_unknown_codec_does_not_stop_the_others(tiny: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(tiny.read_bytes().replace(b"avc1", b"zzzz"))
+    done = run("summarize", bad, tiny, "-o", tmp_path / "out", "--json", *BARE)
+    assert done.returncode == 8, done.stderr.decode()
+    document = json.loads(done.stdout)
+    assert document["failed"][0]["exit_code"] == 3
+    assert "Traceback" not in done.stderr.decode()
+    assert len(document["summaries"]) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [("search", "a", "VIDEO", "--html", "/proc/no/x.html"), ("demo", "-o", "/proc/no")]
+)
+def test_outputs_that_cannot_be_written_end_in_7(tiny: Path, arguments: tuple[str, ...]) -> None:
+    done = run(*(tiny if word == "VIDEO" else word for word in arguments))
+    assert done.returncode == 7, done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+
+
+def test_json_survives_any_name_and_any_stdout(tiny: Path, tmp_path: Path) -> None:
+    odd = os.fsencode(tmp_path) + b"/bad\xff.mp4"
+    Path(os.fsdecode(odd)).write_bytes(tiny.read_bytes())
+    done = run("summarize", tmp_path, "-o", tmp_path / "out", "--json", *BARE, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr.decode()
+    assert os.fsencode(json.loads(done.stdout)["video"]["path"]) == odd

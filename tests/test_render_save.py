@@ -110,7 +110,8 @@ def test_other_folders_are_not_touched(summary, tmp_path):
         save_summary(summary, out, QUICK)
     assert (out / "letter.txt").read_text() == "dear"
     save_summary(summary, out, OutputConfig(reel=False, thumbnails=False, storyboard=False, overwrite=True))
-    assert not (out / "letter.txt").exists()
+    assert (out / "letter.txt").read_text() == "dear"
+    assert json.loads((out / "summary.json").read_text())["schema"] == "keyreel.summary/1"
     (out / "letter.txt").write_text("dear")
     with pytest.raises(RenderError, match=r"also letter\.txt"):
         save_summary(summary, out, QUICK)

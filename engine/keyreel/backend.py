@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 import av
+import numpy as np
 
 from keyreel.bundle import Bundle, cache_root
 from keyreel.errors import BackendUnavailable, KeyreelError, MissingExtra
@@ -57,6 +58,13 @@ def resolve(device: str = "auto", *, threads: int | None = None) -> Backend:
     kind, _, index = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
         raise ValueError(f"unknown device {device!r}, allowed: auto, cpu, cuda, cuda:N")
+    count = _threads() if threads is None else threads
+
+    def backend(reason: str) -> Backend:
+        return Backend("cpu", reason, ops_for("cpu"), lambda path: OnnxRuntimeSession(path, threads=count))
+
+    if kind == "cpu":
+        return backend("asked for")
     driver = probe_cuda_driver()
     if kind == "cuda":
         raise BackendUnavailable(
@@ -64,9 +72,7 @@ def resolve(device: str = "auto", *, threads: int | None = None) -> Backend:
             probe=driver.name,
             hint="use device='cpu' or 'auto' (--device cpu)",
         )
-    reason = "asked for" if kind == "cpu" else f"auto: {driver.found}; this version of keyreel computes on the CPU"
-    count = _threads() if threads is None else threads
-    return Backend("cpu", reason, ops_for("cpu"), lambda path: OnnxRuntimeSession(path, threads=count))
+    return backend(f"auto: {driver.found}; this version of keyreel computes on the CPU")
 
 
 def _threads() -> int:
@@ -107,6 +113,7 @@ def probe_runtime() -> Probe:
     try:
         bundle = Bundle.find("builtin")
         session = OnnxRuntimeSession(bundle.file("text.onnx"))
+        session.run({"token_ids": np.zeros((1, bundle.context_length), np.int64)})
         session.close()
     except MissingExtra:
         return Probe(name, False, "not installed", "pip install 'keyreel[cpu]'")

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from keyreel.config import ImageTransform, ShiftMode
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
@@ -28,6 +28,7 @@ from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 SCHEMA = "keyreel.bundle/1"
 MANIFEST = "manifest.json"
 BUILTIN = "builtin"
+AttentionInput = Literal["frames", "tokens"]
 GRAPHS = ("backbone.onnx", "attention.onnx", "fusion.onnx", "text.onnx")
 
 
@@ -78,7 +79,7 @@ class Bundle:
     embedding_width: int  # D
     context_length: int  # L
     clean: str  # how a text is cleaned before the tokenizer
-    attention_input: Literal["frames", "tokens"]
+    attention_input: AttentionInput
     strength_default: float
     shift_default: ShiftMode
     sha256: str
@@ -125,6 +126,7 @@ class Bundle:
             raise ModelError(f"{folder}: schema {got!r} is not {SCHEMA!r}", hint="export the model again")
         _check_files(folder, manifest)
         try:
+            _check_values(manifest)
             return cls(
                 folder=folder,
                 name=str(manifest["name"]),
@@ -162,11 +164,23 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise ModelError(f"{folder / MANIFEST} names a file outside its folder: {name!r}")
         if not path.is_file():
             raise CheckpointMismatch(f"{path} is missing", hint="export the model again")
-        digest = sha256_of(path)
-        if digest != entry.get("sha256"):
-            wanted = str(entry.get("sha256"))
+        digest, wanted = sha256_of(path), str(entry.get("sha256")) if isinstance(entry, dict) else ""
+        if digest != wanted:
             message = f"{path} is not the file of the manifest (sha256 {digest[:12]}, expected {wanted[:12]})"
             raise CheckpointMismatch(message, hint="export the model again")
+
+
+def _check_values(manifest: Mapping[str, Any]) -> None:
+    """Raises ValueError for a value that is not one of those allowed."""
+    for part, key, allowed in (
+        ("attention", "input", get_args(AttentionInput)),
+        ("fusion", "shift_default", get_args(ShiftMode)),
+        ("text", "clean", ("none", "lower", "whitespace", "canonicalize")),
+    ):
+        if manifest[part][key] not in allowed:
+            raise ValueError(f"{part}.{key} is {manifest[part][key]!r}, allowed: {', '.join(allowed)}")
+    if len(manifest["grid"]) != 2 or min(manifest["grid"]) < 1:
+        raise ValueError(f"grid is {manifest['grid']!r}, expected [rows, columns]")
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

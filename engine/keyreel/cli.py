@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import os
 import sys
 import types
 import typing
@@ -24,7 +25,7 @@ from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, Sampling, S
 from keyreel.decode.source import Source
 from keyreel.demo import SCENES, write_demo
 from keyreel.engine import Engine, read_picture
-from keyreel.errors import KeyreelError, MissingExtra, SourceNotFound, import_extra
+from keyreel.errors import KeyreelError, MissingExtra, RenderError, SourceNotFound, import_extra
 from keyreel.progress import Bars
 from keyreel.render.results import hit_pictures, save_previews
 from keyreel.render.sidecars import search_document
@@ -105,6 +106,9 @@ def _exit_codes() -> Iterator[None]:
     except (KeyreelError, MissingExtra) as error:
         errors.print(str(error), markup=False, style="red", soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        errors.print(f"cannot be written or read: {error}", markup=False, style="red", soft_wrap=True)
+        raise typer.Exit(RenderError.exit_code) from error
     except (ValueError, TypeError) as error:
         errors.print(str(error), markup=False, style="red", soft_wrap=True)
         raise typer.Exit(USAGE) from error
@@ -128,6 +132,7 @@ ENCODING = ((EncodeConfig, "shift"), (EncodeConfig, "attention_strength"), (Deco
     (SelectConfig, "min_gap_seconds"),
     (SelectConfig, "similarity_limit"),
     *((OutputConfig, name) for name in ("reel", "reel_seconds", "query", "storyboard", "thumbnails", "otio", "edl")),
+    (OutputConfig, "keyframe_height"),
     (OutputConfig, "overwrite"),
     *ENCODING,
 )
@@ -143,24 +148,22 @@ def summarize(
     options: dict[str, Any],
 ) -> None:
     """Writes key-frames, storyboard, contact sheet, thumbnails and a highlight reel for each video."""
-    if keyframes != "auto" and not keyframes.isdigit():
+    if keyframes != "auto" and not keyframes.isdecimal():
         raise ValueError(f"--keyframes must be a number or auto, got {keyframes!r}")
     select = SelectConfig(keyframes=None if keyframes == "auto" else int(keyframes), **_pick(SelectConfig, options))
     outputs = OutputConfig(**_pick(OutputConfig, options))
     sampling, encode = Sampling(**_pick(Sampling, options)), EncodeConfig(**_pick(EncodeConfig, options))
     documents: list[dict[str, Any]] = []
     used: set[str] = set()
+    was_there = output.exists()
     with Engine.from_pretrained(model, device=device) as engine, Bars(errors, quiet=quiet) as bars:
 
         def one(source: Source) -> None:
-            with source:
-                summarize_one(source)
-
-        def summarize_one(source: Source) -> None:
             folder = output / _folder_name(source, used)
             progress = bars.start(source.name)
-            summary = engine.summarize(source, sampling=sampling, encode=encode, select=select, progress=progress)
-            summary.save(folder, progress=progress, **dataclasses.asdict(outputs))
+            with source:
+                summary = engine.summarize(source, sampling=sampling, encode=encode, select=select, progress=progress)
+                summary.save(folder, progress=progress, **dataclasses.asdict(outputs))
             bars.finish()
             documents.append(json.loads((folder / "summary.json").read_text("utf-8")))
             for warning in summary.warnings:
@@ -168,7 +171,11 @@ def summarize(
             if not as_json:
                 _print_summary(summary, folder)
 
-        failed = _for_each(_sources(videos, options), one, bars)
+        try:
+            failed = _for_each(_sources(videos, options), one, bars)
+        finally:
+            if not was_there and output.is_dir() and not any(output.iterdir()):
+                output.rmdir()
     if as_json:
         single = len(documents) == 1 and not failed
         whole = {"schema": "keyreel.summaries/1", "summaries": documents, "failed": [f.document() for f in failed]}
@@ -222,7 +229,12 @@ def search(
     shown = text if image is None else str(image)
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(search_page(shown or "", hits, pictures), encoding="utf-8")
+        aside = html.with_name(f".keyreel-{os.getpid()}.part")
+        try:
+            aside.write_text(search_page(shown or "", hits, pictures), encoding="utf-8")
+            aside.replace(html)
+        finally:
+            aside.unlink(missing_ok=True)
         errors.print(f"wrote {html}", markup=False)
     if as_json:
         _print_json(search_document(shown or "", hits))
@@ -241,10 +253,15 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     clip = output / "demo.mp4"
     with Engine.from_pretrained(device=device) as engine, Bars(errors, quiet=quiet) as bars:
-        write_demo(clip)
+        aside = output / ".demo.part.mp4"
+        try:
+            write_demo(aside)
+            aside.replace(clip)
+        finally:
+            aside.unlink(missing_ok=True)
         progress = bars.start(str(clip))
         summary = engine.summarize(clip, progress=progress)
-        folder = summary.save(output / "demo", overwrite=True, progress=progress)
+        folder = summary.save(output / "demo", progress=progress)
         bars.finish()
         _print_summary(summary, folder)
         table = Table("query", "found at", "score", box=None)
@@ -329,11 +346,14 @@ def _sources(names: Sequence[str], options: dict[str, Any]) -> list[str | Source
     limits = DecodeLimits(**_pick(DecodeLimits, options))
     found: list[str | Source | KeyreelError] = []
     for name in names:
+        if not name:
+            raise ValueError("an empty name is no video")
         path = Path(name)
         if name == "-" or not path.is_dir():
             found.append(Source(name, limits=limits))
             continue
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+        inside = [p for p in inside if not (p.name == "reel.mp4" and (p.parent / "summary.json").is_file())]
         hint = f"files that end in one of: {' '.join(sorted(VIDEO_SUFFIXES))}"
         found += [Source(p, limits=limits) for p in inside] or [
             SourceNotFound(f"there is no video in the folder {name!r}", hint=hint)
@@ -358,12 +378,15 @@ def _for_each(sources: Sequence[Any], work: Callable[[Source], None], bars: Bars
             if isinstance(source, KeyreelError):
                 raise source
             work(source)
-        except KeyreelError as error:
+        except MissingExtra:
+            raise  # it would be missing for every video
+        except Exception as error:  # noqa: BLE001 - one video must not take the others with it, whatever is wrong with it
             bars.finish()
             name = source.name if isinstance(source, Source) else ""
-            failed.append(_Failure(name, error))
-            prefix = f"{name}: " if name not in str(error) else ""
-            errors.print(f"{prefix}{error}", markup=False, style="red", soft_wrap=True)
+            known = error if isinstance(error, KeyreelError) else KeyreelError(f"{type(error).__name__}: {error}")
+            failed.append(_Failure(name, known))
+            prefix = f"{name}: " if name not in str(known) else ""
+            errors.print(f"{prefix}{known}", markup=False, style="red", soft_wrap=True)
     return failed
 
 
@@ -376,7 +399,9 @@ def _end(failed: Sequence[_Failure], succeeded: int) -> None:
 
 def _folder_name(source: Source, used: set[str]) -> str:
     """The video's stem; two videos of one stem get folders of their own."""
-    stem = source.path.stem if source.path is not None else source.name.strip("<>").replace("/", "-") or "video"
+    stem = source.path.stem if source.path is not None else source.name.strip("<>").replace("/", "-")
+    # The stem of "...mp4" is "..", which is another folder altogether.
+    stem = stem if stem.strip(".") else "video"
     name, number = stem, 2
     while name in used:
         name, number = f"{stem}-{number}", number + 1
@@ -388,7 +413,8 @@ def _folder_name(source: Source, used: set[str]) -> str:
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    # ASCII: a file name need not be valid in the encoding of stdout.
+    print(json.dumps(document, indent=2))
 
 
 def _count(number: int, noun: str) -> str:

@@ -43,6 +43,8 @@ class Sampling:
         _check(self.mode != "times" or bool(self.times), "mode times needs at least one time")
         _check(0 <= self.start_seconds < 1e9, f"start_seconds must be >= 0, got {self.start_seconds}")
         stop = self.stop_seconds
+        window = self.start_seconds > 0 or stop is not None
+        _check(self.mode != "times" or not window, "mode times takes no start_seconds and stop_seconds")
         _check(stop is None or stop > self.start_seconds, f"stop_seconds {stop} is not after {self.start_seconds}")
 
 
@@ -89,7 +91,8 @@ class EncodeConfig:
     batch_size: int = option(16, "frames in one inference")
 
     def __post_init__(self) -> None:
-        _check(self.shift in (None, "off", "fixed", "adaptive"), f"unknown shift mode {self.shift!r}")
+        allowed = ("off", "fixed", "adaptive")
+        _check(self.shift in (None, *allowed), f"unknown shift mode {self.shift!r}, allowed: {', '.join(allowed)}")
         _check(1 <= self.shift_steps <= 32, f"shift_steps must be in 1..32, got {self.shift_steps}")
         _check(0 < self.shift_share <= 0.5, f"shift_share must be in (0, 0.5], got {self.shift_share}")
         _check(0 <= self.shift_threshold <= 2, f"shift_threshold must be in [0, 2], got {self.shift_threshold}")
@@ -115,8 +118,12 @@ class SelectConfig:
     min_shot_seconds: float = option(0.5, "shorter shots are joined to a neighbour")
 
     def __post_init__(self) -> None:
-        _check(self.keyframes is None or self.keyframes >= 1, f"keyframes must be >= 1, got {self.keyframes}")
-        _check(self.per_minute is None or self.per_minute > 0, f"per_minute must be > 0, got {self.per_minute}")
+        number = self.keyframes
+        _check(number is None or 1 <= number <= 10_000, f"keyframes must be in 1..10000, got {number}")
+        _check(
+            self.per_minute is None or 0 < self.per_minute <= 6000,
+            f"per_minute must be in (0, 6000], got {self.per_minute}",
+        )
         both = self.keyframes is not None and self.per_minute is not None
         _check(not both, "give keyframes or per_minute, not both")
         _check(1 <= self.max_keyframes <= 1024, f"max_keyframes must be in 1..1024, got {self.max_keyframes}")
@@ -165,5 +172,7 @@ class OutputConfig:
     overwrite: bool = option(False, "replace a folder that is there")
 
     def __post_init__(self) -> None:
+        seconds = self.reel_seconds
+        _check(seconds is None or 0 < seconds < 1e9, f"reel_seconds must be > 0, got {seconds}")
         _check(1 <= self.jpeg_quality <= 95, f"jpeg_quality must be in 1..95, got {self.jpeg_quality}")
         _check(self.keyframe_height >= 16, f"keyframe_height must be >= 16, got {self.keyframe_height}")

@@ -117,15 +117,16 @@ class Engine:
         Raises:
             ValueError, TypeError: not such an array.
         """
+        if not isinstance(frames, FrameBatch) and not hasattr(frames, "__dlpack__"):
+            raise TypeError(f"frames must be a FrameBatch or an array with __dlpack__, got {type(frames).__name__}")
         data: NDArray[Any] = frames.data if isinstance(frames, FrameBatch) else np.from_dlpack(frames)
         if data.ndim != 4 or data.shape[-1] != 3 or not len(data):
             raise ValueError(f"frames must be [T, H, W, 3] with T >= 1, got {data.shape}")
         if data.dtype != np.uint8:
             raise TypeError(f"frames must be uint8, got {data.dtype}")
-        count = np.arange(len(data))
-        batch = FrameBatch(self._fitted(data), count.astype(np.float64), count)
-        size = EncodeConfig().batch_size
-        batches = (batch[start : start + size] for start in range(0, len(batch), size))
+        count, size = np.arange(len(data)), EncodeConfig().batch_size
+        parts = (slice(start, start + size) for start in range(0, len(data), size))
+        batches = (FrameBatch(self._fitted(data[p]), count[p].astype(np.float64), count[p]) for p in parts)
         return self._images.encode(batches, EncodeConfig())[0].vectors
 
     def embed_video(
@@ -192,6 +193,8 @@ class Engine:
         began = time.perf_counter()
         sampling, encode, select = sampling or Sampling(), encode or EncodeConfig(), select or SelectConfig()
         if keyframes != "auto":
+            if not isinstance(keyframes, int):
+                raise TypeError(f"keyframes must be a whole number or 'auto', got {keyframes!r}")
             select = dataclasses.replace(select, keyframes=keyframes, per_minute=None)
         # Everything after the decoder takes times as rising.
         sampling = dataclasses.replace(sampling, times=tuple(sorted(sampling.times)))
@@ -322,7 +325,7 @@ def read_picture(path: str | os.PathLike[str]) -> U8:
             return picture
     except FileNotFoundError as error:
         raise SourceNotFound(f"there is no picture {os.fspath(path)!r}") from error
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SourceError(f"{os.fspath(path)!r} cannot be read as a picture: {error}") from error
 
 

@@ -30,7 +30,7 @@ class Bars:
     """One bar for the video at hand; a context manager."""
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), _Rate(), TimeRemainingColumn())
         self._bars = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
         self._task: TaskID | None = None
 

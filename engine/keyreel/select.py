@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,8 @@ NEAR_KNEE = 0.03
 # frames of the video picked at random, within these bounds: two frames of one take are mostly closer than the lower,
 # frames of different places mostly farther apart than the upper.
 COVERED_SHARE, COVERED_BOUNDS = 0.6, (0.1, 0.2)
+# The number is found on at most so many frames: every K of a ten-hour video would take minutes and gigabytes.
+SWEPT_FRAMES = 2048
 # What a frame fails, in the order in which it is forgiven.
 LEVELS = ("sharpness", "exposure", "lone flash frames")
 
@@ -46,7 +49,6 @@ class Selection:
 
     keyframes: tuple[KeyFrame, ...]  # in time order, at least one
     importance: F32  # [T] float32 in 0..1
-    objective: float  # J of the clustering
     warnings: tuple[str, ...]
 
 
@@ -86,7 +88,7 @@ def select_keyframes(embedding: Embedding, config: SelectConfig, ops: Ops, *, du
     warnings = [f"quality floor relaxed for some key-frames: {', '.join(LEVELS[:worst])}"] if worst else []
     if wished is not None and len(keyframes) < wished:
         warnings.append(f"{wished} key-frames were asked for, only {len(keyframes)} frames differ enough")
-    return Selection(keyframes, _importance(x, w, found), float(found.objective[0]), tuple(warnings))
+    return Selection(keyframes, _importance(x, w, found), tuple(warnings))
 
 
 def frame_quality(embedding: Embedding, support: F32, floor: float) -> tuple[I64, F32]:
@@ -133,41 +135,35 @@ def _clusters(
     if config.per_minute is not None:
         wished = max(1, round(config.per_minute * duration_seconds / 60))
     # More than one a second is no summary, unless it is asked for.
-    automatic = min(config.max_keyframes, max(1, int(duration_seconds)))
-    most = min(len(x), automatic if wished is None else wished)
-    seeds, _ = ops.seed(smooth, w, offsets, most)
-    most = max(int((seeds[0] >= 0).sum()), 1)
-    k = np.array([most]) if wished is not None else np.arange(1, most + 1)
-    spans = np.repeat(np.array([[0, len(x)]], np.int64), len(k), axis=0)
-    found: Clusters = ops.cluster(
-        x,
-        w,
-        spans,
-        k.astype(np.int64),
-        np.repeat(seeds, len(k), axis=0),
-        penalty=config.penalty,
-        margin=config.margin,
-        iterations=config.iterations,
-    )
+    most = wished if wished is not None else min(config.max_keyframes, max(1, int(duration_seconds)))
+    seeds, _ = ops.seed(smooth, w, offsets, min(len(x), most))
+    count = max(int((seeds[0] >= 0).sum()), 1)
+    weigh = {"penalty": config.penalty, "margin": config.margin, "iterations": config.iterations}
     if wished is None:
-        rows = ops.representatives(spans, k, found.labels, found.similarity, np.ones(len(x), bool))
-        # Of the smoothed frames: one noisy frame must not ask for a key-frame of its own.
-        gap = np.array([(w * (1 - (smooth @ x[own[own >= 0]].T).max(1))).max() for own in rows], np.float64)
-        # What counts as shown depends on how alike the frames of this video are anyway: the mean of 1 - <z_i, z_j>
-        # over all pairs is 1 - |mean z|^2.
-        typical = 1 - float((x.mean(0) ** 2).sum())
-        covered = float(np.clip(COVERED_SHARE * typical, *COVERED_BOUNDS))
-        best = knee(gap, enough=1 - config.similarity_limit, covered=covered) - 1
-        rows = slice(best * len(x), (best + 1) * len(x))
-        one = slice(best, best + 1)
-        found = Clusters(
-            found.centroids[one, : best + 1],
-            found.labels[rows],
-            found.similarity[rows],
-            found.objective[one],
-            found.history[one],
-        )
+        count = _number(x, smooth, w, count, config, ops, weigh)
+    found: Clusters = ops.cluster(x, w, np.array([[0, len(x)]]), np.array([count]), seeds, **weigh)
     return found, wished
+
+
+def _number(x: F32, smooth: F32, w: F32, most: int, config: SelectConfig, ops: Ops, weigh: Mapping[str, float]) -> int:
+    """The automatic number, 1..most: clusters every K as one batch and looks at the worst-covered frame of each.
+
+    Of a long video, frames at even steps stand for all.
+    """
+    rows = np.unique(np.linspace(0, len(x) - 1, min(len(x), SWEPT_FRAMES)).round().astype(np.int64))
+    x, smooth, w = x[rows], smooth[rows], w[rows]
+    seeds, _ = ops.seed(smooth, w, np.array([0, len(x)]), most)
+    k = np.arange(1, max(int((seeds[0] >= 0).sum()), 1) + 1)
+    spans = np.repeat(np.array([[0, len(x)]]), len(k), axis=0)
+    found: Clusters = ops.cluster(x, w, spans, k, np.repeat(seeds, len(k), axis=0), **weigh)
+    chosen = ops.representatives(spans, k, found.labels, found.similarity, np.ones(len(x), bool))
+    # Of the smoothed frames: one noisy frame must not ask for a key-frame of its own.
+    gap = np.array([(w * (1 - (smooth @ x[own[own >= 0]].T).max(1))).max() for own in chosen], np.float64)
+    # What counts as shown depends on how alike the frames of this video are anyway: the mean of 1 - <z_i, z_j> over all
+    # pairs is 1 - |mean z|^2.
+    typical = 1 - float((x.mean(0) ** 2).sum())
+    covered = float(np.clip(COVERED_SHARE * typical, *COVERED_BOUNDS))
+    return knee(gap, enough=1 - config.similarity_limit, covered=covered)
 
 
 def knee(gap: F64, *, enough: float, covered: float) -> int:

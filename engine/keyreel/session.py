@@ -61,8 +61,13 @@ class OnnxRuntimeSession:
         """One inference. Feeds must have the graph's names, dtypes and shapes."""
         if self._session is None:
             raise ValueError("the session is closed")
-        contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-        return dict(zip(self.outputs, self._session.run(None, contiguous), strict=True))
+        contiguous = {name: np.asarray(array, order="C") for name, array in feeds.items()}
+        try:
+            found = self._session.run(None, contiguous)
+        except Exception as error:  # onnxruntime's own errors have no common public base
+            shapes = {name: (array.dtype.name, array.shape) for name, array in contiguous.items()}
+            raise ModelError(f"the graph does not take {shapes}: {error}", hint="export the model again") from error
+        return dict(zip(self.outputs, found, strict=True))
 
     def close(self) -> None:
         """Frees the graph. Idempotent."""

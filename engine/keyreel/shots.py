@@ -26,7 +26,7 @@ SUSPECT = 0.25
 JUMP = 0.15
 # by this factor more than frames around it do (a moving camera changes all frames alike),
 CONTRAST = 4.0
-# and after which the picture stays different (a photographer's flash does not).
+# and no frame before it is as like any frame after it (after a photographer's flash the picture comes back).
 STAYS = 0.15
 # Seconds around the two samples that the second look covers as well, to see what is usual.
 MARGIN_SECONDS = 0.2
@@ -122,9 +122,9 @@ def _is_cut(histogram: F32, change: F32, jump: int) -> bool:
     """Whether frame `jump` begins something else."""
     peak = change[jump - 1]
     usual = float(np.median(np.delete(change, jump - 1))) if len(change) > 1 else 0.0
-    before, after = histogram[max(jump - 3, 0)], histogram[min(jump + 2, len(histogram) - 1)]
-    stays = _distance(after[None], before[None])[0] >= STAYS
-    return bool(peak >= JUMP and peak >= CONTRAST * usual and stays)
+    if peak < JUMP or peak < CONTRAST * usual:
+        return False
+    return all(_distance(histogram[jump:], earlier[None]).min() >= STAYS for earlier in histogram[:jump])
 
 
 def _distance(one: F32, other: F32) -> F32:
@@ -137,17 +137,24 @@ Look: TypeAlias = tuple[F64, F32, F32]  # times, colour histograms and luma (mea
 
 
 def _looks(source: Source, windows: Sequence[tuple[float, float]], ops: Ops) -> Iterator[Look]:
-    """All frames of each window, in order. Where the source cannot be entered midway, one pass serves all windows."""
-    if source.timeline() is not None:
-        for window in windows:
-            yield _together(list(_signals(source, window, ops)))
-    elif windows:
-        seen: list[list[Look]] = [[] for _ in windows]
-        for look in _signals(source, (windows[0][0], max(stop for _, stop in windows)), ops):
-            for (start, stop), own in zip(windows, seen, strict=True):
-                rows = (look[0] >= start) & (look[0] < stop)
+    """All frames of each window, in order of their starts; windows that touch share one pass.
+
+    Where the source cannot be entered midway, one pass serves all.
+    """
+    whole = source.timeline() is None
+    groups: list[list[tuple[float, float]]] = []
+    for window in windows:
+        if groups and (whole or window[0] <= groups[-1][-1][1]):
+            groups[-1].append(window)
+        else:
+            groups.append([window])
+    for group in groups:
+        seen: list[list[Look]] = [[] for _ in group]
+        for pts, histogram, light in _signals(source, (group[0][0], max(stop for _, stop in group)), ops):
+            for (start, stop), own in zip(group, seen, strict=True):
+                rows = (pts >= start) & (pts < stop)
                 if rows.any():
-                    own.append((look[0][rows], look[1][rows], look[2][rows]))
+                    own.append((pts[rows], histogram[rows], light[rows]))
         yield from (_together(own) for own in seen)
 
 
@@ -170,7 +177,7 @@ def shots_between(
     """Spans between the boundaries, which cover [start, stop) without a gap; too short ones join the one before."""
     edges = [start_seconds]
     for time in sorted(times):
-        if time - edges[-1] >= min_shot_seconds and stop_seconds - time >= min(min_shot_seconds, stop_seconds / 2):
+        if time - edges[-1] >= min_shot_seconds and stop_seconds - time >= min_shot_seconds:
             edges.append(time)
     edges.append(max(stop_seconds, start_seconds))
     return tuple(Shot(low, high) for low, high in itertools.pairwise(edges))

@@ -67,10 +67,10 @@ class Tokenizer:
         if not texts:
             return np.empty((0, self.context_length), np.int64)
         rows = self._tokenizer.encode_batch([clean_text(text, self._clean) for text in texts])
-        ids = np.array([row.ids for row in rows], dtype=np.int64)
-        if ids.shape[1] != self.context_length:
-            raise ModelError(f"the tokenizer gives {ids.shape[1]} tokens, the model takes {self.context_length}")
-        return ids
+        lengths = {len(row.ids) for row in rows}
+        if lengths != {self.context_length}:
+            raise ModelError(f"the tokenizer gives {max(lengths)} tokens, the model takes {self.context_length}")
+        return np.array([row.ids for row in rows], dtype=np.int64)
 
 
 class TextEncoder:

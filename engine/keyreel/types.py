@@ -6,7 +6,6 @@ of the video stream; spans are half-open, [start, stop).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,16 +199,15 @@ class Summary:
         """
         return self.actions.render_summary_reel(self, Path(path), {"seconds": seconds, "query": query})
 
+    def close(self) -> None:
+        """Removes what was spooled of a video that came as a stream; nothing can be rendered afterwards. Idempotent."""
+        self.source.close()
+
     def search(self, query: Any, *, k: int = 5) -> list[SearchHit]:
         """Moments of this video that answer a text or a picture, best first.
 
         Args:
-            query: a text, a path to a picture, or [H, W, 3] uint8.
+            query: a text; a picture as a `Path` or as [H, W, 3] uint8.
             k: how many at most.
         """
         return self.actions.search_summary(self, query, {"k": k})
-
-
-def is_finite_time(seconds: float | None) -> bool:
-    """True for a time that can be used: not None, not NaN, not infinite."""
-    return seconds is not None and math.isfinite(seconds)

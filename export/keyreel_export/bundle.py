@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from keyreel.bundle import MANIFEST, Bundle, bundle_folder, write_manifest
+from keyreel.bundle import MANIFEST, SCHEMA, Bundle, bundle_folder, write_manifest
 from keyreel.errors import ModelError
 from keyreel.types import Progress
 from keyreel_export import pretrained, tokens, verify
@@ -225,5 +226,12 @@ def _versions() -> dict[str, str]:
 def _refuse_other_folders(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{folder} is a file", hint="name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise ModelError(f"{folder} is not empty and holds no bundle", hint="name another folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        ours = manifest["schema"] == SCHEMA and {p.name for p in folder.iterdir()} <= {MANIFEST, *manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise ModelError(f"{folder} is not empty and holds other things than a bundle", hint="name another folder")

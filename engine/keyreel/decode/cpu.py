@@ -31,7 +31,7 @@ from av.video.stream import VideoStream
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.color import Converter
 from keyreel.decode.sampling import Cursor, Picker, PlanBroken
-from keyreel.decode.source import Source
+from keyreel.decode.source import Source, duration_seconds
 from keyreel.errors import CorruptStream, SourceError, UnsupportedCodec
 from keyreel.types import F64, U8, FrameBatch
 
@@ -66,6 +66,9 @@ class _Clock:
 
     def seconds(self, ticks: int) -> float:
         return (ticks - self.zero) * self.numerator / self.denominator
+
+    def ticks(self, seconds: float) -> int:
+        return self.zero + math.floor(seconds * self.denominator / self.numerator)
 
 
 class FrameStream:
@@ -321,20 +324,28 @@ class _Worker:
         if timeline is None:
             raise PlanBroken
         clock = _Clock(stream, int(timeline.ticks[0]))
-        starts = [clock.seconds(ticks) for ticks in (*timeline.ticks.tolist(), timeline.end_ticks)]
-        self._source.check_duration(starts[-1])
-        self._check_end(stream, starts[-1])
+        end = clock.seconds(timeline.end_ticks)
+        self._source.check_duration(end)
+        self._check_end(container, stream, end)
+        ticks = timeline.ticks
+        # Only the frames around the window: a short look into a long video must not walk through all of it.
+        low, high = 0, len(ticks)
+        if self._sampling.mode != "times":
+            low = max(int(np.searchsorted(ticks, clock.ticks(self._sampling.start_seconds))) - 2, 0)
+            if self._sampling.stop_seconds is not None:
+                high = min(int(np.searchsorted(ticks, clock.ticks(self._sampling.stop_seconds))) + 2, high)
+        starts = [clock.seconds(int(t)) for t in ticks[low : high + 1]] + ([end] if high == len(ticks) else [])
         picker = Picker(self._sampling, times)
         counts: dict[int, int] = {}
-        for rank, (start, stop) in enumerate(pairwise(starts)):
-            key, last = bool(timeline.keyframe[timeline.shown[rank]]), rank == len(starts) - 2
+        for rank, (start, stop) in enumerate(pairwise(starts), start=low):
+            key, last = bool(timeline.keyframe[timeline.shown[rank]]), rank == len(ticks) - 1
             if count := picker.rows(start, stop, key=key, first=rank == 0, last=last):
                 counts[rank] = count
             if picker.done(stop):
                 break
         cursor = Cursor(container, stream, timeline, self._go_on, only_keys=self._sampling.mode == "keyframes")
         for rank, frame in cursor.frames(list(counts)):
-            yield _Shown(frame, int(timeline.ticks[rank]), starts[rank], rank), counts[rank]
+            yield _Shown(frame, int(ticks[rank]), starts[rank - low], rank), counts[rank]
 
     def _picked(self, container: InputContainer, stream: VideoStream, times: F64) -> Iterator[tuple[_Shown, int]]:
         """Decodes everything from the start, one frame ahead of the one that is picked."""
@@ -355,7 +366,7 @@ class _Worker:
                 f"{self._source.name}: not one frame can be decoded: {reason}.",
                 hint="Check that it plays; copy or download it again.",
             )
-        self._check_end(stream, held.start + duration)
+        self._check_end(container, stream, held.start + duration)
         key = bool(held.frame.key_frame)
         if count := picker.rows(held.start, held.start + duration, key=key, first=held.index == 0, last=True):
             yield held, count
@@ -414,9 +425,9 @@ class _Worker:
                 self._note("failed reads", error.strerror)
         yield None
 
-    def _check_end(self, stream: VideoStream, end: float) -> None:
-        """Notes a video that stops well before what its header promises."""
-        promised = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+    def _check_end(self, container: InputContainer, stream: VideoStream, end: float) -> None:
+        """Notes a video that stops well before what its header promises, or before its sound does."""
+        promised = duration_seconds(container, stream) or 0.0
         if end < promised - max(1.0, 0.02 * promised):
             self.end_seconds = end
             self._ending = f"the video ends at {end:.3f} s, its header promises {promised:.3f} s"

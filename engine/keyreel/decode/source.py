@@ -103,7 +103,8 @@ class Source:
             self.name = self._url = video
         elif isinstance(video, (str, os.PathLike)):
             self.name = os.fspath(video)
-            self.path = Path(self.name)
+            # Absolute: the video must be found again after a change of folder.
+            self.path = Path(os.path.abspath(self.name))
         elif isinstance(video, (bytes, bytearray, memoryview)):
             self.name = "<bytes>"
             self._video = bytes(video)
@@ -203,7 +204,7 @@ class Source:
             if not self.limits.allow_network:
                 raise SourceError(
                     f"{self.name}: URLs are not opened unless asked for.",
-                    hint="Allow the network (DecodeLimits(allow_network=True)), or download the file first.",
+                    hint="Allow it (--allow-network, DecodeLimits(allow_network=True)), or download the file first.",
                 )
             return self._url, b"", options | {"protocol_whitelist": "http,https,tcp,tls"}
         if self.path is not None:
@@ -308,8 +309,8 @@ class Source:
 
     def _check(self, container: InputContainer) -> None:
         stream = select_video(container)
-        if stream is None:
-            return
+        if stream is None or stream.codec_context is None:
+            return  # what is missing is told by `require_video`
         pixels = stream.width * stream.height
         if pixels > self.limits.max_pixels:
             raise SourceError(
@@ -317,9 +318,8 @@ class Source:
                 f"{self.limits.max_pixels} (max_pixels).",
                 hint="Raise max_pixels if you trust the file.",
             )
-        self.check_duration(_duration_seconds(container, stream))
-        if stream.codec_context is not None:
-            stream.codec_context.options = {"max_pixels": str(self.limits.max_pixels)}
+        self.check_duration(duration_seconds(container, stream))
+        stream.codec_context.options = {"max_pixels": str(self.limits.max_pixels)}
 
     def check_duration(self, seconds: float | None) -> None:
         """Raises SourceError where a video of this many seconds is longer than the limit."""
@@ -352,7 +352,7 @@ class Source:
 
     def _describe(self, container: InputContainer) -> VideoInfo:
         stream = self.require_video(container)
-        duration = _duration_seconds(container, stream)
+        duration = duration_seconds(container, stream)
         frame = self._first_frame(container, stream)
         height, width = display_size(frame, stream.sample_aspect_ratio)
         if height * width > self.limits.max_pixels:
@@ -403,7 +403,8 @@ def select_video(container: InputContainer) -> VideoStream | None:
     return best if best in streams else streams[0] if streams else None
 
 
-def _duration_seconds(container: InputContainer, stream: VideoStream) -> float | None:
+def duration_seconds(container: InputContainer, stream: VideoStream) -> float | None:
+    """What the header says of the stream, else of the whole file; None where it says nothing."""
     if stream.duration and stream.duration > 0 and stream.time_base:
         return float(stream.duration * stream.time_base)
     return container.duration / av.time_base if container.duration and container.duration > 0 else None

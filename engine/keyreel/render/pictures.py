@@ -83,14 +83,15 @@ def shrink(picture: U8, edge: int) -> Image.Image:
 def jpeg(image: Image.Image, quality: int) -> bytes:
     """The image as a JPEG file."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, optimize=True, progressive=True)
+    # Without chroma subsampling at high quality.
+    subsampling = "4:4:4" if quality >= 90 else "4:2:0"
+    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling, optimize=True, progressive=True)
     return buffer.getvalue()
 
 
 def write_jpeg(picture: U8, path: Path, quality: int) -> None:
-    """Writes [H, W, 3] uint8 RGB as a JPEG file without chroma subsampling at high quality."""
-    subsampling = "4:4:4" if quality >= 90 else "4:2:0"
-    Image.fromarray(picture).save(path, "JPEG", quality=quality, subsampling=subsampling, optimize=True)
+    """Writes [H, W, 3] uint8 RGB as a JPEG file; on a full disk an error, where Pillow's own save may write half."""
+    path.write_bytes(jpeg(Image.fromarray(picture), quality))
 
 
 def contact_sheet(pictures: Sequence[Image.Image], times_seconds: Sequence[float]) -> Image.Image:
@@ -101,7 +102,7 @@ def contact_sheet(pictures: Sequence[Image.Image], times_seconds: Sequence[float
     # A row that is nearly empty looks like a mistake: spread the pictures evenly over the rows.
     columns = math.ceil(count / math.ceil(count / columns))
     gap = 24
-    width = min((CONTACT_WIDTH - gap) // columns - gap, 1280, max(p.width for p in pictures))
+    width = max(16, min((CONTACT_WIDTH - gap) // columns - gap, 1280, max(p.width for p in pictures)))
     height = max(1, round(width / aspect))
     font_size = min(max(16, width // 16), 36)
     caption = round(font_size * 1.7)

@@ -63,7 +63,7 @@ def write_reel(
                 f"this build of PyAV has no {encoder} encoder, which the reel needs",
                 hint="install PyAV's own wheel: pip install --force-reinstall --only-binary av av",
             ) from error
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    aside = path.with_name(f".keyreel-{uuid.uuid4().hex[:12]}.part")
     try:
         shown = _write(source, spans, aside, config, progress)
         os.replace(aside, path)

@@ -25,6 +25,7 @@ def hit_pictures(hits: Sequence[SearchHit], sources: Mapping[str, Source]) -> li
     pictures: dict[int, U8] = {}
     for video in dict.fromkeys(hit.video for hit in hits):
         own = [n for n, hit in enumerate(hits) if hit.video == video]
+        own.sort(key=lambda n: hits[n].pts_seconds)
         sampling = Sampling(mode="times", times=tuple(hits[n].pts_seconds for n in own))
         with FrameStream(sources[video], sampling, transform=PREVIEW) as stream:
             rows = iter(own)

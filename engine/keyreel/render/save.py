@@ -7,8 +7,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -30,6 +31,7 @@ from keyreel.render.sidecars import SUMMARY, import_otio, summary_document, webv
 from keyreel.render.storyboard import link_to, picture_edge, storyboard_page
 from keyreel.types import F32, Progress, Shot, Summary
 
+REPLACE = "replace keyreel's own files in it: --overwrite (overwrite=True)"
 OURS = {"summary.json", "keyframes", "contact.jpg", "storyboard.html"}
 OURS |= {"reel.mp4", "reel.otio", "reel.edl", "thumbs.vtt", "thumbs.jpg"}
 CONTACT_EDGE = 960
@@ -45,8 +47,9 @@ def save_summary(
 ) -> Path:
     """Writes the outputs that `config` asks for into `folder`; returns it.
 
-    An empty folder and one that holds an earlier summary and nothing else are replaced. After an error or Ctrl-C the
-    target is as it was and nothing half-written stands beside it.
+    An empty folder and one that holds an earlier summary of the same video and nothing else are replaced; with
+    `overwrite` any folder, whose other files stay. After an error or Ctrl-C the target is as it was and nothing
+    half-written stands beside it.
 
     Args:
         summary: what to write; its source must still be readable.
@@ -82,16 +85,22 @@ def video_seconds(summary: Summary) -> float:
 
 
 def reel_spans(summary: Summary, config: ReelConfig, query_scores: F32 | None = None) -> tuple[Shot, ...]:
-    """The spans of a summary's reel, see `plan.plan_reel`."""
-    return plan_reel(
-        duration_seconds=video_seconds(summary),
-        shots=summary.shots,
-        keyframes=summary.keyframes,
+    """The spans of a summary's reel, see `plan.plan_reel`; inside the part of the video that was looked at."""
+    begin = summary.shots[0].start_seconds
+    spans = plan_reel(
+        duration_seconds=video_seconds(summary) - begin,
+        shots=_moved(summary.shots, -begin),
+        keyframes=[replace(frame, pts_seconds=frame.pts_seconds - begin) for frame in summary.keyframes],
         importance=summary.importance,
-        pts_seconds=summary.embedding.pts_seconds,
+        pts_seconds=summary.embedding.pts_seconds - begin,
         config=config,
         query_scores=query_scores,
     )
+    return _moved(spans, begin)
+
+
+def _moved(spans: Iterable[Shot], seconds: float) -> tuple[Shot, ...]:
+    return tuple(Shot(span.start_seconds + seconds, span.stop_seconds + seconds) for span in spans)
 
 
 def _write_all(
@@ -180,29 +189,32 @@ def _check_replaceable(target: Path, summary: Summary, *, overwrite: bool) -> No
     names = {entry.name for entry in target.iterdir()}
     if overwrite or not names:
         return
-    if not _is_summary(target / "summary.json"):
-        raise RenderError(
-            f"{target}: is there and is no summary of keyreel", hint="give another folder, or overwrite=True"
-        )
+    video = _summarised(target / "summary.json")
+    if video is None:
+        raise RenderError(f"{target}: is there and is no summary of keyreel", hint=f"give another folder, or {REPLACE}")
+    if os.path.abspath(video) != os.path.abspath(summary.video.path):
+        raise RenderError(f"{target}: holds the summary of {video}", hint=f"give another folder, or {REPLACE}")
     if foreign := sorted(names - OURS):
         raise RenderError(
             f"{target}: holds an earlier summary and also {', '.join(foreign[:5])}",
-            hint="move these away, give another folder, or overwrite=True",
+            hint=f"move these away, give another folder, or {REPLACE}",
         )
 
 
-def _is_summary(path: Path) -> bool:
+def _summarised(path: Path) -> str | None:
+    """The video of an earlier summary.json, None where it is none of ours."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(document, dict) and document.get("schema") == SUMMARY
+        return str(document["video"]["path"]) if document["schema"] == SUMMARY else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
     """A new hidden folder beside the target, gone afterwards unless it was renamed."""
-    made = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.part")
+    # Without the target's name, which may be as long as a name can be.
+    made = target.with_name(f".keyreel-{uuid.uuid4().hex[:12]}.part")
     made.mkdir()
     try:
         yield made
@@ -211,7 +223,10 @@ def _aside(target: Path) -> Iterator[Path]:
 
 
 def _swap(made: Path, target: Path) -> None:
-    """Renames the made folder to the target; what stood there is put back where that fails, else deleted."""
+    """Renames the made folder to the target; what stood there is put back where that fails.
+
+    Of what stood there only our own outputs are deleted; other files move over into the new folder.
+    """
     if not target.exists():
         os.rename(made, target)
         return
@@ -223,4 +238,7 @@ def _swap(made: Path, target: Path) -> None:
         if old.exists() and not target.exists():
             os.rename(old, target)
         raise
+    for entry in old.iterdir():
+        if entry.name not in OURS:
+            os.rename(entry, target / entry.name)
     shutil.rmtree(old, ignore_errors=True)

@@ -266,9 +266,12 @@ def _cards(summary: Summary, pictures: Sequence[Image.Image], files: Sequence[st
         )
     few = " few" if len(cards) <= 4 else ""
     tall = " tall" if pictures[0].height > pictures[0].width else few
+    # At strength 0 the map has no part in the vectors: saying that the model looked there would be untrue.
+    used = encode.get("attention_strength") if isinstance(encode := config.get("encode"), Mapping) else None
+    looked = "Show the attention map (not used for these vectors)" if used == 0 else "Show where the model looked"
     return (
         '<section><div class="bar"><h2>Key-frames</h2><label class="switch"><input type="checkbox" role="switch">'
-        f'Show where the model looked</label></div><ol class="cards{tall}">{"".join(cards)}</ol></section>'
+        f'{looked}</label></div><ol class="cards{tall}">{"".join(cards)}</ol></section>'
     )
 
 
