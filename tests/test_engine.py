@@ -15,7 +15,9 @@ from PIL import Image
 
 import keyreel
 from keyreel import EncodeConfig, Engine, Sampling, SelectConfig, Summary
+from keyreel.config import ReelConfig
 from keyreel.errors import BackendUnavailable, ModelNotFound, SourceError, SourceNotFound
+from keyreel.render.save import reel_spans
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,9 @@ def test_sampling_modes_reach_the_summary(engine: Engine, clip: Path) -> None:
     assert part.shots[0].start_seconds == 1.0
     assert part.shots[-1].stop_seconds == 2.0
     assert (part.embedding.pts_seconds < 2.0).all()
+    spans = reel_spans(part, ReelConfig())
+    assert min(span.start_seconds for span in spans) >= 1.0
+    assert max(span.stop_seconds for span in spans) <= 2.0
 
 
 def test_times_in_any_order_are_taken_in_theirs(engine: Engine, clip: Path) -> None:
@@ -181,6 +186,10 @@ def test_a_summary_of_another_model_is_refused(engine: Engine, summary: Summary)
 def test_wrong_arguments(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\[T, H, W, 3\]"):
         engine.embed(np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(TypeError, match="__dlpack__"):
+        engine.embed([1, 2])
+    with pytest.raises(TypeError, match="auto"):
+        engine.summarize(tmp_path / "x.mp4", keyframes="many")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="uint8"):
         engine.embed(np.zeros((1, 4, 4, 3), np.float32))
     with pytest.raises(SourceNotFound):
@@ -194,6 +203,19 @@ def test_wrong_arguments(engine: Engine, tmp_path: Path) -> None:
         Engine.from_pretrained("builtln")
     with pytest.raises(BackendUnavailable):
         Engine.from_pretrained(device="cuda:0")
+
+
+def test_a_summary_survives_a_change_of_folder(
+    engine: Engine, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rel.mp4").write_bytes(clip.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    summary = engine.summarize("rel.mp4", keyframes=1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    summary.save("out", reel=False, storyboard=False, thumbnails=False)
+    assert (tmp_path / "elsewhere" / "out" / "summary.json").is_file()
+    summary.close()
 
 
 def test_a_closed_engine_says_so(clip: Path) -> None:

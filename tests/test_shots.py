@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from concatenated import concatenate, stretches
@@ -80,3 +81,24 @@ def test_shot_of() -> None:
     shots = (Shot(0, 1), Shot(1, 2.5), Shot(2.5, 4))
     times = np.array([0.0, 0.99, 1.0, 2.49, 2.5, 9.0])
     np.testing.assert_array_equal(shot_of(shots, times), [0, 0, 1, 1, 2, 2])
+
+
+def test_flashes_and_a_dark_scene_are_no_boundaries(tmp_path: Path) -> None:
+    """Two scenes of 6 s; in the first a light flashes for 0.12 s at a time, the second is a starry night."""
+    clip = tmp_path / "flash.mp4"
+    rng = np.random.default_rng(0)
+    day = rng.integers(60, 200, (9, 16, 3)).repeat(20, 0).repeat(20, 1).astype(np.uint8)
+    night = np.full((180, 320, 3), 8, np.uint8)
+    night[rng.random((180, 320)) < 0.02] = 255
+    with av.open(str(clip), "w") as output:
+        stream = output.add_stream("libx264", rate=25, options={"crf": "18"})
+        stream.width, stream.height, stream.pix_fmt = 320, 180, "yuv420p"
+        for n in range(300):
+            picture = np.roll(day if n < 150 else night, n % 50, axis=1)
+            if n < 150 and n % 18 in (7, 8, 9):
+                picture[:45] = 255
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        output.mux(stream.encode(None))
+    with Engine.from_pretrained(device="cpu") as engine:
+        shots = engine.summarize(clip).shots
+    assert [shot.start_seconds for shot in shots] == pytest.approx([0, 6], abs=0.041)

@@ -345,7 +345,7 @@ class Source:
             )
         if stream.codec_context is None:
             raise UnsupportedCodec(
-                f"{self.name}: no decoder for its video ({stream.codec_tag or 'unknown codec'}).",
+                f"{self.name}: no decoder for its video, its codec is unknown.",
                 hint="Convert it to H.264 with ffmpeg.",
             )
         return stream
