@@ -102,3 +102,23 @@ def test_flashes_and_a_dark_scene_are_no_boundaries(tmp_path: Path) -> None:
     with Engine.from_pretrained(device="cpu") as engine:
         shots = engine.summarize(clip).shots
     assert [shot.start_seconds for shot in shots] == pytest.approx([0, 6], abs=0.041)
+
+
+def test_a_stream_that_cannot_be_entered_midway_gives_the_same(parts: list[np.ndarray], tmp_path: Path) -> None:
+    clip, stream = tmp_path / "clip.mp4", tmp_path / "clip.ts"
+    cuts, _ = concatenate(parts[:4], clip, 1)
+    with av.open(str(clip)) as source, av.open(str(stream), "w") as output:
+        track = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = track
+                output.mux(packet)
+    with Engine.from_pretrained(device="cpu") as engine:
+        one, other = engine.summarize(clip), engine.summarize(stream)
+    assert one.source.timeline() is not None
+    assert other.source.timeline() is None
+    assert len(one.shots) == len(cuts) + 1
+    starts = [[shot.start_seconds for shot in summary.shots] for summary in (one, other)]
+    # TS rounds times to 1/90000 s.
+    assert starts[1] == pytest.approx(starts[0], abs=2e-5)
+    np.testing.assert_array_equal(one.embedding.vectors, other.embedding.vectors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -149,13 +150,18 @@ def _looks(source: Source, windows: Sequence[tuple[float, float]], ops: Ops) -> 
         else:
             groups.append([window])
     for group in groups:
-        seen: list[list[Look]] = [[] for _ in group]
+        open_windows = deque((window, list[Look]()) for window in group)
         for pts, histogram, light in _signals(source, (group[0][0], max(stop for _, stop in group)), ops):
-            for (start, stop), own in zip(group, seen, strict=True):
+            for (start, stop), own in open_windows:
+                if start > pts[-1]:
+                    break
                 rows = (pts >= start) & (pts < stop)
                 if rows.any():
                     own.append((pts[rows], histogram[rows], light[rows]))
-        yield from (_together(own) for own in seen)
+            # Given away as soon as it is whole: a window's frames are kept no longer than needed.
+            while open_windows and open_windows[0][0][1] <= pts[-1]:
+                yield _together(open_windows.popleft()[1])
+        yield from (_together(own) for _, own in open_windows)
 
 
 def _signals(source: Source, window: tuple[float, float], ops: Ops) -> Iterator[Look]:
