@@ -31,6 +31,9 @@ CONTRAST = 4.0
 STAYS = 0.15
 # Seconds around the two samples that the second look covers as well, to see what is usual.
 MARGIN_SECONDS = 0.2
+# Distance (1 - cosine) of two random frames that is assumed at least: in a video of one scene a hand that moves is not to
+# look like another scene.
+LEAST_TYPICAL = 0.3
 # Frames of the second look: large enough for a colour histogram.
 SMALL = ImageTransform(72, 128, mode="squash", interpolation="area")
 
@@ -82,7 +85,7 @@ def scene_change(embedding: Embedding) -> F32:
     step = np.zeros(len(z), np.float32)
     step[1:] = 1 - (z[1:] * z[:-1]).sum(1)
     # The mean of 1 - <z_i, z_j> over all pairs is 1 - |mean z|^2.
-    typical = max(1 - float((z.mean(0) ** 2).sum()), 1e-3)
+    typical = max(1 - float((z.mean(0) ** 2).sum()), LEAST_TYPICAL)
     change: F32 = np.sqrt(embedding.pixel_change * np.clip(step / typical, 0, 1)).astype(np.float32)
     return change
 
