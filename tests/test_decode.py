@@ -533,8 +533,9 @@ def test_picker_against_brute_force(
         fps=fps,
         every=every,
         times=tuple(t / 1000 for t in times),
-        start_seconds=start / 1000,
-        stop_seconds=None if length is None else (start + length) / 1000,
+        # Mode times takes no window.
+        start_seconds=0.0 if mode == "times" else start / 1000,
+        stop_seconds=None if length is None or mode == "times" else (start + length) / 1000,
     )
     picker = Picker(sampling, np.sort(np.array(sampling.times)))
     rows: list[int] = []

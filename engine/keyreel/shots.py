@@ -31,8 +31,8 @@ CONTRAST = 4.0
 STAYS = 0.15
 # Seconds around the two samples that the second look covers as well, to see what is usual.
 MARGIN_SECONDS = 0.2
-# Distance (1 - cosine) of two random frames that is assumed at least: in a video of one scene a hand that moves is not to
-# look like another scene.
+# Distance (1 - cosine) of two random frames that is assumed at least: in a video of one scene a hand that moves is not
+# to look like another scene.
 LEAST_TYPICAL = 0.3
 # Frames of the second look: large enough for a colour histogram.
 SMALL = ImageTransform(72, 128, mode="squash", interpolation="area")
