@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import shutil
@@ -66,3 +67,19 @@ def test_defaults_are_what_the_readme_says() -> None:
     assert config.EncodeConfig().attention_strength is None
     assert (bundle.shift_default, bundle.strength_default) == ("off", 0.0)
     assert "**temporal shift are off by default**" in README
+
+
+def test_figures_are_those_of_the_committed_results() -> None:
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+    assert spec
+    assert spec.loader
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    assert report.filled(README) == README
+
+
+def test_figures_of_the_built_in_model_are_those_of_its_manifest() -> None:
+    verify = Bundle.find("builtin").manifest["verify"]
+    text = " ".join(README.split())
+    assert f"{100 * verify['val_label_top1']:.0f} % of {verify['val_label_images']:,.0f} validation photographs" in text
+    assert f"Of {verify['val_label_labels']:.0f} label names" in text

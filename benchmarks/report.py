@@ -1,0 +1,81 @@
+"""Puts the committed results into the README, between their markers.
+
+python benchmarks/report.py            prints them
+python benchmarks/report.py --write    writes README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    """The rows of one results file, oldest first."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+def keyframes() -> str:
+    found = rows("keyframes")
+    lines = [
+        "| | scenes found of 8 (worst draw) | coverage | flash frames | key-frames (most) | CPU-s, median |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        lines.append(
+            f"| {row['way']} | {row['scenes_of_8']:.2f} ({row['scenes_worst']:.0f}) | {row['coverage']:.4f} "
+            f"| {row['flashes']:.2f} | {row['keyframes_mean']:.2f} ({row['keyframes_most']:.0f}) "
+            f"| {row['cpu_seconds_median']:.4f} |"
+        )
+    machine = found[-1]["environment"]
+    lines += [
+        "",
+        "Coverage is the mean cosine of a frame to its nearest key-frame; the automatic number runs every K from 1 to 32.",
+        f"{found[-1]['draws']} draws, one thread, {machine['cpu']} with {machine['cores']} shared cores, scikit-learn "
+        f"{machine['versions']['scikit-learn']}.",
+    ]
+    return "\n".join(lines)
+
+
+def memory() -> str:
+    row = rows("memory")[-1]
+    short, whole, machine = row["short"], row["whole"], row["environment"]
+    return (
+        f"Summarising and rendering {whole['video_seconds']:.0f} s of 1080p H.264 peaks at {whole['peak_rss_mb']:.0f} "
+        f"MB, its first {short['video_seconds']:.0f} s at {short['peak_rss_mb']:.0f} MB\n(one run each, "
+        f"{whole['cpu_seconds']:.0f} and {short['cpu_seconds']:.0f} CPU-seconds, {machine['cpu']} with "
+        f"{machine['cores']} shared cores)."
+    )
+
+
+SECTIONS = {"keyframes": keyframes, "memory": memory}
+
+
+def filled(readme: str) -> str:
+    """The README with the results of today's files between its markers."""
+    for name, section in SECTIONS.items():
+        block = f"<!-- {name} -->\n{section()}\n<!-- /{name} -->"
+        readme, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, readme, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"README.md has {count} places for {name}")
+    return readme
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true")
+    path = ROOT / "README.md"
+    if parser.parse_args().write:
+        path.write_text(filled(path.read_text("utf-8")), encoding="utf-8")
+    else:
+        print("\n\n".join(section() for section in SECTIONS.values()))
+
+
+if __name__ == "__main__":
+    main()
