@@ -36,7 +36,7 @@ def keyframes() -> str:
     machine = found[-1]["environment"]
     lines += [
         "",
-        "Coverage is the mean cosine of a frame to its nearest key-frame; the automatic number runs every K from 1 to 32.",
+        "Coverage: mean cosine of a frame to its nearest key-frame. The automatic number runs every K from 1 to 32.",
         f"{found[-1]['draws']} draws, one thread, {machine['cpu']} with {machine['cores']} shared cores, scikit-learn "
         f"{machine['versions']['scikit-learn']}.",
     ]
