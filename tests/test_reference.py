@@ -337,7 +337,11 @@ def same_shot(linked: Bools, one: int, other: int) -> bool:
 
 def taken_from(t: int, place: int, step: int, grid: tuple[int, int], linked: Bools) -> int:
     """Chequerboard: the even squares look back, the odd ones ahead; ends and cuts keep the frame's own patch."""
-    wanted = t - step if (place // grid[1] + place % grid[1]) % 2 == 0 else t + step
+    return neighbour(t, step if (place // grid[1] + place % grid[1]) % 2 else -step, linked)
+
+
+def neighbour(t: int, reach: int, linked: Bools) -> int:
+    wanted = t + reach
     return wanted if 0 <= wanted < len(linked) and same_shot(linked, t, wanted) else t
 
 
@@ -353,12 +357,28 @@ def test_fixed_shift_equals_a_loop(number: int, count: int, grid: tuple[int, int
     linked = some_linked(np.random.default_rng(number), count)
     got = OPS.fixed_shift(count, grid, linked, share=share, step=step)
     part, places = Fraction(share), grid[0] * grid[1]
-    chosen = [i for i in range(places) if math.floor((i + 1) * part) > math.floor(i * part)]
-    assert len(chosen) == math.floor(places * part)
+    # Every 1/share-th patch in running order, back and ahead in turn; row r is then turned right by r places.
+    even = [i for i in range(places) if math.floor((i + 1) * part) > math.floor(i * part)]
+    reach = {}
+    for n, i in enumerate(even):
+        row, column = divmod(i, grid[1])
+        reach[row * grid[1] + (column + row) % grid[1]] = step if n % 2 else -step
+    assert len(reach) == math.floor(places * part)
     assert (got.dtype, got.shape) == (np.int64, (count, places))
     for t in range(count):
-        expected = [taken_from(t, i, step, grid, linked) if i in chosen else t for i in range(places)]
+        expected = [neighbour(t, reach[i], linked) if i in reach else t for i in range(places)]
         assert got[t].tolist() == expected
+
+
+@pytest.mark.parametrize("side", [7, 8, 14, 16])
+def test_fixed_shift_is_even_over_rows_columns_and_directions(side: int) -> None:
+    source = OPS.fixed_shift(3, (side, side), np.array([False, True, True]), share=0.25, step=1)[1].reshape(side, side)
+    moved = source != 1
+    assert moved.sum() == side * side // 4
+    for counts in (moved.sum(0), moved.sum(1)):
+        assert counts.min() >= side // 4 - 1
+        assert counts.max() <= side // 4 + 2
+    assert abs(int((source == 0).sum()) - int((source == 2).sum())) <= 1
 
 
 def adaptive_by_loops(

@@ -182,11 +182,16 @@ def fixed_shift(count: int, grid: tuple[int, int], linked: Bools, *, share: floa
     Returns:
         [T, P] int64: the frame that each patch is taken from.
     """
-    patches = grid[0] * grid[1]
-    # Patch i is chosen where the running share crosses an integer: evenly spread, never more than the share.
-    chosen = np.floor((np.arange(patches) + 1) * share) > np.floor(np.arange(patches) * share)
+    patches = np.arange(grid[0] * grid[1])
+    # Patch i is chosen where the running share crosses an integer: evenly spread, never more than the share. Each row
+    # is turned by one place more than the row above, or on some grids whole columns would be chosen.
+    order = np.floor((patches + 1) * share).astype(np.int64)
+    row, column = np.divmod(patches, grid[1])
+    turned = row * grid[1] + (column - row) % grid[1]
+    chosen = (order > np.floor(patches * share))[turned]
+    direction = np.where(order % 2 == 1, -1, 1)[turned]
     steps = np.full(count, step, np.int64)
-    return _sources(steps, np.broadcast_to(chosen, (count, patches)), grid, linked)
+    return _sources(steps, np.broadcast_to(chosen, (count, len(patches))), direction, linked)
 
 
 def adaptive_shift(patches: F32, grid: tuple[int, int], linked: Bools, *, steps: int, threshold: float) -> I64:
@@ -214,7 +219,9 @@ def adaptive_shift(patches: F32, grid: tuple[int, int], linked: Bools, *, steps:
     step = (most >= 0.5 * most.max(0)).argmax(0) + 1  # [T]
     own = change[step - 1, np.arange(count)]  # [T, P]
     rank = np.argsort(np.argsort(-own, axis=1, kind="stable"), axis=1, kind="stable")
-    return _sources(step, (own > threshold) & (rank < places // 2), grid, linked)
+    row, column = np.divmod(np.arange(places), grid[1])
+    chequered = np.where((row + column) % 2 == 0, -1, 1)
+    return _sources(step, (own > threshold) & (rank < places // 2), chequered, linked)
 
 
 def _linked_over(linked: Bools, step: int) -> Bools:
@@ -225,11 +232,10 @@ def _linked_over(linked: Bools, step: int) -> Bools:
     return out
 
 
-def _sources(step: I64, chosen: Bools, grid: tuple[int, int], linked: Bools) -> I64:
-    count, places = chosen.shape
+def _sources(step: I64, chosen: Bools, direction: I64, linked: Bools) -> I64:
+    """The frames to take from: `step` [T] before (direction -1) or after (1), [P]; ends and cuts keep their own."""
+    count = len(chosen)
     frame = np.broadcast_to(np.arange(count)[:, None], chosen.shape)
-    row, column = np.divmod(np.arange(places), grid[1])
-    direction = np.where((row + column) % 2 == 0, -1, 1)
     wanted = frame + direction * step[:, None]
     cuts = np.cumsum(~linked)
     inside = (wanted >= 0) & (wanted < count)
