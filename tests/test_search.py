@@ -29,6 +29,13 @@ def test_a_moment_keeps_to_its_shot_and_takes_its_edges() -> None:
     assert (second.start_seconds, second.stop_seconds) == (2.7, 3.5)
 
 
+def test_a_take_of_one_thing_is_one_moment() -> None:
+    scores = np.array([0.42, 0.43, 0.41, 0.44, 0.42, 0.45, 0.43, 0.2], np.float32)
+    first, second = moments(scores, np.arange(8) / 2, (), video="v", stop_seconds=4.0, k=5)
+    assert (first.start_seconds, first.stop_seconds, first.pts_seconds) == (0.0, 3.5, 2.5)
+    assert (second.start_seconds, second.stop_seconds) == (3.5, 4.0)
+
+
 def test_the_last_moment_ends_with_the_video() -> None:
     hits = moments(np.array([0, 0, 1], np.float32), np.array([0, 1, 2.0]), (), video="v", stop_seconds=2.6, k=1)
     assert hits == [SearchHit("v", 2.0, 2.6, 2.0, 1.0)]

@@ -11,6 +11,8 @@ from keyreel.types import F32, F64, SearchHit, Shot
 
 # A moment reaches as far as the score stays above this share of the way from the video's usual score to its peak.
 HOLDS = 0.5
+# ... and in any case while it is within this share of the peak: in a take of one thing the scores hardly differ.
+NEAR = 0.1
 
 
 def moments(
@@ -19,7 +21,7 @@ def moments(
     """The k best spans of one video, best first; spans do not overlap.
 
     From the best frame that is not yet part of a moment the span grows over neighbours in the same shot whose score
-    holds: score >= median + HOLDS (peak - median).
+    holds: score >= median + HOLDS (peak - median), or within NEAR of the peak.
 
     Args:
         scores: [T] float32 cosines to the query. pts_seconds: [T] float64, rising.
@@ -36,7 +38,8 @@ def moments(
     found: list[SearchHit] = []
     while len(found) < k and free.any():
         peak = int(np.where(free, scores, -np.inf).argmax())
-        floor = usual + HOLDS * (float(scores[peak]) - usual)
+        best = float(scores[peak])
+        floor = min(usual + HOLDS * (best - usual), best - NEAR * abs(best))
         low = high = peak
         while low > 0 and free[low - 1] and shot[low - 1] == shot[peak] and scores[low - 1] >= floor:
             low -= 1
@@ -51,7 +54,7 @@ def moments(
             stop = min(stop, span.stop_seconds) if span.stop_seconds > pts_seconds[high] else stop
             if low == 0 or shot[low - 1] != shot[low]:
                 start = min(start, span.start_seconds)
-        found.append(SearchHit(video, start, stop, float(pts_seconds[peak]), float(scores[peak])))
+        found.append(SearchHit(video, start, stop, float(pts_seconds[peak]), best))
     return found
 
 
