@@ -577,3 +577,16 @@ def test_arguments_are_left_alone() -> None:
         even.flags.writeable = False
         OPS.weighted_pool(tokens, even, even, 1.0)
         OPS.top_k(tokens[0], tokens[1], 4)
+
+
+def test_histogram_distance_equals_a_loop() -> None:
+    draw = np.random.default_rng(0)
+    one, other = (h / h.sum(1, keepdims=True) for h in draw.random((2, 5, 512)).astype(np.float32))
+    expected = [
+        1 - sum(min(float(a), float(b)) for a, b in zip(x, y, strict=True)) for x, y in zip(one, other, strict=True)
+    ]
+    np.testing.assert_allclose(OPS.histogram_distance(one, other), expected, atol=1e-5)
+    np.testing.assert_allclose(OPS.histogram_distance(one, one), 0, atol=1e-5)
+    apart = np.eye(512, dtype=np.float32)[[3, 9]]
+    np.testing.assert_array_equal(OPS.histogram_distance(apart, apart[::-1]), [1, 1])
+    np.testing.assert_array_equal(OPS.histogram_distance(apart, apart[:1]), [0, 1])

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import inspect
 import json
-import os
 import sys
 import types
 import typing
@@ -27,6 +26,7 @@ from keyreel.demo import SCENES, write_demo
 from keyreel.engine import Engine, read_picture
 from keyreel.errors import KeyreelError, MissingExtra, RenderError, SourceNotFound, import_extra
 from keyreel.progress import Bars
+from keyreel.render.aside import aside
 from keyreel.render.results import hit_pictures, save_previews
 from keyreel.render.sidecars import search_document
 from keyreel.render.storyboard import search_page
@@ -229,12 +229,8 @@ def search(
     shown = text if image is None else str(image)
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
-        aside = html.with_name(f".keyreel-{os.getpid()}.part")
-        try:
-            aside.write_text(search_page(shown or "", hits, pictures), encoding="utf-8")
-            aside.replace(html)
-        finally:
-            aside.unlink(missing_ok=True)
+        with aside(html) as made:
+            made.write_text(search_page(shown or "", hits, pictures), encoding="utf-8")
         errors.print(f"wrote {html}", markup=False)
     if as_json:
         _print_json(search_document(shown or "", hits))
@@ -253,12 +249,8 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     clip = output / "demo.mp4"
     with Engine.from_pretrained(device=device) as engine, Bars(errors, quiet=quiet) as bars:
-        aside = output / ".demo.part.mp4"
-        try:
-            write_demo(aside)
-            aside.replace(clip)
-        finally:
-            aside.unlink(missing_ok=True)
+        with aside(clip) as made:
+            write_demo(made)
         progress = bars.start(str(clip))
         summary = engine.summarize(clip, progress=progress)
         folder = summary.save(output / "demo", progress=progress)

@@ -83,7 +83,8 @@ class Encoder:
             timings["encode"] += time.perf_counter() - started
             started = time.perf_counter()
             sharpness, mean, spread, histogram = self._ops.frame_signals(batch.data)
-            change = _changes(histogram, last_histogram)
+            before = histogram[:1] if last_histogram is None else last_histogram[None]
+            change = self._ops.histogram_distance(histogram, np.concatenate([before, histogram[:-1]]))
             signals.append(np.stack([sharpness, mean, spread, change], axis=1))
             window.linked += [bool(c < SHIFT_CUT) for c in change]
             if last_histogram is None:
@@ -170,10 +171,3 @@ class Encoder:
                 patches, self.bundle.grid, linked, steps=config.shift_steps, threshold=config.shift_threshold
             )
         return source
-
-
-def _changes(histogram: F32, before: F32 | None) -> F32:
-    """[n] float32 in 0..1: 1 - intersection of each histogram with the one before (Swain & Ballard 1991)."""
-    previous = np.concatenate([histogram[:1] if before is None else before[None], histogram[:-1]])
-    change: F32 = (1 - np.minimum(histogram, previous).sum(1)).clip(0, 1).astype(np.float32)
-    return change

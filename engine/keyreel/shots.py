@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -105,15 +106,15 @@ def place_boundaries(
     for candidate, (low, high), look in zip(candidates, between, _looks(source, windows, ops), strict=True):
         pts, histogram, light = look
         inside = np.flatnonzero((pts > low) & (pts <= high + 1e-6))
+        inside = inside[inside > 0]  # each needs a frame to differ from
         if not len(inside):
-            continue
-        change = _distance(histogram[1:], histogram[:-1])  # change[n]: from frame n to n + 1
-        # The window holds the sample before, so that every frame inside has one to differ from.
+            continue  # a damaged stretch need not decode the same way twice
+        change = ops.histogram_distance(histogram[1:], histogram[:-1])  # change[n]: from frame n to n + 1
         jump = int(inside[change[inside - 1].argmax()])
         if candidate.kind == "fade" or light.min() < DARK < light.max():
             # The samples may have missed the black; every look that sees it must name the same frame.
             placed.append((2.0 - float(light.min()), float(pts[light.argmin()])))
-        elif candidate.kind == "change" or _is_cut(histogram, change, jump):
+        elif candidate.kind == "change" or _is_cut(histogram, change, jump, ops):
             placed.append((float(change[jump - 1]), float(pts[jump])))
     kept: list[float] = []
     for _, time in sorted(placed, key=lambda place: (-place[0], place[1])):
@@ -122,19 +123,13 @@ def place_boundaries(
     return tuple(sorted(kept))
 
 
-def _is_cut(histogram: F32, change: F32, jump: int) -> bool:
+def _is_cut(histogram: F32, change: F32, jump: int, ops: Ops) -> bool:
     """Whether frame `jump` begins something else."""
     peak = change[jump - 1]
     usual = float(np.median(np.delete(change, jump - 1))) if len(change) > 1 else 0.0
     if peak < JUMP or peak < CONTRAST * usual:
         return False
-    return all(_distance(histogram[jump:], earlier[None]).min() >= STAYS for earlier in histogram[:jump])
-
-
-def _distance(one: F32, other: F32) -> F32:
-    """1 - intersection of histograms (Swain & Ballard 1991), [n]."""
-    distance: F32 = (1 - np.minimum(one, other).sum(1)).astype(np.float32)
-    return distance
+    return all(ops.histogram_distance(histogram[jump:], earlier[None]).min() >= STAYS for earlier in histogram[:jump])
 
 
 Look: TypeAlias = tuple[F64, F32, F32]  # times, colour histograms and luma (mean + deviation) of a window's frames
@@ -169,13 +164,15 @@ def _looks(source: Source, windows: Sequence[tuple[float, float]], ops: Ops) -> 
 
 def _signals(source: Source, window: tuple[float, float], ops: Ops) -> Iterator[Look]:
     sampling = Sampling(mode="all", start_seconds=window[0], stop_seconds=window[1])
-    with FrameStream(source, sampling, transform=SMALL) as stream:
+    with FrameStream(source, sampling, transform=SMALL) as stream, suppress(ValueError):  # no frame in the window
         for batch in stream:
             _, mean, spread, histogram = ops.frame_signals(batch.data)
             yield batch.pts_seconds, histogram, mean + spread
 
 
 def _together(looks: Sequence[Look]) -> Look:
+    if not looks:
+        return np.empty(0), np.empty((0, 1), np.float32), np.empty(0, np.float32)
     pts, histogram, light = zip(*looks, strict=True)
     return np.concatenate(pts), np.concatenate(histogram), np.concatenate(light)
 

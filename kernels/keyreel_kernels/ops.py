@@ -21,6 +21,7 @@ class Ops:
     transform: Operation = reference.transform
     normalise: Operation = reference.normalise
     frame_signals: Operation = reference.frame_signals
+    histogram_distance: Operation = reference.histogram_distance
     fixed_shift: Operation = reference.fixed_shift
     adaptive_shift: Operation = reference.adaptive_shift
     shift_tokens: Operation = reference.shift_tokens

@@ -170,6 +170,19 @@ def frame_signals(frames: U8) -> tuple[F32, F32, F32, F32]:
     return sharpness, luma.mean((1, 2)), luma.std((1, 2)), share
 
 
+def histogram_distance(one: F32, other: F32) -> F32:
+    """How far two pictures' colours differ: 1 - intersection of their histograms (Swain & Ballard 1991).
+
+    Args:
+        one, other: [N, 8 * 8 * 8] float32 as `frame_signals` gives them; one of them may be [1, 8 * 8 * 8].
+
+    Returns:
+        [N] float32 in 0..1.
+    """
+    distance: F32 = (1 - np.minimum(one, other).sum(1)).clip(0, 1).astype(np.float32)
+    return distance
+
+
 # --- temporal shift -----------------------------------------------------------------------------------------------
 
 

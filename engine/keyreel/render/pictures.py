@@ -15,6 +15,7 @@ from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
 from keyreel.errors import RenderError
+from keyreel.render.aside import aside
 from keyreel.types import F32, U8, KeyFrame, VideoInfo
 
 CONTACT_WIDTH = 1920  # pixels, about
@@ -91,7 +92,8 @@ def jpeg(image: Image.Image, quality: int) -> bytes:
 
 def write_jpeg(picture: U8, path: Path, quality: int) -> None:
     """Writes [H, W, 3] uint8 RGB as a JPEG file; on a full disk an error, where Pillow's own save may write half."""
-    path.write_bytes(jpeg(Image.fromarray(picture), quality))
+    with aside(path) as made:
+        made.write_bytes(jpeg(Image.fromarray(picture), quality))
 
 
 def contact_sheet(pictures: Sequence[Image.Image], times_seconds: Sequence[float]) -> Image.Image:

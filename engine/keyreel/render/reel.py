@@ -6,8 +6,6 @@ Both clocks are pts. The output's time is the sum of the spans before plus the t
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +22,7 @@ from keyreel.config import ImageTransform, ReelConfig, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source, select_video
 from keyreel.errors import RenderError
+from keyreel.render.aside import aside
 from keyreel.types import F32, U8, FrameBatch, Progress, Shot, VideoInfo
 
 TICKS = 90000  # a second, of the picture's clock
@@ -63,17 +62,13 @@ def write_reel(
                 f"this build of PyAV has no {encoder} encoder, which the reel needs",
                 hint="install PyAV's own wheel: pip install --force-reinstall --only-binary av av",
             ) from error
-    aside = path.with_name(f".keyreel-{uuid.uuid4().hex[:12]}.part")
     try:
-        shown = _write(source, spans, aside, config, progress)
-        os.replace(aside, path)
+        with aside(path) as made:
+            return _write(source, spans, made, config, progress)
     except (OSError, av.FFmpegError) as error:
         raise RenderError(
             f"{path}: the reel cannot be written: {error}", hint="is the folder there, is the disk full?"
         ) from error
-    finally:
-        aside.unlink(missing_ok=True)
-    return shown
 
 
 def _write(
