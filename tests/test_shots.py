@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,10 +13,13 @@ import pytest
 from concatenated import concatenate, stretches
 from hypothesis import given
 from hypothesis import strategies as st
+from planted import embedding_of
 
 from keyreel import Engine
-from keyreel.shots import shot_of, shots_between
+from keyreel.decode.source import Source
+from keyreel.shots import Candidate, place_boundaries, shot_of, shots_between
 from keyreel.types import Shot
+from keyreel_kernels import ops_for
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +126,16 @@ def test_a_stream_that_cannot_be_entered_midway_gives_the_same(parts: list[np.nd
     # TS rounds times to 1/90000 s.
     assert starts[1] == pytest.approx(starts[0], abs=2e-5)
     np.testing.assert_array_equal(one.embedding.vectors, other.embedding.vectors)
+
+
+def test_a_window_without_frames_is_no_boundary_and_no_error(media: Callable[[str], Path]) -> None:
+    """What a damaged stretch gave in the first pass need not come again in the second look."""
+    x = np.eye(4, dtype=np.float32)
+    embedding = dataclasses.replace(embedding_of(x), pts_seconds=np.array([0.0, 1.0, 100.0, 100.5]))
+    with Source(media("natural/test.mp4")) as source:
+        gone = (Candidate(2, 3, "change"), Candidate(2, 3, "suspect"), Candidate(2, 3, "fade"))
+        assert place_boundaries(source, embedding, gone, ops_for("cpu"), min_shot_seconds=0.5) == ()
+        real = (Candidate(0, 1, "change"), *gone)
+        times = place_boundaries(source, embedding, real, ops_for("cpu"), min_shot_seconds=0.5)
+    assert len(times) == 1
+    assert 0 < times[0] <= 1
