@@ -286,3 +286,14 @@ def test_json_survives_any_name_and_any_stdout(tiny: Path, tmp_path: Path) -> No
     done = run("summarize", tmp_path, "-o", tmp_path / "out", "--json", *BARE, env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr.decode()
     assert os.fsencode(json.loads(done.stdout)["video"]["path"]) == odd
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = [sys.executable, "-m", "keyreel", "doctor", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(timeout=60) == 0
+    assert said == b""

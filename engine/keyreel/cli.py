@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import os
 import sys
 import types
 import typing
@@ -103,6 +104,11 @@ def _parameter(owner: type, name: str) -> inspect.Parameter:
 def _exit_codes() -> Iterator[None]:
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        # The reader of the pipe has left, as `head` does; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from error
     except (KeyreelError, MissingExtra) as error:
         errors.print(str(error), markup=False, style="red", soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
