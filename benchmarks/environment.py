@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -11,14 +12,14 @@ from pathlib import Path
 PACKAGES = ("keyreel", "numpy", "av", "onnxruntime", "torch", "scikit-learn")
 
 
-def environment() -> dict[str, object]:
+def environment(packages: Sequence[str] = PACKAGES) -> dict[str, object]:
     """Machine, versions and load, as they go into each line of a results file."""
     cpu = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
     versions = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -38,3 +38,13 @@ PILLOW_LEVELS = 1
 # structure: over 40 draws 1.9 % on average (as one random start of scikit-learn), 7.1 % at worst. Where there are
 # scenes to find, the two are equal.
 SKLEARN_SHARE = 0.08
+
+# A kernel's picture against its definition: sums in another order, which at a half may be rounded the other way.
+KERNEL_LEVELS = 1
+
+# swscale's pictures of natural clips, scaled, on average: its rounding above, chroma taps of its own, and filters whose
+# coefficients have 14 bits. Found: 0.03 to 0.31, median 0.
+SWSCALE_MEAN_LEVELS = 0.5
+
+# Neighbouring halves, relative to their size: where values that are equal in float32 may be rounded to.
+HALF = 2**-10

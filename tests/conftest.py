@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cuda_on_host import host_cuda
+
+from keyreel_kernels.cuda import Cuda
 
 SHARED = Path(os.environ.get("KEYREEL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 MEDIA = SHARED / "media"
@@ -23,3 +26,25 @@ def media() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+def _devices() -> list[object]:
+    return ["emulated", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
+
+
+@pytest.fixture(scope="session", params=_devices())
+def cuda(request: pytest.FixtureRequest) -> Cuda:
+    """A device: the kernels emulated on the CPU, and the real one where there is one.
+
+    With KEYREEL_FAIL_WITHOUT_CUDA=1 a device that is missing is a failure.
+    """
+    if request.param == "emulated":
+        return host_cuda()
+    try:
+        device = Cuda(0)
+        device.synchronize()
+    except Exception as error:  # noqa: BLE001  CuPy's own errors have no common public base
+        if os.environ.get("KEYREEL_FAIL_WITHOUT_CUDA") == "1":
+            raise
+        pytest.skip(f"no CUDA device: {type(error).__name__}")
+    return device

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from keyreel import backend
-from keyreel.backend import Probe, probe_codec, probe_cuda_driver, probes, resolve
+from cuda_on_host import host_cuda
+from hosted_session import HostedSession
+
+from keyreel import probes
+from keyreel.backend import resolve
+from keyreel.probes import Probe, probe_codec, probe_cuda_driver
 from keyreel.errors import BackendUnavailable, MissingExtra, ModelError, import_extra
 from keyreel.session import OnnxRuntimeSession
+from keyreel_kernels import Ops, ops_for
+from keyreel_kernels.ops import ops_on
 
 
 def test_auto_falls_back_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "probe_cuda_driver", lambda: Probe("cuda driver", False, "no CUDA driver"))
+    monkeypatch.setattr(probes, "probe_cuda_driver", lambda _: Probe("cuda driver", False, "no CUDA driver"))
     chosen = resolve("auto")
     assert chosen.device == "cpu"
     assert "no CUDA driver" in chosen.reason
@@ -28,6 +36,73 @@ def test_an_explicit_device_never_falls_back(device: str) -> None:
     assert caught.value.probe == "cuda driver"
     assert "--device cpu" in str(caught.value)
     assert caught.value.exit_code == 5
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Ops:
+    """A machine with a CUDA device, emulated."""
+    ops = ops_on(host_cuda())
+    monkeypatch.setattr(probes, "probe_cuda_driver", lambda _: Probe("cuda driver", True, "1 CUDA device(s)"))
+    monkeypatch.setattr(probes, "ops_for", lambda name: ops_for(name) if name == "cpu" else ops)
+    monkeypatch.setattr(probes, "open_cuda_session", lambda path, cuda, batch_size: HostedSession(path))
+    return ops
+
+
+def test_a_device_that_passes_every_check_is_taken(device: Ops) -> None:
+    found = resolve("auto")
+    assert found.device == "cuda:0"
+    assert found.ops is device
+    assert "HostedSession" in found.reason
+    assert found.batch_size > resolve("cpu").batch_size
+    assert resolve("cuda").reason == "asked for"
+    names = [probe.name for probe in probes.probe_cuda(0)[0]]
+    assert names == ["cuda driver", "cupy", "cuda kernels", "cuda inference"]
+
+
+def failing(error: Exception) -> Any:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "probe"),
+    [
+        ("ops_for", failing(RuntimeError("cudaErrorNoDevice")), "cupy"),
+        ("ops_for", failing(ImportError("no CuPy")), "cupy"),
+        ("open_cuda_session", failing(MissingExtra("tensorrt", "gpu", "this")), "cuda inference"),
+        ("open_cuda_session", failing(ModelError("wrong", hint="mend")), "cuda inference"),
+    ],
+)
+def test_each_check_can_fail_and_is_named(
+    device: Ops, monkeypatch: pytest.MonkeyPatch, target: str, value: object, probe: str
+) -> None:
+    monkeypatch.setattr(probes, target, value)
+    with pytest.raises(BackendUnavailable) as caught:
+        resolve("cuda:0")
+    assert caught.value.probe == probe
+    assert caught.value.hint
+    chosen = resolve("auto")
+    assert chosen.device == "cpu"
+    assert chosen.reason.startswith("auto: ")
+
+
+def test_a_kernel_that_computes_something_else_is_no_device(device: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = dataclasses.replace(device, histogram_distance=lambda one, other: one[:, 0])
+    monkeypatch.setattr(probes, "ops_for", lambda name: ops_for(name) if name == "cpu" else wrong)
+    with pytest.raises(BackendUnavailable, match="something else than NumPy") as caught:
+        resolve("cuda:0")
+    assert caught.value.probe == "cuda kernels"
+
+
+def test_a_model_that_computes_something_else_is_no_device(device: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(HostedSession):
+        def run(self, feeds: Any) -> Any:
+            return {name: array * 2 for name, array in super().run(feeds).items()}
+
+    monkeypatch.setattr(probes, "open_cuda_session", lambda path, cuda, batch_size: Wrong(path))
+    assert "length 2.000" in resolve("auto").reason
 
 
 @pytest.mark.parametrize("device", ["", "gpu", "cpu:1", "cuda:x", "cuda:-1", "auto:0"])
@@ -45,7 +120,7 @@ def test_threads_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_probes_pass_on_a_sound_installation() -> None:
-    found = probes()
+    found = probes.probes()
     assert [p.name for p in found if p.required and not p.passed] == []
     assert len({p.name for p in found}) == len(found)
 

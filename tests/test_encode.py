@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from keyreel.backend import Backend, resolve
 from keyreel.bundle import Bundle
 from keyreel.config import EncodeConfig, ImageTransform
+from keyreel.decode.cpu import FrameStream
 from keyreel.encode import SHIFT_CUT, Encoder
 from keyreel.types import Embedding, FrameBatch
 from keyreel_kernels import ops_for
@@ -71,7 +73,7 @@ def encoder() -> Encoder:
         sha256="0" * 64,
         manifest={},
     )
-    return Encoder(bundle, Backend("cpu", "test", ops_for("cpu"), Graph))
+    return Encoder(bundle, Backend("cpu", "test", ops_for("cpu"), Graph, FrameStream, 16))
 
 
 def video(seed: int, count: int) -> FrameBatch:
@@ -114,18 +116,18 @@ def assert_equal(one: Embedding, other: Embedding) -> None:
 )
 def test_chunked_equals_whole(seed: int, count: int, shift: Any, steps: int, size: int, sizes: list[int]) -> None:
     batch, model = video(seed, count), encoder()
-    whole, _ = model.encode(
+    whole = model.encode(
         [batch], EncodeConfig(shift=shift, shift_steps=steps, attention_strength=1.0, batch_size=64)
     )
     config = EncodeConfig(shift=shift, shift_steps=steps, attention_strength=1.0, batch_size=size)
-    assert_equal(model.encode(pieces(batch, sizes), config)[0], whole)
+    assert_equal(model.encode(pieces(batch, sizes), config).embedding, whole.embedding)
 
 
 @pytest.mark.parametrize("shift", ["off", "fixed", "adaptive"])
 def test_equals_the_chain_written_out(shift: Any) -> None:
     batch, model, ops = video(5, 30), encoder(), ops_for("cpu")
     config = EncodeConfig(shift=shift, attention_strength=2.0)
-    got, _ = model.encode([batch], config)
+    got = model.encode([batch], config).embedding
 
     frames = batch.data
     tokens = Graph(Path("backbone.onnx")).run({"frames": frames})["tokens"]
@@ -164,8 +166,9 @@ def test_the_built_in_model_chunked_equals_whole(shift: Any) -> None:
     still = rng.integers(0, 256, (1, 28, 28, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
     frames = np.concatenate([np.roll(still, 9 * n, axis=2) for n in range(12)])
     batch = FrameBatch(frames, np.arange(12) / 2, np.arange(12))
-    whole, _ = model.encode([batch], EncodeConfig(shift=shift, attention_strength=1.0, batch_size=32))
-    chunked, _ = model.encode(pieces(batch, [5, 1, 3]), EncodeConfig(shift=shift, attention_strength=1.0, batch_size=4))
+    config = EncodeConfig(shift=shift, attention_strength=1.0, batch_size=4)
+    chunked = model.encode(pieces(batch, [5, 1, 3]), config).embedding
+    whole = model.encode([batch], dataclasses.replace(config, batch_size=32)).embedding
     assert_equal(chunked, whole)
     np.testing.assert_allclose(np.linalg.norm(whole.vectors, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(whole.attention.sum(1), 1, atol=1e-5)
@@ -173,9 +176,9 @@ def test_the_built_in_model_chunked_equals_whole(shift: Any) -> None:
 
 def test_strength_zero_ignores_the_map_and_the_default_is_the_bundles() -> None:
     batch, model = video(3, 6), encoder()
-    off, _ = model.encode([batch], EncodeConfig(attention_strength=0.0))
-    default, _ = model.encode([batch], EncodeConfig())
-    strong, _ = model.encode([batch], EncodeConfig(attention_strength=3.0))
+    off = model.encode([batch], EncodeConfig(attention_strength=0.0)).embedding
+    default = model.encode([batch], EncodeConfig()).embedding
+    strong = model.encode([batch], EncodeConfig(attention_strength=3.0)).embedding
     assert_equal(off, default)
     tokens = Graph(Path("backbone.onnx")).run({"frames": batch.data})["tokens"][:, 1:]
     plain = tokens.mean(1) @ HEAD

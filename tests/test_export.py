@@ -173,7 +173,7 @@ def test_half_precision_with_a_trained_projection(open_clip: Any, tmp_path: Path
 
 
 def test_weights_beside_the_graph_when_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_LARGEST_INSIDE_BYTES", 1000)
+    monkeypatch.setattr(graphs, "LARGEST_INSIDE_BYTES", 1000)
     layer = torch.nn.Linear(64, 32).requires_grad_(False)
     graphs.export_graph(layer, {"x": torch.zeros(2, 64)}, ["y"], tmp_path / "layer.onnx")
     assert (tmp_path / "layer.onnx.data").stat().st_size >= 64 * 32 * 4

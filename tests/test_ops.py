@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cuda_on_host import host_cuda
 
 import keyreel_kernels
-from keyreel_kernels import Ops, clustering, ops_for, reference
+from keyreel_kernels import Ops, clustering, ops_for, pictures, reference
+from keyreel_kernels.ops import ops_on
 
-NAMES = [field.name for field in fields(Ops) if field.name != "device"]
+NAMES = [field.name for field in fields(Ops) if field.name not in ("device", "arrays")]
 ARRAY = re.compile(r"\b(U8|U16|F32|F64|I64|Bools|NDArray)\b")
 # [T, P, C] or [M, k + 1] or [3]
 SHAPE = r"\[[A-Za-z0-9][A-Za-z0-9+*/(), ]*\]"
 
 
 def definition(name: str) -> Callable[..., Any]:
-    found = [getattr(module, name) for module in (reference, clustering) if hasattr(module, name)]
+    found = [getattr(module, name) for module in (reference, pictures, clustering) if hasattr(module, name)]
     assert len(found) == 1, f"{name} has {len(found)} definitions"
     function: Callable[..., Any] = found[0]
     return function
@@ -51,17 +53,28 @@ def test_the_table_is_complete() -> None:
     """What is public in the definitions is an operation, but for what only lays out arguments."""
     public = {
         name
-        for module in (reference, clustering)
+        for module in (reference, pictures, clustering)
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     }
     assert public - set(NAMES) == {"resize_weights", "label_starts"}
 
 
-@pytest.mark.parametrize("device", ["cuda:0", "cuda", "gpu", "CPU", ""])
+@pytest.mark.parametrize("device", ["cuda:x", "cuda", "gpu", "CPU", ""])
 def test_a_device_without_operations_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(device))):
         ops_for(device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_device_has_every_operation_with_the_arguments_of_its_definition(name: str) -> None:
+    bound = getattr(ops_on(host_cuda()), name)
+    launcher = inspect.signature(inspect.unwrap(bound)).parameters
+    wanted = inspect.signature(definition(name)).parameters
+    assert list(launcher)[1:] == list(wanted), "other arguments than the definition"
+    for one in wanted.values():
+        own = launcher[one.name]
+        assert (own.default, own.kind) == (one.default, one.kind), one.name
 
 
 def test_the_table_cannot_be_changed() -> None:
@@ -71,7 +84,7 @@ def test_the_table_cannot_be_changed() -> None:
 
 def test_the_package_imports_numpy_and_the_standard_library_only() -> None:
     folder = Path(keyreel_kernels.__file__).parent
-    allowed = {*sys.stdlib_module_names, "numpy", "keyreel_kernels"}
+    allowed = {*sys.stdlib_module_names, "numpy", "keyreel_kernels"}  # CuPy is imported by name, when it is asked for
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names: list[str] = []

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from keyreel_kernels import ops_for, reference
+from keyreel_kernels import ops_for, pictures
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -165,7 +165,7 @@ def weight_of(interpolation: str, x: float) -> float:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(["bicubic", "bilinear"]))
 def test_resize_weights_are_the_filter_as_wide_as_the_reduction(old: int, new: int, interpolation: str) -> None:
-    got = reference.resize_weights(old, new, interpolation)  # type: ignore[arg-type]
+    got = pictures.resize_weights(old, new, interpolation)  # type: ignore[arg-type]
     stretch = max(old / new, 1.0)
     for n in range(new):
         centre = (n + 0.5) * old / new
@@ -178,7 +178,7 @@ def test_resize_weights_are_the_filter_as_wide_as_the_reduction(old: int, new: i
 @example(199, 67)
 @example(3, 400)
 def test_area_weights_are_a_box(old: int, new: int) -> None:
-    got = reference.resize_weights(old, new, "area")
+    got = pictures.resize_weights(old, new, "area")
     np.testing.assert_allclose(got.sum(1), 1, atol=FLOAT32)
     used = got > 0
     # One block of equal weights a row, as long as the reduction to within a pixel, in rising order.
@@ -267,8 +267,8 @@ def test_transform_keeps_a_picture_of_the_right_size_and_clips() -> None:
     larger = OPS.transform(frames, height=60, width=60, mode="squash", interpolation="bicubic")
     plain = OPS.resize(frames, 60, 60, "bicubic")
     np.testing.assert_array_equal(larger, np.rint(np.clip(plain, 0, 255)).astype(np.uint8))
-    with pytest.raises(ValueError, match="'fit', allowed: shortest, longest, squash"):
-        OPS.transform(frames, height=24, width=24, mode="fit", interpolation="bicubic")
+    with pytest.raises(ValueError, match="'zoom', allowed: shortest, longest, squash, fit"):
+        OPS.transform(frames, height=24, width=24, mode="zoom", interpolation="bicubic")
 
 
 def test_a_line_of_pixels_still_becomes_a_picture() -> None:

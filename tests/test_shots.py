@@ -19,7 +19,6 @@ from keyreel import Engine
 from keyreel.decode.source import Source
 from keyreel.shots import Candidate, place_boundaries, shot_of, shots_between
 from keyreel.types import Shot
-from keyreel_kernels import ops_for
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +133,8 @@ def test_a_window_without_frames_is_no_boundary_and_no_error(media: Callable[[st
     embedding = dataclasses.replace(embedding_of(x), pts_seconds=np.array([0.0, 1.0, 100.0, 100.5]))
     with Source(media("natural/test.mp4")) as source:
         gone = (Candidate(2, 3, "change"), Candidate(2, 3, "suspect"), Candidate(2, 3, "fade"))
-        assert place_boundaries(source, embedding, gone, ops_for("cpu"), min_shot_seconds=0.5) == ()
+        assert place_boundaries(source, embedding, gone, resolve("cpu"), min_shot_seconds=0.5) == ()
         real = (Candidate(0, 1, "change"), *gone)
-        times = place_boundaries(source, embedding, real, ops_for("cpu"), min_shot_seconds=0.5)
+        times = place_boundaries(source, embedding, real, resolve("cpu"), min_shot_seconds=0.5)
     assert len(times) == 1
     assert 0 < times[0] <= 1

@@ -5,6 +5,7 @@
     fusion.onnx     tokens, attention, strength f32 []        -> vectors f32 [N, D], unit length
     text.onnx       token_ids i64 [Q, L]                      -> vectors f32 [Q, D], unit length
     tokenizer.json  read by the package tokenizers
+    reference.npz   in half precision: a few feeds and torch's float32 results, which TensorRT plans are checked against
 
 R prefix tokens (a class token) come before the P patches. Models are found by name in the user's cache folder, which
 KEYREEL_CACHE moves; `builtin` lies in the package.

@@ -20,7 +20,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from keyreel import __version__
-from keyreel.backend import probes
+from keyreel.probes import probes
+from keyreel.bundle import BUILTIN, MANIFEST, Bundle
 from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, Sampling, SelectConfig
 from keyreel.decode.source import Source
 from keyreel.demo import SCENES, write_demo
@@ -287,23 +288,41 @@ def export(
         bool, typer.Option("--random-weights", help="for tests: weights that know nothing")
     ] = False,
     seed: Annotated[int, typer.Option(help="of the random weights")] = 0,
+    triton: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="a Triton model repository; MODEL may then be builtin or a bundle's folder"),
+    ] = None,
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help="build TensorRT plans for this GPU; MODEL may be builtin or a folder too")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Turns an open_clip model into a bundle that keyreel runs; needs the extra `export`."""
     import_extra("torch", extra="export", purpose="exporting a model")
     from keyreel_export.bundle import export_model
+    from keyreel_export.tensorrt import compile_bundle
+    from keyreel_export.triton import export_triton
 
-    folder = export_model(
-        model,
-        output,
-        precision=precision,
-        attention=attention,
-        attention_weights=attention_weights,
-        projection=projection,
-        random_weights=random_weights,
-        seed=seed,
-        progress=lambda stage, done, total: errors.print(f"{stage} ...", markup=False),
-    )
+    if (triton is not None or tensorrt) and (model == BUILTIN or (Path(model) / MANIFEST).is_file()):
+        folder = Bundle.find(model).folder
+    else:
+        folder = export_model(
+            model,
+            output,
+            precision=precision,
+            attention=attention,
+            attention_weights=attention_weights,
+            projection=projection,
+            random_weights=random_weights,
+            seed=seed,
+            progress=lambda stage, done, total: errors.print(f"{stage} ...", markup=False),
+        )
+    if triton is not None:
+        export_triton(Bundle.load(folder), triton)
+        errors.print(f"wrote {triton}", markup=False, soft_wrap=True)
+    if tensorrt:
+        with Bars(errors) as bars:
+            compile_bundle(Bundle.load(folder), progress=bars.start(model))
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     if as_json:
         _print_json({"folder": str(folder), "manifest": manifest})

@@ -88,7 +88,7 @@ class EncodeConfig:
     shift_share: float = option(0.25, "share of the patches that the fixed shift replaces")
     shift_threshold: float = option(0.15, "change (1 - cosine) a patch must pass to be shifted, mode adaptive")
     attention_strength: float | None = option(None, "exponent on the attention map; 0 is stock CLIP pooling")
-    batch_size: int = option(16, "frames in one inference")
+    batch_size: int | None = option(None, "frames in one inference; by default what suits the device")
 
     def __post_init__(self) -> None:
         allowed = ("off", "fixed", "adaptive")
@@ -98,7 +98,8 @@ class EncodeConfig:
         _check(0 <= self.shift_threshold <= 2, f"shift_threshold must be in [0, 2], got {self.shift_threshold}")
         strength = self.attention_strength
         _check(strength is None or 0 <= strength <= 8, f"attention_strength must be in [0, 8], got {strength}")
-        _check(1 <= self.batch_size <= 1024, f"batch_size must be in 1..1024, got {self.batch_size}")
+        size = self.batch_size
+        _check(size is None or 1 <= size <= 1024, f"batch_size must be in 1..1024, got {size}")
 
 
 @dataclass(frozen=True, slots=True)

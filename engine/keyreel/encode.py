@@ -8,34 +8,54 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from keyreel.backend import Backend
 from keyreel.bundle import Bundle
 from keyreel.config import EncodeConfig, ShiftMode
-from keyreel.types import F32, U8, Embedding, FrameBatch, Progress
+from keyreel.types import Embedding, FrameBatch, Progress
 
 # Histogram distance at which the shift sees a cut: between two frames of one scene it stays below 0.4 at 2 fps in the
 # clips that were looked at, across a cut it is mostly above 0.6. Missing a cut only mixes patches of a few frames.
 SHIFT_CUT = 0.5
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What encoding a video gives."""
+
+    embedding: Embedding
+    vectors: Any  # [T, D] float32, those of the embedding, still on the device
+    timings_seconds: dict[str, float]  # "encode" (backbone) and "fuse" (the rest), as seen by the calling thread
+
+
 class _Window:
     """Frames whose tokens are known and that are still needed: those to be fused next, and their halo."""
 
-    tokens: list[F32] = field(default_factory=list)  # [R+P, C] each
-    frames: list[U8] = field(default_factory=list)  # [H, W, 3] each
-    linked: list[bool] = field(default_factory=list)
-    first: int = 0  # number of the first frame held
-    done: int = 0  # frames that are fused
+    def __init__(self, xp: Any) -> None:
+        self._xp = xp
+        self.first = 0  # number of the first frame held
+        self.done = 0  # frames that are fused
+        self._held: tuple[Any, ...] = ()  # tokens [n, R+P, C], frames [n, H, W, 3], linked [n]
+
+    @property
+    def stop(self) -> int:
+        return self.first + (len(self._held[0]) if self._held else 0)
+
+    def add(self, *arrays: Any) -> None:
+        empty = self.first == self.stop
+        pairs = zip(self._held, arrays, strict=True) if not empty else ()
+        self._held = arrays if empty else tuple(self._xp.concatenate(pair) for pair in pairs)
+
+    def rows(self, start: int, stop: int) -> tuple[Any, ...]:
+        return tuple(array[start - self.first : stop - self.first] for array in self._held)
 
     def drop_before(self, frame: int) -> None:
         gone = max(frame - self.first, 0)
-        del self.tokens[:gone], self.frames[:gone], self.linked[:gone]
+        self._held = tuple(array[gone:] for array in self._held)
         self.first += gone
 
 
@@ -44,7 +64,8 @@ class Encoder:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
-        self._ops = backend.ops
+        self._ops, self._arrays = backend.ops, backend.ops.arrays
+        self._batch_size = backend.batch_size
         self._backbone = backend.open_session(bundle.file("backbone.onnx"))
         self._attention = backend.open_session(bundle.file("attention.onnx"))
         self._fusion = backend.open_session(bundle.file("fusion.onnx"))
@@ -62,57 +83,62 @@ class Encoder:
         own = config.attention_strength
         return self.bundle.strength_default if own is None else own
 
+    def batch_size(self, config: EncodeConfig) -> int:
+        """Frames in one inference: the caller's, else the device's."""
+        return self._batch_size if config.batch_size is None else config.batch_size
+
     def encode(
         self, batches: Iterable[FrameBatch], config: EncodeConfig, *, progress: Progress | None = None
-    ) -> tuple[Embedding, dict[str, float]]:
-        """Encodes a stream of frames of the model's size.
-
-        Returns:
-            the embedding of all frames, and the busy seconds of "encode" (backbone) and "fuse" (the rest).
+    ) -> Encoded:
+        """Encodes a stream of frames of the model's size. What leaves the device is the embedding, once, at the end.
 
         Raises:
             ValueError: the frames have another size than the model takes, or there are none.
         """
+        with self._arrays.scope():
+            return self._encode(batches, config, progress)
+
+    def _encode(self, batches: Iterable[FrameBatch], config: EncodeConfig, progress: Progress | None) -> Encoded:
         timings = {"encode": 0.0, "fuse": 0.0}
-        window, vectors, maps, signals, times, places = _Window(), [], [], [], [], []
-        last_histogram: F32 | None = None
+        xp, ops = self._arrays.xp, self._ops
+        window = _Window(xp)
+        fused: list[tuple[Any, Any]] = []  # vectors, attention
+        signals, times, places = [], [], []
+        last: Any = None  # histogram of the frame before
         for batch in batches:
             started = time.perf_counter()
             self._check(batch)
-            tokens = self._backbone.run({"frames": batch.data})["tokens"]
+            frames = self._arrays.to_device(batch.data)
+            tokens = self._backbone.run({"frames": frames})["tokens"]
             timings["encode"] += time.perf_counter() - started
             started = time.perf_counter()
-            sharpness, mean, spread, histogram = self._ops.frame_signals(batch.data)
-            before = histogram[:1] if last_histogram is None else last_histogram[None]
-            change = self._ops.histogram_distance(histogram, np.concatenate([before, histogram[:-1]]))
-            signals.append(np.stack([sharpness, mean, spread, change], axis=1))
-            window.linked += [bool(c < SHIFT_CUT) for c in change]
-            if last_histogram is None:
-                window.linked[0] = False
-            last_histogram = histogram[-1]
-            window.tokens += list(tokens)
-            window.frames += list(batch.data)
+            sharpness, mean, spread, histogram = ops.frame_signals(frames)
+            before = histogram[:1] if last is None else last
+            change = ops.histogram_distance(histogram, xp.concatenate([before, histogram[:-1]]))
+            signals.append(xp.stack([sharpness, mean, spread, change], axis=1))
+            linked = change < SHIFT_CUT
+            if last is None:
+                linked[0] = False
+            last = histogram[-1:]
+            window.add(tokens, frames, linked)
             times.append(batch.pts_seconds)
             places.append(batch.frame_index)
-            for fused, attention in self._fuse(window, config, at_end=False):
-                vectors.append(fused)
-                maps.append(attention)
+            fused += self._fuse(window, config, at_end=False)
             timings["fuse"] += time.perf_counter() - started
             if progress is not None:
                 progress("encode", float(batch.pts_seconds[-1]), None)
-        started = time.perf_counter()
-        for fused, attention in self._fuse(window, config, at_end=True):
-            vectors.append(fused)
-            maps.append(attention)
-        timings["fuse"] += time.perf_counter() - started
-        if not vectors:
+        if not times:
             raise ValueError("there are no frames to encode")
-        sharpness, mean, spread, change = np.concatenate(signals).astype(np.float32).T.copy()
+        started = time.perf_counter()
+        fused += self._fuse(window, config, at_end=True)
+        vectors, maps = (xp.concatenate(part) for part in zip(*fused, strict=True))
+        to_host = self._arrays.to_host
+        sharpness, mean, spread, change = to_host(xp.concatenate(signals)).astype(np.float32).T.copy()
         embedding = Embedding(
-            vectors=np.concatenate(vectors),
+            vectors=to_host(vectors),
             pts_seconds=np.concatenate(times),
             frame_index=np.concatenate(places),
-            attention=np.concatenate(maps),
+            attention=to_host(maps),
             grid=self.bundle.grid,
             sharpness=sharpness,
             luma_mean=mean,
@@ -121,53 +147,47 @@ class Encoder:
             model=self.bundle.name,
             model_sha256=self.bundle.sha256,
         )
-        return embedding, timings
+        timings["fuse"] += time.perf_counter() - started
+        return Encoded(embedding, vectors, timings)
 
     def _check(self, batch: FrameBatch) -> None:
         want = (self.bundle.image.height, self.bundle.image.width)
         if batch.data.shape[1:3] != want:
             raise ValueError(f"frames are {batch.data.shape[1:3]}, the model {self.bundle.name} takes {want}")
 
-    def _fuse(self, window: _Window, config: EncodeConfig, *, at_end: bool) -> Iterator[tuple[F32, F32]]:
+    def _fuse(self, window: _Window, config: EncodeConfig, *, at_end: bool) -> Iterator[tuple[Any, Any]]:
         """Fuses the frames whose halo is there, in steps of the batch size; at the end, all."""
-        shift = self.shift_mode(config)
+        shift, size = self.shift_mode(config), self.batch_size(config)
         halo = 0 if shift == "off" else config.shift_steps
-        held = window.first + len(window.tokens)
+        strength = self._arrays.to_device(np.array(self.strength(config), np.float32))
         while True:
-            stop = min(window.done + config.batch_size, held)
-            if stop == window.done or (not at_end and (stop - window.done < config.batch_size or stop + halo > held)):
+            stop = min(window.done + size, window.stop)
+            if stop == window.done or (not at_end and (stop - window.done < size or stop + halo > window.stop)):
                 return
-            low, high = max(window.done - halo, window.first), min(stop + halo, held)
-            rows = slice(low - window.first, high - window.first)
+            low, high = max(window.done - halo, window.first), min(stop + halo, window.stop)
             core = slice(window.done - low, stop - low)
-            tokens = np.stack(window.tokens[rows])
-            frames = np.stack(window.frames[rows])
+            tokens, frames, linked = window.rows(low, high)
             if shift != "off":
-                source = self._sources(tokens, np.array(window.linked[rows]), shift, config)
+                source = self._sources(tokens, linked, shift, config)
                 tokens = self._ops.shift_tokens(tokens, source, self.bundle.prefix_tokens)
                 if self.bundle.attention_input == "frames":
                     frames = self._ops.shift_pixels(frames, source, self.bundle.grid)
             tokens, frames = tokens[core], frames[core]
             seen = {"frames": frames} if self.bundle.attention_input == "frames" else {"tokens": tokens}
             attention = self._attention.run(seen)["attention"]
-            strength = np.array(self.strength(config), np.float32)
-            fused = self._fusion.run({"tokens": tokens, "attention": attention, "strength": strength})["vectors"]
-            yield fused, attention
+            feeds = {"tokens": tokens, "attention": attention, "strength": strength}
+            yield self._fusion.run(feeds)["vectors"], attention
             window.done = stop
             window.drop_before(stop - halo)
 
-    def _sources(
-        self, tokens: F32, linked: NDArray[np.bool_], shift: ShiftMode, config: EncodeConfig
-    ) -> NDArray[np.int64]:
+    def _sources(self, tokens: Any, linked: Any, shift: ShiftMode, config: EncodeConfig) -> Any:
+        """[n, P] int64: the frame of the window that each patch is taken from."""
         # The frame before the window is not there to be taken from: the window's first frame starts a run.
         linked = linked.copy()
         linked[0] = False
-        source: NDArray[np.int64]
         if shift == "fixed":
-            source = self._ops.fixed_shift(len(tokens), self.bundle.grid, linked, share=config.shift_share, step=1)
-        else:
-            patches = tokens[:, self.bundle.prefix_tokens :]
-            source = self._ops.adaptive_shift(
-                patches, self.bundle.grid, linked, steps=config.shift_steps, threshold=config.shift_threshold
-            )
-        return source
+            return self._ops.fixed_shift(len(tokens), self.bundle.grid, linked, share=config.shift_share, step=1)
+        patches = tokens[:, self.bundle.prefix_tokens :]
+        return self._ops.adaptive_shift(
+            patches, self.bundle.grid, linked, steps=config.shift_steps, threshold=config.shift_threshold
+        )

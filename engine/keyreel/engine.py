@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from keyreel.backend import Backend, resolve
+from keyreel.backend import Backend, Frames, resolve
 from keyreel.bundle import BUILTIN, Bundle
 from keyreel.config import EncodeConfig, ImageTransform, OutputConfig, ReelConfig, Sampling, SelectConfig
-from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
 from keyreel.encode import Encoder
 from keyreel.errors import SourceError, SourceNotFound
@@ -31,6 +30,7 @@ from keyreel.text import TextEncoder
 from keyreel.types import F32, U8, Embedding, FrameBatch, Progress, SearchHit, Shot, Summary
 
 Video: TypeAlias = Source | str | os.PathLike[str] | bytes | BinaryIO
+_DLPACK_CPU = 1  # kDLCPU
 Query: TypeAlias = str | os.PathLike[str] | NDArray[Any]
 
 
@@ -86,6 +86,26 @@ class Engine:
                 self._text.close()
             self._encoder = self._text = None
 
+    def warmup(self, *, progress: Progress | None = None) -> None:
+        """Does now what the first call would do: builds or reads plans, compiles kernels, fills the memory pool.
+
+        Without it the first video and the first text wait for that: on a CUDA device with TensorRT and no plan in the
+        cache, for a minute or more.
+
+        Args:
+            progress: called as progress("warm-up", done, total).
+
+        Raises:
+            ModelError: a plan cannot be built, or computes something else than the graph.
+        """
+        image, size = self.bundle.image, self.backend.batch_size
+        grey = np.full((size, image.height, image.width, 3), 128, np.uint8)
+        steps = (lambda: self.embed(grey), lambda: self.embed(grey), lambda: self.encode_text("a"))
+        for done, step in enumerate(steps, start=1):
+            step()
+            if progress is not None:
+                progress("warm-up", float(done), float(len(steps)))
+
     def __repr__(self) -> str:
         return f"Engine(model={self.bundle.name!r}, device={self.backend.device!r})"
 
@@ -93,8 +113,10 @@ class Engine:
 
     def frames(
         self, video: Video, sampling: Sampling | None = None, *, transform: ImageTransform | None = None
-    ) -> FrameStream:
+    ) -> Frames:
         """Decodes the frames that `sampling` names: an iterator of FrameBatch, to be closed or used in a `with`.
+
+        On a CUDA device the frames stay there: `data` is a CuPy array, which others take over through DLPack.
 
         Args:
             transform: size of the frames; the display size by default. `engine.bundle.image` is the model's.
@@ -102,7 +124,8 @@ class Engine:
         Raises:
             SourceError: the video cannot be opened.
         """
-        return FrameStream(as_source(video), sampling or Sampling(), transform=transform)
+        size = self.backend.batch_size
+        return self.backend.open_stream(as_source(video), sampling or Sampling(), transform=transform, batch_size=size)
 
     def embed(self, frames: FrameBatch | NDArray[Any] | Any) -> F32:
         """Frames that are in memory already -> vectors.
@@ -112,22 +135,27 @@ class Engine:
                 be neighbours in the array.
 
         Returns:
-            [T, D] float32, unit length.
+            [T, D] float32, unit length; where the frames are: a CuPy array for frames on the engine's CUDA device.
 
         Raises:
             ValueError, TypeError: not such an array.
         """
-        if not isinstance(frames, FrameBatch) and not hasattr(frames, "__dlpack__"):
+        data: Any = frames.data if isinstance(frames, FrameBatch) else frames
+        if not hasattr(data, "__dlpack__"):
             raise TypeError(f"frames must be a FrameBatch or an array with __dlpack__, got {type(frames).__name__}")
-        data: NDArray[Any] = frames.data if isinstance(frames, FrameBatch) else np.from_dlpack(frames)
-        if data.ndim != 4 or data.shape[-1] != 3 or not len(data):
-            raise ValueError(f"frames must be [T, H, W, 3] with T >= 1, got {data.shape}")
-        if data.dtype != np.uint8:
-            raise TypeError(f"frames must be uint8, got {data.dtype}")
-        count, size = np.arange(len(data)), EncodeConfig().batch_size
-        parts = (slice(start, start + size) for start in range(0, len(data), size))
-        batches = (FrameBatch(self._fitted(data[p]), count[p].astype(np.float64), count[p]) for p in parts)
-        return self._images.encode(batches, EncodeConfig())[0].vectors
+        on_device = data.__dlpack_device__()[0] != _DLPACK_CPU
+        with self.backend.running():
+            data = self.backend.ops.arrays.to_device(data)
+            if data.ndim != 4 or data.shape[-1] != 3 or not len(data):
+                raise ValueError(f"frames must be [T, H, W, 3] with T >= 1, got {data.shape}")
+            if data.dtype != np.uint8:
+                raise TypeError(f"frames must be uint8, got {data.dtype}")
+            count, size = np.arange(len(data)), self.backend.batch_size
+            parts = (slice(start, start + size) for start in range(0, len(data), size))
+            batches = (FrameBatch(self._fitted(data[p]), count[p].astype(np.float64), count[p]) for p in parts)
+            found = self._images.encode(batches, EncodeConfig())
+        vectors: F32 = found.vectors if on_device else found.embedding.vectors
+        return vectors
 
     def embed_video(
         self,
@@ -142,8 +170,8 @@ class Engine:
         Raises:
             SourceError: the video cannot be decoded.
         """
-        with closing(self.frames(video, sampling, transform=self.bundle.image)) as stream:
-            return self._images.encode(stream, encode or EncodeConfig(), progress=progress)[0]
+        with self.backend.running(), closing(self.frames(video, sampling, transform=self.bundle.image)) as stream:
+            return self._images.encode(stream, encode or EncodeConfig(), progress=progress).embedding
 
     def encode_text(self, texts: str | Sequence[str]) -> F32:
         """Texts -> [Q, D] float32 unit vectors, in the space of the frames' vectors."""
@@ -151,9 +179,12 @@ class Engine:
             if self._encoder is None:
                 raise ValueError("the engine is closed")
             if self._text is None:  # loaded on first use: key-frames alone need no text tower
-                self._text = TextEncoder(self.bundle, self.backend.open_session(self.bundle.file("text.onnx")))
+                self._text = TextEncoder(
+                    self.bundle, self.backend.open_session(self.bundle.file("text.onnx")), self.backend.ops.arrays
+                )
             encoder = self._text
-        return encoder.encode([texts] if isinstance(texts, str) else list(texts))
+        with self.backend.running():
+            return encoder.encode([texts] if isinstance(texts, str) else list(texts))
 
     def encode_image(self, image: str | os.PathLike[str] | NDArray[Any]) -> F32:
         """A picture -> [1, D] float32 unit vector.
@@ -201,16 +232,24 @@ class Engine:
         source = as_source(video)
         info = source.probe()
         forward = _with_total(progress, sampling, info.duration_seconds)
-        with closing(self.frames(source, sampling, transform=self.bundle.image)) as stream:
-            embedding, timings = self._images.encode(_distinct(stream), encode, progress=forward)
+        with self.backend.running(), closing(self.frames(source, sampling, transform=self.bundle.image)) as stream:
+            encoded = self._images.encode(_distinct(stream), encode, progress=forward)
             warnings, decode_seconds = stream.warnings, stream.decode_seconds
             duration = info.duration_seconds if stream.end_seconds is None else stream.end_seconds
+        embedding, timings = encoded.embedding, encoded.timings_seconds
         stop = _stop_seconds(embedding, sampling, duration)
         started = time.perf_counter()
-        found = select_keyframes(embedding, select, self.backend.ops, duration_seconds=stop - sampling.start_seconds)
-        candidates = find_candidates(embedding, select)
         shortest = select.min_shot_seconds
-        cuts = place_boundaries(source, embedding, candidates, self.backend.ops, min_shot_seconds=shortest)
+        with self.backend.running():
+            found = select_keyframes(
+                embedding,
+                select,
+                self.backend.ops,
+                duration_seconds=stop - sampling.start_seconds,
+                vectors=encoded.vectors,
+            )
+            candidates = find_candidates(embedding, select)
+            cuts = place_boundaries(source, embedding, candidates, self.backend, min_shot_seconds=shortest)
         timings["select"] = time.perf_counter() - started
         shots = shots_between(
             cuts,

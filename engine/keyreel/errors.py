@@ -7,7 +7,8 @@ KeyreelError                   .hint: what to do about it, .exit_code: what the 
 │  └─ CorruptStream            .recovered_frames: how many could be decoded all the same
 ├─ ModelError         exit 4   the bundle
 │  ├─ ModelNotFound            .near: names that are close
-│  └─ CheckpointMismatch       a file is not the one that the manifest names
+│  ├─ CheckpointMismatch       a file is not the one that the manifest names
+│  └─ PlanStale                no TensorRT plan fits this graph on this machine
 ├─ BackendError       exit 5   the device
 │  ├─ BackendUnavailable       .probe: which probe failed
 │  └─ OutOfMemory              the hint says what to lower
@@ -83,6 +84,10 @@ class ModelNotFound(ModelError):
 
 class CheckpointMismatch(ModelError):
     """A file of the bundle is not the one that its manifest names."""
+
+
+class PlanStale(ModelError):
+    """There is no TensorRT plan that fits the graph, the device, the batch sizes and the TensorRT at hand."""
 
 
 class BackendError(KeyreelError):

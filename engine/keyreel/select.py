@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +54,13 @@ class Selection:
     warnings: tuple[str, ...]
 
 
-def select_keyframes(embedding: Embedding, config: SelectConfig, ops: Ops, *, duration_seconds: float) -> Selection:
+def select_keyframes(
+    embedding: Embedding, config: SelectConfig, ops: Ops, *, duration_seconds: float, vectors: Any = None
+) -> Selection:
     """Chooses the key-frames of one video.
+
+    Args:
+        vectors: [T, D] float32, the embedding's, where they still are on the device of `ops`.
 
     Raises:
         ValueError: the embedding is empty.
@@ -61,11 +68,13 @@ def select_keyframes(embedding: Embedding, config: SelectConfig, ops: Ops, *, du
     x = embedding.vectors
     if not len(x):
         raise ValueError("there are no frames to choose from")
-    offsets = np.array([0, len(x)], np.int64)
-    support, smooth = ops.temporal_support(x, offsets)
-    level, quality = frame_quality(embedding, support, config.quality_floor)
-    w = np.where(level >= 2, FAINT, 1.0).astype(np.float32)
-    found, wished = _clusters(x, smooth, w, offsets, config, ops, duration_seconds)
+    arrays = ops.arrays
+    with arrays.scope():
+        z = arrays.to_device(x if vectors is None else vectors)
+        support, smooth = ops.temporal_support(z, np.array([0, len(x)], np.int64))
+        level, quality = frame_quality(embedding, arrays.to_host(support), config.quality_floor)
+        w = np.where(level >= 2, FAINT, 1.0).astype(np.float32)
+        found, wished = _clusters(z, smooth, arrays.to_device(w), config, ops, duration_seconds)
     centroids = found.centroids[0]
     chosen = _representatives(embedding, found.labels, found.similarity, level, config)
     kept = sorted(chosen, key=lambda pair: embedding.pts_seconds[pair[1]])
@@ -128,40 +137,46 @@ def _fading(light: F32, black: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _clusters(
-    x: F32, smooth: F32, w: F32, offsets: I64, config: SelectConfig, ops: Ops, duration_seconds: float
+    x: Any, smooth: Any, w: Any, config: SelectConfig, ops: Ops, duration_seconds: float
 ) -> tuple[Clusters, int | None]:
-    """Clusters one video, and the number that was asked for where one was."""
+    """Clusters one video on the device, and the number that was asked for where one was; the answer is on the host."""
     wished = config.keyframes
     if config.per_minute is not None:
         wished = max(1, round(config.per_minute * duration_seconds / 60))
     # More than one a second is no summary, unless it is asked for.
     most = wished if wished is not None else min(config.max_keyframes, max(1, int(duration_seconds)))
-    seeds, _ = ops.seed(smooth, w, offsets, min(len(x), most))
+    to_host = ops.arrays.to_host
+    seeds = to_host(ops.seed(smooth, w, np.array([0, len(x)]), min(len(x), most))[0])
     count = max(int((seeds[0] >= 0).sum()), 1)
     weigh = {"penalty": config.penalty, "margin": config.margin, "iterations": config.iterations}
     if wished is None:
         count = _number(x, smooth, w, count, config, ops, weigh)
-    found: Clusters = ops.cluster(x, w, np.array([[0, len(x)]]), np.array([count]), seeds, **weigh)
-    return found, wished
+    found = ops.cluster(x, w, np.array([[0, len(x)]]), np.array([count]), seeds, **weigh)
+    return Clusters(*(to_host(getattr(found, field.name)) for field in fields(Clusters))), wished
 
 
-def _number(x: F32, smooth: F32, w: F32, most: int, config: SelectConfig, ops: Ops, weigh: Mapping[str, float]) -> int:
+def _number(x: Any, smooth: Any, w: Any, most: int, config: SelectConfig, ops: Ops, weigh: Mapping[str, float]) -> int:
     """The automatic number, 1..most: clusters every K as one batch and looks at the worst-covered frame of each.
 
     Of a long video, frames at even steps stand for all.
     """
-    rows = np.unique(np.linspace(0, len(x) - 1, min(len(x), SWEPT_FRAMES)).round().astype(np.int64))
-    x, smooth, w = x[rows], smooth[rows], w[rows]
-    seeds, _ = ops.seed(smooth, w, np.array([0, len(x)]), most)
+    xp, to_host = ops.arrays.xp, ops.arrays.to_host
+    even = np.unique(np.linspace(0, len(x) - 1, min(len(x), SWEPT_FRAMES)).round().astype(np.int64))
+    if len(even) < len(x):
+        x, smooth, w = (array[ops.arrays.to_device(even)] for array in (x, smooth, w))
+    seeds = to_host(ops.seed(smooth, w, np.array([0, len(x)]), most)[0])
     k = np.arange(1, max(int((seeds[0] >= 0).sum()), 1) + 1)
     spans = np.repeat(np.array([[0, len(x)]]), len(k), axis=0)
-    found: Clusters = ops.cluster(x, w, spans, k, np.repeat(seeds, len(k), axis=0), **weigh)
-    chosen = ops.representatives(spans, k, found.labels, found.similarity, np.ones(len(x), bool))
+    found = ops.cluster(x, w, spans, k, np.repeat(seeds, len(k), axis=0), **weigh)
+    chosen = to_host(ops.representatives(spans, k, found.labels, found.similarity, xp.ones(len(x), bool)))
     # Of the smoothed frames: one noisy frame must not ask for a key-frame of its own.
-    gap = np.array([(w * (1 - (smooth @ x[own[own >= 0]].T).max(1))).max() for own in chosen], np.float64)
+    taken = chosen >= 0
+    rows, ends = ops.arrays.to_device(chosen[taken]), np.cumsum(taken.sum(1)).tolist()
+    worst = [(w * (1 - (smooth @ x[rows[a:b]].T).max(1))).max() for a, b in itertools.pairwise([0, *ends])]
+    gap = to_host(xp.stack(worst)).astype(np.float64)
     # What counts as shown depends on how alike the frames of this video are anyway: the mean of 1 - <z_i, z_j> over all
     # pairs is 1 - |mean z|^2.
-    typical = 1 - float((x.mean(0) ** 2).sum())
+    typical = 1 - float(to_host((x.mean(0) ** 2).sum()))
     covered = float(np.clip(COVERED_SHARE * typical, *COVERED_BOUNDS))
     return knee(gap, enough=1 - config.similarity_limit, covered=covered)
 

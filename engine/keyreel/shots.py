@@ -12,11 +12,11 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from keyreel.backend import Backend
 from keyreel.config import ImageTransform, Sampling, SelectConfig
-from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
 from keyreel.types import F32, F64, Embedding, Shot
-from keyreel_kernels import Ops
+from keyreel_kernels import ops_for
 
 # Mean plus standard deviation of the luma (0..1) below which a frame is part of a fade through black. The mean alone
 # would take a starry night for black.
@@ -37,6 +37,9 @@ MARGIN_SECONDS = 0.2
 LEAST_TYPICAL = 0.3
 # Frames of the second look: large enough for a colour histogram.
 SMALL = ImageTransform(72, 128, mode="squash", interpolation="area")
+
+# Of signals that have come down: a few hundred numbers a frame.
+histogram_distance = ops_for("cpu").histogram_distance
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ def scene_change(embedding: Embedding) -> F32:
 
 
 def place_boundaries(
-    source: Source, embedding: Embedding, candidates: Sequence[Candidate], ops: Ops, *, min_shot_seconds: float
+    source: Source, embedding: Embedding, candidates: Sequence[Candidate], backend: Backend, *, min_shot_seconds: float
 ) -> tuple[float, ...]:
     """The time of each boundary, to the frame, in rising order: all frames between the samples are looked at.
 
@@ -103,18 +106,18 @@ def place_boundaries(
     placed: list[tuple[float, float]] = []  # (strength, time)
     between = [(float(embedding.pts_seconds[c.before]), float(embedding.pts_seconds[c.after])) for c in candidates]
     windows = [(max(low - MARGIN_SECONDS, 0.0), high + MARGIN_SECONDS + 1e-3) for low, high in between]
-    for candidate, (low, high), look in zip(candidates, between, _looks(source, windows, ops), strict=True):
+    for candidate, (low, high), look in zip(candidates, between, _looks(source, windows, backend), strict=True):
         pts, histogram, light = look
         inside = np.flatnonzero((pts > low) & (pts <= high + 1e-6))
         inside = inside[inside > 0]  # each needs a frame to differ from
         if not len(inside):
             continue  # a damaged stretch need not decode the same way twice
-        change = ops.histogram_distance(histogram[1:], histogram[:-1])  # change[n]: from frame n to n + 1
+        change = histogram_distance(histogram[1:], histogram[:-1])  # change[n]: from frame n to n + 1
         jump = int(inside[change[inside - 1].argmax()])
         if candidate.kind == "fade" or light.min() < DARK < light.max():
             # The samples may have missed the black; every look that sees it must name the same frame.
             placed.append((2.0 - float(light.min()), float(pts[light.argmin()])))
-        elif candidate.kind == "change" or _is_cut(histogram, change, jump, ops):
+        elif candidate.kind == "change" or _is_cut(histogram, change, jump):
             placed.append((float(change[jump - 1]), float(pts[jump])))
     kept: list[float] = []
     for _, time in sorted(placed, key=lambda place: (-place[0], place[1])):
@@ -123,19 +126,19 @@ def place_boundaries(
     return tuple(sorted(kept))
 
 
-def _is_cut(histogram: F32, change: F32, jump: int, ops: Ops) -> bool:
+def _is_cut(histogram: F32, change: F32, jump: int) -> bool:
     """Whether frame `jump` begins something else."""
     peak = change[jump - 1]
     usual = float(np.median(np.delete(change, jump - 1))) if len(change) > 1 else 0.0
     if peak < JUMP or peak < CONTRAST * usual:
         return False
-    return all(ops.histogram_distance(histogram[jump:], earlier[None]).min() >= STAYS for earlier in histogram[:jump])
+    return all(histogram_distance(histogram[jump:], earlier[None]).min() >= STAYS for earlier in histogram[:jump])
 
 
 Look: TypeAlias = tuple[F64, F32, F32]  # times, colour histograms and luma (mean + deviation) of a window's frames
 
 
-def _looks(source: Source, windows: Sequence[tuple[float, float]], ops: Ops) -> Iterator[Look]:
+def _looks(source: Source, windows: Sequence[tuple[float, float]], backend: Backend) -> Iterator[Look]:
     """All frames of each window, in order of their starts; windows that touch share one pass.
 
     Where the source cannot be entered midway, one pass serves all.
@@ -149,7 +152,7 @@ def _looks(source: Source, windows: Sequence[tuple[float, float]], ops: Ops) -> 
             groups.append([window])
     for group in groups:
         open_windows = deque((window, list[Look]()) for window in group)
-        for pts, histogram, light in _signals(source, (group[0][0], max(stop for _, stop in group)), ops):
+        for pts, histogram, light in _signals(source, (group[0][0], max(stop for _, stop in group)), backend):
             for (start, stop), own in open_windows:
                 if start > pts[-1]:
                     break
@@ -162,12 +165,13 @@ def _looks(source: Source, windows: Sequence[tuple[float, float]], ops: Ops) -> 
         yield from (_together(own) for _, own in open_windows)
 
 
-def _signals(source: Source, window: tuple[float, float], ops: Ops) -> Iterator[Look]:
+def _signals(source: Source, window: tuple[float, float], backend: Backend) -> Iterator[Look]:
     sampling = Sampling(mode="all", start_seconds=window[0], stop_seconds=window[1])
-    with FrameStream(source, sampling, transform=SMALL) as stream, suppress(ValueError):  # no frame in the window
+    ops, arrays = backend.ops, backend.ops.arrays
+    with backend.open_stream(source, sampling, transform=SMALL) as stream, suppress(ValueError):  # no frame in it
         for batch in stream:
-            _, mean, spread, histogram = ops.frame_signals(batch.data)
-            yield batch.pts_seconds, histogram, mean + spread
+            _, mean, spread, histogram = ops.frame_signals(arrays.to_device(batch.data))
+            yield batch.pts_seconds, arrays.to_host(histogram), arrays.to_host(mean + spread)
 
 
 def _together(looks: Sequence[Look]) -> Look:

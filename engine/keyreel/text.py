@@ -15,6 +15,7 @@ from keyreel.bundle import Bundle
 from keyreel.errors import ModelError
 from keyreel.session import Session
 from keyreel.types import F32, I64
+from keyreel_kernels.arrays import Arrays
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -76,8 +77,8 @@ class Tokenizer:
 class TextEncoder:
     """Texts -> unit vectors in the space of the fused frame vectors."""
 
-    def __init__(self, bundle: Bundle, session: Session) -> None:
-        self._session = session
+    def __init__(self, bundle: Bundle, session: Session, arrays: Arrays) -> None:
+        self._session, self._arrays = session, arrays
         self._width = bundle.embedding_width
         self._tokenizer = Tokenizer(
             bundle.file("tokenizer.json"), clean=bundle.clean, context_length=bundle.context_length
@@ -88,7 +89,8 @@ class TextEncoder:
         ids = self._tokenizer.encode(texts)
         if not len(ids):
             return np.empty((0, self._width), np.float32)
-        vectors: F32 = self._session.run({"token_ids": ids})["vectors"]
+        with self._arrays.scope():
+            vectors: F32 = self._arrays.to_host(self._session.run({"token_ids": self._arrays.to_device(ids)})["vectors"])
         return vectors
 
     def close(self) -> None:

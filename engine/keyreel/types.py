@@ -58,7 +58,7 @@ class VideoInfo:
 class FrameBatch:
     """Decoded frames with their times."""
 
-    data: U8  # [T, H, W, 3] uint8 RGB (sRGB/BT.709 transfer), display orientation
+    data: U8  # [T, H, W, 3] uint8 RGB (sRGB/BT.709 transfer), display orientation; a CuPy array on a CUDA device
     pts_seconds: F64  # [T] float64, from the stream's start; rising in stream order, as asked for with `times`
     frame_index: I64  # [T] int64, place of the frame in display order, from 0
 
@@ -71,7 +71,9 @@ class FrameBatch:
         return int(self.data.shape[0])
 
     def __getitem__(self, rows: slice | Sequence[int] | I64) -> FrameBatch:
-        return FrameBatch(self.data[rows], self.pts_seconds[rows], self.frame_index[rows])
+        # A list, since the data may be on a device and NumPy arrays are not.
+        own = rows if isinstance(rows, slice) else np.asarray(rows, np.int64).tolist()
+        return FrameBatch(self.data[own], self.pts_seconds[rows], self.frame_index[rows])
 
     def __repr__(self) -> str:
         span = f"{self.pts_seconds[0]:.3f}..{self.pts_seconds[-1]:.3f} s" if len(self) else "empty"

@@ -20,6 +20,7 @@ from keyreel_export import pretrained, tokens, verify
 from keyreel_export.attention import DEFAULT_NETWORK, FORMULA, SpatialAttention, UniformAttention
 from keyreel_export.fusion import TemporalSpatialFusion, load_projection
 from keyreel_export.onnx import export_graph
+from keyreel_export.tensorrt import write_reference
 from keyreel_export.towers import Tower, split_tower
 
 UNIFORM = "uniform"
@@ -124,6 +125,8 @@ def export_model(
             measured |= _export_graph(made / f"{graph}.onnx", module, output, cases[graph], precision)
         if stock is not None:
             measured |= _identity(made, cases, stock, precision)
+        if precision == "fp16":
+            write_reference(made, cases)
         preprocess = model.visual.preprocess_cfg
         manifest = {
             "name": name,

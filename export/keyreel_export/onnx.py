@@ -17,7 +17,7 @@ from keyreel.errors import ModelError, import_extra
 
 OPSET = 20
 # A protobuf message ends at 2 GiB; weights beyond go to a file of their own, <name>.onnx.data.
-_LARGEST_INSIDE_BYTES = (1 << 31) - (64 << 20)
+LARGEST_INSIDE_BYTES = (1 << 31) - (64 << 20)
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def export_graph(
             if program is None:
                 raise ModelError(f"torch gave no program for {path.name}")
             _forget_origin(program)
-            program.save(str(path), external_data=size > _LARGEST_INSIDE_BYTES)
+            program.save(str(path), external_data=size > LARGEST_INSIDE_BYTES)
     except ModelError:
         raise
     except Exception as error:

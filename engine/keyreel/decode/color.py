@@ -17,6 +17,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from keyreel.config import DecodeLimits, ImageTransform
 from keyreel.types import F32, F64, U8
+from keyreel_kernels.surfaces import first_place, resized_size
 
 REFERENCE_WHITE_NITS = 203.0  # ITU-R BT.2408: HDR reference white, which becomes the white of SDR
 SOURCE_PEAK_NITS = 1000.0  # what HDR is commonly mastered at; brighter light is clipped
@@ -108,24 +109,6 @@ def display_size(
     return (width, height) if transpose else (height, width)
 
 
-def resized_size(height: int, width: int, transform: ImageTransform) -> tuple[int, int]:
-    """(height, width) to which a picture is scaled, before the crop or the padding of `transform`.
-
-    `shortest` rounds as torchvision's Resize does, `longest` as open_clip's ResizeMaxSize.
-    """
-    tall, wide = transform.height, transform.width
-    if transform.mode == "squash":
-        return tall, wide
-    if transform.mode == "shortest":
-        if wide * height >= tall * width:
-            return max(tall, int(wide * height / width)), wide
-        return tall, max(wide, int(tall * width / height))
-    scale = min(tall / height, wide / width)
-    if transform.mode == "fit":
-        scale = min(1.0, scale)
-    return max(1, min(tall, round(height * scale))), max(1, min(wide, round(width * scale)))
-
-
 class Converter:
     """Makes upright RGB pictures of the frames of one stream.
 
@@ -155,7 +138,9 @@ class Converter:
         orientation = self._orientation_of(frame)
         height, width = display_size(frame, self._ratio, orientation)
         if self._transform is not None:
-            height, width = resized_size(height, width, self._transform)
+            height, width = resized_size(
+                height, width, self._transform.height, self._transform.width, self._transform.mode
+            )
         if height * width > self._max_pixels:
             raise ValueError(f"{width} x {height} pixels, allowed are {self._max_pixels}")
         transpose, flip_rows, flip_columns = orientation
@@ -204,13 +189,12 @@ class Converter:
         transform = self._transform
         if transform is None or transform.mode in ("fit", "squash"):
             return picture
-        height, width = picture.shape[:2]
+        (height, width), size = picture.shape[:2], (transform.height, transform.width)
+        top, left = (first_place(old, new) for old, new in zip((height, width), size, strict=True))
         if transform.mode == "shortest":
-            top, left = round((height - transform.height) / 2.0), round((width - transform.width) / 2.0)
-            return picture[top : top + transform.height, left : left + transform.width]
-        padded = np.full((transform.height, transform.width, 3), transform.fill, np.uint8)
-        top, left = (transform.height - height) // 2, (transform.width - width) // 2
-        padded[top : top + height, left : left + width] = picture
+            return picture[top : top + size[0], left : left + size[1]]
+        padded = np.full((*size, 3), transform.fill, np.uint8)
+        padded[-top : height - top, -left : width - left] = picture
         return padded
 
 

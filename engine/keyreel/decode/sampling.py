@@ -14,12 +14,12 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
-from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -37,10 +37,53 @@ _CODECS = ("h264", "hevc", "vvc", "av1", "vp8", "vp9", "mjpeg", "prores", "dnxhd
 _NEAR_PACKETS = 8  # draining and restarting the decoder costs about as much as decoding that many
 _SEEK_PACKETS = 256  # reading that many costs more than a seek
 _PROOF_PACKETS = 64  # each of the first ones must give its frame, before any is left out
+_PART_PACKETS = 64  # a part of fewer costs more in starting and draining than another decoder wins
 
 
 class PlanBroken(Exception):
     """The file, or a frame that came out of the decoder, is not what a plan can be made for."""
+
+
+class Picture(Protocol):
+    """What is asked of a decoded picture, whoever decoded it; PyAV's VideoFrame is one."""
+
+    @property
+    def pts(self) -> int | None:
+        """In ticks."""
+
+    @property
+    def dts(self) -> int | None:
+        """In ticks, where there is no pts."""
+
+    @property
+    def duration(self) -> int:
+        """In ticks, 0 where unknown."""
+
+    @property
+    def key_frame(self) -> bool | int:
+        """It can be decoded by itself."""
+
+    @property
+    def is_corrupt(self) -> bool:
+        """Damaged, or made from missing pictures."""
+
+
+class Decoder(Protocol):
+    """Packets in decode order in, pictures in display order out."""
+
+    def decode(self, packet: Packet[VideoStream] | None, *, spare: bool = False) -> Sequence[Picture]:
+        """The pictures that are ready after a packet; valid until the next call, and after None all that are left.
+
+        Args:
+            packet: None drains.
+            spare: nobody wants this picture: it may be left out if no other one refers to it.
+
+        Raises:
+            FFmpegError: the packet is damaged.
+        """
+
+    def flush(self) -> None:
+        """Ready for the packets of another place, after a drain."""
 
 
 class Picker:
@@ -110,6 +153,44 @@ class Timeline:
         """[M] pts of the frames in display order."""
         return self.pts[self.shown]
 
+    def entries(self, ranks: Sequence[int]) -> I64:
+        """The key packet with which decoding must begin, for each frame in display order that is asked for.
+
+        A picture shown before the key picture that is coded before it may need the pictures before that one (an open
+        group), so that it begins a key packet earlier.
+        """
+        keys, packets = np.flatnonzero(self.keyframe), self.shown[np.asarray(ranks, np.int64)]
+        key = np.searchsorted(keys, packets, side="right") - 1
+        while np.any(late := self.pts[keys[key]] > self.pts[packets]):
+            key -= late
+        return keys[key]
+
+
+def parts(timeline: Timeline, ranks: Sequence[int], lanes: int) -> list[list[int]]:
+    """Cuts rising ranks at key packets, so that each part can be decoded by itself; several for each lane.
+
+    A part is worth the decoder's start: where the frames need too few packets, there is one part.
+    """
+    cuts: list[tuple[int, list[int]]] = []  # packets that a group of pictures needs, its ranks
+    entry = -1
+    for rank, first in zip(ranks, timeline.entries(ranks).tolist(), strict=True):
+        if first > entry:
+            cuts.append((0, []))
+            entry = first
+        needed, wanted = cuts[-1]
+        cuts[-1] = max(needed, int(timeline.shown[rank]) + 1 - entry), wanted
+        wanted.append(rank)
+    least = max(_PART_PACKETS, sum(needed for needed, _ in cuts) // (4 * lanes))
+    found: list[list[int]] = [[]]
+    weight = 0
+    for needed, wanted in cuts:
+        if weight >= least:
+            found.append([])
+            weight = 0
+        found[-1] += wanted
+        weight += needed
+    return found
+
 
 def scan(container: InputContainer, stream: VideoStream, checkpoint: Callable[[], None]) -> Timeline:
     """Reads all packets, decodes none.
@@ -167,7 +248,8 @@ class Cursor:
 
     Args:
         container: at its start.
-        stream: its video, whose decoder nobody else feeds.
+        stream: its video.
+        decoder: of that stream; nobody else feeds it.
         timeline: of that stream.
         checkpoint: called often; raises to stop.
         only_keys: only key frames will be asked for, and only key packets are fed.
@@ -177,18 +259,19 @@ class Cursor:
         self,
         container: InputContainer,
         stream: VideoStream,
+        decoder: Decoder,
         timeline: Timeline,
         checkpoint: Callable[[], None],
         *,
         only_keys: bool,
     ) -> None:
-        self._container, self._stream, self._timeline = container, stream, timeline
+        self._container, self._stream, self._decoder, self._timeline = container, stream, decoder, timeline
         self._checkpoint, self._only_keys = checkpoint, only_keys
         self._packets: Iterator[Packet[VideoStream]] = container.demux(stream)
         self._place = 0  # of the packet that comes next, in decode order
         self._fed = 0
 
-    def frames(self, ranks: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
+    def frames(self, ranks: Sequence[int]) -> Iterator[tuple[int, Picture]]:
         """(rank, frame) of each of the ranks.
 
         Raises:
@@ -198,31 +281,22 @@ class Cursor:
             yield from self._decode(first, stop, set(wanted))
 
     def _runs(self, ranks: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
-        """(first, stop, ranks): runs of packets [first, stop) from a key packet on, and what is wanted from them.
-
-        A picture shown before the key picture that is coded before it may need the pictures before that one (an open
-        group), so that its run starts a key packet earlier.
-        """
-        pts, keys = self._timeline.pts, np.flatnonzero(self._timeline.keyframe)
+        """(first, stop, ranks): runs of packets [first, stop) from a key packet on, and what is wanted from them."""
         first = stop = -1
         wanted: list[int] = []
-        for rank in ranks:
-            packet = self._timeline.shown[rank]
-            key = int(np.searchsorted(keys, packet, side="right")) - 1
-            while pts[keys[key]] > pts[packet]:
-                key -= 1
-            if wanted and not self._only_keys and keys[key] > stop + _NEAR_PACKETS:
+        for rank, entry in zip(ranks, self._timeline.entries(ranks).tolist(), strict=True):
+            if wanted and not self._only_keys and entry > stop + _NEAR_PACKETS:
                 yield first, stop, wanted
                 wanted = []
             if not wanted:
-                first = int(keys[key])
+                first = entry
             wanted.append(rank)
-            stop = max(stop, int(packet) + 1)
+            stop = max(stop, int(self._timeline.shown[rank]) + 1)
         if wanted:
             yield first, stop, wanted
 
-    def _decode(self, first: int, stop: int, wanted: set[int]) -> Iterator[tuple[int, VideoFrame]]:
-        timeline, context = self._timeline, self._stream.codec_context
+    def _decode(self, first: int, stop: int, wanted: set[int]) -> Iterator[tuple[int, Picture]]:
+        timeline = self._timeline
         ticks = timeline.ticks
         expected = self._expected(first, stop)
         needed = {int(ticks[rank]) for rank in wanted}
@@ -233,9 +307,8 @@ class Cursor:
             spare = spare and timeline.droppable and self._fed > _PROOF_PACKETS
             if spare and packet is not None and packet.pts is not None:
                 spared.add(packet.pts)
-            context.skip_frame = "NONREF" if spare else "DEFAULT"
             try:
-                frames = context.decode(packet)
+                frames = self._decoder.decode(packet, spare=spare)
             except av.error.FFmpegError as error:
                 raise PlanBroken from error
             for frame in frames:
@@ -252,7 +325,7 @@ class Cursor:
                 place += 1
         if any(int(ticks[rank]) not in spared for rank in expected[place:]):
             raise PlanBroken
-        context.flush_buffers()
+        self._decoder.flush()
 
     def _expected(self, first: int, stop: int) -> list[int]:
         """Ranks that the packets [first, stop) give, shown from packet `first` on; rising."""
@@ -267,7 +340,7 @@ class Cursor:
 
     def _feed(self, first: int, stop: int) -> Iterator[Packet[VideoStream] | None]:
         """The packets [first, stop), then None, which drains the decoder."""
-        if first - self._place > _SEEK_PACKETS:
+        if not 0 <= first - self._place <= _SEEK_PACKETS:
             self._seek(first)
         while self._place < stop:
             self._checkpoint()

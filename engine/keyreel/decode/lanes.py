@@ -1,0 +1,120 @@
+"""Parts of one job worked on by several threads, their results in the order of the parts."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
+from typing import Generic, TypeVar
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+POLL_SECONDS = 0.05
+
+
+class Stopped(Exception):
+    """Whoever wanted the results has gone."""
+
+
+class NoLane(Exception):
+    """There is no room for another lane; those that are open do the work."""
+
+
+class Channel(Generic[R]):
+    """A queue of bounded length between threads, whose both ends give up when `stopped` is set.
+
+    Args:
+        length: results that wait at most.
+        stopped: shared with whoever may stop it.
+    """
+
+    def __init__(self, length: int, stopped: threading.Event) -> None:
+        self._queue: queue.Queue[R | BaseException | None] = queue.Queue(length)
+        self._stopped = stopped
+
+    def qsize(self) -> int:
+        """How many wait."""
+        return self._queue.qsize()
+
+    def put(self, item: R | BaseException | None) -> None:
+        """Waits for room.
+
+        Raises:
+            Stopped: instead of waiting for ever.
+        """
+        while not self._stopped.is_set():
+            with suppress(queue.Full):
+                return self._queue.put(item, timeout=POLL_SECONDS)
+        raise Stopped
+
+    def take(self) -> R | BaseException | None:
+        """Waits for an item: a result, an error to raise, or None for the end, as after `stopped`."""
+        while not self._stopped.is_set():
+            with suppress(queue.Empty):
+                return self._queue.get(timeout=POLL_SECONDS)
+        return None
+
+
+def in_order(
+    parts: Sequence[P],
+    open_lane: Callable[[], AbstractContextManager[Callable[[P], Iterator[R]]]],
+    *,
+    lanes: int,
+    ahead: int,
+) -> Iterator[R]:
+    """What each part gives, part by part, while `lanes` threads work on the parts.
+
+    Never more than two parts a lane are under way, and a thread that is ahead of the consumer waits after `ahead`
+    results of its part. An error is raised in its place, after the results of all that comes before it.
+
+    Args:
+        parts: of the job; a thread takes the first that nobody has taken.
+        open_lane: called in each thread: what the thread works with, closed at its end. It may raise NoLane where
+            another one is open.
+        lanes: threads at most.
+        ahead: results of one part that wait at most.
+    """
+    stopped, lock = threading.Event(), threading.Lock()
+    places = iter(range(len(parts)))
+    room = threading.Semaphore(2 * lanes)
+    channels: list[Channel[R]] = [Channel(ahead, stopped) for _ in parts]
+
+    def take() -> int | None:
+        while not room.acquire(timeout=POLL_SECONDS):
+            if stopped.is_set():
+                return None
+        with lock:
+            return None if stopped.is_set() else next(places, None)
+
+    def run() -> None:
+        place = None
+        try:
+            with open_lane() as work:
+                while (place := take()) is not None:
+                    for item in work(parts[place]):
+                        channels[place].put(item)
+                    channels[place].put(None)
+        except NoLane:
+            return
+        except BaseException as error:  # noqa: BLE001  raised again by the consumer
+            place = take() if place is None else place
+            if place is not None:
+                with suppress(Stopped):
+                    channels[place].put(error)
+
+    threads = [threading.Thread(target=run, name="keyreel-lane", daemon=True) for _ in range(min(lanes, len(parts)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for channel in channels:
+            while (item := channel.take()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+            room.release()
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join()

@@ -1,0 +1,369 @@
+"""From a source to the pictures of its wanted frames, in display order, whoever decodes them.
+
+Only packets that lead to wanted frames are decoded, where a demux shows that this is safe; each frame that comes out is
+checked against that plan, and at the first difference everything is decoded from the start.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any, Protocol, TypeVar
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Discard
+from av.video.stream import VideoStream
+
+from keyreel.config import Sampling
+from keyreel.decode.lanes import in_order
+from keyreel.decode.sampling import Cursor, Decoder, Picker, Picture, PlanBroken, Timeline, parts
+from keyreel.decode.source import Source, duration_seconds
+from keyreel.errors import CorruptStream
+from keyreel.types import F64
+
+M = TypeVar("M")
+
+_READ_ATTEMPTS = 16  # reading goes on after that many failed reads in a row
+_JUMP_SECONDS = 1.0  # a pts that goes back further is a new timeline, not a frame out of order
+_TIME_BASE = Fraction(1, 90_000)  # where the container names none
+
+
+class Lane(Protocol):
+    """A copy of the video that was opened, and what decodes and converts it."""
+
+    @property
+    def container(self) -> InputContainer: ...
+
+    @property
+    def stream(self) -> VideoStream: ...
+
+    @property
+    def decoder(self) -> Decoder: ...
+
+    def keep(self, picture: Any) -> Any:
+        """The picture, valid also after more packets are decoded."""
+
+    def shown(self, pictures: Iterable[tuple[M, Any]]) -> Iterator[tuple[M, Any]]:
+        """Upright RGB [H, W, 3] uint8 of each picture, in order; may take some more pictures before it gives one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """Where lanes come from, and what is done with their pictures."""
+
+    open_lane: Callable[[InputContainer, VideoStream, Callable[..., None]], AbstractContextManager[Lane]]
+    stack: Callable[[list[Any]], Any]  # pictures of one size to [T, H, W, 3]
+    lanes: int = 1  # how many may work at a time
+    ahead: int = 16  # pictures of one lane that may wait for the lanes before it
+    after: Callable[[Exception], Decoding] | None = None  # what goes on after DecoderFailed; may raise
+
+
+class DecoderFailed(Exception):
+    """This decoder cannot go on with this file; another one may."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A decoded frame and the time from which it is shown."""
+
+    frame: Any  # Picture, as far as it is still needed
+    ticks: int
+    start: float  # seconds
+    index: int
+
+
+class _Clock:
+    """Ticks to seconds from the stream's start: its start_time, or its first frame where that is earlier or unknown."""
+
+    def __init__(self, stream: VideoStream, first_ticks: int) -> None:
+        base = stream.time_base or _TIME_BASE
+        self.numerator, self.denominator = base.numerator, base.denominator
+        self.zero = first_ticks if stream.start_time is None else min(stream.start_time, first_ticks)
+
+    def seconds(self, ticks: int) -> float:
+        return (ticks - self.zero) * self.numerator / self.denominator
+
+    def ticks(self, seconds: float) -> int:
+        return self.zero + math.floor(seconds * self.denominator / self.numerator)
+
+
+class _Given:
+    """What was handed on, so that another attempt neither repeats nor loses any: rows for mode times, else frames."""
+
+    def __init__(self, *, by_rows: bool) -> None:
+        self._by_rows, self._rows, self._skipped, self._last = by_rows, 0, 0, -math.inf
+        self.seconds: float | None = None  # of the last one
+
+    def again(self) -> None:
+        self._skipped = self._rows
+
+    def left(self, ticks: int, rows: int) -> int:
+        """How many of a frame's rows are still to be given."""
+        if not self._by_rows:
+            return rows if ticks > self._last else 0
+        known = min(rows, self._skipped)
+        self._skipped -= known
+        return rows - known
+
+    def add(self, shown: _Shown, rows: int) -> None:
+        self._last, self.seconds = shown.ticks, shown.start
+        self._rows += rows
+
+
+class Reader:
+    """Finds, decodes and converts the wanted frames of a source.
+
+    Args:
+        source: stays open and belongs to the caller.
+        sampling: which frames.
+        decoding: how pictures are made.
+        checkpoint: called often; raises to stop.
+        reasons: the first of the warnings.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sampling: Sampling,
+        decoding: Decoding,
+        checkpoint: Callable[[], None],
+        reasons: tuple[str, ...] = (),
+    ) -> None:
+        self.end_seconds: float | None = None
+        self._source, self._sampling, self._decoding, self._go_on = source, sampling, decoding, checkpoint
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._details: dict[str, str] = {}
+        self._reasons = list(reasons)
+        self._ending = ""
+        # To tell packets costs a demux of the file, which one decoder that decodes all of it can do without.
+        self._planning = decoding.lanes > 1 or sampling.mode != "all" or sampling.start_seconds > 0
+
+    def warnings(self) -> tuple[str, ...]:
+        """What was wrong or done, so far."""
+        counted = [f"{what}: {self._counts[what]}{first}" for what, first in list(self._details.items())]
+        return (*self._reasons, *counted, *([self._ending] if self._ending else []))
+
+    def note(self, what: str, detail: object = "") -> None:
+        """Counts what happened, and keeps the detail of the first time."""
+        with self._lock:
+            self._counts[what] += 1
+            self._details.setdefault(what, f" (first: {detail})" if detail else "")
+
+    def pictures(self, times: F64) -> Iterator[tuple[tuple[Any, float, int], int]]:
+        """((picture, seconds, index), rows it fills) of each wanted frame, in display order."""
+        nothing = True
+        for shown, rows, picture in self._wanted(times):
+            nothing = False
+            yield (picture, shown.start, shown.index), rows
+        if nothing:
+            wanted = self._sampling
+            stop = "the end" if wanted.stop_seconds is None else f"{wanted.stop_seconds} s"
+            kind = "key frame" if wanted.mode == "keyframes" else "frame"
+            raise ValueError(f"{self._source.name}: no {kind} between {wanted.start_seconds} s and {stop}")
+
+    def _wanted(self, times: F64) -> Iterator[tuple[_Shown, int, Any]]:
+        """(frame, rows, picture), by plan; after the first surprise by decoding everything, without repeating any."""
+        given = _Given(by_rows=self._sampling.mode == "times")
+        while True:
+            given.again()
+            if self._planning and self._source.timeline(self._go_on) is None:
+                self._planning = False
+            try:
+                for shown, rows, picture in (self._planned if self._planning else self._picked)(times, given):
+                    given.add(shown, rows)
+                    yield shown, rows, picture
+                return
+            except PlanBroken as error:
+                if self._planning:
+                    self._planning = False
+                    self._counts.clear()
+                    self._details.clear()
+                else:
+                    self._hand_over(DecoderFailed(*error.args), given)
+            except DecoderFailed as error:
+                self._hand_over(error, given)
+
+    def _hand_over(self, failed: DecoderFailed, given: _Given) -> None:
+        """To the decoder that goes on after this one, if there is one."""
+        if self._decoding.after is None:
+            raise failed
+        self._decoding = self._decoding.after(failed)
+        since = "" if given.seconds is None else f" after {given.seconds:.3f} s"
+        self._reasons.append(f"decoded on the CPU{since}: {failed}")
+        self._planning = True
+
+    @contextmanager
+    def _opened(self) -> Iterator[Lane]:
+        with self._source.open() as container:
+            stream = self._source.require_video(container)
+            for other in container.streams:
+                if other.index != stream.index:
+                    other.discard = Discard.all
+            with self._decoding.open_lane(container, stream, self.note) as lane:
+                yield lane
+
+    def _planned(self, times: F64, given: _Given) -> Iterator[tuple[_Shown, int, Any]]:
+        """Picks from the timeline, then decodes what was picked; in several lanes where it is worth that."""
+        timeline = self._source.timeline(self._go_on)
+        if timeline is None:
+            raise PlanBroken
+        with self._opened() as lane:
+            found = self._plan(lane, timeline, times)
+            found = {rank: (shown, left) for rank, (shown, n) in found.items() if (left := given.left(shown.ticks, n))}
+            lanes = self._decoding.lanes
+            cut = parts(timeline, list(found), lanes) if lanes > 1 else [list(found)]
+            if len(cut) == 1:
+                for rank, picture in self._work(lane, timeline)(cut[0]):
+                    yield *found[rank], picture
+                return
+
+        @contextmanager
+        def open_lane() -> Iterator[Callable[[list[int]], Iterator[tuple[int, Any]]]]:
+            with self._opened() as lane:
+                yield self._work(lane, timeline)
+
+        for rank, picture in in_order(cut, open_lane, lanes=lanes, ahead=self._decoding.ahead):
+            yield *found[rank], picture
+
+    def _work(self, lane: Lane, timeline: Timeline) -> Callable[[list[int]], Iterator[tuple[int, Any]]]:
+        """What decodes and converts the frames of given ranks, call by call further ahead in the file."""
+        cursor = Cursor(
+            lane.container,
+            lane.stream,
+            lane.decoder,
+            timeline,
+            self._go_on,
+            only_keys=self._sampling.mode == "keyframes",
+        )
+        return lambda ranks: lane.shown(cursor.frames(ranks))
+
+    def _plan(self, lane: Lane, timeline: Timeline, times: F64) -> dict[int, tuple[_Shown, int]]:
+        """What is shown when and fills how many rows, by rank."""
+        clock = _Clock(lane.stream, int(timeline.ticks[0]))
+        end = clock.seconds(timeline.end_ticks)
+        self._source.check_duration(end)
+        self._check_end(lane, end)
+        ticks = timeline.ticks
+        # Only the frames around the window: a short look into a long video must not walk through all of it.
+        low, high = 0, len(ticks)
+        if self._sampling.mode != "times":
+            low = max(int(np.searchsorted(ticks, clock.ticks(self._sampling.start_seconds))) - 2, 0)
+            if self._sampling.stop_seconds is not None:
+                high = min(int(np.searchsorted(ticks, clock.ticks(self._sampling.stop_seconds))) + 2, high)
+        starts = [clock.seconds(int(t)) for t in ticks[low : high + 1]] + ([end] if high == len(ticks) else [])
+        picker = Picker(self._sampling, times)
+        found: dict[int, tuple[_Shown, int]] = {}
+        for rank, (start, stop) in enumerate(pairwise(starts), start=low):
+            key, last = bool(timeline.keyframe[timeline.shown[rank]]), rank == len(ticks) - 1
+            if rows := picker.rows(start, stop, key=key, first=rank == 0, last=last):
+                found[rank] = _Shown(None, int(ticks[rank]), start, rank), rows
+            if picker.done(stop):
+                break
+        return found
+
+    def _picked(self, times: F64, given: _Given) -> Iterator[tuple[_Shown, int, Any]]:
+        """Decodes everything from the start."""
+        with self._opened() as lane:
+            chosen = (
+                ((shown, left), shown.frame)
+                for shown, rows in self._chosen(lane, times)
+                if (left := given.left(shown.ticks, rows))
+            )
+            for (shown, rows), picture in lane.shown(chosen):
+                yield shown, rows, picture
+
+    def _chosen(self, lane: Lane, times: F64) -> Iterator[tuple[_Shown, int]]:
+        """(frame, rows) of all that is decoded, one frame ahead of the one that is picked."""
+        picker = Picker(self._sampling, times)
+        held: _Shown | None = None
+        duration = 0.0
+        for shown, seconds in self._decoded(lane):
+            if held is not None:
+                key = bool(held.frame.key_frame)
+                if count := picker.rows(held.start, shown.start, key=key, first=held.index == 0):
+                    yield held, count
+                if picker.done(shown.start):
+                    return
+            held, duration = replace(shown, frame=lane.keep(shown.frame)), seconds
+        if held is None:
+            reason = "; ".join(self.warnings()) or "it holds no pictures"
+            raise CorruptStream(
+                f"{self._source.name}: not one frame can be decoded: {reason}.",
+                hint="Check that it plays; copy or download it again.",
+            )
+        self._check_end(lane, held.start + duration)
+        key = bool(held.frame.key_frame)
+        if count := picker.rows(held.start, held.start + duration, key=key, first=held.index == 0, last=True):
+            yield held, count
+
+    def _decoded(self, lane: Lane) -> Iterator[tuple[_Shown, float]]:
+        """(frame, seconds for which it is shown, as far as that is known) of all frames, times rising."""
+        clock: _Clock | None = None
+        last = shift = 0
+        stream = lane.stream
+        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        gap = max(1, round(1 / rate / (stream.time_base or _TIME_BASE)))
+        for index, frame in enumerate(self._frames(lane)):
+            ticks = frame.pts if frame.pts is not None else frame.dts
+            if frame.pts is None:
+                self.note("frames without pts, times derived from their neighbours")
+            if clock is None:
+                clock = _Clock(stream, ticks or 0)
+                last = (ticks or 0) - gap
+            ticks = last + gap if ticks is None else ticks + shift
+            if ticks <= last:
+                self.note("frames whose time goes back, moved behind the frame before", f"frame {index}")
+                if (last - ticks) * clock.numerator > _JUMP_SECONDS * clock.denominator:
+                    shift += last + gap - ticks
+                    ticks = last + gap
+                else:
+                    ticks = last + 1
+            last, gap = ticks, ticks - last
+            start = clock.seconds(ticks)
+            self._source.check_duration(start)
+            yield _Shown(frame, ticks, start, index), (frame.duration or gap) * clock.numerator / clock.denominator
+
+    def _frames(self, lane: Lane) -> Iterator[Picture]:
+        for packet in self._packets(lane):
+            try:
+                frames = lane.decoder.decode(packet)
+            except av.error.FFmpegError as error:
+                self.note("damaged packets skipped", error.strerror)
+                continue
+            for frame in frames:
+                if frame.is_corrupt:
+                    self.note("frames damaged, or referring to missing ones", f"at pts {frame.pts}")
+                yield frame
+
+    def _packets(self, lane: Lane) -> Iterator[Packet[VideoStream] | None]:
+        """All packets of the stream, then None, which drains the decoder."""
+        failures = 0
+        while failures < _READ_ATTEMPTS:
+            try:
+                for packet in lane.container.demux(lane.stream):
+                    self._go_on()
+                    failures = 0
+                    if packet.size:
+                        yield packet
+                break
+            except av.error.FFmpegError as error:
+                failures += 1
+                self.note("failed reads", error.strerror)
+        yield None
+
+    def _check_end(self, lane: Lane, end: float) -> None:
+        """Notes a video that stops well before what its header promises, or before its sound does."""
+        promised = duration_seconds(lane.container, lane.stream) or 0.0
+        if end < promised - max(1.0, 0.02 * promised):
+            self.end_seconds = end
+            self._ending = f"the video ends at {end:.3f} s, its header promises {promised:.3f} s"

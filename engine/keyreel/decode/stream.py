@@ -1,0 +1,176 @@
+"""Batches of frames from a decoding thread.
+
+A queue of two batches stands between the thread and the consumer, so that memory does not grow with the video.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from keyreel.config import Sampling
+from keyreel.decode.lanes import Channel, Stopped
+from keyreel.decode.reader import Decoding, Reader
+from keyreel.decode.source import Source
+from keyreel.errors import SourceError
+from keyreel.types import FrameBatch
+
+_QUEUED_BATCHES = 2
+
+
+class Stream:
+    """An iterator of FrameBatch and a context manager around a decoding thread.
+
+    The thread starts with the first batch, and ends with the last, with `close()`, or when this object is dropped.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        # The thread holds the worker only, so that a stream nobody refers to any more is collected and stops it.
+        self._finalizer = weakref.finalize(self, self._worker.stopped.set)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was wrong with the stream or done to it; complete after the iteration."""
+        return self._worker.reader.warnings()
+
+    @property
+    def decode_seconds(self) -> float:
+        """Seconds spent on reading, decoding and converting so far; waiting for the consumer does not count."""
+        return self._worker.busy_seconds
+
+    @property
+    def end_seconds(self) -> float | None:
+        """Where the stream ended well before what its header promises; None where it kept its word."""
+        return self._worker.reader.end_seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> FrameBatch:
+        if self._worker.stopped.is_set():
+            raise StopIteration
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._worker.run, name="keyreel-decode", daemon=True)
+            self._thread.start()
+        item = self._worker.take()
+        if isinstance(item, FrameBatch):
+            return item
+        self.close()
+        if item is None:
+            raise StopIteration
+        raise item
+
+    def close(self) -> None:
+        """Stops the thread and waits for it; idempotent."""
+        self._finalizer()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+
+class Worker:
+    """What runs in the decoding thread.
+
+    Args:
+        source: stays open and belongs to the caller.
+        sampling: which frames.
+        decoding: how pictures are made.
+        batch_size: rows in a batch, the last may have fewer.
+        reasons: the first of the warnings.
+    """
+
+    def __init__(
+        self, source: Source, sampling: Sampling, decoding: Decoding, batch_size: int, reasons: tuple[str, ...] = ()
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        self.stopped = threading.Event()
+        self.busy_seconds = 0.0
+        self.reader = Reader(source, sampling, decoding, self._go_on, reasons)
+        self._queue: Channel[FrameBatch] = Channel(_QUEUED_BATCHES, self.stopped)
+        self._source, self._sampling = source, sampling
+        self._stack, self._batch_size = decoding.stack, batch_size
+
+    def run(self) -> None:
+        last: BaseException | None = None
+        began = time.perf_counter()
+        try:
+            for batch in self._batches():
+                self.busy_seconds += time.perf_counter() - began
+                self._put(batch)
+                began = time.perf_counter()
+        except Stopped:
+            return
+        except BaseException as error:  # noqa: BLE001  raised again in the consumer's thread
+            last = error
+        self.busy_seconds += time.perf_counter() - began
+        with suppress(Stopped):
+            self._put(last)
+
+    def _put(self, item: FrameBatch | BaseException | None) -> None:
+        self._queue.put(item)
+
+    def take(self) -> FrameBatch | BaseException | None:
+        return self._queue.take()
+
+    def _go_on(self) -> None:
+        if self.stopped.is_set():
+            raise Stopped
+
+    def _batches(self) -> Iterator[FrameBatch]:
+        rows: list[tuple[Any, float, int]] = []
+
+        def batch() -> FrameBatch:
+            pictures, seconds, places = zip(*rows, strict=True)
+            rows.clear()
+            return FrameBatch(self._stack(list(pictures)), np.array(seconds, np.float64), np.array(places, np.int64))
+
+        limit = self._source.limits.max_frames
+        for taken, row in enumerate(self._rows()):
+            if taken >= limit:
+                raise SourceError(
+                    f"{self._source.name}: more than {limit} frames are wanted (max_frames).",
+                    hint="Sample fewer frames, or raise max_frames.",
+                )
+            if rows and row[0].shape != rows[0][0].shape:
+                (was_high, was_wide, _), (high, wide, _) = rows[0][0].shape, row[0].shape
+                change = f"{was_wide} x {was_high} to {wide} x {high} at {row[1]:.3f} s"
+                self.reader.note("changes of the picture's size, each starts a batch", change)
+                yield batch()
+            rows.append(row)
+            if len(rows) == self._batch_size:
+                yield batch()
+        if rows:
+            yield batch()
+
+    def _rows(self) -> Iterator[tuple[Any, float, int]]:
+        """(picture, seconds, index) of each row of the result, in order."""
+        times = np.array(self._sampling.times)
+        if self._sampling.mode != "times" or np.all(np.diff(times) >= 0):
+            for row, count in self.reader.pictures(times):
+                for _ in range(count):
+                    yield row
+            return
+        # In any order: as many at a time as fit a batch, so that no more pictures than that are ever held.
+        for first in range(0, len(times), self._batch_size):
+            asked = times[first : first + self._batch_size]
+            order = np.argsort(asked, kind="stable")
+            found = [row for row, count in self.reader.pictures(asked[order]) for _ in range(count)]
+            for place in np.argsort(order, kind="stable"):
+                yield found[place]

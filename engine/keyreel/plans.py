@@ -1,0 +1,222 @@
+"""TensorRT plans on disk, and the check that a plan passes before it is kept.
+
+    <cache>/plans/<key>.plan     what TensorRT made
+    <cache>/plans/<key>.json     all that the plan depends on, its sha256, the cosines that were measured; written last
+    <cache>/plans/<key>.lock     held while one process builds and others wait for it
+    <cache>/plans/*.timings      what TensorRT measured on this device
+
+A plan computes wrong answers, or crashes, on another device or with another TensorRT, and says so only sometimes:
+nothing is used whose key, sidecar and content do not agree.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyreel.bundle import MANIFEST, cache_root, sha256_of
+from keyreel.errors import ModelError, PlanStale
+from keyreel.render.aside import aside
+from keyreel.session import OnnxRuntimeSession
+from keyreel.tensorrt_build import Profile, library
+
+SCHEMA = "keyreel.plan/1"
+LEAST_COSINE = 0.999
+REFERENCE = "reference.npz"  # of bundles in half precision: "<graph>.<input or output>" float32 results of torch
+_ROWS = 3
+_SEED = 20
+
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+Signature: TypeAlias = Mapping[str, tuple[np.dtype[Any], tuple[int, ...] | None]]
+"""Of each tensor: its dtype, and its dimensions after the first; None where it is a scalar."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanKey:
+    """All that a plan depends on."""
+
+    onnx_sha256: str
+    tensorrt: str  # flavour and version
+    device: str  # its name: plans are tuned for the number of multiprocessors, not only for the capability
+    capability: str  # "9.0"
+    precision: str  # "fp32" or "fp16", that of the graph
+    profile: tuple[int, int, int]  # least, usual, most rows
+    flags: tuple[str, ...] = ("strongly typed", "tf32")  # TensorRT's own defaults
+
+    @classmethod
+    def of(cls, path: Path, device: str, capability: tuple[int, int], profile: Profile) -> PlanKey:
+        """The key of the plan of a graph.
+
+        Raises:
+            MissingExtra: TensorRT is not installed.
+        """
+        weights = path.with_name(path.name + ".data")
+        digests = [sha256_of(file) for file in (path, weights) if file.is_file()]
+        return cls(
+            onnx_sha256=digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
+            tensorrt=f"{library().flavour} {library().version}",
+            device=device,
+            capability=f"{capability[0]}.{capability[1]}",
+            precision=_precision(path),
+            profile=(profile.least, profile.usual, profile.most),
+        )
+
+    def file(self, suffix: str) -> Path:
+        """<cache>/plans/<hash of the key><suffix>."""
+        return cache_root() / "plans" / f"{_digest(asdict(self))}{suffix}"
+
+    def timings(self) -> Path:
+        """The timing cache: one for all plans of a device and a TensorRT."""
+        same = {"device": self.device, "capability": self.capability, "tensorrt": self.tensorrt}
+        return cache_root() / "plans" / f"{_digest(same)}.timings"
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _precision(path: Path) -> str:
+    manifest = path.with_name(MANIFEST)
+    return str(json.loads(manifest.read_bytes()).get("precision", "fp32")) if manifest.is_file() else "fp32"
+
+
+def read_plan(key: PlanKey) -> bytes:
+    """The plan of a key.
+
+    Raises:
+        PlanStale: there is none, or it is not what its sidecar says.
+    """
+    hint = "`keyreel export MODEL --tensorrt` or Engine.warmup() builds it"
+    try:
+        sidecar = json.loads(key.file(".json").read_bytes())
+        plan = key.file(".plan").read_bytes()
+    except FileNotFoundError:
+        raise PlanStale(f"there is no TensorRT plan for {key.device} yet", hint=hint) from None
+    except (OSError, ValueError) as error:
+        raise PlanStale(f"{key.file('.plan')} cannot be read: {error}", hint=hint) from error
+    expected = {**json.loads(json.dumps(asdict(key))), "sha256": hashlib.sha256(plan).hexdigest(), "schema": SCHEMA}
+    found = sidecar if isinstance(sidecar, dict) else {}
+    wrong = sorted(name for name, value in expected.items() if found.get(name) != value)
+    if wrong:
+        raise PlanStale(f"{key.file('.plan')} does not fit its sidecar: {', '.join(wrong)}", hint=hint)
+    return plan
+
+
+def write_plan(key: PlanKey, plan: bytes, cosines: Mapping[str, float]) -> None:
+    """Keeps a plan that has passed its check. A reader sees it whole or not at all."""
+    with aside(key.file(".plan")) as made:
+        made.write_bytes(plan)
+    entry = {"schema": SCHEMA, **asdict(key), "sha256": hashlib.sha256(plan).hexdigest(), "cosine": dict(cosines)}
+    with aside(key.file(".json")) as made:
+        made.write_text(json.dumps(entry, indent=2) + "\n", "utf-8")
+
+
+@contextmanager
+def building(key: PlanKey) -> Iterator[None]:
+    """One process and thread at a time builds the plan of a key."""
+    key.file(".lock").parent.mkdir(parents=True, exist_ok=True)
+    with key.file(".lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, also when the process is killed
+        yield
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+
+def check_plan(path: Path, signature: Signature, most: int, run: Callable[[Arrays], Arrays]) -> dict[str, float]:
+    """Compares what a plan computes with the float32 reference: a padded batch, then the largest one, twice, since the
+    second may be a replay of the first.
+
+    Args:
+        path: the .onnx file.
+        signature: of the graph's inputs.
+        most: rows of the largest batch.
+        run: NumPy arrays in, NumPy arrays out, through the plan.
+
+    Returns:
+        The least cosine of each output, over rows.
+
+    Raises:
+        ModelError: a cosine is below LEAST_COSINE.
+    """
+    feeds, expected = reference(path, signature)
+    least: dict[str, float] = {}
+    for rows in (min(_ROWS, most), most, most):
+        found = run({name: array if array.ndim == 0 else _repeated(array, rows) for name, array in feeds.items()})
+        for name, array in expected.items():
+            cosine = _least_cosine(found[name], _repeated(array, rows))
+            least[name] = min(least.get(name, 1.0), cosine)
+            if not cosine >= LEAST_COSINE:  # written so that a NaN is refused
+                raise ModelError(
+                    f"the TensorRT plan of {path.name} is refused: {name} of {rows} rows has cosine {cosine:.6f} to "
+                    f"the float32 reference, at least {LEAST_COSINE} is wanted",
+                    hint="export with --precision fp32, or run on onnxruntime",
+                )
+    return least
+
+
+def reference(path: Path, signature: Signature) -> tuple[Arrays, Arrays]:
+    """Feeds of a graph and its outputs in float32: computed here by onnxruntime, or, for a graph in half precision,
+    those of torch that the export wrote down, since onnxruntime's CPU cannot be trusted with half precision.
+
+    Raises:
+        ModelError: a bundle in half precision without them.
+        MissingExtra: onnxruntime is not installed.
+    """
+    if _precision(path) == "fp32":
+        feeds = sample_feeds(signature)
+        session = OnnxRuntimeSession(path)
+        try:
+            return feeds, session.run(feeds)
+        finally:
+            session.close()
+    try:
+        with np.load(path.with_name(REFERENCE), allow_pickle=False) as file:
+            known = {name.split(".", 1)[1]: file[name] for name in file.files if name.startswith(f"{path.stem}.")}
+    except (OSError, ValueError) as error:
+        message = f"{path.with_name(REFERENCE)} cannot be read: {error}"
+        raise ModelError(message, hint="export the model again") from error
+    return (
+        {name: array for name, array in known.items() if name in signature},
+        {name: array for name, array in known.items() if name not in signature},
+    )
+
+
+def sample_feeds(signature: Signature) -> dict[str, NDArray[Any]]:
+    """Three rows of pseudo-random values, always the same: noise for frames and tokens, maps whose rows sum to 1."""
+    random = np.random.default_rng(_SEED)
+    feeds: dict[str, NDArray[Any]] = {}
+    for name, (dtype, dims) in signature.items():
+        if dims is None:
+            feeds[name] = np.asarray(1.5, dtype)
+        elif dtype.kind in "iu":
+            # Ids of tokens that any vocabulary has.
+            feeds[name] = random.integers(1, 256 if dtype == np.uint8 else 100, (_ROWS, *dims)).astype(dtype)
+        elif name == "attention":
+            energy = random.random((_ROWS, *dims)) ** 3 + 1e-4
+            feeds[name] = (energy / energy.sum(axis=1, keepdims=True)).astype(dtype)
+        else:
+            feeds[name] = random.standard_normal((_ROWS, *dims)).astype(dtype)
+    return feeds
+
+
+def _repeated(array: NDArray[Any], rows: int) -> NDArray[Any]:
+    return np.resize(array, (rows, *array.shape[1:]))
+
+
+def _least_cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    if found.shape != expected.shape:
+        raise ModelError(f"the TensorRT plan gives {found.shape}, the reference is {expected.shape}")
+    a, b = (array.reshape(len(array), -1).astype(np.float64) for array in (found, expected))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return float(cosines.min())

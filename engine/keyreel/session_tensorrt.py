@@ -1,0 +1,274 @@
+"""Runs TensorRT plans: CuPy arrays in, CuPy arrays out, nothing leaves the device.
+
+A plan is run in execution contexts of two kinds, lent to one thread at a time. Those for whole batches keep one shape
+for ever, so that what they do is captured once as a CUDA graph and replayed; those for the tail of a batch change
+shape, after which a captured graph must not be replayed. Each has buffers of its own at fixed addresses; all work is
+put on the device's one stream, which keeps the order also when a context goes from thread to thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyreel.bundle import GRAPHS, Bundle
+from keyreel.errors import BackendError, ModelError, OutOfMemory, PlanStale
+from keyreel.plans import Arrays, PlanKey, Signature, building, check_plan, read_plan, write_plan
+from keyreel.tensorrt_build import Library, Profile, build_plan, library, profile_for
+from keyreel.types import Progress
+
+if TYPE_CHECKING:
+    from keyreel_kernels.cuda import Cuda
+
+# More threads wait: putting a batch on the stream takes far less time than computing it.
+_MOST_CONTEXTS = 2
+_log = logging.getLogger("keyreel.tensorrt")
+
+
+def open_tensorrt(
+    path: Path, cuda: Cuda, *, batch_size: int, build: bool = True, progress: Progress | None = None
+) -> TensorRTSession:
+    """A session of a graph on its cached plan.
+
+    Args:
+        path: one of a bundle's graphs.
+        batch_size: frames in one inference.
+        build: make the plan where there is none that fits: seconds to minutes. Without it PlanStale is raised.
+        progress: called while a plan is built, as progress("plan backbone", done, 1.0).
+
+    Raises:
+        MissingExtra: TensorRT is not installed.
+        PlanStale: `build` is off and no plan fits.
+        ModelError: the plan cannot be built, or what it computes is not what the graph says.
+        BackendError: the device cannot run it.
+    """
+    profile = profile_for(path.stem, batch_size)
+    key = PlanKey.of(path, cuda.name, cuda.capability, profile)
+    try:
+        return TensorRTSession(read_plan(key), cuda, profile, name=path.name)
+    except PlanStale as error:
+        if not build:
+            raise
+        _log.info("%s: %s", path.name, error)
+    with building(key):
+        with contextlib.suppress(PlanStale):  # another process may have built it while this one waited
+            return TensorRTSession(read_plan(key), cuda, profile, name=path.name)
+        plan = build_plan(path, profile, capability=cuda.capability, timing_cache=key.timings(), progress=progress)
+        session = TensorRTSession(plan, cuda, profile, name=path.name)
+        try:
+            cosines = check_plan(path, session.signature, profile.most, session.run_on_host)
+            write_plan(key, plan, cosines)
+        except BaseException:
+            session.close()
+            raise
+    if progress is not None:
+        progress(f"plan {path.stem}", 1.0, 1.0)
+    return session
+
+
+def build_plans(bundle: Bundle, cuda: Cuda, *, batch_size: int, progress: Progress | None = None) -> None:
+    """Makes the plans of all graphs of a bundle that are not there yet, see `open_tensorrt`."""
+    for graph in GRAPHS:
+        open_tensorrt(bundle.file(graph), cuda, batch_size=batch_size, progress=progress).close()
+
+
+class TensorRTSession:
+    """A plan on a device. `run` is safe to call from several threads at once.
+
+    Args:
+        plan: what `build_plan` made.
+        cuda: the device that it was made for.
+        profile: the batch sizes that it was made for.
+        name: of the graph, for messages.
+
+    Raises:
+        PlanStale: TensorRT does not take the plan here.
+    """
+
+    def __init__(self, plan: bytes, cuda: Cuda, profile: Profile, *, name: str) -> None:
+        self.profile, self._cuda, self._name = profile, cuda, name
+        self._library = library()
+        trt = self._library.module
+        self._library.complaints.clear()
+        with cuda.scope():
+            self._runtime = trt.Runtime(self._library.logger)
+            engine = self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            reason = self._library.reason()
+            raise PlanStale(f"TensorRT does not take the plan of {name}: {reason}", hint="build it again")
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
+        self._tensors: Signature = {
+            name: (np.dtype(trt.nptype(engine.get_tensor_dtype(name))), shapes[name][1:] if shapes[name] else None)
+            for name in names
+        }
+        given = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self.inputs: tuple[str, ...] = tuple(given)
+        self.outputs: tuple[str, ...] = tuple(name for name in names if name not in given)
+        self._lock = threading.Lock()
+        self._room = {whole: threading.BoundedSemaphore(_MOST_CONTEXTS) for whole in (True, False)}
+        self._idle: dict[bool, list[_Context]] = {True: [], False: []}
+
+    @property
+    def signature(self) -> Signature:
+        return {name: self._tensors[name] for name in self.inputs}
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """One inference of any number of rows: as many largest batches as there are, then the tail, padded.
+
+        Args:
+            feeds: CuPy arrays of the graph's names, dtypes and shapes; NumPy arrays are copied to the device.
+
+        Returns:
+            CuPy arrays, ready on the device's stream.
+
+        Raises:
+            ModelError: the graph does not take such feeds.
+            BackendError: TensorRT fails.
+        """
+        if self._engine is None:
+            raise ValueError("the session is closed")
+        with self._cuda.scope():
+            arrays = {name: self._cuda.to_device(array) for name, array in feeds.items()}
+            rows, most = self._rows(arrays), self.profile.most
+            found = {name: self._array(name, rows) for name in self.outputs}
+            for start in range(0, rows, most):
+                stop = min(start + most, rows)
+                with self._lent(whole=stop - start == most) as context:
+                    context.run(arrays, found, slice(start, stop))
+            return found
+
+    def run_on_host(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """`run` with NumPy arrays in and out."""
+        return {name: self._cuda.to_host(array) for name, array in self.run(feeds).items()}
+
+    def close(self) -> None:
+        """Frees the plan and its contexts; calls that are under way must have ended. Idempotent."""
+        for idle in self._idle.values():
+            idle.clear()
+        self._engine = self._runtime = None
+
+    def _rows(self, arrays: Mapping[str, Any]) -> int:
+        """How many rows the feeds have."""
+        expected = self.signature
+        shapes = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
+        sizes = {shapes[name][1][:1] for name, (_, dims) in expected.items() if dims is not None and name in shapes}
+        fits = shapes.keys() == expected.keys() and all(
+            shapes[name][0] == dtype
+            and shapes[name][1][1:] == (dims or ())
+            and bool(shapes[name][1]) == (dims is not None)
+            for name, (dtype, dims) in expected.items()
+        )
+        if not fits or len(sizes) != 1:
+            got = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in shapes.items())
+            raise ModelError(f"{self._name} takes {expected}, got {got}", hint="export the model again")
+        return int(sizes.pop()[0])
+
+    def _array(self, name: str, rows: int) -> Any:
+        dtype, dims = self._tensors[name]
+        return self._cuda.cupy.empty(() if dims is None else (rows, *dims), dtype)
+
+    @contextlib.contextmanager
+    def _lent(self, *, whole: bool) -> Iterator[_Context]:
+        """A context that no other thread has; thrown away after an error."""
+        with self._room[whole]:
+            with self._lock:
+                context = self._idle[whole].pop() if self._idle[whole] else None
+                if context is None:
+                    context = _Context(self._library, self._engine, self._cuda, self.profile, self._array, whole=whole)
+            yield context
+            with self._lock:
+                self._idle[whole].append(context)
+
+
+class _Context:
+    """An execution context with its buffers. One thread at a time."""
+
+    def __init__(
+        self,
+        found: Library,
+        engine: Any,
+        cuda: Cuda,
+        profile: Profile,
+        array: Callable[[str, int], Any],
+        *,
+        whole: bool,
+    ) -> None:
+        self._library, self._cuda, self._profile = found, cuda, profile
+        self._graph: Any = None
+        self._may_capture = whole
+        hint = "lower the batch size (--batch-size)"
+        try:
+            self._context = engine.create_execution_context()
+            names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+            self._buffers = {name: array(name, profile.most) for name in names}
+        except MemoryError as error:  # CuPy's is one
+            raise OutOfMemory(f"{cuda.name}: no memory for an execution context", hint=hint) from error
+        if self._context is None:
+            raise OutOfMemory(f"{cuda.name}: no execution context: {found.reason()}", hint=hint)
+        mode = found.module.TensorIOMode.INPUT
+        self._inputs = [name for name in names if engine.get_tensor_mode(name) == mode]
+        self._rows = 0
+        for name, buffer in self._buffers.items():
+            self._demand(self._context.set_tensor_address(name, buffer.data.ptr), f"no address for {name}")
+
+    def run(self, feeds: Mapping[str, Any], found: Mapping[str, Any], rows: slice) -> None:
+        """Computes `rows` of the feeds into the same rows of `found`."""
+        count = rows.stop - rows.start
+        size = self._profile.padded(count)
+        for name in self._inputs:
+            buffer, feed = self._buffers[name], feeds[name]
+            if not feed.ndim:
+                buffer[...] = feed
+                continue
+            buffer[:count] = feed[rows]
+            if size > count:
+                # Padded with a row that was fed: what else lies there might be a token that no vocabulary has.
+                buffer[count:size] = buffer[count - 1 : count]
+        if size != self._rows:
+            self._rows = 0
+            for name in self._inputs:
+                if self._buffers[name].ndim:
+                    shape = (size, *self._buffers[name].shape[1:])
+                    self._demand(self._context.set_input_shape(name, shape), f"{name} may not be {shape}")
+            self._rows = size
+        self._execute()
+        for name, array in found.items():
+            array[rows] = self._buffers[name][:count]
+
+    def _execute(self) -> None:
+        if self._graph is not None:
+            self._graph.launch(stream=self._cuda.stream)
+            return
+        self._demand(self._context.execute_async_v3(self._cuda.stream.ptr), "an inference failed")
+        if self._may_capture:
+            self._may_capture = False
+            self._capture()
+
+    def _capture(self) -> None:
+        """Records an inference as a CUDA graph; without one, inferences are put on the stream one by one."""
+        runtime = self._cuda.cupy.cuda.runtime
+        # On a stream of its own, so that what other threads put on the device's stream meanwhile is not recorded.
+        stream = self._cuda.cupy.cuda.Stream(non_blocking=True)
+        self._cuda.synchronize()
+        try:
+            stream.begin_capture(runtime.streamCaptureModeThreadLocal)
+            try:
+                accepted = self._context.execute_async_v3(stream.ptr)
+            finally:
+                graph = stream.end_capture()
+        except Exception as error:  # noqa: BLE001  CuPy's own errors have no common public base
+            _log.info("no CUDA graph: %s", error)
+        else:
+            self._graph = graph if accepted else None
+
+    def _demand(self, accepted: bool, complaint: str) -> None:
+        if not accepted:
+            raise BackendError(f"TensorRT: {complaint}: {self._library.reason()}", hint="use --device cpu")

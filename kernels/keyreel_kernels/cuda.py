@@ -1,0 +1,166 @@
+"""One CUDA device through CuPy: a stream, a memory pool, and kernels that are compiled once.
+
+CuPy refuses to turn its arrays into NumPy's by itself, so that what leaves the device leaves through `to_host`, which
+counts it.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+FOLDER = Path(__file__).parent
+STANDARD = "-std=c++17"
+# Beyond this a kernel must ask for its dynamic shared memory.
+_USUAL_SHARED_BYTES = 48 << 10
+
+Defines: TypeAlias = tuple[tuple[str, int], ...]
+
+
+@lru_cache(maxsize=None)
+def source_of(file: str) -> str:
+    """A kernel file as it is compiled: device.cuh, then the file and, in their places, the files of ours that it includes.
+
+    The compiler knows no folder, and each keeps line numbers of its own.
+    """
+
+    def text(name: str) -> str:
+        return f'#line 1 "{name}"\n{(FOLDER / name).read_text("utf-8")}'
+
+    lines = text(file).split("\n")
+    for number, line in enumerate(lines):
+        if found := re.fullmatch(r'#include "(\w+\.cuh)"', line):
+            lines[number] = f'{text(found[1])}\n#line {number + 1} "{file}"'
+    return "\n".join([text("device.cuh"), *lines])
+
+
+class Cuda:
+    """A device with one stream and one memory pool. Safe to share between threads: the stream keeps the order.
+
+    Args:
+        index: number of the device.
+        cupy: the CuPy module.
+
+    Raises:
+        ImportError: CuPy is not installed.
+        Exception: whatever CuPy raises where the device does not work.
+    """
+
+    def __init__(self, index: int = 0, cupy: Any = None) -> None:
+        self.cupy = import_module("cupy") if cupy is None else cupy
+        self.index = index
+        self.bytes_to_host = 0
+        self._kernels: dict[tuple[Any, ...], Any] = {}
+        self._lock = threading.Lock()
+        cuda = self.cupy.cuda
+        with cuda.Device(index):
+            found = cuda.runtime.getDeviceProperties(index)
+            self.stream = cuda.Stream(non_blocking=True)
+        self.name = str(found["name"], "utf-8") if isinstance(found["name"], bytes) else str(found["name"])
+        self.capability: tuple[int, int] = (int(found["major"]), int(found["minor"]))
+        self.multiprocessors = int(found["multiProcessorCount"])
+        self.shared_bytes = int(found["sharedMemPerBlockOptin"])
+        self.pool = cuda.MemoryPool()
+
+    def __repr__(self) -> str:
+        return f"Cuda({self.index}, {self.name!r}, sm_{self.capability[0]}{self.capability[1]})"
+
+    @property
+    def xp(self) -> Any:
+        return self.cupy
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Makes device, stream and pool current in this thread; re-entrant."""
+        cuda = self.cupy.cuda
+        with cuda.Device(self.index), cuda.using_allocator(self.pool.malloc), self.stream:
+            yield
+
+    def to_device(self, array: Any) -> Any:
+        """CuPy arrays as they are, NumPy arrays copied, others taken over through DLPack where they lie here."""
+        with self.scope():
+            if isinstance(array, self.cupy.ndarray):
+                return array
+            if isinstance(array, (np.ndarray, np.generic, float, int, list, tuple)):
+                return self.cupy.asarray(array)
+            if array.__dlpack_device__()[0] == 1:  # kDLCPU
+                return self.cupy.asarray(np.from_dlpack(array))
+            return self.cupy.from_dlpack(array)
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """A NumPy array of the same values, counted in `bytes_to_host`; waits for the stream."""
+        if isinstance(array, np.ndarray):
+            return array
+        with self.scope():
+            found: NDArray[Any] = array.get()
+        with self._lock:
+            self.bytes_to_host += found.nbytes
+        return found
+
+    def synchronize(self) -> None:
+        """Waits until everything that was launched is done."""
+        self.stream.synchronize()
+
+    def launch(
+        self,
+        file: str,
+        name: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        args: Sequence[Any],
+        *,
+        shared: int = 0,
+        defines: Defines = (),
+        cooperative: bool = False,
+    ) -> None:
+        """Starts a kernel on the stream.
+
+        Args:
+            file: of this folder, "kmeans.cu". name: of an `extern "C" __global__` function in it.
+            grid, block: up to three numbers. args: CuPy arrays and NumPy scalars of the kernel's own types.
+            shared: bytes of dynamic shared memory.
+            defines: names and values for the preprocessor; each set is compiled once.
+            cooperative: all blocks run at once, or the launch fails; what kr_grid_sync needs.
+
+        Raises:
+            ValueError: more shared memory than a block can have, or an empty grid.
+        """
+        if shared > self.shared_bytes:
+            raise ValueError(f"{name} asks for {shared} bytes of shared memory, {self.name} has {self.shared_bytes}")
+        if not all(grid) or not all(block):
+            raise ValueError(f"{name}: a grid of {tuple(grid)} blocks of {tuple(block)} threads is empty")
+        kernel = self._kernel(file, name, defines, cooperative, max(shared, _USUAL_SHARED_BYTES))
+        with self.scope():
+            kernel(tuple(grid), tuple(block), tuple(args), shared_mem=shared)
+
+    def _kernel(self, file: str, name: str, defines: Defines, cooperative: bool, shared: int) -> Any:
+        """The compiled kernel; one for each amount of shared memory above the usual, since that is set on it."""
+        with self._lock:
+            key = (file, defines, cooperative)
+            module = self._kernels.get(key)
+            if module is None:
+                options = (STANDARD, *(f"-D{define}={value}" for define, value in defines))
+                with self.cupy.cuda.Device(self.index):
+                    module = self.cupy.RawModule(
+                        code=source_of(file), options=options, enable_cooperative_groups=cooperative
+                    )
+                self._kernels[key] = module
+            kernel = self._kernels.get((*key, name))
+            if kernel is None:
+                with self.cupy.cuda.Device(self.index):
+                    kernel = module.get_function(name)
+                self._kernels[*key, name] = kernel
+            if shared > _USUAL_SHARED_BYTES and self._kernels.get((*key, name, "shared"), 0) < shared:
+                with self.cupy.cuda.Device(self.index):
+                    kernel.max_dynamic_shared_size_bytes = shared
+                self._kernels[*key, name, "shared"] = shared
+            return kernel

@@ -1,0 +1,288 @@
+// The work of a team on one problem, and all that touches its frames: bringing them in, multiplying them with centroids,
+// adding them up by cluster.
+//
+// Products with frames are made by tensor cores in halves. A centroid is hi + lo, and <x, c> - <x, hi> is at most
+// |c - hi|: only the tiles in which that could change a label are multiplied by lo as well. float32 frames are hi + lo
+// themselves and always take all products but lo * lo, 2^-22 of the whole. J, sums and moves never see halves.
+//
+// Columns are padded to a multiple of 64 by zeros. Rows of halves lie in shared memory in pieces of 16 bytes, the two
+// 64-byte sides of each 128 swapped in odd rows, so that eight lanes, four in one row and four in the next, meet no
+// bank twice.
+
+#define NT 4           // most centroids in shared memory at a time, in eights
+#define WORK_BYTES 512  // for the record of the work, before all else in shared memory
+#define MOST_LEAD 32  // clusters up to which the pair products of `decide` lie in shared memory
+
+enum Task { CLUSTER_ALL, ASSIGN, OBJECTIVE, UPDATE, RELOCATE };
+enum Verdict { STOP = 1, CLOSE = 2, EMPTY = 4 };
+
+// As in clustering.py.
+#define TOLERANCE 1e-10
+#define STILL 1e-7
+// Centroids, and frames that are not halves already, are halved in this scale: far from the halves' least numbers.
+#define SCALE 256.0f
+// What float32 sums may add to the bound on a label.
+#define SUM_ERROR 4e-6f
+
+struct Work {
+    // the problem
+    const void* x;  // its first frame
+    const float* w;
+    const int64_t* given;  // labels, where they are not to be found
+    float *centres, *sums, *partial;  // [k, padded] each; two of centroids, partial one for each block
+    int *labels, *counts;  // two of each: [frames], [k]
+    int64_t all_frames;
+    float *cosine, *gained;  // [frames], for relocation
+    double *pairs, *lead, *board, *moves;
+    unsigned* close;
+    int* mail;
+    unsigned* barrier;
+    int kind, wide, width, padded, frames, first, own, k, most, tile, rank, size, slices;
+    double penalty, margin;
+    double objective;  // of the last round that was taken; the first block's
+    // shared memory
+    double* small;
+    uint16_t *hi, *lo, *panel, *panel_lo;
+    float *weight, *best, *slack;
+    int *here, *key, *order, *begin;
+    int capacity, work_floats;
+
+    // Of this round and of the one before, in turn.
+    __device__ __forceinline__ float* centre(int turn) const { return centres + static_cast<int64_t>(turn) * most * padded; }
+    __device__ __forceinline__ int* label(int turn) const { return labels + turn * all_frames; }
+    __device__ __forceinline__ int* filled(int turn) const { return counts + turn * most; }
+};
+
+// Where the eight columns from 8 * piece of a row of halves lie.
+__device__ __forceinline__ int piece_at(int row, int piece, int padded) {
+    return row * padded + (piece ^ (row & 1) << 2) * 8;
+}
+
+__device__ __forceinline__ uint32_t two_halves(float first, float second) {
+    return kr_float_to_half(first) | static_cast<uint32_t>(kr_float_to_half(second)) << 16;
+}
+
+// Eight floats as halves, and what those lack.
+__device__ __forceinline__ void split(const float v[8], uint4& hi, uint4& lo) {
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+        high[n] = two_halves(v[2 * n], v[2 * n + 1]);
+        low[n] = two_halves(v[2 * n] - kr_half_to_float(static_cast<uint16_t>(high[n])),
+                            v[2 * n + 1] - kr_half_to_float(static_cast<uint16_t>(high[n] >> 16)));
+    }
+    hi = {high[0], high[1], high[2], high[3]}, lo = {low[0], low[1], low[2], low[3]};
+}
+
+// Brings frames [from, from + count) of this block's into shared memory.
+__device__ __noinline__ void load_rows(const Work& p, int from, int count) {
+    const int pieces = p.padded / 8;
+    const int64_t base = p.first + from;
+    for (int n = threadIdx.x; n < count * pieces; n += THREADS) {
+        const int row = n / pieces, piece = n % pieces, place = piece_at(row, piece, p.padded);
+        const int64_t at = (base + row) * p.width + piece * 8;
+        const int there = min(8, p.width - piece * 8);
+        if (p.kind == HALF && p.wide && there == 8) {
+            kr_copy_async_16(p.hi + place, static_cast<const uint16_t*>(p.x) + at);
+            continue;
+        }
+        float v[8];
+        load_eight(p.x, p.kind, p.wide, at, there, v);
+        if (p.kind != HALF)
+            for (int e = 0; e < 8; ++e) v[e] *= SCALE;
+        uint4 hi, lo;
+        split(v, hi, lo);
+        *reinterpret_cast<uint4*>(p.hi + place) = hi;
+        if (p.kind == FLOAT) *reinterpret_cast<uint4*>(p.lo + place) = lo;
+    }
+    const float unit = p.kind == HALF ? 1.0f : 1.0f / SCALE;
+    for (int n = threadIdx.x; n < count; n += THREADS) p.weight[n] = p.w[base + n] * unit;
+    kr_copy_wait();
+    __syncthreads();
+}
+
+// Brings centroids from `from` on into shared memory, with the length of what their halves lack. A warp has two rows at a
+// time: loads that wait for nothing are what time goes into.
+__device__ __noinline__ void load_panel(const Work& p, const float* centre, int from) {
+    __syncthreads();
+    for (int row = threadIdx.x / 32; row < p.tile; row += 2 * WARPS) {
+        float lacking[2] = {0, 0};
+        for (int piece = threadIdx.x % 32; piece < p.padded / 8; piece += 32) {
+            float v[2][8] = {};
+#pragma unroll
+            for (int side = 0; side < 2; ++side)
+                if (row + side * WARPS < p.tile && from + row + side * WARPS < p.k)
+                    load_eight(centre, FLOAT, true, static_cast<int64_t>(from + row + side * WARPS) * p.padded + piece * 8, 8, v[side]);
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                if (row + side * WARPS >= p.tile) break;
+                for (int e = 0; e < 8; ++e) v[side][e] *= SCALE;
+                uint4 hi, lo;
+                split(v[side], hi, lo);
+                for (int e = 0; e < 8; ++e) {
+                    const float lack = v[side][e] - kr_half_to_float(kr_float_to_half(v[side][e]));
+                    lacking[side] = fmaf(lack, lack, lacking[side]);
+                }
+                *reinterpret_cast<uint4*>(p.panel + piece_at(row + side * WARPS, piece, p.padded)) = hi;
+                *reinterpret_cast<uint4*>(p.panel_lo + piece_at(row + side * WARPS, piece, p.padded)) = lo;
+            }
+        }
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            for (int step = 16; step; step /= 2) lacking[side] += __shfl_xor_sync(KR_FULL_WARP, lacking[side], step);
+            if (threadIdx.x % 32 == 0 && row + side * WARPS < p.tile) p.slack[row + side * WARPS] = sqrtf(lacking[side]) / SCALE;
+        }
+    }
+    __syncthreads();
+}
+
+// sum += 16 rows of `a`, the 8th from each other in one lane, times the panel `b`. Which column is the n-th of a step
+// is free as long as both sides agree: a lane takes eight that lie together. Whole warp.
+__device__ __forceinline__ void multiply(const uint16_t* a, int top, int bottom, const uint16_t* b, int padded, int eights,
+                                         float sum[NT][4]) {
+    const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    for (int piece = pair; piece < padded / 8; piece += 4) {
+        const uint4 upper = *reinterpret_cast<const uint4*>(a + piece_at(top, piece, padded));
+        const uint4 lower = *reinterpret_cast<const uint4*>(a + piece_at(bottom, piece, padded));
+        const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
+        const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            if (n >= eights) break;
+            const uint4 right = *reinterpret_cast<const uint4*>(b + piece_at(n * 8 + group, piece, padded));
+            const uint32_t left_half[2] = {right.x, right.y}, right_half[2] = {right.z, right.w};
+            kr_mma_16x8x16(sum[n], first, left_half);
+            kr_mma_16x8x16(sum[n], second, right_half);
+        }
+    }
+}
+
+struct Pick {
+    float best, second;
+    int column;
+};
+
+// The best of the columns of one row, which four lanes hold; `side` 0 for the upper row of a lane, 1 for the lower.
+__device__ __forceinline__ Pick pick(const float sum[NT][4], int side, int from, int wanted, const int* filled) {
+    Pick out{-KR_INFINITY, -KR_INFINITY, 0};
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int column = n * 8 + threadIdx.x % 4 * 2 + e;
+            if (column >= wanted || (filled && !filled[from + column])) continue;
+            const float value = sum[n][side * 2 + e];
+            if (value > out.best) out.second = out.best, out.best = value, out.column = column;
+            else out.second = fmaxf(out.second, value);
+        }
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+        const Pick other{__shfl_xor_sync(KR_FULL_WARP, out.best, step), __shfl_xor_sync(KR_FULL_WARP, out.second, step),
+                         __shfl_xor_sync(KR_FULL_WARP, out.column, step)};
+        const bool taken = other.best > out.best || (other.best == out.best && other.column < out.column);
+        const float second = fmaxf(taken ? out.best : other.best, taken ? other.second : out.second);
+        if (taken) out = other;
+        out.second = second;
+    }
+    return out;
+}
+
+// The nearest centroid of each frame in shared memory: of the panel that begins with the from-th, or an earlier one. The
+// cosine in `best` has all its digits where `exact`, as it must where there is more than one panel. filled: clusters that count, null for all.
+__device__ __noinline__ void assign_rows(const Work& p, int count, int from, bool exact, const int* filled) {
+    const int lane = threadIdx.x % 32, group = lane / 4, wanted = min(p.k - from, p.tile), eights = (wanted + 7) / 8;
+    const float unit = (p.kind == HALF ? 1.0f : 1.0f / SCALE) / SCALE;
+    float lacking = lane < p.tile ? p.slack[lane] : 0.0f;
+    for (int step = 16; step; step /= 2) lacking = fmaxf(lacking, __shfl_xor_sync(KR_FULL_WARP, lacking, step));
+    const float bound = (2 * lacking + SUM_ERROR) / unit;
+    for (int tile = threadIdx.x / 32; tile * 16 < count; tile += WARPS) {
+        const int top = min(tile * 16 + group, count - 1), bottom = min(tile * 16 + group + 8, count - 1);
+        Pick upper, lower;
+        for (bool fine = exact || p.kind == FLOAT;; fine = true) {
+            float sum[NT][4] = {};
+            if (fine) multiply(p.hi, top, bottom, p.panel_lo, p.padded, eights, sum);
+            if (p.kind == FLOAT) multiply(p.lo, top, bottom, p.panel, p.padded, eights, sum);
+            multiply(p.hi, top, bottom, p.panel, p.padded, eights, sum);
+            upper = pick(sum, 0, from, wanted, filled), lower = pick(sum, 1, from, wanted, filled);
+            const bool sure = upper.best - upper.second > bound && lower.best - lower.second > bound;
+            if (fine || !__ballot_sync(KR_FULL_WARP, !sure)) break;
+        }
+        if (lane % 4 < 2) {
+            const int row = tile * 16 + group + lane % 4 * 8;
+            const float value = (lane % 4 ? lower.best : upper.best) * unit;
+            if (row < count && (from == 0 || value > p.best[row]))
+                p.best[row] = value, p.here[row] = from + (lane % 4 ? lower.column : upper.column);
+        }
+    }
+    __syncthreads();
+}
+
+// Runs `body(from, count)` with the block's frames in shared memory, a chunk at a time; at least once.
+template <class Body>
+__device__ void for_chunks(const Work& p, Body body) {
+    for (int from = 0; from == 0 || from < p.own; from += p.capacity) {
+        const int count = min(p.capacity, p.own - from);
+        if (p.own > p.capacity) {
+            __syncthreads();
+            load_rows(p, from, count);
+        }
+        body(from, count);
+    }
+}
+
+__device__ void assign_chunk(const Work& p, const float* centre, int count, bool exact, const int* filled) {
+    for (int from = 0; from < p.k; from += p.tile) {
+        if (p.k > p.tile) load_panel(p, centre, from);
+        assign_rows(p, count, from, exact || p.k > p.tile, filled);
+    }
+}
+
+// Adds the weighted frames in shared memory up by cluster: sorted by label, so that a thread sums its four columns of a
+// cluster in registers. `again`: onto what the earlier chunks gave.
+__device__ __noinline__ void sum_chunk(const Work& p, int count, bool again, int* filled) {
+    const int fours = (count + 3) / 4;
+    for (int n = threadIdx.x; n < fours * 4; n += THREADS) p.key[n] = n < count ? p.here[n] * count + n : 0x7fffffff;
+    __syncthreads();
+    // A frame's place, and where a cluster begins: the number of smaller keys.
+    for (int n = threadIdx.x; n < count + p.k + 1; n += THREADS) {
+        const int own = n < count ? p.key[n] : (n - count) * count;
+        int smaller = 0;
+        for (int m = 0; m < fours; ++m) {
+            const int4 four = reinterpret_cast<const int4*>(p.key)[m];
+            smaller += (four.x < own) + (four.y < own) + (four.z < own) + (four.w < own);
+        }
+        if (n < count) p.order[smaller] = n;
+        else p.begin[n - count] = smaller;
+    }
+    __syncthreads();
+    for (int j = threadIdx.x; j < p.k; j += THREADS)
+        if (p.begin[j + 1] > p.begin[j]) atomicAdd(filled + j, p.begin[j + 1] - p.begin[j]);
+    const int columns = p.padded / 4, groups = max(1, THREADS / columns), mine = threadIdx.x / columns;
+    for (int column = groups > 1 ? threadIdx.x % columns : threadIdx.x; column < columns; column += max(THREADS, columns)) {
+        if (groups > 1 && mine >= groups) break;
+        for (int j = 0; j < p.k; ++j) {
+            const int start = p.begin[j], stop = p.begin[j + 1];
+            if (groups > 1 && min(start * groups / max(count, 1), groups - 1) != mine) continue;
+            if (again && start == stop) continue;
+            float4 sum{0, 0, 0, 0};
+#pragma unroll 4
+            for (int n = start; n < stop; ++n) {
+                const int row = p.order[n], place = piece_at(row, column / 2, p.padded) + column % 2 * 4;
+                const float weight = p.weight[row];
+                const uint2 bits = *reinterpret_cast<const uint2*>(p.hi + place);
+                float v[4] = {kr_half_to_float(static_cast<uint16_t>(bits.x)), kr_half_to_float(static_cast<uint16_t>(bits.x >> 16)),
+                              kr_half_to_float(static_cast<uint16_t>(bits.y)), kr_half_to_float(static_cast<uint16_t>(bits.y >> 16))};
+                if (p.kind == FLOAT) {
+                    const uint2 low = *reinterpret_cast<const uint2*>(p.lo + place);
+                    v[0] += kr_half_to_float(static_cast<uint16_t>(low.x)), v[1] += kr_half_to_float(static_cast<uint16_t>(low.x >> 16));
+                    v[2] += kr_half_to_float(static_cast<uint16_t>(low.y)), v[3] += kr_half_to_float(static_cast<uint16_t>(low.y >> 16));
+                }
+                sum.x = fmaf(weight, v[0], sum.x), sum.y = fmaf(weight, v[1], sum.y);
+                sum.z = fmaf(weight, v[2], sum.z), sum.w = fmaf(weight, v[3], sum.w);
+            }
+            float4* out = reinterpret_cast<float4*>(p.partial + (static_cast<int64_t>(p.rank) * p.most + j) * p.padded) + column;
+            if (again) sum.x += out->x, sum.y += out->y, sum.z += out->z, sum.w += out->w;
+            *out = sum;
+        }
+    }
+}

@@ -1,0 +1,364 @@
+"""CuPy's interface on a CPU: arrays that never turn into NumPy's by themselves, kernels run by cuda_host.h.
+
+What the product's CUDA code does is done by that very code; only the arrays' memory and the launch are replaced. Names
+that CuPy lacks are refused where CuPy is installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import operator
+import os
+import re
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from keyreel_kernels.cuda import STANDARD, Cuda
+
+HEADER = Path(__file__).with_name("cuda_host.h")
+FLAVOURS = {
+    "fibers": ("-O2",),
+    "threads": ("-O1", "-g", "-DKR_THREADS"),
+}
+_ENTRY = re.compile(r'(?:extern\s+"C"\s+__global__\s+void|KR_CLUSTER_KERNEL)\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(')
+_CLUSTERED = re.compile(r"KR_CLUSTER_KERNEL\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(")
+_LOCK = threading.RLock()
+_launching = threading.Lock()  # the emulation has one launch at a time
+
+
+def host_source(code: str) -> str:
+    """The program that runs the kernels of `code`: header, code, one entry for each kernel."""
+    entries = "\n".join(
+        f'extern "C" const char* krh_{name}(const unsigned* grid, const unsigned* block, size_t shared, size_t together, '
+        f"void** arguments, const size_t* sizes, size_t count) {{ return krh::start({name}, grid, block, shared, together, "
+        "arguments, sizes, count); }"
+        for name in dict.fromkeys(_ENTRY.findall(code))
+    )
+    return f'#define KEYREEL_HOST\n#include "{HEADER}"\n{code}\n#line 1 "entries"\n{entries}\n'
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="keyreel-kernels-")
+
+
+def build(code: str, options: Sequence[str], *, flavour: str = "fibers", extra: Sequence[str] = ()) -> Path:
+    """Compiles kernels to a shared library; once for each code and options."""
+    flags = ["-std=c++20", *FLAVOURS[flavour], *(o for o in options if o != STANDARD), *extra]
+    flags += ["-march=native", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
+    program = host_source(code)
+    digest = hashlib.sha256("\0".join([program, HEADER.read_text(), *flags]).encode()).hexdigest()[:24]
+    with _LOCK:
+        library = Path(_folder().name) / f"{digest}.so"
+        if not library.exists():
+            path = library.with_suffix(".cpp")
+            path.write_text(program)
+            command = [os.environ.get("CXX", "g++"), *flags, "-shared", "-fPIC", "-pthread", str(path), "-o", str(library)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"the kernels do not compile for the host:\n{done.stderr[:8000]}")
+    return library
+
+
+# --- arrays -------------------------------------------------------------------------------------------------------
+
+
+class HostedArray:
+    """Like cupy.ndarray: refuses to become, to meet, or to be indexed by a NumPy array, and to become a number."""
+
+    __array_ufunc__ = None
+
+    def __init__(self, host: np.ndarray[Any, Any]) -> None:
+        self._host = host
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
+
+    def __bool__(self) -> bool:
+        raise TypeError("implicit copy from the device: bool()")
+
+    def __int__(self) -> int:
+        raise TypeError("implicit copy from the device: int()")
+
+    def __float__(self) -> float:
+        raise TypeError("implicit copy from the device: float()")
+
+    __index__ = __int__
+
+    def __iter__(self) -> Iterator[HostedArray]:
+        return (self[n] for n in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self._host)
+
+    def __repr__(self) -> str:
+        return f"HostedArray({self._host!r})"
+
+    def __getitem__(self, index: Any) -> HostedArray:
+        return HostedArray(np.asarray(self._host[_plain(index)]))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._host[_plain(index)] = _plain(value)
+
+    def get(self) -> np.ndarray[Any, Any]:
+        return self._host.copy()
+
+    @property
+    def data(self) -> Any:
+        return SimpleNamespace(ptr=self._host.ctypes.data)
+
+    @property
+    def device(self) -> Any:
+        return SimpleNamespace(id=0)
+
+    @property
+    def T(self) -> HostedArray:  # noqa: N802
+        return HostedArray(self._host.T)
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self._host.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, 0)  # kDLCUDA
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _known("ndarray", name)
+        found = getattr(self._host, name)
+        return _wrapped(found) if callable(found) else found
+
+
+def _plain(value: Any) -> Any:
+    """The NumPy side of what is handed in; NumPy arrays themselves are refused, as CuPy does."""
+    if isinstance(value, HostedArray):
+        return value._host
+    if isinstance(value, np.ndarray) and value.ndim:
+        raise TypeError("Unsupported type <class 'numpy.ndarray'>: it is not on the device")
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(one) for one in value)
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return value
+
+
+def _back(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)):
+        return HostedArray(np.asarray(value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_back(one) for one in value)
+    return value
+
+
+def _wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        return _back(function(*_plain(args), **_plain(options)))
+
+    return call
+
+
+def _operator(name: str, *, swapped: bool) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def apply(self: HostedArray, other: Any = None) -> Any:
+        if name in ("neg", "invert", "pos"):
+            return _back(function(self._host))
+        pair = (_plain(other), self._host) if swapped else (self._host, _plain(other))
+        return _back(function(*pair))
+
+    return apply
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"):
+    _bare = _name.rstrip("_")
+    setattr(HostedArray, f"__{_bare}__", _operator(_name, swapped=False))
+    setattr(HostedArray, f"__r{_bare}__", _operator(_name, swapped=True))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "invert"):
+    setattr(HostedArray, f"__{_name}__", _operator(_name, swapped=False))
+for _name in ("iadd", "isub", "imul", "itruediv", "iand", "ior"):
+
+    def _inplace(self: HostedArray, other: Any, _function: Any = getattr(operator, _name)) -> HostedArray:
+        self._host = _function(self._host, _plain(other))
+        return self
+
+    setattr(HostedArray, f"__{_name}__", _inplace)
+
+
+def _known(owner: str, name: str) -> None:
+    """Fails for what CuPy does not have, where CuPy can say so."""
+    try:
+        import cupy
+    except ImportError:
+        return
+    target = cupy.ndarray if owner == "ndarray" else cupy
+    if not hasattr(target, name):
+        raise AttributeError(f"CuPy has no {owner} {name!r}")
+
+
+# --- kernels ------------------------------------------------------------------------------------------------------
+
+
+class HostedKernel:
+    def __init__(self, module: HostedModule, name: str) -> None:
+        self._module, self._name = module, name
+        self._entry = getattr(module.library, f"krh_{name}")
+        self._entry.restype = ctypes.c_char_p
+        self.max_dynamic_shared_size_bytes = 48 << 10
+
+    def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise RuntimeError("CUDA_ERROR_INVALID_VALUE: more shared memory than the kernel asked for")
+        values, keep = [], []
+        for value in args:
+            if isinstance(value, HostedArray):
+                held: Any = ctypes.c_void_p(value._host.ctypes.data)
+            elif isinstance(value, np.generic):
+                held = np.asarray(value).tobytes()
+                held = (ctypes.c_char * len(held)).from_buffer_copy(held)
+            else:
+                raise TypeError(f"kernel arguments are device arrays and NumPy scalars, got {type(value).__name__}")
+            keep.append(held)
+            values.append(ctypes.addressof(held))
+        sizes = [ctypes.sizeof(held) for held in keep]
+        full_grid, full_block = ((*shape, 1, 1)[:3] for shape in (grid, block))
+        together = self._module.cluster if self._name in self._module.clustered else 1
+        if self._module.cooperative:
+            together = int(np.prod(full_grid))
+        with _launching:
+            error = self._entry(
+                (ctypes.c_uint * 3)(*full_grid),
+                (ctypes.c_uint * 3)(*full_block),
+                ctypes.c_size_t(shared_mem),
+                ctypes.c_size_t(together),
+                (ctypes.c_void_p * max(len(values), 1))(*values),
+                (ctypes.c_size_t * max(len(sizes), 1))(*sizes),
+                ctypes.c_size_t(len(values)),
+            )
+        if error:
+            raise RuntimeError(f"{self._name}: {error.decode()}")
+
+
+class HostedModule:
+    flavour = "fibers"
+    extra: tuple[str, ...] = ()
+
+    def __init__(self, *, code: str, options: Sequence[str] = (), enable_cooperative_groups: bool = False) -> None:
+        assert STANDARD in options
+        self.library = ctypes.CDLL(str(build(code, options, flavour=self.flavour, extra=self.extra)))
+        self.cooperative = enable_cooperative_groups
+        self.clustered = set(_CLUSTERED.findall(code))
+        defines = dict(o[2:].split("=") for o in options if o.startswith("-D"))
+        self.cluster = int(defines.get("CLUSTER", 1))
+
+    def get_function(self, name: str) -> HostedKernel:
+        return HostedKernel(self, name)
+
+
+# --- the module ---------------------------------------------------------------------------------------------------
+
+
+class _Current:
+    """A device or a stream: current inside `with`."""
+
+    ptr = 0
+    id = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.depth = 0
+
+    def __enter__(self) -> _Current:
+        self.depth += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+
+    def synchronize(self) -> None:
+        pass
+
+    def record(self, _: Any = None) -> None:
+        pass
+
+    def wait_event(self, _: Any) -> None:
+        pass
+
+
+class _Pool:
+    def malloc(self, size: int) -> int:
+        raise AssertionError("the stand-in allocates through NumPy")
+
+    def used_bytes(self) -> int:
+        return 0
+
+    def total_bytes(self) -> int:
+        return 0
+
+    def free_all_blocks(self) -> None:
+        pass
+
+
+@contextmanager
+def _using_allocator(_: Any) -> Iterator[None]:
+    yield
+
+
+class HostedCupy:
+    """The module. Anything that is not defined here is NumPy's, its arrays wrapped."""
+
+    ndarray = HostedArray
+    RawModule = HostedModule
+
+    def __init__(self, *, capability: tuple[int, int] = (9, 0), shared_bytes: int = 227 << 10, sms: int = 4) -> None:
+        properties = {
+            "name": b"emulated",
+            "major": capability[0],
+            "minor": capability[1],
+            "multiProcessorCount": sms,
+            "sharedMemPerBlockOptin": shared_bytes,
+            "totalGlobalMem": 1 << 30,
+        }
+        self.cuda = SimpleNamespace(
+            Device=_Current,
+            Stream=_Current,
+            Event=_Current,
+            MemoryPool=_Pool,
+            using_allocator=_using_allocator,
+            runtime=SimpleNamespace(getDeviceProperties=lambda _: properties),
+        )
+
+    def asarray(self, value: Any, dtype: Any = None) -> HostedArray:
+        """From NumPy: a copy, as one to a device is."""
+        if isinstance(value, HostedArray):
+            return value if dtype is None else value.astype(dtype)
+        return HostedArray(np.array(value, dtype=dtype))
+
+    array = asarray
+
+    def from_dlpack(self, value: Any) -> HostedArray:
+        return value if isinstance(value, HostedArray) else HostedArray(np.from_dlpack(value))
+
+    def asnumpy(self, value: HostedArray) -> np.ndarray[Any, Any]:
+        return value.get()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _known("module", name)
+        found = getattr(np, name)
+        return _wrapped(found) if callable(found) and not isinstance(found, type) else found
+
+
+def host_cuda(**device: Any) -> Cuda:
+    """A Cuda whose arrays and kernels are the CPU's. device: capability, shared_bytes, sms."""
+    return Cuda(0, cupy=HostedCupy(**device))

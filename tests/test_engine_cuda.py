@@ -1,0 +1,160 @@
+"""The whole way on a device: what the CPU finds, and nothing but the summary leaves the device.
+
+On a machine without a GPU the device is emulated: the same kernels, arrays that refuse to become NumPy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bounds import FLOAT32_SUM
+from cuda_on_host import HostedCupy
+from hosted_session import HostedSession
+
+import keyreel
+from keyreel.backend import CUDA_BATCH, Backend, Frames, resolve
+from keyreel.bundle import Bundle
+from keyreel.config import EncodeConfig, ImageTransform, Sampling, SelectConfig
+from keyreel.decode.cpu import FrameStream
+from keyreel.decode.source import Source
+from keyreel.errors import OutOfMemory
+from keyreel.types import FrameBatch
+from keyreel_kernels.cuda import Cuda
+from keyreel_kernels.ops import ops_on
+
+CLIP = "natural/bikes.mp4"
+
+
+class Uploaded:
+    """Decoded on the CPU, handed on as a device would: the pictures are the same on both sides."""
+
+    def __init__(self, stream: FrameStream, cuda: Cuda) -> None:
+        self._stream, self._cuda = stream, cuda
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __enter__(self) -> Uploaded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def __iter__(self) -> Iterator[FrameBatch]:
+        return self
+
+    def __next__(self) -> FrameBatch:
+        batch = next(self._stream)
+        return FrameBatch(self._cuda.to_device(batch.data), batch.pts_seconds, batch.frame_index)
+
+
+def backend_on(cuda: Cuda, batch_size: int = 16) -> Backend:
+    def stream(
+        source: Source, sampling: Sampling, *, transform: ImageTransform | None = None, batch_size: int = CUDA_BATCH
+    ) -> Frames:
+        return Uploaded(FrameStream(source, sampling, transform=transform, batch_size=batch_size), cuda)
+
+    if isinstance(cuda.cupy, HostedCupy):
+        return Backend("cuda:0", "emulated", ops_on(cuda), HostedSession, stream, batch_size)
+    found = resolve("cuda:0")
+    return Backend("cuda:0", "test", ops_on(cuda), found.open_session, stream, batch_size)
+
+
+@pytest.fixture(scope="module")
+def engine(cuda: Cuda) -> Iterator[keyreel.Engine]:
+    with keyreel.Engine(Bundle.find("builtin"), backend_on(cuda)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[keyreel.Engine]:
+    with keyreel.Engine.from_pretrained(device="cpu", threads=1) as made:
+        yield made
+
+
+@pytest.mark.parametrize("shift", ["off", "fixed", "adaptive"])
+def test_a_summary_is_that_of_the_cpu(
+    engine: keyreel.Engine, reference: keyreel.Engine, media: Callable[[str], Path], shift: Any
+) -> None:
+    config = {"encode": EncodeConfig(shift=shift, attention_strength=0.5, batch_size=16)}
+    got, want = (one.summarize(media(CLIP), **config) for one in (engine, reference))
+    np.testing.assert_allclose(got.embedding.vectors, want.embedding.vectors, atol=FLOAT32_SUM)
+    np.testing.assert_allclose(got.embedding.attention, want.embedding.attention, atol=FLOAT32_SUM)
+    assert [frame.frame_index for frame in got.keyframes] == [frame.frame_index for frame in want.keyframes]
+    assert got.shots == want.shots
+    assert got.device == "cuda:0"
+    for one, other in zip(got.search("a bicycle", k=3), want.search("a bicycle", k=3), strict=True):
+        assert (one.start_seconds, one.stop_seconds) == (other.start_seconds, other.stop_seconds)
+        assert one.score == pytest.approx(other.score, abs=1e-5)
+
+
+def test_nothing_but_the_summary_leaves_the_device(
+    engine: keyreel.Engine, media: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda: Any = engine.backend.ops.arrays
+    left: list[tuple[tuple[int, ...], int]] = []
+    down = Cuda.to_host
+
+    def noted(self: Cuda, array: Any) -> Any:
+        found = down(self, array)
+        if not isinstance(array, np.ndarray):
+            left.append((found.shape, found.nbytes))
+        return found
+
+    monkeypatch.setattr(Cuda, "to_host", noted)
+    before = cuda.bytes_to_host
+    summary = engine.summarize(media(CLIP), select=SelectConfig(max_keyframes=8))
+    assert sum(size for _, size in left) == cuda.bytes_to_host - before > 0
+    frames, (count, width) = engine.bundle.image, summary.embedding.vectors.shape
+    patches = summary.embedding.attention.shape[1]
+    summary_itself = {(count, width), (count, patches), (count, 4)}
+    assert summary_itself <= {shape for shape, _ in left}
+    # The rest: numbers of one frame or one cluster, and the colour histograms of the second look at cuts.
+    for shape, size in left:
+        if shape not in summary_itself:
+            histograms = shape[1:] == (512,)
+            assert histograms or size <= 8 * max(count, 8 * width), shape
+    pictures = count * frames.height * frames.width * 3
+    assert cuda.bytes_to_host - before < pictures / 10
+
+
+def test_frames_on_the_device_give_vectors_on_the_device(engine: keyreel.Engine, reference: keyreel.Engine) -> None:
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (20, 40, 56, 3), dtype=np.uint8)
+    cuda: Any = engine.backend.ops.arrays
+    before = cuda.bytes_to_host
+    there = engine.embed(cuda.to_device(frames))
+    assert isinstance(there, cuda.cupy.ndarray)
+    want = reference.embed(frames)
+    # Resized by our kernel there and by NumPy here: a rounding apart, so one level of 255 in some pixels.
+    cosine = (cuda.to_host(there) * want).sum(1)
+    assert cosine.min() > 0.999
+    assert isinstance(engine.embed(frames), np.ndarray)
+    assert cuda.bytes_to_host > before
+
+
+def test_text_comes_back_to_the_host(engine: keyreel.Engine, reference: keyreel.Engine) -> None:
+    texts = ["a dog", "two people on a beach"]
+    np.testing.assert_allclose(engine.encode_text(texts), reference.encode_text(texts), atol=FLOAT32_SUM)
+
+
+def test_full_memory_is_told(engine: keyreel.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfMemoryError(Exception):
+        pass
+
+    def full(*_: object) -> None:
+        raise OutOfMemoryError("Out of memory allocating 1 bytes")
+
+    monkeypatch.setattr(engine, "_fitted", full)
+    with pytest.raises(OutOfMemory, match="--batch-size"):
+        engine.embed(np.zeros((1, 8, 8, 3), np.uint8))
+
+
+def test_warming_up_runs_everything_once(engine: keyreel.Engine) -> None:
+    seen: list[float] = []
+    engine.warmup(progress=lambda stage, done, total: seen.append(done / (total or 1)))
+    assert seen[-1] == 1.0

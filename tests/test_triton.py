@@ -1,0 +1,260 @@
+"""The model repository for Triton Inference Server: its configuration by Triton's own schema, its graphs by value."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the extra export is not installed")
+pytest.importorskip("onnx", reason="the extra export is not installed")
+pytest.importorskip("onnxruntime", reason="no onnxruntime to run what is exported")
+
+import onnx
+import onnxruntime
+
+from keyreel.bundle import Bundle, write_manifest
+from keyreel.errors import ModelError
+from keyreel.text import Tokenizer
+from keyreel_export import triton, verify
+
+
+@pytest.fixture(scope="module")
+def schema() -> Any:
+    """Triton's ModelConfig. Its module is loaded by its file: the package around it wants grpcio."""
+    package = importlib.util.find_spec("tritonclient")
+    if package is None or package.origin is None:
+        pytest.skip("tritonclient is not installed")
+    file = Path(package.origin).parent / "grpc" / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def strong(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The built-in bundle with another strength, so that a strength that is not folded in shows."""
+    folder = tmp_path_factory.mktemp("bundle") / "strong"
+    shutil.copytree(Bundle.find("builtin").folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    manifest["fusion"]["strength_default"] = 1.5
+    del manifest["files"], manifest["schema"]
+    write_manifest(folder, manifest)
+    return Bundle.load(folder)
+
+
+@pytest.fixture(scope="module")
+def repository(strong: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return triton.export_triton(strong, tmp_path_factory.mktemp("served") / "models", max_batch_size=48, instances=2)
+
+
+def run(path: Path, **feeds: Any) -> Any:
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+
+
+def parsed(schema: Any, folder: Path, model: str) -> Any:
+    from google.protobuf import text_format
+
+    return text_format.Parse((folder / model / "config.pbtxt").read_text("utf-8"), schema.ModelConfig())
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_merged_graph_gives_what_the_bundle_gives(strong: Bundle, repository: Path, count: int) -> None:
+    frames = verify.sample_frames(224, 224, count=count, seed=3)
+    tokens = run(strong.file("backbone.onnx"), frames=frames)
+    attention = run(strong.file("attention.onnx"), tokens=tokens)
+    own = {
+        strength: run(
+            strong.file("fusion.onnx"), tokens=tokens, attention=attention, strength=np.array(strength, np.float32)
+        )
+        for strength in (0.0, 1.5)
+    }
+    found = run(repository / "keyreel_image/1/model.onnx", frames=frames)
+    np.testing.assert_allclose(found, own[1.5], atol=1e-5)
+    assert np.abs(found - own[0.0]).max() > 1e-3
+
+
+def test_a_map_made_from_frames_is_merged_as_well(strong: Bundle, tmp_path: Path) -> None:
+    """Two parts that read the same frames; the map is the brightness of 7 bands of columns."""
+    folder = tmp_path / "frames"
+    shutil.copytree(strong.folder, folder)
+    nodes = [
+        onnx.helper.make_node("Cast", ["frames"], ["tokens"], to=onnx.TensorProto.FLOAT),  # a name the backbone has too
+        onnx.helper.make_node("ReduceMean", ["tokens", "inner"], ["columns"], keepdims=0),  # [N, 224]
+        onnx.helper.make_node("Reshape", ["columns", "bands"], ["banded"]),  # [N, 7, 32]
+        onnx.helper.make_node("ReduceMean", ["banded", "last"], ["seven"], keepdims=1),  # [N, 7, 1]
+        onnx.helper.make_node("Expand", ["seven", "grid"], ["square"]),  # [N, 7, 7]
+        onnx.helper.make_node("Reshape", ["square", "flat"], ["energy"]),
+        onnx.helper.make_node("ReduceSum", ["energy", "row"], ["total"], keepdims=1),
+        onnx.helper.make_node("Div", ["energy", "total"], ["attention"]),
+    ]
+    constants = {"inner": [1, 3], "bands": [-1, 7, 32], "last": [2], "grid": [1, 7, 7], "flat": [-1, 49], "row": [1]}
+    graph = onnx.helper.make_graph(
+        nodes,
+        "map",
+        [onnx.helper.make_tensor_value_info("frames", onnx.TensorProto.UINT8, ["N", 224, 224, 3])],
+        [onnx.helper.make_tensor_value_info("attention", onnx.TensorProto.FLOAT, ["N", 49])],
+        [onnx.numpy_helper.from_array(np.array(value, np.int64), name) for name, value in constants.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, folder / "attention.onnx")
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    manifest["attention"]["input"] = "frames"
+    del manifest["files"], manifest["schema"]
+    write_manifest(folder, manifest)
+    bundle = Bundle.load(folder)
+
+    made = triton.export_triton(bundle, tmp_path / "models")
+    frames = verify.sample_frames(224, 224, count=3, seed=4)
+    tokens = run(bundle.file("backbone.onnx"), frames=frames)
+    energy = frames.astype(np.float32).mean((1, 3)).reshape(3, 7, 32).mean(2)
+    attention = np.repeat((energy / (7 * energy.sum(1, keepdims=True)))[:, :, None], 7, axis=2).reshape(3, 49)
+    expected = run(bundle.file("fusion.onnx"), tokens=tokens, attention=attention, strength=np.array(1.5, np.float32))
+    np.testing.assert_allclose(run(made / "keyreel_image/1/model.onnx", frames=frames), expected, atol=1e-5)
+
+
+def test_text_runs_with_the_tokenizer_beside_it(strong: Bundle, repository: Path) -> None:
+    texts = ["a dog", "", "long " * 90]
+    beside = repository / "keyreel_text/tokenizer.json"
+    ids = Tokenizer(beside, clean=strong.clean, context_length=strong.context_length).encode(texts)
+    found = run(repository / "keyreel_text/1/model.onnx", token_ids=ids)
+    np.testing.assert_allclose(found, run(strong.file("text.onnx"), token_ids=ids), atol=1e-6)
+
+
+def test_configuration(schema: Any, strong: Bundle, repository: Path) -> None:
+    image, text = (parsed(schema, repository, model) for model in ("keyreel_image", "keyreel_text"))
+    for config, folder in ((image, "keyreel_image"), (text, "keyreel_text")):
+        assert (config.name, config.platform, config.max_batch_size) == (folder, "onnxruntime_onnx", 48)
+        assert config.HasField("dynamic_batching")
+        assert config.dynamic_batching.max_queue_delay_microseconds == 2000
+        group = config.instance_group[0]
+        assert (group.count, group.kind) == (2, schema.ModelInstanceGroup.KIND_AUTO)
+        assert config.version_policy.latest.num_versions == 1
+        assert config.parameters["keyreel_bundle_sha256"].string_value == strong.sha256
+        # Triton adds the batch to these dimensions and holds them against the graph's.
+        graph = onnxruntime.InferenceSession(
+            str(repository / folder / "1/model.onnx"), providers=["CPUExecutionProvider"]
+        )
+        for described, real in ((config.input, graph.get_inputs()), (config.output, graph.get_outputs())):
+            assert [(entry.name, list(entry.dims)) for entry in described] == [(v.name, v.shape[1:]) for v in real]
+            assert all(isinstance(value.shape[0], str) for value in real)
+    kinds = [entry.data_type for entry in (image.input[0], image.output[0], text.input[0], text.output[0])]
+    assert kinds == [schema.TYPE_UINT8, schema.TYPE_FP32, schema.TYPE_INT64, schema.TYPE_FP32]
+
+
+def test_half_precision_stays_on_the_gpu(schema: Any, strong: Bundle) -> None:
+    from google.protobuf import text_format
+
+    half = dataclasses.replace(strong, manifest={**strong.manifest, "precision": "fp16"}, name='odd "name"')
+    config = text_format.Parse(triton._config(half, "m", ("x", "TYPE_UINT8", (1,)), 1, 1), schema.ModelConfig())
+    assert config.instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
+    assert config.parameters["keyreel_bundle"].string_value == 'odd "name"'
+
+
+def test_the_client_of_the_readme_runs(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for the server that runs the repository's own graphs."""
+
+    class Input:
+        def __init__(self, name: str, shape: list[int], kind: str) -> None:
+            self.name, self.shape, self.kind = name, shape, kind
+
+        def set_data_from_numpy(self, array: Any) -> None:
+            assert list(array.shape) == self.shape
+            assert {"UINT8": np.uint8, "INT64": np.int64}[self.kind] == array.dtype
+            self.array = array
+
+    class Client:
+        def __init__(self, address: str) -> None:
+            assert address == "localhost:8000"
+
+        def infer(self, model: str, inputs: list[Input]) -> Any:
+            found = run(repository / model / "1/model.onnx", **{given.name: given.array for given in inputs})
+            return type("Result", (), {"as_numpy": staticmethod({"vectors": found}.get)})
+
+    served = type(sys)("tritonclient.http")
+    served.InferInput, served.InferenceServerClient = Input, Client  # type: ignore[attr-defined]
+    package = type(sys)("tritonclient")
+    package.http = served  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tritonclient", package)
+    monkeypatch.setitem(sys.modules, "tritonclient.http", served)
+    monkeypatch.chdir(repository)
+    readme = (repository / "README.md").read_text("utf-8")
+    names: dict[str, Any] = {}
+    exec(compile(readme.split("```python\n")[1].split("```")[0], "README.md", "exec"), names)
+    ids = Tokenizer(repository / "keyreel_text/tokenizer.json", clean="none", context_length=32).encode(["a dog"])
+    text = run(repository / "keyreel_text/1/model.onnx", token_ids=ids)
+    image = run(repository / "keyreel_image/1/model.onnx", frames=np.zeros((1, 224, 224, 3), np.uint8))
+    np.testing.assert_allclose(names["cosines"], image @ text.T, atol=1e-5)
+
+
+def test_a_repository_is_replaced_and_nothing_else_is(strong: Bundle, repository: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(repository, tmp_path / "models")
+    triton.export_triton(strong, folder, max_batch_size=16)
+    assert "max_batch_size: 16" in (folder / "keyreel_image/config.pbtxt").read_text("utf-8")
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == (
+        triton.FILES - {f"keyreel_{model}/1/model.onnx.data" for model in ("image", "text")}
+    )
+    (folder / "keyreel_image/2").mkdir()
+    (folder / "keyreel_image/2/model.onnx").write_text("mine")
+    with pytest.raises(ModelError, match="keyreel_image/2/model"):
+        triton.export_triton(strong, folder)
+    with pytest.raises(ModelError, match="is a file"):
+        triton.export_triton(strong, folder / "README.md")
+    assert (folder / "keyreel_image/2/model.onnx").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_nothing_is_left_of_an_export_that_fails(
+    strong: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = triton._merged
+
+    def damaged(package: Any, bundle: Bundle) -> Any:
+        model = merged(package, bundle)
+        strength = next(tensor for tensor in model.graph.initializer if tensor.name == "strength")
+        strength.CopyFrom(onnx.numpy_helper.from_array(np.array(9.0, np.float32), "strength"))
+        return model
+
+    monkeypatch.setattr(triton, "_merged", damaged)
+    with pytest.raises(ModelError, match="differs"):
+        triton.export_triton(strong, tmp_path / "models")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="max_batch_size"):
+        triton.export_triton(strong, tmp_path / "models", max_batch_size=0)
+
+
+def test_weights_beside_the_graph_when_too_large(
+    strong: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "LARGEST_INSIDE_BYTES", 1000)
+    folder = triton.export_triton(strong, tmp_path / "models")
+    assert (folder / "keyreel_image/1/model.onnx.data").stat().st_size > 5_000_000
+    frames = verify.sample_frames(224, 224, count=2, seed=3)
+    tokens = run(strong.file("backbone.onnx"), frames=frames)
+    attention = run(strong.file("attention.onnx"), tokens=tokens)
+    expected = run(strong.file("fusion.onnx"), tokens=tokens, attention=attention, strength=np.array(1.5, np.float32))
+    np.testing.assert_allclose(run(folder / "keyreel_image/1/model.onnx", frames=frames), expected, atol=1e-5)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    target = tmp_path / "models"
+    command = [sys.executable, "-W", "error", "-m", "keyreel", "export", "builtin", "--triton", str(target), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["manifest"]["name"] == "builtin"
+    assert (target / "keyreel_image/1/model.onnx").is_file()
+    (target / "mine.txt").write_text("mine")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 4
+    assert "mine.txt" in done.stderr
