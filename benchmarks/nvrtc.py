@@ -18,7 +18,7 @@ from typing import Any
 from keyreel_kernels.cuda import FOLDER, STANDARD, Defines, source_of
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-_LAUNCHERS = ("cuda_frames", "cuda_patches")
+_LAUNCHERS = ("cuda_frames", "cuda_patches", "cuda_kmeans")
 _USED = re.compile(
     r"Function properties for (\w+)\n[^\n]*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     r"\n.*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?"

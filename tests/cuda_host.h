@@ -6,7 +6,6 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -18,6 +17,11 @@
 #include <thread>
 #include <utility>
 #include <vector>
+#ifdef KR_THREADS
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #ifndef __x86_64__
 #include <ucontext.h>
 #endif
@@ -70,6 +74,28 @@ namespace krh {
 
 enum class State { run, warp, block, group, done };
 
+#ifdef KR_THREADS
+// std::barrier spins before it sleeps, which hundreds of threads on a few cores cannot afford.
+class Barrier {
+    const unsigned count;
+    std::atomic<unsigned> left, turn = 0;
+
+public:
+    explicit Barrier(size_t count) : count(unsigned(count)), left(unsigned(count)) {}
+    void arrive_and_wait() {
+        const unsigned now = turn.load(std::memory_order_acquire);
+        if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+            left.store(count, std::memory_order_relaxed);
+            turn.fetch_add(1, std::memory_order_acq_rel);
+            syscall(SYS_futex, &turn, FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
+        } else {
+            while (turn.load(std::memory_order_acquire) == now)
+                syscall(SYS_futex, &turn, FUTEX_WAIT_PRIVATE, now, nullptr, nullptr, 0);
+        }
+    }
+};
+#endif
+
 struct Block {
     std::unique_ptr<unsigned char[]> shared;
     uint3 index{};
@@ -77,8 +103,8 @@ struct Block {
     std::vector<uint64_t> mailbox;  // of shuffles, one word a thread
     std::vector<uint32_t> operands;  // of mma, six words a thread
 #ifdef KR_THREADS
-    std::unique_ptr<std::barrier<>> barrier;
-    std::vector<std::unique_ptr<std::barrier<>>> warps;
+    std::unique_ptr<Barrier> barrier;
+    std::vector<std::unique_ptr<Barrier>> warps;
 #endif
 };
 
@@ -106,7 +132,7 @@ inline Launch current;
 
 #ifdef KR_THREADS
 inline thread_local Thread* here;
-inline std::unique_ptr<std::barrier<>> group_barrier;
+inline std::unique_ptr<Barrier> group_barrier;
 inline void wait(State state) {
     if (state == State::warp) here->block->warps[here->linear / 32]->arrive_and_wait();
     else if (state == State::block) here->block->barrier->arrive_and_wait();
@@ -193,7 +219,7 @@ __attribute__((noinline)) inline Thread& self() {
 // The system's threads, kept from group to group: a sanitizer takes long to make one.
 class Crew {
     std::vector<std::thread> running;
-    std::unique_ptr<std::barrier<>> turn;
+    std::unique_ptr<Barrier> turn;
     std::vector<Thread>* work = nullptr;  // nothing: go home
 
     void dismiss() {
@@ -215,7 +241,7 @@ public:
     void run(std::vector<Thread>& threads) {
         if (running.size() != threads.size()) {
             dismiss();
-            turn = std::make_unique<std::barrier<>>(static_cast<std::ptrdiff_t>(threads.size() + 1));
+            turn = std::make_unique<Barrier>(threads.size() + 1);
             for (size_t n = 0; n < threads.size(); ++n) running.emplace_back([this, n] { serve(n); });
         }
         work = &threads;
@@ -225,13 +251,13 @@ public:
 };
 
 inline std::string run_group(std::vector<Thread>& threads, size_t count) {
-    group_barrier = std::make_unique<std::barrier<>>(static_cast<std::ptrdiff_t>(threads.size()));
+    group_barrier = std::make_unique<Barrier>(threads.size());
     for (Block& block : current.blocks) {
-        block.barrier = std::make_unique<std::barrier<>>(static_cast<std::ptrdiff_t>(count));
+        block.barrier = std::make_unique<Barrier>(count);
         block.warps.clear();
         for (size_t warp = 0; warp < count; warp += 32)
             block.warps.push_back(
-                std::make_unique<std::barrier<>>(static_cast<std::ptrdiff_t>(std::min<size_t>(32, count - warp))));
+                std::make_unique<Barrier>(std::min<size_t>(32, count - warp)));
     }
     static Crew crew;
     crew.run(threads);

@@ -30,7 +30,9 @@ FLAVOURS = {
     "fibers": ("-O2",),
     "threads": ("-O1", "-g", "-DKR_THREADS"),
 }
-_ENTRY = re.compile(r'(?:extern\s+"C"\s+__global__\s+void|KR_CLUSTER_KERNEL)\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(')
+_ENTRY = re.compile(
+    r'(?:extern\s+"C"\s+__global__\s+void|KR_CLUSTER_KERNEL)\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\('
+)
 _CLUSTERED = re.compile(r"KR_CLUSTER_KERNEL\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(")
 _LOCK = threading.RLock()
 _launching = threading.Lock()  # the emulation has one launch at a time
@@ -38,10 +40,13 @@ _launching = threading.Lock()  # the emulation has one launch at a time
 
 def host_source(code: str) -> str:
     """The program that runs the kernels of `code`: header, code, one entry for each kernel."""
+    declared = (
+        "const unsigned* grid, const unsigned* block, size_t shared, size_t together, void** arguments, "
+        "const size_t* sizes, size_t count"
+    )
+    given = "grid, block, shared, together, arguments, sizes, count"
     entries = "\n".join(
-        f'extern "C" const char* krh_{name}(const unsigned* grid, const unsigned* block, size_t shared, size_t together, '
-        f"void** arguments, const size_t* sizes, size_t count) {{ return krh::start({name}, grid, block, shared, together, "
-        "arguments, sizes, count); }"
+        f'extern "C" const char* krh_{name}({declared}) {{ return krh::start({name}, {given}); }}'
         for name in dict.fromkeys(_ENTRY.findall(code))
     )
     return f'#define KEYREEL_HOST\n#include "{HEADER}"\n{code}\n#line 1 "entries"\n{entries}\n'
@@ -63,7 +68,16 @@ def build(code: str, options: Sequence[str], *, flavour: str = "fibers", extra: 
         if not library.exists():
             path = library.with_suffix(".cpp")
             path.write_text(program)
-            command = [os.environ.get("CXX", "g++"), *flags, "-shared", "-fPIC", "-pthread", str(path), "-o", str(library)]
+            command = [
+                os.environ.get("CXX", "g++"),
+                *flags,
+                "-shared",
+                "-fPIC",
+                "-pthread",
+                str(path),
+                "-o",
+                str(library),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"the kernels do not compile for the host:\n{done.stderr[:8000]}")
@@ -122,7 +136,7 @@ class HostedArray:
         return SimpleNamespace(id=0)
 
     @property
-    def T(self) -> HostedArray:  # noqa: N802
+    def T(self) -> HostedArray:
         return HostedArray(self._host.T)
 
     def __dlpack__(self, **_: Any) -> Any:
@@ -180,19 +194,38 @@ def _operator(name: str, *, swapped: bool) -> Callable[..., Any]:
     return apply
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"):
+def _in_place(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def apply(self: HostedArray, other: Any) -> HostedArray:
+        self._host = function(self._host, _plain(other))
+        return self
+
+    return apply
+
+
+for _name in [
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and_",
+    "or_",
+    "xor",
+    "lshift",
+    "rshift",
+]:
     _bare = _name.rstrip("_")
     setattr(HostedArray, f"__{_bare}__", _operator(_name, swapped=False))
     setattr(HostedArray, f"__r{_bare}__", _operator(_name, swapped=True))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "invert"):
     setattr(HostedArray, f"__{_name}__", _operator(_name, swapped=False))
 for _name in ("iadd", "isub", "imul", "itruediv", "iand", "ior"):
-
-    def _inplace(self: HostedArray, other: Any, _function: Any = getattr(operator, _name)) -> HostedArray:
-        self._host = _function(self._host, _plain(other))
-        return self
-
-    setattr(HostedArray, f"__{_name}__", _inplace)
+    setattr(HostedArray, f"__{_name}__", _in_place(_name))
 
 
 def _known(owner: str, name: str) -> None:

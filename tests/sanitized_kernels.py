@@ -6,14 +6,13 @@ The sanitizer's library must have been loaded first; `command` says how.
 
 from __future__ import annotations
 
-import ctypes.util
 import os
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
-import cuda_on_host
 import numpy as np
 from cuda_on_host import HostedCupy, HostedModule
 
@@ -22,22 +21,31 @@ from keyreel_kernels.cuda import Cuda
 
 # Each finding ends the run with this exit code.
 FOUND = 66
-# Library, flavour of the emulation, flags. "threads": each CUDA thread is one of the system, so that whatever two of them
-# do without a barrier is seen as a race.
+# Library, flavour of the emulation, flags. "threads": each CUDA thread is one of the system, so that whatever two of
+# them do without a barrier is seen as a race.
 SANITIZERS = {
-    "thread": ("libtsan.so", "threads", ("-fsanitize=thread",)),
+    "thread": ("libtsan.so", "threads", ("-fsanitize=thread", "-g1")),
     "address": (
         "libasan.so",
         "fibers",
-        ("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-static-libubsan", "-O1", "-g"),
+        (
+            "-fsanitize=address,undefined",
+            "-fno-sanitize=vptr",
+            "-fno-sanitize-recover=all",
+            "-static-libubsan",
+            "-O1",
+            "-g1",
+        ),
     ),
 }
-_HEAD = 'extern "C" __global__ void planted(int* out, int n) {\n    KR_SHARED(int, shared);\n    const int i = threadIdx.x;\n'
+_HEAD = (
+    'extern "C" __global__ void planted(int* out, int n) {\n'
+    "    KR_SHARED(int, shared);\n    const int i = threadIdx.x;\n"
+)
 FAULTS = {
     "race": "    shared[i] = i;\n    out[i] = shared[(i + 1) % n];\n}\n",
     "outside": "    shared[i + 1] = i;\n    __syncthreads();\n    out[i] = shared[i];\n}\n",
     "overflow": "    shared[i] = i + 0x7fffffff - n / 2;\n    __syncthreads();\n    out[i] = shared[i];\n}\n",
-    "none": "    shared[i] = i;\n    __syncthreads();\n    out[i] = shared[(i + 1) % n];\n}\n",
 }
 
 
@@ -85,9 +93,10 @@ def sanitized(sanitizer: str) -> Cuda:
 
 
 def plant(cuda: Cuda, fault: str) -> None:
-    kernels.source_of = lambda _: "#pragma once\n" + (kernels.FOLDER / "device.cuh").read_text() + _HEAD + FAULTS[fault]  # type: ignore[assignment]
-    out = cuda.cupy.zeros(64, np.int32)
-    cuda.launch("planted.cu", "planted", (1,), (64,), (out, np.int32(64)), shared=4 * 64)
+    prelude = (kernels.FOLDER / "device.cuh").read_text("utf-8")
+    with patch.object(kernels, "source_of", lambda _: f"{prelude}\n{_HEAD}{FAULTS[fault]}"):
+        out = cuda.cupy.zeros(64, np.int32)
+        cuda.launch("planted.cu", "planted", (1,), (64,), (out, np.int32(64)), shared=4 * 64)
 
 
 def main() -> None:

@@ -116,9 +116,7 @@ def assert_equal(one: Embedding, other: Embedding) -> None:
 )
 def test_chunked_equals_whole(seed: int, count: int, shift: Any, steps: int, size: int, sizes: list[int]) -> None:
     batch, model = video(seed, count), encoder()
-    whole = model.encode(
-        [batch], EncodeConfig(shift=shift, shift_steps=steps, attention_strength=1.0, batch_size=64)
-    )
+    whole = model.encode([batch], EncodeConfig(shift=shift, shift_steps=steps, attention_strength=1.0, batch_size=64))
     config = EncodeConfig(shift=shift, shift_steps=steps, attention_strength=1.0, batch_size=size)
     assert_equal(model.encode(pieces(batch, sizes), config).embedding, whole.embedding)
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from planted import embedding_of
 
 from keyreel import Engine
+from keyreel.backend import resolve
 from keyreel.decode.source import Source
 from keyreel.shots import Candidate, place_boundaries, shot_of, shots_between
 from keyreel.types import Shot

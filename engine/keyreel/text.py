@@ -90,7 +90,9 @@ class TextEncoder:
         if not len(ids):
             return np.empty((0, self._width), np.float32)
         with self._arrays.scope():
-            vectors: F32 = self._arrays.to_host(self._session.run({"token_ids": self._arrays.to_device(ids)})["vectors"])
+            vectors: F32 = self._arrays.to_host(
+                self._session.run({"token_ids": self._arrays.to_device(ids)})["vectors"]
+            )
         return vectors
 
     def close(self) -> None:

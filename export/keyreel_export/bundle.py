@@ -60,7 +60,7 @@ def export_model(
     Args:
         name: "ARCH/tag" as `open_clip.list_pretrained()` has them, "ARCH/path/to/checkpoint", "hf-hub:org/repo".
         folder: where to; the user's cache by default. A bundle that is there is replaced.
-        precision: "fp32", or "fp16" for GPUs; inputs and outputs of the graphs are the same.
+        precision: "fp32", or "fp16" for GPUs, which makes the bundle "NAME@fp16"; inputs and outputs are the same.
         attention: a CNN of timm's, or "uniform" for stock pooling.
         attention_weights: local weights of that CNN, instead of a download.
         projection: a trained fully connected layer for the fusion, see `load_projection`.
@@ -81,6 +81,8 @@ def export_model(
     if precision not in verify.BOUNDS:
         raise ValueError(f"precision must be one of {', '.join(verify.BOUNDS)}, got {precision!r}")
     recipe = pretrained.resolve(name, random_weights=random_weights)
+    if precision != "fp32":
+        name = f"{name}@{precision}"  # beside the other in the cache, not in its place
     folder = default_folder(name) if folder is None else folder
     _refuse_other_folders(folder)
     report = progress or (lambda stage, done, total: None)

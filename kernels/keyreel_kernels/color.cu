@@ -101,8 +101,9 @@ __device__ __forceinline__ void pair_of_rgb(const Source& source, int row, int c
 // table: a Source for each picture, then the taps of the filters. tiles: of each picture. scale, shift: of the
 // normalised output, by channel.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-    pictures(const int* __restrict__ table, void* out, int tiles, int height, int width, int fill, int output, float scale_red,
-             float scale_green, float scale_blue, float shift_red, float shift_green, float shift_blue) {
+    pictures(const int* __restrict__ table, void* out, int tiles, int height, int width, int fill, int output,
+             float scale_red, float scale_green, float scale_blue, float shift_red, float shift_green,
+             float shift_blue) {
     KR_SHARED(float, lines);                   // [3, SPAN, PITCH], first the even columns, then the odd ones
     float* narrow = lines + 3 * SPAN * PITCH;  // [3, TILE, PITCH]
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -176,7 +177,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
         const int own = y + warp * OWN + n;
         if (own >= high || x + lane >= wide) continue;
         const int at_row = own + source.top;
-        const bool inside = at_row >= down.low && at_row < down.high && at_column >= along.low && at_column < along.high;
+        const bool inside =
+            at_row >= down.low && at_row < down.high && at_column >= along.low && at_column < along.high;
         int row = turned ? x + lane : own, column = turned ? own : x + lane;
         if (source.turn & FLIP_ROWS) row = height - 1 - row;
         if (source.turn & FLIP_COLUMNS) column = width - 1 - column;

@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,9 +26,9 @@ _USUAL_SHARED_BYTES = 48 << 10
 Defines: TypeAlias = tuple[tuple[str, int], ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def source_of(file: str) -> str:
-    """A kernel file as it is compiled: device.cuh, then the file and, in their places, the files of ours that it includes.
+    """A kernel file as it is compiled: device.cuh, then the file with our own files where it includes them.
 
     The compiler knows no folder, and each keeps line numbers of its own.
     """

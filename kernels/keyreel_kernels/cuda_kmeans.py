@@ -66,7 +66,6 @@ class Plan:
     shared: int  # bytes a block
 
 
-
 def plan(cuda: Cuda, kind: int, width: int, most: int, lengths: I64, *, long: bool) -> Plan:
     """The launch for problems of `lengths` frames, up to `most` clusters, vectors of `width`.
 
@@ -103,7 +102,7 @@ def _sizes(cuda: Cuda) -> tuple[int, ...]:
     return (1, 2, 4, 8) if cuda.capability >= (9, 0) else (1,)
 
 
-def _is_long(cuda: Cuda, kind: int, width: int, k: I64, lengths: I64) -> NDArray[np.bool_]:
+def is_long(cuda: Cuda, kind: int, width: int, k: I64, lengths: I64) -> NDArray[np.bool_]:
     """Which problems the whole device should work on, one after the other."""
     most = int(k.max())
     if most > _MOST_SHARED_CLUSTERS:
@@ -113,7 +112,8 @@ def _is_long(cuda: Cuda, kind: int, width: int, k: I64, lengths: I64) -> NDArray
     outgrown = lengths > fits
     # Where problems that do not fit are many, and none is very long, each has blocks of its own all the same.
     many = outgrown.sum() * size >= cuda.multiprocessors
-    return outgrown & ~(many & (lengths <= 64 * fits))
+    long: NDArray[np.bool_] = outgrown & ~(many & (lengths <= 64 * fits))
+    return long
 
 
 def kind_of(x: Array) -> int:
@@ -148,56 +148,61 @@ def _run(
     if not len(k) or (lengths < 1).any() or (k < 1).any():
         raise ValueError("every problem needs a frame and a cluster")
     xp, kind = cuda.cupy, kind_of(x)
-    count, most, width = len(k), int(k.max()), int(x.shape[1])
+    count, most, width, starts = len(k), int(k.max()), int(x.shape[1]), label_starts(spans)
+    total, wide = int(starts[-1]), width % 8 == 0 and x.data.ptr % 16 == 0
     x, w = xp.ascontiguousarray(x), xp.ascontiguousarray(w.astype(np.float32, copy=False))
-    starts = label_starts(spans)
-    total = int(starts[-1])
-    shape = (count, most, width)
-    given = xp.zeros(shape, np.float32) if centroids is None else xp.ascontiguousarray(centroids[:, :most])
-    found = given.copy() if centroids is not None else xp.zeros(shape, np.float32)
-    own = xp.empty(total if task <= ASSIGN else 1, np.int64)
-    similarity = xp.empty(total, np.float32)
-    history = xp.empty((count, rounds + 1), np.float64)
-    none = xp.zeros(1, np.int64)
-    control = [cuda.to_device(np.ascontiguousarray(a, np.int64)) for a in (spans, k, starts)]
-    long = _is_long(cuda, kind, width, k, lengths)
-    for wanted in (False, True):
-        which = np.flatnonzero(long == wanted)
-        if not len(which):
+    long = is_long(cuda, kind, width, k, lengths)
+    # The short problems first, in each part the longest first, so that what is left at the end is short.
+    which = np.lexsort((-lengths * k, long))
+    # One copy to the device instead of five.
+    pieces = [which, spans, k, starts, seeds if isinstance(seeds, np.ndarray) else np.empty(0)]
+    flat = cuda.to_device(np.concatenate([np.ravel(piece) for piece in pieces]).astype(np.int64))
+    ends = np.cumsum([piece.size for piece in pieces])
+    order, *control, rows = (flat[end - piece.size : end] for end, piece in zip(ends.tolist(), pieces, strict=True))
+    found = Clusters(
+        xp.empty((count, most, width), np.float32),
+        xp.empty(total if task <= ASSIGN else 1, np.int64),
+        xp.empty(total, np.float32),
+        xp.empty(count, np.float64),
+        xp.empty((count, rounds + 1), np.float64),
+    )
+    inputs = (
+        rows if isinstance(seeds, np.ndarray) or seeds is None else seeds,
+        found.centroids if centroids is None else xp.ascontiguousarray(centroids[:, :most]),
+        order if labels is None else labels,
+    )
+    results = (found.centroids, found.labels, found.similarity, found.objective, found.history)
+    for part in (which[~long[which]], which[long[which]]):
+        if not len(part):
             continue
-        layout = plan(cuda, kind, width, most, lengths[which], long=wanted)
-        padded, four, square = -(-width // 64) * 64, -(-most // 4) * 4, (-(-most // 4) * 4) ** 2
-        lead = 3 * square + 2 * four if four > _MOST_LEAD else 0
+        layout = plan(cuda, kind, width, most, lengths[part], long=bool(long[part[0]]))
+        padded, four = -(-width // 64) * 64, -(-most // 4) * 4
+        lead = 3 * four * four + 2 * four if four > _MOST_LEAD else 0
         scratch = (
             xp.empty(layout.teams * (layout.blocks + 3) * four * padded, np.float32),
-            xp.empty(layout.teams * (layout.slices * 4 * square + lead + layout.blocks * 4 + 2 * four), np.float64),
+            xp.empty(
+                layout.teams * (4 * layout.slices * four * four + lead + 4 * layout.blocks + 2 * four), np.float64
+            ),
             xp.empty(layout.teams * (four * (2 + -(-four // 32)) + 4), np.int32),
             xp.empty(2 * total, np.int32),
             xp.empty(2 * total, np.float32),
             xp.zeros(4, np.uint32),
         )
-        wide = width % 8 == 0 and x.data.ptr % 16 == 0
-        # The longest first: what is left at the end is short.
-        which = which[np.argsort(-lengths[which] * k[which], kind="stable")]
-        numbers = (len(which), most, width, kind, int(wide), layout.capacity, layout.tile)
-        numbers += (layout.work_bytes, layout.slices, task, rounds)
+        first = len(which) - len(part) if long[part[0]] else 0
+        shape = (len(part), most, width, kind, int(wide))
+        numbers = (*shape, layout.capacity, layout.tile, layout.work_bytes, layout.slices, task, rounds)
+        args = (x, w, order[first:], *control, *inputs, *results, *scratch, np.int64(total))
         cuda.launch(
             "kmeans.cu",
             "kmeans",
             (layout.teams * layout.blocks,),
             (THREADS,),
-            (
-                *(x, w, cuda.to_device(which.astype(np.int64)), *control),
-                *(none if seeds is None else seeds, given, none if labels is None else labels),
-                *(found, own, similarity, history, *scratch, np.int64(total)),
-                *(np.int32(number) for number in numbers),
-                *(np.float64(penalty), np.float64(margin)),
-            ),
+            (*args, *(np.int32(number) for number in numbers), np.float64(penalty), np.float64(margin)),
             shared=layout.shared,
             defines=_layout(layout.cluster),
             cooperative=not layout.cluster,
         )
-    return Clusters(found, own, similarity, history[:, -1].copy(), history)
+    return found
 
 
 def cluster(
@@ -206,7 +211,7 @@ def cluster(
     """clustering.cluster in one launch (two where some problems are far longer), decided on the device from end to end.
 
     Args:
-        seeds: [M, Kmax] int64; NumPy's are checked, CuPy's are taken as they are: a row below 0 makes J NaN or infinite.
+        seeds: [M, Kmax] int64; NumPy's are checked, CuPy's are taken as they are: a row below 0 makes J no number.
 
     Returns:
         Clusters of CuPy arrays.
@@ -220,11 +225,12 @@ def cluster(
         for m in range(len(k)):
             if len(seeds[m]) < k[m] or (seeds[m, : k[m]] < 0).any():
                 raise ValueError(f"problem {m} has {k[m]} clusters and {(seeds[m] >= 0).sum()} valid seeds")
-        seeds = cuda.to_device(np.ascontiguousarray(seeds[:, :most], np.int64))
+        seeds = seeds[:, :most]
     elif seeds.shape[1] < most:
         raise ValueError(f"there are {most} clusters and {seeds.shape[1]} seeds")
-    rows = cuda.cupy.ascontiguousarray(seeds[:, :most])
-    return _run(cuda, CLUSTER, x, w, spans, k, seeds=rows, penalty=penalty, margin=margin, rounds=iterations)
+    else:
+        seeds = cuda.cupy.ascontiguousarray(seeds[:, :most])
+    return _run(cuda, CLUSTER, x, w, spans, k, seeds=seeds, penalty=penalty, margin=margin, rounds=iterations)
 
 
 def assign(cuda: Cuda, x: Array, spans: I64, k: I64, centroids: Array) -> tuple[Array, Array]:
@@ -235,27 +241,54 @@ def assign(cuda: Cuda, x: Array, spans: I64, k: I64, centroids: Array) -> tuple[
 
 
 def objective(
-    cuda: Cuda, x: Array, w: Array, spans: I64, k: I64, centroids: Array, labels: Array, *, penalty: float, margin: float
+    cuda: Cuda,
+    x: Array,
+    w: Array,
+    spans: I64,
+    k: I64,
+    centroids: Array,
+    labels: Array,
+    *,
+    penalty: float,
+    margin: float,
 ) -> Array:
     """clustering.objective: J [M] float64."""
-    weigh = {"penalty": penalty, "margin": margin}
-    return _run(cuda, OBJECTIVE, x, w, spans, k, centroids=centroids, labels=labels, **weigh).objective
+    state = {"centroids": centroids, "labels": labels}
+    return _run(cuda, OBJECTIVE, x, w, spans, k, **state, penalty=penalty, margin=margin).objective
 
 
 def update(
-    cuda: Cuda, x: Array, w: Array, spans: I64, k: I64, centroids: Array, labels: Array, *, penalty: float, margin: float
+    cuda: Cuda,
+    x: Array,
+    w: Array,
+    spans: I64,
+    k: I64,
+    centroids: Array,
+    labels: Array,
+    *,
+    penalty: float,
+    margin: float,
 ) -> Array:
     """clustering.update: the new centroids [M, Kmax, D] float32."""
-    weigh = {"penalty": penalty, "margin": margin}
-    return _run(cuda, UPDATE, x, w, spans, k, centroids=centroids, labels=labels, **weigh).centroids
+    state = {"centroids": centroids, "labels": labels}
+    return _run(cuda, UPDATE, x, w, spans, k, **state, penalty=penalty, margin=margin).centroids
 
 
 def relocate(
-    cuda: Cuda, x: Array, w: Array, spans: I64, k: I64, centroids: Array, labels: Array, *, penalty: float, margin: float
+    cuda: Cuda,
+    x: Array,
+    w: Array,
+    spans: I64,
+    k: I64,
+    centroids: Array,
+    labels: Array,
+    *,
+    penalty: float,
+    margin: float,
 ) -> Array:
     """clustering.relocate: the new centroids [M, Kmax, D] float32."""
-    weigh = {"penalty": penalty, "margin": margin}
-    return _run(cuda, RELOCATE, x, w, spans, k, centroids=centroids, labels=labels, **weigh).centroids
+    state = {"centroids": centroids, "labels": labels}
+    return _run(cuda, RELOCATE, x, w, spans, k, **state, penalty=penalty, margin=margin).centroids
 
 
 # --- before and after -----------------------------------------------------------------------------------------------

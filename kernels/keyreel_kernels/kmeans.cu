@@ -115,7 +115,7 @@ __device__ __noinline__ void relocate(const Work& p, float* centre, const int* f
 }
 
 // Labels, cosines to their centroids and centroids of the end, for the caller.
-__device__ __noinline__ void finish(const Work& p, int turn, int64_t* labels, float* similarity, float* centroids) {
+__device__ __noinline__ void finish(const Work& p, int turn, int64_t* labels, float* similarity, float* centroids, int most) {
     const float unit = p.kind == HALF ? 1.0f : 1.0f / SCALE;
     const float* centre = p.centre(turn);
     if (labels)
@@ -135,8 +135,8 @@ __device__ __noinline__ void finish(const Work& p, int turn, int64_t* labels, fl
             __syncthreads();
         });
     if (centroids)
-        for (int n = p.rank * THREADS + threadIdx.x; n < p.k * p.width; n += p.size * THREADS)
-            centroids[n] = centre[static_cast<int64_t>(n / p.width) * p.padded + n % p.width];
+        for (int n = p.rank * THREADS + threadIdx.x; n < most * p.width; n += p.size * THREADS)
+            centroids[n] = n < p.k * p.width ? centre[static_cast<int64_t>(n / p.width) * p.padded + n % p.width] : 0.0f;
 }
 
 // All problems. which [problems] in what order; for each of those numbers spans [2], clusters and
@@ -146,7 +146,7 @@ __device__ __noinline__ void finish(const Work& p, int turn, int64_t* labels, fl
 KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
 kmeans(const void* x, const float* w, const int64_t* which, const int64_t* spans, const int64_t* clusters,
        const int64_t* starts, const int64_t* seeds, const float* given_centroids, const int64_t* given, float* centroids, int64_t* labels,
-       float* similarity, double* history, float* floats, double* doubles, int* ints, int* label_scratch,
+       float* similarity, double* objective, double* history, float* floats, double* doubles, int* ints, int* label_scratch,
        float* frame_scratch, unsigned* queue, int64_t frames, int problems, int most, int width, int kind, int wide, int capacity, int tile,
        int work_bytes, int slices, int task, int rounds, double penalty, double margin) {
     KR_SHARED(Work, shared);
@@ -225,7 +225,7 @@ kmeans(const void* x, const float* w, const int64_t* which, const int64_t* spans
                 multiply_pairs(p, p.centre(turn));
                 team_sync(p.barrier);
                 if (p.rank == 0) {
-                    verdict = decide(*shared, static_cast<Task>(task), turn, round, rounds,
+                    verdict = decide(*shared, static_cast<Task>(task), turn, round, rounds, objective + m,
                                      history + static_cast<int64_t>(m) * (rounds + 1));
                     if (threadIdx.x == 0) p.mail[1] = verdict;
                 }
@@ -240,6 +240,6 @@ kmeans(const void* x, const float* w, const int64_t* which, const int64_t* spans
             if (task != CLUSTER_ALL) break;
         }
         finish(p, task == CLUSTER_ALL ? p.mail[2] : turn, task <= ASSIGN ? labels + at : nullptr, similarity + at,
-               task == CLUSTER_ALL || task >= UPDATE ? centroids + static_cast<int64_t>(m) * most * width : nullptr);
+               task == CLUSTER_ALL || task >= UPDATE ? centroids + static_cast<int64_t>(m) * most * width : nullptr, most);
     }
 }

@@ -1,12 +1,14 @@
 // Moving centroids: all inner products of centroids and sums, what they say about J and the moves, and the moves.
 
 // Inner products of all pairs of centroids and sums over this block's columns: the upper tiles, 4 by 4, of a matrix whose
-// rows are the centroids and, from the `half`-th on, S. Short runs are summed in float32, those in float64.
+// rows are the centroids and, from the `half`-th on, S. Short runs are summed in float32, those in float64; all in
+// float64, slow as it is on most devices, where the penalty may all but cancel S.
 __device__ __noinline__ void multiply_pairs(const Work& p, const float* centre) {
     if (p.rank >= p.slices) return;
     const int fours = (p.k + 3) / 4, half = fours * 4, side = 2 * half, tiles = fours * (2 * fours + 1);
     const int low = p.padded / 4 * p.rank / p.slices * 4, high = p.padded / 4 * (p.rank + 1) / p.slices * 4;
     float* stage = reinterpret_cast<float*>(p.panel);
+    const bool all_digits = p.penalty >= 1;
     double* out = p.pairs + static_cast<int64_t>(p.rank) * 4 * p.most * p.most;
     const int step = max(4, min(128, p.work_floats / side / 4 * 4));
     for (int from = low; from == low || from < high; from += step) {
@@ -44,7 +46,9 @@ __device__ __noinline__ void multiply_pairs(const Work& p, const float* centre) 
                     const float4 b = *reinterpret_cast<const float4*>(stage + c * side + right * 4);
                     const float u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
-                    for (int n = 0; n < 16; ++n) sum[n / 4][n % 4] = fmaf(u[n / 4], v[n % 4], sum[n / 4][n % 4]);
+                    for (int n = 0; n < 16; ++n)
+                        if (all_digits) total[n / 4][n % 4] += static_cast<double>(u[n / 4]) * v[n % 4];
+                        else sum[n / 4][n % 4] = fmaf(u[n / 4], v[n % 4], sum[n / 4][n % 4]);
                 }
 #pragma unroll
                 for (int n = 0; n < 16; ++n) total[n / 4][n % 4] += sum[n / 4][n % 4];
@@ -137,7 +141,8 @@ __device__ __noinline__ bool moves_in_turn(const Work& p, Products m) {
 }
 
 // The first block: J from the products; whether the last round is taken; the moves of the next. Returns the verdict.
-__device__ __noinline__ int decide(Work& p, Task task, int turn, int round, int rounds, double* history) {
+__device__ __noinline__ int decide(Work& p, Task task, int turn, int round, int rounds, double* objective,
+                                    double* history) {
     const int squares = p.k * p.k;
     Products m;
     m.cc = p.k <= MOST_LEAD ? reinterpret_cast<double*>(p.panel) : p.lead;
@@ -175,11 +180,11 @@ __device__ __noinline__ int decide(Work& p, Task task, int turn, int round, int 
         __syncthreads();
         for (int n = round + threadIdx.x; n <= (last ? rounds : round); n += THREADS) history[n] = p.objective;
         if (last) {
-            if (threadIdx.x == 0) p.mail[2] = taken ? turn : 1 - turn;
+            if (threadIdx.x == 0) p.mail[2] = taken ? turn : 1 - turn, *objective = p.objective;
             return STOP;
         }
     } else if (task == OBJECTIVE) {
-        if (threadIdx.x == 0) history[0] = now;
+        if (threadIdx.x == 0) *objective = now;
         return STOP;
     }
     __syncthreads();

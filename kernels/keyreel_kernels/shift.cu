@@ -91,13 +91,13 @@ __device__ __forceinline__ void products_of(uint4* shared, const T* tokens, int6
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * SHIFT_WARPS, 5)
+extern "C" __global__ void __launch_bounds__(32 * SHIFT_WARPS, 4)
     patch_products_half(const uint16_t* tokens, int64_t frame_stride, int row_stride, int count, int places, int column,
                         int columns, int aligned, int steps, int span, float* products) {
     KR_SHARED(uint4, ring);
     products_of(ring, tokens, frame_stride, row_stride, count, places, column, columns, aligned, steps, span, products);
 }
-extern "C" __global__ void __launch_bounds__(32 * SHIFT_WARPS, 5)
+extern "C" __global__ void __launch_bounds__(32 * SHIFT_WARPS, 4)
     patch_products_float(const float* tokens, int64_t frame_stride, int row_stride, int count, int places, int column,
                          int columns, int aligned, int steps, int span, float* products) {
     KR_SHARED(uint4, ring);

@@ -17,13 +17,10 @@ from av.video.stream import VideoStream
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.color import Converter
 from keyreel.decode.reader import Decoding
-from keyreel.decode.sampling import Cursor
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, Worker
 from keyreel.errors import UnsupportedCodec
 from keyreel.types import U8
-
-__all__ = ["Cursor", "FrameStream", "cpu_decoding"]
 
 M = TypeVar("M")
 

@@ -203,7 +203,6 @@ class _Lane:
             cuda, format = self.cuda, self.claim.format
             with cuda.scope():
                 rows = cuda.cupy.empty(format.rows, "uint8" if format.bits == 8 else "uint16")
-                # By address: the strides of PyNvVideoCodec's DLPack are those of bytes where samples have 16 bits.
                 address = picture.frame.GetPtrToPlane(0)
                 runtime = cuda.cupy.cuda.runtime
                 runtime.memcpyAsync(rows.data.ptr, address, rows.nbytes, runtime.memcpyDeviceToDevice, cuda.stream.ptr)
@@ -244,15 +243,15 @@ def _examined(source: Source, pool: DecoderPool) -> Claim:
     Raises:
         _Declined, BackendUnavailable, SourceError.
     """
-    found = pool.claims.get(source)
+    found: Claim | str | None = pool.claims.get(source)
     if found is None:
         try:
             found = _look(source, pool)
         except _Declined as declined:
-            found = declined
+            found = str(declined)
         pool.claims[source] = found
-    if isinstance(found, _Declined):
-        raise found
+    if isinstance(found, str):
+        raise _Declined(found)
     return found
 
 

@@ -110,8 +110,7 @@ class DecoderPool:
                         bitdepth=bits,
                     )
                 except Exception as error:
-                    text = str(error).strip().splitlines()[0]
-                    raise BackendUnavailable(f"NVDEC does not answer: {text}", probe="nvdec") from error
+                    raise BackendUnavailable(f"NVDEC does not answer: {_line(error)}", probe="nvdec") from error
             return self._caps[codec, chroma, bits]
 
     @property
@@ -150,7 +149,7 @@ class DecoderPool:
                 )
         except Exception as error:
             self.give(format, None)
-            raise DecoderFailed(f"NVDEC makes no decoder: {error}") from error
+            raise DecoderFailed(f"NVDEC makes no decoder: {_line(error)}") from error
 
     def give(self, format: Format, decoder: Any | None) -> None:
         """Takes a decoder back; None for one that is to be forgotten."""
@@ -163,6 +162,11 @@ class DecoderPool:
         """Forgets all that wait."""
         with self._lock:
             self._idle.clear()
+
+
+def _line(error: Exception) -> str:
+    """What an error of PyNvVideoCodec says, in one line, without the place in its source."""
+    return " ".join(str(error).split("\nat ")[0].split())
 
 
 @dataclass(slots=True)
@@ -250,7 +254,7 @@ class NvDecoder:
         try:
             frames = self._decoder.Decode(packet)
         except Exception as error:
-            raise self._failure(f"NVDEC: {str(error).strip()}") from error
+            raise self._failure(f"NVDEC: {_line(error)}") from error
         surface = getattr(self._module.Pixel_Format, self._format.surface)
         pictures = []
         for frame in frames:

@@ -100,9 +100,15 @@ class Worker:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-        self.stopped = threading.Event()
+        self.stopped = stopped = threading.Event()
         self.busy_seconds = 0.0
-        self.reader = Reader(source, sampling, decoding, self._go_on, reasons)
+
+        # Not a method: the reader must not hold this object, or the source would wait for the garbage collector.
+        def go_on() -> None:
+            if stopped.is_set():
+                raise Stopped
+
+        self.reader = Reader(source, sampling, decoding, go_on, reasons)
         self._queue: Channel[FrameBatch] = Channel(_QUEUED_BATCHES, self.stopped)
         self._source, self._sampling = source, sampling
         self._stack, self._batch_size = decoding.stack, batch_size
@@ -113,7 +119,7 @@ class Worker:
         try:
             for batch in self._batches():
                 self.busy_seconds += time.perf_counter() - began
-                self._put(batch)
+                self._queue.put(batch)
                 began = time.perf_counter()
         except Stopped:
             return
@@ -121,17 +127,10 @@ class Worker:
             last = error
         self.busy_seconds += time.perf_counter() - began
         with suppress(Stopped):
-            self._put(last)
-
-    def _put(self, item: FrameBatch | BaseException | None) -> None:
-        self._queue.put(item)
+            self._queue.put(last)
 
     def take(self) -> FrameBatch | BaseException | None:
         return self._queue.take()
-
-    def _go_on(self) -> None:
-        if self.stopped.is_set():
-            raise Stopped
 
     def _batches(self) -> Iterator[FrameBatch]:
         rows: list[tuple[Any, float, int]] = []
