@@ -54,7 +54,22 @@ def memory() -> str:
     )
 
 
-SECTIONS = {"keyframes": keyframes, "memory": memory}
+def kernels() -> str:
+    found = [row for row in rows("kernels") if row["architecture"] == 90]
+    lines = ["| kernel (sm_90) | registers | static shared memory | spilled bytes |", "|---|---|---|---|"]
+    # Variants of one kernel that take the same are one line.
+    same: dict[tuple[str, int, int, int], list[str]] = {}
+    for row in sorted(found, key=lambda row: (row["file"], row["kernel"])):
+        taken = (f"{row['file']} `{row['kernel']}`", row["registers"], row["static_shared"], row["spills"])
+        same.setdefault(taken, []).append(", ".join(f"{name} {value}" for name, value in row["defines"].items()))
+    names = [name for name, *_ in same]
+    for (name, registers, shared, spills), variants in same.items():
+        which = f" ({'; '.join(variants)})" if names.count(name) > 1 else ""
+        lines.append(f"| {name}{which} | {registers} | {shared} | {spills} |")
+    return "\n".join(lines)
+
+
+SECTIONS = {"keyframes": keyframes, "memory": memory, "kernels": kernels}
 
 
 def filled(readme: str) -> str:

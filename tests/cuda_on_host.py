@@ -346,6 +346,11 @@ def _using_allocator(_: Any) -> Iterator[None]:
     yield
 
 
+def _copy_memory(to: int, origin: int, count: int, kind: int, stream: int) -> None:
+    assert kind == 3, "only what is on the device may be copied without being counted"
+    ctypes.memmove(to, origin, count)
+
+
 class HostedCupy:
     """The module. Anything that is not defined here is NumPy's, its arrays wrapped."""
 
@@ -367,7 +372,9 @@ class HostedCupy:
             Event=_Current,
             MemoryPool=_Pool,
             using_allocator=_using_allocator,
-            runtime=SimpleNamespace(getDeviceProperties=lambda _: properties),
+            runtime=SimpleNamespace(
+                getDeviceProperties=lambda _: properties, memcpyAsync=_copy_memory, memcpyDeviceToDevice=3
+            ),
         )
 
     def asarray(self, value: Any, dtype: Any = None) -> HostedArray:

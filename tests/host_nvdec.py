@@ -11,7 +11,6 @@ import ctypes
 import threading
 import weakref
 from enum import IntEnum
-from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -198,15 +197,3 @@ class HostNvdec:
         self.alive.add(decoder)
         self.most_alive = max(self.most_alive, len(self.alive))
         return decoder
-
-
-def _copy(to: int, origin: int, count: int, kind: int, stream: int) -> None:
-    assert kind == 3
-    ctypes.memmove(to, origin, count)
-
-
-def with_copies(cuda: Any) -> Any:
-    """Gives the stand-in for CuPy the copy between two places of the device's memory."""
-    runtime: SimpleNamespace = cuda.cupy.cuda.runtime
-    runtime.memcpyAsync, runtime.memcpyDeviceToDevice = _copy, 3
-    return cuda

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,7 +115,7 @@ def check_cluster(
     for m, count in enumerate(k):
         # Seeds of halves are as long as they are; what moved is of unit length.
         length = np.linalg.norm(found.centroids[m, :count].astype(np.float64), axis=1)
-        assert np.abs(length - 1).max() < (ROUNDING if kind == "float32" else 1e-2)
+        assert np.abs(length - 1).max() < (10 * ROUNDING if kind == "float32" else 1e-2)
         assert not found.centroids[m, count:].any()
     # And it is what the definition says.
     clear = clear_runs(x, w, spans, k, seeds, **rules)
@@ -140,21 +141,25 @@ def some_problems(draw: np.random.Generator, counts: list[int], width: int, most
 
 
 def cases(cuda: Cuda) -> None:
-    """Each kernel once: frames that fill no tile, a width that fills no 16 bytes, clusters that lose all frames."""
+    """Each kernel once: frames that fill no tile, a width that fills no 16 bytes, clusters that lose all frames.
+
+    In blocks of two warps: under a sanitizer a thread is one of the system.
+    """
     draw = np.random.default_rng(3)
-    rules: dict[str, Any] = {"penalty": 0.5, "margin": 0.3, "iterations": 3}
-    for counts, width, kind in (([37, 1], 20, "float32"), ([67], 72, "float16")):
-        x, w, spans, k, seeds = some_problems(draw, counts, width, 5)
-        check_cluster(cuda, x, w, spans, k, seeds, kind=kind, **rules)
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        on(cuda, "temporal_support", x, offsets)
-        on(cuda, "seed", x, w, offsets, 4)
-    x = draw.normal(size=(21, 9)).astype(np.float32)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    spans, k, weigh = np.array([[0, 21]]), np.array([67]), {"penalty": 0.5, "margin": 0.3}
-    centroids = x[draw.integers(21, size=(1, 67))]
-    labels, similarity = on(cuda, "assign", x, spans, k, centroids)
-    w = np.ones(21, np.float32)
-    for name in ("objective", "update", "relocate"):
-        on(cuda, name, x, w, spans, k, centroids, labels, **weigh)
-    on(cuda, "representatives", spans, k, labels, similarity, np.ones(21, bool))
+    rules: dict[str, Any] = {"penalty": 0.5, "margin": 0.3, "iterations": 2}
+    with patch.object(cuda_kmeans, "THREADS", 64):
+        for counts, width, kind in (([37, 1], 20, "float32"), ([67], 72, "float16")):
+            x, w, spans, k, seeds = some_problems(draw, counts, width, 5)
+            check_cluster(cuda, x, w, spans, k, seeds, kind=kind, **rules)
+            offsets = np.concatenate([[0], np.cumsum(counts)])
+            on(cuda, "temporal_support", x, offsets)
+            on(cuda, "seed", x, w, offsets, 4)
+        x = draw.normal(size=(21, 9)).astype(np.float32)
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        spans, k, weigh = np.array([[0, 21]]), np.array([67]), {"penalty": 0.5, "margin": 0.3}
+        centroids = x[draw.integers(21, size=(1, 67))]
+        labels, similarity = on(cuda, "assign", x, spans, k, centroids)
+        w = np.ones(21, np.float32)
+        for name in ("objective", "update", "relocate"):
+            on(cuda, name, x, w, spans, k, centroids, labels, **weigh)
+        on(cuda, "representatives", spans, k, labels, similarity, np.ones(21, bool))

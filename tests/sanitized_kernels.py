@@ -11,14 +11,18 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 from cuda_on_host import HostedCupy, HostedModule
 
 from keyreel_kernels import cuda as kernels
+from keyreel_kernels import cuda_kmeans, cuda_patches
 from keyreel_kernels.cuda import Cuda
 
+# Of a block of kmeans.cu and topk.cu, which work with any number of warps.
+THREADS = 64
 # Each finding ends the run with this exit code.
 FOUND = 66
 # Library, flavour of the emulation, flags. "threads": each CUDA thread is one of the system, so that whatever two of
@@ -81,10 +85,14 @@ def command(sanitizer: str, names: list[str]) -> tuple[list[str], dict[str, str]
 
 
 def sanitized(sanitizer: str) -> Cuda:
-    """A device of one multiprocessor: few blocks, many rounds."""
+    """A device of one multiprocessor: few blocks, many rounds, with fewer threads where the kernels leave it open."""
+    cuda_patches._SEARCH_THREADS = cuda_kmeans.THREADS = THREADS  # type: ignore[assignment]
 
     class Module(HostedModule):
         _, flavour, extra = SANITIZERS[sanitizer]
+
+        def __init__(self, *, code: str, **options: Any) -> None:
+            super().__init__(code=code.replace("#define THREADS 512", f"#define THREADS {THREADS}"), **options)
 
     class Cupy(HostedCupy):
         RawModule = Module

@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 from bounds import FLOAT32_SUM
 from cuda_on_host import HostedCupy
+from host_nvdec import HostNvdec
 from hosted_session import HostedSession
 
 import keyreel
+from keyreel import backend
 from keyreel.backend import CUDA_BATCH, Backend, Frames, resolve
 from keyreel.bundle import Bundle
 from keyreel.config import EncodeConfig, ImageTransform, Sampling, SelectConfig
+from keyreel.decode import nvdec_pool
 from keyreel.decode.cpu import FrameStream
+from keyreel.decode.nvdec import pool_of
 from keyreel.decode.source import Source
 from keyreel.errors import OutOfMemory
 from keyreel.types import FrameBatch
@@ -120,6 +124,29 @@ def test_nothing_but_the_summary_leaves_the_device(
             assert histograms or size <= 8 * max(count, 8 * width), shape
     pictures = count * frames.height * frames.width * 3
     assert cuda.bytes_to_host - before < pictures / 10
+
+
+def test_from_packets_to_summary(
+    cuda: Cuda, reference: keyreel.Engine, media: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backend as it is made for a device, with NVDEC or its stand-in."""
+    ops = ops_on(cuda)
+    if isinstance(cuda.cupy, HostedCupy):
+        monkeypatch.setattr(nvdec_pool, "import_module", lambda _: HostNvdec())
+        monkeypatch.setattr(backend, "open_cuda_session", lambda path, cuda, batch_size: HostedSession(path))
+    made = backend._cuda(ops, "test", strict=True)
+    want = reference.summarize(media(CLIP))
+    with keyreel.Engine(Bundle.find("builtin"), made) as engine:
+        got = engine.summarize(media(CLIP))
+        assert pool_of(cuda).idle > 0
+    assert pool_of(cuda).idle == 0  # given back with the engine
+    assert got.warnings == want.warnings
+    np.testing.assert_array_equal(got.embedding.frame_index, want.embedding.frame_index)
+    # Our filter and swscale's differ by up to a few levels at edges.
+    assert (got.embedding.vectors * want.embedding.vectors).sum(1).min() > 0.98
+    assert len(got.keyframes) == len(want.keyframes)
+    for one, other in zip(got.shots, want.shots, strict=True):
+        assert one.start_seconds == pytest.approx(other.start_seconds, abs=0.05)
 
 
 def test_frames_on_the_device_give_vectors_on_the_device(engine: keyreel.Engine, reference: keyreel.Engine) -> None:

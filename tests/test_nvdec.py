@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from av.video.reformatter import ColorRange
 from cuda_on_host import HostedCupy, host_cuda
-from host_nvdec import HostDecoder, HostNvdec, packed, with_copies
+from host_nvdec import HostDecoder, HostNvdec, packed
 from numpy.typing import NDArray
 from test_decode import render
 
@@ -120,7 +120,7 @@ def real_module() -> Any:
 
 @pytest.fixture
 def device(cuda: Cuda) -> Device:
-    return Device(with_copies(cuda) if isinstance(cuda.cupy, HostedCupy) else cuda)
+    return Device(cuda)
 
 
 @pytest.fixture
@@ -753,7 +753,7 @@ def test_capabilities(cuda: Cuda, media: Media, caps: dict[str, int], reason: st
     if not isinstance(cuda.cupy, HostedCupy):
         pytest.skip("the real device has its own capabilities")
     path = media("natural/bikes.mp4")
-    device = Device(with_copies(cuda), **caps)
+    device = Device(cuda, **caps)
     _, (warning,) = device.read(path, Sampling("times", times=(1.0,)))
     with pytest.raises(UnsupportedCodec, match=reason) as refused, Source(path) as source:
         device.open(source, Sampling(), strict=True)

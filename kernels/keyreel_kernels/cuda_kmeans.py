@@ -44,10 +44,9 @@ _SUM_BYTES = 512
 
 def _layout(cluster: int) -> Defines:
     """Blocks in a thread-block cluster; 0: all blocks of the device are one team."""
-    return (("CLUSTER", max(cluster, 1)), ("GRID", int(not cluster)))
+    return (("CLUSTER", max(cluster, 1)), ("GRID", int(not cluster)), ("THREADS", THREADS))
 
 
-_ALONE = _layout(1)
 _ALL = [_layout(cluster) for cluster in (1, 2, 4, 8, 0)]
 VARIANTS: dict[str, list[Defines]] = {"kmeans.cu": _ALL, "kmeans_seed.cu": _ALL}
 
@@ -299,7 +298,7 @@ def _column_sums(cuda: Cuda, x: Array, w: Array, starts: Array, lengths: I64) ->
     parts, width = min(64, -(-int(lengths.max()) // 64)), int(x.shape[1])
     sums = cuda.cupy.empty((len(lengths), parts, width), np.float64)
     args = (x, w, starts, sums, np.int32(width), np.int32(kind_of(x)))
-    cuda.launch("kmeans_seed.cu", "column_sums", (len(lengths), parts), (THREADS,), args, defines=_ALONE)
+    cuda.launch("kmeans_seed.cu", "column_sums", (len(lengths), parts), (THREADS,), args, defines=_layout(1))
     return sums
 
 
@@ -322,12 +321,12 @@ def temporal_support(cuda: Cuda, x: Array, offsets: I64, reach: int = 3) -> tupl
     typical = xp.empty(len(lengths), np.float64)
     sizes = (np.int32(sums.shape[1]), np.int32(width))
     args = (sums, starts, typical, *sizes)
-    cuda.launch("kmeans_seed.cu", "mean_square", (len(lengths),), (THREADS,), args, shared=_SUM_BYTES, defines=_ALONE)
+    cuda.launch("kmeans_seed.cu", "mean_square", (len(lengths),), (THREADS,), args, shared=_SUM_BYTES, defines=_layout(1))
     support, smooth = xp.empty(count, np.float32), xp.empty((count, width), np.float32)
     numbers = (len(lengths), width, kind_of(x), reach)
     args = (x, starts, typical, support, smooth, *(np.int32(number) for number in numbers))
     grid = (-(-32 * count // THREADS),)
-    cuda.launch("kmeans_seed.cu", "temporal_support", grid, (THREADS,), args, defines=_ALONE)
+    cuda.launch("kmeans_seed.cu", "temporal_support", grid, (THREADS,), args, defines=_layout(1))
     return support, smooth
 
 
@@ -385,7 +384,7 @@ def representatives(cuda: Cuda, spans: I64, k: I64, labels: Array, similarity: A
     keys = xp.zeros((len(k), most), np.uint64)
     grid = (len(k), min(64, -(-int(lengths.max()) // THREADS)))
     args = (places, starts, labels, similarity, clean, keys, np.int32(most))
-    cuda.launch("kmeans_seed.cu", "representatives", grid, (THREADS,), args, defines=_ALONE)
+    cuda.launch("kmeans_seed.cu", "representatives", grid, (THREADS,), args, defines=_layout(1))
     last = (1 << 31) - 1
     rows = (last - (keys & np.uint64(last)).astype(np.int64)) + places[:, :1]
     return xp.where(keys > 0, rows, -1)

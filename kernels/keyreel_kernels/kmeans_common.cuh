@@ -3,7 +3,9 @@
 #ifndef GRID
 #define GRID 0  // 1: a team of blocks that works on a video is the whole (cooperative) grid, not a cluster
 #endif
+#ifndef THREADS
 #define THREADS 512
+#endif
 #define WARPS (THREADS / 32)
 
 enum Kind { HALF, BFLOAT, FLOAT };

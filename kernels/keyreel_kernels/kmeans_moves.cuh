@@ -10,6 +10,20 @@ __device__ __noinline__ void multiply_pairs(const Work& p, const float* centre) 
     float* stage = reinterpret_cast<float*>(p.panel);
     const bool all_digits = p.penalty >= 1;
     double* out = p.pairs + static_cast<int64_t>(p.rank) * 4 * p.most * p.most;
+    // What J, and the gain of a move, is made of: all digits.
+    for (int j = threadIdx.x / 32; j < p.k; j += WARPS) {
+        double own = 0, mixed = 0, square = 0;
+        for (int d = low + threadIdx.x % 32; d < high; d += 32) {
+            const double c = centre[static_cast<int64_t>(j) * p.padded + d], sum = p.sums[static_cast<int64_t>(j) * p.padded + d];
+            own += c * c, mixed += c * sum, square += sum * sum;
+        }
+        for (int half_warp = 16; half_warp; half_warp /= 2) {
+            own += __shfl_xor_sync(KR_FULL_WARP, own, half_warp), mixed += __shfl_xor_sync(KR_FULL_WARP, mixed, half_warp);
+            square += __shfl_xor_sync(KR_FULL_WARP, square, half_warp);
+        }
+        double* row = out + static_cast<int64_t>(j) * (2 * p.k + 1);
+        if (threadIdx.x % 32 == 0) row[0] = own, row[p.k] = mixed, row[2 * p.k * p.k + p.k] = square;
+    }
     const int step = max(4, min(128, p.work_floats / side / 4 * 4));
     for (int from = low; from == low || from < high; from += step) {
         const int columns = min(step, high - from), quads = columns / 4;
@@ -59,7 +73,7 @@ __device__ __noinline__ void multiply_pairs(const Work& p, const float* centre) 
                 const int i = left * 4 + n / 4, j = right * 4 + n % 4;
                 const int row = i < half ? i : i - half + p.k, column = j < half ? j : j - half + p.k;
                 const bool wanted = (i < half ? i < p.k : row < 2 * p.k) && (j < half ? j < p.k : column < 2 * p.k);
-                if (tile < tiles && wanted && static_cast<int>(threadIdx.x % 2) == n / 8) {
+                if (tile < tiles && wanted && column != row && column != row + p.k && static_cast<int>(threadIdx.x % 2) == n / 8) {
                     double* place = out + static_cast<int64_t>(row) * 2 * p.k + column;
                     *place = from == low ? both : *place + both;
                 }
