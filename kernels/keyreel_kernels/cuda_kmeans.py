@@ -321,7 +321,9 @@ def temporal_support(cuda: Cuda, x: Array, offsets: I64, reach: int = 3) -> tupl
     typical = xp.empty(len(lengths), np.float64)
     sizes = (np.int32(sums.shape[1]), np.int32(width))
     args = (sums, starts, typical, *sizes)
-    cuda.launch("kmeans_seed.cu", "mean_square", (len(lengths),), (THREADS,), args, shared=_SUM_BYTES, defines=_layout(1))
+    cuda.launch(
+        "kmeans_seed.cu", "mean_square", (len(lengths),), (THREADS,), args, shared=_SUM_BYTES, defines=_layout(1)
+    )
     support, smooth = xp.empty(count, np.float32), xp.empty((count, width), np.float32)
     numbers = (len(lengths), width, kind_of(x), reach)
     args = (x, starts, typical, support, smooth, *(np.int32(number) for number in numbers))

@@ -5,11 +5,11 @@
 // first round to the last where they fit, else brought in again in every round ("chunks" below).
 //
 // A round: every frame finds its centroid and every block sums its frames by cluster (`survey`); the blocks add their
-// sums up, each for its own columns, and multiply all pairs of sums S and centroids c (`add_up`, `multiply_pairs`). From
-// these inner products alone the first block knows J, hence whether the last round was worth taking, and can make the
-// moves of clustering.update one after the other without looking at a vector again (`decide`): all that is needed of a
-// moved centroid are its products with the others, which are linear in those known. The moves are then carried out on
-// the vectors, column by column (`move`). No number leaves the device and the order of no sum depends on timing.
+// sums up, each for its own columns, and multiply all pairs of sums S and centroids c (`add_up`, `multiply_pairs`).
+// From these inner products alone the first block knows J, hence whether the last round was worth taking, and can make
+// the moves of clustering.update one after the other without looking at a vector again (`decide`): all that is needed
+// of a moved centroid are its products with the others, which are linear in those known. The moves are then carried out
+// on the vectors, column by column (`move`). No number leaves the device and the order of no sum depends on timing.
 
 #include "kmeans_common.cuh"
 #include "kmeans_frames.cuh"
@@ -55,11 +55,14 @@ __device__ void add_up(const Work& p) {
             sum.z += __shfl_xor_sync(KR_FULL_WARP, sum.z, half), sum.w += __shfl_xor_sync(KR_FULL_WARP, sum.w, half);
         }
         if (lanes == 1 || threadIdx.x % 32 == 0)
-            reinterpret_cast<float4*>(p.sums)[place] = {static_cast<float>(sum.x * share), static_cast<float>(sum.y * share),
-                                                        static_cast<float>(sum.z * share), static_cast<float>(sum.w * share)};
+            reinterpret_cast<float4*>(p.sums)[place] = {
+                static_cast<float>(sum.x * share), static_cast<float>(sum.y * share), static_cast<float>(sum.z * share),
+                static_cast<float>(sum.w * share)};
     }
-    if (GRID) team_sync(p.barrier);
-    else __syncthreads();
+    if (GRID)
+        team_sync(p.barrier);
+    else
+        __syncthreads();
 }
 
 // clustering.relocate, for all clusters without a frame one after the other.
@@ -81,7 +84,8 @@ __device__ __noinline__ void relocate(const Work& p, float* centre, const int* f
         if (threadIdx.x == 0) p.board[p.rank * 4] = gap.value, p.board[p.rank * 4 + 1] = gap.row;
         team_sync(p.barrier);
         gap = {-KR_INFINITY, p.frames};
-        for (int n = threadIdx.x; n < p.size; n += THREADS) gap.meet(p.board[n * 4], static_cast<int>(p.board[n * 4 + 1]));
+        for (int n = threadIdx.x; n < p.size; n += THREADS)
+            gap.meet(p.board[n * 4], static_cast<int>(p.board[n * 4 + 1]));
         const int worst = min(block_best(gap, p.small).row, p.frames - 1);
         const auto there = [&](int d) { return value_at(p.x, p.kind, static_cast<int64_t>(worst) * p.width + d); };
         double gain = 0, excess = 0;
@@ -89,7 +93,8 @@ __device__ __noinline__ void relocate(const Work& p, float* centre, const int* f
             const double to = warp_dot(
                 p.width, there, [&](int d) { return value_at(p.x, p.kind, static_cast<int64_t>(n) * p.width + d); });
             const float gained = fmaxf(p.cosine[n], static_cast<float>(to));
-            if (lane == 0) p.gained[n] = gained, gain += static_cast<double>(p.w[n]) * (static_cast<double>(gained) - p.cosine[n]);
+            if (lane == 0)
+                p.gained[n] = gained, gain += static_cast<double>(p.w[n]) * (static_cast<double>(gained) - p.cosine[n]);
         }
         for (int i = warp; i < p.k; i += WARPS) {
             if (i == j) continue;
@@ -108,14 +113,16 @@ __device__ __noinline__ void relocate(const Work& p, float* centre, const int* f
         if (p.penalty / p.k * excess - gain / whole < -TOLERANCE) {
             for (int n = p.first + threadIdx.x; n < p.first + p.own; n += THREADS) p.cosine[n] = p.gained[n];
             if (p.rank == 0)
-                for (int d = threadIdx.x; d < p.width; d += THREADS) centre[static_cast<int64_t>(j) * p.padded + d] = there(d);
+                for (int d = threadIdx.x; d < p.width; d += THREADS)
+                    centre[static_cast<int64_t>(j) * p.padded + d] = there(d);
         }
         team_sync(p.barrier);
     }
 }
 
 // Labels, cosines to their centroids and centroids of the end, for the caller.
-__device__ __noinline__ void finish(const Work& p, int turn, int64_t* labels, float* similarity, float* centroids, int most) {
+__device__ __noinline__ void finish(const Work& p, int turn, int64_t* labels, float* similarity, float* centroids,
+                                    int most) {
     const float unit = p.kind == HALF ? 1.0f : 1.0f / SCALE;
     const float* centre = p.centre(turn);
     if (labels)
@@ -136,7 +143,8 @@ __device__ __noinline__ void finish(const Work& p, int turn, int64_t* labels, fl
         });
     if (centroids)
         for (int n = p.rank * THREADS + threadIdx.x; n < most * p.width; n += p.size * THREADS)
-            centroids[n] = n < p.k * p.width ? centre[static_cast<int64_t>(n / p.width) * p.padded + n % p.width] : 0.0f;
+            centroids[n] =
+                n < p.k * p.width ? centre[static_cast<int64_t>(n / p.width) * p.padded + n % p.width] : 0.0f;
 }
 
 // All problems. which [problems] in what order; for each of those numbers spans [2], clusters and
@@ -144,11 +152,12 @@ __device__ __noinline__ void finish(const Work& p, int turn, int64_t* labels, fl
 // rows of x, for CLUSTER_ALL; given_centroids [problems, most, width] and given labels for the other tasks; scratch as
 // cuda_kmeans.py has it, with clusters padded to a multiple of four; queue: zeros.
 KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
-kmeans(const void* x, const float* w, const int64_t* which, const int64_t* spans, const int64_t* clusters,
-       const int64_t* starts, const int64_t* seeds, const float* given_centroids, const int64_t* given, float* centroids, int64_t* labels,
-       float* similarity, double* objective, double* history, float* floats, double* doubles, int* ints, int* label_scratch,
-       float* frame_scratch, unsigned* queue, int64_t frames, int problems, int most, int width, int kind, int wide, int capacity, int tile,
-       int work_bytes, int slices, int task, int rounds, double penalty, double margin) {
+    kmeans(const void* x, const float* w, const int64_t* which, const int64_t* spans, const int64_t* clusters,
+           const int64_t* starts, const int64_t* seeds, const float* given_centroids, const int64_t* given,
+           float* centroids, int64_t* labels, float* similarity, double* objective, double* history, float* floats,
+           double* doubles, int* ints, int* label_scratch, float* frame_scratch, unsigned* queue, int64_t frames,
+           int problems, int most, int width, int kind, int wide, int capacity, int tile, int work_bytes, int slices,
+           int task, int rounds, double penalty, double margin) {
     KR_SHARED(Work, shared);
     const Work& p = *shared;  // there rather than in registers, which the products need
     if (threadIdx.x == 0) {
@@ -157,7 +166,8 @@ kmeans(const void* x, const float* w, const int64_t* which, const int64_t* spans
         p.rank = GRID ? static_cast<int>(blockIdx.x) : static_cast<int>(kr_cluster_rank());
         const int team = GRID ? 0 : static_cast<int>(blockIdx.x) / CLUSTER, words = (most + 31) / 32;
         p.most = (most + 3) / 4 * 4, p.width = width, p.padded = (width + 63) / 64 * 64;
-        p.kind = kind, p.wide = wide, p.capacity = capacity, p.tile = tile, p.work_floats = work_bytes / 4, p.slices = slices;
+        p.kind = kind, p.wide = wide, p.capacity = capacity, p.tile = tile, p.work_floats = work_bytes / 4,
+        p.slices = slices;
         p.penalty = penalty, p.margin = margin, p.all_frames = frames;
 
         p.small = reinterpret_cast<double*>(shared) + WORK_BYTES / 8;
@@ -165,7 +175,8 @@ kmeans(const void* x, const float* w, const int64_t* which, const int64_t* spans
         p.hi = p.panel + work_bytes / 2, p.lo = p.hi + capacity * p.padded;
         p.key = reinterpret_cast<int*>(p.lo + (kind == FLOAT ? capacity * p.padded : 0));
         p.order = p.key + capacity, p.here = p.order + capacity, p.begin = p.here + capacity;
-        p.weight = reinterpret_cast<float*>(p.begin + p.most + 4), p.best = p.weight + capacity, p.slack = p.best + capacity;
+        p.weight = reinterpret_cast<float*>(p.begin + p.most + 4), p.best = p.weight + capacity,
+        p.slack = p.best + capacity;
 
         const int64_t rows = static_cast<int64_t>(p.most) * p.padded, square = static_cast<int64_t>(p.most) * p.most;
         const int64_t lead = p.most > MOST_LEAD ? 3 * square + 2 * p.most : 0;
@@ -207,8 +218,10 @@ kmeans(const void* x, const float* w, const int64_t* which, const int64_t* spans
             const int j = n / columns, d = low + n % columns;
             const int64_t row = static_cast<int64_t>(m) * most + j;
             float value = 0;
-            if (d < width && task != CLUSTER_ALL) value = given_centroids[row * width + d];
-            else if (d < width) value = seeds[row] < 0 ? KR_INFINITY : value_at(x, kind, seeds[row] * width + d);
+            if (d < width && task != CLUSTER_ALL)
+                value = given_centroids[row * width + d];
+            else if (d < width)
+                value = seeds[row] < 0 ? KR_INFINITY : value_at(x, kind, seeds[row] * width + d);
             p.centres[static_cast<int64_t>(j) * p.padded + d] = value;
         }
         if (p.own <= capacity) load_rows(p, 0, p.own);
@@ -236,10 +249,12 @@ kmeans(const void* x, const float* w, const int64_t* which, const int64_t* spans
                 team_sync(p.barrier);
                 turn = 1 - turn;
             }
-            if ((verdict & EMPTY) && task != UPDATE) relocate(p, p.centre(turn), p.filled(task == RELOCATE ? turn : 1 - turn));
+            if ((verdict & EMPTY) && task != UPDATE)
+                relocate(p, p.centre(turn), p.filled(task == RELOCATE ? turn : 1 - turn));
             if (task != CLUSTER_ALL) break;
         }
         finish(p, task == CLUSTER_ALL ? p.mail[2] : turn, task <= ASSIGN ? labels + at : nullptr, similarity + at,
-               task == CLUSTER_ALL || task >= UPDATE ? centroids + static_cast<int64_t>(m) * most * width : nullptr, most);
+               task == CLUSTER_ALL || task >= UPDATE ? centroids + static_cast<int64_t>(m) * most * width : nullptr,
+               most);
     }
 }

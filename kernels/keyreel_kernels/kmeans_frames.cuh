@@ -1,5 +1,5 @@
-// The work of a team on one problem, and all that touches its frames: bringing them in, multiplying them with centroids,
-// adding them up by cluster.
+// The work of a team on one problem, and all that touches its frames: bringing them in, multiplying them with
+// centroids, adding them up by cluster.
 //
 // Products with frames are made by tensor cores in halves. A centroid is hi + lo, and <x, c> - <x, hi> is at most
 // |c - hi|: only the tiles in which that could change a label are multiplied by lo as well. float32 frames are hi + lo
@@ -9,9 +9,9 @@
 // 64-byte sides of each 128 swapped in odd rows, so that eight lanes, four in one row and four in the next, meet no
 // bank twice.
 
-#define NT 4           // most centroids in shared memory at a time, in eights
+#define NT 4            // most centroids in shared memory at a time, in eights
 #define WORK_BYTES 512  // for the record of the work, before all else in shared memory
-#define MOST_LEAD 32  // clusters up to which the pair products of `decide` lie in shared memory
+#define MOST_LEAD 32    // clusters up to which the pair products of `decide` lie in shared memory
 
 enum Task { CLUSTER_ALL, ASSIGN, OBJECTIVE, UPDATE, RELOCATE };
 enum Verdict { STOP = 1, CLOSE = 2, EMPTY = 4 };
@@ -28,9 +28,9 @@ struct Work {
     // the problem
     const void* x;  // its first frame
     const float* w;
-    const int64_t* given;  // labels, where they are not to be found
+    const int64_t* given;             // labels, where they are not to be found
     float *centres, *sums, *partial;  // [k, padded] each; two of centroids, partial one for each block
-    int *labels, *counts;  // two of each: [frames], [k]
+    int *labels, *counts;             // two of each: [frames], [k]
     int64_t all_frames;
     float *cosine, *gained;  // [frames], for relocation
     double *pairs, *lead, *board, *moves;
@@ -48,10 +48,14 @@ struct Work {
     int capacity, work_floats;
 
     // Of this round and of the one before, in turn.
-    __device__ __forceinline__ float* centre(int turn) const { return centres + static_cast<int64_t>(turn) * most * padded; }
+    __device__ __forceinline__ float* centre(int turn) const {
+        return centres + static_cast<int64_t>(turn) * most * padded;
+    }
     __device__ __forceinline__ int* label(int turn) const { return labels + turn * all_frames; }
     __device__ __forceinline__ int* filled(int turn) const { return counts + turn * most; }
 };
+
+static_assert(sizeof(Work) <= WORK_BYTES, "the record has less room than it takes");
 
 // Where the eight columns from 8 * piece of a row of halves lie.
 __device__ __forceinline__ int piece_at(int row, int piece, int padded) {
@@ -101,8 +105,8 @@ __device__ __noinline__ void load_rows(const Work& p, int from, int count) {
     __syncthreads();
 }
 
-// Brings centroids from `from` on into shared memory, with the length of what their halves lack. A warp has two rows at a
-// time: loads that wait for nothing are what time goes into.
+// Brings centroids from `from` on into shared memory, with the length of what their halves lack. A warp has two rows at
+// a time: loads that wait for nothing are what time goes into.
 __device__ __noinline__ void load_panel(const Work& p, const float* centre, int from) {
     __syncthreads();
     for (int row = threadIdx.x / 32; row < p.tile; row += 2 * WARPS) {
@@ -112,7 +116,8 @@ __device__ __noinline__ void load_panel(const Work& p, const float* centre, int 
 #pragma unroll
             for (int side = 0; side < 2; ++side)
                 if (row + side * WARPS < p.tile && from + row + side * WARPS < p.k)
-                    load_eight(centre, FLOAT, true, static_cast<int64_t>(from + row + side * WARPS) * p.padded + piece * 8, 8, v[side]);
+                    load_eight(centre, FLOAT, true,
+                               static_cast<int64_t>(from + row + side * WARPS) * p.padded + piece * 8, 8, v[side]);
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
                 if (row + side * WARPS >= p.tile) break;
@@ -130,7 +135,8 @@ __device__ __noinline__ void load_panel(const Work& p, const float* centre, int 
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
             for (int step = 16; step; step /= 2) lacking[side] += __shfl_xor_sync(KR_FULL_WARP, lacking[side], step);
-            if (threadIdx.x % 32 == 0 && row + side * WARPS < p.tile) p.slack[row + side * WARPS] = sqrtf(lacking[side]) / SCALE;
+            if (threadIdx.x % 32 == 0 && row + side * WARPS < p.tile)
+                p.slack[row + side * WARPS] = sqrtf(lacking[side]) / SCALE;
         }
     }
     __syncthreads();
@@ -138,8 +144,8 @@ __device__ __noinline__ void load_panel(const Work& p, const float* centre, int 
 
 // sum += 16 rows of `a`, the 8th from each other in one lane, times the panel `b`. Which column is the n-th of a step
 // is free as long as both sides agree: a lane takes eight that lie together. Whole warp.
-__device__ __forceinline__ void multiply(const uint16_t* a, int top, int bottom, const uint16_t* b, int padded, int eights,
-                                         float sum[NT][4]) {
+__device__ __forceinline__ void multiply(const uint16_t* a, int top, int bottom, const uint16_t* b, int padded,
+                                         int eights, float sum[NT][4]) {
     const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
     for (int piece = pair; piece < padded / 8; piece += 4) {
         const uint4 upper = *reinterpret_cast<const uint4*>(a + piece_at(top, piece, padded));
@@ -172,8 +178,10 @@ __device__ __forceinline__ Pick pick(const float sum[NT][4], int side, int from,
             const int column = n * 8 + threadIdx.x % 4 * 2 + e;
             if (column >= wanted || (filled && !filled[from + column])) continue;
             const float value = sum[n][side * 2 + e];
-            if (value > out.best) out.second = out.best, out.best = value, out.column = column;
-            else out.second = fmaxf(out.second, value);
+            if (value > out.best)
+                out.second = out.best, out.best = value, out.column = column;
+            else
+                out.second = fmaxf(out.second, value);
         }
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
@@ -187,8 +195,9 @@ __device__ __forceinline__ Pick pick(const float sum[NT][4], int side, int from,
     return out;
 }
 
-// The nearest centroid of each frame in shared memory: of the panel that begins with the from-th, or an earlier one. The
-// cosine in `best` has all its digits where `exact`, as it must where there is more than one panel. filled: clusters that count, null for all.
+// The nearest centroid of each frame in shared memory: of the panel that begins with the from-th, or an earlier one.
+// The cosine in `best` has all its digits where `exact`, as it must where there is more than one panel. filled:
+// clusters that count, null for all.
 __device__ __noinline__ void assign_rows(const Work& p, int count, int from, bool exact, const int* filled) {
     const int lane = threadIdx.x % 32, group = lane / 4, wanted = min(p.k - from, p.tile), eights = (wanted + 7) / 8;
     const float unit = (p.kind == HALF ? 1.0f : 1.0f / SCALE) / SCALE;
@@ -251,14 +260,17 @@ __device__ __noinline__ void sum_chunk(const Work& p, int count, bool again, int
             const int4 four = reinterpret_cast<const int4*>(p.key)[m];
             smaller += (four.x < own) + (four.y < own) + (four.z < own) + (four.w < own);
         }
-        if (n < count) p.order[smaller] = n;
-        else p.begin[n - count] = smaller;
+        if (n < count)
+            p.order[smaller] = n;
+        else
+            p.begin[n - count] = smaller;
     }
     __syncthreads();
     for (int j = threadIdx.x; j < p.k; j += THREADS)
         if (p.begin[j + 1] > p.begin[j]) atomicAdd(filled + j, p.begin[j + 1] - p.begin[j]);
     const int columns = p.padded / 4, groups = max(1, THREADS / columns), mine = threadIdx.x / columns;
-    for (int column = groups > 1 ? threadIdx.x % columns : threadIdx.x; column < columns; column += max(THREADS, columns)) {
+    for (int column = groups > 1 ? threadIdx.x % columns : threadIdx.x; column < columns;
+         column += max(THREADS, columns)) {
         if (groups > 1 && mine >= groups) break;
         for (int j = 0; j < p.k; ++j) {
             const int start = p.begin[j], stop = p.begin[j + 1];
@@ -270,17 +282,22 @@ __device__ __noinline__ void sum_chunk(const Work& p, int count, bool again, int
                 const int row = p.order[n], place = piece_at(row, column / 2, p.padded) + column % 2 * 4;
                 const float weight = p.weight[row];
                 const uint2 bits = *reinterpret_cast<const uint2*>(p.hi + place);
-                float v[4] = {kr_half_to_float(static_cast<uint16_t>(bits.x)), kr_half_to_float(static_cast<uint16_t>(bits.x >> 16)),
-                              kr_half_to_float(static_cast<uint16_t>(bits.y)), kr_half_to_float(static_cast<uint16_t>(bits.y >> 16))};
+                float v[4] = {kr_half_to_float(static_cast<uint16_t>(bits.x)),
+                              kr_half_to_float(static_cast<uint16_t>(bits.x >> 16)),
+                              kr_half_to_float(static_cast<uint16_t>(bits.y)),
+                              kr_half_to_float(static_cast<uint16_t>(bits.y >> 16))};
                 if (p.kind == FLOAT) {
                     const uint2 low = *reinterpret_cast<const uint2*>(p.lo + place);
-                    v[0] += kr_half_to_float(static_cast<uint16_t>(low.x)), v[1] += kr_half_to_float(static_cast<uint16_t>(low.x >> 16));
-                    v[2] += kr_half_to_float(static_cast<uint16_t>(low.y)), v[3] += kr_half_to_float(static_cast<uint16_t>(low.y >> 16));
+                    v[0] += kr_half_to_float(static_cast<uint16_t>(low.x)),
+                        v[1] += kr_half_to_float(static_cast<uint16_t>(low.x >> 16));
+                    v[2] += kr_half_to_float(static_cast<uint16_t>(low.y)),
+                        v[3] += kr_half_to_float(static_cast<uint16_t>(low.y >> 16));
                 }
                 sum.x = fmaf(weight, v[0], sum.x), sum.y = fmaf(weight, v[1], sum.y);
                 sum.z = fmaf(weight, v[2], sum.z), sum.w = fmaf(weight, v[3], sum.w);
             }
-            float4* out = reinterpret_cast<float4*>(p.partial + (static_cast<int64_t>(p.rank) * p.most + j) * p.padded) + column;
+            float4* out =
+                reinterpret_cast<float4*>(p.partial + (static_cast<int64_t>(p.rank) * p.most + j) * p.padded) + column;
             if (again) sum.x += out->x, sum.y += out->y, sum.z += out->z, sum.w += out->w;
             *out = sum;
         }

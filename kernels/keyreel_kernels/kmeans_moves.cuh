@@ -1,8 +1,8 @@
 // Moving centroids: all inner products of centroids and sums, what they say about J and the moves, and the moves.
 
-// Inner products of all pairs of centroids and sums over this block's columns: the upper tiles, 4 by 4, of a matrix whose
-// rows are the centroids and, from the `half`-th on, S. Short runs are summed in float32, those in float64; all in
-// float64, slow as it is on most devices, where the penalty may all but cancel S.
+// Inner products of all pairs of centroids and sums over this block's columns: the upper tiles, 4 by 4, of a matrix
+// whose rows are the centroids and, from the `half`-th on, S. Short runs are summed in float32, those in float64; all
+// in float64, slow as it is on most devices, where the penalty may all but cancel S.
 __device__ __noinline__ void multiply_pairs(const Work& p, const float* centre) {
     if (p.rank >= p.slices) return;
     const int fours = (p.k + 3) / 4, half = fours * 4, side = 2 * half, tiles = fours * (2 * fours + 1);
@@ -14,11 +14,13 @@ __device__ __noinline__ void multiply_pairs(const Work& p, const float* centre) 
     for (int j = threadIdx.x / 32; j < p.k; j += WARPS) {
         double own = 0, mixed = 0, square = 0;
         for (int d = low + threadIdx.x % 32; d < high; d += 32) {
-            const double c = centre[static_cast<int64_t>(j) * p.padded + d], sum = p.sums[static_cast<int64_t>(j) * p.padded + d];
+            const double c = centre[static_cast<int64_t>(j) * p.padded + d],
+                         sum = p.sums[static_cast<int64_t>(j) * p.padded + d];
             own += c * c, mixed += c * sum, square += sum * sum;
         }
         for (int half_warp = 16; half_warp; half_warp /= 2) {
-            own += __shfl_xor_sync(KR_FULL_WARP, own, half_warp), mixed += __shfl_xor_sync(KR_FULL_WARP, mixed, half_warp);
+            own += __shfl_xor_sync(KR_FULL_WARP, own, half_warp),
+                mixed += __shfl_xor_sync(KR_FULL_WARP, mixed, half_warp);
             square += __shfl_xor_sync(KR_FULL_WARP, square, half_warp);
         }
         double* row = out + static_cast<int64_t>(j) * (2 * p.k + 1);
@@ -34,7 +36,8 @@ __device__ __noinline__ void multiply_pairs(const Work& p, const float* centre) 
             for (int u = 0; u < 4; ++u) {
                 const int n = base + u * THREADS, row = n % side, j = row < half ? row : row - half;
                 if (n < side * quads && j < p.k)
-                    v[u] = reinterpret_cast<const float4*>((row < half ? centre : p.sums) + static_cast<int64_t>(j) * p.padded + from)[n / side];
+                    v[u] = reinterpret_cast<const float4*>((row < half ? centre : p.sums) +
+                                                           static_cast<int64_t>(j) * p.padded + from)[n / side];
             }
 #pragma unroll
             for (int u = 0; u < 4; ++u) {
@@ -61,8 +64,10 @@ __device__ __noinline__ void multiply_pairs(const Work& p, const float* centre) 
                     const float u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
                     for (int n = 0; n < 16; ++n)
-                        if (all_digits) total[n / 4][n % 4] += static_cast<double>(u[n / 4]) * v[n % 4];
-                        else sum[n / 4][n % 4] = fmaf(u[n / 4], v[n % 4], sum[n / 4][n % 4]);
+                        if (all_digits)
+                            total[n / 4][n % 4] += static_cast<double>(u[n / 4]) * v[n % 4];
+                        else
+                            sum[n / 4][n % 4] = fmaf(u[n / 4], v[n % 4], sum[n / 4][n % 4]);
                 }
 #pragma unroll
                 for (int n = 0; n < 16; ++n) total[n / 4][n % 4] += sum[n / 4][n % 4];
@@ -73,7 +78,8 @@ __device__ __noinline__ void multiply_pairs(const Work& p, const float* centre) 
                 const int i = left * 4 + n / 4, j = right * 4 + n % 4;
                 const int row = i < half ? i : i - half + p.k, column = j < half ? j : j - half + p.k;
                 const bool wanted = (i < half ? i < p.k : row < 2 * p.k) && (j < half ? j < p.k : column < 2 * p.k);
-                if (tile < tiles && wanted && column != row && column != row + p.k && static_cast<int>(threadIdx.x % 2) == n / 8) {
+                if (tile < tiles && wanted && column != row && column != row + p.k &&
+                    static_cast<int>(threadIdx.x % 2) == n / 8) {
                     double* place = out + static_cast<int64_t>(row) * 2 * p.k + column;
                     *place = from == low ? both : *place + both;
                 }
@@ -156,7 +162,7 @@ __device__ __noinline__ bool moves_in_turn(const Work& p, Products m) {
 
 // The first block: J from the products; whether the last round is taken; the moves of the next. Returns the verdict.
 __device__ __noinline__ int decide(Work& p, Task task, int turn, int round, int rounds, double* objective,
-                                    double* history) {
+                                   double* history) {
     const int squares = p.k * p.k;
     Products m;
     m.cc = p.k <= MOST_LEAD ? reinterpret_cast<double*>(p.panel) : p.lead;
@@ -171,9 +177,11 @@ __device__ __noinline__ int decide(Work& p, Task task, int turn, int round, int 
             const int n = base + u * THREADS, kind = n / squares, i = n % squares / p.k, j = n % p.k;
             if (kind > 2) break;
             // Only the upper tiles are there.
-            const int row = kind == 1 ? i : min(i, j) + kind / 2 * p.k, column = kind == 1 ? j + p.k : max(i, j) + kind / 2 * p.k;
+            const int row = kind == 1 ? i : min(i, j) + kind / 2 * p.k,
+                      column = kind == 1 ? j + p.k : max(i, j) + kind / 2 * p.k;
             const double* pair = p.pairs + row * 2 * p.k + column;
-            for (int slice = 0; slice < p.slices; ++slice) sum[u] += pair[static_cast<int64_t>(slice) * 4 * p.most * p.most];
+            for (int slice = 0; slice < p.slices; ++slice)
+                sum[u] += pair[static_cast<int64_t>(slice) * 4 * p.most * p.most];
         }
 #pragma unroll
         for (int u = 0; u < 4; ++u) {
@@ -224,7 +232,8 @@ __device__ __noinline__ int decide(Work& p, Task task, int turn, int round, int 
         p.filled(1 - turn)[j] = 0;
     }
     // One bit each, as numbers that cannot meet.
-    const double close = block_sum(verdict & CLOSE ? 1 : 0, p.small), empty = block_sum(verdict & EMPTY ? 1 : 0, p.small);
+    const double close = block_sum(verdict & CLOSE ? 1 : 0, p.small),
+                 empty = block_sum(verdict & EMPTY ? 1 : 0, p.small);
     return (close > 0 ? CLOSE : 0) | (empty > 0 ? EMPTY : 0);
 }
 
@@ -235,7 +244,8 @@ __device__ void move(const Work& p, const float* before, float* after, bool clos
     const double mu = p.penalty / p.k;
     if (!close) {
         const auto fours = [&](const float* rows, int n) {
-            return reinterpret_cast<const float4*>(rows + static_cast<int64_t>(n / (wide / 4)) * p.padded + low) + n % (wide / 4);
+            return reinterpret_cast<const float4*>(rows + static_cast<int64_t>(n / (wide / 4)) * p.padded + low) +
+                   n % (wide / 4);
         };
         for (int base = threadIdx.x; base < p.k * wide / 4; base += 2 * THREADS) {
             float4 from[2] = {}, to[2] = {};
@@ -251,7 +261,9 @@ __device__ void move(const Work& p, const float* before, float* after, bool clos
             for (int u = 0; u < 2; ++u) {
                 const int n = base + u * THREADS;
                 if (n >= p.k * wide / 4) break;
-                const auto moved = [&](float own, float sum) { return static_cast<float>(stay[u] * own + along[u] * sum); };
+                const auto moved = [&](float own, float sum) {
+                    return static_cast<float>(stay[u] * own + along[u] * sum);
+                };
                 *const_cast<float4*>(fours(after, n)) = {moved(from[u].x, to[u].x), moved(from[u].y, to[u].y),
                                                          moved(from[u].z, to[u].z), moved(from[u].w, to[u].w)};
             }

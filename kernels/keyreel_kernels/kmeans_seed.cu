@@ -5,9 +5,10 @@
 
 #define COVERED 1e-6  // as in clustering.py
 
-// Sums of w z over the videos' frames, in parts: a part [videos, parts, width] for each block of the grid (videos, parts).
+// Sums of w z over the videos' frames, in parts: a part [videos, parts, width] for each block of the grid (videos,
+// parts).
 extern "C" __global__ void __launch_bounds__(THREADS)
-column_sums(const void* x, const float* w, const int64_t* offsets, double* sums, int width, int kind) {
+    column_sums(const void* x, const float* w, const int64_t* offsets, double* sums, int width, int kind) {
     const int64_t start = offsets[blockIdx.x], count = offsets[blockIdx.x + 1] - start;
     const int64_t first = start + count * blockIdx.y / gridDim.y, last = start + count * (blockIdx.y + 1) / gridDim.y;
     for (int d = threadIdx.x; d < width; d += THREADS) {
@@ -20,18 +21,20 @@ column_sums(const void* x, const float* w, const int64_t* offsets, double* sums,
 // <z_t, z_u>, by a warp.
 __device__ double frame_dot(const void* x, int kind, int width, int64_t t, int64_t u) {
     return warp_dot(
-        width, [&](int d) { return value_at(x, kind, t * width + d); }, [&](int d) { return value_at(x, kind, u * width + d); });
+        width, [&](int d) { return value_at(x, kind, t * width + d); },
+        [&](int d) { return value_at(x, kind, u * width + d); });
 }
 
 // |mean z|^2 of each video, a block each, from `column_sums` with weights 1.
 extern "C" __global__ void __launch_bounds__(THREADS)
-mean_square(const double* sums, const int64_t* offsets, double* out, int parts, int width) {
+    mean_square(const double* sums, const int64_t* offsets, double* out, int parts, int width) {
     KR_SHARED(double, small);
     const double count = static_cast<double>(offsets[blockIdx.x + 1] - offsets[blockIdx.x]);
     double square = 0;
     for (int d = threadIdx.x; d < width; d += THREADS) {
         double sum = 0;
-        for (int part = 0; part < parts; ++part) sum += sums[(static_cast<int64_t>(blockIdx.x) * parts + part) * width + d];
+        for (int part = 0; part < parts; ++part)
+            sum += sums[(static_cast<int64_t>(blockIdx.x) * parts + part) * width + d];
         square += sum / count * (sum / count);
     }
     square = block_sum(square, small);
@@ -40,16 +43,18 @@ mean_square(const double* sums, const int64_t* offsets, double* out, int parts, 
 
 // A warp a frame. typical [videos]: what `mean_square` found.
 extern "C" __global__ void __launch_bounds__(THREADS)
-temporal_support(const void* x, const int64_t* offsets, const double* typical, float* support, float* smooth, int videos,
-                 int width, int kind, int reach) {
+    temporal_support(const void* x, const int64_t* offsets, const double* typical, float* support, float* smooth,
+                     int videos, int width, int kind, int reach) {
     const int64_t t = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     if (t >= offsets[videos]) return;
     int low = 0, high = videos;
     while (high - low > 1) {
         const int middle = (low + high) / 2;
-        if (offsets[middle] <= t) low = middle;
-        else high = middle;
+        if (offsets[middle] <= t)
+            low = middle;
+        else
+            high = middle;
     }
     const int64_t start = offsets[low], stop = offsets[low + 1];
     double best = 0, second = 0;
@@ -58,8 +63,10 @@ temporal_support(const void* x, const int64_t* offsets, const double* typical, f
         const int64_t other = n % 2 ? t + n / 2 + 1 : t - n / 2 - 1;
         if (other < start || other >= stop) continue;
         const double cosine = frame_dot(x, kind, width, t, other);
-        if (nearest < 0 || cosine > best) second = best, next = nearest, best = cosine, nearest = other;
-        else if (next < 0 || cosine > second) second = cosine, next = other;
+        if (nearest < 0 || cosine > best)
+            second = best, next = nearest, best = cosine, nearest = other;
+        else if (next < 0 || cosine > second)
+            second = cosine, next = other;
     }
     const bool first_counts = nearest >= 0 && best > typical[low], second_counts = next >= 0 && second > typical[low];
     const auto mixed = [&](int d) {
@@ -72,22 +79,23 @@ temporal_support(const void* x, const int64_t* offsets, const double* typical, f
     for (int d = lane; d < width; d += 32) square += mixed(d) * mixed(d);
     for (int step = 16; step; step /= 2) square += __shfl_xor_sync(KR_FULL_WARP, square, step);
     const double shrink = 1 / fmax(sqrt(square), 1e-30);
-    for (int d = lane; d < width; d += 32)
-        smooth[t * width + d] = static_cast<float>(mixed(d) * shrink);
+    for (int d = lane; d < width; d += 32) smooth[t * width + d] = static_cast<float>(mixed(d) * shrink);
     if (lane == 0) support[t] = nearest < 0 ? 1.0f : static_cast<float>(next < 0 ? best : (best + second) / 2);
 }
 
 // Seeds of the videos. rows, gaps [videos, count], filled with -1 and 0 before; sums [videos, parts, width] by
 // `column_sums` with w; gap [frames] and board [teams, 2, size, 2] are scratch. A team takes the videos team, team +
 // teams, ...; `staged`: its frames fit into shared memory behind the sum and the last seed.
-KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
-seed(const void* x, const float* w, const int64_t* offsets, const double* sums, double* gap, double* board, int64_t* rows,
-     float* gaps, unsigned* barrier, int videos, int count, int width, int kind, int wide, int parts, int staged) {
+KR_CLUSTER_KERNEL __launch_bounds__(THREADS, 1)
+    seed(const void* x, const float* w, const int64_t* offsets, const double* sums, double* gap, double* board,
+         int64_t* rows, float* gaps, unsigned* barrier, int videos, int count, int width, int kind, int wide, int parts,
+         int staged) {
     KR_SHARED(double, small);
     double* total = small + 64;
     float* target = reinterpret_cast<float*>(total + (width + 1) / 2 * 2);
     const int size = static_cast<int>(GRID ? gridDim.x : CLUSTER), teams = static_cast<int>(gridDim.x) / size;
-    const int rank = static_cast<int>(GRID ? blockIdx.x : kr_cluster_rank()), team = static_cast<int>(blockIdx.x) / size;
+    const int rank = static_cast<int>(GRID ? blockIdx.x : kr_cluster_rank()),
+              team = static_cast<int>(blockIdx.x) / size;
     const int lane = threadIdx.x % 32, bytes = kind == FLOAT ? 4 : 2;
     board += static_cast<int64_t>(team) * 4 * size;
     int turn = 0;
@@ -111,7 +119,8 @@ seed(const void* x, const float* w, const int64_t* offsets, const double* sums, 
         }
         for (int d = threadIdx.x; d < width; d += THREADS) {
             double sum = 0;
-            for (int part = 0; part < parts; ++part) sum += sums[(static_cast<int64_t>(video) * parts + part) * width + d];
+            for (int part = 0; part < parts; ++part)
+                sum += sums[(static_cast<int64_t>(video) * parts + part) * width + d];
             total[d] = sum;
         }
         __syncthreads();
@@ -140,8 +149,10 @@ seed(const void* x, const float* w, const int64_t* offsets, const double* sums, 
                 }
                 // What is no number wins, as a row that cannot be: such a video has no seed.
                 const double value = weight * found;
-                if (value - value == 0) worst.meet(value, t);
-                else worst.meet(KR_INFINITY, -1);
+                if (value - value == 0)
+                    worst.meet(value, t);
+                else
+                    worst.meet(KR_INFINITY, -1);
             }
             worst = block_best(worst, small);
             double* slots = board + turn * size * 2;
@@ -158,7 +169,8 @@ seed(const void* x, const float* w, const int64_t* offsets, const double* sums, 
                 rows[static_cast<int64_t>(video) * count + n] = start + chosen;
                 gaps[static_cast<int64_t>(video) * count + n] = n ? static_cast<float>(worst.value) : w[start + chosen];
             }
-            for (int d = threadIdx.x; d < width; d += THREADS) target[d] = value_at(x, kind, (start + chosen) * width + d);
+            for (int d = threadIdx.x; d < width; d += THREADS)
+                target[d] = value_at(x, kind, (start + chosen) * width + d);
             __syncthreads();
         }
     }
@@ -167,8 +179,8 @@ seed(const void* x, const float* w, const int64_t* offsets, const double* sums, 
 // Best frame of each cluster as one number: clean ones first, then by similarity, then the earliest. keys [problems,
 // most]: zeros before; the grid is (problems, parts).
 extern "C" __global__ void __launch_bounds__(THREADS)
-representatives(const int64_t* spans, const int64_t* starts, const int64_t* labels, const float* similarity,
-                const uint8_t* clean, unsigned long long* keys, int most) {
+    representatives(const int64_t* spans, const int64_t* starts, const int64_t* labels, const float* similarity,
+                    const uint8_t* clean, unsigned long long* keys, int most) {
     const int64_t start = spans[2 * blockIdx.x], count = spans[2 * blockIdx.x + 1] - start;
     const int64_t step = static_cast<int64_t>(gridDim.y) * THREADS;
     for (int64_t t = static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x; t < count; t += step) {
