@@ -393,3 +393,25 @@ def test_launches_on_a_large_device() -> None:
     assert cuda_kmeans.is_long(where, cuda_kmeans.HALF, 512, np.array([32]), long).all()
     layout = cuda_kmeans.plan(where, cuda_kmeans.HALF, 512, 32, long, long=True)
     assert (layout.cluster, layout.blocks) == (0, 132)
+
+
+@pytest.mark.parametrize(
+    ("frames", "width", "count", "scenes", "kind"), [(2500, 64, 100, 60, np.float32), (5000, 64, 16, 30, np.float16)]
+)
+def test_long_videos_and_many_clusters(cuda: Cuda, frames: int, width: int, count: int, scenes: int, kind: Any) -> None:
+    """Sizes at which sums are long and the frames do not fit a cluster's shared memory."""
+    rng = np.random.default_rng(frames)
+    centre = rng.normal(size=(scenes, width))
+    x = centre[rng.integers(0, scenes, frames)] + 0.6 * rng.normal(size=(frames, width))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(kind)
+    whole, w = x.astype(np.float32), rng.random(frames).astype(np.float32) + np.float32(0.1)
+    span, k, weigh = np.array([[0, frames]]), np.array([count]), {"penalty": 0.1, "margin": 0.8, "iterations": 30}
+    seeds, _ = clustering.seed(whole, w, np.array([0, frames]), count)
+    ops = ops_on(cuda)
+    there, weights = cuda.to_device(x), cuda.to_device(w)
+    np.testing.assert_array_equal(cuda.to_host(ops.seed(there, weights, np.array([0, frames]), count)[0]), seeds)
+    want = clustering.cluster(whole, w, span, k, seeds, **weigh)
+    got = ops.cluster(there, weights, span, k, seeds, **weigh)
+    assert len(np.unique(want.history)) > 5  # rounds
+    np.testing.assert_array_equal(cuda.to_host(got.labels), want.labels)
+    np.testing.assert_allclose(cuda.to_host(got.objective), want.objective, atol=1e-6)
