@@ -55,17 +55,23 @@ def memory() -> str:
 
 
 def kernels() -> str:
-    found = [row for row in rows("kernels") if row["architecture"] == 90]
-    lines = ["| kernel (sm_90) | registers | static shared memory | spilled bytes |", "|---|---|---|---|"]
-    # Variants of one kernel that take the same are one line.
-    same: dict[tuple[str, int, int, int], list[str]] = {}
-    for row in sorted(found, key=lambda row: (row["file"], row["kernel"])):
-        taken = (f"{row['file']} `{row['kernel']}`", row["registers"], row["static_shared"], row["spills"])
-        same.setdefault(taken, []).append(", ".join(f"{name} {value}" for name, value in row["defines"].items()))
-    names = [name for name, *_ in same]
-    for (name, registers, shared, spills), variants in same.items():
-        which = f" ({'; '.join(variants)})" if names.count(name) > 1 else ""
-        lines.append(f"| {name}{which} | {registers} | {shared} | {spills} |")
+    found = rows("kernels")
+    lines = [
+        "| file | kernels | most registers, sm_90 | most registers, any | static shared memory | spilled bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file in sorted({row["file"] for row in found}):
+        own = [row for row in found if row["file"] == file]
+        hopper = max(row["registers"] for row in own if row["architecture"] == 90)
+        most = max(own, key=lambda row: row["registers"])
+        lines.append(
+            f"| {file} | {len({row['kernel'] for row in own})} | {hopper} "
+            f"| {most['registers']} (sm_{most['architecture']}, `{most['kernel']}`) "
+            f"| {max(row['static_shared'] for row in own)} | {max(row['spills'] for row in own)} |"
+        )
+    known = ", ".join(f"sm_{one}" for one in sorted({row["architecture"] for row in found}))
+    version = found[-1]["environment"]["versions"]["nvidia-cuda-nvrtc"]
+    lines += ["", f"All variants of all kernels, {known}; NVRTC {version} (`benchmarks/kernels.py`)."]
     return "\n".join(lines)
 
 

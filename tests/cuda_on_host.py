@@ -372,6 +372,7 @@ class HostedCupy:
             Event=_Current,
             MemoryPool=_Pool,
             using_allocator=_using_allocator,
+            get_current_stream=_Current,
             runtime=SimpleNamespace(
                 getDeviceProperties=lambda _: properties, memcpyAsync=_copy_memory, memcpyDeviceToDevice=3
             ),

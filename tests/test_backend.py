@@ -72,6 +72,7 @@ def failing(error: Exception) -> Any:
         ("ops_for", failing(ImportError("no CuPy")), "cupy"),
         ("open_cuda_session", failing(MissingExtra("tensorrt", "gpu", "this")), "cuda inference"),
         ("open_cuda_session", failing(ModelError("wrong", hint="mend")), "cuda inference"),
+        ("open_cuda_session", failing(PermissionError(13, "no cache")), "cuda inference"),
     ],
 )
 def test_each_check_can_fail_and_is_named(

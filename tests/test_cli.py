@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from keyreel import __version__
 from keyreel.demo import SCENES
 from keyreel.render.sidecars import search_schema, summary_schema
 
@@ -297,3 +299,20 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         said = process.stderr.read()
         assert process.wait(timeout=60) == 0
     assert said == b""
+
+
+def test_what_libraries_print_is_kept_from_the_data() -> None:
+    code = (
+        "import os; from keyreel import cli; "
+        "cli.app = lambda: (print('data'), os.write(1, b'Decode Error occurred')); cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("data\n", "Decode Error occurred")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
+def test_a_stream_that_the_caller_has_closed_is_no_error(closed: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m keyreel version {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == ("" if closed == ">&-" else f"{__version__}\n")

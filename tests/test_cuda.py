@@ -14,6 +14,7 @@ from cuda_on_host import HostedArray, host_cuda
 
 from keyreel_kernels import cuda as module
 from keyreel_kernels import cuda_patches
+from keyreel_kernels.arrays import HostArrays
 from keyreel_kernels.cuda import Cuda
 
 HEAD = 'extern "C" __global__ void kernel'
@@ -134,6 +135,35 @@ def test_arrays_come_over_by_dlpack(cuda: Cuda) -> None:
             np.testing.assert_array_equal(cuda.to_host(taken), np.arange(6))
         own[0] = 5
         assert cuda.to_host(taken)[0] == 5  # without a copy where it lay on the device
+        elsewhere = Foreign(own)
+        elsewhere.__dlpack_device__ = lambda: (2, cuda.index + 1)
+        with pytest.raises(ValueError, match=f"on cuda:{cuda.index + 1}, the engine on cuda:{cuda.index}"):
+            cuda.to_device(elsewhere)
+        with pytest.raises(ValueError, match="on a device, the engine on the CPU"):
+            HostArrays().to_device(own)
+
+
+def test_streams_are_put_in_step(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours waits for what the caller's was given, and the caller's for ours; within our scope there is no other."""
+    done: list[tuple[str, Any]] = []
+
+    class Stream:
+        def __init__(self, name: str, ptr: int) -> None:
+            self.name, self.ptr = name, ptr
+
+        def record(self) -> str:
+            return self.name
+
+        def wait_event(self, event: str) -> None:
+            done.append((self.name, event))
+
+    ours, callers = Stream("ours", 1), Stream("callers", 2)
+    monkeypatch.setattr(cuda, "stream", ours)
+    for current, expected in ((callers, [("ours", "callers"), ("callers", "ours")]), (ours, [])):
+        monkeypatch.setattr(cuda.cupy.cuda, "get_current_stream", lambda current=current: current)
+        done.clear()
+        cuda.join()
+        assert done == expected
 
 
 def test_nothing_leaves_by_itself(cuda: Cuda) -> None:

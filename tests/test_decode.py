@@ -623,12 +623,12 @@ def test_the_queue_is_bounded(media: Media) -> None:
         stream = FrameStream(source, Sampling("all"), transform=SMALL, batch_size=4)
         next(stream)
         made: list[int] = []
-        worker = stream._worker
-        real = worker._put
-        worker._put = lambda item: (made.append(1), real(item))[1]  # type: ignore
+        channel = stream._worker._queue
+        real = channel.put
+        channel.put = lambda item: (made.append(1), real(item))[1]  # type: ignore
         time.sleep(0.8)
         busy = stream.decode_seconds
-        assert worker._queue.qsize() == 2
+        assert channel._queue.qsize() == 2
         assert len(made) <= 4
         time.sleep(0.3)
         assert stream.decode_seconds == busy  # waiting is not counted

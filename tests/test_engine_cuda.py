@@ -18,7 +18,7 @@ from hosted_session import HostedSession
 
 import keyreel
 from keyreel import backend
-from keyreel.backend import CUDA_BATCH, Backend, Frames, resolve
+from keyreel.backend import CUDA_BATCH, Backend, resolve
 from keyreel.bundle import Bundle
 from keyreel.config import EncodeConfig, ImageTransform, Sampling, SelectConfig
 from keyreel.decode import nvdec_pool
@@ -59,7 +59,7 @@ class Uploaded:
 def backend_on(cuda: Cuda, batch_size: int = 16) -> Backend:
     def stream(
         source: Source, sampling: Sampling, *, transform: ImageTransform | None = None, batch_size: int = CUDA_BATCH
-    ) -> Frames:
+    ) -> Any:
         return Uploaded(FrameStream(source, sampling, transform=transform, batch_size=batch_size), cuda)
 
     if isinstance(cuda.cupy, HostedCupy):
@@ -149,12 +149,17 @@ def test_from_packets_to_summary(
         assert one.start_seconds == pytest.approx(other.start_seconds, abs=0.05)
 
 
-def test_frames_on_the_device_give_vectors_on_the_device(engine: keyreel.Engine, reference: keyreel.Engine) -> None:
+def test_frames_on_the_device_give_vectors_on_the_device(
+    engine: keyreel.Engine, reference: keyreel.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (20, 40, 56, 3), dtype=np.uint8)
     cuda: Any = engine.backend.ops.arrays
     before = cuda.bytes_to_host
+    joined: list[int] = []
+    monkeypatch.setattr(cuda, "join", lambda: joined.append(len(joined)))
     there = engine.embed(cuda.to_device(frames))
+    assert joined == [0, 1]  # the caller's stream, before and after
     assert isinstance(there, cuda.cupy.ndarray)
     want = reference.embed(frames)
     # Resized by our kernel there and by NumPy here: a rounding apart, so one level of 255 in some pixels.
@@ -170,7 +175,7 @@ def test_text_comes_back_to_the_host(engine: keyreel.Engine, reference: keyreel.
 
 
 def test_full_memory_is_told(engine: keyreel.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    class OutOfMemoryError(Exception):
+    class OutOfMemoryError(MemoryError):
         pass
 
     def full(*_: object) -> None:
@@ -181,7 +186,13 @@ def test_full_memory_is_told(engine: keyreel.Engine, monkeypatch: pytest.MonkeyP
         engine.embed(np.zeros((1, 8, 8, 3), np.uint8))
 
 
-def test_warming_up_runs_everything_once(engine: keyreel.Engine) -> None:
+def test_warming_up_runs_everything_once(engine: keyreel.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
+    launched: set[str] = set()
+    launch = Cuda.launch
+    monkeypatch.setattr(
+        Cuda, "launch", lambda self, file, *a, **k: (launched.add(file), launch(self, file, *a, **k))[1]
+    )
     engine.warmup(progress=lambda stage, done, total: seen.append(done / (total or 1)))
     assert seen[-1] == 1.0
+    assert launched >= {"color.cu", "kmeans_seed.cu", "kmeans.cu"}

@@ -91,6 +91,18 @@ def test_every_layout(name: str, counts: list[int], blocks: int, stays: bool, ki
     assert clear >= total / 4
 
 
+@pytest.mark.parametrize("most", [40, 70])
+def test_few_clusters_beside_many_of_narrow_vectors(cuda: Cuda, most: int) -> None:
+    """What has room in shared memory follows from the problem with the most clusters, for all problems."""
+    draw = np.random.default_rng(6)
+    x, w = unit(draw.normal(size=(160, 24))), np.ones(160, np.float32)
+    spans, k = np.array([[0, 75], [75, 160]]), np.array([32, most])
+    seeds = np.full((2, most), -1)
+    for m, (start, stop) in enumerate(spans):
+        seeds[m, : k[m]] = start + draw.permutation(stop - start)[: k[m]]
+    check_cluster(cuda, x, w, spans, k, seeds, penalty=0.5, margin=0.3, iterations=6)
+
+
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
 def test_real_width(cuda: Cuda, kind: str) -> None:
     problems = some_problems(np.random.default_rng(4), [64, 33], 512, 12)

@@ -181,7 +181,7 @@ def test_no_room_for_a_context(trt: Recording, recorded: Cuda) -> None:
     session.close()
     session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
     trt.refused = {"context"}
-    with pytest.raises(OutOfMemory, match="batch"):
+    with pytest.raises(OutOfMemory, match="memory free"):
         session.run(feeds(1))
 
 
@@ -479,32 +479,34 @@ def test_a_write_that_fails_harms_nothing(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert sorted(path.suffix for path in (tmp_path / "plans").iterdir()) == [".json", ".lock", ".plan"]
 
 
-def test_export_compiles_for_the_device_at_hand(
+def test_the_export_command_builds_plans_for_the_device_at_hand(
     trt: Recording, recorded: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch", reason="the extra export is not installed")
-    from keyreel_export.tensorrt import compile_bundle
-
     backend = SimpleNamespace(ops=SimpleNamespace(arrays=recorded), batch_size=BATCH)
-    monkeypatch.setattr("keyreel_export.tensorrt.resolve", lambda device: backend if device == "cuda" else None)
-    seen: list[str] = []
-    compile_bundle(Bundle.find("builtin"), progress=lambda stage, *_: seen.append(stage))
-    assert list(dict.fromkeys(seen)) == ["plan backbone", "plan attention", "plan fusion", "plan text"]
+    monkeypatch.setattr("keyreel.cli.resolve", lambda device: backend if device == "cuda" else None)
+    done = CliRunner().invoke(app, ["export", "builtin", "--tensorrt"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == str(FUSION.parent)
     assert len(trt.noted("build")) == 4
 
 
-def test_the_export_command_builds_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_export_command_looks_for_the_device_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: str) -> None:
+        raise BackendUnavailable(f"{device} was asked for", probe="cuda driver")
+
+    monkeypatch.setattr("keyreel.cli.resolve", refuse)
+    monkeypatch.setattr("keyreel.cli.library", lambda: None)
+    done = CliRunner().invoke(app, ["export", "no-such-model", "--tensorrt"])
+    assert (done.exit_code, done.stdout) == (5, ""), done.output
+
+
+def test_a_bundle_is_not_exported_again(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="the extra export is not installed")
-    seen: list[str] = []
-
-    def compiled(bundle: Bundle, *, progress: Any) -> None:
-        progress("plan backbone", 0.5, 1.0)
-        seen.append(bundle.name)
-
-    monkeypatch.setattr("keyreel_export.tensorrt.compile_bundle", compiled)
-    done = CliRunner().invoke(app, ["export", "builtin", "--tensorrt"])
-    assert (done.exit_code, seen) == (0, ["builtin"]), done.output
-    assert done.stdout.strip() == str(FUSION.parent)
+    done = CliRunner().invoke(app, ["export", "builtin", "--triton", str(tmp_path / "served"), "--precision", "fp16"])
+    assert (done.exit_code, done.stdout) == (2, ""), done.output
+    assert "only --triton and --tensorrt go with it" in done.stderr
+    assert not (tmp_path / "served").exists()
 
 
 def test_without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,6 +588,22 @@ def test_a_provider_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capfd: p
     with pytest.raises(BackendUnavailable, match="libcudnn") as caught:
         OnnxRuntimeCudaSession(FUSION, host_cuda())
     assert "keyreel[gpu]" in str(caught.value.hint)
+    assert capfd.readouterr().out == ""
+
+
+def test_the_libraries_are_loaded_first_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, asked: list[Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The wheels of CUDA and cuDNN lie on no path that the loader looks at; what fails is told by the session."""
+    order: list[int] = []
+
+    def preload() -> None:
+        order.append(len(asked))
+        print("Failed to load libcudnn.so.9: cannot open shared object file")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
+    _HostProvider(FUSION, host_cuda()).close()
+    assert (order, len(asked)) == ([0], 1)
     assert capfd.readouterr().out == ""
 
 

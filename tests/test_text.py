@@ -15,7 +15,8 @@ from keyreel.text import TextEncoder, Tokenizer, clean_text
 @pytest.fixture(scope="module")
 def encoder() -> TextEncoder:
     bundle = Bundle.find("builtin")
-    return TextEncoder(bundle, resolve("cpu", threads=1).open_session(bundle.file("text.onnx")))
+    backend = resolve("cpu", threads=1)
+    return TextEncoder(bundle, backend.open_session(bundle.file("text.onnx")), backend.ops.arrays)
 
 
 @pytest.mark.parametrize(

@@ -17,37 +17,21 @@ from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.nvdec import open_stream, pool_of
 from keyreel.decode.source import Source
+from keyreel.decode.stream import Stream
 from keyreel.errors import BackendUnavailable, OutOfMemory
 from keyreel.probes import probe_cuda
 from keyreel.session import OnnxRuntimeSession, Session
 from keyreel.session_cuda import open_cuda_session
-from keyreel.types import FrameBatch
 from keyreel_kernels import Ops, ops_for
 
 # Frames in one inference: a CPU gains nothing from more, a GPU is idle with fewer.
 CPU_BATCH, CUDA_BATCH = 16, 64
 
 
-class Frames(Protocol):
-    """Decoded frames in batches: what FrameStream is."""
-
-    @property
-    def warnings(self) -> tuple[str, ...]: ...
-    @property
-    def decode_seconds(self) -> float: ...
-    @property
-    def end_seconds(self) -> float | None: ...
-    def __enter__(self) -> Any: ...
-    def __exit__(self, *_: Any) -> None: ...
-    def __iter__(self) -> Iterator[FrameBatch]: ...
-    def __next__(self) -> FrameBatch: ...
-    def close(self) -> None: ...
-
-
 class OpenStream(Protocol):
     def __call__(
         self, source: Source, sampling: Sampling, *, transform: ImageTransform | None = None, batch_size: int = ...
-    ) -> Frames: ...
+    ) -> Stream: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +53,7 @@ class Backend:
         try:
             with self.ops.arrays.scope():
                 yield
-        except Exception as error:
-            # CuPy is imported only where it is used, and its error has this name in every version.
-            if type(error).__name__ != "OutOfMemoryError":
-                raise
+        except MemoryError as error:  # CuPy's is one
             hint = "use smaller batches (--batch-size), or leave more of the device's memory free"
             raise OutOfMemory(f"{self.device}: the memory is full: {error}", hint=hint) from error
 
@@ -121,11 +102,12 @@ def _cuda(ops: Ops, reason: str, *, strict: bool) -> Backend:
 
     def release() -> None:
         pool_of(cuda).close()
-        cuda.pool.free_all_blocks()
+        with cuda.scope():  # a pool keeps the blocks of each device apart
+            cuda.pool.free_all_blocks()
 
     def stream(
         source: Source, sampling: Sampling, *, transform: ImageTransform | None = None, batch_size: int = CUDA_BATCH
-    ) -> Frames:
+    ) -> Stream:
         return open_stream(
             source, sampling, transform=transform, batch_size=batch_size, cuda=cuda, ops=ops, strict=strict
         )

@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from keyreel import __version__
+from keyreel.backend import resolve
 from keyreel.bundle import BUILTIN, MANIFEST, Bundle
 from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, Sampling, SelectConfig
 from keyreel.decode.source import Source
@@ -32,6 +33,8 @@ from keyreel.render.aside import aside
 from keyreel.render.results import hit_pictures, save_previews
 from keyreel.render.sidecars import search_document
 from keyreel.render.storyboard import search_page
+from keyreel.session_tensorrt import build_plans
+from keyreel.tensorrt_build import library
 from keyreel.types import SearchHit, Summary
 
 VIDEO_SUFFIXES = frozenset(
@@ -105,7 +108,8 @@ def _parameter(owner: type, name: str) -> inspect.Parameter:
 def _exit_codes() -> Iterator[None]:
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where the caller has closed it
+            sys.stdout.flush()
     except BrokenPipeError as error:
         # The reader of the pipe has left, as `head` does; what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -129,7 +133,10 @@ def _pick(owner: type, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
 
 
-ENCODING = ((EncodeConfig, "shift"), (EncodeConfig, "attention_strength"), (DecodeLimits, "allow_network"))
+ENCODING = (
+    *((EncodeConfig, name) for name in ("shift", "attention_strength", "batch_size")),
+    (DecodeLimits, "allow_network"),
+)
 
 
 @_command(
@@ -298,12 +305,17 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Turns an open_clip model into a bundle that keyreel runs; needs the extra `export`."""
+    device: Any = None
+    if tensorrt:  # looked at first: an export takes minutes
+        library()
+        device = resolve("cuda")
     import_extra("torch", extra="export", purpose="exporting a model")
     from keyreel_export.bundle import export_model
-    from keyreel_export.tensorrt import compile_bundle
     from keyreel_export.triton import export_triton
 
     if (triton is not None or tensorrt) and (model == BUILTIN or (Path(model) / MANIFEST).is_file()):
+        if output or attention_weights or projection or random_weights or seed or precision != "fp32":
+            raise ValueError(f"{model} is a bundle already: only --triton and --tensorrt go with it")
         folder = Bundle.find(model).folder
     else:
         folder = export_model(
@@ -322,7 +334,8 @@ def export(
         errors.print(f"wrote {triton}", markup=False, soft_wrap=True)
     if tensorrt:
         with Bars(errors) as bars:
-            compile_bundle(Bundle.load(folder), progress=bars.start(model))
+            arrays, size, progress = device.ops.arrays, device.batch_size, bars.start(model)
+            build_plans(Bundle.load(folder), arrays, batch_size=size, progress=progress)
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     if as_json:
         _print_json({"folder": str(folder), "manifest": manifest})
@@ -470,5 +483,14 @@ def _print_hits(hits: Sequence[SearchHit]) -> None:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Runs the command line.
+
+    Native libraries print where they like: PyNvVideoCodec tells of damage on the file descriptor of stdout. That one
+    goes to stderr, so that stdout holds our data and nothing else.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # the caller has closed one of them
+        sys.stdout.flush()
+        own = os.dup(1)
+        os.dup2(2, 1)
+        sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     app()

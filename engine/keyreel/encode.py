@@ -83,10 +83,6 @@ class Encoder:
         own = config.attention_strength
         return self.bundle.strength_default if own is None else own
 
-    def batch_size(self, config: EncodeConfig) -> int:
-        """Frames in one inference: the caller's, else the device's."""
-        return self._batch_size if config.batch_size is None else config.batch_size
-
     def encode(
         self, batches: Iterable[FrameBatch], config: EncodeConfig, *, progress: Progress | None = None
     ) -> Encoded:
@@ -157,7 +153,7 @@ class Encoder:
 
     def _fuse(self, window: _Window, config: EncodeConfig, *, at_end: bool) -> Iterator[tuple[Any, Any]]:
         """Fuses the frames whose halo is there, in steps of the batch size; at the end, all."""
-        shift, size = self.shift_mode(config), self.batch_size(config)
+        shift, size = self.shift_mode(config), config.batch_size or self._batch_size
         halo = 0 if shift == "off" else config.shift_steps
         strength = self._arrays.to_device(np.array(self.strength(config), np.float32))
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -87,7 +88,8 @@ def probe_cupy(index: int) -> tuple[Probe, Ops | None]:
         return Probe(name, False, f"CuPy cannot be imported: {error}", _GPU_EXTRA, required=False), None
     except Exception as error:  # noqa: BLE001  CuPy's own errors have no common public base
         found = f"CuPy does not work on the device: {type(error).__name__}: {error}"
-        return Probe(name, False, found, _GPU_EXTRA, required=False), None
+        fix = f"{_GPU_EXTRA}; where the home folder cannot be written, set CUPY_CACHE_DIR"
+        return Probe(name, False, found, fix, required=False), None
     return Probe(name, True, f"{ops.arrays!r}", required=False), ops
 
 
@@ -112,11 +114,10 @@ def probe_session(ops: Ops) -> Probe:
     device: Any = ops.arrays
     try:
         bundle = Bundle.find("builtin")
-        session = open_cuda_session(bundle.file("text.onnx"), device, batch_size=1)
         ids = ops.arrays.to_device(np.zeros((1, bundle.context_length), np.int64))
-        norm = float(np.linalg.norm(ops.arrays.to_host(session.run({"token_ids": ids})["vectors"])))
-        session.close()
-    except (MissingExtra, KeyreelError) as error:
+        with closing(open_cuda_session(bundle.file("text.onnx"), device, batch_size=1)) as session:
+            norm = float(np.linalg.norm(ops.arrays.to_host(session.run({"token_ids": ids})["vectors"])))
+    except Exception as error:  # noqa: BLE001  whatever it is, a cache that cannot be written too, `auto` falls back
         return Probe(name, False, str(error), getattr(error, "hint", None) or _GPU_EXTRA, required=False)
     if not 0.99 < norm < 1.01:
         return Probe(name, False, f"a unit vector came out with length {norm:.3f}", required=False)

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -41,6 +40,7 @@ NEAR_KNEE = 0.03
 COVERED_SHARE, COVERED_BOUNDS = 0.6, (0.1, 0.2)
 # The number is found on at most so many frames: every K of a ten-hour video would take minutes and gigabytes.
 SWEPT_FRAMES = 2048
+SWEPT_COLUMNS = 8192
 # What a frame fails, in the order in which it is forgiven.
 LEVELS = ("sharpness", "exposure", "lone flash frames")
 
@@ -168,12 +168,17 @@ def _number(x: Any, smooth: Any, w: Any, most: int, config: SelectConfig, ops: O
     k = np.arange(1, max(int((seeds[0] >= 0).sum()), 1) + 1)
     spans = np.repeat(np.array([[0, len(x)]]), len(k), axis=0)
     found = ops.cluster(x, w, spans, k, np.repeat(seeds, len(k), axis=0), **weigh)
+    # Many K in one product, but not so many that it takes gigabytes.
+    together = max(1, SWEPT_COLUMNS // seeds.shape[1])
     chosen = to_host(ops.representatives(spans, k, found.labels, found.similarity, xp.ones(len(x), bool)))
     # Of the smoothed frames: one noisy frame must not ask for a key-frame of its own.
-    taken = chosen >= 0
-    rows, ends = ops.arrays.to_device(chosen[taken]), np.cumsum(taken.sum(1)).tolist()
-    worst = [(w * (1 - (smooth @ x[rows[a:b]].T).max(1))).max() for a, b in itertools.pairwise([0, *ends])]
-    gap = to_host(xp.stack(worst)).astype(np.float64)
+    # Where a cluster has no frame, another of the same K stands in, which changes no maximum.
+    rows = ops.arrays.to_device(np.where(chosen < 0, chosen.max(1, keepdims=True), chosen))
+    worst = []
+    for own in (rows[n : n + together] for n in range(0, len(rows), together)):
+        cosine = (smooth @ x[own.ravel()].T).reshape(len(smooth), *own.shape).max(2)
+        worst.append((w[:, None] * (1 - cosine)).max(0))
+    gap = to_host(xp.concatenate(worst)).astype(np.float64)
     # What counts as shown depends on how alike the frames of this video are anyway: the mean of 1 - <z_i, z_j> over all
     # pairs is 1 - |mean z|^2.
     typical = 1 - float(to_host((x.mean(0) ** 2).sum()))

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -101,6 +103,8 @@ class OnnxRuntimeCudaSession:
         settings = {"device_id": str(cuda.index), "user_compute_stream": str(cuda.stream.ptr)}
         hint = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'keyreel[gpu]'"
         try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints what it cannot load
+                runtime.preload_dlls()  # CUDA's libraries and cuDNN, from the wheels beside it
             with cuda.scope():
                 # By default it prints that the provider fails, and takes the CPU.
                 self._session = runtime.InferenceSession(
@@ -150,7 +154,9 @@ class OnnxRuntimeCudaSession:
             return found
 
     def close(self) -> None:
-        """Frees the graph. Idempotent."""
+        """Frees the graph, when all that was put on the stream is done. Idempotent."""
+        if self._session is not None:
+            self._cuda.synchronize()
         self._session = None
 
 

@@ -151,6 +151,8 @@ class TensorRTSession:
 
     def close(self) -> None:
         """Frees the plan and its contexts; calls that are under way must have ended. Idempotent."""
+        if self._engine is not None:
+            self._cuda.synchronize()  # what was put on the stream must not run in contexts that are gone
         for idle in self._idle.values():
             idle.clear()
         self._engine = self._runtime = None
@@ -204,7 +206,7 @@ class _Context:
         self._library, self._cuda, self._profile = found, cuda, profile
         self._graph: Any = None
         self._may_capture = whole
-        hint = "lower the batch size (--batch-size)"
+        hint = "leave more of the device's memory free"
         try:
             self._context = engine.create_execution_context()
             names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]

@@ -1,4 +1,4 @@
-"""Bundles to TensorRT plans, and what the plans of a bundle in half precision are checked against."""
+"""What the TensorRT plans of a bundle in half precision are checked against; `keyreel.session_tensorrt` builds them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.backend import resolve
-from keyreel.bundle import Bundle
 from keyreel.plans import REFERENCE
-from keyreel.session_tensorrt import build_plans
-from keyreel.types import Progress
 from keyreel_export.verify import Case
 
 _OUTPUTS = {"backbone": "tokens", "attention": "attention", "fusion": "vectors", "text": "vectors"}
@@ -31,16 +27,3 @@ def write_reference(folder: Path, cases: Mapping[str, Sequence[Case]]) -> None:
         arrays |= {f"{graph}.{name}": array for name, array in case.feeds.items()}
         arrays[f"{graph}.{_OUTPUTS[graph]}"] = case.expected
     np.savez(folder / REFERENCE, allow_pickle=False, **arrays)
-
-
-def compile_bundle(bundle: Bundle, *, device: str = "cuda", progress: Progress | None = None) -> None:
-    """Builds the TensorRT plans of a bundle for a device of this machine, into the cache, unless they are there.
-
-    Raises:
-        BackendUnavailable: there is no such device.
-        MissingExtra: TensorRT is not installed.
-        ModelError: a plan cannot be built, or does not compute what the graph says.
-    """
-    backend = resolve(device)
-    cuda: Any = backend.ops.arrays
-    build_plans(bundle, cuda, batch_size=backend.batch_size, progress=progress)

@@ -119,8 +119,7 @@ def _verify(bundle: Bundle, graph: Path) -> None:
     Raises:
         ModelError: they differ.
     """
-    precision = str(bundle.manifest.get("precision", "fp32"))
-    height, width = bundle.image.height, bundle.image.width
+    precision, height, width = bundle.precision, bundle.image.height, bundle.image.width
     frames: list[Feeds] = [
         {"frames": verify.sample_frames(height, width, count=count, seed=count)} for count in verify.BATCH_SIZES
     ]
@@ -142,7 +141,7 @@ def _config(
     """config.pbtxt: the text form of Triton's ModelConfig. Dimensions are those of one row."""
     name, kind, shape = takes
     # onnxruntime's CPU kernels for half precision are few and slow, and some graphs crash there.
-    device = "KIND_GPU" if bundle.manifest.get("precision") == "fp16" else "KIND_AUTO"
+    device = "KIND_GPU" if bundle.precision == "fp16" else "KIND_AUTO"
     return f"""name: "{model}"
 platform: "onnxruntime_onnx"
 max_batch_size: {max_batch_size}

@@ -18,6 +18,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from keyreel_kernels.arrays import on_host
+
 FOLDER = Path(__file__).parent
 STANDARD = "-std=c++17"
 # Beyond this a kernel must ask for its dynamic shared memory.
@@ -60,7 +62,7 @@ class Cuda:
         self.index = index
         self.bytes_to_host = 0
         self._kernels: dict[tuple[Any, ...], Any] = {}
-        self._lock = threading.Lock()
+        self._counting, self._compiling = threading.Lock(), threading.Lock()
         cuda = self.cupy.cuda
         with cuda.Device(index):
             found = cuda.runtime.getDeviceProperties(index)
@@ -85,15 +87,30 @@ class Cuda:
         with cuda.Device(self.index), cuda.using_allocator(self.pool.malloc), self.stream:
             yield
 
+    def join(self) -> None:
+        """What this and the caller's current stream were given so far is done before what either gets next."""
+        with self.cupy.cuda.Device(self.index):
+            callers = self.cupy.cuda.get_current_stream()
+            if callers.ptr != self.stream.ptr:
+                self.stream.wait_event(callers.record())
+                callers.wait_event(self.stream.record())
+
     def to_device(self, array: Any) -> Any:
-        """CuPy arrays as they are, NumPy arrays copied, others taken over through DLPack where they lie here."""
+        """CuPy arrays as they are, NumPy arrays copied, others taken over through DLPack where they lie here.
+
+        Raises:
+            ValueError: it is on another device.
+        """
+        # First: it is asked for every plane of every picture, and to enter the scope costs microseconds.
+        if isinstance(array, self.cupy.ndarray) and array.device.id == self.index:
+            return array
         with self.scope():
-            if isinstance(array, self.cupy.ndarray):
-                return array
             if isinstance(array, (np.ndarray, np.generic, float, int, list, tuple)):
                 return self.cupy.asarray(array)
-            if array.__dlpack_device__()[0] == 1:  # kDLCPU
+            if on_host(array):
                 return self.cupy.asarray(np.from_dlpack(array))
+            if (index := int(array.__dlpack_device__()[1])) != self.index:
+                raise ValueError(f"the array is on cuda:{index}, the engine on cuda:{self.index}")
             return self.cupy.from_dlpack(array)
 
     def to_host(self, array: Any) -> NDArray[Any]:
@@ -102,7 +119,7 @@ class Cuda:
             return array
         with self.scope():
             found: NDArray[Any] = array.get()
-        with self._lock:
+        with self._counting:
             self.bytes_to_host += found.nbytes
         return found
 
@@ -144,7 +161,7 @@ class Cuda:
 
     def _kernel(self, file: str, name: str, defines: Defines, cooperative: bool, shared: int) -> Any:
         """The compiled kernel; one for each amount of shared memory above the usual, since that is set on it."""
-        with self._lock:
+        with self._compiling:
             key = (file, defines, cooperative)
             module = self._kernels.get(key)
             if module is None:

@@ -86,7 +86,8 @@ __device__ __forceinline__ unsigned kr_cluster_size() { return CLUSTER; }
 __device__ __forceinline__ void kr_cluster_sync() {
 #if CLUSTER > 1
     __threadfence();
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    // Not `.aligned`: nothing promises that a warp is in step again after a branch of one lane.
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #else
     __syncthreads();
 #endif

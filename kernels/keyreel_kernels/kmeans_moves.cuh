@@ -165,7 +165,7 @@ __device__ __noinline__ int decide(Work& p, Task task, int turn, int round, int 
                                    double* history) {
     const int squares = p.k * p.k;
     Products m;
-    m.cc = p.k <= MOST_LEAD ? reinterpret_cast<double*>(p.panel) : p.lead;
+    m.cc = p.most <= MOST_LEAD ? reinterpret_cast<double*>(p.panel) : p.lead;
     m.cs = m.cc + squares, m.ss = m.cs + squares;
     __syncthreads();
     double part = 0;

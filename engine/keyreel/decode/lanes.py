@@ -34,10 +34,6 @@ class Channel(Generic[R]):
         self._queue: queue.Queue[R | BaseException | None] = queue.Queue(length)
         self._stopped = stopped
 
-    def qsize(self) -> int:
-        """How many wait."""
-        return self._queue.qsize()
-
     def put(self, item: R | BaseException | None) -> None:
         """Waits for room.
 

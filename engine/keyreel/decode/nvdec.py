@@ -126,7 +126,7 @@ def open_stream(
         with cuda.scope():
             return cuda.cupy.stack([cuda.to_device(picture) for picture in pictures])
 
-    on_cpu = replace(cpu_decoding(source, transform, threads), stack=stack)
+    on_cpu = replace(cpu_decoding(source, transform, threads), stack=stack, join=cuda.join)
     try:
         claim = _examined(source, pool)
         _check_size(claim, transform, source.limits.max_pixels)
@@ -152,6 +152,7 @@ def open_stream(
         lanes=count,
         ahead=max(2, _AHEAD_BYTES // (2 * count * height * width * 3)),
         after=after,
+        join=cuda.join,
     )
     return Stream(Worker(source, sampling, on_device, batch_size))
 
@@ -168,19 +169,20 @@ def _lanes(
         with lock:
             needed = used == 0
             used += 1
-        decoder: Any = None
+        feeder: NvDecoder | None = None
         try:
             decoder = pool.take(claim.format, needed=needed)
             if decoder is None:
                 raise NoLane
-            feeder = NvDecoder(pool, decoder, claim.format, stream)
             try:
+                feeder = NvDecoder(pool, decoder, claim.format, stream)
                 yield _Lane(container, stream, feeder, claim, cuda, ops, transform)
             except BaseException as error:
-                feeder.failed |= not isinstance(error, (GeneratorExit, Stopped))
+                if feeder is not None:
+                    feeder.failed |= not isinstance(error, (GeneratorExit, Stopped))
                 raise
             finally:
-                pool.give(claim.format, decoder if feeder.reusable() else None)
+                pool.give(claim.format, decoder if feeder is not None and feeder.reusable() else None)
         finally:
             with lock:
                 used -= 1

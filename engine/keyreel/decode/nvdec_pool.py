@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import av
 from av.bitstream import BitStreamFilterContext
 from av.packet import Packet
 from av.video.stream import VideoStream
@@ -190,16 +191,22 @@ class NvDecoder:
         decoder: of the pool.
         format: which the stream has.
         stream: the video.
+
+    Raises:
+        DecoderFailed: the stream's packets cannot be brought into NVDEC's form.
     """
 
     def __init__(self, pool: DecoderPool, decoder: Any, format: Format, stream: VideoStream) -> None:
         self._module, self._decoder, self._format = pool.module, decoder, format
         name = _FILTERS.get(format.codec)
-        self._filter = BitStreamFilterContext(name, stream) if name else None
         self._known: set[object] = set()
         self._waiting: dict[int, tuple[int, bool, bool]] = {}  # pts: duration, key, not to be shown
         self._first: int | None = None  # pts of the first packet since the last drain
         self.failed = False
+        try:
+            self._filter = BitStreamFilterContext(name, stream) if name else None
+        except av.error.FFmpegError as error:
+            raise self._failure(f"its parameter sets are damaged: {error.strerror}") from error
 
     def decode(self, packet: Packet[VideoStream] | None, *, spare: bool = False) -> Sequence[DevicePicture]:
         """As `Decoder.decode`.

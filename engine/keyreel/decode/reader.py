@@ -65,6 +65,7 @@ class Decoding:
     lanes: int = 1  # how many may work at a time
     ahead: int = 16  # pictures of one lane that may wait for the lanes before it
     after: Callable[[Exception], Decoding] | None = None  # what goes on after DecoderFailed; may raise
+    join: Callable[[], None] = lambda: None  # called in the thread that gets a batch, see `Arrays.join`
 
 
 class DecoderFailed(Exception):

@@ -111,7 +111,7 @@ class Worker:
         self.reader = Reader(source, sampling, decoding, go_on, reasons)
         self._queue: Channel[FrameBatch] = Channel(_QUEUED_BATCHES, self.stopped)
         self._source, self._sampling = source, sampling
-        self._stack, self._batch_size = decoding.stack, batch_size
+        self._stack, self._join, self._batch_size = decoding.stack, decoding.join, batch_size
 
     def run(self) -> None:
         last: BaseException | None = None
@@ -130,7 +130,9 @@ class Worker:
             self._queue.put(last)
 
     def take(self) -> FrameBatch | BaseException | None:
-        return self._queue.take()
+        item = self._queue.take()
+        self._join()
+        return item
 
     def _batches(self) -> Iterator[FrameBatch]:
         rows: list[tuple[Any, float, int]] = []
