@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from environment import environment
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from planted import embedding_of, planted
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in WAYS}
+    threadpool_limits(1)  # one thread, for all ways alike
     for draw in range(arguments.draws):
         x, scene = planted(draw)
         real = scene >= 0

@@ -38,6 +38,9 @@ NEAR_KNEE = 0.03
 # frames of the video picked at random, within these bounds: two frames of one take are mostly closer than the lower,
 # frames of different places mostly farther apart than the upper.
 COVERED_SHARE, COVERED_BOUNDS = 0.6, (0.1, 0.2)
+# Gaps below this share of that distance count as equal: which local optimum a clustering ends in moves them by as much,
+# and the number must not hang on that, or a CPU and a GPU, whose pictures differ by rounding, would give two summaries.
+FINE = 0.3
 # The number is found on at most so many frames: every K of a ten-hour video would take minutes and gigabytes.
 SWEPT_FRAMES = 2048
 SWEPT_COLUMNS = 8192
@@ -209,6 +212,7 @@ def knee(gap: F64, *, enough: float, covered: float) -> int:
         return most
     if curve[-1] > 0.5 * curve[0]:
         return len(curve)  # Kmax clusters do not cover half of the way: there is no knee yet
+    curve = np.maximum(curve, FINE * covered)
     x = np.linspace(0, 1, len(curve))
     y = (curve - curve[-1]) / (curve[0] - curve[-1])
     below = 1 - x - y
