@@ -60,7 +60,7 @@ class Engine:
     def from_pretrained(
         cls, model: str | os.PathLike[str] = BUILTIN, *, device: str = "auto", threads: int | None = None
     ) -> Engine:
-        """Loads a model onto a device.
+        """Loads a model onto a device. With TensorRT, plans that are not in the cache yet are built, which may take minutes.
 
         Args:
             model: "builtin", the folder of a bundle, or the name of a model that `keyreel export` has put into the
@@ -92,10 +92,9 @@ class Engine:
             self.backend.release()
 
     def warmup(self, *, progress: Progress | None = None) -> None:
-        """Does now what the first call would do: builds or reads plans, compiles kernels, fills the memory pool.
+        """Does now what the first calls would do: opens the text tower, compiles kernels, records the plans' graphs.
 
-        Without it the first video and the first text wait for that: on a CUDA device with TensorRT and no plan in the
-        cache, for a minute or more.
+        The image tower's sessions were opened, and plans that were missing built, when the engine was made.
 
         Args:
             progress: called as progress("warm-up", done, total).

@@ -95,7 +95,7 @@ def read_plan(key: PlanKey) -> bytes:
     Raises:
         PlanStale: there is none, or it is not what its sidecar says.
     """
-    hint = "`keyreel export MODEL --tensorrt` or Engine.warmup() builds it"
+    hint = "`keyreel export MODEL --tensorrt` builds it"
     try:
         sidecar = json.loads(key.file(".json").read_bytes())
         plan = key.file(".plan").read_bytes()
