@@ -60,7 +60,9 @@ class Engine:
     def from_pretrained(
         cls, model: str | os.PathLike[str] = BUILTIN, *, device: str = "auto", threads: int | None = None
     ) -> Engine:
-        """Loads a model onto a device. With TensorRT, plans that are not in the cache yet are built, which may take minutes.
+        """Loads a model onto a device.
+
+        With TensorRT, plans that are not in the cache yet are built, which may take minutes.
 
         Args:
             model: "builtin", the folder of a bundle, or the name of a model that `keyreel export` has put into the
