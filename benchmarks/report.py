@@ -1,7 +1,10 @@
-"""Puts the committed results into the README, between their markers.
+"""Puts the committed results into the README, between their markers, and into tables and charts of their own.
 
-python benchmarks/report.py            prints them
-python benchmarks/report.py --write    writes README.md
+python -m benchmarks.report            prints what belongs into the README
+python -m benchmarks.report --write    writes README.md, benchmarks/RESULTS.md and benchmarks/charts/*.svg
+
+All of it comes from benchmarks/results/*.jsonl and from nothing else. Of the suite (`benchmarks.run`) only what has
+rows is written.
 """
 
 from __future__ import annotations
@@ -12,8 +15,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks import suite
+from benchmarks.cases import NAMES
+from benchmarks.rows import Results
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+CHARTS = ROOT / "benchmarks" / "charts"
+TABLES = ROOT / "benchmarks" / "RESULTS.md"
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -75,27 +84,94 @@ def kernels() -> str:
     return "\n".join(lines)
 
 
+def speed(results: Results) -> str:
+    """The suite in the README: targets, charts, what the planner saves."""
+    if results.last is None:
+        return ""
+    drawn = suite.charts(results)
+    shown = [f"![{name.removesuffix('.svg').replace('_', ' ')}](benchmarks/charts/{name})" for name in README_CHARTS]
+    parts = [
+        suite.targets_table(results),
+        *(line for line, name in zip(shown, README_CHARTS, strict=True) if name in drawn),
+        suite.planner_table(results),
+        _machine(results),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+README_CHARTS = ("decode.svg", "end_to_end.svg")
+
+
+def _machine(results: Results) -> str:
+    assert results.last is not None
+    machine = results.last["environment"]
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores; medians of interleaved runs at commit {results.last['commit']}, "
+        f"{machine['date']}. All systems, spreads and memory: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
+    )
+
+
+def tables(results: Results) -> str:
+    """benchmarks/RESULTS.md: everything that was measured."""
+    assert results.last is not None
+    machine = results.last["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    parts = [
+        "# Results",
+        "Written by `python -m benchmarks.report --write` from the rows in `benchmarks/results`. Medians, with the "
+        "quartiles in brackets; every system ran in a process of its own, in turns with the others.",
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}; {versions}.",
+    ]
+    charts = suite.charts(results)
+    for case in NAMES:
+        groups = results.groups(case)
+        if groups:
+            parts.append(f"## {case.replace('_', ' ')}")
+        drawn = [name for name in charts if name.removesuffix(".svg").startswith(case)]
+        parts += [f"![{name.removesuffix('.svg').replace('_', ' ')}](charts/{name})" for name in drawn]
+        if case == "scaling":
+            parts += [suite.scaling_table(results, of) for of in dict.fromkeys(one.params["of"] for one in groups)]
+            continue
+        for group in groups:
+            parts += [f"### {suite.titled(group.params)}", suite.group_table(case, group)]
+    return "\n\n".join(parts) + "\n"
+
+
 SECTIONS = {"keyframes": keyframes, "memory": memory, "kernels": kernels}
 
 
-def filled(readme: str) -> str:
-    """The README with the results of today's files between its markers."""
-    for name, section in SECTIONS.items():
-        block = f"<!-- {name} -->\n{section()}\n<!-- /{name} -->"
+def filled(readme: str, results: Results | None = None) -> str:
+    """The README with the results of today's files between its markers; the suite's needs a place once it has rows."""
+    results = Results(RESULTS) if results is None else results
+    found = {name: section() for name, section in SECTIONS.items()}
+    if results.last is not None or "<!-- speed -->" in readme:
+        found["speed"] = speed(results)
+    for name, section in found.items():
+        block = "\n".join(filter(None, [f"<!-- {name} -->", section, f"<!-- /{name} -->"]))
         readme, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, readme, flags=re.DOTALL)
         if count != 1:
             raise ValueError(f"README.md has {count} places for {name}")
     return readme
 
 
+def files(results: Results) -> dict[Path, str]:
+    """What else is written, by path."""
+    if results.last is None:
+        return {}
+    return {TABLES: tables(results), **{CHARTS / name: drawn for name, drawn in suite.charts(results).items()}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
-    path = ROOT / "README.md"
-    if parser.parse_args().write:
-        path.write_text(filled(path.read_text("utf-8")), encoding="utf-8")
-    else:
-        print("\n\n".join(section() for section in SECTIONS.values()))
+    path, results = ROOT / "README.md", Results(RESULTS)
+    if not parser.parse_args().write:
+        print("\n\n".join([*(section() for section in SECTIONS.values()), speed(results)]))
+        return
+    path.write_text(filled(path.read_text("utf-8"), results), encoding="utf-8")
+    for file, text in files(results).items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

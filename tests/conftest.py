@@ -11,6 +11,9 @@ from cuda_on_host import host_cuda
 
 from keyreel_kernels.cuda import Cuda
 
+# Which runtime runs a model must not hang on what is installed here. Tests that compare the two choose for themselves.
+os.environ.setdefault("KEYREEL_CPU_RUNTIME", "onnxruntime")
+
 SHARED = Path(os.environ.get("KEYREEL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 MEDIA = SHARED / "media"
 

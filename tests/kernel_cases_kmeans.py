@@ -1,4 +1,4 @@
-"""kmeans.cu and kmeans_seed.cu against their definitions, as checks that tests and the sanitizers run."""
+"""kmeans.cu, kmeans_seed.cu and cpu_kmeans.py against their definitions, as checks that tests and sanitizers run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel_kernels import clustering, cuda_kmeans
+from keyreel_kernels import clustering, cpu_kmeans, cuda_kmeans
 from keyreel_kernels.clustering import STILL, Clusters, label_starts
 from keyreel_kernels.cuda import Cuda
 from keyreel_kernels.cuda_kmeans import ROUNDING
@@ -18,8 +18,13 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 
-def on(cuda: Cuda, name: str, *args: Any, **options: Any) -> Any:
-    """Runs an operation, its data copied up, nothing copied down meanwhile, its results copied down."""
+def on(cuda: Cuda | None, name: str, *args: Any, **options: Any) -> Any:
+    """Runs an operation, its data copied up, nothing copied down meanwhile, its results copied down.
+
+    None: the CPU's own form.
+    """
+    if cuda is None:
+        return getattr(cpu_kmeans, name)(*args, **options)
     steer = {"spans", "k", "offsets", "seeds"}
     names = getattr(clustering, name).__code__.co_varnames
     with cuda.scope():
@@ -89,7 +94,7 @@ def clear_runs(
 
 
 def check_cluster(
-    cuda: Cuda, x: F32, w: F32, spans: I64, k: I64, seeds: I64, *, kind: str = "float32", **rules: Any
+    cuda: Cuda | None, x: F32, w: F32, spans: I64, k: I64, seeds: I64, *, kind: str = "float32", **rules: Any
 ) -> tuple[Clusters, int]:
     """A run against the definition's, and against its own parts; returns it and how many problems were clear."""
     given, x = as_kind(x, kind)

@@ -17,7 +17,9 @@ import jsonschema
 import numpy as np
 import pytest
 
-from keyreel import __version__
+from keyreel import Sampling, __version__
+from keyreel.decode.cpu import FrameStream
+from keyreel.decode.source import Source
 from keyreel.demo import SCENES
 from keyreel.render.sidecars import search_schema, summary_schema
 
@@ -161,6 +163,36 @@ def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
     assert again["start_seconds"] <= document["hits"][0]["pts_seconds"] < again["stop_seconds"]
     done = run("search", "a dog", clip)
     assert str(clip) in done.stdout.decode()
+
+
+def test_search_tells_programs_what_failed(tiny: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.mp4"
+    done = run("search", "a dog", missing, tiny, "--json")
+    assert done.returncode == 8
+    document = json.loads(done.stdout)
+    jsonschema.validate(document, search_schema())
+    assert [(f["video"], f["exit_code"]) for f in document["failed"]] == [(str(missing), 3)]
+    assert "no such file" in document["failed"][0]["error"]
+    assert {hit["video"] for hit in document["hits"]} == {str(tiny)}
+
+
+def test_sampling_options_reach_the_decoder(clip: Path, tmp_path: Path) -> None:
+    """The same frames as the library takes, in the modes that have options of their own."""
+    for words, sampling in (
+        (("--sampling", "near", "--tolerance", 0.4, "--fps", 1), Sampling("near", fps=1, tolerance_seconds=0.4)),
+        (("--sampling", "every", "--every", 40), Sampling("every", every=40)),
+    ):
+        done = run("summarize", clip, "-o", tmp_path, "--overwrite", *BARE, "--json", *words)
+        assert done.returncode == 0, done.stderr.decode()
+        document = json.loads(done.stdout)
+        with Source(clip) as source, FrameStream(source, sampling) as stream:
+            wanted = sum(len(batch) for batch in stream)
+        assert document["video"]["frames_sampled"] == wanted
+        given = document["config"]["sampling"]
+        assert {name: given[name] for name in ("mode", "fps", "tolerance_seconds", "every")} == {
+            name: getattr(sampling, name) for name in ("mode", "fps", "tolerance_seconds", "every")
+        }
+    assert run("search", "a dog", clip, "--sampling", "nearly").returncode == 2
 
 
 def test_demo_finds_what_it_shows(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Key-frame clustering against loops, enumeration and scikit-learn; J never rises."""
+"""The definition of key-frame clustering against loops, enumeration and scikit-learn; J never rises."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from keyreel_kernels import ops_for
+from keyreel_kernels import Ops
 from keyreel_kernels.clustering import COVERED, Clusters, label_starts
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-OPS = ops_for("cpu")
+OPS = Ops("cpu")
 PENALTIES = st.sampled_from([0.0, 0.1, 1.0, 10.0])
 MARGINS = st.sampled_from([-1.0, 0.0, 0.5, 0.8, 1.0])
 DRAWS = st.integers(0, 2**32 - 1)
@@ -513,6 +513,6 @@ def test_more_clusters_than_seeds_are_refused() -> None:
     x = np.eye(3, 4, dtype=np.float32)
     seeds = np.array([[0, 1, -1]])
     with pytest.raises(ValueError, match="3 clusters and 2 valid seeds"):
-        ops_for("cpu").cluster(
+        OPS.cluster(
             x, np.ones(3, np.float32), np.array([[0, 3]]), np.array([3]), seeds, penalty=0.1, margin=0.8, iterations=3
         )

@@ -25,7 +25,8 @@ from test_color import WEIGHTS, rgb_of_yuv, slow_tone_map
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.color import Converter, transfer_of
 from keyreel.decode.cpu import FrameStream
-from keyreel.decode.sampling import Cursor, Picker
+from keyreel.decode.plan import Packets
+from keyreel.decode.sampling import Picker
 from keyreel.decode.source import Source
 from keyreel.errors import CorruptStream, UnsupportedCodec
 from keyreel.types import FrameBatch
@@ -388,15 +389,17 @@ def test_open_groups_and_refresh_without_key_frames(tmp_path: Path) -> None:
 def test_seeking_far_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = render(tmp_path / "far.mp4", range(0, 60_000, 40), options={"g": "24", "bf": "3"})
     seeks: list[int] = []
-    real = Cursor._seek
-    monkeypatch.setattr(Cursor, "_seek", lambda self, place: (seeks.append(place), real(self, place))[1])
+    real = Packets._seek
+    monkeypatch.setattr(Packets, "_seek", lambda self, place: (seeks.append(place), real(self, place))[1])
     got, _ = read(path, Sampling("times", times=(1.0, 30.0, 58.0)), None)
     assert got.frame_index.tolist() == [25, 750, 1450]
     assert [n % 256 for n in (25, 750, 1450)] == numbers(got)
     assert len(seeks) == 2
     # A container that seeks to the wrong place must not give wrong frames.
     for wrong in (0, 55_000):
-        monkeypatch.setattr(Cursor, "_seek", lambda self, place, wrong=wrong: _seek_elsewhere(self, place, wrong, real))
+        monkeypatch.setattr(
+            Packets, "_seek", lambda self, place, wrong=wrong: _seek_elsewhere(self, place, wrong, real)
+        )
         again, _ = read(path, Sampling("times", times=(1.0, 30.0, 58.0)), None)
         np.testing.assert_array_equal(again.data, got.data)
         np.testing.assert_array_equal(again.frame_index, got.frame_index)

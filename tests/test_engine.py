@@ -39,7 +39,7 @@ def summary(engine: Engine, clip: Path) -> Summary:
 def test_summary_is_consistent(summary: Summary, clip: Path) -> None:
     assert summary.video.path == str(clip)
     assert summary.device == "cpu"
-    assert summary.device_reason == "asked for"
+    assert summary.device_reason.startswith("asked for; inference by ")
     assert summary.keyframes
     assert summary.shots[0].start_seconds == 0
     assert summary.shots[-1].stop_seconds == pytest.approx(3.2, abs=0.1)

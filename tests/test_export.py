@@ -19,6 +19,7 @@ import onnx
 import onnxruntime
 import tiny_models
 import torch
+from bounds import BF16_COSINE, F32_COSINE
 from safetensors.torch import save_file
 
 from keyreel.bundle import Bundle
@@ -82,6 +83,29 @@ def test_images_equal_open_clip(open_clip: Any, exported: Path, count: int) -> N
     moved = chain(exported, frames, 2.0)
     assert np.abs(moved - stock).max() > 1e-4
     np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "least"), [("f32", F32_COSINE), ("bf16", BF16_COSINE)])
+def test_images_equal_open_clip_on_openvino(
+    open_clip: Any, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, least: float
+) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    from keyreel import session_openvino
+
+    if precision == "bf16" and session_openvino.image_precision() != "bf16":
+        pytest.skip("this CPU does not multiply bf16")
+    monkeypatch.setattr(session_openvino, "image_precision", lambda: precision)
+    monkeypatch.setenv("KEYREEL_CACHE", str(tmp_path))
+    opened = {
+        name: session_openvino.open_openvino(exported / f"{name}.onnx") for name in ("backbone", "attention", "fusion")
+    }
+    frames = verify.sample_frames(64, 64, count=5, seed=3)
+    stock = stock_vectors(tiny_models.build(open_clip, VIT, seed=7), frames)
+    fused = {"tokens": opened["backbone"].run({"frames": frames})["tokens"]}
+    fused["attention"] = opened["attention"].run({"frames": frames})["attention"]
+    for strength, expected in ((0.0, stock), (2.0, chain(exported, frames, 2.0))):
+        found = opened["fusion"].run({**fused, "strength": np.array(strength, np.float32)})["vectors"]
+        assert (found * expected).sum(1).min() >= least
 
 
 def test_texts_equal_open_clip(open_clip: Any, exported: Path) -> None:
@@ -225,7 +249,9 @@ def test_names(open_clip: Any) -> None:
     with pytest.raises(ModelNotFound, match="openai"):
         pretrained.resolve("ViT-B-32")
     with pytest.raises(ValueError, match="precision"):
-        module.export_model(VIT, precision="int8")
+        module.export_model(VIT, precision="int4")
+    with pytest.raises(ValueError, match="goes with precision int8"):
+        module.export_model(VIT, verify_video=Path("x.mp4"))
 
 
 def test_quick_gelu_follows_the_weights(open_clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:

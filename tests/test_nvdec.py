@@ -27,13 +27,14 @@ from numpy.typing import NDArray
 from test_decode import render
 
 from keyreel.config import DecodeLimits, ImageTransform, Sampling
-from keyreel.decode import lanes, nvdec, nvdec_pool, sampling
-from keyreel.decode.bitstream import formats, nal_units, unreferenced
+from keyreel.decode import lanes, nvdec, nvdec_pool, plan
+from keyreel.decode.bitstream import Entry, bitstream, formats
 from keyreel.decode.color import display_size, orientation_of
 from keyreel.decode.cpu import FrameStream, _CpuDecoder
 from keyreel.decode.nvdec import open_stream
 from keyreel.decode.nvdec_pool import DecoderPool
 from keyreel.decode.source import Source
+from keyreel.decode.timeline import Clock, Timeline
 from keyreel.errors import BackendUnavailable, SourceNotFound, UnsupportedCodec
 from keyreel.types import FrameBatch
 from keyreel_kernels import ops_for
@@ -346,7 +347,9 @@ def test_pictures_without_those_that_nothing_refers_to(tmp_path: Path, media: Me
         stream = container.streams.video[0]
         bsf = av.bitstream.BitStreamFilterContext(f"{codec}_mp4toannexb,dump_extra", stream)
         packets = [part for p in container.demux(stream) if p.size for part in bsf.filter(p)]
-    spare = {p.pts for p in packets if unreferenced(codec, bytes(p))}
+    reader = bitstream(codec, b"")
+    assert reader is not None
+    spare = {p.pts for p in packets for coded in reader.read(bytes(p), key=p.is_keyframe) if coded.spare}
     assert 0 < len(spare) < len(packets)
     for found, drop in ((everything, set()), (kept, spare)):
         decoder = av.CodecContext.create(codec, "r")
@@ -401,18 +404,10 @@ def test_sizes_in_vp9_headers(media: Media) -> None:
     assert formats("vp9", b"") == set()
 
 
-def test_nal_units() -> None:
-    data = b"\0\0\0\1\x67abc\0\0\1\x68d\0\0\0\1\x65e"
-    assert [(kind, data[first:stop].rstrip(b"\0")) for kind, first, stop in nal_units("h264", data)] == [
-        (7, b"\x67abc"),
-        (8, b"\x68d"),
-        (5, b"\x65e"),
-    ]
-    assert formats("h264", data) == {b"\x67abc"}
-    assert not unreferenced("h264", b"\0\0\1\x67abc")  # no slice at all
-    assert unreferenced("h264", b"\0\0\1\x01a\0\0\1\x01b")
-    assert not unreferenced("h264", b"\0\0\1\x01a\0\0\1\x41b")
-    assert not unreferenced("vp9", b"\0\0\1\x01a")
+def test_parameter_sets() -> None:
+    assert formats("h264", b"\0\0\0\1\x67abc\0\0\1\x68d\0\0\0\1\x65e") == {b"\x67abc"}
+    assert formats("hevc", b"\0\0\1\x40ab\0\0\1\x42cd\0\0\0\1\x26e") == {b"\x42cd"}
+    assert formats("av1", b"\0\0\1\x67abc") == set()
 
 
 # --- seams
@@ -432,7 +427,7 @@ def test_nal_units() -> None:
 def test_seams_are_exact(
     device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, options: dict[str, str], count: int
 ) -> None:
-    monkeypatch.setattr(sampling, "_PART_PACKETS", 8)
+    monkeypatch.setattr(plan, "_PART_PACKETS", 8)
     path = render(tmp_path / "long.mp4", range(0, 8_000, 40), codec=codec, options=options, size=(160, 144))
     for wanted in (
         Sampling("all"),
@@ -456,29 +451,46 @@ def test_one_lane_takes_part_after_part(tmp_path: Path) -> None:
         timeline = source.timeline()
         assert timeline is not None
         stream = container.streams.video[0]
-        cursor = sampling.Cursor(container, stream, _CpuDecoder(stream), timeline, lambda: None, only_keys=False)
+        packets = plan.Packets(container, stream, timeline, lambda: None)
+        cursor = plan.Cursor(packets, _CpuDecoder(stream), timeline, lambda: None)
         entries = timeline.entries(range(100))
         for entry in np.unique(entries):
             ranks = np.flatnonzero(entries == entry).tolist()
             assert [rank for rank, _ in cursor.frames(ranks)] == ranks
 
 
+@pytest.mark.parametrize("options", [{"g": "12"}, {"x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0"}])
+def test_through_a_pipe(host: Device, tmp_path: Path, options: dict[str, str]) -> None:
+    """Group by group, without a look at the whole; some packets are needed by two groups."""
+    path = render(tmp_path / "open.ts", range(0, 4000, 40), options={"bf": "3", **options}, size=(160, 144))
+    for sampling in (Sampling("every", every=5), Sampling("times", times=(0.5, 1.33, 3.9)), Sampling("keyframes")):
+        expected, _ = host.read(path, sampling)
+        host.module.fed = 0
+        with path.open("rb") as file:
+            got, warnings = host.read(SimpleNamespace(read=file.read), sampling)
+        assert warnings == ()
+        np.testing.assert_array_equal(got.frame_index, expected.frame_index)
+        np.testing.assert_array_equal(got.data, expected.data)
+        assert 0 < host.module.fed < 80
+
+
 def test_parts() -> None:
     """Cuts lie at key packets, each part is worth it, all frames are in one part, in order."""
     pts = np.array([0, 3, 1, 2, 6, 4, 5, 9, 7, 8, 12, 10, 11])  # keys at 0, 6 and 12, open groups
     keys = np.isin(pts, [0, 6, 12])
-    timeline = sampling.Timeline(pts, pts - 3, keys, np.argsort(pts), 13, True)
+    entry, spare = keys.astype(np.uint8) * Entry.OPEN, np.zeros(13, np.bool_)
+    timeline = Timeline(pts, pts - 3, pts, keys, entry, spare, np.argsort(pts), 13, Clock(1, 1, 0), 0.0)
     assert timeline.entries([0, 3, 4, 5, 6, 9, 10, 12]).tolist() == [0, 0, 0, 0, 4, 4, 4, 10]
-    real, sampling._PART_PACKETS = sampling._PART_PACKETS, 3
+    real, plan._PART_PACKETS = plan._PART_PACKETS, 3
     try:
-        assert sampling.parts(timeline, list(range(13)), 9) == [list(range(6)), list(range(6, 12)), [12]]
-        assert sampling.parts(timeline, [1, 12], 9) == [[1], [12]]
-        assert sampling.parts(timeline, list(range(13)), 1) == [list(range(6)), list(range(6, 12)), [12]]
-        sampling._PART_PACKETS = 64
-        assert sampling.parts(timeline, list(range(13)), 9) == [list(range(13))]
+        assert plan.parts(timeline, list(range(13)), 9) == [list(range(6)), list(range(6, 12)), [12]]
+        assert plan.parts(timeline, [1, 12], 9) == [[1], [12]]
+        assert plan.parts(timeline, list(range(13)), 1) == [list(range(6)), list(range(6, 12)), [12]]
+        plan._PART_PACKETS = 64
+        assert plan.parts(timeline, list(range(13)), 9) == [list(range(13))]
     finally:
-        sampling._PART_PACKETS = real
-    assert sampling.parts(timeline, [], 4) == [[]]
+        plan._PART_PACKETS = real
+    assert plan.parts(timeline, [], 4) == [[]]
 
 
 # --- lanes
@@ -665,7 +677,7 @@ def test_a_failure_on_the_way(
     host: Device, media: Media, monkeypatch: pytest.MonkeyPatch, at: int, count: int, mode: Any
 ) -> None:
     """The CPU goes on where the device stopped, nothing twice and nothing lost; the decoder is forgotten."""
-    monkeypatch.setattr(sampling, "_PART_PACKETS", 8)
+    monkeypatch.setattr(plan, "_PART_PACKETS", 8)
     path = media("natural/bikes.mp4")
     wanted = Sampling(mode, every=2, times=tuple(np.linspace(0, 9.9, 60)) if mode == "times" else ())
     reference = on_cpu(path, wanted)
@@ -851,7 +863,7 @@ def test_the_pool_of_a_device_goes_with_it() -> None:
 def test_memory_stays_flat_on_a_long_file(host: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures wait neither in lanes nor in the queue beyond what is stated."""
     path = render(tmp_path / "long.mp4", range(0, 24_000, 40), options={"g": "10", "bf": "2", "preset": "ultrafast"})
-    monkeypatch.setattr(sampling, "_PART_PACKETS", 10)
+    monkeypatch.setattr(plan, "_PART_PACKETS", 10)
     monkeypatch.setattr(nvdec, "_AHEAD_BYTES", 2 * 3 * 24 * 32 * 3 * 4)  # four pictures of each of two parts a lane
     monkeypatch.setattr(nvdec, "_COPIED_BYTES", 64 * 72 * 2)
     made: list[int] = []

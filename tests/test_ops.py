@@ -15,7 +15,7 @@ import pytest
 from cuda_on_host import host_cuda
 
 import keyreel_kernels
-from keyreel_kernels import Ops, clustering, ops_for, pictures, reference
+from keyreel_kernels import Ops, clustering, cpu_kmeans, cpu_search, ops_for, pictures, reference
 from keyreel_kernels.ops import ops_on
 
 NAMES = [field.name for field in fields(Ops) if field.name not in ("device", "arrays")]
@@ -33,7 +33,7 @@ def definition(name: str) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_holds_the_definitions(name: str) -> None:
-    assert getattr(ops_for("cpu"), name) is definition(name)
+    assert getattr(Ops("cpu"), name) is definition(name)
     assert next(field.default for field in fields(Ops) if field.name == name) is definition(name)
 
 
@@ -57,13 +57,24 @@ def test_the_table_is_complete() -> None:
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     }
-    assert public - set(NAMES) == {"resize_weights", "label_starts"}
+    assert public - set(NAMES) == {"resize_weights", "label_starts", "moves"}
 
 
 @pytest.mark.parametrize("device", ["cuda:x", "cuda", "gpu", "CPU", ""])
 def test_a_device_without_operations_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(device))):
         ops_for(device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cpu_has_the_definition_or_a_form_with_its_arguments(name: str) -> None:
+    form = getattr(ops_for("cpu"), name)
+    own, wanted = (inspect.signature(function) for function in (form, definition(name)))
+    assert own == wanted
+    # One of its own says what it is a form of, and is used wherever there is one.
+    assert form is definition(name) or f".{name}: " in inspect.getdoc(form) or f".{name}; " in inspect.getdoc(form)
+    written = [vars(module).get(name, form) for module in (cpu_kmeans, cpu_search)]
+    assert written == [form, form]
 
 
 @pytest.mark.parametrize("name", NAMES)

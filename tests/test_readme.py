@@ -76,6 +76,8 @@ def test_figures_are_those_of_the_committed_results() -> None:
     report = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(report)
     assert report.filled(README) == README
+    for path, text in report.files(report.Results(report.RESULTS)).items():
+        assert path.read_text("utf-8") == text, path.name
 
 
 def test_figures_of_the_built_in_model_are_those_of_its_manifest() -> None:

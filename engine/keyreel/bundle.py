@@ -150,7 +150,7 @@ class Bundle:
 
     @property
     def precision(self) -> str:
-        """Of the graphs' weights: "fp32" or "fp16"."""
+        """Of the graphs' weights: "fp32", "fp16", or "int8" for a backbone whose matrix products are in 8 bits."""
         return str(self.manifest.get("precision", "fp32"))
 
     def file(self, name: str) -> Path:

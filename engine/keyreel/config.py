@@ -6,9 +6,9 @@ A field's `help` metadata is the text of its option; values are checked when a c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-SamplingMode = Literal["fps", "every", "times", "keyframes", "all"]
+SamplingMode = Literal["fps", "near", "every", "times", "keyframes", "all"]
 ShiftMode = Literal["off", "fixed", "adaptive"]
 ResizeMode = Literal["shortest", "longest", "squash", "fit"]
 Interpolation = Literal["bicubic", "bilinear", "area"]
@@ -28,16 +28,21 @@ def _check(holds: bool, message: str) -> None:
 class Sampling:
     """Which frames are taken. The frame shown at t is the last with pts <= t."""
 
-    mode: SamplingMode = option("fps", "which frames: fps, every, times, keyframes or all")
-    fps: float = option(2.0, "frames a second of video, for mode fps")
+    mode: SamplingMode = option("fps", "which frames: fps, near, every, times, keyframes or all")
+    fps: float = option(2.0, "frames a second of video, for modes fps and near")
+    tolerance_seconds: float | None = option(
+        None, "how far from its time a frame may lie that is cheap to decode, for mode near; by default half a step"
+    )
     every: int = option(1, "take each n-th frame, for mode every")
     times: tuple[float, ...] = option((), "seconds, in any order, repeats allowed, for mode times")
     start_seconds: float = option(0.0, "first second of the video that counts")
     stop_seconds: float | None = option(None, "end of what counts, exclusive; the video's end by default")
 
     def __post_init__(self) -> None:
-        _check(self.mode in ("fps", "every", "times", "keyframes", "all"), f"unknown sampling mode {self.mode!r}")
+        _check(self.mode in get_args(SamplingMode), f"unknown sampling mode {self.mode!r}")
         _check(0 < self.fps <= 1000, f"fps must be in (0, 1000], got {self.fps}")
+        tolerance = self.tolerance_seconds
+        _check(tolerance is None or 0 <= tolerance < 1e9, f"tolerance_seconds must be >= 0, got {tolerance}")
         _check(self.every >= 1, f"every must be >= 1, got {self.every}")
         _check(all(0 <= t < 1e9 for t in self.times), "times must be finite and >= 0")
         _check(self.mode != "times" or bool(self.times), "mode times needs at least one time")
@@ -177,3 +182,15 @@ class OutputConfig:
         _check(seconds is None or 0 < seconds < 1e9, f"reel_seconds must be > 0, got {seconds}")
         _check(1 <= self.jpeg_quality <= 95, f"jpeg_quality must be in 1..95, got {self.jpeg_quality}")
         _check(self.keyframe_height >= 16, f"keyframe_height must be >= 16, got {self.keyframe_height}")
+
+
+@dataclass(frozen=True, slots=True)
+class BenchConfig:
+    """How the user's own videos are measured."""
+
+    runs: int = option(3, "measured runs over all videos, after one that warms up")
+    held_frames: int = option(256, "most frames of a video that are kept to measure the encoder alone")
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.runs <= 1000, f"runs must be in 1..1000, got {self.runs}")
+        _check(1 <= self.held_frames <= 100_000, f"held_frames must be in 1..100000, got {self.held_frames}")

@@ -6,7 +6,6 @@ on both sides gives what the whole video would give, and memory does not grow wi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from keyreel.backend import Backend
 from keyreel.bundle import Bundle
 from keyreel.config import EncodeConfig, ShiftMode
+from keyreel.stopwatch import Stopwatch
 from keyreel.types import Embedding, FrameBatch, Progress
 
 # Histogram distance at which the shift sees a cut: between two frames of one scene it stays below 0.4 at 2 fps in the
@@ -29,7 +29,6 @@ class Encoded:
 
     embedding: Embedding
     vectors: Any  # [T, D] float32, those of the embedding, still on the device
-    timings_seconds: dict[str, float]  # "encode" (backbone) and "fuse" (the rest), as seen by the calling thread
 
 
 class _Window:
@@ -84,67 +83,73 @@ class Encoder:
         return self.bundle.strength_default if own is None else own
 
     def encode(
-        self, batches: Iterable[FrameBatch], config: EncodeConfig, *, progress: Progress | None = None
+        self,
+        batches: Iterable[FrameBatch],
+        config: EncodeConfig,
+        *,
+        progress: Progress | None = None,
+        watch: Stopwatch | None = None,
     ) -> Encoded:
         """Encodes a stream of frames of the model's size. What leaves the device is the embedding, once, at the end.
+
+        Args:
+            watch: gets the time of the stages "encode" (backbone) and "fuse" (the rest), as this thread sees it.
 
         Raises:
             ValueError: the frames have another size than the model takes, or there are none.
         """
         with self._arrays.scope():
-            return self._encode(batches, config, progress)
+            return self._encode(batches, config, progress, watch or Stopwatch())
 
-    def _encode(self, batches: Iterable[FrameBatch], config: EncodeConfig, progress: Progress | None) -> Encoded:
-        timings = {"encode": 0.0, "fuse": 0.0}
+    def _encode(
+        self, batches: Iterable[FrameBatch], config: EncodeConfig, progress: Progress | None, watch: Stopwatch
+    ) -> Encoded:
         xp, ops = self._arrays.xp, self._ops
         window = _Window(xp)
         fused: list[tuple[Any, Any]] = []  # vectors, attention
         signals, times, places = [], [], []
         last: Any = None  # histogram of the frame before
         for batch in batches:
-            started = time.perf_counter()
             self._check(batch)
-            frames = self._arrays.to_device(batch.data)
-            tokens = self._backbone.run({"frames": frames})["tokens"]
-            timings["encode"] += time.perf_counter() - started
-            started = time.perf_counter()
-            sharpness, mean, spread, histogram = ops.frame_signals(frames)
-            before = histogram[:1] if last is None else last
-            change = ops.histogram_distance(histogram, xp.concatenate([before, histogram[:-1]]))
-            signals.append(xp.stack([sharpness, mean, spread, change], axis=1))
-            linked = change < SHIFT_CUT
-            if last is None:
-                linked[0] = False
-            last = histogram[-1:]
-            window.add(tokens, frames, linked)
-            times.append(batch.pts_seconds)
-            places.append(batch.frame_index)
-            fused += self._fuse(window, config, at_end=False)
-            timings["fuse"] += time.perf_counter() - started
+            with watch("encode"):
+                frames = self._arrays.to_device(batch.data)
+                tokens = self._backbone.run({"frames": frames})["tokens"]
+            with watch("fuse"):
+                sharpness, mean, spread, histogram = ops.frame_signals(frames)
+                before = histogram[:1] if last is None else last
+                change = ops.histogram_distance(histogram, xp.concatenate([before, histogram[:-1]]))
+                signals.append(xp.stack([sharpness, mean, spread, change], axis=1))
+                linked = change < SHIFT_CUT
+                if last is None:
+                    linked[0] = False
+                last = histogram[-1:]
+                window.add(tokens, frames, linked)
+                times.append(batch.pts_seconds)
+                places.append(batch.frame_index)
+                fused += self._fuse(window, config, at_end=False)
             if progress is not None:
                 progress("encode", float(batch.pts_seconds[-1]), None)
         if not times:
             raise ValueError("there are no frames to encode")
-        started = time.perf_counter()
-        fused += self._fuse(window, config, at_end=True)
-        vectors, maps = (xp.concatenate(part) for part in zip(*fused, strict=True))
-        to_host = self._arrays.to_host
-        sharpness, mean, spread, change = to_host(xp.concatenate(signals)).astype(np.float32).T.copy()
-        embedding = Embedding(
-            vectors=to_host(vectors),
-            pts_seconds=np.concatenate(times),
-            frame_index=np.concatenate(places),
-            attention=to_host(maps),
-            grid=self.bundle.grid,
-            sharpness=sharpness,
-            luma_mean=mean,
-            luma_spread=spread,
-            pixel_change=change,
-            model=self.bundle.name,
-            model_sha256=self.bundle.sha256,
-        )
-        timings["fuse"] += time.perf_counter() - started
-        return Encoded(embedding, vectors, timings)
+        with watch("fuse"):
+            fused += self._fuse(window, config, at_end=True)
+            vectors, maps = (xp.concatenate(part) for part in zip(*fused, strict=True))
+            to_host = self._arrays.to_host
+            sharpness, mean, spread, change = to_host(xp.concatenate(signals)).astype(np.float32).T.copy()
+            embedding = Embedding(
+                vectors=to_host(vectors),
+                pts_seconds=np.concatenate(times),
+                frame_index=np.concatenate(places),
+                attention=to_host(maps),
+                grid=self.bundle.grid,
+                sharpness=sharpness,
+                luma_mean=mean,
+                luma_spread=spread,
+                pixel_change=change,
+                model=self.bundle.name,
+                model_sha256=self.bundle.sha256,
+            )
+        return Encoded(embedding, vectors)
 
     def _check(self, batch: FrameBatch) -> None:
         want = (self.bundle.image.height, self.bundle.image.width)

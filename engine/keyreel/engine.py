@@ -19,13 +19,14 @@ from keyreel.bundle import BUILTIN, Bundle
 from keyreel.config import EncodeConfig, ImageTransform, OutputConfig, ReelConfig, Sampling, SelectConfig
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream
-from keyreel.encode import Encoder
+from keyreel.encode import Encoded, Encoder
 from keyreel.errors import ModelError, SourceError, SourceNotFound
 from keyreel.render.reel import write_reel
 from keyreel.render.save import reel_spans, save_summary
 from keyreel.search import best_hits, moments
 from keyreel.select import select_keyframes
 from keyreel.shots import find_candidates, place_boundaries, shots_between
+from keyreel.stopwatch import Stopwatch
 from keyreel.text import TextEncoder
 from keyreel.types import F32, U8, Embedding, FrameBatch, Progress, SearchHit, Shot, Summary
 from keyreel_kernels.arrays import on_host
@@ -75,7 +76,8 @@ class Engine:
             BackendUnavailable: the device does not work.
             MissingExtra: no runtime is installed.
         """
-        return cls(Bundle.find(model), resolve(device, threads=threads))
+        bundle = Bundle.find(model)
+        return cls(bundle, resolve(device, threads=threads, precision=bundle.precision))
 
     def __enter__(self) -> Engine:
         return self
@@ -202,6 +204,25 @@ class Engine:
         ):
             return self._images.encode(stream, encode, progress=progress).embedding
 
+    def encode_frames(
+        self,
+        batches: Iterable[FrameBatch],
+        encode: EncodeConfig | None = None,
+        *,
+        progress: Progress | None = None,
+        watch: Stopwatch | None = None,
+    ) -> Encoded:
+        """Batches of frames of the model's size (`engine.bundle.image`), in order of time -> vectors and signals.
+
+        Args:
+            watch: gets the time of the stages "encode" and "fuse".
+
+        Raises:
+            ValueError: the frames have another size, or there are none.
+        """
+        with self.backend.running():
+            return self._images.encode(batches, encode or EncodeConfig(), progress=progress, watch=watch)
+
     def encode_text(self, texts: str | Sequence[str]) -> F32:
         """Texts -> [Q, D] float32 unit vectors, in the space of the frames' vectors."""
         with self._lock:
@@ -239,6 +260,7 @@ class Engine:
         encode: EncodeConfig | None = None,
         select: SelectConfig | None = None,
         progress: Progress | None = None,
+        watch: Stopwatch | None = None,
     ) -> Summary:
         """Finds the key-frames and shots of a video.
 
@@ -246,11 +268,12 @@ class Engine:
             keyframes: how many, or "auto"; `select` says more.
             sampling: which frames are looked at; two a second by default.
             progress: called as progress(stage, done, total) from this thread.
+            watch: gets the time of the stages "encode", "fuse" and "select".
 
         Raises:
             SourceError: the video cannot be decoded.
         """
-        began = time.perf_counter()
+        began, watch = time.perf_counter(), watch or Stopwatch()
         sampling, encode, select = sampling or Sampling(), encode or EncodeConfig(), select or SelectConfig()
         if keyframes != "auto":
             if not isinstance(keyframes, int):
@@ -266,14 +289,13 @@ class Engine:
             self.backend.running(),
             self.frames(source, sampling, transform=image, batch_size=encode.batch_size) as stream,
         ):
-            encoded = self._images.encode(_distinct(stream), encode, progress=forward)
+            encoded = self._images.encode(_distinct(stream), encode, progress=forward, watch=watch)
             warnings, decode_seconds = stream.warnings, stream.decode_seconds
             duration = info.duration_seconds if stream.end_seconds is None else stream.end_seconds
-        embedding, timings = encoded.embedding, encoded.timings_seconds
+        embedding = encoded.embedding
         stop = _stop_seconds(embedding, sampling, duration)
-        started = time.perf_counter()
         shortest = select.min_shot_seconds
-        with self.backend.running():
+        with self.backend.running(), watch("select"):
             found = select_keyframes(
                 embedding,
                 select,
@@ -283,7 +305,6 @@ class Engine:
             )
             candidates = find_candidates(embedding, select)
             cuts = place_boundaries(source, embedding, candidates, self.backend, min_shot_seconds=shortest)
-        timings["select"] = time.perf_counter() - started
         shots = shots_between(
             cuts,
             start_seconds=sampling.start_seconds,
@@ -309,7 +330,7 @@ class Engine:
                 "image": dataclasses.asdict(self.bundle.image),
             },
             warnings=(*warnings, *found.warnings),
-            timings_seconds={"decode": decode_seconds, **timings, "total": time.perf_counter() - began},
+            timings_seconds={"decode": decode_seconds, **watch.seconds, "total": time.perf_counter() - began},
             source=source,
             actions=self,
         )

@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 
 class KeyreelError(Exception):
@@ -119,9 +121,31 @@ class MissingExtra(ImportError):
 
     exit_code = 2
 
-    def __init__(self, module: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {module!r}. Hint: pip install 'keyreel[{extra}]'", name=module)
+    def __init__(self, module: str, extra: str, purpose: str, *, others: Mapping[str, str] | None = None) -> None:
+        # others: packages that would do as well, and their extras
+        either = {module: extra, **(others or {})}
+        packages = " or ".join(repr(name) for name in either)
+        lines = " or ".join(f"pip install 'keyreel[{name}]'" for name in either.values())
+        super().__init__(f"{purpose} needs the package {packages}. Hint: {lines}", name=module)
         self.extra = extra
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One of several videos that could not be worked on, and why; the others go on."""
+
+    video: str
+    error: KeyreelError
+
+    @classmethod
+    def of(cls, video: str, error: Exception) -> Failure:
+        """Whatever went wrong, as an error of ours."""
+        known = error if isinstance(error, KeyreelError) else KeyreelError(f"{type(error).__name__}: {error}")
+        return cls(video, known)
+
+    def document(self) -> dict[str, Any]:
+        """As it stands in JSON."""
+        return {"video": self.video, "error": str(self.error), "exit_code": self.error.exit_code}
 
 
 def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:

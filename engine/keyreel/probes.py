@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,8 +18,9 @@ import numpy as np
 from keyreel.bundle import Bundle, cache_root
 from keyreel.decode.nvdec import pool_of
 from keyreel.errors import KeyreelError, MissingExtra
-from keyreel.session import OnnxRuntimeSession
+from keyreel.session import OnnxRuntimeSession, Session
 from keyreel.session_cuda import open_cuda_session
+from keyreel.session_openvino import image_precision, open_openvino
 from keyreel_kernels import Ops, ops_for
 
 _GPU_EXTRA = "pip install 'keyreel[gpu]'"
@@ -127,7 +129,27 @@ def probe_session(ops: Ops) -> Probe:
 # --- the rest of the machine ----------------------------------------------------------------------------------------
 
 
-def probe_runtime() -> Probe:
+def probe_openvino() -> Probe:
+    """Whether OpenVINO is there and really runs the built-in model; without it onnxruntime does."""
+    name = "openvino"
+    try:
+        _run_text(open_openvino)
+        found = f"openvino {metadata.version(name)} runs, images in {image_precision()}"
+    except MissingExtra:
+        return Probe(name, False, "not installed", "pip install 'keyreel[openvino]'", required=False)
+    except (KeyreelError, ImportError) as error:
+        fix = "pip install --force-reinstall openvino, or set KEYREEL_CPU_RUNTIME=onnxruntime"
+        return Probe(name, False, str(error), getattr(error, "hint", None) or fix, required=False)
+    return Probe(name, True, found, required=False)
+
+
+def _run_text(open_session: Callable[[Path], Session]) -> None:
+    bundle = Bundle.find("builtin")
+    with closing(open_session(bundle.file("text.onnx"))) as session:
+        session.run({"token_ids": np.zeros((1, bundle.context_length), np.int64)})
+
+
+def probe_runtime(*, required: bool) -> Probe:
     """Whether onnxruntime is there, once, and really runs the built-in model."""
     name = "onnxruntime"
     wheels = []
@@ -140,15 +162,12 @@ def probe_runtime() -> Probe:
         fix = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'keyreel[cpu]'"
         return Probe(name, False, f"{' and '.join(wheels)} overwrite each other's files", fix)
     try:
-        bundle = Bundle.find("builtin")
-        session = OnnxRuntimeSession(bundle.file("text.onnx"))
-        session.run({"token_ids": np.zeros((1, bundle.context_length), np.int64)})
-        session.close()
+        _run_text(OnnxRuntimeSession)
     except MissingExtra:
-        return Probe(name, False, "not installed", "pip install 'keyreel[cpu]'")
+        return Probe(name, False, "not installed", "pip install 'keyreel[cpu]'", required)
     except KeyreelError as error:
-        return Probe(name, False, str(error), error.hint)
-    return Probe(name, True, f"{' '.join(wheels) or 'onnxruntime'} runs on CPUExecutionProvider")
+        return Probe(name, False, str(error), error.hint, required)
+    return Probe(name, True, f"{' '.join(wheels) or 'onnxruntime'} runs on CPUExecutionProvider", required=required)
 
 
 def probe_codec(name: str, mode: str, *, required: bool) -> Probe:
@@ -183,9 +202,11 @@ def probe_nvdec(cuda: Any) -> Probe:
 def probes() -> tuple[Probe, ...]:
     """Every check, in the order in which `keyreel doctor` prints them."""
     on_device, ops = probe_cuda(0)
+    openvino = probe_openvino()
     return (
         Probe("python", True, f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores"),
-        probe_runtime(),
+        probe_runtime(required=not openvino.passed),
+        openvino,
         *(probe_codec(name, "r", required=name == "h264") for name in ("h264", "hevc", "vp9", "av1")),
         *(probe_codec(name, "w", required=False) for name in ("libx264", "aac")),
         probe_cache(),

@@ -1,8 +1,8 @@
 """Key-frames: how many, which clusters, which frame of each; never none.
 
 1. Weights: black, blank and lone flash frames count next to nothing, so that no cluster is spent on them.
-2. Number: as asked, or the knee of the curve of the worst-covered frame over K = 1..Kmax, all K run as one batch;
-   Kmax is at most one for each second.
+2. Number: as asked, or the knee of the curve of the worst-covered frame over K = 1..Kmax, all K run as one batch
+   without the penalty; Kmax is at most one for each second.
 3. Clusters: spherical k-means with a diversity penalty (keyreel_kernels.clustering).
 4. One frame a cluster: the cleanest kind there is in it, then the closest to the centroid; clusters in order of size;
    a frame too close in time or too alike to one that is taken gives way to the next of its cluster, or the cluster is
@@ -170,7 +170,8 @@ def _number(x: Any, smooth: Any, w: Any, most: int, config: SelectConfig, ops: O
     seeds = to_host(ops.seed(smooth, w, np.array([0, len(x)]), most)[0])
     k = np.arange(1, max(int((seeds[0] >= 0).sum()), 1) + 1)
     spans = np.repeat(np.array([[0, len(x)]]), len(k), axis=0)
-    found = ops.cluster(x, w, spans, k, np.repeat(seeds, len(k), axis=0), **weigh)
+    # How well frames are covered does not hang on repulsion, which costs most of the time: it is left to the answer.
+    found = ops.cluster(x, w, spans, k, np.repeat(seeds, len(k), axis=0), **{**weigh, "penalty": 0.0})
     # Many K in one product, but not so many that it takes gigabytes.
     together = max(1, SWEPT_COLUMNS // seeds.shape[1])
     chosen = to_host(ops.representatives(spans, k, found.labels, found.similarity, xp.ones(len(x), bool)))

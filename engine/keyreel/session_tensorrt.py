@@ -75,6 +75,8 @@ def open_tensorrt(
 
 def build_plans(bundle: Bundle, cuda: Cuda, *, batch_size: int, progress: Progress | None = None) -> None:
     """Makes the plans of all graphs of a bundle that are not there yet, see `open_tensorrt`."""
+    if bundle.precision == "int8":
+        raise ModelError(f"{bundle.name} is in int8, which is for CPUs", hint="take its fp32 or fp16")
     for graph in GRAPHS:
         open_tensorrt(bundle.file(graph), cuda, batch_size=batch_size, progress=progress).close()
 

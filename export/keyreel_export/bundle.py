@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import tempfile
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from keyreel.bundle import MANIFEST, SCHEMA, Bundle, bundle_folder, write_manifest
+from keyreel.config import ImageTransform
 from keyreel.errors import ModelError
 from keyreel.types import Progress
-from keyreel_export import pretrained, tokens, verify
+from keyreel_export import pretrained, quantize, tokens, verify
 from keyreel_export.attention import DEFAULT_NETWORK, FORMULA, SpatialAttention, UniformAttention
 from keyreel_export.fusion import TemporalSpatialFusion, load_projection
 from keyreel_export.onnx import export_graph
@@ -24,6 +26,7 @@ from keyreel_export.tensorrt import write_reference
 from keyreel_export.towers import Tower, split_tower
 
 UNIFORM = "uniform"
+PRECISIONS = ("fp32", "fp16", "int8")
 _PACKAGES = ("keyreel", "torch", "open_clip_torch", "timm", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 
 
@@ -53,6 +56,7 @@ def export_model(
     projection: Path | None = None,
     random_weights: bool = False,
     seed: int = 0,
+    verify_video: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Writes the bundle of an open_clip model: graphs, tokenizer, manifest; verified, whole or not at all.
@@ -60,12 +64,14 @@ def export_model(
     Args:
         name: "ARCH/tag" as `open_clip.list_pretrained()` has them, "ARCH/path/to/checkpoint", "hf-hub:org/repo".
         folder: where to; the user's cache by default. A bundle that is there is replaced.
-        precision: "fp32", or "fp16" for GPUs, which makes the bundle "NAME@fp16"; inputs and outputs are the same.
+        precision: "fp32", "fp16" for GPUs, or "int8" for CPUs, which makes the bundle "NAME@fp16" or "NAME@int8";
+            inputs and outputs are the same. With "int8" the backbone's matrix products are in 8 bits, see `quantize`.
         attention: a CNN of timm's, or "uniform" for stock pooling.
         attention_weights: local weights of that CNN, instead of a download.
         projection: a trained fully connected layer for the fusion, see `load_projection`.
         random_weights: leave all weights untrained; for tests.
         seed: of the random weights and of the frames that verify.
+        verify_video: a video whose frames an int8 backbone is measured on, instead of random shapes.
         progress: called with the stage's name, stages done, stages in all.
 
     Returns:
@@ -74,17 +80,22 @@ def export_model(
     Raises:
         ModelNotFound: no such architecture or tag; `near` has close ones.
         CheckpointMismatch: weights that do not fit.
-        ModelError: weights cannot be had, a tower that is not supported, a graph that differs from torch, or a folder
-            that holds something else.
+        ModelError: weights cannot be had, a tower that is not supported, a graph that differs from torch, an int8
+            backbone that differs from its float32 or would not be faster, or a folder that holds something else.
+        SourceError: `verify_video` cannot be decoded.
         MissingExtra: a package of the extra `export` is not installed.
     """
-    if precision not in verify.BOUNDS:
-        raise ValueError(f"precision must be one of {', '.join(verify.BOUNDS)}, got {precision!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if verify_video is not None and precision != "int8":
+        raise ValueError(f"a video to verify with goes with precision int8, not {precision}")
     recipe = pretrained.resolve(name, random_weights=random_weights)
     if precision != "fp32":
         name = f"{name}@{precision}"  # beside the other in the cache, not in its place
     folder = default_folder(name) if folder is None else folder
     _refuse_other_folders(folder)
+    # What gets 8 bits is made and verified in float32 first.
+    exported = "fp32" if precision == "int8" else precision
     report = progress or (lambda stage, done, total: None)
     report("load", 0, 7)
     sources = [recipe.source]
@@ -124,23 +135,30 @@ def export_model(
         measured: dict[str, float] = {}
         for step, (graph, (module, output)) in enumerate(graphs.items()):
             report(graph, 3 + step, 7)
-            measured |= _export_graph(made / f"{graph}.onnx", module, output, cases[graph], precision)
+            measured |= _export_graph(made / f"{graph}.onnx", module, output, cases[graph], exported)
         if stock is not None:
-            measured |= _identity(made, cases, stock, precision)
+            measured |= _identity(made, cases, stock, exported)
         if precision == "fp16":
             write_reference(made, cases)
         preprocess = model.visual.preprocess_cfg
+        image = ImageTransform(
+            height=tower.image_size[0],
+            width=tower.image_size[1],
+            mode=preprocess["resize_mode"],
+            interpolation=preprocess["interpolation"],
+            fill=int(preprocess["fill_color"]),
+        )
+        if precision == "int8":
+            frames = quantize.pictures(image, verify_video, seed)
+            measured = {
+                name: value for name, value in measured.items() if not name.startswith(("backbone", "identity"))
+            }
+            measured |= quantize.quantize_backbone(made, frames, tower.grid[0] * tower.grid[1])
         manifest = {
             "name": name,
             "family": tower.family,
             "precision": precision,
-            "image": {
-                "height": tower.image_size[0],
-                "width": tower.image_size[1],
-                "mode": str(preprocess["resize_mode"]),
-                "interpolation": str(preprocess["interpolation"]),
-                "fill": int(preprocess["fill_color"]),
-            },
+            "image": dataclasses.asdict(image),
             "grid": list(tower.grid),
             "prefix_tokens": tower.prefix_tokens,
             "token_width": tower.token_width,

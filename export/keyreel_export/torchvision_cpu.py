@@ -10,8 +10,8 @@ from typing import Any
 _definitions: list[object] = []
 
 
-def import_open_clip() -> ModuleType:
-    """Imports open_clip, whose import of torchvision fails on a CPU-only torch without help.
+def import_torchvision() -> ModuleType:
+    """Imports torchvision, which fails on a CPU-only torch without help.
 
     PyPI's torchvision for Linux is a CUDA build. Beside a CPU build of torch its native library does not load;
     torchvision swallows that, then registers a fake kernel for `torchvision::nms` and `torchvision::qnms` all the
@@ -19,17 +19,28 @@ def import_open_clip() -> ModuleType:
     (https://github.com/pytorch/vision/issues/9085). Nothing here calls either, so declaring the two schemas is enough.
 
     Raises:
-        MissingExtra: open_clip or torchvision is not installed.
+        MissingExtra: torchvision is not installed.
     """
     from keyreel.errors import import_extra
 
     try:
-        import_extra("torchvision", extra="export", purpose="exporting a model")
+        return import_extra("torchvision", extra="export", purpose="exporting a model")
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
         _declare_missing_operators()
-        importlib.import_module("torchvision")
+        return importlib.import_module("torchvision")
+
+
+def import_open_clip() -> ModuleType:
+    """Imports open_clip, after `import_torchvision`.
+
+    Raises:
+        MissingExtra: open_clip or torchvision is not installed.
+    """
+    from keyreel.errors import import_extra
+
+    import_torchvision()
     return import_extra("open_clip", extra="export", purpose="exporting a model")
 
 

@@ -54,11 +54,13 @@ def export_triton(bundle: Bundle, folder: Path, *, max_batch_size: int = 64, ins
 
     Raises:
         ValueError: a number below 1.
-        ModelError: the folder holds something else, or the merged graph differs from the bundle's.
+        ModelError: an int8 bundle, the folder holds something else, or the merged graph differs from the bundle's.
         MissingExtra: onnx or onnxruntime is not installed.
     """
     if max_batch_size < 1 or instances < 1:
         raise ValueError(f"max_batch_size and instances must be 1 or more, got {max_batch_size} and {instances}")
+    if bundle.precision not in verify.BOUNDS:
+        raise ModelError(f"{bundle.name} is in {bundle.precision}, which is for CPUs", hint="take its fp32 or fp16")
     onnx = import_extra("onnx", extra="export", purpose="exporting a model")
     _refuse_other_folders(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

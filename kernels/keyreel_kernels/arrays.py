@@ -36,6 +36,9 @@ class Arrays(Protocol):
         Arrays of the device come and go between streams in its wake.
         """
 
+    def synchronize(self) -> None:
+        """Waits until everything that was launched is done."""
+
     def to_device(self, array: Any) -> Any:
         """An array on the device: as it is if it is there; by DLPack without a copy; else copied.
 
@@ -57,6 +60,9 @@ class HostArrays:
         return nullcontext()
 
     def join(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
         pass
 
     def to_device(self, array: Any) -> NDArray[Any]:

@@ -169,24 +169,28 @@ def update(x: F32, w: F32, spans: I64, k: I64, centroids: F32, labels: I64, *, p
         own, v = labels[at[m] : at[m + 1]], w[start:stop].astype(np.float64)
         inside = own == np.arange(k[m])[:, None]
         share = (inside * v) @ x[start:stop].astype(np.float64) / max(v.sum(), 1e-30)
-        mu = penalty / k[m]
-        for j in np.flatnonzero(share.any(1)).tolist():
-            excess = _excess(c, j, c[j], margin)
-            goal = share[j] - mu * c[excess > 0].sum(0)
-            length = math.sqrt(goal @ goal)
-            # The hinges lie above their linear parts, so that no move gains more than the linear minimiser promises.
-            if length < 1e-12 or length - goal @ c[j] <= TOLERANCE:
-                continue
-            goal /= length
-            cost = mu * excess.sum() - share[j] @ c[j]
-            for step in STEPS:
-                moved = (1 - step) * c[j] + step * goal
-                moved /= max(math.sqrt(moved @ moved), 1e-30)
-                if mu * _excess(c, j, moved, margin).sum() - share[j] @ moved < cost - TOLERANCE:
-                    c[j] = moved
-                    break
-        out[m, : k[m]] = c
+        out[m, : k[m]] = moves(c, share, penalty / k[m], margin)
     return out
+
+
+def moves(c: F64, share: F64, mu: float, margin: float) -> F64:
+    """The moves of `update` for one problem: c [K, D] float64, in place; share [K, D] float64 the S_j."""
+    for j in np.flatnonzero(share.any(1)).tolist():
+        excess = _excess(c, j, c[j], margin)
+        goal = share[j] - mu * c[excess > 0].sum(0)
+        length = math.sqrt(goal @ goal)
+        # The hinges lie above their linear parts, so that no move gains more than the linear minimiser promises.
+        if length < 1e-12 or length - goal @ c[j] <= TOLERANCE:
+            continue
+        goal /= length
+        cost = mu * excess.sum() - share[j] @ c[j]
+        for step in STEPS:
+            moved = (1 - step) * c[j] + step * goal
+            moved /= max(math.sqrt(moved @ moved), 1e-30)
+            if mu * _excess(c, j, moved, margin).sum() - share[j] @ moved < cost - TOLERANCE:
+                c[j] = moved
+                break
+    return c
 
 
 def _excess(c: F64, j: int, place: F64, margin: float) -> F64:

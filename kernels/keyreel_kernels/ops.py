@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
-from keyreel_kernels import clustering, pictures, reference
+from keyreel_kernels import clustering, cpu_kmeans, cpu_search, pictures, reference
 from keyreel_kernels.arrays import Arrays, HostArrays
 from keyreel_kernels.cuda import Cuda
 
@@ -22,7 +22,7 @@ _DEVICE = re.compile(r"cuda:(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """One implementation of every operation, with the signature of its NumPy definition."""
+    """One implementation of every operation, with the signature of its NumPy definition, which is the default."""
 
     device: str
     arrays: Arrays = _HOST
@@ -58,7 +58,16 @@ def ops_for(device: str) -> Ops:
         Exception: whatever CuPy raises where the device does not work.
     """
     if device == "cpu":
-        return Ops(device="cpu")
+        # What has a faster form than its definition.
+        return Ops(
+            device="cpu",
+            top_k=cpu_search.top_k,
+            temporal_support=cpu_kmeans.temporal_support,
+            seed=cpu_kmeans.seed,
+            assign=cpu_kmeans.assign,
+            cluster=cpu_kmeans.cluster,
+            representatives=cpu_kmeans.representatives,
+        )
     if named := _DEVICE.fullmatch(device):
         return ops_on(Cuda(int(named[1])))
     raise ValueError(f"no operations for device {device!r}, there are: cpu, cuda:N")

@@ -1,106 +1,96 @@
-"""What a coded picture says of itself before it is decoded: who refers to it, and of what size it is.
+"""What compressed packets say before they are decoded: who needs whom, where decoding may begin, of what size they are.
 
-H.264 is ITU-T H.264, HEVC is ITU-T H.265, both with start codes (annex B); VP9 is the VP9 Bitstream Specification 0.6.
+Nothing here decodes. Where the syntax leaves a doubt, the answer is the careful one: needed, no entry, not certain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from keyreel.decode.av1 import Av1
+from keyreel.decode.coded import Bitstream, Coded, Entry
+from keyreel.decode.h264 import H264
+from keyreel.decode.hevc import Hevc
+from keyreel.decode.mpeg import CHAINS, Chain, Mpeg4, Mpeg12
+from keyreel.decode.nal import start_coded
+from keyreel.decode.vpx import Vp8, Vp9, vp9_frame, vp9_frames
 
-_START = b"\0\0\1"
-_SEQUENCE = {"h264": 7, "hevc": 33}  # nal_unit_type of sequence parameter sets
-
-
-def nal_units(codec: str, data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(nal_unit_type, first byte, byte after the last) of each unit, without start codes."""
-    at = data.find(_START)
-    while at >= 0:
-        first = at + 3
-        at = data.find(_START, first)
-        stop = len(data) if at < 0 else at
-        if first < stop:
-            yield data[first] & 31 if codec == "h264" else data[first] >> 1 & 63, first, stop
-
-
-def unreferenced(codec: str, data: bytes) -> bool:
-    """True where no other picture refers to this one.
-
-    H.264: nal_ref_idc is 0 in all slices (7.4.1). HEVC: sub-layer non-reference types (table 7-1), which says it where
-    there is one temporal layer only.
-    """
-    if codec == "h264":
-        slices = [data[first] >> 5 & 3 == 0 for kind, first, _ in nal_units(codec, data) if 1 <= kind <= 5]
-    elif codec == "hevc":
-        slices = [kind <= 14 and kind % 2 == 0 for kind, _, _ in nal_units(codec, data) if kind < 32]
-    else:
-        return False
-    return bool(slices) and all(slices)
+__all__ = ["Bitstream", "Coded", "Entry", "bitstream", "formats"]
 
 
 def formats(codec: str, data: bytes) -> set[object]:
     """Whatever in the packet decides the size and the format of pictures: parameter sets, or VP9 sizes.
 
     A stream in which more than one thing is found changes, or may change, in its middle.
+
+    Args:
+        codec: h264 and hevc (both with start codes) and vp9; nothing is known of others.
+        data: the packet.
     """
-    if codec in _SEQUENCE:
-        units = nal_units(codec, data)
-        return {data[first:stop].rstrip(b"\0") for kind, first, stop in units if kind == _SEQUENCE[codec]}
+    if codec == "h264":
+        return {data[first:stop].rstrip(b"\0") for first, stop in start_coded(data) if data[first] & 31 == 7}
+    if codec == "hevc":
+        return {data[first:stop].rstrip(b"\0") for first, stop in start_coded(data) if data[first] >> 1 & 63 == 33}
     if codec == "vp9":
-        return {size for frame in _vp9_frames(data) if frame and (size := _vp9_size(frame)) is not None}
+        try:
+            return {size for frame in vp9_frames(data) if (size := vp9_frame(frame).size) is not None}
+        except EOFError:  # damage is the decoder's to find
+            return set()
     return set()
 
 
-def _vp9_frames(data: bytes) -> list[bytes]:
-    """The frames of a packet, hidden ones too: annex B, superframes."""
-    marker = data[-1] if data else 0
-    count, width = (marker & 7) + 1, (marker >> 3 & 3) + 1
-    index = data[-2 - count * width :]
-    if marker >> 5 != 6 or len(index) != 2 + count * width or index[0] != marker:
-        return [data]
-    frames, at = [], 0
-    for n in range(count):
-        size = int.from_bytes(index[1 + n * width : 1 + (n + 1) * width], "little")
-        frames.append(data[at : at + size])
-        at += size
-    return frames
+# What decodes each packet by itself, and keeps nothing of it.
+_INTRA = ("prores", "dnxhd", "huffyuv", "ffvhuff", "png", "utvideo", "magicyuv", "jpeg2000", "v210")
 
 
-def _vp9_size(frame: bytes) -> tuple[int, int] | None:
-    """(width, height) where the header states it, None where it is that of a frame before: 6.2, uncompressed header."""
-    bits, at = int.from_bytes(frame[:24].ljust(24, b"\0"), "big"), 0
+def bitstream(codec: str, extradata: bytes) -> Bitstream | None:
+    """What reads the packets of a stream; None where nothing is known of its codec, so that all must be decoded.
 
-    def read(count: int) -> int:
-        nonlocal at
-        at += count
-        return bits >> 192 - at & (1 << count) - 1
+    Args:
+        codec: FFmpeg's canonical name.
+        extradata: of the container; may be empty.
+    """
+    match codec:
+        case "h264":
+            return H264(extradata)
+        case "hevc":
+            return Hevc(extradata)
+        case "av1":
+            return Av1()
+        case "vp8":
+            return Vp8()
+        case "vp9":
+            return Vp9()
+        case "mpeg1video" | "mpeg2video":
+            return Mpeg12()
+        case "mpeg4":
+            return Mpeg4(extradata)
+        case "mjpeg":
+            return _Mjpeg()
+        case _ if codec in CHAINS:
+            return Chain(codec)
+        case _ if codec in _INTRA:
+            return _Intra()
+    return None
 
-    def color_config() -> None:
-        if profile >= 2:
-            read(1)  # ten_or_twelve_bit
-        rgb = read(3) == 7
-        read((0 if rgb else 1) + (profile & 1) * (1 if rgb else 3))
 
-    read(2)  # frame_marker
-    profile = read(1) | read(1) << 1
-    if profile == 3:
-        read(1)
-    if read(1):  # show_existing_frame
-        return None
-    inter, shown, resilient = read(1), read(1), read(1)
-    if not inter:
-        read(24)  # frame_sync_code
-        color_config()
-    else:
-        intra_only = 0 if shown else read(1)
-        if not resilient:
-            read(2)  # reset_frame_context
-        if intra_only:
-            read(24)
-            if profile:
-                color_config()
-            read(8)  # refresh_frame_flags
-        else:
-            read(8 + 3 * 4)  # refresh_frame_flags, references and their signs
-            if read(1) or read(1) or read(1):  # found_ref
-                return None
-    return read(16) + 1, read(16) + 1
+class _Intra:
+    def read(self, data: bytes, *, key: bool, disposable: bool = False) -> list[Coded]:
+        return [Coded(1, key, Entry.CLOSED if key else Entry.NONE, certain=key and len(data) > 0)]
+
+    def end(self) -> list[Coded]:
+        return []
+
+
+class _Mjpeg(_Intra):
+    """JPEG pictures stand alone where they bring their tables; they may leave out what a picture before them had."""
+
+    def __init__(self) -> None:
+        self._huffman = False  # some picture brought its own Huffman tables
+
+    def read(self, data: bytes, *, key: bool, disposable: bool = False) -> list[Coded]:
+        head = data[: max(data.find(b"\xff\xda"), 0)]  # up to the scan
+        fields = head.find(b"AVI1")
+        if fields >= 0 and head[fields + 4 : fields + 5] != b"\0":  # a picture may hold one of two
+            return [Coded(1, False, Entry.NONE, certain=False)]
+        tables = b"\xff\xc4" in head
+        self._huffman |= tables
+        return super().read(data, key=b"\xff\xdb" in head and (tables or not self._huffman))

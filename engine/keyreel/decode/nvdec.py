@@ -51,6 +51,7 @@ _STANDARDS = {Colorspace.ITU601: "bt601", Colorspace.ITU709: "bt709", Colorspace
 _PADDING = {"h264": 16, "hevc": 64, "vp9": 1}
 _USUAL_ENGINES = 4  # where the device does not say how many it has
 _COPIED_BYTES = 256 << 20  # of surfaces that wait to be converted
+_DRAIN_PACKETS = 8  # decoded in vain cost about as much as a drain
 _AHEAD_BYTES = 1 << 30  # of pictures that wait for those before them
 _HINT = "use device='auto' or 'cpu' (--device), or convert it to 8-bit H.264 with ffmpeg"
 
@@ -150,6 +151,8 @@ def open_stream(
         _lanes(claim, pool, cuda, ops, transform),
         stack,
         lanes=count,
+        whole=count == 1,
+        gap=_DRAIN_PACKETS,
         ahead=max(2, _AHEAD_BYTES // (2 * count * height * width * 3)),
         after=after,
         join=cuda.join,
@@ -164,7 +167,9 @@ def _lanes(
     lock, used = threading.Lock(), 0
 
     @contextmanager
-    def open_lane(container: InputContainer, stream: VideoStream, note: Callable[..., None]) -> Iterator[_Lane]:
+    def open_lane(
+        container: InputContainer, stream: VideoStream, note: Callable[..., None], alone: bool
+    ) -> Iterator[_Lane]:
         nonlocal used
         with lock:
             needed = used == 0

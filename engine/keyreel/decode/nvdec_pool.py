@@ -18,7 +18,7 @@ from av.bitstream import BitStreamFilterContext
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from keyreel.decode.bitstream import formats, unreferenced
+from keyreel.decode.bitstream import formats
 from keyreel.decode.reader import DecoderFailed
 from keyreel.decode.sampling import PlanBroken
 from keyreel.errors import BackendUnavailable
@@ -208,7 +208,7 @@ class NvDecoder:
         except av.error.FFmpegError as error:
             raise self._failure(f"its parameter sets are damaged: {error.strerror}") from error
 
-    def decode(self, packet: Packet[VideoStream] | None, *, spare: bool = False) -> Sequence[DevicePicture]:
+    def decode(self, packet: Packet[VideoStream] | None) -> Sequence[DevicePicture]:
         """As `Decoder.decode`.
 
         Raises:
@@ -225,8 +225,6 @@ class NvDecoder:
             self._known |= formats(self._format.codec, data)
             if len(self._known) > 1:
                 raise self._failure("the size or the format of its pictures may change on the way")
-            if spare and unreferenced(self._format.codec, data):
-                continue
             if pts is None or pts in self._waiting:
                 raise self._failure("it has packets with no pts of their own")
             self._first = pts if self._first is None else self._first

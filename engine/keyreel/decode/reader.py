@@ -1,7 +1,8 @@
 """From a source to the pictures of its wanted frames, in display order, whoever decodes them.
 
-Only packets that lead to wanted frames are decoded, where a demux shows that this is safe; each frame that comes out is
-checked against that plan, and at the first difference everything is decoded from the start.
+Only packets that lead to wanted frames are decoded, where the packets show that this is safe: by a plan of the whole
+file, or group by group where it comes through a pipe. Each frame that comes out is checked against that plan, and at
+the first difference everything is decoded from the start.
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ from av.video.stream import VideoStream
 
 from keyreel.config import Sampling
 from keyreel.decode.lanes import in_order
-from keyreel.decode.sampling import Cursor, Decoder, Picker, Picture, PlanBroken, Timeline, parts
-from keyreel.decode.source import Source, duration_seconds
+from keyreel.decode.plan import Cursor, Packets, near, parts
+from keyreel.decode.sampling import Decoder, Picker, Picture, PlanBroken
+from keyreel.decode.source import Source
+from keyreel.decode.timeline import TIME_BASE, Clock, Timeline, promised_seconds
+from keyreel.decode.window import windows
 from keyreel.errors import CorruptStream
 from keyreel.types import F64
 
 M = TypeVar("M")
 
 _READ_ATTEMPTS = 16  # reading goes on after that many failed reads in a row
+NEAR_IS_EXACT = "its packets do not tell which frames are cheap: the frames shown at the wanted times are taken"
 _JUMP_SECONDS = 1.0  # a pts that goes back further is a new timeline, not a frame out of order
-_TIME_BASE = Fraction(1, 90_000)  # where the container names none
 
 
 class Lane(Protocol):
@@ -60,10 +64,13 @@ class Lane(Protocol):
 class Decoding:
     """Where lanes come from, and what is done with their pictures."""
 
-    open_lane: Callable[[InputContainer, VideoStream, Callable[..., None]], AbstractContextManager[Lane]]
+    # What opens a lane: the file, its video, what notes warnings, and whether no other lane works beside it.
+    open_lane: Callable[[InputContainer, VideoStream, Callable[..., None], bool], AbstractContextManager[Lane]]
     stack: Callable[[list[Any]], Any]  # pictures of one size to [T, H, W, 3]
     lanes: int = 1  # how many may work at a time
     ahead: int = 16  # pictures of one lane that may wait for the lanes before it
+    gap: int = 0  # packets that are decoded in vain as cheaply as the decoder is drained and started again
+    whole: bool = False  # one lane alone decodes everything as fast as all of them
     after: Callable[[Exception], Decoding] | None = None  # what goes on after DecoderFailed; may raise
     join: Callable[[], None] = lambda: None  # called in the thread that gets a batch, see `Arrays.join`
 
@@ -80,21 +87,6 @@ class _Shown:
     ticks: int
     start: float  # seconds
     index: int
-
-
-class _Clock:
-    """Ticks to seconds from the stream's start: its start_time, or its first frame where that is earlier or unknown."""
-
-    def __init__(self, stream: VideoStream, first_ticks: int) -> None:
-        base = stream.time_base or _TIME_BASE
-        self.numerator, self.denominator = base.numerator, base.denominator
-        self.zero = first_ticks if stream.start_time is None else min(stream.start_time, first_ticks)
-
-    def seconds(self, ticks: int) -> float:
-        return (ticks - self.zero) * self.numerator / self.denominator
-
-    def ticks(self, seconds: float) -> int:
-        return self.zero + math.floor(seconds * self.denominator / self.numerator)
 
 
 class _Given:
@@ -140,25 +132,43 @@ class Reader:
         reasons: tuple[str, ...] = (),
     ) -> None:
         self.end_seconds: float | None = None
+        self.packets_read = self.packets_fed = 0  # see Stream
         self._source, self._sampling, self._decoding, self._go_on = source, sampling, decoding, checkpoint
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._damage: Counter[str] = Counter()  # of one attempt: what another one meets again is not more
         self._details: dict[str, str] = {}
         self._reasons = list(reasons)
         self._ending = ""
-        # To tell packets costs a demux of the file, which one decoder that decodes all of it can do without.
-        self._planning = decoding.lanes > 1 or sampling.mode != "all" or sampling.start_seconds > 0
+        # To tell packets costs a demux of the file, which a decoder that decodes all of it can do without.
+        self._planning = not decoding.whole or sampling.mode != "all" or sampling.start_seconds > 0
 
     def warnings(self) -> tuple[str, ...]:
         """What was wrong or done, so far."""
-        counted = [f"{what}: {self._counts[what]}{first}" for what, first in list(self._details.items())]
+        counts = self._counts | self._damage
+        counted = [f"{what}: {counts[what]}{first}" for what, first in list(self._details.items())]
         return (*self._reasons, *counted, *([self._ending] if self._ending else []))
 
     def note(self, what: str, detail: object = "") -> None:
         """Counts what happened, and keeps the detail of the first time."""
+        self._note(self._counts, what, detail)
+
+    def _note(self, counts: Counter[str], what: str, detail: object) -> None:
         with self._lock:
-            self._counts[what] += 1
+            counts[what] += 1
             self._details.setdefault(what, f" (first: {detail})" if detail else "")
+
+    def _damaged(self, what: str, detail: object = "") -> None:
+        self._note(self._damage, what, detail)
+
+    def _again(self) -> None:
+        """Before another attempt: the damage seen so far counts once."""
+        self._counts |= self._damage
+        self._damage.clear()
+
+    def _fed(self) -> None:
+        with self._lock:
+            self.packets_fed += 1
 
     def pictures(self, times: F64) -> Iterator[tuple[tuple[Any, float, int], int]]:
         """((picture, seconds, index), rows it fills) of each wanted frame, in display order."""
@@ -177,22 +187,30 @@ class Reader:
         given = _Given(by_rows=self._sampling.mode == "times")
         while True:
             given.again()
-            if self._planning and self._source.timeline(self._go_on) is None:
-                self._planning = False
+            self._again()
             try:
-                for shown, rows, picture in (self._planned if self._planning else self._picked)(times, given):
+                for shown, rows, picture in self._attempt()(times, given):
                     given.add(shown, rows)
                     yield shown, rows, picture
                 return
             except PlanBroken as error:
                 if self._planning:
                     self._planning = False
-                    self._counts.clear()
-                    self._details.clear()
                 else:
                     self._hand_over(DecoderFailed(*error.args), given)
             except DecoderFailed as error:
                 self._hand_over(error, given)
+
+    def _attempt(self) -> Callable[[F64, _Given], Iterator[tuple[_Shown, int, Any]]]:
+        near = self._sampling.mode == "near"
+        if self._planning and not near and self._source.once:
+            return self._windowed
+        if self._planning and self._source.timeline(self._go_on) is not None:
+            return self._planned
+        self._planning = False
+        if near and NEAR_IS_EXACT not in self._reasons:
+            self._reasons.append(NEAR_IS_EXACT)
+        return self._picked
 
     def _hand_over(self, failed: DecoderFailed, given: _Given) -> None:
         """To the decoder that goes on after this one, if there is one."""
@@ -204,13 +222,13 @@ class Reader:
         self._planning = True
 
     @contextmanager
-    def _opened(self) -> Iterator[Lane]:
-        with self._source.open() as container:
+    def _opened(self, *, alone: bool) -> Iterator[Lane]:
+        with self._source.open(self._go_on) as container:
             stream = self._source.require_video(container)
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all
-            with self._decoding.open_lane(container, stream, self.note) as lane:
+            with self._decoding.open_lane(container, stream, self.note, alone) as lane:
                 yield lane
 
     def _planned(self, times: F64, given: _Given) -> Iterator[tuple[_Shown, int, Any]]:
@@ -218,43 +236,74 @@ class Reader:
         timeline = self._source.timeline(self._go_on)
         if timeline is None:
             raise PlanBroken
-        with self._opened() as lane:
-            found = self._plan(lane, timeline, times)
-            found = {rank: (shown, left) for rank, (shown, n) in found.items() if (left := given.left(shown.ticks, n))}
-            lanes = self._decoding.lanes
-            cut = parts(timeline, list(found), lanes) if lanes > 1 else [list(found)]
-            if len(cut) == 1:
-                for rank, picture in self._work(lane, timeline)(cut[0]):
-                    yield *found[rank], picture
-                return
+        self.packets_read = len(timeline.pts)
+        self._check_end(timeline.clock.seconds(timeline.end_ticks), timeline.promised_seconds)
+        found = self._plan(timeline, Picker(self._sampling, times), 0, given)
+        lanes = self._decoding.lanes
+        cut = parts(timeline, list(found), lanes) if lanes > 1 else [list(found)]
 
         @contextmanager
         def open_lane() -> Iterator[Callable[[list[int]], Iterator[tuple[int, Any]]]]:
-            with self._opened() as lane:
-                yield self._work(lane, timeline)
+            with self._opened(alone=len(cut) == 1) as lane:
+                packets = Packets(lane.container, lane.stream, timeline, self._go_on)
+                yield lambda ranks: self._decoded_frames(lane, timeline, packets, ranks)
 
+        if len(cut) == 1:
+            with open_lane() as work:
+                for rank, picture in work(cut[0]):
+                    yield *found[rank], picture
+            return
         for rank, picture in in_order(cut, open_lane, lanes=lanes, ahead=self._decoding.ahead):
             yield *found[rank], picture
 
-    def _work(self, lane: Lane, timeline: Timeline) -> Callable[[list[int]], Iterator[tuple[int, Any]]]:
-        """What decodes and converts the frames of given ranks, call by call further ahead in the file."""
-        cursor = Cursor(
-            lane.container,
-            lane.stream,
-            lane.decoder,
-            timeline,
-            self._go_on,
-            only_keys=self._sampling.mode == "keyframes",
-        )
-        return lambda ranks: lane.shown(cursor.frames(ranks))
+    def _windowed(self, times: F64, given: _Given) -> Iterator[tuple[_Shown, int, Any]]:
+        """Picks from each group of pictures as it comes, and decodes what was picked of it."""
+        picker, count = Picker(self._sampling, times), 0
+        with self._opened(alone=True) as lane:
+            for timeline, packets in windows(lane.container, lane.stream, self._go_on):
+                self.packets_read = max(self.packets_read, timeline.place + len(packets))
+                found = self._plan(timeline, picker, count, given)
+                for rank, picture in self._decoded_frames(lane, timeline, packets.__getitem__, list(found)):
+                    yield *found[rank], picture
+                count += len(timeline.shown)
+                end = timeline.clock.seconds(timeline.end_ticks)
+                if timeline.last:
+                    self._check_end(end, timeline.promised_seconds)
+                if picker.done(end):
+                    return
 
-    def _plan(self, lane: Lane, timeline: Timeline, times: F64) -> dict[int, tuple[_Shown, int]]:
-        """What is shown when and fills how many rows, by rank."""
-        clock = _Clock(lane.stream, int(timeline.ticks[0]))
+    def _decoded_frames(
+        self, lane: Lane, timeline: Timeline, packets: Callable[[int], Any], ranks: list[int]
+    ) -> Iterator[tuple[int, Any]]:
+        """(rank, picture) of given ranks; call by call further ahead in the file."""
+        keys, gap = self._sampling.mode == "keyframes", self._decoding.gap
+        cursor = Cursor(packets, lane.decoder, timeline, self._fed, gap=gap, keys=keys)
+        return lane.shown(cursor.frames(ranks))
+
+    def _plan(self, timeline: Timeline, picker: Picker, count: int, given: _Given) -> dict[int, tuple[_Shown, int]]:
+        """What is shown when and fills how many rows that were not given yet, by rank.
+
+        Args:
+            timeline: of the stream, or of a part of it.
+            picker: asked about all frames before.
+            count: frames before the timeline's first.
+            given: what was handed on.
+        """
+        clock, ticks = timeline.clock, timeline.ticks
         end = clock.seconds(timeline.end_ticks)
         self._source.check_duration(end)
-        self._check_end(lane, end)
-        ticks = timeline.ticks
+        if self._sampling.mode == "keyframes" and np.any((timeline.entry > 0) & ~timeline.keyframe):
+            raise PlanBroken  # the container does not name all that the decoder will call key frames
+        found: dict[int, tuple[_Shown, int]] = {}
+
+        def take(rank: int, start: float, rows: int) -> None:
+            if left := given.left(int(ticks[rank]), rows):
+                found[rank] = _Shown(None, int(ticks[rank]), start, count + rank), left
+
+        if self._sampling.mode == "near":
+            for rank in near(timeline, self._sampling):
+                take(rank, clock.seconds(int(ticks[rank])), 1)
+            return found
         # Only the frames around the window: a short look into a long video must not walk through all of it.
         low, high = 0, len(ticks)
         if self._sampling.mode != "times":
@@ -262,19 +311,17 @@ class Reader:
             if self._sampling.stop_seconds is not None:
                 high = min(int(np.searchsorted(ticks, clock.ticks(self._sampling.stop_seconds))) + 2, high)
         starts = [clock.seconds(int(t)) for t in ticks[low : high + 1]] + ([end] if high == len(ticks) else [])
-        picker = Picker(self._sampling, times)
-        found: dict[int, tuple[_Shown, int]] = {}
         for rank, (start, stop) in enumerate(pairwise(starts), start=low):
-            key, last = bool(timeline.keyframe[timeline.shown[rank]]), rank == len(ticks) - 1
-            if rows := picker.rows(start, stop, key=key, first=rank == 0, last=last):
-                found[rank] = _Shown(None, int(ticks[rank]), start, rank), rows
+            key, last = bool(timeline.keyframe[timeline.shown[rank]]), timeline.last and rank == len(ticks) - 1
+            if rows := picker.rows(start, stop, key=key, first=count + rank == 0, last=last):
+                take(rank, start, rows)
             if picker.done(stop):
                 break
         return found
 
     def _picked(self, times: F64, given: _Given) -> Iterator[tuple[_Shown, int, Any]]:
         """Decodes everything from the start."""
-        with self._opened() as lane:
+        with self._opened(alone=True) as lane:
             chosen = (
                 ((shown, left), shown.frame)
                 for shown, rows in self._chosen(lane, times)
@@ -302,28 +349,28 @@ class Reader:
                 f"{self._source.name}: not one frame can be decoded: {reason}.",
                 hint="Check that it plays; copy or download it again.",
             )
-        self._check_end(lane, held.start + duration)
+        self._check_end(held.start + duration, promised_seconds(lane.container, lane.stream) or 0.0)
         key = bool(held.frame.key_frame)
         if count := picker.rows(held.start, held.start + duration, key=key, first=held.index == 0, last=True):
             yield held, count
 
     def _decoded(self, lane: Lane) -> Iterator[tuple[_Shown, float]]:
         """(frame, seconds for which it is shown, as far as that is known) of all frames, times rising."""
-        clock: _Clock | None = None
+        clock: Clock | None = None
         last = shift = 0
         stream = lane.stream
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        gap = max(1, round(1 / rate / (stream.time_base or _TIME_BASE)))
+        gap = max(1, round(1 / rate / (stream.time_base or TIME_BASE)))
         for index, frame in enumerate(self._frames(lane)):
             ticks = frame.pts if frame.pts is not None else frame.dts
             if frame.pts is None:
-                self.note("frames without pts, times derived from their neighbours")
+                self._damaged("frames without pts, times derived from their neighbours")
             if clock is None:
-                clock = _Clock(stream, ticks or 0)
+                clock = Clock.of(stream, ticks or 0)
                 last = (ticks or 0) - gap
             ticks = last + gap if ticks is None else ticks + shift
             if ticks <= last:
-                self.note("frames whose time goes back, moved behind the frame before", f"frame {index}")
+                self._damaged("frames whose time goes back, moved behind the frame before", f"frame {index}")
                 if (last - ticks) * clock.numerator > _JUMP_SECONDS * clock.denominator:
                     shift += last + gap - ticks
                     ticks = last + gap
@@ -339,32 +386,34 @@ class Reader:
             try:
                 frames = lane.decoder.decode(packet)
             except av.error.FFmpegError as error:
-                self.note("damaged packets skipped", error.strerror)
+                self._damaged("damaged packets skipped", error.strerror)
                 continue
             for frame in frames:
                 if frame.is_corrupt:
-                    self.note("frames damaged, or referring to missing ones", f"at pts {frame.pts}")
+                    self._damaged("frames damaged, or referring to missing ones", f"at pts {frame.pts}")
                 yield frame
 
     def _packets(self, lane: Lane) -> Iterator[Packet[VideoStream] | None]:
         """All packets of the stream, then None, which drains the decoder."""
-        failures = 0
+        failures = count = 0
         while failures < _READ_ATTEMPTS:
             try:
                 for packet in lane.container.demux(lane.stream):
                     self._go_on()
                     failures = 0
                     if packet.size:
+                        count += 1
+                        self.packets_read = max(self.packets_read, count)
+                        self._fed()
                         yield packet
                 break
             except av.error.FFmpegError as error:
                 failures += 1
-                self.note("failed reads", error.strerror)
+                self._damaged("failed reads", error.strerror)
         yield None
 
-    def _check_end(self, lane: Lane, end: float) -> None:
+    def _check_end(self, end: float, promised: float) -> None:
         """Notes a video that stops well before what its header promises, or before its sound does."""
-        promised = duration_seconds(lane.container, lane.stream) or 0.0
         if end < promised - max(1.0, 0.02 * promised):
             self.end_seconds = end
             self._ending = f"the video ends at {end:.3f} s, its header promises {promised:.3f} s"

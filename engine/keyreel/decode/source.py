@@ -11,7 +11,6 @@ import os
 import re
 import stat
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +26,9 @@ from av.video.stream import VideoStream
 
 from keyreel.config import DecodeLimits
 from keyreel.decode.color import display_size, rotation_degrees, transfer_of
-from keyreel.decode.sampling import PlanBroken, Timeline, scan
+from keyreel.decode.sampling import PlanBroken
+from keyreel.decode.spool import Spool, SpoolView
+from keyreel.decode.timeline import Timeline, promised_seconds, scan
 from keyreel.errors import CorruptStream, SourceError, SourceNotFound, UnsupportedCodec
 from keyreel.types import VideoInfo
 
@@ -42,7 +43,6 @@ _PLAYLIST = re.compile(
     rb"\s*(#EXTM3U|ffconcat|\[playlist\]|\[reference\]|<asx|<\?xml.{0,300}<(MPD|SmoothStreaming))", re.I | re.S
 )
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//|\S*\|)")
-_CHUNK_BYTES = 1 << 20
 _DEFAULT_LIMITS = DecodeLimits()
 
 
@@ -76,7 +76,7 @@ class Source:
 
     Args:
         video: a path; bytes; a binary file object, read from its start; "-" for standard input; with
-            `limits.allow_network` an http(s) URL. What cannot seek is copied to a temporary file at the first open.
+            `limits.allow_network` an http(s) URL. What cannot seek is copied to a temporary file as it is read.
         limits: bounds on what is accepted.
 
     Raises:
@@ -91,7 +91,7 @@ class Source:
         self._video: Any = video
         self._lock = threading.RLock()
         self._file_lock = threading.Lock()
-        self._spooled: Any = None
+        self._spool: Spool | None = None
         self._info: VideoInfo | None = None
         self._timeline: Timeline | None = None
         self._scanned = False
@@ -125,15 +125,23 @@ class Source:
         return f"Source({self.name!r})"
 
     def close(self) -> None:
-        """Removes the spooled copy, if there is one. Containers that are open stay usable."""
+        """Removes the spooled copy, if there is one. Containers that are open stay usable, but for a pipe's."""
         with self._lock:
             self._closed = True
-            if self._spooled is not None:
-                self._spooled.close()
-                self._spooled = None
+            if self._spool is not None:
+                self._spool.close()
 
-    def open(self) -> InputContainer:
+    @property
+    def once(self) -> bool:
+        """True while the video comes through a pipe whose end was not reached: what was read so far can be read again,
+        but who asks for the end waits for it."""
+        return self._piped() and (self._spool is None or not self._spool.complete)
+
+    def open(self, checkpoint: Callable[[], None] = lambda: None) -> InputContainer:
         """A new container, at the start of the video.
+
+        Args:
+            checkpoint: called while a pipe is waited for, also by the container; raises to stop.
 
         Raises:
             SourceNotFound: no such file.
@@ -143,7 +151,8 @@ class Source:
         """
         if self._closed:
             raise ValueError(f"{self.name}: the source is closed")
-        target, head, options = self._target()
+        once = self.once
+        target, head, options = self._target(checkpoint)
         if _PLAYLIST.match(head):
             raise self._playlist()
         try:
@@ -152,6 +161,9 @@ class Source:
                 target, mode="r", options=options, metadata_errors="replace", timeout=timeout
             )
         except (av.error.FFmpegError, OSError, ValueError) as error:
+            if once:  # it may need its end first
+                self._piping().finish(checkpoint)
+                return self.open(checkpoint)
             raise self._refusal(error) from error
         try:
             self._check(container)
@@ -181,7 +193,7 @@ class Source:
         """
         with self._lock:
             if not self._scanned:
-                with self.open() as container:
+                with self.open(checkpoint) as container:
                     stream = self.require_video(container)
                     for other in container.streams:
                         if other.index != stream.index:
@@ -191,7 +203,13 @@ class Source:
                 self._scanned = True
             return self._timeline
 
-    def _target(self) -> tuple[Any, bytes, dict[str, str]]:
+    def forget(self) -> None:
+        """Drops what was found out about the video, so that the next use looks anew, as the first one did."""
+        with self._lock:
+            self._info = self._timeline = None
+            self._scanned = False
+
+    def _target(self, checkpoint: Callable[[], None]) -> tuple[Any, bytes, dict[str, str]]:
         options = {
             "protocol_whitelist": "file",
             "format_whitelist": _CONTAINERS,
@@ -213,7 +231,7 @@ class Source:
             if not self._video:
                 raise CorruptStream(f"{self.name}: empty, 0 bytes of video.", hint="Check what was read.")
             return io.BytesIO(self._video), self._video[:1024], options
-        if self._video != "-" and self._seekable():
+        if not self._piped():
             view = _View(self._video, self._file_lock)
             with self._reading():
                 head = view.read(1024)
@@ -223,12 +241,21 @@ class Source:
                 raise CorruptStream(f"{self.name}: empty, 0 bytes of video.", hint="Check what was read.")
             view.seek(0)
             return view, head, options
-        path = self._spool()
-        return f"file:{path}", self._head_of_file(path), options
+        spool = self._piping()
+        head = b""
+        while len(head) < 1024 and (more := spool.read(len(head), 1024 - len(head), checkpoint)):
+            head += more
+        if not head:
+            raise CorruptStream(f"{self.name}: empty, 0 bytes of video.", hint="Check what was read.")
+        if not spool.streams(checkpoint):
+            spool.finish(checkpoint)
+        return f"file:{spool.path}" if spool.complete else SpoolView(spool, checkpoint), head, options
 
-    def _seekable(self) -> bool:
+    def _piped(self) -> bool:
+        if self.path is not None or self._url is not None or isinstance(self._video, bytes):
+            return False
         seekable = getattr(self._video, "seekable", None)
-        return bool(seekable()) if seekable is not None else hasattr(self._video, "seek")
+        return self._video == "-" or not (bool(seekable()) if seekable else hasattr(self._video, "seek"))
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -254,31 +281,12 @@ class Source:
             raise CorruptStream(f"{self.name}: empty file, 0 bytes.", hint="Copy or download it again.")
         return head
 
-    def _spool(self) -> Path:
+    def _piping(self) -> Spool:
         with self._lock:
-            if self._spooled is None:
+            if self._spool is None:
                 file: BinaryIO = sys.stdin.buffer if self._video == "-" else self._video
-                spooled = tempfile.NamedTemporaryFile(prefix="keyreel-", suffix=".video")  # noqa: SIM115
-                try:
-                    with self._reading():
-                        self._copy(file, spooled)
-                except BaseException:
-                    spooled.close()
-                    raise
-                self._spooled = spooled
-            return Path(self._spooled.name)
-
-    def _copy(self, file: BinaryIO, spooled: Any) -> None:
-        size = 0
-        while data := file.read(_CHUNK_BYTES):
-            size += len(data)
-            if size > self.limits.max_spool_bytes:
-                raise SourceError(
-                    f"{self.name}: more than {self.limits.max_spool_bytes} bytes (max_spool_bytes).",
-                    hint="Raise max_spool_bytes, or save it to a file and give the path.",
-                )
-            spooled.write(data)
-        spooled.flush()
+                self._spool = Spool(file, self.name, self.limits.max_spool_bytes)
+            return self._spool
 
     def _playlist(self) -> SourceError:
         return SourceError(
@@ -318,7 +326,7 @@ class Source:
                 f"{self.limits.max_pixels} (max_pixels).",
                 hint="Raise max_pixels if you trust the file.",
             )
-        self.check_duration(duration_seconds(container, stream))
+        self.check_duration(promised_seconds(container, stream))
         stream.codec_context.options = {"max_pixels": str(self.limits.max_pixels)}
 
     def check_duration(self, seconds: float | None) -> None:
@@ -352,7 +360,7 @@ class Source:
 
     def _describe(self, container: InputContainer) -> VideoInfo:
         stream = self.require_video(container)
-        duration = duration_seconds(container, stream)
+        duration = promised_seconds(container, stream)
         frame = self._first_frame(container, stream)
         height, width = display_size(frame, stream.sample_aspect_ratio)
         if height * width > self.limits.max_pixels:
@@ -401,10 +409,3 @@ def select_video(container: InputContainer) -> VideoStream | None:
     streams = [s for s in container.streams.video if not s.disposition & pictures]
     best = container.streams.best("video")
     return best if best in streams else streams[0] if streams else None
-
-
-def duration_seconds(container: InputContainer, stream: VideoStream) -> float | None:
-    """What the header says of the stream, else of the whole file; None where it says nothing."""
-    if stream.duration and stream.duration > 0 and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    return container.duration / av.time_base if container.duration and container.duration > 0 else None

@@ -48,6 +48,16 @@ class Stream:
         return self._worker.busy_seconds
 
     @property
+    def packets_read(self) -> int:
+        """The video's packets, as far as they were read to see what is needed, or to decode them; each once."""
+        return self._worker.reader.packets_read
+
+    @property
+    def packets_fed(self) -> int:
+        """Packets that were given to decoders so far, also those of an attempt that was given up."""
+        return self._worker.reader.packets_fed
+
+    @property
     def end_seconds(self) -> float | None:
         """Where the stream ended well before what its header promises; None where it kept its word."""
         return self._worker.reader.end_seconds

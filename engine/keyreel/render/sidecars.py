@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from keyreel.errors import RenderError, import_extra
+from keyreel.errors import Failure, RenderError, import_extra
 from keyreel.render.pictures import clock
 from keyreel.types import SearchHit, Shot, Summary, VideoInfo
 
@@ -47,7 +47,7 @@ def summary_document(
     timings["render"] += render_seconds
     timings["total"] += render_seconds
     rows = sorted(zip(summary.keyframes, names, strict=True), key=lambda row: row[0].pts_seconds)
-    document = {
+    document: Any = {
         "schema": SUMMARY,
         "video": {
             "path": video.path,
@@ -78,18 +78,18 @@ def summary_document(
         "warnings": list(summary.warnings),
         "timings_seconds": timings,
     }
-    plain = _plain(document)
-    check_json(plain)
-    return plain  # type: ignore[no-any-return]
+    document = plain(document)
+    check_json(document)
+    return document  # type: ignore[no-any-return]
 
 
-def search_document(query: str, hits: Sequence[SearchHit]) -> Json:
-    """What `keyreel search --json` prints, `keyreel.search/1`, best hit first.
+def search_document(query: str, hits: Sequence[SearchHit], failed: Sequence[Failure] = ()) -> Json:
+    """What `keyreel search --json` prints, `keyreel.search/1`, best hit first, and the videos that failed.
 
     Raises:
         ValueError: a number is not finite.
     """
-    document = _plain(
+    document = plain(
         {
             "schema": SEARCH,
             "query": query,
@@ -104,6 +104,7 @@ def search_document(query: str, hits: Sequence[SearchHit]) -> Json:
                 }
                 for hit in sorted(hits, key=lambda hit: -hit.score)
             ],
+            "failed": [failure.document() for failure in failed],
         }
     )
     check_json(document)
@@ -124,12 +125,12 @@ def _spans(spans: Sequence[Shot]) -> list[Json]:
     return [{"start_seconds": span.start_seconds, "stop_seconds": span.stop_seconds} for span in spans]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """NumPy numbers, tuples and paths as JSON's own types."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -157,6 +158,7 @@ COSINE: Json = {"type": "number", "minimum": -1.001, "maximum": 1.001}
 SHARE: Json = {"type": "number", "minimum": 0, "maximum": 1.001}
 COUNT: Json = {"type": "integer", "minimum": 0}
 SIZE: Json = {"type": "integer", "minimum": 1}
+FAILED = _list(_object({"video": TEXT, "error": TEXT, "exit_code": SIZE}))
 SPANS = _list(_object({"start_seconds": SECONDS, "stop_seconds": SECONDS}))
 
 
@@ -190,7 +192,7 @@ def search_schema() -> Json:
     """JSON Schema (draft 2020-12) of what `keyreel search --json` prints."""
     hit = {"video": TEXT, "start_seconds": SECONDS, "stop_seconds": SECONDS, "pts_seconds": SECONDS}
     hit |= {"score": COSINE, "preview": TEXT_OR_NULL}
-    properties = {"schema": {"const": SEARCH}, "query": TEXT, "hits": _list(_object(hit))}
+    properties = {"schema": {"const": SEARCH}, "query": TEXT, "hits": _list(_object(hit)), "failed": FAILED}
     return {"$schema": DRAFT, "title": SEARCH, **_object(properties)}
 
 

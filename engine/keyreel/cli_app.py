@@ -1,0 +1,102 @@
+"""The application: commands whose options are fields of config, and what every error exits with."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from keyreel.cli_print import say
+from keyreel.errors import KeyreelError, MissingExtra, RenderError
+
+USAGE, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="keyreel",
+    help="Turns video into key-frames, highlight reels and text search.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def command(*fields: tuple[type, str] | tuple[type, str, str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a command; every error of keyreel ends in its exit code and one message.
+
+    The named fields of config dataclasses become options with their defaults and help texts, called as the field or as
+    a third entry says; the command receives them in its last parameter, `options`, by field name.
+    """
+
+    def decorate(work: Callable[..., Any]) -> Callable[..., Any]:
+        own = inspect.signature(work, eval_str=True)
+        parameters = [p for p in own.parameters.values() if p.name != "options"]
+        parameters += [_parameter(*field) for field in fields]
+
+        def run(**values: Any) -> None:
+            options = {name: values.pop(name) for _, name, *_ in fields}
+            with _exit_codes():
+                work(**values, **({"options": options} if fields else {}))
+
+        run.__name__, run.__doc__ = work.__name__, work.__doc__
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        app.command()(run)
+        return work
+
+    return decorate
+
+
+def _parameter(owner: type, name: str, flag: str | None = None) -> inspect.Parameter:
+    """The option of one config field."""
+    field = next(field for field in dataclasses.fields(owner) if field.name == name)
+    kind = typing.get_type_hints(owner)[name]
+    if typing.get_origin(kind) is types.UnionType or typing.get_origin(kind) is typing.Union:
+        literal = any(typing.get_origin(part) is typing.Literal for part in typing.get_args(kind))
+        kind = str | None if literal else kind
+    elif typing.get_origin(kind) is typing.Literal:
+        kind = str
+    flag = flag or "--" + name.replace("_", "-")
+    names = [f"{flag}/--no-{name.replace('_', '-')}"] if kind is bool and field.default else [flag]
+    option = typer.Option(*names, help=field.metadata["help"])
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, option]
+    )
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    try:
+        yield
+        if sys.stdout is not None:  # as it is where the caller has closed it
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        # The reader of the pipe has left, as `head` does; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from error
+    except (KeyreelError, MissingExtra) as error:
+        say(str(error), style="red")
+        raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        say(f"cannot be written or read: {error}", style="red")
+        raise typer.Exit(RenderError.exit_code) from error
+    except (ValueError, TypeError) as error:
+        say(str(error), style="red")
+        raise typer.Exit(USAGE) from error
+    except KeyboardInterrupt as error:
+        say("interrupted")
+        raise typer.Exit(INTERRUPTED) from error
+
+
+def picked(owner: type, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are fields of a config, by name."""
+    names = {field.name for field in dataclasses.fields(owner)}
+    return {name: value for name, value in options.items() if name in names}

@@ -1,0 +1,134 @@
+"""What the command line shows: data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from keyreel.bench_results import Bench, Measured, Spread
+from keyreel.errors import Failure
+from keyreel.probes import Probe
+from keyreel.types import SearchHit, Summary
+
+errors = Console(stderr=True, highlight=False)
+
+
+def say(message: str, *, style: str = "") -> None:
+    """One message on stderr, as it is."""
+    errors.print(message, markup=False, style=style, soft_wrap=True)
+
+
+def say_failed(failure: Failure) -> None:
+    text = str(failure.error)
+    say(f"{failure.video}: {text}" if failure.video not in text else text, style="red")
+
+
+def print_json(document: Any) -> None:
+    # ASCII: a file name need not be valid in the encoding of stdout.
+    print(json.dumps(document, indent=2))
+
+
+def out() -> Console:
+    """stdout. A pipe has no width: nothing is cut there."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 400)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def span(start: float, stop: float) -> str:
+    return f"{start:.2f} - {stop:.2f} s"
+
+
+def print_summary(summary: Summary, folder: Path) -> None:
+    """One line for the video, one for each key-frame."""
+    video, total, console = summary.video, summary.timings_seconds["total"], out()
+    console.print(
+        f"{video.path}: {counted(len(summary.keyframes), 'key-frame')} and {counted(len(summary.shots), 'shot')} from "
+        f"{counted(len(summary.embedding), 'frame')} in {total:.1f} s on {summary.device} -> {folder}",
+        markup=False,
+        soft_wrap=True,
+    )
+    for frame in summary.keyframes:
+        console.print(f"  {frame.pts_seconds:9.3f} s  {frame.weight:6.1%}", markup=False)
+
+
+def print_hits(hits: Sequence[SearchHit]) -> None:
+    """A table of the moments, best first; nothing where there are none."""
+    table = Table("score", "moment", "best at", "video", box=None)
+    for hit in hits:
+        moment = span(hit.start_seconds, hit.stop_seconds)
+        table.add_row(f"{hit.score:.3f}", moment, f"{hit.pts_seconds:.2f} s", escape(hit.video))
+    if hits:
+        out().print(table)
+
+
+def print_probes(found: Sequence[Probe]) -> None:
+    """A line for each check, and its fix."""
+    console = out()
+    for probe in found:
+        mark = "ok  " if probe.passed else ("FAIL" if probe.required else "no  ")
+        console.print(f"{mark} {probe.name}: {probe.found}", markup=False, soft_wrap=True)
+        if probe.fix:
+            console.print(f"       fix: {probe.fix}", markup=False, soft_wrap=True)
+
+
+def print_bench(found: Bench) -> None:
+    """A table for each video, one for all of them where there are several, and how it was measured."""
+    for measured in (*found.videos, *([found.total] if found.total and len(found.videos) > 1 else [])):
+        _print_measured(measured)
+    device = f"{found.device} ({found.device_reason}), {counted(found.cores, 'core')} of {found.machine}"
+    moved = found.total.bytes_to_host if found.total else 0
+    out().print(
+        f"{found.model} on {device}\n"
+        f"medians (p25 - p75) of {counted(found.runs, 'run')} after a warm-up of {found.warmup_seconds:.1f} s; "
+        f"peak memory {found.peak_memory_bytes / 1e6:.0f} MB"
+        + (f"; {moved / 1e6:.1f} MB left the device" if moved else ""),
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _print_measured(found: Measured) -> None:
+    console = out()
+    console.print(
+        f"{found.video}: {found.video_seconds:.1f} s of video, {counted(found.frames, 'frame')} sampled; "
+        f"{counted(found.packets_read, 'packet')} read, {found.packets_fed} decoded",
+        markup=False,
+        soft_wrap=True,
+    )
+    table = Table("", "busy, s", "share", "alone, s", "alone, CPU-s", "of CPU", "frames/s", "x realtime", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage in found.stages:
+        table.add_row(
+            stage.name,
+            _spread(stage.busy_seconds),
+            f"{stage.busy_share:.0%}",
+            _spread(stage.alone_seconds),
+            _spread(stage.alone_cpu_seconds),
+            f"{stage.cpu_share:.0%}",
+            f"{stage.frames_per_second:.1f}",
+            f"{stage.speed:.1f}",
+        )
+    rate, speed = f"{found.frames / found.seconds.median:.1f}", f"{found.speed.median:.1f}"
+    table.add_row("pipeline", _spread(found.seconds), "100%", "", _spread(found.cpu_seconds), "", rate, speed)
+    console.print(table)
+    said = (
+        f"{found.bound_by} bounds: at work {found.bound_share:.0%} of the time; {found.speed.median:.1f} hours an hour"
+    )
+    for other in found.alternatives:
+        said += f"; --sampling {other.sampling} ({counted(other.frames, 'frame')}): {other.times_as_fast:.1f} x as fast"
+    console.print(said + "\n", markup=False, soft_wrap=True)
+
+
+def _spread(values: Spread) -> str:
+    return f"{values.median:.3f} ({values.p25:.3f} - {values.p75:.3f})"

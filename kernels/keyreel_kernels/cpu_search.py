@@ -1,0 +1,45 @@
+"""Exact search at the speed of memory on a CPU; reference.top_k is the definition."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from keyreel_kernels.reference import F32, I64
+
+# Rows whose scores are looked at together, and rows that stay in the cache while several queries pass over them.
+_ROWS, _CACHED = 8192, 256
+
+
+def top_k(queries: F32, vectors: F32, k: int) -> tuple[F32, I64]:
+    """reference.top_k: scores [Q, min(k, N)] float32 and rows [Q, min(k, N)] int64; holds no more than Q * 8192 scores.
+
+    Best with rows of `vectors` that lie one after the other in memory, which may be a mapped file.
+    """
+    k = min(k, len(vectors))
+    best = [(np.empty(0, np.float32), np.empty(0, np.int64))] * len(queries)
+    across = np.ascontiguousarray(queries.T)
+    scores = np.empty((_ROWS, len(queries)), np.float32)
+    for start in range(0, len(vectors) if k > 0 else 0, _ROWS):
+        block = vectors[start : start + _ROWS]
+        if len(queries) == 1:
+            # Row by row: a matrix-vector product of BLAS takes twice as long as memory does.
+            np.vecdot(block, queries[0], out=scores[: len(block), 0])
+        else:
+            for low in range(0, len(block), _CACHED):
+                np.matmul(block[low : low + _CACHED], across, out=scores[low : min(low + _CACHED, len(block))])
+        floors = np.array([held[-1] if len(held) == k else -np.inf for held, _ in best], np.float32)
+        new = scores[: len(block)] > floors
+        for n in np.flatnonzero(new.any(0) | ~np.isfinite(floors)):
+            held, rows = best[n]
+            fresh = np.flatnonzero(new[:, n]) if len(held) == k else np.arange(len(block))
+            merged, rows = np.concatenate([held, scores[fresh, n]]), np.concatenate([rows, start + fresh])
+            if len(merged) > 2 * k:
+                kept = ~(merged < np.partition(merged, -k)[-k])
+                merged, rows = merged[kept], rows[kept]
+            # What is held comes from lower rows, so that a stable order settles ties by row.
+            order = np.argsort(-merged, kind="stable")[:k]
+            best[n] = merged[order], rows[order]
+    return (
+        np.array([held for held, _ in best], np.float32).reshape(len(queries), k),
+        np.array([rows for _, rows in best], np.int64).reshape(len(queries), k),
+    )

@@ -1,0 +1,252 @@
+"""Short clips of seeded content, made with any encoder that FFmpeg has, whose settings are a value.
+
+`encode(path, codec="libx264", frames=48, size=(96, 64), gop=12, options={"bf": "3"}, container="ts")` is all there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+_NONE: Mapping[str, str] = MappingProxyType({})
+_FORMATS = {
+    "ts": "mpegts",
+    "mkv": "matroska",
+    "mpg": "mpeg",
+    "vob": "vob",
+    "264": "h264",
+    "265": "hevc",
+    "mpv": "mpeg2video",
+    "rm": "rm",
+    "wmv": "asf",
+}
+_CONTAINERS = {
+    "libvpx": "webm",
+    "libvpx-vp9": "webm",
+    "mpeg1video": "mpg",
+    "mpeg2video": "ts",
+    "mpeg4": "avi",
+    "ffv1": "mkv",
+    "prores_ks": "mov",
+    "dnxhd": "mov",
+    "flv": "flv",
+    "h263p": "mov",
+    "h263": "mov",
+    "msmpeg4": "avi",
+    "wmv1": "avi",
+    "wmv2": "avi",
+    "rv20": "rm",
+    "mjpeg": "avi",
+    "huffyuv": "avi",
+    "rawvideo": "nut",
+    "png": "mov",
+}
+_PIXELS = {
+    "mjpeg": "yuvj420p",
+    "prores_ks": "yuv422p10le",
+    "dnxhd": "yuv422p",
+    "huffyuv": "yuv422p",
+    "png": "rgb24",
+}
+# One thread and fixed work, so that the same clip comes out each time.
+_DEFAULTS: dict[str, dict[str, str]] = {
+    "libx264": {"preset": "fast", "crf": "26"},
+    "libx265": {"preset": "fast", "crf": "28", "x265-params": "log-level=none:pools=none:frame-threads=1"},
+    "libsvtav1": {"preset": "10", "crf": "40", "svtav1-params": "lp=1"},
+    "libvpx": {"deadline": "realtime", "cpu-used": "8", "b": "200000"},
+    "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8", "b": "200000"},
+    "dnxhd": {"profile": "dnxhr_lb"},
+}
+_JOINED = ("x264-params", "x265-params", "svtav1-params")  # settings are added to the defaults, not put in their place
+
+
+def encode(
+    path: Path,
+    *,
+    codec: str,
+    frames: int = 48,
+    size: tuple[int, int] = (96, 64),
+    gop: int = 12,
+    options: Mapping[str, str] = _NONE,
+    container: str | None = None,
+    vfr: bool = False,
+    interlaced: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Writes a clip; the same arguments give the same pictures.
+
+    Args:
+        path: of the file; the container's name becomes its suffix.
+        codec: FFmpeg's name of the encoder.
+        frames: how many, at 25 a second.
+        size: (width, height).
+        gop: at most that many frames from one key frame to the next.
+        options: of the encoder, as FFmpeg names them.
+        container: its usual suffix; by default one that fits the codec.
+        vfr: frames are shown for 1 to 5 ticks of 1/25 s.
+        interlaced: coded so, top field first.
+        seed: of the content and of the times.
+
+    Returns:
+        The file.
+    """
+    container = container or _CONTAINERS.get(codec, "mp4")
+    path = path.with_suffix(f".{container}")
+    settings = {"g": str(gop), **_DEFAULTS.get(codec, {})}
+    for name, value in options.items():
+        settings[name] = f"{settings[name]}:{value}" if name in _JOINED and name in settings else value
+    if interlaced:
+        settings["flags"] = settings.get("flags", "") + "+ilme+ildct"
+    ticks = np.cumsum(np.random.default_rng(seed).integers(1, 6, frames)) if vfr else np.arange(frames)
+    with av.open(path, "w", format=_FORMATS.get(container, container)) as output:
+        stream = output.add_stream(codec, rate=25, options=settings)
+        stream.width, stream.height = size
+        stream.pix_fmt = _PIXELS.get(codec, "yuv420p")
+        stream.codec_context.thread_count = 1
+        stream.codec_context.time_base = Fraction(1, 25)
+        for tick, picture in zip(ticks.tolist(), _pictures(frames, size, seed), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format=stream.pix_fmt)
+            frame.pts, frame.time_base = tick, Fraction(1, 25)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return path
+
+
+def _pictures(frames: int, size: tuple[int, int], seed: int) -> Iterator[NDArray[np.uint8]]:
+    """[H, W, 3]: textures that pan, a patch that moves against them, noise, a cut each 31 frames."""
+    width, height = size
+    texture = _texture(size, seed)
+    grain = np.random.default_rng(seed + 1).integers(-6, 7, (4, height, width, 1))
+    for n in range(frames):
+        scene, step = divmod(n, 31)
+        picture = np.roll(texture[scene % len(texture)], (step, 2 * step), (0, 1)).astype(np.int64)
+        top, left = (3 * n) % (height - 16), (5 * n) % (width - 16)
+        picture[top : top + 16, left : left + 16] = 255 - picture[top : top + 16, left : left + 16]
+        yield np.clip(picture + grain[n % 4], 0, 255).astype(np.uint8)
+
+
+@lru_cache(maxsize=8)
+def _texture(size: tuple[int, int], seed: int) -> NDArray[np.uint8]:
+    """[4, H, W, 3], smooth."""
+    width, height = size
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, -(-height // 8), -(-width // 8), 3))
+    fine = np.repeat(np.repeat(coarse, 8, 1), 8, 2)[:, :height, :width].astype(np.float64)
+    for axis in (1, 2):
+        fine = sum(np.roll(fine, shift, axis) for shift in range(-3, 4)) / 7
+    return fine.astype(np.uint8)
+
+
+class _Writer:
+    """Bits of H.264 headers."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def u(self, *fields: tuple[int, int]) -> _Writer:
+        """(value, bits) each."""
+        self.text += "".join(f"{value:0{count}b}" for value, count in fields)
+        return self
+
+    def ue(self, *values: int) -> _Writer:
+        for value in values:
+            code = f"{value + 1:b}"
+            self.text += "0" * (len(code) - 1) + code
+        return self
+
+    def align(self) -> _Writer:
+        self.text += "0" * (-len(self.text) % 8)
+        return self
+
+    def unit(self, header: int) -> bytes:
+        self.text += "1"
+        self.align()
+        data = bytearray()
+        zeros = 0
+        for byte in int(self.text, 2).to_bytes(len(self.text) // 8, "big"):
+            if zeros >= 2 and byte <= 3:
+                data.append(3)
+                zeros = 0
+            data.append(byte)
+            zeros = zeros + 1 if byte == 0 else 0
+        return b"\0\0\0\1" + bytes([header]) + bytes(data)
+
+
+def _headers() -> bytes:
+    """Parameter sets of 32 x 32 pixels: fields or frames, and not a word on how far they are reordered."""
+    sequence = _Writer().u((77, 8), (0, 8), (30, 8)).ue(0, 0, 0, 4, 2).u((0, 1)).ue(1, 0)
+    sequence.u((0, 1), (0, 1), (1, 1), (0, 1), (0, 1))  # fields, no MBAFF, direct 8x8, no crop, no VUI
+    picture = _Writer().ue(0, 0).u((0, 2)).ue(0, 0, 0).u((0, 3)).ue(0, 0, 0).u((1, 1), (0, 2))
+    return sequence.unit(0x67) + picture.unit(0x68)
+
+
+def _coded(intra: bool, idr: bool, referred: bool, number: int, order: int, parity: int | None) -> bytes:
+    """A picture as it is (I_PCM), or the one before (skipped macroblocks)."""
+    out = _Writer().ue(0, 7 if intra else 5, 0).u((number, 4), (parity is not None, 1))
+    if parity is not None:
+        out.u((parity, 1))
+    if idr:
+        out.ue(0)
+    out.u((order, 8))
+    if not intra:
+        out.u((0, 2))
+    if referred:
+        out.u((0, 2 if idr else 1))
+    out.ue(0, 1)  # slice_qp_delta, no deblocking
+    blocks = 2 if parity is not None else 4
+    if not intra:
+        out.ue(blocks)
+    levels = np.random.default_rng((number, order)).integers(16, 235, (blocks, 24))
+    for block in levels if intra else ():
+        out.ue(25).align().u(*((int(value), 8) for value in np.repeat(block, 16)))
+    return out.unit(referred << 6 | (5 if idr else 1))
+
+
+def field_pictures(groups: int = 3) -> list[list[bytes]]:
+    """H.264 with start codes, of 32 x 32 pixels, in which pairs of fields and frames take turns (PAFF).
+
+    No encoder here makes it.
+
+    Returns:
+        For each frame its two fields, or the frame. In each group of 8 those at 0, 2, 3, 5 are referred to, 6 is a
+        frame, 0 begins with an IDR field.
+    """
+    frames = []
+    for n in range(8 * groups):
+        place = n % 8
+        referred, idr = place in (0, 2, 3, 5), place == 0
+        number = sum(earlier < place for earlier in (0, 2, 3, 5))
+        intra = place in (0, 1, 2, 5)
+        if place == 6:
+            frames.append([_coded(True, False, False, number, 2 * place, None)])
+            continue
+        first = _coded(intra, idr, referred, number, 2 * place, 0)
+        second = _coded(intra and place not in (0, 5), False, referred, number, 2 * place + 1, 1)
+        frames.append([_headers() + first if idr else first, second])
+    return frames
+
+
+def reordered_pictures(path: Path, places: Sequence[int]) -> Path:
+    """Writes a transport stream of H.264 frames, in this order, each with its place in the order of display.
+
+    The first is IDR, those shown after all before them may be referred to; it is not said how far they are reordered.
+    """
+    with av.open(path.with_suffix(".ts"), "w", format="mpegts") as output:
+        stream = output.add_stream("libx264", rate=25)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        last, number = -1, 0
+        for n, place in enumerate(places):
+            referred = place > last
+            data = _coded(n == 0 or not referred, n == 0, referred, number % 16, 2 * place % 256, None)
+            last, number = max(place, last), number + referred
+            packet = av.Packet(_headers() + data if n == 0 else data)
+            packet.pts, packet.dts, packet.time_base, packet.stream = place + 20, n, Fraction(1, 25), stream
+            output.mux(packet)
+    return path.with_suffix(".ts")

@@ -1,0 +1,138 @@
+"""Pictures for the model, straight from YUV to its input, against the whole RGB frame through open_clip's transform.
+
+The reference goes another way in every step: FFmpeg decodes all frames, the matrix is applied in float64 at full size,
+NumPy turns the picture, and open_clip's transform (Pillow's antialiased filters) resizes and crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from bounds import ENLARGED_PICTURE_COSINE, SAME_PICTURE_COSINE
+from PIL import Image
+from test_color import planes_of, rgb_of_yuv
+
+from keyreel import Engine, Sampling
+from keyreel.config import ImageTransform
+from keyreel.decode.color import Converter
+from keyreel.decode.cpu import FrameStream
+from keyreel.decode.source import Source
+from keyreel.types import U8
+from keyreel_export.torchvision_cpu import import_open_clip
+
+Media = Callable[[str], Path]
+
+BT709, BT601 = 1, 6
+CAMERA, PATTERN = (0.4, 4), (2.5, 60)  # how far pixels may lie apart: mean, 99.9th percentile, of 255
+CLIPS = {
+    "natural/bikes.mp4": (BT601, CAMERA),
+    "natural/chaplin.mp4": (BT601, CAMERA),
+    "natural/internal_emulator_transformer_output.mp4": (BT709, CAMERA),
+    "format/flower.webm": (BT601, CAMERA),
+    "format/cursed-vfr.mp4": (BT709, CAMERA),  # 3026 x 1386
+    "format/rotate-buck-bunny.mp4": (BT709, CAMERA),  # 1080p, to be turned: portrait
+    "format/nasa_13013_rotated.mp4": (BT709, (0.6, 12)),  # drawn lines, to be turned the other way
+    "format/bt601_limited_range.mp4": (BT601, PATTERN),
+    "format/bt601_full_range.mp4": (BT601, PATTERN),
+    "format/bt709_full_range.mp4": (BT709, PATTERN),
+    "format/testsrc2_odd_height_and_width_444.mp4": (BT601, PATTERN),
+    "format/testsrc2_odd_height_and_width_vp9.mp4": (BT601, PATTERN),
+    "format/testsrc2_odd_height_and_width_mpeg2.mp4": (BT601, (5.5, 125)),  # 121 x 81, enlarged
+}
+
+
+# Of the built-in model, of CLIP and its kin, of SigLIP. All have 224 x 224 pixels, which the built-in model looks at.
+TRANSFORMS = [
+    ImageTransform(224, 224, "squash", "bilinear"),
+    ImageTransform(224, 224, "shortest", "bicubic"),
+    ImageTransform(224, 224, "squash", "bicubic"),
+]
+
+
+def ninth_frame(path: Path, matrix: int) -> tuple[int, Image.Image]:
+    """Place and full-size RGB picture of a frame, the ninth where there are so many, made without keyreel."""
+    with av.open(str(path)) as container:
+        *before, frame = (frame for frame, _ in zip(container.decode(video=0), range(9), strict=False))
+    full = frame.format.name.startswith("yuvj")
+    rgb = np.floor(rgb_of_yuv(planes_of(frame, 8), matrix, full=full, bits=8) + 0.5).astype(np.uint8)
+    return len(before), Image.fromarray(np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90))))
+
+
+@pytest.fixture(scope="module")
+def open_clip() -> Any:
+    return import_open_clip()
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """The built-in model: trained, so that it sees what changes. Towers of random weights take aliased pictures, and
+    pictures of something else, for the same to five digits."""
+    with Engine.from_pretrained(device="cpu") as engine:
+        yield engine
+
+
+def as_open_clip_does(open_clip: Any, picture: Image.Image, transform: ImageTransform) -> U8:
+    own = open_clip.image_transform(
+        (transform.height, transform.width),
+        is_train=False,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        resize_mode=transform.mode,
+        interpolation=transform.interpolation,
+    )
+    rounded: U8 = np.rint(own(picture).numpy().transpose(1, 2, 0) * 255).astype(np.uint8)
+    return rounded
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_vectors_are_those_of_open_clips_pictures(media: Media, open_clip: Any, engine: Engine, clip: str) -> None:
+    matrix, (mean, tail) = CLIPS[clip]
+    place, whole = ninth_frame(media(clip), matrix)
+    assert engine.bundle.image == TRANSFORMS[0]
+    for transform in TRANSFORMS:
+        with Source(media(clip)) as source, FrameStream(source, Sampling(mode="all"), transform=transform) as stream:
+            batch = next(stream)
+        mine = batch.data[list(batch.frame_index).index(place)]
+        theirs = as_open_clip_does(open_clip, whole, transform)
+        off = np.abs(mine.astype(int) - theirs)
+        assert off.mean() <= mean
+        assert np.percentile(off, 99.9) <= tail
+        enlarged = min(whole.size) < min(transform.height, transform.width)
+        least = ENLARGED_PICTURE_COSINE if enlarged else SAME_PICTURE_COSINE
+        ours, wanted = engine.embed(np.stack([mine, theirs]))
+        assert ours @ wanted >= least
+
+
+def test_the_bound_tells_pictures_apart(media: Media, open_clip: Any, engine: Engine) -> None:
+    """Pictures that were scaled without a filter, or taken for full range, miss it."""
+    _, picture = ninth_frame(media("format/cursed-vfr.mp4"), BT709)
+    wide, high = picture.size
+    for transform, side in zip(TRANSFORMS[:2], (0, (wide - high) / 2), strict=True):
+        right = as_open_clip_does(open_clip, picture, transform)
+        aliased = np.asarray(picture.resize((224, 224), Image.Resampling.NEAREST, (side, 0, wide - side, high)))
+        greyish = np.rint(right * (219 / 255) + 16).astype(np.uint8)
+        wanted, *others = engine.embed(np.stack([right, aliased, greyish]))
+        assert max(float(wanted @ other) for other in others) < SAME_PICTURE_COSINE
+
+
+def test_only_sampled_frames_are_converted(media: Media, monkeypatch: pytest.MonkeyPatch) -> None:
+    converted: list[int] = []
+    convert = Converter.__call__
+
+    def counted(self: Converter, frame: av.VideoFrame) -> U8:
+        converted.append(frame.pts)
+        return convert(self, frame)
+
+    monkeypatch.setattr(Converter, "__call__", counted)
+    with (
+        Source(media("natural/bikes.mp4")) as source,
+        FrameStream(source, Sampling(fps=2), transform=ImageTransform(224, 224)) as stream,
+    ):
+        rows = sum(len(batch) for batch in stream)
+    assert rows == 20  # ten seconds
+    assert len(converted) == len(set(converted)) == rows

@@ -1,0 +1,191 @@
+"""Backbones in 8 bits: what is quantised, how far vectors move, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxscript", reason="the extra export is not installed")
+pytest.importorskip("onnxruntime", reason="no onnxruntime to quantise with")
+
+import onnx
+import tiny_models
+import torch
+from cuda_on_host import host_cuda
+from onnx import TensorProto, helper, numpy_helper
+
+from keyreel import backend
+from keyreel.bundle import Bundle
+from keyreel.decode.source import Source
+from keyreel.engine import Engine
+from keyreel.errors import ModelError
+from keyreel.session import OnnxRuntimeSession
+from keyreel.session_tensorrt import build_plans
+from keyreel_export import quantize
+from keyreel_export.bundle import export_model
+from keyreel_export.triton import export_triton
+from keyreel_kernels.ops import ops_on
+
+VIT = "keyreel-tiny-vit"
+
+
+@pytest.fixture(scope="module")
+def open_clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_models.register(tmp_path_factory.mktemp("configs"))
+
+
+@pytest.fixture(scope="module")
+def exported(open_clip: Any, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEYREEL_CACHE", str(cache))
+        folder = export_model(VIT, precision="int8", attention="uniform", random_weights=True, seed=7)
+        assert Bundle.find(f"{VIT}@int8").folder == folder
+    return Bundle.load(folder)
+
+
+def test_the_backbone_is_in_8_bits_and_nothing_else(exported: Bundle) -> None:
+    assert (exported.name, exported.precision) == (f"{VIT}@int8", "int8")
+    kinds = {
+        name: Counter(node.op_type for node in onnx.load(str(exported.file(f"{name}.onnx"))).graph.node)
+        for name in ("backbone", "attention", "fusion", "text")
+    }
+    # Three blocks of four products each, of which the last is taken in by the pooling at its keys and values.
+    assert kinds["backbone"]["MatMulInteger"] >= 8
+    assert not any(kinds[name]["MatMulInteger"] for name in ("attention", "fusion", "text"))
+    weights = onnx.load(str(exported.file("backbone.onnx"))).graph.initializer
+    quantised = [numpy_helper.to_array(w) for w in weights if w.data_type == TensorProto.INT8]
+    # 7 bits: sums of two products of 8 and 7 bits fit 16.
+    assert max(int(np.abs(w.astype(int)).max()) for w in quantised) <= 64
+    assert sorted(exported.manifest["files"]) == [
+        "attention.onnx", "backbone.onnx", "fusion.onnx", "text.onnx", "tokenizer.json",
+    ]  # fmt: skip
+
+
+def test_vectors_equal_open_clip_within_the_floor(open_clip: Any, exported: Bundle) -> None:
+    frames = quantize.pictures(exported.image, None, seed=7)
+    model = tiny_models.build(open_clip, VIT, seed=7)
+    mean, std = (np.array(model.visual.preprocess_cfg[key], np.float32) for key in ("mean", "std"))
+    images = torch.from_numpy(((frames / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        stock = model.encode_image(images, normalize=True).numpy()
+    with Engine(exported, backend.resolve("cpu", precision="int8")) as engine:
+        assert engine.backend.reason.endswith("inference by onnxruntime")
+        found = engine.embed(frames)
+    cosines = (found * stock).sum(1)
+    assert cosines.min() >= quantize.FLOOR
+    assert not np.allclose(found, stock, atol=1e-5)
+    # The manifest's numbers are these, measured again another way: by the engine, against torch.
+    numbers = exported.manifest["verify"]
+    assert numbers["int8_frames"] == len(frames) == 16
+    assert numbers["int8_cosine"] == pytest.approx(float(cosines.min()), abs=2e-5)
+    assert numbers["int8_cosine_mean"] == pytest.approx(float(cosines.mean()), abs=2e-5)
+    # What was measured of the float32 backbone does not stand there as if it were of this one.
+    assert not [name for name in numbers if name.startswith(("backbone", "identity"))]
+    assert numbers["text_cosine"] >= 0.9999
+
+
+def test_the_frames_of_a_video(exported: Bundle, media: Callable[[str], Path]) -> None:
+    path = media("natural/test.mp4")
+    frames = quantize.pictures(exported.image, path, seed=0)
+    assert frames.shape == (quantize.FRAMES, 64, 64, 3)
+    with Source(path) as source:
+        seconds = source.probe().duration_seconds
+    assert seconds is not None
+    # The frame shown in the middle of each sixteenth, from the engine's own decoder.
+    from keyreel.config import Sampling
+
+    middle = tuple(seconds * (2 * k + 1) / 32 for k in range(16))
+    with Engine(exported, backend.resolve("cpu")) as engine:
+        stream = engine.frames(path, Sampling("times", times=middle), transform=exported.image)
+        expected = np.concatenate([batch.data for batch in stream])
+    np.testing.assert_array_equal(frames, expected)
+
+
+def _bundle(folder: Path, first: Any, second: Any) -> Path:
+    """Two products in a row for a backbone, and a mean for the fusion."""
+    folder.mkdir()
+    frames = helper.make_tensor_value_info("frames", TensorProto.UINT8, ["N", 8, 8, 3])
+    tokens = helper.make_tensor_value_info("tokens", TensorProto.FLOAT, ["N", 4, second.shape[1]])
+    constants = {"shape": np.array([-1, 4, 48]), "first": first, "second": second}
+    nodes = [
+        helper.make_node("Cast", ["frames"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["x", "shape"], ["y"]),
+        helper.make_node("MatMul", ["y", "first"], ["z"]),
+        helper.make_node("MatMul", ["z", "second"], ["tokens"]),
+    ]
+    inside = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "backbone", [frames], [tokens], inside)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
+        str(folder / "backbone.onnx"),
+    )
+    given = [tokens, helper.make_tensor_value_info("attention", TensorProto.FLOAT, ["N", 4])]
+    given.append(helper.make_tensor_value_info("strength", TensorProto.FLOAT, []))
+    vectors = helper.make_tensor_value_info("vectors", TensorProto.FLOAT, ["N", second.shape[1]])
+    nodes = [
+        helper.make_node("ReduceMean", ["tokens", "axes"], ["pooled"], keepdims=0),
+        helper.make_node("LpNormalization", ["pooled"], ["vectors"], axis=1, p=2),
+    ]
+    graph = helper.make_graph(nodes, "fusion", given, [vectors], [numpy_helper.from_array(np.array([1]), "axes")])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
+        str(folder / "fusion.onnx"),
+    )
+    return folder
+
+
+def test_a_model_that_8_bits_spoil_is_refused(tmp_path: Path) -> None:
+    """One channel that dwarfs the others, as trained transformers have, takes all the steps of the scale."""
+    random = np.random.default_rng(0)
+    first, second = (
+        random.standard_normal((48, 16)).astype(np.float32),
+        random.standard_normal((16, 12)).astype(np.float32),
+    )
+    frames = random.integers(0, 256, (16, 8, 8, 3), np.uint8)
+    sound = quantize.quantize_backbone(_bundle(tmp_path / "sound", first, second), frames, 4)
+    x = frames.reshape(16, 4, 48).astype(np.float64)
+    exact = (x @ first @ second).mean(1)
+    exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+    found = OnnxRuntimeSession(tmp_path / "sound" / "backbone.onnx").run({"frames": frames})["tokens"].mean(1)
+    found = found / np.linalg.norm(found, axis=1, keepdims=True)
+    assert sound["int8_cosine"] == pytest.approx((found * exact).sum(1).min(), abs=1e-6)
+    assert sound["int8_cosine"] > quantize.FLOOR
+    first[:, 3] *= 3000
+    second[3] = 0
+    with pytest.raises(ModelError, match=r"in 8 bits vectors differ: cosine .*allowed >= 0\.97") as caught:
+        quantize.quantize_backbone(_bundle(tmp_path / "spoilt", first, second), frames, 4)
+    assert "--verify-video" in str(caught.value.hint)
+
+
+def test_convolutions_alone_gain_nothing(tmp_path: Path) -> None:
+    source = Bundle.find("builtin")
+    for name in ("backbone.onnx", "fusion.onnx"):
+        shutil.copy(source.file(name), tmp_path / name)
+    before = (tmp_path / "backbone.onnx").read_bytes()
+    with pytest.raises(ModelError, match="only convolutions") as caught:
+        quantize.quantize_backbone(tmp_path, quantize.pictures(source.image, None, 0), 49)
+    assert "fp32" in str(caught.value.hint)
+    assert (tmp_path / "backbone.onnx").read_bytes() == before
+
+
+def test_it_is_for_cpus(exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    cuda = backend.Backend("cuda:0", "asked for", ops_on(host_cuda()), stream, stream, 4)
+    with pytest.raises(ModelError, match=r"is in int8, which cuda:0 \(asked for\) does not run") as caught:
+        Engine(exported, cuda)
+    assert "--precision fp32" in str(caught.value.hint)
+    with pytest.raises(ModelError, match="int8, which is for CPUs"):
+        export_triton(exported, tmp_path / "triton")
+    with pytest.raises(ModelError, match="int8, which is for CPUs"):
+        build_plans(exported, host_cuda(), batch_size=4)
+    assert json.loads((exported.folder / "manifest.json").read_text())["precision"] == "int8"
