@@ -45,7 +45,7 @@ def test_every_command_and_option_exists() -> None:
             seen.add(words[1])
             known = {name for option in commands[words[1]].params for name in (*option.opts, *option.secondary_opts)}
             assert {word for word in words if word.startswith("-") and len(word) > 1} <= known, line
-    assert seen == {"demo", "summarize", "search", "export", "doctor"}
+    assert seen == {"demo", "summarize", "search", "export", "bench", "doctor"}
 
 
 def test_files_that_are_named_exist() -> None:
