@@ -262,6 +262,7 @@ def test_the_command_for_people(clips: list[Path]) -> None:
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip()}
     assert {"decode", "encode", "fuse", "select", "pipeline"} <= set(rows)
     # The last two figures of a row are frames a second and seconds of video a second: one frame a second was taken.
+    assert max(map(len, done.stdout.splitlines()[1:7])) <= 80  # the table, on a terminal of 80 columns
     assert float(rows["pipeline"][-1]) == pytest.approx(float(rows["pipeline"][-2]), abs=0.11)
     assert "--sampling" not in done.stdout  # nothing cheaper was measured, so nothing is claimed
     assert run(clips[0], "--runs", 0).returncode == 2

@@ -15,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from av.packet import Packet
 from conftest import MEDIA
 from encoded_clips import encode
 from hypothesis import HealthCheck, given, settings
@@ -598,3 +599,60 @@ def test_key_frames_that_the_container_does_not_name(tmp_path: Path) -> None:
     assert sum(reference.keys) == count
     for sampling in modes(reference, 7):
         check(changed, reference, sampling)
+
+
+# --- times and packets that do not fit the pictures
+
+
+def again(path: Path, container: str, change: Callable[[list[Packet[Any]]], list[Packet[Any]]]) -> Path:
+    """The packets, changed, in another file."""
+    found = path.with_name(f"again.{container}")
+    with (
+        av.open(str(path)) as source,
+        av.open(str(found), "w", format="matroska" if container == "mkv" else None) as out,
+    ):
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in change([p for p in source.demux(video=0) if p.size]):
+            packet.stream = stream
+            out.mux(packet)
+    return found
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg2video", "mpeg4"])
+def test_times_in_the_order_of_the_packets(tmp_path: Path, codec: str) -> None:
+    """As if each picture were shown when it is decoded: remuxed from what does not state times, though some are not."""
+
+    def guess(packets: list[Packet[Any]]) -> list[Packet[Any]]:
+        first, second = packets[0].dts, packets[1].dts
+        assert first is not None
+        assert second is not None
+        for n, packet in enumerate(packets):
+            packet.pts = packet.dts = n * (second - first)
+        return packets
+
+    options = {"bf": "3"} if codec.startswith("lib") else {"bf": "2"}
+    path = again(encode(tmp_path / "clip", codec=codec, frames=60, options=options, container="mp4"), "mp4", guess)
+    reference = whole(path)
+    with Source(path) as source:
+        assert source.timeline() is None
+    for sampling in modes(reference, 5):
+        check(path, reference, sampling)
+
+
+def test_lost_pictures_that_others_refer_to(tmp_path: Path) -> None:
+    """FFmpeg makes up what is missing, from whatever it decoded before."""
+    options = {"bf": "3", "b_strategy": "0"}
+    path = encode(tmp_path / "clip", codec="libx264", frames=60, gop=30, options=options, container="mkv")
+    path = again(path, "mkv", lambda packets: [p for n, p in enumerate(packets) if n not in (5, 6, 38)])
+    reference = whole(path)
+    for sampling in modes(reference, 2):
+        check(path, reference, sampling, threads=1)
+
+
+def test_closed_while_its_thread_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, start = encode(tmp_path / "clip", codec="libx264", frames=30), threading.Thread.start
+    with Source(path) as source:
+        stream = Stream(Worker(source, Sampling("all"), cpu_decoding(source, None), 4))
+        monkeypatch.setattr(threading.Thread, "start", lambda self: (stream.close(), start(self))[1])
+        with pytest.raises(StopIteration):
+            next(stream)

@@ -211,8 +211,16 @@ def bench(
     sampling, encode = Sampling(**picked(Sampling, options)), EncodeConfig(**picked(EncodeConfig, options))
     config, found = BenchConfig(**picked(BenchConfig, options)), _sources(videos, options)
     good = [video for video in found if isinstance(video, Source)]
-    with Engine.from_pretrained(model, device=device) as engine, Bars(errors, quiet=quiet) as bars:
-        refused = for_each([video for video in found if video not in good], lambda source: None, say_failed)
+    with (
+        Engine.from_pretrained(model, device=device) as engine,
+        Bars(errors, quiet=quiet) as bars,
+        contextlib.ExitStack() as opened,
+    ):
+        for source in good:
+            opened.enter_context(source)
+        refused = for_each(
+            [video for video in found if isinstance(video, KeyreelError)], lambda source: None, say_failed
+        )
         progress = bars.start("bench")
         result = measure(
             engine, good, sampling=sampling, encode=encode, config=config, progress=progress, tell=say_failed

@@ -89,8 +89,9 @@ def print_bench(found: Bench) -> None:
     moved = found.total.bytes_to_host if found.total else 0
     out().print(
         f"{found.model} on {device}\n"
-        f"medians (p25 - p75) of {counted(found.runs, 'run')} after a warm-up of {found.warmup_seconds:.1f} s; "
-        f"peak memory {found.peak_memory_bytes / 1e6:.0f} MB"
+        f"busy: at work in the pipeline, beside the other stages; alone and CPU-s: with nothing beside it\n"
+        f"medians of {counted(found.runs, 'run')} (+- half of p25 to p75) after a warm-up of "
+        f"{found.warmup_seconds:.1f} s; peak memory {found.peak_memory_bytes / 1e6:.0f} MB"
         + (f"; {moved / 1e6:.1f} MB left the device" if moved else ""),
         markup=False,
         soft_wrap=True,
@@ -105,7 +106,8 @@ def _print_measured(found: Measured) -> None:
         markup=False,
         soft_wrap=True,
     )
-    table = Table("", "busy, s", "share", "alone, s", "alone, CPU-s", "of CPU", "frames/s", "x realtime", box=None)
+    # Not wider than the narrowest of usual terminals.
+    table = Table("", "busy, s", "share", "alone, s", "CPU-s", "of CPU", "frames/s", "x time", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for stage in found.stages:
@@ -122,13 +124,13 @@ def _print_measured(found: Measured) -> None:
     rate, speed = f"{found.frames / found.seconds.median:.1f}", f"{found.speed.median:.1f}"
     table.add_row("pipeline", _spread(found.seconds), "100%", "", _spread(found.cpu_seconds), "", rate, speed)
     console.print(table)
-    said = (
-        f"{found.bound_by} bounds: at work {found.bound_share:.0%} of the time; {found.speed.median:.1f} hours an hour"
-    )
+    said = f"{found.bound_by} bounds: at work {found.bound_share:.0%} of the time; {speed} hours of video an hour"
     for other in found.alternatives:
-        said += f"; --sampling {other.sampling} ({counted(other.frames, 'frame')}): {other.times_as_fast:.1f} x as fast"
+        said += f"\n--sampling {other.sampling} ({counted(other.frames, 'frame')}): {other.times_as_fast:.1f} x as fast"
     console.print(said + "\n", markup=False, soft_wrap=True)
 
 
 def _spread(values: Spread) -> str:
-    return f"{values.median:.3f} ({values.p25:.3f} - {values.p75:.3f})"
+    """Three figures, and half of the distance between the quartiles, relative to the median."""
+    digits = 3 if values.median < 1 else max(0, 3 - len(str(int(values.median))))
+    return f"{values.median:.{digits}f} +-{(values.p75 - values.p25) / 2 / max(values.median, 1e-9):.0%}"

@@ -39,7 +39,8 @@ class Sampling:
     stop_seconds: float | None = option(None, "end of what counts, exclusive; the video's end by default")
 
     def __post_init__(self) -> None:
-        _check(self.mode in get_args(SamplingMode), f"unknown sampling mode {self.mode!r}")
+        allowed = get_args(SamplingMode)
+        _check(self.mode in allowed, f"unknown sampling mode {self.mode!r}, allowed: {', '.join(allowed)}")
         _check(0 < self.fps <= 1000, f"fps must be in (0, 1000], got {self.fps}")
         tolerance = self.tolerance_seconds
         _check(tolerance is None or 0 <= tolerance < 1e9, f"tolerance_seconds must be >= 0, got {tolerance}")

@@ -165,8 +165,9 @@ def probe_runtime(*, required: bool) -> Probe:
         _run_text(OnnxRuntimeSession)
     except MissingExtra:
         return Probe(name, False, "not installed", "pip install 'keyreel[cpu]'", required)
-    except KeyreelError as error:
-        return Probe(name, False, str(error), error.hint, required)
+    except (KeyreelError, ImportError) as error:
+        fix = getattr(error, "hint", None) or "pip install --force-reinstall onnxruntime"
+        return Probe(name, False, str(error), fix, required)
     return Probe(name, True, f"{' '.join(wheels) or 'onnxruntime'} runs on CPUExecutionProvider", required=required)
 
 

@@ -6,7 +6,10 @@ import numpy as np
 
 from keyreel.errors import import_extra
 from keyreel.types import F32
-from keyreel_kernels.scan import I8, Products, Scan
+from keyreel_kernels.scan import I8, QUERY, Products, Scan
+
+# What makes queries unsigned.
+_ZERO = QUERY + 1
 
 
 def exact_scan(vectors: F32, *, threads: int = 0) -> Scan:
@@ -30,7 +33,7 @@ def exact_scan(vectors: F32, *, threads: int = 0) -> Scan:
 
         def products(queries: I8) -> np.ndarray:
             # Unsigned times signed is what processors have an instruction for.
-            (found,) = session.run(None, {"queries": (queries.astype(np.int16) + 128).astype(np.uint8)})
+            (found,) = session.run(None, {"queries": (queries + np.int8(_ZERO)).astype(np.uint8)})
             return np.asarray(found)
 
         return products
@@ -39,7 +42,7 @@ def exact_scan(vectors: F32, *, threads: int = 0) -> Scan:
 
 
 def _graph(rows: I8) -> bytes:
-    """The ONNX model MatMulInteger(queries, rows^T, 128), as the fields of onnx.proto: what onnxruntime packs once.
+    """The ONNX model MatMulInteger(queries, rows^T, 64), as the fields of onnx.proto: what onnxruntime packs once.
 
     The package onnx, which would write it, is not needed to run a model.
     """
@@ -57,7 +60,7 @@ def _graph(rows: I8) -> bytes:
         _bytes(1, names + _bytes(2, b"products") + _bytes(4, b"MatMulInteger"))
         + _bytes(2, b"scan")
         + _bytes(5, held("rows", 3, (width, count), np.ascontiguousarray(rows.T).tobytes()))
-        + _bytes(5, held("zero", 2, (), bytes([128])))
+        + _bytes(5, held("zero", 2, (), bytes([_ZERO])))
         + _bytes(11, value("queries", 2, width))
         + _bytes(12, value("products", 6, count))
     )

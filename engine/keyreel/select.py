@@ -170,8 +170,10 @@ def _number(x: Any, smooth: Any, w: Any, most: int, config: SelectConfig, ops: O
     seeds = to_host(ops.seed(smooth, w, np.array([0, len(x)]), most)[0])
     k = np.arange(1, max(int((seeds[0] >= 0).sum()), 1) + 1)
     spans = np.repeat(np.array([[0, len(x)]]), len(k), axis=0)
-    # How well frames are covered does not hang on repulsion, which costs most of the time: it is left to the answer.
-    found = ops.cluster(x, w, spans, k, np.repeat(seeds, len(k), axis=0), **{**weigh, "penalty": 0.0})
+    # One round, without repulsion: the seeds lie far apart already. More of either costs most of the time and finds no
+    # more scenes (planted ones, joined clips); more rounds without repulsion make the number hang on rounding.
+    sweep = {**weigh, "penalty": 0.0, "iterations": 1}
+    found = ops.cluster(x, w, spans, k, np.repeat(seeds, len(k), axis=0), **sweep)
     # Many K in one product, but not so many that it takes gigabytes.
     together = max(1, SWEPT_COLUMNS // seeds.shape[1])
     chosen = to_host(ops.representatives(spans, k, found.labels, found.similarity, xp.ones(len(x), bool)))

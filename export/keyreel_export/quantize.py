@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
-from keyreel.errors import ModelError, import_extra
+from keyreel.errors import ModelError, SourceError, import_extra
 from keyreel.types import U8
 from keyreel_export import verify
 from keyreel_export.onnx import LARGEST_INSIDE_BYTES, contained
@@ -37,12 +37,14 @@ def pictures(image: ImageTransform, video: Path | None, seed: int) -> U8:
         seed: of the shapes.
 
     Raises:
-        SourceError: the video cannot be decoded.
+        SourceError: the video cannot be decoded, or does not say how long it is.
     """
     if video is None:  # each other one is white noise, which no video shows
         return verify.sample_frames(image.height, image.width, count=2 * FRAMES, seed=seed)[::2]
     with Source(video) as source:
-        seconds = source.probe().duration_seconds or 0.0
+        seconds = source.probe().duration_seconds
+        if seconds is None:
+            raise SourceError(f"{source.name}: its length is not known", hint="copy it into an .mp4 or .mkv file")
         sampling = Sampling("times", times=tuple(seconds * (np.arange(FRAMES) + 0.5) / FRAMES))
         with FrameStream(source, sampling, transform=image) as stream:
             return np.concatenate([batch.data for batch in stream])

@@ -1,6 +1,7 @@
 """Exact search by way of a copy in 8 bits: integer products bound every score, float32 decides among what is left.
 
-A row x is stored as s x8 with x8 whole numbers up to 127, a query q as r q8 alike. With e = x - s x8 and f = q - r q8
+A row x is stored as s x8 with x8 whole numbers up to 127, a query q as r q8 with q8 up to 63. With e = x - s x8 and
+f = q - r q8
 
     |<q, x> - r s <q8, x8>| = |<f, s x8> + <q, e>| <= |f| |s x8| + |q| |e|
 
@@ -23,9 +24,11 @@ from keyreel_kernels.cpu_search import top_k
 
 I8: TypeAlias = NDArray[np.int8]
 I32: TypeAlias = NDArray[np.int32]
-# Exact products of queries [Q, D] int8 and the stored rows [N, D] int8: [Q, N] int32.
+# Exact products of queries [Q, D] int8, within QUERY, and the stored rows [N, D] int8, within ROW: [Q, N] int32.
 Products: TypeAlias = Callable[[I8], I32]
 
+# CPUs without VNNI add pairs of products of unsigned and signed bytes in 16 bits: (63 + 64) * 127 * 2 just fits in.
+ROW, QUERY = 127, 63
 _SHARD = 65_536
 # What float32 adds to the bounds, relative to the vectors' lengths.
 _ROUNDING = 1e-5
@@ -57,7 +60,7 @@ class Scan:
         self._shards = []
         for start in range(0, len(vectors), _SHARD):
             rows = np.asarray(vectors[start : start + _SHARD])
-            scale, whole = _whole(rows)
+            scale, whole = _whole(rows, ROW)
             near = scale[:, None] * whole
             length, error = (float(np.sqrt(np.vecdot(v, v)).max()) for v in (near, rows - near))
             self._shards.append(_Shard(start, scale, float(scale.max()), length, error, store(whole)))
@@ -75,7 +78,7 @@ class Scan:
 
     def _candidates(self, queries: F32, k: int) -> list[I64]:
         """The rows that may be among the k best of each query, in rising order."""
-        scale, whole = _whole(queries)
+        scale, whole = _whole(queries, QUERY)
         lost = np.linalg.norm(queries - scale[:, None] * whole, axis=1)
         length = np.linalg.norm(queries, axis=1)
         tracks = [_Track(k) for _ in queries]
@@ -118,8 +121,8 @@ class _Track:
         return rows
 
 
-def _whole(vectors: F32) -> tuple[F32, I8]:
-    """Scales [N] float32 and whole numbers [N, D] int8 with vectors ~ scale * numbers."""
-    scale = np.abs(vectors).max(1, initial=0) / np.float32(127)
+def _whole(vectors: F32, most: int) -> tuple[F32, I8]:
+    """Scales [N] float32 and whole numbers [N, D] int8 up to `most` with vectors ~ scale * numbers."""
+    scale = np.abs(vectors).max(1, initial=0) / np.float32(most)
     scale[scale == 0] = 1
     return scale, np.rint(vectors / scale[:, None]).astype(np.int8)

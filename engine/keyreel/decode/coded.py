@@ -24,12 +24,14 @@ class Coded:
         spare: nothing else needs this packet, so that it can be left out when its picture is not wanted.
         entry: whether decoding may begin here, with a decoder that is new or flushed.
         certain: False where the packet is odd (damage, unknown syntax, several pictures where one was expected).
+        order: rises in the order of display; None where that is the order of the packets.
     """
 
     shown: int
     spare: bool
     entry: Entry
     certain: bool = True
+    order: int | None = None
 
 
 class Bitstream(Protocol):

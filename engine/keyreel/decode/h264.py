@@ -25,7 +25,8 @@ class _Sequence:
     number_bits: int  # of frame_num
     planes: bool  # colour planes are coded apart
     fields: bool  # pictures may be fields
-    order_bits: int  # of pic_order_cnt_lsb, where pictures are ordered by it and it is not said how far: else 0
+    order_bits: int  # of pic_order_cnt_lsb; 0 where pictures are shown as they are coded
+    stated: bool  # how far they are reordered
 
 
 class H264:
@@ -41,10 +42,12 @@ class H264:
         self._width, self._sets = 0, ParameterSets()
         self._sequences: dict[int, _Sequence] = {}
         self._pictures: dict[int, int] = {}  # pic_parameter_set_id -> seq_parameter_set_id
-        self._plain = True  # nothing of a slice's header matters but whether it is a picture's first
+        self._fields = False  # pictures may be fields
         self._begun = self._whole = False  # a picture came that needs none before; none is shown before the first one
         self._half: tuple[int, int] | None = None  # frame_num and parity of a field that waits for the other one
-        self._orders: list[int] = []  # of the last frames since IDR
+        self._number: int | None = None  # frame_num of the last frame that is referred to
+        self._epoch = 0  # IDR pictures so far
+        self._orders: list[int] = []  # PicOrderCnt of the last frames since IDR
         self._order = 0  # of the last one that is referred to
         self._seen = self._delay = 0  # frames so far; how many were coded before one, but shown after it
         self._full_chroma = False  # some sequence is 4:4:4
@@ -60,7 +63,7 @@ class H264:
         try:
             return [self._read(data)]
         except (Damaged, EOFError, IndexError, KeyError):
-            self._half = None
+            self._half = self._number = None
             return [Coded(1, False, Entry.NONE, certain=False)]
 
     def end(self) -> list[Coded]:
@@ -88,7 +91,7 @@ class H264:
         for first, stop in length_coded(data, self._width) if self._width else start_coded(data):
             kind = data[first] & 31
             if kind in (1, 5):
-                if heads and idr != (kind == 5) and self._plain:
+                if heads and idr != (kind == 5) and not self._fields:
                     raise Damaged
                 idr |= kind == 5
                 referred |= data[first] & 0x60 > 0
@@ -125,41 +128,49 @@ class H264:
         self._begun |= entry > Entry.NONE
         certain &= (self._whole or entry > Entry.NONE) and (shown == 1 or (heads != [] and not whole))
         spare = certain and whole and not referred and not self._sets.changed
-        return Coded(shown, spare, entry if certain else Entry.NONE, certain)
+        place = self._orders[-1] if self._orders else 0
+        return Coded(shown, spare, entry if certain else Entry.NONE, certain, (self._epoch << 34) + place)
 
     def _frames(self, heads: list[bytes]) -> tuple[int, bool]:
         """How many frames begin in the slices of a packet, and whether these are all of their fields.
 
         Two fields of one frame_num make a frame, in one packet or in two: 7.4.1.2.4.
         """
-        if self._plain:
-            begun = sum(head[1] >> 7 for head in heads)  # first_mb_in_slice is 0
-            self._seen += begun
-            return begun, True
         begun, whole = 0, self._half is None
         for head in heads:
+            if not head[1] >> 7:  # first_mb_in_slice
+                continue
             bits = Bits(payload(head[1:]))
-            first_mb, _, pps = bits.ue(), bits.ue(), bits.ue()
+            _, _, pps = bits.ue(), bits.ue(), bits.ue()
             sequence = self._sequences[self._pictures[pps]]
             if sequence.planes:
                 bits.read(2)  # colour_plane_id
             number = bits.read(sequence.number_bits)
             parity = 1 + bits.read(1) if sequence.fields and bits.read(1) else 0
-            if first_mb:
-                continue
             if self._half is None:
                 begun += 1
                 self._seen += 1
                 self._half = (number, parity) if parity else None
-                if sequence.order_bits:
-                    self._check_order(head[0], bits, sequence.order_bits)
+                self._check_number(head[0], number, sequence.number_bits)
+                self._check_order(head[0], bits, sequence)
             elif parity and self._half == (number, 3 - parity):
                 self._half = None
             else:
                 raise Damaged
         return begun, whole and self._half is None
 
-    def _check_order(self, header: int, bits: Bits, width: int) -> None:
+    def _check_number(self, header: int, number: int, width: int) -> None:
+        """What FFmpeg puts in the place of frames that are missing hangs on all that it decoded before: 7.4.3.
+
+        Raises:
+            Damaged: some are.
+        """
+        if header & 31 != 5 and self._number is not None and (number - self._number) % (1 << width) > 1:
+            raise Damaged
+        if header & 0x60:
+            self._number = number
+
+    def _check_order(self, header: int, bits: Bits, sequence: _Sequence) -> None:
         """Where a sequence does not say how far its pictures are reordered, FFmpeg takes that from the first ones.
 
         At the first picture that is reordered further than those it leaves out some.
@@ -171,16 +182,20 @@ class H264:
             bits.ue()  # idr_pic_id
             self._orders.clear()
             self._order = 0
+            self._epoch += 1
+        if not sequence.order_bits:
+            self._orders = [self._seen]
+            return
         # PicOrderCnt: 8.2.1.1.
-        half = 1 << width - 1
-        order = self._order + (bits.read(width) - self._order + half) % (2 * half) - half
+        half = 1 << sequence.order_bits - 1
+        order = self._order + (bits.read(sequence.order_bits) - self._order + half) % (2 * half) - half
         depth = sum(before > order for before in self._orders)
         self._orders = [*self._orders[-15:], order]
         if header & 0x60:
             self._order = order
         if self._seen <= _PROBED:
             self._delay = max(self._delay, depth)
-        elif depth > self._delay:
+        elif depth > self._delay and not sequence.stated:
             raise Damaged
 
     def _parameter_set(self, unit: bytes) -> int:
@@ -207,21 +222,17 @@ class H264:
         number_bits = bits.ue() + 4
         order = bits.ue()
         order_bits = bits.ue() + 4 if order == 0 else 0
-        if order == 1:
-            bits.read(1)
-            for _ in range(2):
-                bits.ue()
-            for _ in range(bits.ue()):
-                bits.ue()
+        if order == 1:  # sums of offsets, which no encoder in use writes
+            raise Damaged
         bits.ue()  # max_num_ref_frames
         bits.read(1)
         bits.ue()  # width and height
         bits.ue()
         fields = not bits.read(1)
-        if order_bits and _reordering_is_stated(bits, fields):
-            order_bits = 0
-        self._sequences[number] = _Sequence(number_bits, planes, fields, order_bits)
-        self._plain = not any(one.fields or one.order_bits for one in self._sequences.values())
+        self._sequences[number] = _Sequence(
+            number_bits, planes, fields, order_bits, _reordering_is_stated(bits, fields)
+        )
+        self._fields = any(one.fields for one in self._sequences.values())
         return number
 
 

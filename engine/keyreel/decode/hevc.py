@@ -28,6 +28,9 @@ class Hevc:
     def __init__(self, extradata: bytes) -> None:
         self._width, self._sets = 0, ParameterSets()
         self._highest: dict[int, int] = {}  # seq_parameter_set_id -> highest TemporalId
+        self._order_bits: dict[int, tuple[int, int]] = {}  # the same -> bits: colour plane, slice_pic_order_cnt_lsb
+        self._pictures: dict[int, tuple[int, int]] = {}  # pic_parameter_set_id -> the same, extra bits of slices
+        self._epoch = self._order = 0  # pictures after which the count starts again; PicOrderCnt that was kept: 8.3.1
         self._hides = False  # a picture may say that it is not to be shown
         self._begun = self._skips = False  # an IRAP picture was seen; RASL pictures that follow the last are not shown
         self._ended = True
@@ -35,13 +38,13 @@ class Hevc:
             for unit in self._configured(extradata):
                 if len(unit) > 2 and unit[0] >> 1 in (_VIDEO, _SEQUENCE, _PICTURE):
                     self._sets.given(unit[0] >> 1, self._parameter_set(unit), unit)
-        except (Damaged, EOFError, IndexError):
+        except (Damaged, EOFError, IndexError, KeyError):
             self._sets = ParameterSets()
 
     def read(self, data: bytes, *, key: bool, disposable: bool = False) -> list[Coded]:
         try:
             return [self._read(data)]
-        except (Damaged, EOFError, IndexError):
+        except (Damaged, EOFError, IndexError, KeyError):
             return [Coded(1, False, Entry.NONE, certain=False)]
 
     def end(self) -> list[Coded]:
@@ -65,7 +68,7 @@ class Hevc:
         self._sets.begin()
         certain = unreferred = True
         ends = False
-        kinds, pictures = set(), 0
+        kinds, pictures, head = set(), 0, b""
         for first, stop in length_coded(data, self._width) if self._width else start_coded(data):
             kind = data[first] >> 1 & 63
             if data[first] & 1 or data[first + 1] & 0xF8:  # nuh_layer_id
@@ -78,6 +81,7 @@ class Hevc:
                 unreferred &= kind <= 14 and kind % 2 == 0 and layer == highest
                 if data[first + 2] & 0x80:  # first_slice_segment_in_pic_flag
                     pictures += 1
+                    head = data[first : min(stop, first + 24)]
                     # no_output_of_prior_pics_flag
                     certain &= not (self._begun and 16 <= kind <= 23 and data[first + 2] & 0x40)
             elif kind in (_VIDEO, _SEQUENCE, _PICTURE):
@@ -101,11 +105,32 @@ class Hevc:
             self._begun, self._skips = True, self._ended or kind != _CRA
             if certain and self._sets.complete():
                 entry = Entry.OPEN if kind == _CRA else Entry.CLOSED if kind in _BLA + _IDR else Entry.NONE
+        order = self._ordered(head, kind) if head else 0
         self._ended = ends or (self._ended and not kinds)
         certain &= self._begun and not self._hides
         shown = 0 if self._skips and kind in _RASL else pictures
         spare = certain and unreferred and not ends and not self._sets.changed
-        return Coded(shown, spare, entry, certain)
+        return Coded(shown, spare, entry, certain, order)
+
+    def _ordered(self, head: bytes, kind: int) -> int:
+        """Rises with PicOrderCnt: 7.3.6.1, 8.3.1."""
+        bits = Bits(payload(head[2:]))
+        bits.read(1 + (16 <= kind <= 23))
+        sequence, extra = self._pictures[bits.ue()]
+        plane, width = self._order_bits[sequence]
+        bits.read(extra)
+        bits.ue()  # slice_type
+        bits.read(plane)
+        anew = kind in _BLA + _IDR or (kind == _CRA and self._ended)
+        order = 0 if kind in _IDR else bits.read(width)
+        if anew:
+            self._epoch += 1
+        else:
+            half = 1 << width - 1
+            order = self._order + (order - self._order + half) % (2 * half) - half
+        if head[1] & 7 == 1 and (kind >= 16 or (kind % 2 == 1 and kind < 6)):
+            self._order = order
+        return (self._epoch << 34) + order
 
     def _parameter_set(self, unit: bytes) -> int:
         """Takes from a parameter set what is asked of it; returns its number: 7.3.2."""
@@ -113,10 +138,10 @@ class Hevc:
         if kind == _VIDEO:
             return bits.read(4)
         if kind == _PICTURE:
-            number = bits.ue()
-            bits.ue()
+            number, sequence = bits.ue(), bits.ue()
             bits.read(1)
             self._hides |= bits.read(1) == 1  # output_flag_present_flag
+            self._pictures[number] = sequence, bits.read(3)
             return number
         bits.read(4)
         highest = bits.read(3)
@@ -128,4 +153,13 @@ class Hevc:
             bits.read(88 * profile + 8 * level)
         number = bits.ue()
         self._highest[number] = highest
+        plane = 2 * bits.read(1) if bits.ue() == 3 else 0
+        bits.ue()  # width and height
+        bits.ue()
+        if bits.read(1):  # conformance_window_flag
+            for _ in range(4):
+                bits.ue()
+        bits.ue()  # bit depths
+        bits.ue()
+        self._order_bits[number] = plane, bits.ue() + 4
         return number

@@ -11,11 +11,23 @@ _I, _P, _B = 1, 2, 3  # picture_coding_type
 _FRAME = 3  # picture_structure
 
 
+class _Order:
+    """Counts pictures in the order of display: B pictures are shown at once, others when the next one of them comes."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def of(self, kind: int) -> int:
+        self._count += 1 if kind == _B else 1 << 32
+        return self._count if kind == _B else self._count | (1 << 32) - 1
+
+
 class Mpeg12:
     """MPEG-1 and MPEG-2: a B picture is spare; decoding may begin with an I picture behind a sequence header."""
 
     def __init__(self) -> None:
         self._anchors = 0  # I and P pictures so far, at most 2
+        self._order = _Order()
         self._closed = False  # of this group of pictures
 
     def read(self, data: bytes, *, key: bool, disposable: bool = False) -> list[Coded]:
@@ -56,15 +68,16 @@ class Mpeg12:
         # Fields: two pictures make a frame, in one packet or in two.
         if kind not in (_I, _P, _B) or structure != _FRAME or data.find(b"\0\0\1\0", at + 4) >= 0:
             return _ODD
+        order = self._order.of(kind)
         if kind == _B:
             # FFmpeg leaves out those that lack a picture before them.
             missing = self._anchors < (1 if self._closed else 2)
-            return Coded(0 if missing else 1, not (sequence or lasting), Entry.NONE, self._anchors > 0)
+            return Coded(0 if missing else 1, not (sequence or lasting), Entry.NONE, self._anchors > 0, order)
         begins = kind == _I and sequence
         self._anchors = min(2, self._anchors + (self._anchors > 0 or begins))
         if not begins:
-            return Coded(1, False, Entry.NONE, self._anchors > 0)
-        return Coded(1, False, Entry.CLOSED if self._closed else Entry.OPEN)
+            return Coded(1, False, Entry.NONE, self._anchors > 0, order)
+        return Coded(1, False, Entry.CLOSED if self._closed else Entry.OPEN, order=order)
 
 
 class Mpeg4:
@@ -80,6 +93,7 @@ class Mpeg4:
         self._increment_bits = 0  # of vop_time_increment
         self._interlaced = False
         self._anchors = 0
+        self._order = _Order()
         try:
             self._layer(extradata)
         except EOFError:
@@ -114,14 +128,15 @@ class Mpeg4:
         bits.read(1 + self._increment_bits + 1)
         if not self._increment_bits or not bits.read(1):  # vop_coded
             return _ODD
+        order = self._order.of(kind)
         if kind == _B:
             # FFmpeg's direct mode of interlaced B-VOPs hangs on the times of the first one that it sees.
             spare = not self._interlaced and not headers
-            return Coded(int(self._anchors == 2), spare, Entry.NONE, self._anchors > 0)
+            return Coded(int(self._anchors == 2), spare, Entry.NONE, self._anchors > 0, order)
         begins = kind == _I and headers.endswith(self._headers)
         self._anchors = min(2, self._anchors + (self._anchors > 0 or begins))
         entry = Entry.OPEN if begins and not self._interlaced else Entry.NONE
-        return Coded(1, False, entry, self._anchors > 0)
+        return Coded(1, False, entry, self._anchors > 0, order)
 
     def _layer(self, headers: bytes) -> None:
         """video_object_layer(): 6.2.3."""

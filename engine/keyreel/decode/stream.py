@@ -77,8 +77,9 @@ class Stream:
         if self._worker.stopped.is_set():
             raise StopIteration
         if self._thread is None:
-            self._thread = threading.Thread(target=self._worker.run, name="keyreel-decode", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._worker.run, name="keyreel-decode", daemon=True)
+            thread.start()
+            self._thread = thread  # not before: another thread may close this and wait for it
         item = self._worker.take()
         if isinstance(item, FrameBatch):
             return item

@@ -24,9 +24,6 @@ from keyreel.decode.bitstream import Bitstream, Coded, Entry, bitstream
 from keyreel.decode.sampling import PlanBroken
 from keyreel.types import I64
 
-# These state when each packet is shown. Elsewhere FFmpeg may have to guess it, and guesses wrong where pictures are
-# reordered: then each packet is said to be shown when it is decoded.
-_EXACT = {"mov", "matroska", "mpegts", "mpeg", "flv", "live_flv", "asf", "nut", "ogg", "ivf", "wtv", "mxf"}
 TIME_BASE = Fraction(1, 90_000)  # where the container names none
 _UNKNOWN = -(1 << 63)  # a time that is missing
 
@@ -107,13 +104,13 @@ class Ledger:
         if reader is None:
             raise PlanBroken
         self._reader: Bitstream = reader
-        self._guessed = bool(context.has_b_frames) and container.format.name.split(",")[0] not in _EXACT
         self._stream = stream
         self._promised = promised_seconds(container, stream) or 0.0
         self._clock: Clock | None = None
         self._pts, self._dts, self._size = array("q"), array("q"), array("q")
         self._flags, self._entry = bytearray(), bytearray()  # key, hidden; Entry
         self._spare, self._shown = bytearray(), bytearray()
+        self._order = array("q")  # rises in the order of display
         self._last = (_UNKNOWN, 0)  # pts and duration of what is shown last
 
     def __len__(self) -> int:
@@ -161,6 +158,7 @@ class Ledger:
             self._shown.append(shown)
             self._spare.append(coded.spare)
             self._entry.append(coded.entry)
+            self._order.append(place if coded.order is None else coded.order)
 
     def entry(self, place: int) -> Entry:
         """Whether decoding may begin with a packet about which all is known."""
@@ -194,37 +192,41 @@ class Ledger:
             shown = shown & (pts >= pts[0])  # the leading pictures are the timeline's before
         order = np.argsort(pts, kind="stable")
         order = order[shown[order]]
-        if not self._in_step(pts, shown, entry, order):
+        # Where a container does not state when each packet is shown, FFmpeg guesses, and files keep what was guessed.
+        in_step = np.all(np.diff(np.array(self._order[cut], np.int64)[order]) > 0)
+        if not in_step or not _continuous(pts, shown, entry, order):
             raise PlanBroken
         last = until is None
         if until is None:
             until = self._last[0] + (self._last[1] or int(np.diff(pts[order[-2:]]).sum()) or 1)
         else:
             order = order[pts[order] < until]
+            if not len(order):
+                raise PlanBroken
         keyframe = (np.frombuffer(bytes(self._flags[cut]), np.uint8) & 1) > 0
         spare = np.frombuffer(bytes(self._spare[cut]), np.bool_)
         dts, size = np.array(self._dts[cut], np.int64), np.array(self._size[cut], np.int64)
         self._clock = self._clock or Clock.of(self._stream, int(pts[order[0]]))
         return Timeline(pts, dts, size, keyframe, entry, spare, order, until, self._clock, self._promised, first, last)
 
-    def _in_step(self, pts: I64, shown: NDArray[np.bool_], entry: NDArray[np.uint8], order: I64) -> bool:
-        """True where pts neither repeat nor start again, as seen from each entry."""
-        guessed = self._guessed and len(order) > 1 and bool(np.all(np.diff(order) > 0))
-        if not len(order) or guessed or np.any(np.diff(pts[order]) == 0):
-            return False
-        limits = np.iinfo(np.int64)
-        before = np.maximum.accumulate(np.where(shown, pts, limits.min))
-        after = np.minimum.accumulate(np.where(shown, pts, limits.max)[::-1])[::-1]
-        doors = np.flatnonzero(entry)
-        later = doors[1:]
-        closed = later[entry[later] == Entry.CLOSED]
-        # What is coded before an entry is shown before what is coded after it, but for pictures that lead an open one.
-        return bool(
-            (entry[0] == Entry.CLOSED or after[0] >= pts[0])
-            and np.all(before[later - 1] < pts[later])
-            and np.all(pts[doors[:-1]] < after[later])
-            and np.all(before[closed - 1] < after[closed])
-        )
+
+def _continuous(pts: I64, shown: NDArray[np.bool_], entry: NDArray[np.uint8], order: I64) -> bool:
+    """True where pts neither repeat nor start again, as seen from each entry."""
+    if not len(order) or np.any(np.diff(pts[order]) == 0):
+        return False
+    limits = np.iinfo(np.int64)
+    before = np.maximum.accumulate(np.where(shown, pts, limits.min))
+    after = np.minimum.accumulate(np.where(shown, pts, limits.max)[::-1])[::-1]
+    doors = np.flatnonzero(entry)
+    later = doors[1:]
+    closed = later[entry[later] == Entry.CLOSED]
+    # What is coded before an entry is shown before what is coded after it, but for pictures that lead an open one.
+    return bool(
+        (entry[0] == Entry.CLOSED or after[0] >= pts[0])
+        and np.all(before[later - 1] < pts[later])
+        and np.all(pts[doors[:-1]] < after[later])
+        and np.all(before[closed - 1] < after[closed])
+    )
 
 
 def promised_seconds(container: InputContainer, stream: VideoStream) -> float | None:
