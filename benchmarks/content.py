@@ -13,7 +13,9 @@ settings: about 0.4 bits a pixel on key frames (six real clips: 0.13 to 0.55) an
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,9 +104,23 @@ def clip(folder: Path, wanted: Clip) -> Path:
     return path
 
 
+@contextmanager
+def same_priority() -> Iterator[None]:
+    """Gives the calling thread its scheduling back.
+
+    SVT-AV1, run by root, makes the thread that opens it a real-time one of the highest priority, and leaves it so; all
+    that it starts later is one, too, and two of those that wait for each other stop the whole machine.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def _encode(path: Path, wanted: Clip) -> None:
     encoder, options = _ENCODERS[wanted.codec]
-    with av.open(str(path), "w", format="mp4") as output:
+    with same_priority(), av.open(str(path), "w", format="mp4") as output:
         filled = {key: value.format(gop=wanted.gop) for key, value in options.items()}
         stream: Any = output.add_stream(encoder, rate=wanted.fps, options=filled)
         stream.height, stream.width, stream.pix_fmt = wanted.height, wanted.width, "yuv420p"

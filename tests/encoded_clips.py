@@ -15,6 +15,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.content import same_priority
+
 _NONE: Mapping[str, str] = MappingProxyType({})
 _FORMATS = {
     "ts": "mpegts",
@@ -105,7 +107,7 @@ def encode(
     if interlaced:
         settings["flags"] = settings.get("flags", "") + "+ilme+ildct"
     ticks = np.cumsum(np.random.default_rng(seed).integers(1, 6, frames)) if vfr else np.arange(frames)
-    with av.open(path, "w", format=_FORMATS.get(container, container)) as output:
+    with same_priority(), av.open(path, "w", format=_FORMATS.get(container, container)) as output:
         stream = output.add_stream(codec, rate=25, options=settings)
         stream.width, stream.height = size
         stream.pix_fmt = _PIXELS.get(codec, "yuv420p")

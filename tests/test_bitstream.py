@@ -7,6 +7,7 @@ pictures from there on; and as many pictures come as were counted.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -619,3 +620,10 @@ def test_damaged_packets(clip: Callable[[str], Clip], name: str, which: int, at:
     lengths = name in ("x264", "x264 MBAFF", "x265", "SVT-AV1")
     if cut and lengths:  # where lengths are written, each cut shows
         assert not coded[which].certain
+
+
+def test_making_clips_leaves_the_thread_as_it_was(tmp_path: Path) -> None:
+    """Run by root, SVT-AV1 makes it a real-time one."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    encode(tmp_path / "clip", codec="libsvtav1", frames=4)
+    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == before
