@@ -64,10 +64,13 @@ def _keyreel() -> Callable[[Any], Any]:
 
 def _pil() -> Callable[[Any], Any]:
     """open_clip's transform: RGB at full size, shortest side to SIZE with bicubic, centre crop."""
+    from av.video.reformatter import Colorspace
     from PIL import Image
 
     def convert(frame: Any) -> Any:
-        image = frame.to_image()
+        # The clips do not name their matrix. PyAV takes BT.601 then, which is that of small pictures.
+        matrix = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+        image = frame.to_image(src_colorspace=matrix)
         scale = SIZE / min(image.size)
         image = image.resize([int(side * scale) for side in image.size], Image.Resampling.BICUBIC)
         left, top = (round((side - SIZE) / 2) for side in image.size)
