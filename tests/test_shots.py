@@ -17,6 +17,7 @@ from planted import embedding_of
 
 from keyreel import Engine
 from keyreel.backend import resolve
+from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.source import Source
 from keyreel.shots import Candidate, place_boundaries, shot_of, shots_between
 from keyreel.types import Shot
@@ -108,7 +109,14 @@ def test_flashes_and_a_dark_scene_are_no_boundaries(tmp_path: Path) -> None:
     assert [shot.start_seconds for shot in shots] == pytest.approx([0, 6], abs=0.041)
 
 
-def test_a_stream_that_cannot_be_entered_midway_gives_the_same(parts: list[np.ndarray], tmp_path: Path) -> None:
+def refuse(*_: object) -> None:
+    raise PlanBroken
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_stream_that_cannot_be_entered_midway_gives_the_same(
+    planned: bool, parts: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clip, stream = tmp_path / "clip.mp4", tmp_path / "clip.ts"
     cuts, _ = concatenate(parts[2:6], clip, 1)
     with av.open(str(clip)) as source, av.open(str(stream), "w") as output:
@@ -118,9 +126,12 @@ def test_a_stream_that_cannot_be_entered_midway_gives_the_same(parts: list[np.nd
                 packet.stream = track
                 output.mux(packet)
     with Engine.from_pretrained(device="cpu") as engine:
-        one, other = engine.summarize(clip), engine.summarize(stream)
-    assert one.source.timeline() is not None
-    assert other.source.timeline() is None
+        one = engine.summarize(clip)
+        assert one.source.timeline() is not None
+        if not planned:
+            monkeypatch.setattr("keyreel.decode.source.scan", refuse)
+        other = engine.summarize(stream)
+    assert (other.source.timeline() is not None) == planned
     assert len(one.shots) == len(cuts) + 1
     starts = [[shot.start_seconds for shot in summary.shots] for summary in (one, other)]
     # TS rounds times to 1/90000 s.
