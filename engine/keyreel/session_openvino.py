@@ -99,6 +99,9 @@ class OpenVINOSession:
             raise ValueError("the session is closed")
         arrays = {name: np.asarray(array, order="C") for name, array in feeds.items()}
         rows = self._rows(arrays)
+        if any(array.ndim and not len(array) for array in arrays.values()):
+            # OpenVINO refuses it too, but the request that was given it may refuse what follows as well.
+            raise ModelError(f"{self._name} cannot be run on no rows at all", hint="give it at least one frame or text")
         # How the rows are shared out hangs on their number alone, never on which streams are idle: products of other
         # sizes may round otherwise, and two runs must agree.
         size = max(-(-rows // self._streams), 1)
