@@ -1,10 +1,10 @@
 """Measures keyreel beside its peers on this machine: one JSON line for each metric of each system.
 
-    python -m benchmarks.run [--quick] [--only decode,search] [-o FILE] [--content FOLDER] [--bundles FOLDER]
+    python -m benchmarks.run [--quick] [--only decode,search] [--missing] [-o FILE] [--content DIR] [--bundles DIR]
 
 Rows are appended as each measurement ends, so that a run which is stopped loses only the measurement it was at;
-`--only` goes on from there. A peer that is not installed has a row that says so, and one that fails has one that says
-how; the exit code is 1 where keyreel itself fails. `python -m benchmarks.report` makes tables and charts of the rows.
+`--missing` goes on from there. A peer that is not installed has a row that says so, and one that fails has one that
+says how; the exit code is 1 where keyreel itself fails. `python -m benchmarks.report` makes tables and charts of them.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--content", type=Path, help="keeps clips and arrays here; by default they are made anew")
     parser.add_argument("--bundles", type=Path, help="folder of models with random weights; missing ones are exported")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no measurement after these")
+    parser.add_argument("--missing", action="store_true", help="only what the output has no row of")
     parser.add_argument("--media", type=Path, default=ROOT.parent / "shared" / "media", help="real clips")
     arguments = parser.parse_args(words)
     names = arguments.only or NAMES
@@ -108,6 +109,10 @@ def main(words: Sequence[str] | None = None) -> int:
             media=arguments.media.resolve() if arguments.media.is_dir() else None,
         )
         wanted = all_measurements(names, folders, quick=arguments.quick)
+        if arguments.missing and arguments.output.exists():
+            lines = arguments.output.read_text(encoding="utf-8").splitlines()
+            there = [(row["case"], row["params"]) for row in map(json.loads, lines)]
+            wanted = [one for one in wanted if (one.case, one.params) not in there]
         rows = run(wanted, folders, arguments.output, stop_at=began + 60 * arguments.minutes)
     failed = [row for row in rows if "failed" in row]
     own = [row for row in failed if row["system"].startswith("keyreel")]

@@ -15,15 +15,24 @@ from keyreel_kernels import cpu_search, reference
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(0, 4), st.integers(0, 60), st.integers(0, 70), st.booleans())
-def test_top_k_with_ties_over_small_blocks(number: int, queries: int, count: int, k: int, rising: bool) -> None:
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 4),
+    st.integers(0, 60),
+    st.integers(0, 70),
+    st.booleans(),
+    st.integers(1, 90),
+)
+def test_top_k_with_ties_over_small_blocks(
+    number: int, queries: int, count: int, k: int, rising: bool, threaded: int
+) -> None:
     draw = np.random.default_rng(number)
     # Small whole numbers: products are exact, and full of ties.
     q = draw.integers(-2, 3, (queries, 3)).astype(np.float32)
     x = draw.integers(-2, 3, (count, 3)).astype(np.float32)
     if rising and queries:  # every block has better ones than all before
         x = x[np.argsort(x @ q[0], kind="stable")]
-    with patch.multiple(cpu_search, _ROWS=8, _CACHED=3):
+    with patch.multiple(cpu_search, _ROWS=8, _CACHED=3, _ROWS_A_PART=threaded):
         scores, rows = cpu_search.top_k(q, x, k)
     expected, order = reference.top_k(q, x, k)
     assert (scores.dtype, rows.dtype) == (np.float32, np.int64)

@@ -1,6 +1,7 @@
 """From a file to one vector a second: PyAV + Pillow + open_clip one picture at a time, and keyreel.
 
-`cosine` is the least between the vector of a frame and the one that the plain way gives for the same time.
+`cosine` is the least between the vector of a frame and the one that the plain way gives for the same time. Systems in
+int8 run the bundle that `keyreel export --precision int8` makes, the others the one that it makes by default.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ def ready(params: Params, folders: Folders) -> None:
         np.save(_vectors(params, folders), _system(pipelines.naive)(params, folders)())
 
 
-def _system(make: Callable[..., pipelines.Vectors], **options: Any) -> Prepare:
+def _system(make: Callable[..., pipelines.Vectors], *, precision: str = "fp32", **options: Any) -> Prepare:
     def prepare(params: Params, folders: Folders) -> Callable[[], Any]:
         path = path_of(params, folders)
         times = times_of(params, reference(path, folders.content)["seconds"])
-        return make(path, times, params["model"], folder_of(params["model"], folders), **options)
+        return make(path, times, params["model"], folder_of(params["model"], folders, precision=precision), **options)
 
     return prepare
 
@@ -66,6 +67,8 @@ SYSTEMS: dict[str, Prepare] = {
     "keyreel": _system(pipelines.keyreel),
     "keyreel near": _system(pipelines.keyreel, **_NEAR),
     "keyreel keyframes": _system(pipelines.keyreel, mode="keyframes"),
+    "keyreel int8": _system(pipelines.keyreel, precision="int8"),
+    "keyreel int8 keyframes": _system(pipelines.keyreel, precision="int8", mode="keyframes"),
     SUMMARY: _system(pipelines.summary),
 }
 

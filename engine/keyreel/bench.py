@@ -9,7 +9,6 @@ them.
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import resource
 import time
@@ -24,6 +23,7 @@ from keyreel.engine import Engine
 from keyreel.errors import Failure, MissingExtra
 from keyreel.stopwatch import Stopwatch
 from keyreel.types import FrameBatch, Progress
+from keyreel_kernels.cpu_search import usable_cores
 
 
 def bench(
@@ -76,7 +76,7 @@ def bench(
         device=engine.backend.device,
         device_reason=engine.backend.reason,
         machine=f"{platform.machine()}, {platform.platform()}",
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         config=own.config(),
         runs=config.runs,
         warmup_seconds=warmup_seconds,

@@ -30,6 +30,9 @@ from keyreel_kernels.clustering import (
 ROUNDING = 1e-5
 # Rows that are converted to float64 at a time, so that they stay in the cache.
 _BLOCK = 256
+# Multiplications up to which OpenBLAS leaves a product to the thread that asks: waking the others, which then spin for
+# a while, costs twice the CPU time and gains little at these sizes.
+_ALONE = 2**18
 
 
 def temporal_support(x: F32, offsets: I64, reach: int = 3) -> tuple[F32, F32]:
@@ -42,25 +45,44 @@ def temporal_support(x: F32, offsets: I64, reach: int = 3) -> tuple[F32, F32]:
         near = np.full((count, 2 * reach), -np.inf)
         mean = np.zeros(x.shape[1])
         for low in range(0, count, _BLOCK):
-            block = z[low : low + _BLOCK + reach].astype(np.float64)
-            mean += block[:_BLOCK].sum(0) / count
+            block = z[low : low + _BLOCK + reach]
+            mean += block[:_BLOCK].sum(0, dtype=np.float64) / count
             for step in range(1, min(reach, len(block) - 1) + 1):
                 rows = min(_BLOCK, len(block) - step)
-                cosine = np.einsum("td,td->t", block[step : step + rows], block[:rows])
+                cosine = np.vecdot(block[step : step + rows], block[:rows])
                 near[low + step : low + step + rows, 2 * step - 2] = cosine
                 near[low : low + rows, 2 * step - 1] = cosine
+        # Column 2s-2 is the frame s before, 2s-1 the frame s after.
+        away = np.where(np.arange(2 * reach) % 2 == 0, -1, 1) * (np.arange(2 * reach) // 2 + 1)
+        usual = float(mean @ mean)
+        for own in np.array_split(_open_rows(near, usual), 1 + count // _BLOCK):
+            other = (own[:, None] + away).clip(0, count - 1)
+            exact = np.vecdot(z[other].astype(np.float64), z[own, None].astype(np.float64))
+            near[own] = np.where(np.isfinite(near[own]), exact, -np.inf)
         best = np.argsort(-near, axis=1, kind="stable")[:, :2]
         cosine = np.take_along_axis(near, best, axis=1)
         known = np.isfinite(cosine)
         support[start:stop] = np.where(known, cosine, 0).sum(1) / known.sum(1)
-        # Column 2s-2 is the frame s before, 2s-1 the frame s after.
-        other = np.arange(count)[:, None] + np.where(best % 2 == 0, -1, 1) * (best // 2 + 1)
-        alike = known & (cosine > mean @ mean)
-        for side in range(2):
-            own = np.flatnonzero(alike[:, side])
-            smooth[start + own] += z[other[own, side]]
-    smooth /= np.maximum(np.sqrt(np.einsum("td,td->t", smooth, smooth)), 1e-30)[:, None]
+        other = np.arange(count)[:, None] + away[best]
+        alike = known & (cosine > usual)
+        taken = np.empty((min(count, _BLOCK), x.shape[1]), np.float32)
+        for part in _parts(count):
+            mixed = smooth[start:stop][part]
+            for side in range(2):
+                neighbour = taken[: len(mixed)]
+                np.take(z, other[part, side], axis=0, out=neighbour, mode="clip")  # no copy to be safe
+                neighbour[~alike[part, side]] = 0
+                mixed += neighbour
+            mixed /= np.maximum(np.sqrt(np.vecdot(mixed, mixed)), np.float32(1e-30))[:, None]
     return support, smooth
+
+
+def _open_rows(near: F64, usual: float) -> I64:
+    """The rows of cosines [T, 2 reach] whose two largest, or their being above `usual`, hang on rounding."""
+    largest = -np.sort(-near, axis=1)[:, :3]
+    with np.errstate(invalid="ignore"):  # -inf - -inf: neither is there
+        tied = -np.diff(largest, axis=1) < ROUNDING
+    return np.flatnonzero(tied.any(1) | (np.abs(largest[:, :2] - usual) < ROUNDING).any(1))
 
 
 def seed(x: F32, w: F32, offsets: I64, count: int) -> tuple[I64, F32]:
@@ -75,7 +97,7 @@ def seed(x: F32, w: F32, offsets: I64, count: int) -> tuple[I64, F32]:
         total = sum((v[part] @ z[part] for part in _parts(len(z))), np.zeros(x.shape[1]))
         if not np.isfinite(total).all():
             continue
-        could = _could_be_most(v, z @ total.astype(np.float32), ROUNDING * float(v.sum(dtype=np.float64)))
+        could = _could_be_most(v, np.vecdot(z, total.astype(np.float32)), ROUNDING * float(v.sum(dtype=np.float64)))
         if len(could) > 1:
             exact = sum((v[part].astype(np.float64) @ z[part].astype(np.float64) for part in _parts(len(z))), 0 * total)
             could = could[[(v[could] * (z[could].astype(np.float64) @ exact)).argmax()]]
@@ -85,7 +107,7 @@ def seed(x: F32, w: F32, offsets: I64, count: int) -> tuple[I64, F32]:
         for n in range(1, most):
             chosen = z[rows[b, n - 1] - start]
             own[n - 1] = chosen
-            np.minimum(gap, 1 - z @ chosen, out=gap)
+            np.minimum(gap, 1 - np.vecdot(z, chosen), out=gap)
             could = _could_be_most(v, gap, ROUNDING)
             away = 1 - z[could].astype(np.float64) @ own[:n].T
             weighted = v[could].astype(np.float64) * np.where(away > COVERED, away, 0).min(1)
@@ -100,6 +122,18 @@ def _parts(count: int) -> Iterator[slice]:
     return (slice(low, low + _BLOCK) for low in range(0, count, _BLOCK))
 
 
+def _products(z: F32, c: F32) -> F32:
+    """z c^T, [T, K] float32."""
+    rows = _ALONE // max(c.size, 1)
+    if rows < 8:
+        return z @ c.T
+    across, out = np.ascontiguousarray(c.T), np.empty((len(z), len(c)), np.float32)
+    whole = len(z) // rows * rows
+    np.matmul(z[:whole].reshape(-1, rows, z.shape[1]), across, out=out[:whole].reshape(-1, rows, len(c)))
+    np.matmul(z[whole:], across, out=out[whole:])
+    return out
+
+
 def _could_be_most(v: F32, values: F32, error: float) -> I64:
     """The rows that may have the largest v * value, with values that err by less than `error`."""
     return np.flatnonzero(v * (values + np.float32(error)) >= (v * (values - np.float32(error))).max())
@@ -108,7 +142,7 @@ def _could_be_most(v: F32, values: F32, error: float) -> I64:
 def assign(x: F32, spans: I64, k: I64, centroids: F32) -> tuple[I64, F32]:
     """clustering.assign: labels [L] int64 and cosines [L] float32."""
     parts = [
-        _nearest(x[start:stop], own[:count], x[start:stop] @ own[:count].T)
+        _nearest(x[start:stop], own[:count], _products(x[start:stop], own[:count]))
         for (start, stop), count, own in zip(spans, k, centroids, strict=True)
     ]
     labels, cosines = zip(*parts, strict=True)
@@ -152,9 +186,10 @@ def cluster(
     for (start, stop, _), problems in alike.items():
         z, v = x[start:stop], w[start:stop]
         most = int(k[problems].max())
-        first = z @ x[seeds[problems[0], :most]].T
+        first = _products(z, x[seeds[problems[0], :most]])
         for m in problems:
-            problem = _Problem(z, v, x[seeds[m, : k[m]]], first[:, : k[m]].copy(), penalty / int(k[m]), margin)
+            cosine = first[:, : k[m]].copy() if len(problems) > 1 else first  # each changes its own
+            problem = _Problem(z, v, x[seeds[m, : k[m]]], cosine, penalty / int(k[m]), margin)
             history = problem.run(iterations)
             found.history[m] = np.pad(history, (0, iterations + 1 - len(history)), mode="edge")
             found.objective[m] = history[-1]
@@ -213,7 +248,10 @@ class _Problem:
             self.outdated |= moved
             labels, similarity = self.labels, self._settled(centroids)
             if similarity is None:
-                self.cosine[:, self.outdated] = self.z @ centroids[self.outdated].T
+                if self.outdated.all():
+                    self.cosine = _products(self.z, centroids)
+                else:
+                    self.cosine[:, self.outdated] = _products(self.z, centroids[self.outdated])
                 self.outdated[:] = False
                 labels, similarity = _nearest(self.z, centroids, self.cosine)
             shares = self._shares(self.shares, self.labels, labels)
@@ -256,7 +294,7 @@ class _Problem:
             return None  # not even on average
         cosine = np.empty(len(self.z), np.float32)
         for j, own in _members(np.arange(len(self.z)), self.labels, len(c)):
-            cosine[own] = self.z[own] @ centroids[j]
+            cosine[own] = np.vecdot(self.z[own], centroids[j])
         return cosine if (cosine > least[self.labels]).all() else None
 
     def _moved(self) -> F32:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, Worker
 from keyreel.errors import UnsupportedCodec
 from keyreel.types import U8
+from keyreel_kernels.cpu_search import usable_cores
 
 M = TypeVar("M")
 
@@ -83,7 +83,7 @@ def cpu_decoding(
         threads: of the decoder, or of all lanes together; 0 for as many as there are cores.
         lanes: decoders of one thread each that share a file; by default one for each thread.
     """
-    count = lanes or threads or min(_MOST_LANES, _cores())
+    count = lanes or threads or min(_MOST_LANES, usable_cores())
     lock, used = threading.Lock(), 0
 
     @contextmanager
@@ -108,11 +108,6 @@ def cpu_decoding(
 
     pixels = transform.height * transform.width if transform else 1920 * 1080
     return Decoding(open_lane, np.stack, lanes=count, ahead=max(2, _AHEAD_BYTES // (6 * count * pixels)), whole=True)
-
-
-def _cores() -> int:
-    """That this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _CpuDecoder:
