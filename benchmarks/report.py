@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import suite
+from benchmarks import library_report, suite
 from benchmarks.cases import NAMES
 from benchmarks.rows import Results
 
@@ -146,6 +146,9 @@ def filled(readme: str, results: Results | None = None) -> str:
     found = {name: section() for name, section in SECTIONS.items()}
     if results.last is not None or "<!-- speed -->" in readme:
         found["speed"] = speed(results)
+    at_scale = library_report.section(results)
+    if at_scale or "<!-- library -->" in readme:
+        found["library"] = at_scale
     for name, section in found.items():
         block = "\n".join(filter(None, [f"<!-- {name} -->", section, f"<!-- /{name} -->"]))
         readme, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, readme, flags=re.DOTALL)
@@ -166,7 +169,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     path, results = ROOT / "README.md", Results(RESULTS)
     if not parser.parse_args().write:
-        print("\n\n".join([*(section() for section in SECTIONS.values()), speed(results)]))
+        print(
+            "\n\n".join(
+                [*(section() for section in SECTIONS.values()), speed(results), library_report.section(results)]
+            )
+        )
         return
     path.write_text(filled(path.read_text("utf-8"), results), encoding="utf-8")
     for file, text in files(results).items():

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.cases.encode import ATTENTION
 from benchmarks.cases.end_to_end import NAIVE, SUMMARY
+from benchmarks.cases.index import SUMMARIZE
 from benchmarks.charts import Bar, bars, lines, number
 from benchmarks.rows import Group, Results
 from benchmarks.targets import FULL_DECODE, ONE_START, targets
@@ -30,6 +31,8 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "select": (("cpu_seconds", "wall_seconds", "objective"), ONE_START),
     "search": (("wall_seconds", "cpu_seconds", "peak_mib", "recall"), "numpy"),
     "end_to_end": (("cpu_seconds", "wall_seconds", "peak_mib", "frames", "cosine"), NAIVE),
+    "index": (("wall_seconds", "cpu_seconds", "peak_mib", "frames", "media_mib", "library_mib"), SUMMARIZE),
+    "library": (("p50_seconds", "p99_seconds", "first_seconds", "peak_mib", "recall", "queries"), "numpy"),
 }
 
 
@@ -57,7 +60,7 @@ def group_table(case: str, group: Group) -> str:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
-    if row["unit"] in ("frames", "packets"):
+    if row["unit"] in ("frames", "packets", "queries"):
         return f"{row['median']:,.0f}"
     middle = number(row["median"])
     if row["unit"] != "s" or row["runs"] < 2:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_models
 from cuda_on_host import host_cuda
 
 from keyreel_kernels.cuda import Cuda
@@ -51,3 +53,9 @@ def cuda(request: pytest.FixtureRequest) -> Cuda:
             raise
         pytest.skip(f"no CUDA device: {type(error).__name__}")
     return device
+
+
+@pytest.fixture(scope="session")
+def open_clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The package, which knows the models of tiny_models.py as well."""
+    return tiny_models.register(tmp_path_factory.mktemp("configs"))

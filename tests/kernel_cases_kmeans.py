@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from bounds import FLOAT32
 from numpy.typing import NDArray
+from planted import degenerate, some_video
 
 from keyreel_kernels import clustering, cpu_kmeans, cuda_kmeans
 from keyreel_kernels.clustering import STILL, Clusters, label_starts
@@ -126,17 +129,45 @@ def check_cluster(
     clear = clear_runs(x, w, spans, k, seeds, **rules)
     np.testing.assert_array_equal(found.labels[clear[problem]], expected.labels[clear[problem]])
     assert (np.abs(found.history - expected.history)[clear] <= ROUNDING / 10 * scale[clear][:, None]).all()
-    assert (np.abs(found.objective - expected.objective) <= 1e-4 * scale).all()
+    # What is unclear may come to rest elsewhere, about as low.
+    assert (np.abs(found.objective - expected.objective) <= 1e-2 * scale).all()
     return found, int(clear.sum())
+
+
+def check_degenerate(cuda: Cuda | None, kind: str, *, atol: float) -> None:
+    """Seeds and runs of one of planted.DEGENERATE."""
+    x, w, most = degenerate(kind)
+    span, rules = np.array([[0, len(x)]]), {"penalty": 0.1, "margin": 0.8, "iterations": 50}
+    for k in (1, 2, 5, 20):
+        rows, gaps = on(cuda, "seed", x, w, span[0], k)
+        expected, sizes = clustering.seed(x, w, span[0], k)
+        np.testing.assert_array_equal(rows, expected)
+        np.testing.assert_allclose(gaps, sizes, atol=FLOAT32)
+        count = int((rows >= 0).sum())
+        assert count == min(k, most)
+        found = on(cuda, "cluster", x, w, span, np.array([count]), rows, **rules)
+        wanted = clustering.cluster(x, w, span, np.array([count]), rows, **rules)
+        np.testing.assert_array_equal(found.labels, wanted.labels)
+        np.testing.assert_allclose(found.objective, wanted.objective, atol=atol)
+
+
+# Kinds of frames, and labels where the caller seeds the first of them twice.
+SEEDED_TWICE = [(2, [0, 0, 0, 2, 2]), (3, [0, 0, 0, 2, 1])]
+
+
+def check_seeded_twice(cluster: Callable[..., Clusters], kinds: int, labels: list[int]) -> None:
+    """A cluster without a frame goes where it is needed or stays: no error, no rise of J."""
+    x = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, kinds - 1]]
+    spans, k, seeds = np.array([[0, 5]]), np.array([3]), np.array([[0, 1, 3]])
+    found = cluster(x, np.ones(5, np.float32), spans, k, seeds, penalty=0.1, margin=0.8, iterations=9)
+    assert found.labels.tolist() == labels
+    assert found.similarity.tolist() == [1] * 5
+    assert (np.diff(found.history) <= 0).all()
 
 
 def some_problems(draw: np.random.Generator, counts: list[int], width: int, most: int) -> tuple[Any, ...]:
     """x, w, spans, k and seeds: ragged videos, several K of each."""
-    from test_clustering import some_vectors, some_weights
-
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    x = np.concatenate([some_vectors(draw, count, width) for count in counts])
-    w = np.concatenate([some_weights(draw, count) for count in counts])
+    x, w, offsets = some_video(draw, counts, width)
     seeds, _ = clustering.seed(x, w, offsets, most)
     problems = [
         (b, k) for b in range(len(counts)) for k in sorted(set(draw.integers(1, (seeds[b] >= 0).sum() + 1, size=2)))

@@ -25,6 +25,7 @@ from keyreel.bench import bench
 from keyreel.bench_results import bench_schema, measured, summed
 from keyreel.bundle import Bundle
 from keyreel.config import BenchConfig, EncodeConfig, ImageTransform, Sampling, SelectConfig
+from keyreel.decode.sampling import NoFrames
 from keyreel.decode.source import Source
 from keyreel.errors import CorruptStream, Failure
 from keyreel.stopwatch import Stopwatch
@@ -169,6 +170,22 @@ def test_figures_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None
     assert dataclasses.astuple(found.total.seconds) == (19.0, 17.5, 21.0)
     assert (found.total.frames, found.total.packets_fed, found.total.video_seconds) == (80, 600, 40.0)
     jsonschema.validate(found.document(), bench_schema())
+
+
+@pytest.mark.parametrize(("error", "hidden"), [(NoFrames("no key frame"), True), (ValueError("a bug"), False)])
+def test_only_a_window_without_such_frames_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, error: ValueError, hidden: bool
+) -> None:
+    class Fails(Pretend):
+        def summarize(self, source: Source, *, sampling: Sampling, **rest: Any) -> Any:
+            if sampling.mode == "keyframes":
+                raise error
+            return super().summarize(source, sampling=sampling, **rest)
+
+    engine: Any = Fails(Clock(monkeypatch), [1.0, 1.0])
+    found = bench(engine, [Source("a")], config=BenchConfig(runs=1))
+    assert [other.sampling for video in found.videos for other in video.alternatives] == (["near"] if hidden else [])
+    assert [failure.error.args[0] for failure in found.failed] == ([] if hidden else ["ValueError: a bug"])
 
 
 def row(**changed: float) -> dict[str, float]:

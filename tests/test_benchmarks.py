@@ -14,8 +14,8 @@ import av
 import numpy as np
 import pytest
 
-from benchmarks import charts, content, measure, report, run, suite, worker
-from benchmarks.cases import NAMES, decode, search
+from benchmarks import charts, content, library_report, measure, report, run, suite, tiny, worker
+from benchmarks.cases import NAMES, decode, library, search
 from benchmarks.content import Clip
 from benchmarks.measure import Folders, Measurement
 from benchmarks.peers import clusterers, searchers
@@ -89,6 +89,19 @@ def test_a_long_clip_is_a_short_one_over_and_over(tmp_path: Path) -> None:
         np.testing.assert_array_equal(frame.to_ndarray(), expected[number % 30])
 
 
+def test_tiny_clips_differ_and_come_from_their_numbers(tmp_path: Path) -> None:
+    few, more = tiny.clips(tmp_path / "a", 3), tiny.clips(tmp_path / "b", 5)
+    assert [path.read_bytes() for path in few] == [path.read_bytes() for path in more[:3]]
+    assert len({path.read_bytes() for path in more}) == 5
+    with av.open(str(few[0])) as container:
+        pictures = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(float)
+    assert pictures.shape == (10, 90, 160, 3)
+    # One cut, in the middle, and movement before and after it.
+    change = np.abs(np.diff(pictures, axis=0)).mean((1, 2, 3))
+    assert change.argmax() == 4
+    assert np.delete(change, 4).min() > 0.5
+
+
 def test_every_case_asks_for_what_it_has() -> None:
     assert sorted(NAMES) == sorted(file.stem for file in Path(decode.__file__).parent.glob("[a-z]*.py"))
     folders = Folders(Path("nowhere"), Path("nowhere"))
@@ -146,6 +159,30 @@ def test_peers_do_what_they_are_said_to(tmp_path: Path) -> None:
     for own in (clusterers.keyreel(x, 4)(), labels):
         assert [len(set(own[n : n + 25])) for n in range(0, 100, 25)] == [1] * 4
         assert len(set(own)) == 4
+
+
+@pytest.mark.parametrize("system", ["keyreel", "keyreel videos", "numpy", "lancedb flat"])
+def test_searches_of_a_library_find_the_row_that_the_query_is_near(system: str, library_of_rows: Folders) -> None:
+    params = {"rows": 2 * library.ROWS_A_VIDEO}
+    found = library.check(system, params, library_of_rows, library.SYSTEMS[system](params, library_of_rows)())
+    assert found["recall"] == 1
+    assert found["queries"] == 200
+    assert 0 < found["p50_seconds"] <= found["p99_seconds"]
+    assert ("commit_seconds" in found) == (system == "keyreel")
+
+
+@pytest.fixture(scope="module")
+def library_of_rows(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    pytest.importorskip("lancedb", reason="libraries need lancedb")
+    folders = Folders(tmp_path_factory.mktemp("content"), Path("nowhere"))
+    library.ready({"rows": 2 * library.ROWS_A_VIDEO}, folders)
+    kept = np.load(library.place({"rows": 1000}, folders) / "best.npz")
+    vectors = np.concatenate([library.vectors_of(0), library.vectors_of(1)])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    scores = kept["queries"] @ vectors.T
+    np.testing.assert_array_equal(scores.argmax(1), kept["best"])
+    np.testing.assert_allclose(scores.max(1), kept["score"], atol=1e-3)
+    return folders
 
 
 def test_a_search_that_needs_more_memory_than_there_is_is_skipped(tmp_path: Path) -> None:
@@ -395,6 +432,35 @@ def test_without_rows_there_is_no_section(tmp_path: Path) -> None:
     assert "speed" not in report.SECTIONS
     blank = report.filled(readme.replace("<!-- speed -->", "<!-- speed -->\nold"), empty)
     assert "old\n" not in blank.partition("<!-- speed -->")[2].partition("<!-- /speed -->")[0]
+
+
+def test_what_a_million_hours_take_is_computed_from_the_rows(tmp_path: Path) -> None:
+    clip, tiny_clips = {"height": 1080, "gop": 250, "seconds": 30}, {"of": "tiny clips", "videos": 100}
+    rows = [
+        *synthetic("end_to_end", clip, "keyreel summary", cpu_seconds=15.0),
+        *synthetic("index", tiny_clips, "keyreel", cpu_seconds=14.0, wall_seconds=20.0, videos=100, library_mib=2.0),
+        *synthetic("index", tiny_clips, "keyreel summarize", cpu_seconds=4.0, wall_seconds=5.0, videos=100),
+        *synthetic("index", tiny_clips, "keyreel again", cpu_seconds=0.2, wall_seconds=0.3, videos=100),
+        *synthetic("index", {"of": "real clips"}, "keyreel", cpu_seconds=9.0, library_mib=10.0, hours=0.25),
+        *synthetic("library", {"rows": 1000}, "keyreel", p50_seconds=0.001, p99_seconds=0.002, commit_seconds=0.05),
+        *synthetic("library", {"rows": 1000}, "numpy", p50_seconds=0.003, p99_seconds=0.004, recall=0.5),
+        *synthetic("kills", {"of": "adding"}, "keyreel", kills=200, lost_videos=0, findings=0),
+        *synthetic("drain", {"clients": 4}, "keyreel serve", accepted=7, lost_jobs=0),
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = Results(tmp_path)
+    assert library_report.Scale.of(results) == library_report.Scale(0.5, 0.1, 0.05, 0.002, 40.0)
+    text = " ".join(library_report.section(results).split())
+    # 6,000,000 videos of 600 s at 0.5 CPU-seconds a second, and 0.1 each: 300.1 s a video.
+    for said in ("6,000,000 videos", "500,167 core-hours", "10.9 machines", "38.1 TiB", "3.60 billion rows"):
+        assert said in text
+    assert "6,002 cores" in text  # 300.1 / 0.05
+    assert "3.47 days" in text  # 6,000,000 commits of 50 ms
+    assert "| 100 tiny clips | keyreel | 5.00 | 200 | 140 | 2.00 MiB, 20.5 KiB a video |" in text
+    assert "| numpy | 3.00 / 4.00, recall 0.500 |" in text
+    assert "200 times at random points of adding: 0 committed videos lost" in text
+    assert "7 jobs had been accepted, 0 were lost" in text
+    assert library_report.section(Results(tmp_path / "none")) == ""
 
 
 def test_with_rows_the_readme_must_have_a_place(results: Results) -> None:

@@ -193,6 +193,11 @@ def test_sampling_options_reach_the_decoder(clip: Path, tmp_path: Path) -> None:
             name: getattr(sampling, name) for name in ("mode", "fps", "tolerance_seconds", "every")
         }
     assert run("search", "a dog", clip, "--sampling", "nearly").returncode == 2
+    # Times can be given from Python alone: the help does not name them, and who tries is told.
+    assert b"times, keyframes" not in run("search", "--help").stdout
+    refused = run("search", "a dog", clip, "--sampling", "times")
+    assert refused.returncode == 2
+    assert b"only Python can give" in refused.stderr
 
 
 def test_demo_finds_what_it_shows(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 from bounds import AT_MARGIN, AT_REST, FLOAT32, FLOAT64_SUM, ROUNDED_CENTROIDS, SKLEARN_SHARE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases_kmeans import SEEDED_TWICE, check_seeded_twice
 from numpy.typing import NDArray
+from planted import DEGENERATE, degenerate, scenes, some_vectors, some_weights, unit
 
 from keyreel_kernels import Ops
 from keyreel_kernels.clustering import COVERED, Clusters, label_starts
@@ -23,32 +25,6 @@ OPS = Ops("cpu")
 PENALTIES = st.sampled_from([0.0, 0.1, 1.0, 10.0])
 MARGINS = st.sampled_from([-1.0, 0.0, 0.5, 0.8, 1.0])
 DRAWS = st.integers(0, 2**32 - 1)
-
-
-def unit(values: NDArray[Any]) -> F32:
-    result: F32 = (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32)
-    return result
-
-
-def scenes(draw: np.random.Generator, sizes: list[int], width: int, noise: float) -> F32:
-    """Frames of well separated scenes (orthogonal before the noise), one scene after the other."""
-    centres = np.eye(width)[: len(sizes)]
-    return unit(np.repeat(centres, sizes, axis=0) + noise * draw.normal(size=(sum(sizes), width)))
-
-
-def some_vectors(draw: np.random.Generator, count: int, width: int) -> F32:
-    """Unit vectors of one of the kinds that video gives: unrelated, a few scenes, scenes with exact repeats."""
-    kind = draw.integers(3)
-    if kind == 0:
-        return unit(draw.normal(size=(count, width)))
-    centres = draw.normal(size=(draw.integers(1, 6), width))
-    scene = np.sort(draw.integers(len(centres), size=count))
-    return unit(centres[scene] + (0.3 if kind == 1 else 0.0) * draw.normal(size=(count, width)))
-
-
-def some_weights(draw: np.random.Generator, count: int) -> F32:
-    w = draw.choice([1e-3, 0.2, 1.0], size=count) * draw.random(count) ** draw.integers(0, 2)
-    return np.where(draw.random(count) < 0.1, 0, w).astype(np.float32)
 
 
 def run(x: F32, w: F32, k: int, *, penalty: float, margin: float, iterations: int = 100) -> Clusters:
@@ -356,26 +332,9 @@ def test_at_rest_no_step_gains(number: int, penalty: float, margin: float) -> No
         assert best_objective(x, w, moved[0], penalty, margin) >= found.objective[0] - AT_REST * (1 + penalty)
 
 
-@pytest.mark.parametrize("kind", ["one frame", "all equal", "two kinds", "some zero", "all tiny", "all zero", "flash"])
+@pytest.mark.parametrize("kind", DEGENERATE)
 def test_degenerate_videos(kind: str) -> None:
-    draw = np.random.default_rng(8)
-    x, w = unit(draw.normal(size=(9, 5))), np.ones(9, np.float32)
-    most = 9
-    if kind == "one frame":
-        x, w, most = x[:1], w[:1], 1
-    elif kind == "all equal":
-        x, most = np.repeat(x[:1], 9, axis=0), 1
-    elif kind == "two kinds":
-        x, most = x[[0, 1, 0, 0, 1, 1, 0, 1, 0]], 2
-    elif kind == "some zero":
-        w[::3] = 0
-        most = 6
-    elif kind == "all tiny":
-        w *= np.float32(1e-12)
-    elif kind == "all zero":
-        w[:], most = 0, 1
-    else:
-        w[4] = 1e-3
+    x, w, most = degenerate(kind)
     for k in (1, 2, 5, 20):
         found = run(x, w, k, penalty=0.1, margin=0.8)
         assert found.centroids.shape[1] == min(k, most)
@@ -386,15 +345,9 @@ def test_degenerate_videos(kind: str) -> None:
             np.testing.assert_allclose(found.similarity[w > 0], 1, atol=FLOAT32)
 
 
-@pytest.mark.parametrize(("kinds", "labels"), [(2, [0, 0, 0, 2, 2]), (3, [0, 0, 0, 2, 1])])
+@pytest.mark.parametrize(("kinds", "labels"), SEEDED_TWICE)
 def test_a_cluster_without_a_frame_goes_where_it_is_needed_or_stays(kinds: int, labels: list[int]) -> None:
-    """The caller seeds the same kind of frame twice: no error, no rise of J."""
-    x = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, kinds - 1]]
-    spans, k, seeds = np.array([[0, 5]]), np.array([3]), np.array([[0, 1, 3]])
-    found = OPS.cluster(x, np.ones(5, np.float32), spans, k, seeds, penalty=0.1, margin=0.8, iterations=9)
-    assert found.labels.tolist() == labels
-    assert found.similarity.tolist() == [1] * 5
-    assert (np.diff(found.history) <= 0).all()
+    check_seeded_twice(OPS.cluster, kinds, labels)
 
 
 # --- quality ------------------------------------------------------------------------------------------------------

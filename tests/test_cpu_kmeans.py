@@ -10,9 +10,15 @@ import pytest
 from bounds import FLOAT32
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases_kmeans import check_cluster, some_problems, unclear_labels
-from planted import planted
-from test_clustering import some_vectors, some_weights, unit
+from kernel_cases_kmeans import (
+    SEEDED_TWICE,
+    check_cluster,
+    check_degenerate,
+    check_seeded_twice,
+    some_problems,
+    unclear_labels,
+)
+from planted import DEGENERATE, planted, some_video, unit
 from threadpoolctl import threadpool_limits
 
 from keyreel_kernels import clustering, cpu_kmeans
@@ -22,13 +28,6 @@ DRAWS = st.integers(0, 2**32 - 1)
 PENALTIES = st.sampled_from([0.0, 0.1, 1.0, 10.0])
 MARGINS = st.sampled_from([-1.0, 0.0, 0.5, 0.8, 1.0])
 COUNTS = st.lists(st.integers(1, 60), min_size=1, max_size=3)
-
-
-def some_video(draw: np.random.Generator, counts: list[int], width: int) -> tuple[Any, Any, Any]:
-    """x, w and offsets."""
-    x = np.concatenate([some_vectors(draw, count, width) for count in counts])
-    w = np.concatenate([some_weights(draw, count) for count in counts])
-    return x, w, np.concatenate([[0], np.cumsum(counts)])
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------
@@ -71,47 +70,14 @@ def test_more_frames_than_a_block_and_many_clusters(kind: str) -> None:
     np.testing.assert_allclose(np.linalg.norm(found.centroids[1, :6], axis=1), 1, atol=FLOAT32)
 
 
-@pytest.mark.parametrize("kind", ["one frame", "all equal", "two kinds", "some zero", "all tiny", "all zero", "flash"])
+@pytest.mark.parametrize("kind", DEGENERATE)
 def test_degenerate_videos(kind: str) -> None:
-    """Those of test_clustering.py."""
-    draw = np.random.default_rng(8)
-    x, w, most = unit(draw.normal(size=(9, 5))), np.ones(9, np.float32), 9
-    if kind == "one frame":
-        x, w, most = x[:1], w[:1], 1
-    elif kind == "all equal":
-        x, most = np.repeat(x[:1], 9, axis=0), 1
-    elif kind == "two kinds":
-        x, most = x[[0, 1, 0, 0, 1, 1, 0, 1, 0]], 2
-    elif kind == "some zero":
-        w[::3], most = 0, 6
-    elif kind == "all tiny":
-        w *= np.float32(1e-12)
-    elif kind == "all zero":
-        w[:], most = 0, 1
-    else:
-        w[4] = 1e-3
-    span, rules = np.array([[0, len(x)]]), {"penalty": 0.1, "margin": 0.8, "iterations": 50}
-    for k in (1, 2, 5, 20):
-        rows, gaps = cpu_kmeans.seed(x, w, span[0], k)
-        expected, sizes = clustering.seed(x, w, span[0], k)
-        np.testing.assert_array_equal(rows, expected)
-        np.testing.assert_allclose(gaps, sizes, atol=FLOAT32)
-        count = int((rows >= 0).sum())
-        assert count == min(k, most)
-        found = cpu_kmeans.cluster(x, w, span, np.array([count]), rows, **rules)
-        wanted = clustering.cluster(x, w, span, np.array([count]), rows, **rules)
-        np.testing.assert_array_equal(found.labels, wanted.labels)
-        np.testing.assert_allclose(found.objective, wanted.objective, atol=FLOAT32)
+    check_degenerate(None, kind, atol=FLOAT32)
 
 
-@pytest.mark.parametrize(("kinds", "labels"), [(2, [0, 0, 0, 2, 2]), (3, [0, 0, 0, 2, 1])])
+@pytest.mark.parametrize(("kinds", "labels"), SEEDED_TWICE)
 def test_a_cluster_without_a_frame_goes_where_it_is_needed_or_stays(kinds: int, labels: list[int]) -> None:
-    x = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, kinds - 1]]
-    spans, k, seeds = np.array([[0, 5]]), np.array([3]), np.array([[0, 1, 3]])
-    rules: dict[str, Any] = {"penalty": 0.1, "margin": 0.8, "iterations": 9}
-    found = cpu_kmeans.cluster(x, np.ones(5, np.float32), spans, k, seeds, **rules)
-    assert found.labels.tolist() == labels
-    assert found.similarity.tolist() == [1] * 5
+    check_seeded_twice(cpu_kmeans.cluster, kinds, labels)
 
 
 def test_problems_with_other_seeds_over_one_span_do_not_share_them() -> None:
@@ -161,6 +127,25 @@ def test_no_numbers_are_refused(bad: float) -> None:
     rules: dict[str, Any] = {"penalty": 0.1, "margin": 0.8, "iterations": 4}
     with pytest.raises(ValueError, match="problem 1 has 3 clusters and 0 valid seeds"):
         cpu_kmeans.cluster(x, w, np.array([[0, 5], [5, 12]]), np.array([3, 3]), rows, **rules)
+
+
+def test_sums_do_not_drift_over_rounds() -> None:
+    draw = np.random.default_rng(4)
+    x, w = unit(draw.normal(size=(300, 16))), draw.random(300).astype(np.float32)
+    labels = draw.integers(3, size=300)
+
+    def errs(problem: Any) -> float:
+        exact = np.zeros((3, 16))
+        np.add.at(exact, labels, w[:, None].astype(np.float64) * x / w.sum(dtype=np.float64))
+        return float(np.abs(problem.shares - exact).max())
+
+    problem = cpu_kmeans._Problem(x, w, x[:3], x @ x[:3].T, 0.1, 0.8)
+    problem.shares = problem._shares(problem.shares, problem.labels, labels)
+    for _ in range(3000):
+        before = labels
+        labels = np.where(draw.random(300) < 0.2, draw.integers(3, size=300), before)
+        problem.shares = problem._shares(problem.shares, before, labels)
+    assert errs(problem) < 1e-8
 
 
 # --- steps --------------------------------------------------------------------------------------------------------

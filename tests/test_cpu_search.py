@@ -22,9 +22,10 @@ from keyreel_kernels import cpu_search, reference
     st.integers(0, 70),
     st.booleans(),
     st.integers(1, 90),
+    st.sampled_from([0.0, 0.1, 0.9]),
 )
 def test_top_k_with_ties_over_small_blocks(
-    number: int, queries: int, count: int, k: int, rising: bool, threaded: int
+    number: int, queries: int, count: int, k: int, rising: bool, threaded: int, missing: float
 ) -> None:
     draw = np.random.default_rng(number)
     # Small whole numbers: products are exact, and full of ties.
@@ -32,12 +33,15 @@ def test_top_k_with_ties_over_small_blocks(
     x = draw.integers(-2, 3, (count, 3)).astype(np.float32)
     if rising and queries:  # every block has better ones than all before
         x = x[np.argsort(x @ q[0], kind="stable")]
+    x[draw.random(len(x)) < missing] = np.nan
     with patch.multiple(cpu_search, _ROWS=8, _CACHED=3, _ROWS_A_PART=threaded):
         scores, rows = cpu_search.top_k(q, x, k)
     expected, order = reference.top_k(q, x, k)
     assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
     np.testing.assert_array_equal(scores, expected)
     np.testing.assert_array_equal(rows, order)
+    for n, own in enumerate(q @ x.T):  # the definition in Python's own words
+        assert order[n].tolist() == sorted(range(count), key=lambda row: (np.isnan(own[row]), -own[row], row))[:k]
 
 
 @pytest.mark.parametrize("queries", [1, 5])

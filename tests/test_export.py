@@ -34,11 +34,6 @@ VIT = "keyreel-tiny-vit"
 
 
 @pytest.fixture(scope="module")
-def open_clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny_models.register(tmp_path_factory.mktemp("configs"))
-
-
-@pytest.fixture(scope="module")
 def exported(open_clip: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "vit"
     stages: list[tuple[str, float]] = []
@@ -68,17 +63,10 @@ def chain(folder: Path, frames: Any, strength: float) -> Any:
     return run(folder, "fusion", tokens=found, attention=attention, strength=np.array(strength, np.float32))
 
 
-def stock_vectors(model: Any, frames: Any) -> Any:
-    config = model.visual.preprocess_cfg
-    images = (frames / 255.0 - np.array(config["mean"])) / np.array(config["std"])
-    with torch.no_grad():
-        return model.encode_image(torch.from_numpy(images.transpose(0, 3, 1, 2)).float(), normalize=True).numpy()
-
-
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_images_equal_open_clip(open_clip: Any, exported: Path, count: int) -> None:
     frames = np.random.default_rng(count).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
-    stock = stock_vectors(tiny_models.build(open_clip, VIT, seed=7), frames)
+    stock = tiny_models.stock_vectors(tiny_models.build(open_clip, VIT, seed=7), frames)
     np.testing.assert_allclose(chain(exported, frames, 0.0), stock, atol=1e-5)
     moved = chain(exported, frames, 2.0)
     assert np.abs(moved - stock).max() > 1e-4
@@ -100,7 +88,7 @@ def test_images_equal_open_clip_on_openvino(
         name: session_openvino.open_openvino(exported / f"{name}.onnx") for name in ("backbone", "attention", "fusion")
     }
     frames = verify.sample_frames(64, 64, count=5, seed=3)
-    stock = stock_vectors(tiny_models.build(open_clip, VIT, seed=7), frames)
+    stock = tiny_models.stock_vectors(tiny_models.build(open_clip, VIT, seed=7), frames)
     fused = {"tokens": opened["backbone"].run({"frames": frames})["tokens"]}
     fused["attention"] = opened["attention"].run({"frames": frames})["attention"]
     for strength, expected in ((0.0, stock), (2.0, chain(exported, frames, 2.0))):

@@ -12,9 +12,19 @@ from bounds import FLOAT32
 from cuda_on_host import host_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases_kmeans import I64, as_kind, cases, check_cluster, on, some_problems, unclear_labels
-from planted import embedding_of, planted
-from test_clustering import some_vectors, some_weights, unit
+from kernel_cases_kmeans import (
+    I64,
+    SEEDED_TWICE,
+    as_kind,
+    cases,
+    check_cluster,
+    check_degenerate,
+    check_seeded_twice,
+    on,
+    some_problems,
+    unclear_labels,
+)
+from planted import DEGENERATE, embedding_of, planted, scenes, some_video, unit
 
 from keyreel.config import SelectConfig
 from keyreel.select import select_keyframes
@@ -130,47 +140,14 @@ def test_two_runs_are_equal_bit_by_bit(cuda: Cuda) -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
 
 
-@pytest.mark.parametrize("kind", ["one frame", "all equal", "two kinds", "some zero", "all tiny", "all zero", "flash"])
+@pytest.mark.parametrize("kind", DEGENERATE)
 def test_degenerate_videos(cuda: Cuda, kind: str) -> None:
-    """Those of test_clustering.py; ties go to the lowest index, clusters without a frame to where they are needed."""
-    draw = np.random.default_rng(8)
-    x, w, most = unit(draw.normal(size=(9, 5))), np.ones(9, np.float32), 9
-    if kind == "one frame":
-        x, w, most = x[:1], w[:1], 1
-    elif kind == "all equal":
-        x, most = np.repeat(x[:1], 9, axis=0), 1
-    elif kind == "two kinds":
-        x, most = x[[0, 1, 0, 0, 1, 1, 0, 1, 0]], 2
-    elif kind == "some zero":
-        w[::3] = 0
-        most = 6
-    elif kind == "all tiny":
-        w *= np.float32(1e-12)
-    elif kind == "all zero":
-        w[:], most = 0, 1
-    else:
-        w[4] = 1e-3
-    span, rules = np.array([[0, len(x)]]), {"penalty": 0.1, "margin": 0.8, "iterations": 50}
-    for k in (1, 2, 5, 20):
-        rows, gaps = on(cuda, "seed", x, w, span[0], k)
-        expected, sizes = clustering.seed(x, w, span[0], k)
-        np.testing.assert_array_equal(rows, expected)
-        np.testing.assert_allclose(gaps, sizes, atol=FLOAT32)
-        count = int((rows >= 0).sum())
-        assert count == min(k, most)
-        found = on(cuda, "cluster", x, w, span, np.array([count]), rows, **rules)
-        wanted = clustering.cluster(x, w, span, np.array([count]), rows, **rules)
-        np.testing.assert_array_equal(found.labels, wanted.labels)
-        np.testing.assert_allclose(found.objective, wanted.objective, atol=ROUNDING / 10)
+    check_degenerate(cuda, kind, atol=ROUNDING / 10)
 
 
-@pytest.mark.parametrize(("kinds", "labels"), [(2, [0, 0, 0, 2, 2]), (3, [0, 0, 0, 2, 1])])
+@pytest.mark.parametrize(("kinds", "labels"), SEEDED_TWICE)
 def test_a_cluster_without_a_frame_goes_where_it_is_needed_or_stays(cuda: Cuda, kinds: int, labels: list[int]) -> None:
-    x = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, kinds - 1]]
-    spans, k, seeds = np.array([[0, 5]]), np.array([3]), np.array([[0, 1, 3]])
-    found = on(cuda, "cluster", x, np.ones(5, np.float32), spans, k, seeds, penalty=0.1, margin=0.8, iterations=9)
-    assert found.labels.tolist() == labels
-    assert found.similarity.tolist() == [1] * 5
+    check_seeded_twice(functools.partial(on, cuda, "cluster"), kinds, labels)
 
 
 @pytest.mark.parametrize("number", range(2))
@@ -194,9 +171,9 @@ def some_state(number: int) -> tuple[Any, ...]:
     """x, w, spans, k, centroids and labels that come from nowhere; some clusters without a frame, some close pairs."""
     draw = np.random.default_rng(number)
     counts = draw.integers(1, 40, size=2)
-    offsets, width = np.concatenate([[0], np.cumsum(counts)]), int(draw.integers(2, 30))
-    x = np.concatenate([some_vectors(draw, count, width) for count in counts])
-    w = np.concatenate([some_weights(draw, count) + np.float32(0.01) for count in counts])
+    width = int(draw.integers(2, 30))
+    x, w, offsets = some_video(draw, counts.tolist(), width)
+    w += np.float32(0.01)
     spans, k = np.array([[0, offsets[1]], [offsets[1], offsets[2]], [0, offsets[2]]]), draw.integers(1, 8, size=3)
     centroids = np.zeros((3, k.max(), width), np.float32)
     for m in range(3):
@@ -257,8 +234,6 @@ def test_objective_update_and_relocation(cuda: Cuda, number: int, penalty: float
 
 
 def test_empty_clusters_go_to_the_worst_covered_frames(cuda: Cuda) -> None:
-    from test_clustering import scenes
-
     x = scenes(np.random.default_rng(1), [5, 5, 5], 8, 0.02)
     centroids = np.stack([x[0], -x[0], -x[0]])[None]
     state = (np.ones(15, np.float32), np.array([[0, 15]]), np.array([3]), centroids, np.zeros(15, np.int64))
@@ -271,10 +246,8 @@ def test_empty_clusters_go_to_the_worst_covered_frames(cuda: Cuda) -> None:
 
 
 def check_seeds(cuda: Cuda, number: int, counts: list[int], width: int, most: int, kind: str) -> None:
-    draw = np.random.default_rng(number)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    given_x, x = as_kind(np.concatenate([some_vectors(draw, count, width) for count in counts]), kind)
-    w = np.concatenate([some_weights(draw, count) for count in counts])
+    x, w, offsets = some_video(np.random.default_rng(number), counts, width)
+    given_x, x = as_kind(x, kind)
     rows, gaps = on(cuda, "seed", given_x, w, offsets, most)
     expected, sizes = clustering.seed(x, w, offsets, most)
     for b in range(len(counts)):
@@ -300,9 +273,8 @@ def test_seeds_in_every_layout(name: str) -> None:
 @settings(max_examples=25, deadline=None)
 @given(DRAWS, st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 40), st.integers(1, 4), KINDS)
 def test_temporal_support(cuda: Cuda, number: int, counts: list[int], width: int, reach: int, kind: str) -> None:
-    draw = np.random.default_rng(number)
-    given_x, x = as_kind(np.concatenate([some_vectors(draw, count, width) for count in counts]), kind)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
+    x, _, offsets = some_video(np.random.default_rng(number), counts, width)
+    given_x, x = as_kind(x, kind)
     support, smooth = on(cuda, "temporal_support", given_x, offsets, reach)
     expected, mean = clustering.temporal_support(x, offsets, reach)
     np.testing.assert_allclose(support, expected, atol=FLOAT32)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -193,11 +194,52 @@ def test_the_second_start_takes_what_was_compiled(cache: Path) -> None:
     np.testing.assert_array_equal(first.run(ids)["vectors"], third.run(ids)["vectors"])
 
 
+def test_what_was_not_used_for_a_month_is_deleted(cache: Path) -> None:
+    folder = cache / "openvino"
+    folder.mkdir(parents=True)
+    now = time.time()
+    for name, read, written in (("old.blob", 31, 400), ("read.blob", 2, 400), ("new.blob", 29, 29), ("other", 99, 99)):
+        (folder / name).touch()
+        os.utime(folder / name, (now - read * 86400, now - written * 86400))
+    open_openvino(BUILTIN.file("fusion.onnx"))
+    (compiled,) = {path.name for path in folder.iterdir()} - {"read.blob", "new.blob", "other"}
+    assert compiled.endswith(".blob")
+    # A start that compiles nothing looks at nothing.
+    os.utime(folder / "new.blob", (0, 0))
+    open_openvino(BUILTIN.file("fusion.onnx"))
+    assert {path.name for path in folder.iterdir()} == {compiled, "read.blob", "new.blob", "other"}
+
+
 def test_without_a_cache_folder_it_runs_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("KEYREEL_CACHE", str(tmp_path / "file"))
     found = open_openvino(BUILTIN.file("text.onnx")).run({"token_ids": np.ones((1, BUILTIN.context_length), np.int64)})
     assert np.linalg.norm(found["vectors"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_threads_that_are_the_first_to_run_a_graph_do_not_wait_for_each_other() -> None:
+    """As two videos that are indexed at once do. With threads that change places often, every other run met it."""
+    code = """
+import sys, threading
+import numpy as np
+from keyreel.bundle import Bundle
+from keyreel.session_openvino import open_openvino
+path, width = Bundle.find("builtin").file("text.onnx"), Bundle.find("builtin").context_length
+session = open_openvino(path)
+sys.setswitchinterval(1e-6)
+start, found = threading.Barrier(8), []
+def use():
+    start.wait()
+    found.append(session.run({"token_ids": np.ones((1, width), np.int64)})["vectors"])
+threads = [threading.Thread(target=use, daemon=True) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(60)
+print(len(found), np.abs(np.diff(np.concatenate(found), axis=0)).max() < 1e-6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["8", "True"]
 
 
 # --- which runtime is taken -----------------------------------------------------------------------------------------
@@ -234,6 +276,20 @@ except Exception as error:
     return done.stdout.strip()
 
 
+def test_openvino_reports_to_nobody() -> None:
+    """Its import sends an event to Google Analytics from a forked process, where the package for that is found."""
+    code = """
+import sys
+from keyreel.bundle import Bundle
+from keyreel.session_openvino import open_openvino
+open_openvino(Bundle.find("builtin").file("text.onnx"))
+import openvino.tools.ovc
+print(sys.modules["openvino_telemetry"], [name for name in sys.modules if name.startswith("openvino_telemetry.")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "None []\n"
+
+
 def test_the_faster_runtime_that_is_there_is_taken() -> None:
     own = f"asked for; inference by openvino in {image_precision()}"
     assert outcome((), None) == f"OpenVINOSession {own}"
@@ -255,6 +311,29 @@ def test_a_choice_never_falls_back() -> None:
     assert missing.startswith("MissingExtra")
     assert "pip install 'keyreel[cpu]'" in missing
     assert outcome((), "tensorflow").startswith("ValueError KEYREEL_CPU_RUNTIME must be auto, openvino or onnxruntime")
+
+
+BROKEN = "libtbb.so.12: cannot open shared object file"
+
+
+def test_a_broken_openvino_is_told_and_never_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "openvino.py").write_text(f"raise ImportError({BROKEN!r})")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    own = f"OpenVINO does not start: {BROKEN}"
+    assert outcome((), None) == f"OnnxRuntimeSession asked for; inference by onnxruntime; {own}"
+    for found in (outcome((), "openvino"), outcome(("onnxruntime",), None)):
+        assert found.startswith(f"BackendUnavailable {own}")
+        assert "KEYREEL_CPU_RUNTIME=onnxruntime" in found
+
+
+def test_a_broken_onnxruntime_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for content in ("import no_such_module", "raise ImportError('no libc')", ""):
+        (tmp_path / "onnxruntime.py").write_text(content)
+        assert outcome((), None).startswith("OpenVINOSession asked for")
+        found = outcome((), "onnxruntime")
+        assert found.startswith("BackendUnavailable the package onnxruntime is there but broken")
+        assert "pip install 'keyreel[cpu]'" in found
 
 
 def test_the_engine_says_what_it_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,5 +370,40 @@ def test_doctor_looks_at_both(monkeypatch: pytest.MonkeyPatch) -> None:
         (other,) = [probe for probe in probes.probes() if probe.name == "onnxruntime"]
         assert other.required
     monkeypatch.undo()
+    monkeypatch.delenv("KEYREEL_CPU_RUNTIME", raising=False)
     (other,) = [probe for probe in probes.probes() if probe.name == "onnxruntime"]
     assert (other.passed, other.required) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "found", "required"),
+    [
+        (None, f"openvino in {image_precision()}", "openvino"),
+        ("openvino", f"openvino in {image_precision()}, as KEYREEL_CPU_RUNTIME says", "openvino"),
+        ("onnxruntime", "onnxruntime, as KEYREEL_CPU_RUNTIME says", "onnxruntime"),
+    ],
+)
+def test_doctor_names_the_runtime_that_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, found: str, required: str
+) -> None:
+    monkeypatch.delenv("KEYREEL_CPU_RUNTIME", raising=False)
+    if chosen:
+        monkeypatch.setenv("KEYREEL_CPU_RUNTIME", chosen)
+    seen = {probe.name: probe for probe in probes.probes()}
+    assert (seen["cpu runtime"].passed, seen["cpu runtime"].found) == (True, found)
+    assert {name: seen[name].required for name in ("openvino", "onnxruntime")} == {
+        name: name == required for name in ("openvino", "onnxruntime")
+    }
+    assert seen["cpu runtime"].found in backend.resolve("cpu").reason
+
+
+def test_doctor_fails_on_a_wrong_or_missing_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYREEL_CPU_RUNTIME", "tensorflow")
+    (failed,) = [probe for probe in probes.probes() if probe.required and not probe.passed]
+    assert (failed.name, failed.passed) == ("cpu runtime", False)
+    assert "must be auto, openvino or onnxruntime, got 'tensorflow'" in failed.found
+    assert failed.fix
+    monkeypatch.setenv("KEYREEL_CPU_RUNTIME", "onnxruntime")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    failed = next(probe for probe in probes.probes() if probe.name == "cpu runtime")
+    assert (failed.passed, failed.required, failed.fix) == (False, True, "pip install 'keyreel[cpu]'")

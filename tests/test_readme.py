@@ -26,6 +26,9 @@ def blocks(language: str) -> list[str]:
 
 def test_python_blocks_run(media: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(media("natural/test.mp4"), tmp_path / "match.mp4")
+    (tmp_path / "clips").mkdir()
+    for name, clip in (("a", "natural/test.mp4"), ("b", "natural/bikes.mp4")):
+        shutil.copy(media(clip), tmp_path / "clips" / f"{name}.mp4")
     monkeypatch.chdir(tmp_path)
     assert blocks("python")
     for block in blocks("python"):
@@ -38,14 +41,16 @@ def test_every_command_and_option_exists() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     seen = set()
     for line in "\n".join(blocks("sh")).splitlines():
-        for part in line.split("#")[0].split("&&"):
+        for part in re.split(r"&&|\|", line.split("#")[0]):
             words = shlex.split(part)
             if words[:1] != ["keyreel"]:
                 continue
             seen.add(words[1])
-            known = {name for option in commands[words[1]].params for name in (*option.opts, *option.secondary_opts)}
+            command = commands[words[1]]
+            command = command.commands[words[2]] if hasattr(command, "commands") else command
+            known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
             assert {word for word in words if word.startswith("-") and len(word) > 1} <= known, line
-    assert seen == {"demo", "summarize", "search", "export", "bench", "doctor"}
+    assert seen == {"demo", "summarize", "search", "export", "bench", "doctor", "index", "library", "serve"}
 
 
 def test_files_that_are_named_exist() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -137,6 +139,39 @@ def test_a_stream_that_cannot_be_entered_midway_gives_the_same(
     # TS rounds times to 1/90000 s.
     assert starts[1] == pytest.approx(starts[0], abs=2e-5)
     np.testing.assert_array_equal(one.embedding.vectors, other.embedding.vectors)
+
+
+@pytest.mark.parametrize(("planned", "together", "most"), [(True, 256, 200), (False, 256, 200), (True, 3, 400)])
+def test_a_group_of_pictures_is_entered_once_for_all_cuts_in_it(
+    planned: bool, together: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight scenes of a second, and one key frame; the looks at their cuts do not touch."""
+    clip, rng = tmp_path / "clip.mp4", np.random.default_rng(3)
+    with av.open(str(clip), "w") as output:
+        stream = output.add_stream("libx264", rate=25, options={"g": "250", "sc_threshold": "0", "crf": "18"})
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        for scene in rng.integers(0, 256, (8, 6, 8, 3), np.uint8).repeat(16, 1).repeat(16, 2):
+            for _ in range(25):
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(scene, format="rgb24")))
+        output.mux(stream.encode(None))
+    embedding = dataclasses.replace(embedding_of(np.eye(16, dtype=np.float32)), pts_seconds=np.arange(16) / 2)
+    candidates = [Candidate(2 * n - 1, 2 * n, "change") for n in range(1, 8)]
+    backend, opened = resolve("cpu"), []
+
+    def open_stream(*given: Any, **options: Any) -> Any:
+        opened.append(backend.open_stream(*given, **options))
+        return opened[-1]
+
+    monkeypatch.setattr("keyreel.shots.TOGETHER", together)
+    if not planned:
+        monkeypatch.setattr("keyreel.decode.reader.Cursor.frames", refuse)  # what is decoded is not what was told
+    watched = dataclasses.replace(backend, open_stream=open_stream)
+    with Source(clip) as source:
+        found = place_boundaries(source, embedding, candidates, watched, min_shot_seconds=0.5)
+    np.testing.assert_allclose(found, np.arange(1, 8), atol=1e-9)
+    # Each packet once at most in each pass, with a plan or without.
+    assert len(opened) == math.ceil(7 / together)
+    assert 100 < sum(stream.packets_fed for stream in opened) <= most
 
 
 def test_a_window_without_frames_is_no_boundary_and_no_error(media: Callable[[str], Path]) -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 CONFIGS: dict[str, dict[str, Any]] = {
     "keyreel-tiny-vit": {
@@ -64,3 +66,13 @@ def build(open_clip: Any, name: str, *, seed: int = 0, text: bool = True) -> Any
     with torch.random.fork_rng(devices=[]), contained():
         torch.manual_seed(seed)
         return open_clip.create_model(name, **small).requires_grad_(False).eval()
+
+
+def stock_vectors(model: Any, frames: Any) -> Any:
+    """What open_clip itself makes of frames [N, H, W, 3] uint8: [N, D] float32."""
+    import torch
+
+    config = model.visual.preprocess_cfg
+    images = (frames / 255.0 - np.array(config["mean"])) / np.array(config["std"])
+    with torch.no_grad():
+        return model.encode_image(torch.from_numpy(images.transpose(0, 3, 1, 2)).float(), normalize=True).numpy()

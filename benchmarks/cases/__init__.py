@@ -6,4 +6,4 @@ SYSTEMS[name](params, folders)          imports what the system needs and gives 
 check(system, params, folders, result)  metrics of a result beside time, as numbers
 """
 
-NAMES = ("decode", "preprocess", "encode", "select", "search", "end_to_end", "scaling")
+NAMES = ("decode", "preprocess", "encode", "select", "search", "end_to_end", "scaling", "index", "library")

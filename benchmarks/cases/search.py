@@ -34,15 +34,19 @@ def measurements(quick: bool, folders: Folders) -> list[Measurement]:
     ]
 
 
-def ready(params: Params, folders: Folders) -> None:
-    needed = 9 * params["rows"] * params["width"] * 4 / 2**20  # what all systems hold together
+def needs_memory(mib: float) -> None:
+    """Raises Skipped where less is free."""
     free = next(
         int(line.split()[1]) / 1024
         for line in Path("/proc/meminfo").read_text().splitlines()
         if line.startswith("MemAvailable")
     )
-    if free < needed:
-        raise Skipped(f"it needs {needed:.0f} MiB of memory, {free:.0f} are free")
+    if free < mib:
+        raise Skipped(f"it needs {mib:.0f} MiB of memory, {free:.0f} are free")
+
+
+def ready(params: Params, folders: Folders) -> None:
+    needs_memory(9 * params["rows"] * params["width"] * 4 / 2**20)  # what all systems hold together
     path = _path(params, folders)
     if not path.exists():
         _make(params, folders, path)

@@ -43,33 +43,27 @@ def _shown(frames: Iterator[Any], times: Sequence[float]) -> Iterator[Any]:
         yield before
 
 
-def pyav(path: Path, times: Sequence[float]) -> Decode:
+def _swscale(frame: Any) -> Any:
+    return frame.reformat(SIZE, SIZE, "rgb24", interpolation="BICUBIC").to_ndarray()
+
+
+def pyav(path: Path, times: Sequence[float], picture: Callable[[Any], Any] = _swscale) -> Decode:
     """Decodes everything with FFmpeg's threads; swscale converts and scales what is wanted."""
     import av
 
     def run() -> Decoded:
         with av.open(str(path)) as container:
             container.streams.video[0].thread_type = "AUTO"
-            wanted = _shown(container.decode(video=0), times)
-            return Decoded(
-                np.stack([f.reformat(SIZE, SIZE, "rgb24", interpolation="BICUBIC").to_ndarray() for f in wanted])
-            )
+            return Decoded(np.stack([picture(frame) for frame in _shown(container.decode(video=0), times)]))
 
     return run
 
 
 def pyav_pil(path: Path, times: Sequence[float]) -> Decode:
     """The same with a conversion to RGB at full size and Pillow's bicubic filter."""
-    import av
     from PIL import Image
 
-    def run() -> Decoded:
-        with av.open(str(path)) as container:
-            container.streams.video[0].thread_type = "AUTO"
-            wanted = _shown(container.decode(video=0), times)
-            return Decoded(np.stack([f.to_image().resize((SIZE, SIZE), Image.Resampling.BICUBIC) for f in wanted]))
-
-    return run
+    return pyav(path, times, lambda frame: frame.to_image().resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
 def pyav_seek(path: Path, times: Sequence[float]) -> Decode:

@@ -18,9 +18,9 @@ from keyreel.decode.cpu import FrameStream
 from keyreel.decode.nvdec import open_stream, pool_of
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream
-from keyreel.errors import BackendUnavailable, MissingExtra, OutOfMemory, import_extra
+from keyreel.errors import BackendUnavailable, MissingExtra, OutOfMemory
 from keyreel.probes import probe_cuda
-from keyreel.session import OnnxRuntimeSession, Session
+from keyreel.session import OnnxRuntimeSession, Session, import_runtime
 from keyreel.session_cuda import open_cuda_session
 from keyreel.session_openvino import image_precision, open_openvino
 from keyreel_kernels import Ops, ops_for
@@ -63,8 +63,8 @@ class Backend:
 def resolve(device: str = "auto", *, threads: int | None = None, precision: str = "fp32") -> Backend:
     """Decides where to compute.
 
-    On a CPU, OpenVINO runs the model where it is installed, else onnxruntime; KEYREEL_CPU_RUNTIME names one of them,
-    and then the other is never taken in its place.
+    On a CPU, OpenVINO runs the model where it is installed, else onnxruntime; where OpenVINO is there but broken, the
+    reason says so. KEYREEL_CPU_RUNTIME names one of them, and then the other is never taken in its place.
 
     Args:
         device: "auto", "cpu", "cuda" (the first one) or "cuda:N".
@@ -74,7 +74,8 @@ def resolve(device: str = "auto", *, threads: int | None = None, precision: str 
     Raises:
         ValueError: not the name of a device, or of a runtime.
         MissingExtra: no runtime is installed.
-        BackendUnavailable: the device that was asked for does not work; `probe` names the check that failed.
+        BackendUnavailable: the device or the runtime that was asked for does not work; `probe` names the check that
+            failed.
     """
     kind, _, index = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
@@ -93,15 +94,14 @@ def resolve(device: str = "auto", *, threads: int | None = None, precision: str 
 
 
 def _cpu(reason: str, threads: int, precision: str) -> Backend:
-    runtime = _cpu_runtime(precision)
+    runtime, said = cpu_runtime(precision)
     opens: dict[str, Callable[[Path], Session]] = {
         "openvino": lambda path: open_openvino(path, threads=threads),
         "onnxruntime": lambda path: OnnxRuntimeSession(path, threads=threads),
     }
-    computed = f" in {image_precision()}" if runtime == "openvino" else ""
     return Backend(
         device="cpu",
-        reason=f"{reason}; inference by {runtime}{computed}",
+        reason=f"{reason}; inference by {said}",
         ops=ops_for("cpu"),
         open_session=opens[runtime],
         open_stream=FrameStream,
@@ -110,22 +110,39 @@ def _cpu(reason: str, threads: int, precision: str) -> Backend:
     )
 
 
-def _cpu_runtime(precision: str) -> str:
-    """Which package runs graphs on the CPU: the one that is asked for, else the faster one of those installed."""
+def cpu_runtime(precision: str = "fp32") -> tuple[str, str]:
+    """Which package runs graphs on the CPU: the one that is asked for, else the faster one of those that work.
+
+    Returns:
+        its name; and that with what it computes in, whether it was asked for, and what is wrong with a faster one.
+
+    Raises:
+        ValueError: KEYREEL_CPU_RUNTIME names no runtime.
+        MissingExtra, BackendUnavailable: the one that is asked for, or each of them, is missing or broken.
+    """
     extras = {"openvino": "openvino", "onnxruntime": "cpu"}
     chosen = os.environ.get("KEYREEL_CPU_RUNTIME", "auto")
     if chosen not in ("auto", *extras):
         raise ValueError(f"KEYREEL_CPU_RUNTIME must be auto, {' or '.join(extras)}, got {chosen!r}")
     # OpenVINO computes products of 8 bits that are quantised on the way in float32: ViT-B/32 took 2.6 times as long.
     order = list(extras) if precision != "int8" else list(reversed(extras))
+    broken: list[BackendUnavailable] = []
     for name in order if chosen == "auto" else [chosen]:
+        said = name if chosen == "auto" else f"{name}, as KEYREEL_CPU_RUNTIME says"
         try:
-            import_extra(name, extra=extras[name], purpose="running a model")
+            if name == "openvino":
+                said = said.replace(name, f"{name} in {image_precision()}", 1)
+            else:
+                import_runtime("cpu")
         except MissingExtra:
             if chosen != "auto":
                 raise
+        except BackendUnavailable as error:
+            broken.append(error)
         else:
-            return name
+            return name, "; ".join([said, *(error.args[0] for error in broken)])
+    if broken:
+        raise broken[0]
     raise MissingExtra("onnxruntime", "cpu", "running a model on a CPU", others={"openvino": "openvino"})
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from keyreel.bench_results import ALTERNATIVES, STAGES, Bench, Row, measured, summed
 from keyreel.config import BenchConfig, EncodeConfig, Sampling, SelectConfig
+from keyreel.decode.sampling import NoFrames
 from keyreel.decode.source import Source
 from keyreel.engine import Engine
 from keyreel.errors import Failure, MissingExtra
@@ -106,7 +107,7 @@ class _Videos:
         row = self.pipeline(source, self.sampling) | self._alone(source, held_frames)
         for mode in ALTERNATIVES:
             if mode == "keyframes" != self.sampling.mode or (mode == "near" and self.sampling.mode == "fps"):
-                with suppress(ValueError):  # no such frame in the window
+                with suppress(NoFrames):
                     found = self.pipeline(source, dataclasses.replace(self.sampling, mode=mode, times=()))
                     row |= {f"{mode} {name}": found[name] for name in ("frames", "seconds", "cpu")}
         return row

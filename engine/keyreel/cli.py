@@ -18,8 +18,24 @@ from keyreel import __version__
 from keyreel.backend import resolve
 from keyreel.bench import bench as measure
 from keyreel.bundle import BUILTIN, MANIFEST, Bundle
-from keyreel.cli_app import app, command, picked
-from keyreel.cli_inputs import exit_code, folder_name, for_each, sources
+from keyreel.cli_app import (
+    ENCODING,
+    NETWORK,
+    SAMPLING,
+    Device,
+    Json,
+    Model,
+    OwnModel,
+    Quiet,
+    app,
+    command,
+    end,
+    picked,
+    refuse,
+)
+from keyreel.cli_index import INDEXING, index
+from keyreel.cli_inputs import folder_name, for_each, sources
+from keyreel.cli_library import IN_LIBRARY, SERVING, search_library, serve
 from keyreel.cli_print import (
     errors,
     out,
@@ -35,8 +51,9 @@ from keyreel.cli_print import (
 from keyreel.config import BenchConfig, DecodeLimits, EncodeConfig, OutputConfig, Sampling, SelectConfig
 from keyreel.decode.source import Source
 from keyreel.demo import SCENES, write_demo
-from keyreel.engine import Engine, read_picture
+from keyreel.engine import Engine
 from keyreel.errors import Failure, KeyreelError, import_extra
+from keyreel.images import read_picture
 from keyreel.probes import probes
 from keyreel.progress import Bars
 from keyreel.render.aside import aside
@@ -48,10 +65,6 @@ from keyreel.tensorrt_build import library
 from keyreel.types import Summary
 
 Videos = Annotated[list[str], typer.Argument(metavar="VIDEO...", help="files, folders, or - for standard input")]
-Model = Annotated[str, typer.Option(help="builtin, a bundle's folder, or the name of an exported model")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N; an explicit device never falls back")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
 
 
 def _told(bars: Bars) -> Callable[[Failure], None]:
@@ -66,23 +79,6 @@ def _sources(names: Sequence[str], options: dict[str, Any]) -> list[Source | Key
     return sources(names, DecodeLimits(**picked(DecodeLimits, options)))
 
 
-def _end(failed: Sequence[Failure], succeeded: int) -> None:
-    if code := exit_code(failed, succeeded):
-        raise typer.Exit(code)
-
-
-SAMPLING = (
-    (Sampling, "mode", "--sampling"),
-    (Sampling, "fps"),
-    (Sampling, "tolerance_seconds", "--tolerance"),
-    (Sampling, "every"),
-)
-ENCODING = (
-    *((EncodeConfig, name) for name in ("shift", "attention_strength", "batch_size")),
-    (DecodeLimits, "allow_network"),
-)
-
-
 @command(
     *SAMPLING,
     (SelectConfig, "per_minute"),
@@ -93,6 +89,7 @@ ENCODING = (
     (OutputConfig, "keyframe_height"),
     (OutputConfig, "overwrite"),
     *ENCODING,
+    *NETWORK,
 )
 def summarize(
     videos: Videos,
@@ -138,18 +135,18 @@ def summarize(
         single = len(documents) == 1 and not failed
         whole = {"schema": "keyreel.summaries/1", "summaries": documents, "failed": [f.document() for f in failed]}
         print_json(documents[0] if single else whole)
-    _end(failed, len(documents))
+    end(failed, len(documents))
 
 
-@command(*SAMPLING, *ENCODING)
+@command(*SAMPLING, *ENCODING, *NETWORK, *IN_LIBRARY)
 def search(
     text: Annotated[str | None, typer.Argument(metavar="TEXT", help="what to look for")] = None,
     videos: Annotated[list[str] | None, typer.Argument(metavar="VIDEO...", help="files, folders, or -")] = None,
     image: Annotated[
         Path | None, typer.Option(help="look for this picture instead; then every argument is a video")
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="how many moments")] = 5,
-    model: Model = "builtin",
+    k: Annotated[int, typer.Option("-k", min=1, help="how many moments, or videos")] = 5,
+    model: OwnModel = None,
     device: Device = "auto",
     as_json: Json = False,
     html: Annotated[Path | None, typer.Option(help="write a page with pictures of the moments")] = None,
@@ -158,17 +155,25 @@ def search(
     *,
     options: dict[str, Any],
 ) -> None:
-    """Finds the moments of videos that answer a text or a picture."""
+    """Finds the moments of videos, or of a whole library, that answer a text or a picture."""
     names = list(videos or [])
+    if options["library"] is not None:
+        if names:
+            raise ValueError("videos of a library are chosen with --in and --path")
+        refuse(options, (*SAMPLING, *ENCODING, *NETWORK), "goes with videos, not with --library")
+        out_of: dict[str, Any] = {"html": html, "previews": previews, "as_json": as_json}
+        search_library(text, image, k=k, model=model, device=device, **out_of, options=options)
+        return
+    refuse(options, IN_LIBRARY, "goes with --library")
     if image is not None and text is not None:
         names.insert(0, text)
     if not names or (image is None and not text):
-        raise ValueError("search needs a text (or --image FILE) and at least one video")
+        raise ValueError("search needs a text (or --image FILE) and at least one video, or --library DIR")
     query: Any = text if image is None else read_picture(image)
     sampling, encode = Sampling(**picked(Sampling, options)), EncodeConfig(**picked(EncodeConfig, options))
     summaries: list[Summary] = []
     with (
-        Engine.from_pretrained(model, device=device) as engine,
+        Engine.from_pretrained(model or BUILTIN, device=device) as engine,
         Bars(errors, quiet=quiet) as bars,
         contextlib.ExitStack() as opened,  # pictures of the hits are taken from the videos at the end
     ):
@@ -194,10 +199,14 @@ def search(
         print_json(search_document(shown or "", hits, failed))
     else:
         print_hits(hits)
-    _end(failed, len(summaries))
+    end(failed, len(summaries))
 
 
-@command((BenchConfig, "runs"), *SAMPLING, (Sampling, "stop_seconds"), *ENCODING)
+command(*INDEXING)(index)
+command(*SERVING)(serve)
+
+
+@command((BenchConfig, "runs"), *SAMPLING, (Sampling, "stop_seconds"), *ENCODING, *NETWORK)
 def bench(
     videos: Videos,
     model: Model = "builtin",
@@ -230,7 +239,7 @@ def bench(
         print_json(result.document())
     elif result.videos:
         print_bench(result)
-    _end(result.failed, len(result.videos))
+    end(result.failed, len(result.videos))
 
 
 @command()

@@ -9,13 +9,15 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from keyreel.cli_inputs import exit_code
 from keyreel.cli_print import say
-from keyreel.errors import KeyreelError, MissingExtra, RenderError
+from keyreel.config import DecodeLimits, EncodeConfig, Sampling
+from keyreel.errors import Failure, KeyreelError, MissingExtra, RenderError
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -27,10 +29,36 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+library_app = typer.Typer(
+    help="Looks after a library of videos.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
+app.add_typer(library_app, name="library")
+
+Model = Annotated[str, typer.Option(help="builtin, a bundle's folder, or the name of an exported model")]
+OwnModel = Annotated[
+    str | None, typer.Option(help="builtin, a bundle's folder, or a name; a library's own model, else builtin")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N; an explicit device never falls back")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+
+Field: TypeAlias = tuple[type, str] | tuple[type, str, str]
+
+SAMPLING: tuple[Field, ...] = (
+    (Sampling, "mode", "--sampling"),
+    (Sampling, "fps"),
+    (Sampling, "tolerance_seconds", "--tolerance"),
+    (Sampling, "every"),
+)
+ENCODING: tuple[Field, ...] = tuple((EncodeConfig, name) for name in ("shift", "attention_strength", "batch_size"))
+NETWORK: tuple[Field, ...] = ((DecodeLimits, "allow_network"),)
 
 
-def command(*fields: tuple[type, str] | tuple[type, str, str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a command; every error of keyreel ends in its exit code and one message.
+def command(
+    *fields: Field, group: typer.Typer = app, name: str | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a command, called as its function by default; every error of keyreel ends in its exit code and one
+    message.
 
     The named fields of config dataclasses become options with their defaults and help texts, called as the field or as
     a third entry says; the command receives them in its last parameter, `options`, by field name.
@@ -49,7 +77,7 @@ def command(*fields: tuple[type, str] | tuple[type, str, str]) -> Callable[[Call
         run.__name__, run.__doc__ = work.__name__, work.__doc__
         run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        app.command()(run)
+        group.command(name)(run)
         return work
 
     return decorate
@@ -64,12 +92,17 @@ def _parameter(owner: type, name: str, flag: str | None = None) -> inspect.Param
         kind = str | None if literal else kind
     elif typing.get_origin(kind) is typing.Literal:
         kind = str
-    flag = flag or "--" + name.replace("_", "-")
+    elif typing.get_origin(kind) is tuple:
+        kind = list[str]
+    flag = _flag(name, flag)
     names = [f"{flag}/--no-{name.replace('_', '-')}"] if kind is bool and field.default else [flag]
     option = typer.Option(*names, help=field.metadata["help"])
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, option]
-    )
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _flag(name: str, flag: str | None = None) -> str:
+    return flag or "--" + name.replace("_", "-")
 
 
 @contextlib.contextmanager
@@ -99,4 +132,23 @@ def _exit_codes() -> Iterator[None]:
 def picked(owner: type, options: dict[str, Any]) -> dict[str, Any]:
     """The options that are fields of a config, by name."""
     names = {field.name for field in dataclasses.fields(owner)}
-    return {name: value for name, value in options.items() if name in names}
+    given = {name: value for name, value in options.items() if name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def refuse(options: dict[str, Any], fields: Sequence[Field], why: str) -> None:
+    """Refuses options that have no part in what is asked for.
+
+    Raises:
+        ValueError: one of them was given.
+    """
+    for owner, name, *flag in fields:
+        default = next(field.default for field in dataclasses.fields(owner) if field.name == name)
+        if options[name] != (list(default) if isinstance(default, tuple) else default):
+            raise ValueError(f"{_flag(name, *flag)} {why}")
+
+
+def end(failed: Sequence[Failure], succeeded: int) -> None:
+    """Ends the command with the code of its failures, if there are any."""
+    if code := exit_code(failed, succeeded):
+        raise typer.Exit(code)

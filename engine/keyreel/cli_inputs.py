@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from keyreel.config import DecodeLimits
@@ -25,21 +26,35 @@ def sources(names: Sequence[str], limits: DecodeLimits) -> list[Source | Keyreel
     Raises:
         ValueError: an empty name.
     """
-    found: list[Source | KeyreelError] = []
+    return [found if isinstance(found, KeyreelError) else Source(found, limits=limits) for _, found in within(names)]
+
+
+def within(names: Sequence[str]) -> Iterator[tuple[str, str | Path | KeyreelError]]:
+    """Each name with its videos: itself, those in a folder, or an error for a folder without any.
+
+    Raises:
+        ValueError: an empty name.
+    """
     for name in names:
         if not name:
             raise ValueError("an empty name is no video")
         path = Path(name)
         if name == "-" or not path.is_dir():
-            found.append(Source(name, limits=limits))
+            yield name, name
             continue
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
         inside = [p for p in inside if not (p.name == "reel.mp4" and (p.parent / "summary.json").is_file())]
         hint = f"files that end in one of: {' '.join(sorted(VIDEO_SUFFIXES))}"
-        found += [Source(p, limits=limits) for p in inside] or [
-            SourceNotFound(f"there is no video in the folder {name!r}", hint=hint)
-        ]
-    return found
+        if not inside:
+            yield name, SourceNotFound(f"there is no video in the folder {name!r}", hint=hint)
+        for found in inside:
+            yield name, found
+
+
+def listed(text: bytes) -> list[str]:
+    """Paths from a list, one a line; between NULs where there are any, as `find -print0` writes them."""
+    lines = text.split(b"\0") if b"\0" in text else [line.removesuffix(b"\r") for line in text.split(b"\n")]
+    return [os.fsdecode(line) for line in lines if line]
 
 
 def for_each(

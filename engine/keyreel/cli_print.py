@@ -11,9 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from keyreel.bench_results import Bench, Measured, Spread
+from keyreel.cli_thumbnails import cards
 from keyreel.errors import Failure
+from keyreel.library.types import VideoHit
 from keyreel.probes import Probe
 from keyreel.types import SearchHit, Summary
 
@@ -21,13 +24,32 @@ errors = Console(stderr=True, highlight=False)
 
 
 def say(message: str, *, style: str = "") -> None:
-    """One message on stderr, as it is."""
-    errors.print(message, markup=False, style=style, soft_wrap=True)
+    """One message on stderr."""
+    errors.print(shown(message), markup=False, style=style, soft_wrap=True)
+
+
+def shown(text: str) -> str:
+    """Names come from anywhere: what no terminal should act on, or cannot write, becomes a question mark."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def say_failed(failure: Failure) -> None:
     text = str(failure.error)
     say(f"{failure.video}: {text}" if failure.video not in text else text, style="red")
+
+
+def reason(failure: Failure) -> str:
+    """Why it failed, without the name of the video."""
+    return str(failure.error).removeprefix(f"{failure.video}: ")
+
+
+def print_failures(failed: Sequence[Failure]) -> None:
+    """A table of what failed, why, and what to do about it; on stderr."""
+    rows = sorted((escape(shown(failure.video)), escape(shown(reason(failure)))) for failure in failed)
+    if rows:
+        # A file has no width: nothing is broken there.
+        wide = errors if errors.is_terminal else Console(stderr=True, highlight=False, width=400)
+        wide.print(_table(("failed", "why"), rows))
 
 
 def print_json(document: Any) -> None:
@@ -61,14 +83,41 @@ def print_summary(summary: Summary, folder: Path) -> None:
         console.print(f"  {frame.pts_seconds:9.3f} s  {frame.weight:6.1%}", markup=False)
 
 
-def print_hits(hits: Sequence[SearchHit]) -> None:
-    """A table of the moments, best first; nothing where there are none."""
-    table = Table("score", "moment", "best at", "video", box=None)
+def print_hits(hits: Sequence[SearchHit], pictures: Sequence[Text] = ()) -> None:
+    """A table of the moments, best first, or cards where there are pictures; nothing where nothing was found."""
+    rows = []
     for hit in hits:
-        moment = span(hit.start_seconds, hit.stop_seconds)
-        table.add_row(f"{hit.score:.3f}", moment, f"{hit.pts_seconds:.2f} s", escape(hit.video))
-    if hits:
-        out().print(table)
+        folded = getattr(hit, "folded", 0)
+        name = escape(shown(hit.video)) + (f" (and {folded} much alike)" if folded else "")
+        times = span(hit.start_seconds, hit.stop_seconds), f"{hit.pts_seconds:.2f} s"
+        rows.append((f"{hit.score:.3f}", *times, name))
+    if pictures:
+        texts = [f"[b]{moment}[/b]\nscore {score}, best at {best}\n{name}" for score, moment, best, name in rows]
+        out().print(cards(pictures, texts))
+    elif rows:
+        out().print(_table(("score", "moment", "best at", "video"), rows))
+
+
+def print_videos(videos: Sequence[VideoHit], pictures: Sequence[Text] = ()) -> None:
+    """A table of the videos, best first, each with its best moments; cards where there are pictures of them."""
+    rows = []
+    for video in videos:
+        moments = "\n".join(f"{span(m.start_seconds, m.stop_seconds)} ({m.score:.3f})" for m in video.moments)
+        rows.append((f"{video.score:.3f}", moments, escape(shown(video.video))))
+    if pictures:
+        texts = [f"[b]{name}[/b]\nscore {score}\n{moments}" for score, moments, name in rows]
+        out().print(cards(pictures, texts))
+    elif rows:
+        out().print(_table(("score", "moments", "video"), rows))
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def print_probes(found: Sequence[Probe]) -> None:

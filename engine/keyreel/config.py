@@ -6,6 +6,7 @@ A field's `help` metadata is the text of its option; values are checked when a c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any, Literal, get_args
 
 SamplingMode = Literal["fps", "near", "every", "times", "keyframes", "all"]
@@ -28,7 +29,7 @@ def _check(holds: bool, message: str) -> None:
 class Sampling:
     """Which frames are taken. The frame shown at t is the last with pts <= t."""
 
-    mode: SamplingMode = option("fps", "which frames: fps, near, every, times, keyframes or all")
+    mode: SamplingMode = option("fps", "which frames: fps, near, every, keyframes or all")
     fps: float = option(2.0, "frames a second of video, for modes fps and near")
     tolerance_seconds: float | None = option(
         None, "how far from its time a frame may lie that is cheap to decode, for mode near; by default half a step"
@@ -46,7 +47,7 @@ class Sampling:
         _check(tolerance is None or 0 <= tolerance < 1e9, f"tolerance_seconds must be >= 0, got {tolerance}")
         _check(self.every >= 1, f"every must be >= 1, got {self.every}")
         _check(all(0 <= t < 1e9 for t in self.times), "times must be finite and >= 0")
-        _check(self.mode != "times" or bool(self.times), "mode times needs at least one time")
+        _check(self.mode != "times" or bool(self.times), "mode times needs times=(...), which only Python can give")
         _check(0 <= self.start_seconds < 1e9, f"start_seconds must be >= 0, got {self.start_seconds}")
         stop = self.stop_seconds
         window = self.start_seconds > 0 or stop is not None
@@ -195,3 +196,101 @@ class BenchConfig:
     def __post_init__(self) -> None:
         _check(1 <= self.runs <= 1000, f"runs must be in 1..1000, got {self.runs}")
         _check(1 <= self.held_frames <= 100_000, f"held_frames must be in 1..100000, got {self.held_frames}")
+
+
+@dataclass(frozen=True, slots=True)
+class LibraryConfig:
+    """How a library keeps and searches its videos."""
+
+    exact_rows: int = option(2_000_000, "search exactly, from memory, up to so many frames; an index beyond")
+    pooling_temperature: float = option(0.02, "of the softmax over a video's frames that gives its score")
+    fold_similarity: float = option(0.98, "moments of different videos more alike than this are shown as one")
+    preview_height: int = option(240, "pixels of the previews")
+    jpeg_quality: int = option(82, "of the previews")
+    compact_every: int = option(256, "commits after which small files are put together")
+
+    def __post_init__(self) -> None:
+        _check(self.exact_rows >= 0, f"exact_rows must be >= 0, got {self.exact_rows}")
+        _check(self.pooling_temperature > 0, f"pooling_temperature must be > 0, got {self.pooling_temperature}")
+        _check(0 < self.fold_similarity <= 1, f"fold_similarity must be in (0, 1], got {self.fold_similarity}")
+        _check(32 <= self.preview_height <= 2160, f"preview_height must be in 32..2160, got {self.preview_height}")
+        _check(1 <= self.jpeg_quality <= 95, f"jpeg_quality must be in 1..95, got {self.jpeg_quality}")
+        _check(self.compact_every >= 2, f"compact_every must be >= 2, got {self.compact_every}")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexConfig:
+    """How the command line brings videos into a library."""
+
+    workers: int = option(1, "videos at a time")
+    force: bool = option(False, "index again what is unchanged, too")
+    prune: bool = option(False, "remove from the library what is gone from the folders")
+    watch: bool = option(False, "go on looking for new and changed videos, until ctrl-c")
+    watch_seconds: float = option(2.0, "between two looks of --watch; a file that stays the same is done")
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.workers <= 256, f"workers must be in 1..256, got {self.workers}")
+        _check(0 < self.watch_seconds <= 86_400, f"watch_seconds must be in (0, 86400], got {self.watch_seconds}")
+
+
+@dataclass(frozen=True, slots=True)
+class RayConfig:
+    """What each worker of a Ray cluster asks for."""
+
+    cpus: float = option(1.0, "CPU cores that Ray sets aside for a worker")
+    gpus: float = option(0.0, "GPUs, or a share of one, for a worker")
+    retries: int = option(2, "times that a video is begun anew after its worker has died")
+
+    def __post_init__(self) -> None:
+        _check(self.cpus > 0, f"cpus must be > 0, got {self.cpus}")
+        _check(self.gpus >= 0, f"gpus must be >= 0, got {self.gpus}")
+        _check(self.retries >= 0, f"retries must be >= 0, got {self.retries}")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """The service."""
+
+    host: str = option("127.0.0.1", "address to listen on; this machine alone by default")
+    port: int = option(8000, "port to listen on; 0 takes a free one")
+    roots: tuple[str, ...] = option((), "folder whose videos may be indexed and played; repeatable")
+    folder: str | None = option(None, "folder of uploads and of the list of jobs; serve/ in the library by default")
+    token: str | None = field(default=None, repr=False, metadata={"help": "what callers must send as bearer token"})
+    hosts: tuple[str, ...] = option((), "names in the Host header that are answered; on loopback its own by default")
+    threads: int = option(4, "requests that are worked on at a time")
+    queue: int = option(64, "requests that may wait; more are told to come back (429)")
+    batch_size: int = option(32, "most text queries that are answered in one pass")
+    batch_window_seconds: float = option(0.002, "how long a text query waits for others to share its pass")
+    timeout_seconds: float = option(30.0, "longest work on one request (504)")
+    max_results: int = option(100, "most results of one search")
+    max_query: int = option(1000, "longest text of a query, in characters")
+    job_threads: int = option(1, "videos indexed at a time")
+    max_jobs: int = option(256, "jobs that may wait; more are told to come back (429)")
+    kept_jobs: int = option(1000, "finished jobs that are remembered")
+    uploads: int = option(4, "uploads at a time")
+    upload_bytes: int = option(4 << 30, "largest upload, in bytes")
+    upload_seconds: float = option(3600.0, "longest upload; one that stands still for timeout_seconds ends then")
+    image_bytes: int = option(32 << 20, "largest picture of a query, in bytes")
+    image_pixels: int = option(64_000_000, "largest picture of a query, in pixels")
+    drain_seconds: float = option(10.0, "how long requests, and then the jobs at work, may go on after SIGTERM")
+
+    @property
+    def loopback(self) -> bool:
+        """Whether nobody but this machine can connect."""
+        try:
+            return self.host == "localhost" or ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.port <= 65535, f"port must be in 0..65535, got {self.port}")
+        token = self.token
+        sound = token is None or (len(token) >= 8 and token.isascii() and token.isprintable())
+        _check(sound, "a token must have 8 characters or more, all of them printable ASCII")
+        least = {"queue": 0, "batch_window_seconds": 0, "drain_seconds": 0, "kept_jobs": 0}
+        whole = ("threads", "batch_size", "max_results", "max_query", "job_threads", "max_jobs", "uploads")
+        least |= dict.fromkeys((*whole, "upload_bytes", "image_bytes", "image_pixels"), 1)
+        for name, bound in least.items():
+            _check(getattr(self, name) >= bound, f"{name} must be >= {bound}, got {getattr(self, name)}")
+        for name in ("timeout_seconds", "upload_seconds"):
+            _check(getattr(self, name) > 0, f"{name} must be > 0, got {getattr(self, name)}")

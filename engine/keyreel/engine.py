@@ -6,27 +6,28 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from keyreel.backend import Backend, resolve
 from keyreel.bundle import BUILTIN, Bundle
 from keyreel.config import EncodeConfig, ImageTransform, OutputConfig, ReelConfig, Sampling, SelectConfig
 from keyreel.decode.source import Source
-from keyreel.decode.stream import Stream
+from keyreel.decode.stream import Stream, distinct
 from keyreel.encode import Encoded, Encoder
-from keyreel.errors import ModelError, SourceError, SourceNotFound
+from keyreel.errors import ModelError
+from keyreel.images import read_picture
 from keyreel.render.reel import write_reel
 from keyreel.render.save import reel_spans, save_summary
 from keyreel.search import best_hits, moments
 from keyreel.select import select_keyframes
 from keyreel.shots import find_candidates, place_boundaries, shots_between
 from keyreel.stopwatch import Stopwatch
+from keyreel.telemetry import record_stages, span, traced
 from keyreel.text import TextEncoder
 from keyreel.types import F32, U8, Embedding, FrameBatch, Progress, SearchHit, Shot, Summary
 from keyreel_kernels.arrays import on_host
@@ -223,6 +224,7 @@ class Engine:
         with self.backend.running():
             return self._images.encode(batches, encode or EncodeConfig(), progress=progress, watch=watch)
 
+    @traced("keyreel.encode_text")
     def encode_text(self, texts: str | Sequence[str]) -> F32:
         """Texts -> [Q, D] float32 unit vectors, in the space of the frames' vectors."""
         with self._lock:
@@ -236,6 +238,7 @@ class Engine:
         with self.backend.running():
             return encoder.encode([texts] if isinstance(texts, str) else list(texts))
 
+    @traced("keyreel.encode_image")
     def encode_image(self, image: str | os.PathLike[str] | NDArray[Any]) -> F32:
         """A picture -> [1, D] float32 unit vector.
 
@@ -251,6 +254,7 @@ class Engine:
 
     # --- the main job ---------------------------------------------------------------------------------------------
 
+    @traced("keyreel.summarize")
     def summarize(
         self,
         video: Video,
@@ -286,16 +290,17 @@ class Engine:
         forward = _with_total(progress, sampling, info.duration_seconds)
         image = self.bundle.image
         with (
+            span("keyreel.encode"),
             self.backend.running(),
             self.frames(source, sampling, transform=image, batch_size=encode.batch_size) as stream,
         ):
-            encoded = self._images.encode(_distinct(stream), encode, progress=forward, watch=watch)
+            encoded = self._images.encode(distinct(stream), encode, progress=forward, watch=watch)
             warnings, decode_seconds = stream.warnings, stream.decode_seconds
             duration = info.duration_seconds if stream.end_seconds is None else stream.end_seconds
         embedding = encoded.embedding
         stop = _stop_seconds(embedding, sampling, duration)
         shortest = select.min_shot_seconds
-        with self.backend.running(), watch("select"):
+        with self.backend.running(), span("keyreel.select"), watch("select"):
             found = select_keyframes(
                 embedding,
                 select,
@@ -311,6 +316,8 @@ class Engine:
             stop_seconds=stop,
             min_shot_seconds=shortest,
         )
+        timings = {"decode": decode_seconds, **watch.seconds, "total": time.perf_counter() - began}
+        record_stages(timings)
         return Summary(
             video=info,
             embedding=embedding,
@@ -330,7 +337,7 @@ class Engine:
                 "image": dataclasses.asdict(self.bundle.image),
             },
             warnings=(*warnings, *found.warnings),
-            timings_seconds={"decode": decode_seconds, **watch.seconds, "total": time.perf_counter() - began},
+            timings_seconds=timings,
             source=source,
             actions=self,
         )
@@ -406,22 +413,6 @@ def as_source(video: Video) -> Source:
     return video if isinstance(video, Source) else Source(video)
 
 
-def read_picture(path: str | os.PathLike[str]) -> U8:
-    """[H, W, 3] uint8 RGB, upright.
-
-    Raises:
-        SourceError: the file is missing or is no picture.
-    """
-    try:
-        with Image.open(path) as image:
-            picture: U8 = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            return picture
-    except FileNotFoundError as error:
-        raise SourceNotFound(f"there is no picture {os.fspath(path)!r}") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SourceError(f"{os.fspath(path)!r} cannot be read as a picture: {error}") from error
-
-
 def _with_total(progress: Progress | None, sampling: Sampling, duration: float | None) -> Progress | None:
     if progress is None:
         return None
@@ -431,16 +422,6 @@ def _with_total(progress: Progress | None, sampling: Sampling, duration: float |
         progress(stage, done - sampling.start_seconds, None if stop is None else stop - sampling.start_seconds)
 
     return forward
-
-
-def _distinct(batches: Iterable[FrameBatch]) -> Iterator[FrameBatch]:
-    """Without the rows that show the frame before once more, as two close times do."""
-    last = -1
-    for batch in batches:
-        fresh = np.diff(batch.frame_index, prepend=last) != 0
-        last = int(batch.frame_index[-1])
-        if fresh.any():
-            yield batch if fresh.all() else batch[np.flatnonzero(fresh)]
 
 
 def _stop_seconds(embedding: Embedding, sampling: Sampling, duration: float | None) -> float:

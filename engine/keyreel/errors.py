@@ -12,6 +12,9 @@ KeyreelError                   .hint: what to do about it, .exit_code: what the 
 ├─ BackendError       exit 5   the device
 │  ├─ BackendUnavailable       .probe: which probe failed
 │  └─ OutOfMemory              the hint says what to lower
+├─ LibraryError       exit 6   the library of videos
+│  ├─ ModelMismatch            its vectors are another model's
+│  └─ Damaged                  .findings: what cannot be read
 └─ RenderError        exit 7   the outputs
 
 MissingExtra(ImportError)      a feature whose package is not installed; says the pip line
@@ -108,6 +111,24 @@ class BackendUnavailable(BackendError):
 
 class OutOfMemory(BackendError):
     """The device's memory is full; the hint says what to lower."""
+
+
+class LibraryError(KeyreelError):
+    """The library cannot be used."""
+
+    exit_code = 6
+
+
+class ModelMismatch(LibraryError):
+    """The library holds vectors of another model."""
+
+
+class Damaged(LibraryError):
+    """Files of the library cannot be read; `findings` holds a line for each thing that was found."""
+
+    def __init__(self, message: str, findings: Iterable[str] = (), *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.findings = tuple(findings)
 
 
 class RenderError(KeyreelError):

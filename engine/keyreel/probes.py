@@ -129,18 +129,30 @@ def probe_session(ops: Ops) -> Probe:
 # --- the rest of the machine ----------------------------------------------------------------------------------------
 
 
-def probe_openvino() -> Probe:
+def probe_choice() -> tuple[Probe, str | None]:
+    """Which runtime a CPU takes, and its name; None where it takes none."""
+    from keyreel.backend import cpu_runtime  # which decides by the checks above
+
+    name = "cpu runtime"
+    try:
+        runtime, said = cpu_runtime()
+    except (ValueError, KeyreelError, MissingExtra) as error:
+        found, _, fix = str(error).partition("Hint: ")
+        return Probe(name, False, found.strip(), fix or "unset KEYREEL_CPU_RUNTIME, or set it to one of these"), None
+    return Probe(name, True, said), runtime
+
+
+def probe_openvino(*, required: bool = False) -> Probe:
     """Whether OpenVINO is there and really runs the built-in model; without it onnxruntime does."""
     name = "openvino"
     try:
         _run_text(open_openvino)
         found = f"openvino {metadata.version(name)} runs, images in {image_precision()}"
     except MissingExtra:
-        return Probe(name, False, "not installed", "pip install 'keyreel[openvino]'", required=False)
-    except (KeyreelError, ImportError) as error:
-        fix = "pip install --force-reinstall openvino, or set KEYREEL_CPU_RUNTIME=onnxruntime"
-        return Probe(name, False, str(error), getattr(error, "hint", None) or fix, required=False)
-    return Probe(name, True, found, required=False)
+        return Probe(name, False, "not installed", "pip install 'keyreel[openvino]'", required)
+    except KeyreelError as error:
+        return Probe(name, False, error.args[0], error.hint, required)
+    return Probe(name, True, found, required=required)
 
 
 def _run_text(open_session: Callable[[Path], Session]) -> None:
@@ -165,9 +177,8 @@ def probe_runtime(*, required: bool) -> Probe:
         _run_text(OnnxRuntimeSession)
     except MissingExtra:
         return Probe(name, False, "not installed", "pip install 'keyreel[cpu]'", required)
-    except (KeyreelError, ImportError) as error:
-        fix = getattr(error, "hint", None) or "pip install --force-reinstall onnxruntime"
-        return Probe(name, False, str(error), fix, required)
+    except KeyreelError as error:
+        return Probe(name, False, error.args[0], error.hint, required)
     return Probe(name, True, f"{' '.join(wheels) or 'onnxruntime'} runs on CPUExecutionProvider", required=required)
 
 
@@ -203,11 +214,12 @@ def probe_nvdec(cuda: Any) -> Probe:
 def probes() -> tuple[Probe, ...]:
     """Every check, in the order in which `keyreel doctor` prints them."""
     on_device, ops = probe_cuda(0)
-    openvino = probe_openvino()
+    choice, runtime = probe_choice()
     return (
         Probe("python", True, f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores"),
-        probe_runtime(required=not openvino.passed),
-        openvino,
+        choice,
+        probe_runtime(required=runtime != "openvino"),
+        probe_openvino(required=runtime == "openvino"),
         *(probe_codec(name, "r", required=name == "h264") for name in ("h264", "hevc", "vp9", "av1")),
         *(probe_codec(name, "w", required=False) for name in ("libx264", "aac")),
         probe_cache(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -17,34 +19,44 @@ STAGES = {
 }
 
 
+LONGEST = 40  # characters of a name; its end says more than its beginning
+
+
 class _Rate(ProgressColumn):
-    """Seconds of video a second."""
+    """Seconds of video a second; of the bar of all videos how many are done."""
 
     def render(self, task: Task) -> Text:
-        return Text(
-            f"{task.speed:.1f}x" if task.speed and task.fields.get("seconds") else "", style="progress.data.speed"
-        )
+        text = f"{task.speed:.1f}x" if task.speed and task.fields.get("seconds") else ""
+        if task.fields.get("whole") and task.total is not None:
+            text = f"{int(task.completed)}/{int(task.total)}"
+        return Text(text, style="progress.data.speed")
 
 
 class Bars:
-    """One bar for the video at hand; a context manager."""
+    """A bar for the video that each thread has at hand, and one for all videos; a context manager."""
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), _Rate(), TimeRemainingColumn())
         self._bars = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
-        self._task: TaskID | None = None
+        self._tasks: dict[int, TaskID] = {}  # by thread
+        self._whole: TaskID | None = None
 
     def __enter__(self) -> Bars:
         self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Takes all of them away, for good. Idempotent."""
         self._bars.stop()
 
     def start(self, name: str) -> Callback:
         """Begins the bar of one video; returns what the stages call."""
         self.finish()
-        task = self._task = self._bars.add_task(name, total=None, seconds=True)
+        label = name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"
+        task = self._tasks[threading.get_ident()] = self._bars.add_task(label, total=None, seconds=True)
         current = ""
 
         def progress(stage: str, done: float, total: float | None) -> None:
@@ -52,13 +64,18 @@ class Bars:
             if stage != current:
                 # A stage counts in its own unit: rate and remaining time begin anew with it.
                 current = stage
-                self._bars.reset(task, description=f"{name}: {STAGES.get(stage, stage)}", seconds=stage == "encode")
+                self._bars.reset(task, description=f"{label}: {STAGES.get(stage, stage)}", seconds=stage == "encode")
             self._bars.update(task, completed=done, total=total)
 
         return progress
 
     def finish(self) -> None:
-        """Takes the bar away."""
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-            self._task = None
+        """Takes the bar of this thread's video away."""
+        if (task := self._tasks.pop(threading.get_ident(), None)) is not None:
+            self._bars.remove_task(task)
+
+    def whole(self, stage: str, done: float, total: float | None) -> None:
+        """Moves the bar of all videos; may be given as a progress callback."""
+        if self._whole is None:
+            self._whole = self._bars.add_task(f"all {stage}", whole=True)
+        self._bars.update(self._whole, completed=done, total=total)

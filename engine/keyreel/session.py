@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.errors import BackendUnavailable, ModelError, import_extra
+from keyreel.errors import BackendUnavailable, MissingExtra, ModelError, import_extra
 
 if TYPE_CHECKING:
     from keyreel_kernels.cuda import Cuda
@@ -51,7 +51,7 @@ class OnnxRuntimeSession:
     """
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
-        runtime = _runtime("cpu")
+        runtime = import_runtime("cpu")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         # Threads that wait for the next operator by spinning take the cores that decoding needs: on two cores beside
@@ -102,7 +102,7 @@ class OnnxRuntimeCudaSession:
     _provider, _device = "CUDAExecutionProvider", "cuda"
 
     def __init__(self, path: Path, cuda: Cuda) -> None:
-        runtime = _runtime("gpu")
+        runtime = import_runtime("gpu")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         settings = {"device_id": str(cuda.index), "user_compute_stream": str(cuda.stream.ptr)}
@@ -165,13 +165,21 @@ class OnnxRuntimeCudaSession:
         self._session = None
 
 
-def _runtime(extra: str) -> Any:
-    runtime = import_extra("onnxruntime", extra=extra, purpose="running a model")
-    if not hasattr(runtime, "InferenceSession"):
-        # What is left of the package when one of its two wheels was removed after both had been installed.
-        raise BackendUnavailable(
-            "the package onnxruntime is there but broken",
-            probe="onnxruntime",
-            hint=f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'keyreel[{extra}]'",
-        )
-    return runtime
+def import_runtime(extra: str) -> Any:
+    """The package onnxruntime, as the extra "cpu" or "gpu" brings it.
+
+    Raises:
+        MissingExtra: it is not installed.
+        BackendUnavailable: it is there but broken.
+    """
+    found = "it has no InferenceSession"  # what is left when one of its two wheels is removed after both were installed
+    try:
+        runtime = import_extra("onnxruntime", extra=extra, purpose="running a model")
+        if hasattr(runtime, "InferenceSession"):
+            return runtime
+    except MissingExtra:
+        raise
+    except ImportError as error:
+        found = str(error)
+    hint = f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'keyreel[{extra}]'"
+    raise BackendUnavailable(f"the package onnxruntime is there but broken: {found}", probe="onnxruntime", hint=hint)

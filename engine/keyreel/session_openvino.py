@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
+import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyreel.bundle import cache_root
-from keyreel.errors import BackendUnavailable, ModelError, import_extra
+from keyreel.errors import BackendUnavailable, MissingExtra, ModelError, import_extra
 
 Precision = Literal["f32", "bf16"]
+
+# What was compiled and not read for so long is deleted: nobody else does it once the graph or OpenVINO is another.
+_KEPT_SECONDS = 30 * 86400.0
+_dtypes = threading.Lock()
 
 
 def image_precision() -> Precision:
@@ -45,7 +53,7 @@ class OpenVINOSession:
     """A graph on OpenVINO's CPU device. Takes any number of rows without compiling anew; safe to share between threads.
 
     The compiled graph is kept under the user's cache folder. OpenVINO compiles again where the file's size or time, its
-    own version or the CPU is another.
+    own version or the CPU is another; then those that were not read for 30 days are deleted.
 
     Args:
         path: the .onnx file.
@@ -82,8 +90,14 @@ class OpenVINOSession:
                 self._idle.put(self._model.create_infer_request())
         except Exception as error:  # OpenVINO's own errors have no common public base
             raise ModelError(f"{path} cannot be loaded: {error}", hint="export the model again") from error
+        if not self._model.get_property("LOADED_FROM_CACHE"):
+            _forget_stale(cache)
         self._name = path.name
         self._ports = {port.any_name: port for port in self._model.inputs}
+        # The first `to_dtype` of a process fills a table and lets other threads run meanwhile: two that are in it at
+        # the same time wait for each other for ever (OpenVINO 2026.4: a static of C++ that is made under the GIL).
+        with _dtypes:
+            self._types = {name: port.element_type.to_dtype() for name, port in self._ports.items()}
         self.inputs: tuple[str, ...] = tuple(self._ports)
         # A port may have names of inner tensors too, in no order; its node is called as the graph's output.
         nodes = (port.node.friendly_name for port in self._model.outputs)
@@ -153,7 +167,7 @@ class OpenVINOSession:
         import openvino
 
         fits = arrays.keys() == self._ports.keys() and all(
-            array.dtype == self._ports[name].element_type.to_dtype()
+            array.dtype == self._types[name]
             and self._ports[name].partial_shape.compatible(openvino.PartialShape(list(array.shape)))
             for name, array in arrays.items()
         )
@@ -171,11 +185,23 @@ class OpenVINOSession:
         self._ports = {}
 
 
+def _forget_stale(cache: Path) -> None:
+    """Deletes what was compiled and not used for long; a file system may note reads once a day or never."""
+    for blob in cache.glob("*.blob"):
+        with contextlib.suppress(OSError):  # another process was faster, or it is somebody else's
+            seen = blob.stat()
+            if max(seen.st_atime, seen.st_mtime) < time.time() - _KEPT_SECONDS:
+                blob.unlink()
+
+
 @functools.cache
 def _core() -> Any:
-    openvino = import_extra("openvino", extra="openvino", purpose="running a model on OpenVINO")
+    # On import OpenVINO reports to Google Analytics, from a forked process. Without this package it does not.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
-        return openvino.Core()
-    except Exception as error:  # OpenVINO's own errors have no common public base
+        return import_extra("openvino", extra="openvino", purpose="running a model on OpenVINO").Core()
+    except MissingExtra:
+        raise
+    except Exception as error:  # a broken wheel's ImportError, or OpenVINO's own, which have no common public base
         hint = "pip install --force-reinstall openvino, or set KEYREEL_CPU_RUNTIME=onnxruntime"
         raise BackendUnavailable(f"OpenVINO does not start: {error}", probe="openvino", hint=hint) from error

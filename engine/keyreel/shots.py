@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from keyreel.backend import Backend
 from keyreel.config import ImageTransform, Sampling, SelectConfig
+from keyreel.decode.sampling import NoFrames
 from keyreel.decode.source import Source
+from keyreel.decode.stream import distinct
 from keyreel.types import F32, F64, Embedding, Shot
 from keyreel_kernels import ops_for
 
@@ -35,6 +37,8 @@ MARGIN_SECONDS = 0.2
 # Distance (1 - cosine) of two random frames that is assumed at least: in a video of one scene a hand that moves is not
 # to look like another scene.
 LEAST_TYPICAL = 0.3
+# Windows of the second look that share one pass: more would hold more plans and gain nothing.
+TOGETHER = 256
 # Frames of the second look: large enough for a colour histogram.
 SMALL = ImageTransform(72, 128, mode="squash", interpolation="area")
 
@@ -139,37 +143,52 @@ Look: TypeAlias = tuple[F64, F32, F32]  # times, colour histograms and luma (mea
 
 
 def _looks(source: Source, windows: Sequence[tuple[float, float]], backend: Backend) -> Iterator[Look]:
-    """All frames of each window, in order of their starts; windows that touch share one pass.
+    """All frames of each window, in order of their starts; many windows in one pass.
 
-    Where the source cannot be entered midway, one pass serves all.
+    So a group of pictures is entered once for all windows in it, and groups are decoded side by side. Where the source
+    cannot be entered midway, one pass serves all.
     """
-    whole = source.timeline() is None
-    groups: list[list[tuple[float, float]]] = []
-    for window in windows:
-        if groups and (whole or window[0] <= groups[-1][-1][1]):
-            groups[-1].append(window)
-        else:
-            groups.append([window])
-    for group in groups:
-        open_windows = deque((window, list[Look]()) for window in group)
-        for pts, histogram, light in _signals(source, (group[0][0], max(stop for _, stop in group)), backend):
-            for (start, stop), own in open_windows:
-                if start > pts[-1]:
-                    break
-                rows = (pts >= start) & (pts < stop)
-                if rows.any():
-                    own.append((pts[rows], histogram[rows], light[rows]))
-            # Given away as soon as it is whole: a window's frames are kept no longer than needed.
-            while open_windows and open_windows[0][0][1] <= pts[-1]:
-                yield _together(open_windows.popleft()[1])
-        yield from (_together(own) for _, own in open_windows)
+    step = TOGETHER if source.timeline() is not None else max(len(windows), 1)
+    for first in range(0, len(windows), step):
+        yield from _one_pass(source, windows[first : first + step], backend)
 
 
-def _signals(source: Source, window: tuple[float, float], backend: Backend) -> Iterator[Look]:
-    sampling = Sampling(mode="all", start_seconds=window[0], stop_seconds=window[1])
+def _one_pass(source: Source, windows: Sequence[tuple[float, float]], backend: Backend) -> Iterator[Look]:
+    sampling = _inside(source, windows)
+    if sampling is None:
+        yield from (_together([]) for _ in windows)
+        return
+    open_windows = deque((window, list[Look]()) for window in windows)
+    for pts, histogram, light in _signals(source, sampling, backend):
+        for (start, stop), own in open_windows:
+            if start > pts[-1]:
+                break
+            rows = (pts >= start) & (pts < stop)
+            if rows.any():
+                own.append((pts[rows], histogram[rows], light[rows]))
+        # Given away as soon as it is whole: a window's frames are kept no longer than needed.
+        while open_windows and open_windows[0][0][1] <= pts[-1]:
+            yield _together(open_windows.popleft()[1])
+    yield from (_together(own) for _, own in open_windows)
+
+
+def _inside(source: Source, windows: Sequence[tuple[float, float]]) -> Sampling | None:
+    """The frames of the windows, None where there are none; all from the first to the last where no plan tells them."""
+    timeline = source.timeline()
+    if timeline is None:
+        return Sampling(mode="all", start_seconds=windows[0][0], stop_seconds=max(stop for _, stop in windows))
+    starts = timeline.starts
+    inside = np.zeros(len(starts), bool)
+    for low, high in windows:
+        inside[slice(*np.searchsorted(starts, (low, high)))] = True
+    return Sampling(mode="times", times=tuple(starts[inside].tolist())) if inside.any() else None
+
+
+def _signals(source: Source, sampling: Sampling, backend: Backend) -> Iterator[Look]:
     ops, arrays = backend.ops, backend.ops.arrays
-    with backend.open_stream(source, sampling, transform=SMALL) as stream, suppress(ValueError):  # no frame in it
-        for batch in stream:
+    with backend.open_stream(source, sampling, transform=SMALL) as stream, suppress(NoFrames):
+        # Where decoding finds fewer frames than the packets told, one stands for those after it as well.
+        for batch in distinct(stream):
             _, mean, spread, histogram = ops.frame_signals(arrays.to_device(batch.data))
             yield batch.pts_seconds, arrays.to_host(histogram), arrays.to_host(mean + spread)
 

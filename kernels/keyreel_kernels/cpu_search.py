@@ -55,14 +55,15 @@ def _best(queries: F32, vectors: F32, k: int) -> tuple[F32, I64]:
         else:
             for low in range(0, len(block), _CACHED):
                 np.matmul(block[low : low + _CACHED], across, out=scores[low : min(low + _CACHED, len(block))])
-        floors = np.array([held[-1] if len(held) == k else -np.inf for held, _ in best], np.float32)
-        new = scores[: len(block)] > floors
-        for n in np.flatnonzero(new.any(0) | ~np.isfinite(floors)):
+        # NaN is below all others: what is compared with it, or is it, stays in the race.
+        floors = np.array([held[-1] if len(held) == k else np.nan for held, _ in best], np.float32)
+        new = ~(scores[: len(block)] <= floors)
+        for n in np.flatnonzero(new.any(0)):
             held, rows = best[n]
-            fresh = np.flatnonzero(new[:, n]) if len(held) == k else np.arange(len(block))
+            fresh = np.flatnonzero(new[:, n])
             merged, rows = np.concatenate([held, scores[fresh, n]]), np.concatenate([rows, start + fresh])
             if len(merged) > 2 * k:
-                kept = ~(merged < np.partition(merged, -k)[-k])
+                kept = ~(-merged > np.partition(-merged, k - 1)[k - 1])
                 merged, rows = merged[kept], rows[kept]
             # What is held comes from lower rows, so that a stable order settles ties by row.
             order = np.argsort(-merged, kind="stable")[:k]

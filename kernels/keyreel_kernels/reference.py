@@ -136,7 +136,7 @@ def weighted_pool(values: F32, weights: F32, attention: F32, strength: float) ->
 
 
 def top_k(queries: F32, vectors: F32, k: int) -> tuple[F32, I64]:
-    """Exact search: the k rows with the highest inner product, best first, ties to the lowest row.
+    """Exact search: the k rows with the highest inner product, best first, ties to the lowest row, NaN last.
 
     Args:
         queries: [Q, D] float32. vectors: [N, D] float32.
@@ -148,8 +148,8 @@ def top_k(queries: F32, vectors: F32, k: int) -> tuple[F32, I64]:
     k = min(k, scores.shape[1])
     if 0 < k < scores.shape[1]:
         # Everything at or above the k-th best value stays in the race, so that ties are settled by row alone.
-        floor = np.partition(scores, -k, axis=1)[:, [-k]]
-        keyed = np.where(scores >= floor, scores, -np.inf)
+        floor = -np.partition(-scores, k - 1, axis=1)[:, [k - 1]]  # which takes NaN for the largest
+        keyed = np.where(scores < floor, np.nan, scores)
     else:
         keyed = scores
     rows = np.argsort(-keyed, axis=1, kind="stable")[:, :k].astype(np.int64)

@@ -17,8 +17,8 @@ from av.video.stream import VideoStream
 
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.color import Converter
+from keyreel.decode.decoding import Decoding
 from keyreel.decode.lanes import NoLane
-from keyreel.decode.reader import Decoding
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, Worker
 from keyreel.errors import UnsupportedCodec

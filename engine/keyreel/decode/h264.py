@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from keyreel.decode.coded import Bits, Coded, Entry
-from keyreel.decode.nal import LASTING, Damaged, ParameterSets, length_coded, messages, payload, start_coded
+from keyreel.decode.nal import (
+    LASTING,
+    Damaged,
+    ParameterSets,
+    length_coded,
+    length_listed,
+    messages,
+    payload,
+    start_coded,
+)
 
 _HEAD = 24  # bytes of a slice that hold what is read of its header
 _PROBED = 6  # frames after which FFmpeg believes to know how far pictures are reordered
@@ -77,11 +86,8 @@ class H264:
         self._width = (extradata[4] & 3) + 1
         at = 5
         for mask in (31, 255):
-            count, at = extradata[at] & mask, at + 1
-            for _ in range(count):
-                size = int.from_bytes(extradata[at : at + 2], "big")
-                yield extradata[at + 2 : at + 2 + size].rstrip(b"\0")
-                at += 2 + size
+            found, at = length_listed(extradata, at + 1, extradata[at] & mask)
+            yield from found
 
     def _read(self, data: bytes) -> Coded:
         self._sets.begin()

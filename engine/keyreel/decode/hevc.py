@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from keyreel.decode.coded import Bits, Coded, Entry
-from keyreel.decode.nal import LASTING, Damaged, ParameterSets, length_coded, messages, payload, start_coded
+from keyreel.decode.nal import (
+    LASTING,
+    Damaged,
+    ParameterSets,
+    length_coded,
+    length_listed,
+    messages,
+    payload,
+    start_coded,
+)
 
 # nal_unit_type, table 7-1.
 _RASL = (8, 9)
@@ -58,11 +67,8 @@ class Hevc:
         self._width = (extradata[21] & 3) + 1
         at = 23
         for _ in range(extradata[22]):
-            count, at = int.from_bytes(extradata[at + 1 : at + 3], "big"), at + 3
-            for _ in range(count):
-                size = int.from_bytes(extradata[at : at + 2], "big")
-                yield extradata[at + 2 : at + 2 + size].rstrip(b"\0")
-                at += 2 + size
+            found, at = length_listed(extradata, at + 3, int.from_bytes(extradata[at + 1 : at + 3], "big"))
+            yield from found
 
     def _read(self, data: bytes) -> Coded:
         self._sets.begin()

@@ -38,6 +38,16 @@ def length_coded(data: bytes, width: int) -> Iterator[tuple[int, int]]:
         yield first, at
 
 
+def length_listed(data: bytes, at: int, count: int) -> tuple[list[bytes], int]:
+    """`count` units from a place on, two bytes before each say how long it is; and the byte after the last."""
+    found = []
+    for _ in range(count):
+        first = at + 2
+        at = first + int.from_bytes(data[at:first], "big")
+        found.append(data[first:at].rstrip(b"\0"))
+    return found, at
+
+
 def payload(data: bytes) -> bytes:
     """Without the bytes that keep a start code from appearing: 7.4.1 and 7.4.2."""
     return data.replace(b"\0\0\3", b"\0\0")

@@ -25,9 +25,9 @@ from av.video.stream import VideoStream
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.color import Orientation, display_size, matrix_of, orientation_of, transfer_of
 from keyreel.decode.cpu import cpu_decoding
+from keyreel.decode.decoding import Decoding
 from keyreel.decode.lanes import NoLane, Stopped
 from keyreel.decode.nvdec_pool import DecoderPool, DevicePicture, Format, NvDecoder
-from keyreel.decode.reader import Decoding
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, Worker
 from keyreel.errors import BackendUnavailable, SourceError, UnsupportedCodec

@@ -19,7 +19,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from keyreel.decode.bitstream import formats
-from keyreel.decode.reader import DecoderFailed
+from keyreel.decode.decoding import DecoderFailed
 from keyreel.decode.sampling import PlanBroken
 from keyreel.errors import BackendUnavailable
 

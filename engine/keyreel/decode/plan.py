@@ -110,12 +110,11 @@ def near(timeline: Timeline, sampling: Sampling) -> list[int]:
     """
     tolerance = sampling.tolerance_seconds
     tolerance = 0.5 / sampling.fps if tolerance is None else tolerance
-    clock, ticks, packets = timeline.clock, timeline.ticks, timeline.shown
-    starts = (ticks - clock.zero) * clock.numerator / clock.denominator
+    starts, packets = timeline.starts, timeline.shown
     doors, entries = timeline.entry[packets] > 0, timeline.entries(range(len(packets)))
     sums = np.concatenate(([0], np.cumsum(~timeline.spare)))
     stop = math.inf if sampling.stop_seconds is None else sampling.stop_seconds
-    end = min(stop, clock.seconds(timeline.end_ticks))
+    end = min(stop, timeline.clock.seconds(timeline.end_ticks))
     found: list[int] = []
     last, fed = -1, -1  # rank taken last; packet up to which all that is needed is fed
     for n in count():

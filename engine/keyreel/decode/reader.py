@@ -10,73 +10,33 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import av
 import numpy as np
-from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Discard
 from av.video.stream import VideoStream
 
 from keyreel.config import Sampling
+from keyreel.decode.decoding import DecoderFailed, Decoding, Lane
 from keyreel.decode.lanes import in_order
 from keyreel.decode.plan import Cursor, Packets, near, parts
-from keyreel.decode.sampling import Decoder, Picker, Picture, PlanBroken
+from keyreel.decode.sampling import NoFrames, Picker, Picture, PlanBroken
 from keyreel.decode.source import Source
 from keyreel.decode.timeline import TIME_BASE, Clock, Timeline, promised_seconds
 from keyreel.decode.window import windows
 from keyreel.errors import CorruptStream
 from keyreel.types import F64
 
-M = TypeVar("M")
-
 _READ_ATTEMPTS = 16  # reading goes on after that many failed reads in a row
 NEAR_IS_EXACT = "its packets do not tell which frames are cheap: the frames shown at the wanted times are taken"
 _JUMP_SECONDS = 1.0  # a pts that goes back further is a new timeline, not a frame out of order
-
-
-class Lane(Protocol):
-    """A copy of the video that was opened, and what decodes and converts it."""
-
-    @property
-    def container(self) -> InputContainer: ...
-
-    @property
-    def stream(self) -> VideoStream: ...
-
-    @property
-    def decoder(self) -> Decoder: ...
-
-    def keep(self, picture: Any) -> Any:
-        """The picture, valid also after more packets are decoded."""
-
-    def shown(self, pictures: Iterable[tuple[M, Any]]) -> Iterator[tuple[M, Any]]:
-        """Upright RGB [H, W, 3] uint8 of each picture, in order; may take some more pictures before it gives one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """Where lanes come from, and what is done with their pictures."""
-
-    # What opens a lane: the file, its video, what notes warnings, and whether no other lane works beside it.
-    open_lane: Callable[[InputContainer, VideoStream, Callable[..., None], bool], AbstractContextManager[Lane]]
-    stack: Callable[[list[Any]], Any]  # pictures of one size to [T, H, W, 3]
-    lanes: int = 1  # how many may work at a time
-    ahead: int = 16  # pictures of one lane that may wait for the lanes before it
-    gap: int = 0  # packets that are decoded in vain as cheaply as the decoder is drained and started again
-    whole: bool = False  # one lane alone decodes everything as fast as all of them
-    after: Callable[[Exception], Decoding] | None = None  # what goes on after DecoderFailed; may raise
-    join: Callable[[], None] = lambda: None  # called in the thread that gets a batch, see `Arrays.join`
-
-
-class DecoderFailed(Exception):
-    """This decoder cannot go on with this file; another one may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +140,7 @@ class Reader:
             wanted = self._sampling
             stop = "the end" if wanted.stop_seconds is None else f"{wanted.stop_seconds} s"
             kind = "key frame" if wanted.mode == "keyframes" else "frame"
-            raise ValueError(f"{self._source.name}: no {kind} between {wanted.start_seconds} s and {stop}")
+            raise NoFrames(f"{self._source.name}: no {kind} between {wanted.start_seconds} s and {stop}")
 
     def _wanted(self, times: F64) -> Iterator[tuple[_Shown, int, Any]]:
         """(frame, rows, picture), by plan; after the first surprise by decoding everything, without repeating any."""

@@ -24,6 +24,10 @@ class PlanBroken(Exception):
     """The file, or a frame that came out of the decoder, is not what a plan can be made for."""
 
 
+class NoFrames(ValueError):
+    """No wanted frame lies in the window; `Stream` raises it while it is iterated."""
+
+
 class Picture(Protocol):
     """What is asked of a decoded picture, whoever decoded it; PyAV's VideoFrame is one."""
 

@@ -20,12 +20,11 @@ from typing import Any, BinaryIO
 
 import av
 from av.container import InputContainer
-from av.stream import Discard, Disposition
-from av.video.frame import VideoFrame
+from av.stream import Discard
 from av.video.stream import VideoStream
 
 from keyreel.config import DecodeLimits
-from keyreel.decode.color import display_size, rotation_degrees, transfer_of
+from keyreel.decode.describe import describe, select_video
 from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.spool import Spool, SpoolView
 from keyreel.decode.timeline import Timeline, promised_seconds, scan
@@ -182,7 +181,8 @@ class Source:
         with self._lock:
             if self._info is None:
                 with self.open() as container:
-                    self._info = self._describe(container)
+                    stream = self.require_video(container)
+                    self._info = describe(container, stream, self.name, max_pixels=self.limits.max_pixels)
             return self._info
 
     def timeline(self, checkpoint: Callable[[], None] = lambda: None) -> Timeline | None:
@@ -357,55 +357,3 @@ class Source:
                 hint="Convert it to H.264 with ffmpeg.",
             )
         return stream
-
-    def _describe(self, container: InputContainer) -> VideoInfo:
-        stream = self.require_video(container)
-        duration = promised_seconds(container, stream)
-        frame = self._first_frame(container, stream)
-        height, width = display_size(frame, stream.sample_aspect_ratio)
-        if height * width > self.limits.max_pixels:
-            raise SourceError(
-                f"{self.name}: shown at {width} x {height} pixels, allowed are {self.limits.max_pixels} (max_pixels).",
-                hint="Raise max_pixels if you trust the file.",
-            )
-        rate = stream.average_rate
-        return VideoInfo(
-            path=self.name,
-            duration_seconds=duration,
-            width=width,
-            height=height,
-            codec=stream.codec_context.codec.canonical_name,
-            pixel_format=frame.format.name,
-            rotation_degrees=rotation_degrees(frame),
-            average_fps=float(rate) if rate else None,
-            has_audio=len(container.streams.audio) > 0,
-            transfer=transfer_of(frame),
-        )
-
-    def _first_frame(self, container: InputContainer, stream: VideoStream) -> VideoFrame:
-        reason = "it holds no pictures"
-        packets = container.demux(stream)
-        while True:
-            try:
-                packet = next(packets, None)
-                if packet is None:
-                    break
-                for frame in packet.decode():
-                    return frame
-            except av.error.FFmpegError as error:
-                reason = error.strerror or str(error)
-                if isinstance(error, av.error.ArgumentError):
-                    reason = f"damaged, or pictures of more than {self.limits.max_pixels} pixels (max_pixels)"
-                if not isinstance(error, av.error.InvalidDataError | av.error.ArgumentError):
-                    break
-        raise CorruptStream(
-            f"{self.name}: not one frame can be decoded: {reason}.", hint="Check that it plays; copy it again."
-        )
-
-
-def select_video(container: InputContainer) -> VideoStream | None:
-    """The stream to take: FFmpeg's best one, never a cover picture."""
-    pictures = Disposition.attached_pic | Disposition.timed_thumbnails
-    streams = [s for s in container.streams.video if not s.disposition & pictures]
-    best = container.streams.best("video")
-    return best if best in streams else streams[0] if streams else None

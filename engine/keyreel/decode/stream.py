@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -16,8 +16,9 @@ from typing import Any, Self
 import numpy as np
 
 from keyreel.config import Sampling
+from keyreel.decode.decoding import Decoding
 from keyreel.decode.lanes import Channel, Stopped
-from keyreel.decode.reader import Decoding, Reader
+from keyreel.decode.reader import Reader
 from keyreel.decode.source import Source
 from keyreel.errors import SourceError
 from keyreel.types import FrameBatch
@@ -186,3 +187,13 @@ class Worker:
             found = [row for row, count in self.reader.pictures(asked[order]) for _ in range(count)]
             for place in np.argsort(order, kind="stable"):
                 yield found[place]
+
+
+def distinct(batches: Iterable[FrameBatch]) -> Iterator[FrameBatch]:
+    """Without the rows that show the frame before once more, as two close times do."""
+    last = -1
+    for batch in batches:
+        fresh = np.diff(batch.frame_index, prepend=last) != 0
+        last = int(batch.frame_index[-1])
+        if fresh.any():
+            yield batch if fresh.all() else batch[np.flatnonzero(fresh)]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from keyreel.decode.bitstream import Bitstream, Coded, Entry, bitstream
 from keyreel.decode.sampling import PlanBroken
-from keyreel.types import I64
+from keyreel.types import F64, I64
 
 TIME_BASE = Fraction(1, 90_000)  # where the container names none
 _UNKNOWN = -(1 << 63)  # a time that is missing
@@ -71,6 +71,11 @@ class Timeline:
     def ticks(self) -> I64:
         """[M] pts of the frames in display order."""
         return self.pts[self.shown]
+
+    @property
+    def starts(self) -> F64:
+        """[M] seconds from which each frame is shown, in display order."""
+        return (self.ticks - self.clock.zero) * self.clock.numerator / self.clock.denominator
 
     def entries(self, ranks: Sequence[int] | I64) -> I64:
         """The packet with which decoding must begin, for each frame in display order that is asked for.

@@ -16,7 +16,7 @@ from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
 from keyreel.errors import RenderError
 from keyreel.render.aside import aside
-from keyreel.types import F32, U8, KeyFrame, VideoInfo
+from keyreel.types import F32, U8, KeyFrame, Progress, VideoInfo
 
 CONTACT_WIDTH = 1920  # pixels, about
 TILE_EDGE = 160  # pixels, long side of a thumbnail
@@ -182,8 +182,13 @@ def tile_times(duration_seconds: float) -> tuple[float, tuple[float, ...]]:
     return step, tuple(step * n for n in range(max(1, math.ceil(duration_seconds / step - 1e-9))))
 
 
-def sprite(source: Source, times: Sequence[float]) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
+def sprite(
+    source: Source, times: Sequence[float], *, progress: Progress | None = None
+) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
     """(picture of all thumbnails, (x, y, width, height) of each); fewer boxes than times where decoding ends early.
+
+    Args:
+        progress: called with ("thumbnails", done, total).
 
     Raises:
         RenderError: nothing could be decoded.
@@ -196,6 +201,8 @@ def sprite(source: Source, times: Sequence[float]) -> tuple[Image.Image, list[tu
     with FrameStream(source, Sampling("times", times=tuple(times)), transform=transform) as frames:
         for batch in frames:
             tiles.extend(batch.data)
+            if progress is not None:
+                progress("thumbnails", float(len(tiles)), float(len(times)))
     if not tiles:
         raise RenderError(f"{source.name}: no frame for the thumbnails could be decoded")
     columns = min(len(tiles), TILE_COLUMNS)

@@ -20,7 +20,8 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from keyreel.config import ImageTransform, ReelConfig, Sampling
 from keyreel.decode.cpu import FrameStream
-from keyreel.decode.source import Source, select_video
+from keyreel.decode.describe import select_video
+from keyreel.decode.source import Source
 from keyreel.errors import RenderError
 from keyreel.render.aside import aside
 from keyreel.types import F32, U8, FrameBatch, Progress, Shot, VideoInfo

@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
-from keyreel.render.pictures import write_jpeg
+from keyreel.render.aside import aside
+from keyreel.render.pictures import jpeg
 from keyreel.types import U8, SearchHit
 
 PREVIEW = ImageTransform(360, 640, mode="fit", interpolation="area")
@@ -35,12 +38,13 @@ def hit_pictures(hits: Sequence[SearchHit], sources: Mapping[str, Source]) -> li
     return [pictures[n] for n in range(len(hits))]
 
 
-def save_previews(hits: Sequence[SearchHit], pictures: Sequence[U8], folder: Path) -> list[SearchHit]:
-    """Writes the pictures as hit_01.jpg ... and returns the hits with their paths."""
+def save_previews(hits: Sequence[SearchHit], pictures: Sequence[U8 | bytes], folder: Path) -> list[SearchHit]:
+    """Writes the pictures, JPEG files as they are, as hit_01.jpg ... and returns the hits with their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     named = []
     for number, (hit, picture) in enumerate(zip(hits, pictures, strict=True), start=1):
         path = folder / f"hit_{number:02d}.jpg"
-        write_jpeg(picture, path, QUALITY)
+        with aside(path) as made:
+            made.write_bytes(picture if isinstance(picture, bytes) else jpeg(Image.fromarray(picture), QUALITY))
         named.append(dataclasses.replace(hit, preview=str(path)))
     return named

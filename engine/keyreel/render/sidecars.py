@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keyreel.errors import Failure, RenderError, import_extra
 from keyreel.render.pictures import clock
 from keyreel.types import SearchHit, Shot, Summary, VideoInfo
+
+if TYPE_CHECKING:
+    from keyreel.library.types import VideoHit
 
 SUMMARY = "keyreel.summary/1"
 SEARCH = "keyreel.search/1"
@@ -83,30 +87,26 @@ def summary_document(
     return document  # type: ignore[no-any-return]
 
 
-def search_document(query: str, hits: Sequence[SearchHit], failed: Sequence[Failure] = ()) -> Json:
+def search_document(
+    query: str, hits: Sequence[SearchHit], failed: Sequence[Failure] = (), *, videos: Sequence[VideoHit] | None = None
+) -> Json:
     """What `keyreel search --json` prints, `keyreel.search/1`, best hit first, and the videos that failed.
+
+    Args:
+        videos: the videos that were found in a library, where videos were asked for; the hits are their moments.
 
     Raises:
         ValueError: a number is not finite.
     """
-    document = plain(
-        {
-            "schema": SEARCH,
-            "query": query,
-            "hits": [
-                {
-                    "video": hit.video,
-                    "start_seconds": hit.start_seconds,
-                    "stop_seconds": hit.stop_seconds,
-                    "pts_seconds": hit.pts_seconds,
-                    "score": hit.score,
-                    "preview": hit.preview,
-                }
-                for hit in sorted(hits, key=lambda hit: -hit.score)
-            ],
-            "failed": [failure.document() for failure in failed],
-        }
-    )
+    document: Any = {
+        "schema": SEARCH,
+        "query": query,
+        "hits": [dataclasses.asdict(hit) for hit in sorted(hits, key=lambda hit: -hit.score)],
+        "failed": [failure.document() for failure in failed],
+    }
+    if videos is not None:
+        document["videos"] = [{"video": v.video, "video_id": v.video_id, "score": v.score} for v in videos]
+    document = plain(document)
     check_json(document)
     return document  # type: ignore[no-any-return]
 
@@ -138,16 +138,18 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def _object(properties: Mapping[str, Any]) -> Json:
+def object_of(properties: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> Json:
+    """Schema of an object with these properties and no others."""
     return {
         "type": "object",
-        "properties": dict(properties),
+        "properties": {**properties, **(optional or {})},
         "required": list(properties),
         "additionalProperties": False,
     }
 
 
-def _list(items: Mapping[str, Any], least: int = 0) -> Json:
+def list_of(items: Mapping[str, Any], least: int = 0) -> Json:
+    """Schema of an array."""
     return {"type": "array", "items": dict(items), "minItems": least}
 
 
@@ -158,8 +160,8 @@ COSINE: Json = {"type": "number", "minimum": -1.001, "maximum": 1.001}
 SHARE: Json = {"type": "number", "minimum": 0, "maximum": 1.001}
 COUNT: Json = {"type": "integer", "minimum": 0}
 SIZE: Json = {"type": "integer", "minimum": 1}
-FAILED = _list(_object({"video": TEXT, "error": TEXT, "exit_code": SIZE}))
-SPANS = _list(_object({"start_seconds": SECONDS, "stop_seconds": SECONDS}))
+FAILED = list_of(object_of({"video": TEXT, "error": TEXT, "exit_code": SIZE}))
+SPANS = list_of(object_of({"start_seconds": SECONDS, "stop_seconds": SECONDS}))
 
 
 def summary_schema() -> Json:
@@ -175,25 +177,27 @@ def summary_schema() -> Json:
     keyframe |= {"weight": SHARE, "score": COSINE, "quality": SHARE, "file": TEXT_OR_NULL}
     properties = {
         "schema": {"const": SUMMARY},
-        "video": _object(video),
-        "model": _object({"name": TEXT, "sha256": TEXT}),
-        "device": _object({"name": TEXT, "reason": TEXT}),
+        "video": object_of(video),
+        "model": object_of({"name": TEXT, "sha256": TEXT}),
+        "device": object_of({"name": TEXT, "reason": TEXT}),
         "config": {"type": "object"},
-        "keyframes": _list(_object(keyframe), least=1),
+        "keyframes": list_of(object_of(keyframe), least=1),
         "shots": SPANS,
-        "reel": {"anyOf": [{"type": "null"}, _object({"file": TEXT_OR_NULL, "spans": SPANS})]},
-        "warnings": _list(TEXT),
-        "timings_seconds": _object(dict.fromkeys(STAGES, SECONDS)),
+        "reel": {"anyOf": [{"type": "null"}, object_of({"file": TEXT_OR_NULL, "spans": SPANS})]},
+        "warnings": list_of(TEXT),
+        "timings_seconds": object_of(dict.fromkeys(STAGES, SECONDS)),
     }
-    return {"$schema": DRAFT, "title": SUMMARY, **_object(properties)}
+    return {"$schema": DRAFT, "title": SUMMARY, **object_of(properties)}
 
 
 def search_schema() -> Json:
-    """JSON Schema (draft 2020-12) of what `keyreel search --json` prints."""
+    """JSON Schema (draft 2020-12) of what `keyreel search --json` prints; what is optional comes from a library."""
     hit = {"video": TEXT, "start_seconds": SECONDS, "stop_seconds": SECONDS, "pts_seconds": SECONDS}
     hit |= {"score": COSINE, "preview": TEXT_OR_NULL}
-    properties = {"schema": {"const": SEARCH}, "query": TEXT, "hits": _list(_object(hit)), "failed": FAILED}
-    return {"$schema": DRAFT, "title": SEARCH, **_object(properties)}
+    more = {"video_id": TEXT, "video_score": COSINE, "keyframe_seconds": SECONDS, "folded": COUNT}
+    properties = {"schema": {"const": SEARCH}, "query": TEXT, "hits": list_of(object_of(hit, more)), "failed": FAILED}
+    videos = list_of(object_of({"video": TEXT, "video_id": TEXT, "score": COSINE}))
+    return {"$schema": DRAFT, "title": SEARCH, **object_of(properties, {"videos": videos})}
 
 
 def webvtt(boxes: Sequence[tuple[int, int, int, int]], step_seconds: float, duration_seconds: float, image: str) -> str:

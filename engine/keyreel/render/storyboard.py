@@ -85,7 +85,8 @@ def search_page(query: str, hits: Sequence[SearchHit], previews: Sequence[U8 | N
     Args:
         query: the text that was searched.
         hits: the moments found.
-        previews: [H, W, 3] uint8 RGB of each hit's best frame, None where there is none.
+        previews: [H, W, 3] uint8 RGB of each hit's best frame, or of the key-frame that a library shows it by; None
+            where there is none.
     """
     edge = picture_edge(max(32, len(hits)))
     best = max((hit.score for hit in hits), default=1.0)
@@ -93,7 +94,7 @@ def search_page(query: str, hits: Sequence[SearchHit], previews: Sequence[U8 | N
     for hit, preview in sorted(zip(hits, previews, strict=True), key=lambda row: -row[0].score):
         picture = ""
         if preview is not None:
-            text = f"frame at {short_clock(hit.pts_seconds)}"
+            text = f"frame at {short_clock(getattr(hit, 'keyframe_seconds', hit.pts_seconds))}"
             picture = f'<div class="picture">{_image(shrink(preview, edge), text)}</div>'
         link = _moment_link(hit)
         opens, closes = (f'<a href="{link}">', "</a>") if link is not None else ("", "")

@@ -1,0 +1,1 @@
+"""Many videos: added, kept, searched; one folder or a bucket."""

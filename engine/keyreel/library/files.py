@@ -1,0 +1,202 @@
+"""Files: what they are called in a library, whether they changed, and whether two hold the same."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from urllib.parse import quote, unquote_to_bytes
+
+from keyreel.decode.source import Source
+from keyreel.errors import SourceError
+from keyreel.library.types import Record
+
+WHOLE_BYTES = 64 << 20  # files up to this size are read whole
+BLOCK_BYTES = 1 << 20  # of larger ones, so many bytes at a time: the first, the last, and others evenly between
+_BYTE_PATH = "file://"  # a path that is no text, as a URL with its bytes escaped (RFC 8089)
+
+
+def name_of(video: str | os.PathLike[str]) -> str:
+    """What a video is called in a library: its absolute path, or its URL.
+
+    Symbolic links keep their own name. A path whose bytes are no UTF-8 is called file:///... with them escaped, since
+    tables hold text.
+
+    Raises:
+        ValueError: an empty name.
+        TypeError: not a path.
+    """
+    given = os.fspath(video)
+    if not given or not isinstance(given, str):
+        raise (TypeError if given else ValueError)(f"a video in a library has a path or a URL, got {given!r}")
+    if given.startswith(_BYTE_PATH + "/"):
+        given = os.fsdecode(unquote_to_bytes(given[len(_BYTE_PATH) :]))
+    elif isinstance(video, str) and given != "-" and Source(given).path is None:
+        return given
+    path = os.path.abspath(given)
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return _BYTE_PATH + quote(os.fsencode(path))
+    return path
+
+
+def path_of(name: str) -> Path | None:
+    """The file that a name of `name_of` stands for; None for a URL."""
+    if name.startswith(_BYTE_PATH):
+        return Path(os.fsdecode(unquote_to_bytes(name[len(_BYTE_PATH) :])))
+    return Path(name) if os.path.isabs(name) else None
+
+
+def real_name(name: str) -> str:
+    """The name without symbolic links; as it is where that cannot be told."""
+    path = path_of(name)
+    try:
+        return name if path is None else name_of(os.path.realpath(path))
+    except (OSError, ValueError):
+        return name
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What changes when a file's content does."""
+
+    size: int  # bytes
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path | None) -> FileState | None:
+        """None where there is no such regular file.
+
+        Raises:
+            SourceError: it cannot be told, for lack of a permission or of a disk.
+        """
+        if path is None:
+            return None
+        try:
+            found = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise unreadable(path, error) from error
+        return cls(found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+
+    def fits(self, record: Record) -> bool:
+        """Whether the file is as it was when it was recorded."""
+        return (self.size, self.mtime_ns) == (record.size, record.mtime_ns)
+
+
+def is_gone(name: str) -> bool:
+    """Whether the file of a name is not there any more; a disk that cannot be read says nothing of its files."""
+    path = path_of(name)
+    try:
+        return path is not None and FileState.of(path) is None
+    except SourceError:
+        return False
+
+
+def unreadable(path: Path, error: Exception) -> SourceError:
+    """What is said of a file that the system does not let us read."""
+    reason = getattr(error, "strerror", None) or error
+    return SourceError(f"{path}: cannot be read: {reason}.", hint="Check its permissions and its disk.")
+
+
+def fingerprint(path: Path) -> str:
+    """What a file holds, as 32 hexadecimal digits: BLAKE2b over its size and its bytes.
+
+    Files up to 64 MiB are read whole. Of larger ones 64 blocks of 1 MiB are: the first, the last and others evenly
+    between, so that what it costs does not grow with the file. A change that keeps the size and lies between the
+    blocks is then not seen by this alone; it is seen by the time of the last change, and two such files are taken for
+    copies. `force` indexes again whatever the fingerprint says.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
+            count = WHOLE_BYTES // BLOCK_BYTES
+            whole = size <= WHOLE_BYTES
+            step = BLOCK_BYTES if whole else (size - BLOCK_BYTES) / (count - 1)
+            for number in range(-(-size // BLOCK_BYTES) if whole else count):
+                file.seek(round(number * step))
+                digest.update(_read(file.fileno(), BLOCK_BYTES))
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    return digest.hexdigest()
+
+
+def _read(file: int, size: int) -> bytes:
+    """So many bytes, fewer at the end only: a network disk may give them in parts."""
+    parts = []
+    while size and (part := os.read(file, size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+class Catalog:
+    """The records of a library at hand: by id, by path, by content. Safe to share between threads."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self._lock = threading.RLock()
+        self._by_id: dict[str, Record] = {}
+        self._by_path: dict[str, str] = {}
+        self._by_content: dict[str, dict[str, None]] = {}  # ids, in order
+        for record in records:
+            self.put(record)
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def records(self) -> list[Record]:
+        """All, in order of path."""
+        return sorted(self._by_id.values(), key=lambda record: record.path)
+
+    def find(self, video: str) -> Record | None:
+        """By id or by path, which may be relative or lead there through links."""
+        if not video:
+            return None
+        name = name_of(video)
+        return self._by_id.get(video) or self.at(name) or self.at(real_name(name))
+
+    def fitting(self, video: str) -> list[Record]:
+        """By id, path or glob over the whole path, in which * stands for slashes, too."""
+        if (record := self.find(video)) is not None:
+            return [record]
+        globs = (video, os.path.abspath(video))
+        return [record for record in self.records() if any(fnmatchcase(record.path, glob) for glob in globs)]
+
+    def at(self, path: str) -> Record | None:
+        """The record of a path."""
+        with self._lock:
+            return self._by_id.get(self._by_path.get(path, ""))
+
+    def like(self, content: str) -> list[Record]:
+        """Records of videos that hold the same and were indexed."""
+        with self._lock:
+            found = [self._by_id[id] for id in self._by_content.get(content, ())]
+        return [record for record in found if record.status == "ok"] if content else []
+
+    def put(self, record: Record) -> None:
+        """Adds a record, or puts it in the place of the one of its id."""
+        with self._lock:
+            self.drop(record.id)
+            self._by_id[record.id] = record
+            self._by_path[record.path] = record.id
+            self._by_content.setdefault(record.fingerprint, {})[record.id] = None
+
+    def drop(self, id: str) -> None:
+        """Forgets a record, if it is there."""
+        with self._lock:
+            record = self._by_id.pop(id, None)
+            if record is not None:
+                self._by_content[record.fingerprint].pop(id)
+                if self._by_path.get(record.path) == id:
+                    del self._by_path[record.path]

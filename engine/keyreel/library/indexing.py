@@ -1,0 +1,379 @@
+"""One video: found to be new, changed, moved, copied or unchanged, and brought into the store."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from keyreel.config import DecodeLimits, EncodeConfig, LibraryConfig, Sampling, SelectConfig
+from keyreel.decode.source import Source
+from keyreel.errors import Failure, KeyreelError, LibraryError, MissingExtra, SourceError
+from keyreel.library.batch import Halted
+from keyreel.library.files import Catalog, FileState, fingerprint, is_gone, path_of, real_name
+from keyreel.library.types import Added, Change, Extras, Preview, Record, Rows
+from keyreel.render.pictures import attended_area, jpeg, keyframe_pictures, sprite, tile_times
+from keyreel.render.save import video_seconds
+from keyreel.render.sidecars import plain, webvtt
+from keyreel.shots import shot_of
+from keyreel.types import Progress, Summary
+
+if TYPE_CHECKING:
+    from keyreel.engine import Engine
+    from keyreel.library.store import Store
+
+SPRITE = "sprite.jpg"  # what the WebVTT calls the picture of the thumbnails
+_EARLIEST = 86_400.0  # a clock that was never set says 1970 or earlier
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How videos are brought in."""
+
+    tags: tuple[str, ...] = ()
+    sampling: Sampling | None = None
+    encode: EncodeConfig | None = None
+    select: SelectConfig | None = None
+    limits: DecodeLimits | None = None
+    force: bool = False
+
+
+class _Watched(Source):
+    """A source that is not opened any more once the caller has had enough: cuts are placed without telling progress."""
+
+    def __init__(self, video: str | Path, limits: DecodeLimits, checkpoint: Callable[[], None]) -> None:
+        super().__init__(video, limits=limits)
+        self._checkpoint = checkpoint
+
+    def open(self, checkpoint: Callable[[], None] = lambda: None) -> Any:
+        self._checkpoint()
+        return super().open(checkpoint)
+
+
+def contents(summary: Summary, config: LibraryConfig, progress: Progress) -> tuple[Rows, Extras]:
+    """What a library keeps of a video; the video is decoded twice more, for key-frames and for thumbnails.
+
+    Args:
+        summary: of the video; its source must still be readable.
+        config: size and quality of the pictures.
+        progress: told ("keyframes" | "thumbnails", done, total).
+
+    Raises:
+        RenderError: a picture cannot be made.
+        SourceError: the video can no longer be read.
+    """
+    embedding, frames = summary.embedding, summary.keyframes
+    previews: list[Preview] = []
+    pictures = keyframe_pictures(summary.source, frames, config.preview_height)
+    for frame, picture in zip(frames, pictures, strict=True):
+        progress("keyframes", float(len(previews)), float(len(frames)))
+        data = jpeg(Image.fromarray(picture), config.jpeg_quality)
+        previews.append(Preview(frame.pts_seconds, data, embedding.attention[frame.sample]))
+    shot = shot_of(summary.shots, embedding.pts_seconds)
+    rows = Rows(
+        pts_seconds=embedding.pts_seconds,
+        frame_index=embedding.frame_index,
+        vectors=embedding.vectors,
+        shot=shot,
+        weight=summary.importance,
+        previews=tuple(previews),
+    )
+    duration = video_seconds(summary)
+    step, times = tile_times(duration)
+    sheet, boxes = sprite(summary.source, times, progress=progress)
+    overview = {
+        "keyframes": [
+            {
+                "pts_seconds": frame.pts_seconds,
+                "frame_index": frame.frame_index,
+                "cluster": frame.cluster,
+                "weight": frame.weight,
+                "score": frame.score,
+                "quality": frame.quality,
+                "shot": int(shot[frame.sample]),
+            }
+            for frame in frames
+        ],
+        "sprite": {"step_seconds": step, "columns": sheet.width // boxes[0][2], "tile": boxes[0][2:]},
+        "attended_area": attended_area(summary.video, summary.config["image"]),
+        "config": summary.config,
+        "warnings": summary.warnings,
+    }
+    extras = Extras(jpeg(sheet, config.jpeg_quality), webvtt(boxes, step, duration, SPRITE), plain(overview))
+    return rows, extras
+
+
+def recorded_at(source: Source) -> float | None:
+    """When a video was recorded, in seconds since 1970, where the file says so and it can be true."""
+    with source.open() as container:
+        said = container.metadata
+        for key in ("com.apple.quicktime.creationdate", "creation_time"):
+            try:
+                seconds = datetime.fromisoformat(said.get(key, "")).timestamp()
+            except (ValueError, OverflowError, OSError):
+                continue
+            if _EARLIEST < seconds < time.time() + 86_400:
+                return seconds
+    return None
+
+
+class Indexer:
+    """Brings videos into a store, one with each call of `index`; calls may come from several threads.
+
+    Args:
+        engine: makes the vectors.
+        store: gets them; made by the first commit where it is not there yet.
+        config: sizes of the pictures.
+        catalog: what the store holds; kept up to date here.
+        options: of this run.
+        checkpoint: called often; raises Halted to stop.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        config: LibraryConfig,
+        catalog: Catalog,
+        options: Options,
+        checkpoint: Callable[[], None],
+    ) -> None:
+        self._engine, self._store, self._config, self._catalog = engine, store, config, catalog
+        self._options, self._checkpoint = options, checkpoint
+        self._lock = threading.Lock()  # of what follows
+        self._claims: dict[str, threading.Lock] = {}
+        self._committing = threading.Lock()
+
+    def index(self, name: str, progress: Progress) -> Added:
+        """Brings one video in, where that is needed; what is wrong with it stands in the result.
+
+        Args:
+            name: as `files.name_of` gives it.
+            progress: told the stages.
+
+        Raises:
+            Halted: the caller wants no more.
+            LibraryError: the library itself cannot be used.
+            MissingExtra: a package is missing.
+        """
+        began = time.perf_counter()
+        known = self._catalog.at(name) or self._catalog.at(real_name(name))
+        name = name if known is None else known.path
+        path, state, content, failure = path_of(name), None, "", None
+        change: Change
+        record: Record | None
+        try:
+            state = FileState.of(path)
+            if known is not None and not self._options.force and _is_done(known, path, state):
+                change, record = "unchanged", self._renewed(known)
+            else:
+                content = "" if path is None or state is None else fingerprint(path)
+                with self._claim(content):
+                    change, record = self._brought(name, known, state, content, progress)
+        except (Halted, LibraryError, MissingExtra):
+            raise
+        except Exception as error:  # noqa: BLE001 - one video must not take the others with it, whatever is wrong with it
+            failure = Failure.of(name, _cause(error, path, state))
+            change, record = "failed", self._failed(failure.error, name, known, state, content)
+        return Added(name, change, record, failure, time.perf_counter() - began)
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _claim(self, content: str) -> Iterator[None]:
+        """Lets one thread at a time work on files that hold the same: the others then find copies."""
+        with self._lock:
+            claim = self._claims.setdefault(content, threading.Lock()) if content else threading.Lock()
+        with claim:
+            yield
+
+    def _brought(
+        self, name: str, known: Record | None, state: FileState | None, content: str, progress: Progress
+    ) -> tuple[Change, Record]:
+        twins = [] if self._options.force else self._catalog.like(content)
+        if known is not None and any(twin.id == known.id for twin in twins):
+            return "unchanged", self._renewed(known, state=state)
+        if known is None and twins:
+            for twin in twins:
+                other, path = str(path_of(twin.path)), str(path_of(name))
+                if os.path.exists(other) and os.path.samefile(other, path):
+                    return "unchanged", self._renewed(twin)  # another name of the same file
+            for twin in twins:
+                if is_gone(twin.path):
+                    return "moved", self._renewed(twin, state=state, path=name)
+        record = self._record(name, known, state, content)
+        change: Change = "added" if known is None or not known.generation else "changed"
+        current = self._current(record.id)
+        if not self._options.force and current is not None and _is_done(current, path_of(name), state):
+            return "unchanged", self._renewed(current)  # another process was quicker
+        for twin in twins:
+            if (copied := self._copied(record, twin)) is not None:
+                return "copied" if known is None else change, copied
+        return change, self._decoded(record, state, progress)
+
+    def _decoded(self, record: Record, state: FileState | None, progress: Progress) -> Record:
+        options, path = self._options, path_of(record.path)
+        with _Watched(path or record.path, options.limits or DecodeLimits(), self._checkpoint) as source:
+            summary = self._engine.summarize(
+                source, sampling=options.sampling, encode=options.encode, select=options.select, progress=progress
+            )
+            rows, extras = contents(summary, self._config, progress)
+            date = recorded_at(source)
+        if state is not None and FileState.of(path) != state:
+            raise _changed(record.path)
+        end = video_seconds(summary)
+        if options.sampling is not None and options.sampling.stop_seconds is not None:
+            end = summary.video.duration_seconds or end
+        record = dataclasses.replace(
+            record,
+            generation=uuid.uuid4().hex,
+            frames=len(rows),
+            date=record.date if date is None else date,
+            duration_seconds=end,
+            probe={**dataclasses.asdict(summary.video), "path": record.path},
+            grid=summary.embedding.grid,
+            shots=tuple((shot.start_seconds, shot.stop_seconds) for shot in summary.shots),
+        )
+        return self._put(record, rows, extras)
+
+    def _copied(self, record: Record, twin: Record) -> Record | None:
+        """The twin's rows under the record's id; None where they are not all there, taken away or damaged."""
+        block = next(self._store.vectors([twin.generation]), None)
+        if block is None or len(block) != twin.frames:
+            return None
+        previews, extras = self._store.previews(twin.generation), self._store.extras(twin.id)
+        rows = Rows(block.pts_seconds, block.frame_index, block.vectors, block.shot, block.weight, previews)
+        same = {name: getattr(twin, name) for name in ("frames", "duration_seconds", "grid", "shots")}
+        record = dataclasses.replace(
+            record,
+            generation=uuid.uuid4().hex,
+            date=record.date if twin.date is None else twin.date,
+            probe={**twin.probe, "path": record.path},
+            **same,
+        )
+        return self._put(record, rows, extras)
+
+    def _renewed(self, record: Record, *, state: FileState | None = None, path: str | None = None) -> Record:
+        """The record with what is new about its file; its rows stay."""
+
+        def renew(record: Record) -> Record:
+            return dataclasses.replace(
+                record,
+                path=path or record.path,
+                probe={**record.probe, "path": path} if path else record.probe,
+                size=record.size if state is None else state.size,
+                mtime_ns=record.mtime_ns if state is None else state.mtime_ns,
+                tags=_joined(record.tags, self._options.tags),
+            )
+
+        if renew(record) == record:
+            return record
+        # Another process may have written it since the catalog was read: its rows must not be lost.
+        current = self._current(record.id)
+        if current is None:
+            raise KeyreelError(f"{record.path}: was removed from the library meanwhile", hint="add it again")
+        return self._put(renew(current), None, None)
+
+    def _current(self, id: str) -> Record | None:
+        """The record as it is in the store now, whoever wrote it."""
+        return next(iter(self._store.records([id])), None) if self._store.exists() else None
+
+    def _failed(
+        self, error: KeyreelError, name: str, known: Record | None, state: FileState | None, content: str
+    ) -> Record | None:
+        """Keeps that and why a video failed. What was there of a file that did not change stays as it is."""
+        intact = known is not None and known.status == "ok" and content in ("", known.fingerprint)
+        if state is None or intact:
+            return known
+        record = self._record(name, known, state, content)
+        record = dataclasses.replace(record, status="failed", error=_text(error.args[0]), hint=_text(error.hint))
+        if known is not None and dataclasses.replace(record, indexed_at=known.indexed_at) == known:
+            return known
+        return self._put(record, None, None)
+
+    def _record(self, name: str, known: Record | None, state: FileState | None, content: str) -> Record:
+        """A record without rows, of a file that was not read yet."""
+        bundle = self._engine.bundle
+        return Record(
+            id=self._new_id(name) if known is None else known.id,
+            path=name,
+            size=0 if state is None else state.size,
+            mtime_ns=0 if state is None else state.mtime_ns,
+            fingerprint=content,
+            generation="",
+            frames=0,
+            status="ok",
+            error=None,
+            hint=None,
+            tags=_joined(() if known is None else known.tags, self._options.tags),
+            date=None if state is None else state.mtime_ns / 1e9,
+            duration_seconds=None,
+            indexed_at=time.time(),
+            probe={},
+            grid=(0, 0),
+            shots=(),
+            model=bundle.name,
+            model_sha256=bundle.sha256,
+        )
+
+    def _new_id(self, name: str) -> str:
+        """An id that all who add this file agree on, and that no video of another path has: one that was moved away."""
+        for number in itertools.count():
+            id = hashlib.blake2b(f"{name}\n{number}".encode(), digest_size=16).hexdigest()
+            current = self._current(id)
+            if current is None or current.path == name:
+                return id
+        raise AssertionError("unreachable")
+
+    def _put(self, record: Record, rows: Rows | None, extras: Extras | None) -> Record:
+        self._checkpoint()
+        with self._committing:
+            if not self._store.exists():
+                bundle = self._engine.bundle
+                self._store.create(model=bundle.name, model_sha256=bundle.sha256, width=bundle.embedding_width)
+            self._store.put(record, rows, extras)
+            self._catalog.put(record)
+        return record
+
+
+def _is_done(known: Record, path: Path | None, state: FileState | None) -> bool:
+    """Whether a video is in the library as it is now, as far as can be told without opening it."""
+    here = path is None if state is None else state.fits(known)
+    return known.status == "ok" and here
+
+
+def _joined(tags: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*tags, *more)))
+
+
+def _text(said: Any) -> str | None:
+    """As text that can be stored: names of files may hold bytes that are none."""
+    return None if said is None else str(said).encode("utf-8", "backslashreplace").decode()
+
+
+def _changed(name: str) -> SourceError:
+    return SourceError(
+        f"{name}: changed while it was read.",
+        hint="Add it again when it is written to the end; --watch waits for that.",
+    )
+
+
+def _cause(error: Exception, path: Path | None, state: FileState | None) -> Exception:
+    """The error, or what lies behind it: a file that changes while it is read looks damaged."""
+    try:
+        same = state is None or FileState.of(path) == state
+    except SourceError:
+        return error
+    return error if same else _changed(str(path))

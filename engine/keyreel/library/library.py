@@ -1,0 +1,441 @@
+"""The library: many videos, added once, kept, searched."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keyreel.config import DecodeLimits, EncodeConfig, LibraryConfig, Sampling, SelectConfig
+from keyreel.errors import Damaged, LibraryError, ModelMismatch
+from keyreel.library.batch import Batch
+from keyreel.library.files import Catalog, is_gone, name_of, real_name
+from keyreel.library.indexing import Indexer, Options
+from keyreel.library.query import Searcher, fits
+from keyreel.library.store import Store
+from keyreel.library.types import (
+    Added,
+    Example,
+    Extras,
+    Filter,
+    Finding,
+    LibraryHit,
+    LibraryStats,
+    Preview,
+    Record,
+    VideoHit,
+)
+from keyreel.types import F32, Progress
+
+if TYPE_CHECKING:
+    from keyreel.engine import Engine
+
+Query: TypeAlias = str | os.PathLike[str] | NDArray[Any] | Example
+Videos: TypeAlias = Iterable[str | os.PathLike[str]]
+
+
+class Library:
+    """Many videos in a folder or a bucket, found by text, picture or example. Safe to share between threads.
+
+        with keyreel.Engine.from_pretrained() as engine, keyreel.Library("./library", engine) as library:
+            library.add(["a.mp4", "b.mp4"])
+            best = library.search("a red bus")[0]
+
+    Several processes may write and read one library at a time. A service calls
+    `await asyncio.to_thread(library.search, "a red bus")`.
+
+    Args:
+        uri: a folder, or a URI such as "s3://bucket/library". Nothing is made there before the first `add`.
+        engine: turns videos, texts and pictures into vectors; stays open and belongs to the caller. Without one the
+            library can be listed, looked after, and searched by example or by vector.
+        config: sizes of pictures and what searching keeps in memory.
+        storage_options: of the object store, passed through to LanceDB.
+
+    Raises:
+        ModelMismatch: the library holds vectors of another model than the engine's.
+        MissingExtra: the extra `library` is not installed.
+    """
+
+    def __init__(
+        self,
+        uri: str | os.PathLike[str],
+        engine: Engine | None = None,
+        *,
+        config: LibraryConfig | None = None,
+        storage_options: Mapping[str, str] | None = None,
+    ) -> None:
+        place = os.fspath(uri)
+        self.uri = place if "://" in place else os.path.abspath(place)
+        self.config = config or LibraryConfig()
+        self.engine = engine
+        self._store = Store(self.uri, storage_options=storage_options, compact_every=self.config.compact_every)
+        self._searcher: Searcher | None = None
+        self._lock = threading.Lock()
+        if engine is not None and self._store.exists():
+            with suppress(Damaged):  # said by whatever needs it; `verify` may mend it
+                self._check_model(engine)
+
+    def __enter__(self) -> Library:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Library({self.uri!r}, {self.engine!r})"
+
+    def exists(self) -> bool:
+        """Whether there is a library already: the first `add` makes it."""
+        return self._store.exists()
+
+    def close(self) -> None:
+        """Lets go of the tables and of the vectors in memory. Idempotent; the engine stays open."""
+        with self._lock:
+            self._searcher = None
+        self._store.close()
+
+    # --- what goes in and out -------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        videos: Videos,
+        *,
+        tags: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        encode: EncodeConfig | None = None,
+        select: SelectConfig | None = None,
+        limits: DecodeLimits | None = None,
+        workers: int = 1,
+        force: bool = False,
+        progress: Progress | None = None,
+        begin: Callable[[str], Progress] | None = None,
+        tell: Callable[[Added], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> builtins.list[Added]:
+        """Brings videos in; each is committed by itself, so that what is done stays done.
+
+        A video that is there and unchanged (path, size and time of its last change) is not opened. One that holds the
+        same as another is moved, where the other's file is gone, or copied, without decoding it. Videos that failed
+        are tried again. What fails does not stop the others. The same file under several names is one video. With
+        other `sampling`, `encode` or `select` than before, only `force` indexes again what is unchanged.
+
+        Args:
+            videos: paths; URLs where `limits` allows the network, which are never looked at again unless forced. Each
+                counts once.
+            tags: added to those that a video has.
+            workers: videos at a time; the threads share the engine.
+            force: indexes again what is unchanged, too.
+            progress: told ("videos", done, total) for all together; videos under way count in part.
+            begin: called with a video's name when its turn comes; gives what is told its own stages, "encode" in
+                seconds of video, "keyframes" and "thumbnails" in pictures.
+            tell: called with what became of each video, as they end. Callbacks come from the threads that work, never
+                two at a time; an error in one ends the run and is raised.
+            stop: asked often; once it says True, what is under way is given up and the rest left.
+
+        Returns:
+            What became of each video, in the order given; those that were not reached are left out.
+
+        Raises:
+            ValueError: there is no engine, or an empty name.
+            ModelMismatch: the library holds vectors of another model.
+            LibraryError: the library cannot be written; what was committed before stays.
+        """
+        given = [videos] if isinstance(videos, (str, os.PathLike)) else videos
+        names: dict[str, str] = {}
+        for name in map(name_of, given):
+            names.setdefault(real_name(name), name)
+        options = Options(_tags(tags), sampling, encode, select, limits, force)
+        batch = Batch(stop=stop, progress=progress, begin=begin, tell=tell)
+        indexer = self._indexer(options, batch)
+        return batch.run(tuple(names.values()), indexer.index, workers)
+
+    def update(
+        self,
+        *,
+        prune: bool = False,
+        tags: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        encode: EncodeConfig | None = None,
+        select: SelectConfig | None = None,
+        limits: DecodeLimits | None = None,
+        workers: int = 1,
+        force: bool = False,
+        progress: Progress | None = None,
+        begin: Callable[[str], Progress] | None = None,
+        tell: Callable[[Added], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> builtins.list[Added]:
+        """Looks at every file of the library again: what changed or failed is indexed again, as by `add`.
+
+        Files that are gone are told as "missing". Where a disk may be away for a while, do not prune.
+
+        Args:
+            prune: removes the videos whose files are gone.
+            tags, sampling, encode, select, limits, workers, force, progress, begin, tell, stop: as for `add`.
+
+        Raises:
+            ValueError, ModelMismatch, LibraryError: as `add`; LibraryError also where there is no library.
+        """
+        options = Options(_tags(tags), sampling, encode, select, limits, force)
+        batch = Batch(stop=stop, progress=progress, begin=begin, tell=tell)
+        records = {record.path: record for record in self._store.records()}
+        indexer = self._indexer(options, batch)
+
+        def look(name: str, progress: Progress) -> Added:
+            if is_gone(name):
+                return Added(name, "missing", records[name], None, 0.0)
+            return indexer.index(name, progress)
+
+        found = batch.run(tuple(records), look, workers)
+        if prune:
+            self._store.drop([records[added.path].id for added in found if added.change == "missing"])
+            found = [replace(added, record=None) if added.change == "missing" else added for added in found]
+        return found
+
+    def remove(self, videos: Iterable[str | os.PathLike[str]]) -> builtins.list[Record]:
+        """Removes videos from the library, not from the disk; `compact` gives their space back.
+
+        Args:
+            videos: ids, paths or globs over the whole path, in which * stands for slashes, too.
+
+        Returns:
+            What was removed, in order of path.
+
+        Raises:
+            LibraryError: a name fits nothing; then nothing is removed.
+        """
+        given = [videos] if isinstance(videos, (str, os.PathLike)) else videos
+        catalog = Catalog(self._store.records())
+        found: dict[str, Record] = {}
+        for video in given:
+            chosen = catalog.fitting(os.fspath(video))
+            if not chosen:
+                raise _unknown(video)
+            found |= {record.id: record for record in chosen}
+        self._store.drop(list(found))
+        return sorted(found.values(), key=lambda record: record.path)
+
+    # --- search ---------------------------------------------------------------------------------------------------
+
+    def search(self, query: Query, *, k: int = 10, where: Filter | None = None) -> builtins.list[LibraryHit]:
+        """The k best moments of all videos, best first; near-duplicates of other videos are folded into one.
+
+        Args:
+            query: a text; a picture as a `Path` or as [H, W, 3] uint8; a frame of the library as an `Example`; a
+                vector [D] of the model's space.
+            where: which videos and times are looked at.
+
+        Raises:
+            ValueError: a text or a picture, and the library has no engine; or a vector of another length.
+            LibraryError: there is no library, or no such video in it.
+        """
+        return self.search_many([query], k=k, where=where)[0]
+
+    def search_many(
+        self, queries: Sequence[Query], *, k: int = 10, where: Filter | None = None
+    ) -> builtins.list[builtins.list[LibraryHit]]:
+        """As `search`, for several queries in one pass over the vectors."""
+        if not len(queries):
+            return []
+        vectors, own = self._vectors(queries)
+        return self._search().hits(vectors, k, self._where(where), own)
+
+    def search_videos(
+        self, query: Query, *, k: int = 10, moments: int = 3, where: Filter | None = None
+    ) -> builtins.list[VideoHit]:
+        """The k best videos, best first, each with its best moments.
+
+        Args:
+            query, where: as for `search`.
+            moments: of each video, at most.
+
+        Raises:
+            ValueError, LibraryError: as `search`.
+        """
+        vectors, own = self._vectors([query])
+        return self._search().videos(vectors, k, moments, self._where(where), own)[0]
+
+    # --- what is in it --------------------------------------------------------------------------------------------
+
+    def list(self, where: Filter | None = None) -> builtins.list[Record]:
+        """The videos, in order of path, also those that failed.
+
+        Raises:
+            LibraryError: there is no library.
+        """
+        records, where = self._store.records(), self._where(where)
+        return records if where is None else [record for record in records if fits(record, where)]
+
+    def record(self, video: str | os.PathLike[str]) -> Record:
+        """The record of a video.
+
+        Args:
+            video: its id or its path.
+
+        Raises:
+            LibraryError: there is no library, or no such video in it.
+        """
+        given = os.fspath(video)
+        record = next(iter(self._store.records([given])), None) or Catalog(self._store.records()).find(given)
+        if record is None:
+            raise _unknown(video)
+        return record
+
+    def preview(self, video: str | os.PathLike[str], seconds: float) -> bytes:
+        """The key-frame that is nearest to a time, as a JPEG file; `LibraryHit.keyframe_seconds` names one.
+
+        Raises:
+            LibraryError: no such video, or it has no key-frames since it failed.
+        """
+        record = self.record(video)
+        picture = self._store.preview(record.generation, seconds)
+        if picture is None:
+            previews = self._store.previews(record.generation)
+            if not previews:
+                raise LibraryError(f"{record.path}: has no key-frames in the library: {record.error}", hint=record.hint)
+            picture = min(previews, key=lambda preview: abs(preview.pts_seconds - seconds)).jpeg
+        return picture
+
+    def previews(self, video: str | os.PathLike[str]) -> tuple[Preview, ...]:
+        """The key-frames of a video with their attention maps, in order of time.
+
+        Raises:
+            LibraryError: no such video.
+        """
+        return self._store.previews(self.record(video).generation)
+
+    def extras(self, video: str | os.PathLike[str]) -> Extras:
+        """Thumbnails, their WebVTT, and what was found out about the key-frames.
+
+        Raises:
+            LibraryError: no such video, or it failed.
+        """
+        return self._store.extras(self.record(video).id)
+
+    def stats(self) -> LibraryStats:
+        """Sizes of the library.
+
+        Raises:
+            LibraryError: there is no library.
+        """
+        records = self._store.records()
+        name, sha256, width = self._store.model()
+        return LibraryStats(
+            videos=len(records),
+            failed=sum(record.status == "failed" for record in records),
+            frames=sum(record.frames for record in records),
+            hours=sum(record.duration_seconds or 0.0 for record in records) / 3600,
+            bytes=self._store.bytes(),
+            model=name,
+            model_sha256=sha256,
+            width=width,
+        )
+
+    # --- upkeep ---------------------------------------------------------------------------------------------------
+
+    def verify(self, *, repair: bool = False) -> tuple[Finding, ...]:
+        """Reads everything and says what is wrong with it.
+
+        Args:
+            repair: drops what cannot be read and keeps the rest; videos that lost something are then "failed", and the
+                next `add` or `update` indexes them again.
+
+        Raises:
+            LibraryError: there is no library.
+        """
+        return self._store.verify(repair=repair)
+
+    def compact(self, *, alone: bool = False) -> int:
+        """Puts small files together and deletes what nobody needs any more; returns the bytes given back.
+
+        With more frames than `config.exact_rows` it also builds the vector index, once; that takes minutes.
+
+        Args:
+            alone: the caller knows that nobody else writes: what others might be about to commit is deleted, too.
+
+        Raises:
+            LibraryError: there is no library, or it cannot be written.
+        """
+        given = self._store.compact(alone=alone)
+        if sum(record.frames for record in self._store.records()) > self.config.exact_rows:
+            self._search().index()
+        return given
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _needed(self, purpose: str) -> Engine:
+        if self.engine is None:
+            raise ValueError(f"{purpose} needs an engine: Library({self.uri!r}, Engine.from_pretrained(...))")
+        return self.engine
+
+    def _check_model(self, engine: Engine) -> None:
+        name, sha256, width = self._store.model()
+        own = engine.bundle
+        if (sha256, width) != (own.sha256, own.embedding_width):
+            raise ModelMismatch(
+                f"the library {self.uri} holds vectors of the model {name!r} (D = {width}, sha256 {sha256[:12]}), the "
+                f"engine's is {own.name!r} (D = {own.embedding_width}, sha256 {own.sha256[:12]})",
+                hint="use that model, or another library for this one",
+            )
+
+    def _indexer(self, options: Options, batch: Batch) -> Indexer:
+        engine = self._needed("adding videos")
+        there = self._store.exists()
+        if there:
+            self._check_model(engine)
+        catalog = Catalog(self._store.records() if there else ())
+        return Indexer(engine, self._store, self.config, catalog, options, batch.checkpoint)
+
+    def _search(self) -> Searcher:
+        with self._lock:
+            if self._searcher is None:
+                backend = None if self.engine is None else self.engine.backend
+                if self.engine is not None:
+                    self._check_model(self.engine)
+                self._searcher = Searcher(self._store, self.config, backend)
+            return self._searcher
+
+    def _where(self, where: Filter | None) -> Filter | None:
+        """With ids in the place of paths, which may be relative."""
+        return where and replace(where, videos=[self.record(video).id for video in where.videos])
+
+    def _vectors(self, queries: Sequence[Query]) -> tuple[F32, builtins.list[Example | None]]:
+        """[Q, D] float32, all texts in one go; and the examples that they are the vectors of."""
+        texts = [query for query in queries if isinstance(query, str)]
+        encoded = iter(self._needed("searching for a text").encode_text(texts) if texts else ())
+        width = self._store.model()[2]
+        rows: builtins.list[F32] = []
+        own: builtins.list[Example | None] = []
+        for query in queries:
+            example = None
+            if isinstance(query, str):
+                rows.append(next(encoded))
+            elif isinstance(query, Example):
+                example = replace(query, video=self.record(query.video).id)
+                rows.append(self._search().vector(example))
+            elif isinstance(query, np.ndarray) and query.ndim == 1:
+                if len(query) != width:
+                    raise ValueError(f"a vector of this library has {width} numbers, got {len(query)}")
+                rows.append(np.asarray(query, np.float32))
+            else:
+                rows.append(self._needed("searching for a picture").encode_image(query)[0])
+            own.append(example)
+        return np.stack(rows), own
+
+
+def _tags(tags: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(tags, str):
+        raise TypeError(f"tags are several texts, got one: {tags!r}; give [{tags!r}]")
+    return tuple(dict.fromkeys(tags))
+
+
+def _unknown(video: str | os.PathLike[str]) -> LibraryError:
+    hint = "`keyreel library list` names them; a path, an id or a glob over the whole path"
+    return LibraryError(f"no video of the library fits {os.fspath(video)!r}", hint=hint)

@@ -1,0 +1,363 @@
+"""Videos to be indexed, one after another: a queue on disk that outlives the process.
+
+A job is accepted when its row is on disk. Jobs that were queued or at work when the process ended, in order or not,
+are queued again at the next start; adding a video twice is harmless, since the library knows what it has.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from keyreel.config import ServeConfig
+from keyreel.errors import Failure, LibraryError
+from keyreel.library.types import Added
+from keyreel.serve.metrics import Metrics
+from keyreel.serve.refusals import Refused, refusal, too_busy
+from keyreel.serve.uploads import discard
+from keyreel.telemetry import span
+from keyreel.types import Progress
+
+_log = logging.getLogger(__name__)
+
+State = Literal["queued", "running", "done", "failed", "cancelled"]
+Work = Callable[[Path, Progress, Callable[[], bool]], Added | None]
+
+STOP_SECONDS = 5.0  # that a job may take to notice that it is to stop
+MOST_TRIES = 3  # a video that takes the process with it must not do so at every start
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    state TEXT NOT NULL,
+    path BLOB NOT NULL,
+    uploaded INTEGER NOT NULL,
+    created REAL NOT NULL,
+    tries INTEGER NOT NULL DEFAULT 0,
+    video TEXT,
+    error TEXT
+)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One video that is, was or will be indexed."""
+
+    id: str
+    state: State
+    path: Path
+    uploaded: bool  # the service owns the file
+    created: float  # seconds since 1970
+    progress: float  # 0..1
+    video: str | None  # id in the library, once it is there
+    error: Mapping[str, Any] | None  # kind, message, hint
+
+
+class _Live:
+    """What is known of a job at work and not kept on disk."""
+
+    def __init__(self) -> None:
+        self.progress = 0.0
+        self.cancelled = self.ended = False  # by a caller; by the end of the service
+
+    def stopped(self) -> bool:
+        return self.cancelled or self.ended
+
+    def tell(self, stage: str, done: float, total: float | None) -> None:
+        """Progress of the frames; the cuts and the pictures that follow take little more."""
+        if stage == "encode" and total:
+            self.progress = max(self.progress, min(done / total, 1.0) * 0.9)
+        elif stage != "encode":
+            self.progress = max(self.progress, 0.95)
+
+
+class Jobs:
+    """The queue and the threads that work on it.
+
+    Args:
+        folder: of the queue and of the uploads; made at the start. One process at a time may use it.
+        work: adds one video to the library; told how to report and whether to stop. None where it stopped.
+        forget: takes a video that failed out of the library again, by path.
+        private: paths of which errors tell no more than the last part.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        work: Work,
+        forget: Callable[[Path], None],
+        config: ServeConfig,
+        metrics: Metrics,
+        private: Sequence[str] = (),
+    ) -> None:
+        self.folder, self.uploads = folder, folder / "uploads"
+        self._work, self._forget, self._config, self._metrics = work, forget, config, metrics
+        self._private = tuple(private)
+        self._changed = threading.Condition(threading.RLock())
+        self._base: sqlite3.Connection | None = None
+        self._live: dict[str, _Live] = {}
+        self._threads: list[threading.Thread] = []
+        self._reserved = 0
+        self._ending = False
+        metrics.watch_jobs(self.counts)
+
+    def start(self) -> None:
+        """Takes up what the last process left. Idempotent.
+
+        Raises:
+            LibraryError: another process works in this folder, or it cannot be written.
+        """
+        with self._changed:
+            if self._base is not None:
+                return
+            try:
+                self.uploads.mkdir(parents=True, exist_ok=True)
+                self._lock = (self.folder / "lock").open("w")
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._base = self._opened()
+                for job in self._read("WHERE state = 'running' AND tries >= ?", (MOST_TRIES,)):
+                    self._discard(job)
+                    message = f"the service ended {MOST_TRIES} times while at work on it"
+                    self._end(job, "failed", error={"kind": "crashed", "message": message, "hint": None})
+                self._write("UPDATE jobs SET state = 'queued' WHERE state = 'running'", ())
+                for part in self.uploads.glob("*.part"):
+                    accepted = self._read("WHERE id = ?", (part.stem,))
+                    _put(part, accepted[0].path) if accepted else part.unlink()
+            except BlockingIOError as error:
+                self._lock.close()
+                hint = "stop it, or give this one another folder"
+                raise LibraryError(f"{self.folder}: another server works here", hint=hint) from error
+            except (OSError, sqlite3.Error) as error:
+                hint = "give the service a folder that it may write (--folder)"
+                raise LibraryError(f"{self.folder}: cannot be used: {error}", hint=hint) from error
+            self._ending = False
+            for number in range(self._config.job_threads):
+                # Daemons: a video that hangs in a decoder must not keep the process from ending.
+                thread = threading.Thread(target=self._run, name=f"keyreel-job-{number}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def reserve(self) -> None:
+        """Keeps a place in the queue for what is still on its way, until `release`.
+
+        Raises:
+            Refused: 429, the queue is full; 503, the service is ending.
+        """
+        with self._changed:
+            if self._ending:
+                raise Refused(503, "ending", "the service is ending", headers={"Retry-After": "10"})
+            self.start()
+            if self.counts()["queued"] + self._reserved >= self._config.max_jobs:
+                raise too_busy("jobs", 10)
+            self._reserved += 1
+
+    def release(self) -> None:
+        """Gives a place back, used or not."""
+        with self._changed:
+            self._reserved -= 1
+
+    def submit(self, path: Path, *, id: str | None = None, part: Path | None = None) -> Job:
+        """Accepts a job, into a place that was reserved: when this returns it is on disk.
+
+        Args:
+            part: an upload, whole and on disk, which becomes `path`; named after the id.
+        """
+        id = id or uuid.uuid4().hex
+        with self._changed:
+            self._write(
+                "INSERT INTO jobs (id, state, path, uploaded, created) VALUES (?, 'queued', ?, ?, ?)",
+                (id, str(path).encode("utf-8", "surrogateescape"), part is not None, time.time()),
+            )
+            if part is not None:  # a process that ends before this does it at the next start
+                _put(part, path)
+            self._write(
+                "DELETE FROM jobs WHERE state IN ('done', 'failed', 'cancelled') AND number <= "
+                "(SELECT max(number) FROM jobs) - ?",
+                (self._config.kept_jobs + self._config.max_jobs,),
+            )
+            self._changed.notify_all()
+            return self.get(id)
+
+    def get(self, id: str) -> Job:
+        """One job.
+
+        Raises:
+            Refused: 404.
+        """
+        found = self._read("WHERE id = ?", (id,))
+        if not found:
+            raise Refused(404, "not_found", "there is no such job")
+        return found[0]
+
+    def latest(self) -> list[Job]:
+        """All that are remembered, the latest first."""
+        return self._read("ORDER BY number DESC LIMIT ?", (self._config.kept_jobs + self._config.max_jobs,))
+
+    def counts(self) -> dict[str, int]:
+        """How many are in each state."""
+        with self._changed:
+            rows = [] if self._base is None else self._base.execute("SELECT state, count(*) FROM jobs GROUP BY state")
+            return {"queued": 0, "running": 0, **dict(rows)}
+
+    def cancel(self, id: str) -> Job:
+        """Takes a job out of the queue, or asks the one at work to stop; one that is over stays as it is.
+
+        Raises:
+            Refused: 404.
+        """
+        with self._changed:
+            job = self.get(id)
+            if job.state == "queued":
+                self._end(job, "cancelled")
+            elif id in self._live:
+                self._live[id].cancelled = True
+        if job.state == "queued":
+            self._discard(job)
+        return self.get(id)
+
+    def drain(self, seconds: float) -> None:
+        """Takes nothing more, waits for what is at work, then has it stop; it is queued again. Blocks."""
+        until = time.monotonic() + seconds
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._live, timeout=max(0.0, until - time.monotonic()))
+            for live in self._live.values():
+                live.ended = True
+        # It stops between two batches of frames. One that does not is left: its row says that it was at work.
+        until = time.monotonic() + STOP_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        with self._changed:
+            if self._base is not None and not any(thread.is_alive() for thread in self._threads):
+                self._base.close()
+                self._base = None
+                self._threads.clear()
+                self._lock.close()
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._ending:
+            try:
+                self._next()
+            except sqlite3.Error:  # a full disk: what is on it stays, and is taken up later or at the next start
+                _log.exception("the queue of jobs cannot be written")
+                time.sleep(1)
+
+    def _next(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ending or self.counts()["queued"])
+            if self._ending:
+                return
+            job = self._read("WHERE state = 'queued' ORDER BY number LIMIT 1", ())[0]
+            self._write("UPDATE jobs SET state = 'running', tries = tries + 1 WHERE id = ?", (job.id,))
+            live = self._live[job.id] = _Live()
+        began = time.perf_counter()
+        added, error = None, None
+        try:
+            with span("keyreel.job"):
+                added = self._work(job.path, live.tell, live.stopped)
+        except Exception as caught:  # noqa: BLE001 - whatever it is, it is this job's end and not the thread's
+            error = caught
+        if error is None and added is not None and added.failure is not None:
+            error = added.failure.error
+        state: State = "failed"
+        if error is None and added is not None:
+            state = "done"
+        elif live.stopped():
+            state = "cancelled" if live.cancelled else "queued"
+        document = None
+        if state == "failed":
+            error = error or LibraryError("the file is gone")
+            names = (str(job.path), "" if added is None else added.path, *self._private)
+            refused = refusal(error, *names) or refusal(Failure.of(job.path.name, error).error, *names)
+            document = None if refused is None else refused.document()
+        if state in ("failed", "cancelled"):
+            self._discard(job)
+        with self._changed:
+            del self._live[job.id]
+            self._changed.notify_all()
+            self._metrics.job_seconds.observe(time.perf_counter() - began)
+            if state == "queued":  # stopped by the end of the service
+                self._write("UPDATE jobs SET state = 'queued', tries = tries - 1 WHERE id = ?", (job.id,))
+            else:
+                video = None if added is None or added.record is None else added.record.id
+                self._end(job, state, video=video if state == "done" else None, error=document)
+
+    def _discard(self, job: Job) -> None:
+        """Nothing stays of an upload that did not become a video: nobody could see it, and it would fill the disk.
+
+        Not under the lock: the library may take its time.
+        """
+        if job.uploaded:
+            try:
+                self._forget(job.path)
+                discard(job.path)
+            except Exception:  # noqa: BLE001 - the job is over all the same, and the next one waits
+                _log.exception("%s cannot be removed", job.path.name)
+
+    def _end(self, job: Job, state: State, *, video: str | None = None, error: Mapping[str, Any] | None = None) -> None:
+        self._write(
+            "UPDATE jobs SET state = ?, video = ?, error = ? WHERE id = ?",
+            (state, video, None if error is None else json.dumps(error), job.id),
+        )
+        self._metrics.jobs_ended.labels(state).inc()
+
+    def _opened(self) -> sqlite3.Connection:
+        base = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
+        base.execute("PRAGMA journal_mode = WAL")
+        base.execute("PRAGMA synchronous = FULL")
+        base.execute(_SCHEMA)
+        return base
+
+    def _write(self, statement: str, values: tuple[Any, ...]) -> None:
+        if self._base is None:
+            raise Refused(503, "ending", "the service is ending", headers={"Retry-After": "10"})
+        self._base.execute(statement, values)
+
+    def _read(self, rest: str, values: tuple[Any, ...]) -> list[Job]:
+        with self._changed:
+            if self._base is None:
+                return []
+            columns = "id, state, path, uploaded, created, video, error"
+            rows = self._base.execute(f"SELECT {columns} FROM jobs {rest}", values).fetchall()
+            jobs = []
+            for id, state, path, uploaded, created, video, error in rows:
+                live = self._live.get(id)
+                progress = live.progress if live is not None else float(state == "done")
+                jobs.append(
+                    Job(
+                        id=id,
+                        state=state,
+                        path=Path(path.decode("utf-8", "surrogateescape")),
+                        uploaded=bool(uploaded),
+                        created=created,
+                        progress=progress,
+                        video=video,
+                        error=None if error is None else json.loads(error),
+                    )
+                )
+            return jobs
+
+
+def _put(part: Path, path: Path) -> None:
+    """Gives an upload its name, for good."""
+    path.parent.mkdir(exist_ok=True)
+    part.rename(path)
+    for folder in (path.parent, path.parent.parent):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)

@@ -1,0 +1,39 @@
+"""Counters of the service, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """One registry for one service, so that two in a process do not mix."""
+
+    def __init__(self) -> None:
+        self._registry = own = CollectorRegistry()
+        self.requests = Counter("keyreel_requests", "Requests answered", ("method", "route", "status"), registry=own)
+        self.request_seconds = Histogram(
+            "keyreel_request_seconds", "Time from request to answer", ("route",), registry=own
+        )
+        self.at_work = Gauge("keyreel_requests_at_work", "Requests that are being answered", registry=own)
+        self.batch_queries = Histogram(
+            "keyreel_batch_queries", "Text queries that shared a pass", buckets=(1, 2, 4, 8, 16, 32, 64), registry=own
+        )
+        self.jobs_ended = Counter("keyreel_jobs_ended", "Jobs that ended", ("state",), registry=own)
+        self.job_seconds = Histogram(
+            "keyreel_job_seconds", "Time at work on a job", buckets=(0.1, 1, 10, 60, 600, 3600), registry=own
+        )
+        self.upload_bytes = Counter("keyreel_upload_bytes", "Bytes of uploads written", registry=own)
+        self._jobs = Gauge("keyreel_jobs", "Jobs that are not over", ("state",), registry=own)
+
+    def watch_jobs(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Reads the number of jobs queued and running when it is asked for."""
+        self._jobs.labels("queued").set_function(lambda: counts().get("queued", 0))
+        self._jobs.labels("running").set_function(lambda: counts().get("running", 0))
+
+    def text(self) -> bytes:
+        """All of it, in Prometheus's text format."""
+        return generate_latest(self._registry)

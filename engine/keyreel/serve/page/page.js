@@ -1,0 +1,479 @@
+// The page: which view the address asks for, search, library, keyboard.
+
+import { $, $$, Problem, api, bar, clock, complain, count, detail, forget, pause, say, sprite, stamp } from "./base.js";
+import { card, cardPictures, neighbour } from "./cards.js";
+import { jobs } from "./jobs.js";
+import { video } from "./video.js";
+
+const FILTERS = ["path", "tag", "after", "before", "min_duration", "max_duration"];
+const PAGE = 24;
+const MOST = 96;
+const box = $("#q");
+
+// ---- The address. It holds the whole state: it can be shared, and the back button works.
+
+const address = () => new URLSearchParams(location.search);
+const kept = (params, names) => Object.fromEntries(names.map((name) => [name, params.get(name)]).filter(([, value]) => value));
+const link = (values) => {
+  const params = new URLSearchParams(Object.entries(values).filter(([, value]) => value !== null && value !== ""));
+  return params.size ? `?${params}` : location.pathname;
+};
+// What a link into a video takes along: the search it came from.
+const origin = () => kept(address(), ["q", "like", "image", "k", "group", ...FILTERS]);
+
+function go(values, { replace = false, soon = false } = {}) {
+  const inner = replace ? history.state?.inner ?? false : true;
+  history[replace ? "replaceState" : "pushState"]({ inner }, "", link(values));
+  render({ soon });
+}
+
+const places = {}; // how far each view was scrolled, and what had the focus there
+let current = null;
+
+const views = { search: showSearch, library: showLibrary, video: video.show, jobs: jobs.show };
+
+function render({ back = false, soon = false } = {}) {
+  const params = address();
+  const name = Object.hasOwn(views, params.get("view") ?? "") ? params.get("view") : "search";
+  const changed = name !== current;
+  if (changed && current !== null) places[current] = { top: scrollY, focus: document.activeElement };
+  for (const section of $$("main > section")) section.hidden = section.id !== name;
+  for (const entry of $$("header nav a")) {
+    if (entry.dataset.view === name) entry.setAttribute("aria-current", "page");
+    else entry.removeAttribute("aria-current");
+  }
+  if (changed && current === "video") video.leave();
+  const first = current === null;
+  current = name;
+  document.title = "keyreel";
+  if (document.activeElement !== box) box.value = params.get("q") ?? "";
+  fillFilters(params);
+  if (current !== "search" && current !== "library") toggleFilters(false);
+  views[name](params, { soon, back });
+  if (!changed) return;
+  if (back && places[name]) {
+    scrollTo(0, places[name].top);
+    if (places[name].focus?.isConnected) places[name].focus.focus({ preventScroll: true });
+  } else if (!first) {
+    scrollTo(0, 0);
+    if (document.activeElement !== box) $(`#${name} h1`).focus({ preventScroll: true });
+  }
+}
+
+history.scrollRestoration = "manual";
+addEventListener("popstate", () => render({ back: true }));
+document.addEventListener("click", (event) => {
+  const target = event.target.closest("a[href]");
+  if (target === null || event.button !== 0 || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+  const url = new URL(target.href);
+  if (url.origin !== location.origin || url.pathname !== location.pathname || url.hash !== "") return;
+  event.preventDefault();
+  // Next and previous take the place of the result that is open: one step back leads to the results.
+  go(Object.fromEntries(url.searchParams), { replace: target.closest("#around") !== null });
+});
+
+// ---- Cards
+
+function momentCard(hit, best) {
+  const from = origin(), seconds = hit.pts_seconds;
+  const href = link({ view: "video", id: hit.video_id, t: seconds.toFixed(3), ...from });
+  const node = card({ id: hit.video_id, name: hit.video, seconds, picture: hit.preview, href });
+  const span = `${clock(hit.start_seconds)} – ${clock(hit.stop_seconds)}`;
+  $(".row b", node).textContent = span;
+  $(".row span", node).textContent = hit.score.toFixed(3);
+  $(".row span", node).title = "cosine between the search and the best frame";
+  bar($(".share", node), best > 0 ? hit.score / best : 0);
+  $(".picture", node).setAttribute("aria-label", `${hit.video}, ${span}, score ${hit.score.toFixed(3)}`);
+  // The picture above is the same link: once is enough for the keyboard.
+  $(".name", node).tabIndex = -1;
+  $(".like", node).href = link({ like: `${hit.video_id}@${seconds.toFixed(3)}`, ...kept(address(), FILTERS) });
+  $(".like", node).setAttribute("aria-label", `More like ${hit.video} at ${clock(seconds)}`);
+  if (hit.folded) {
+    $(".tags", node).hidden = false;
+    $(".tags", node).textContent = `the same in ${count(hit.folded, "other video")}`;
+  }
+  return node;
+}
+
+function videoCard(entry) {
+  const href = link({ view: "video", id: entry.id, ...kept(address(), FILTERS) });
+  const node = card({ id: entry.id, name: entry.name, seconds: 0, picture: entry.poster, href });
+  const [head, foot] = $$(".row", node);
+  $("b", head).replaceWith($(".name", foot));
+  foot.remove();
+  $(".share", node).remove();
+  $("span", head).textContent = entry.duration_seconds === null ? "" : clock(entry.duration_seconds);
+  $(".name", node).tabIndex = -1;
+  $(".picture", node).setAttribute("aria-label", `${entry.name}, ${clock(entry.duration_seconds ?? 0)}`);
+  $(".tags", node).hidden = entry.tags.length === 0;
+  for (const tag of entry.tags) {
+    const anchor = $(".tags", node).appendChild(document.createElement("a"));
+    anchor.textContent = tag;
+    anchor.href = link({ view: "library", tag });
+    anchor.setAttribute("aria-label", `Videos tagged ${tag}`);
+  }
+  return node;
+}
+
+function failedCard(entry) {
+  const node = stamp("failed");
+  $(".name", node).textContent = entry.name;
+  $(".why", node).textContent = entry.error ?? "It could not be indexed.";
+  $(".hint", node).textContent = entry.hint ?? "";
+  $("button", node).ariaLabel = `Remove ${entry.name} from the library`;
+  $("button", node).addEventListener("click", () => remove(entry.id, entry.name, () => node.remove()));
+  return node;
+}
+
+// Asks, removes, and then goes on. Errors show in the view that is open.
+export function remove(id, name, then) {
+  const dialog = $("#sure");
+  $("h2", dialog).textContent = `Remove ${name}?`;
+  for (const button of $$("button", dialog)) button.onclick = () => dialog.close(button.value);
+  dialog.onclose = async () => {
+    if (dialog.returnValue !== "yes") return;
+    dialog.returnValue = "";
+    try {
+      await api(`videos/${encodeURIComponent(id)}`, { method: "DELETE" });
+      forget(id);
+      found.key = listed = null;
+      say(`${name} was removed`);
+      then();
+    } catch (error) {
+      complain($(`#${current} > .note`), error);
+    }
+  };
+  dialog.showModal();
+}
+
+// ---- Search
+
+const pictures = new Map(); // files to search with, by the number in the address
+let found = { key: null, hits: [] };
+let running = null;
+
+// The filters as the API takes them: there `before` is the first moment that is too late, on the page the last day.
+function restricted(params) {
+  const query = kept(params, FILTERS);
+  if (query.before) query.before += "T23:59:59.999";
+  return query;
+}
+
+function question(params) {
+  const query = { ...restricted(params), k: params.get("k") ?? PAGE };
+  const like = /^(.*)@([\d.]+)$/.exec(params.get("like") ?? "");
+  if (like) return { method: "POST", query, body: { like: { video_id: like[1], seconds: Number(like[2]) } } };
+  if (params.has("image")) {
+    const file = pictures.get(params.get("image"));
+    if (!file) throw new Problem("The picture of this search is gone.", { hint: "Choose it again." });
+    const body = new FormData();
+    body.append("file", file);
+    return { method: "POST", query, body };
+  }
+  return { query: { ...query, q: params.get("q") } };
+}
+
+async function showSearch(params, { soon }) {
+  const asked = ["q", "like", "image", "k", ...FILTERS];
+  const key = JSON.stringify(kept(params, asked));
+  const text = params.get("q")?.trim() ?? "";
+  const empty = text === "" && !params.has("like") && !params.has("image");
+  if (text) document.title = `${text} · keyreel`;
+  showChip(params);
+  if (key === found.key) return found.group === params.get("group") || layout(params);
+  running?.abort();
+  const mine = (running = new AbortController()), results = $("#results");
+  results.ariaBusy = "true";
+  const busy = setTimeout(() => { $(".busy").hidden = false; }, 150);
+  try {
+    if (soon) await pause(empty ? 0 : 130, mine.signal);
+    const answer = empty
+      ? await api("videos", { query: { ...restricted(params), limit: 12 }, signal: mine.signal })
+      : await api("search", { ...question(params), signal: mine.signal });
+    found = { key, ...answer };
+    complain($("#search > .note"), null);
+    layout(params);
+  } catch (error) {
+    if (mine.signal.aborted) return;
+    found = { key: null, hits: [] };
+    complain($("#search > .note"), error, () => showSearch(address(), {}));
+    results.replaceChildren();
+    $("#count").textContent = "";
+    $("#more").hidden = $(".choice").hidden = true;
+  } finally {
+    clearTimeout(busy);
+    if (running === mine) {
+      $(".busy").hidden = true;
+      results.ariaBusy = "false";
+    }
+  }
+}
+
+function layout(params) {
+  const results = $("#results"), grouped = params.get("group") === "videos";
+  found.group = params.get("group");
+  for (const button of $$(".choice button")) button.ariaPressed = String(button.value === (grouped ? "videos" : ""));
+  $("#more").hidden = $(".choice").hidden = true;
+  if (found.videos) return welcome(results);
+  const { hits } = found, best = Math.max(...hits.map((hit) => hit.score));
+  const groups = byVideo(hits);
+  const from = `${count(hits.length, "moment")} in ${count(groups.size, "video")}`;
+  $("#count").textContent = hits.length === 0 ? "Nothing was found." : `${from}, ${Math.max(1, Math.round(1000 * found.seconds))} ms`;
+  $(".choice").hidden = hits.length === 0;
+  $("#more").hidden = hits.length < Number(params.get("k") ?? PAGE) || hits.length >= MOST;
+  video.results(hits.map((hit) => ({ id: hit.video_id, seconds: hit.pts_seconds })));
+  if (hits.length === 0) {
+    const active = FILTERS.some((name) => params.has(name));
+    return results.replaceChildren(paragraph(active ? "Filters are on: fewer of them may find more." : "The library may be empty."));
+  }
+  const list = (some) => some.map((hit) => momentCard(hit, best));
+  if (!grouped) {
+    const cards = document.createElement("ol");
+    cards.className = "cards";
+    cards.append(...list(hits));
+    return results.replaceChildren(cards);
+  }
+  const sorted = [...groups.values()].sort((one, other) => other[0].video_score - one[0].video_score);
+  results.replaceChildren(...sorted.map((some) => {
+    const node = stamp("group"), anchor = $("h2 a", node);
+    anchor.textContent = some[0].video;
+    anchor.href = link({ view: "video", id: some[0].video_id, ...origin() });
+    $(".row span", node).textContent = `${count(some.length, "moment")}, score ${some[0].video_score.toFixed(3)}`;
+    $("ol", node).append(...list(some.sort((one, other) => one.pts_seconds - other.pts_seconds)));
+    return node;
+  }));
+}
+
+function byVideo(hits) {
+  const groups = new Map();
+  for (const hit of hits) groups.set(hit.video_id, [...(groups.get(hit.video_id) ?? []), hit]);
+  return groups;
+}
+
+function paragraph(text) {
+  const node = document.createElement("p");
+  node.className = "empty";
+  node.textContent = text;
+  return node;
+}
+
+// Nothing is searched yet: what the library holds.
+function welcome(results) {
+  const videos = found.videos.filter((entry) => entry.status === "ok");
+  $("#count").textContent = found.total === 0 ? "This library is empty." : `${count(found.total, "video")} in the library`;
+  video.results([]);
+  const cards = document.createElement("ol");
+  cards.className = "cards";
+  cards.append(...videos.map(videoCard));
+  const all = document.createElement("a");
+  all.className = "button";
+  all.href = found.total === 0 ? link({ view: "jobs" }) : link({ view: "library", ...kept(address(), FILTERS) });
+  all.textContent = found.total === 0 ? "Add videos" : "The whole library";
+  results.replaceChildren(cards, all);
+}
+
+// What is searched for where it is no text.
+async function showChip(params) {
+  const chip = $(".chip"), like = params.get("like"), file = pictures.get(params.get("image"));
+  chip.hidden = !like && !file;
+  $("a", chip).href = link(kept(params, FILTERS));
+  const canvas = $("canvas", chip), text = $("span", chip);
+  if (like) {
+    const place = like.lastIndexOf("@"), id = like.slice(0, place), seconds = Number(like.slice(place + 1));
+    text.textContent = `like the frame at ${clock(seconds)}`;
+    const [entry, sheet] = await Promise.all([detail(id), sprite(id)]).catch(() => [null, null]);
+    if (address().get("like") !== like) return;
+    if (entry) text.textContent = `like ${entry.name} at ${clock(seconds)}`;
+    sheet?.draw(canvas, seconds);
+  } else if (file) {
+    text.textContent = `like ${file.name}`;
+    const image = await createImageBitmap(file).catch(() => null);
+    if (!image) return;
+    const scale = 160 / Math.max(image.width, image.height);
+    Object.assign(canvas, { width: image.width * scale, height: image.height * scale });
+    canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+  }
+}
+
+function searchPicture(file) {
+  const number = String(pictures.size + 1);
+  pictures.set(number, file);
+  box.value = "";
+  go({ image: number, ...kept(address(), FILTERS) });
+}
+
+// A run of typing is one step of the history.
+let typing = false;
+box.addEventListener("input", () => {
+  go({ q: box.value, ...kept(address(), ["group", ...FILTERS]) }, { replace: typing, soon: true });
+  typing = true;
+});
+box.addEventListener("blur", () => { typing = false; });
+$("#find").addEventListener("submit", (event) => {
+  event.preventDefault();
+  typing = false;
+  if (current !== "search") go({ q: box.value, ...kept(address(), FILTERS) });
+  else found.key ?? render();
+  if (matchMedia("(pointer: coarse)").matches) box.blur();
+});
+$("#picture").addEventListener("change", (event) => {
+  if (event.target.files.length) searchPicture(event.target.files[0]);
+  event.target.value = "";
+});
+$("#more").addEventListener("click", () => {
+  const shown = $$("#results .picture").length, params = Object.fromEntries(address());
+  go({ ...params, k: Math.min(Number(params.k ?? PAGE) + PAGE, MOST) }, { replace: true });
+  const watch = new MutationObserver(() => {
+    watch.disconnect();
+    $$("#results .picture")[shown]?.focus();
+  });
+  watch.observe($("#results"), { childList: true });
+});
+$(".choice").addEventListener("click", (event) => {
+  if (event.target.value !== undefined) go({ ...Object.fromEntries(address()), group: event.target.value }, { replace: true });
+});
+
+// ---- Filters
+
+const filters = $("#filters");
+function fillFilters(params) {
+  const active = FILTERS.filter((name) => params.has(name)).length;
+  for (const name of FILTERS) {
+    const field = filters.elements[name];
+    if (document.activeElement !== field) field.value = params.get(name) ?? "";
+  }
+  const badge = $("#filter .badge");
+  badge.hidden = active === 0;
+  badge.textContent = active;
+  $("#filter").ariaLabel = active ? `Filters, ${active} on` : "Filters";
+  if (current === null && active) toggleFilters(true);
+}
+function toggleFilters(open) {
+  filters.hidden = !open;
+  $("#filter").ariaExpanded = String(open);
+  if (open && current !== null) filters.elements.path.focus();
+}
+$("#filter").addEventListener("click", () => toggleFilters(filters.hidden));
+let settled = null;
+filters.addEventListener("input", () => {
+  clearTimeout(settled);
+  settled = setTimeout(applyFilters, 250);
+});
+filters.addEventListener("reset", () => setTimeout(applyFilters));
+filters.addEventListener("submit", (event) => event.preventDefault());
+function applyFilters() {
+  const values = Object.fromEntries(address());
+  for (const name of [...FILTERS, "offset", "k"]) delete values[name];
+  for (const name of FILTERS) values[name] = filters.elements[name].value.trim();
+  if (!["search", "library"].includes(current)) delete values.view;
+  go(values, { replace: true });
+}
+
+// ---- Library
+
+let listing = null;
+let listed = null; // what stands there: on the way back it stays, with the place and the focus
+async function showLibrary(params, { back = false }) {
+  document.title = "Library · keyreel";
+  if (back && listed === params.toString()) return;
+  listing?.abort();
+  const mine = (listing = new AbortController()), list = $("#videos");
+  const offset = Math.max(0, Math.floor(Number(params.get("offset"))) || 0);
+  list.ariaBusy = "true";
+  try {
+    const query = { ...restricted(params), offset, limit: PAGE };
+    const { total, videos } = await api("videos", { query, signal: mine.signal });
+    const bad = videos.filter((entry) => entry.status !== "ok").length;
+    list.replaceChildren(...videos.map((entry) => (entry.status === "ok" ? videoCard(entry) : failedCard(entry))));
+    $("#library [role=status]").textContent = count(total, "video") + (bad ? `, ${bad} on this page failed` : "");
+    const pages = $("#library .pages");
+    pages.hidden = total <= PAGE && offset === 0;
+    $("span", pages).textContent = videos.length ? `${offset + 1} – ${offset + videos.length} of ${total}` : `of ${total}`;
+    page($(".previous", pages), params, offset - PAGE, offset > 0);
+    page($(".next", pages), params, offset + PAGE, offset + videos.length < total);
+    complain($("#library > .note"), null);
+    listed = params.toString();
+  } catch (error) {
+    if (mine.signal.aborted) return;
+    list.replaceChildren();
+    complain($("#library > .note"), error, () => showLibrary(address(), {}));
+  } finally {
+    if (listing === mine) list.ariaBusy = "false";
+  }
+}
+function page(anchor, params, offset, there) {
+  anchor.hidden = !there;
+  anchor.href = link({ ...Object.fromEntries(params), offset: offset > 0 ? offset : "" });
+}
+
+// ---- Keyboard, dropping, pasting
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || $("dialog[open]")) return;
+  const { key, target } = event;
+  if (target.matches("input:not([type=checkbox], [type=file]), textarea, select")) {
+    if (key === "ArrowDown" && target === box && cardPictures().length) {
+      event.preventDefault();
+      cardPictures()[0].focus();
+    } else if (key === "Escape" && filters.contains(target)) {
+      toggleFilters(false);
+      $("#filter").focus();
+    }
+    return;
+  }
+  const focused = target.closest(".card");
+  if (key === "/") box.select(), box.focus();
+  else if (key === "?") $("#help").showModal();
+  else if (focused ? key.startsWith("Arrow") : current !== "video" && /^Arrow(Left|Right)$/.test(key)) {
+    const next = neighbour(key);
+    if (next) next.focus(), next.scrollIntoView({ block: "nearest" });
+    else if (key === "ArrowUp" && focused) box.focus();
+    else return;
+  } else if ((key === "," || key === ".") && focused?.step) focused.step(key === "," ? -1 : 1);
+  else if (key === "m" && focused && $(".like", focused)) $(".like", focused).click();
+  else if (key === "Escape" && !filters.hidden) toggleFilters(false);
+  else if (key === "Escape" && current === "video") back();
+  else if (current !== "video" || !video.key(key, target)) return;
+  event.preventDefault();
+});
+
+function back() {
+  if (history.state?.inner) history.back();
+  else go(origin());
+}
+$("#back").addEventListener("click", (event) => {
+  event.preventDefault();
+  event.stopPropagation();
+  back();
+});
+$("#keys").addEventListener("click", () => $("#help").showModal());
+
+function take(files) {
+  const image = files.find((file) => file.type.startsWith("image/"));
+  if (image) return searchPicture(image);
+  if (files.length === 0) return;
+  if (current !== "jobs") go({ view: "jobs" });
+  jobs.upload(files);
+}
+let inside = 0;
+addEventListener("dragenter", (event) => {
+  if (!event.dataTransfer?.types.includes("Files")) return;
+  inside += 1;
+  $("#dropping").hidden = false;
+});
+addEventListener("dragleave", () => { $("#dropping").hidden = (inside = Math.max(0, inside - 1)) === 0; });
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  inside = 0;
+  $("#dropping").hidden = true;
+  take([...(event.dataTransfer?.files ?? [])]);
+});
+addEventListener("paste", (event) => {
+  const image = [...(event.clipboardData?.files ?? [])].find((file) => file.type.startsWith("image/"));
+  if (image) event.preventDefault(), searchPicture(image);
+});
+
+video.start({ go, link, kept, origin, remove, FILTERS });
+jobs.start({ link, changed: () => { found.key = listed = null; if (current === "search" && found.videos) render(); } });
+render();

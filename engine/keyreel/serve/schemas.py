@@ -1,0 +1,215 @@
+"""What comes in and goes out as JSON. Times are seconds; addresses are paths on this server."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from keyreel.library.types import Filter
+
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=1000)]
+
+
+class Filters(BaseModel):
+    """Which videos and times are looked at; what is not given does not restrict."""
+
+    video: Annotated[list[Text], Field(max_length=100, description="ids of videos")] = []
+    path: Annotated[Text | None, Field(description="glob over the whole path, */holiday/*.mp4")] = None
+    tag: Annotated[list[Text], Field(max_length=100, description="all of them")] = []
+    after: Annotated[datetime | None, Field(description="date of the video, inclusive; UTC without a zone")] = None
+    before: Annotated[datetime | None, Field(description="date of the video, exclusive")] = None
+    min_duration: Seconds | None = None
+    max_duration: Seconds | None = None
+    start: Annotated[Seconds | None, Field(description="frames from this second of their video on")] = None
+    stop: Annotated[Seconds | None, Field(description="frames before this second of their video")] = None
+
+    def where(self) -> Filter:
+        """As the library takes it; hashable."""
+        return Filter(
+            videos=tuple(self.video),
+            path=self.path,
+            tags=tuple(self.tag),
+            start_seconds=self.start,
+            stop_seconds=self.stop,
+            min_duration_seconds=self.min_duration,
+            max_duration_seconds=self.max_duration,
+            after=_timestamp(self.after),
+            before=_timestamp(self.before),
+        )
+
+
+class Search(Filters):
+    """A search; with `q` by text."""
+
+    k: Annotated[int, Field(ge=1, description="most moments")] = 10
+
+
+class TextSearch(Search):
+    """A search by text."""
+
+    q: Annotated[str, Field(min_length=1, description="what is seen")]
+
+
+class Page(Filters):
+    """A part of the list of videos."""
+
+    offset: Annotated[int, Field(ge=0, le=10**9)] = 0
+    limit: Annotated[int, Field(ge=1, le=1000)] = 50
+
+
+class Moment(BaseModel):
+    """A span of a video that answers a query."""
+
+    video_id: str
+    video: str  # file name
+    start_seconds: float
+    stop_seconds: float
+    pts_seconds: float
+    score: float
+    video_score: float
+    keyframe_seconds: float
+    folded: int
+    preview: str
+
+
+class Hits(BaseModel):
+    """The answer to a search, best first."""
+
+    query: str | None
+    seconds: float
+    hits: list[Moment]
+
+
+class Video(BaseModel):
+    """One line of the list of videos."""
+
+    id: str
+    name: str
+    status: Literal["ok", "failed"]
+    error: str | None
+    hint: str | None
+    duration_seconds: float | None
+    width: int | None
+    height: int | None
+    frames: int
+    tags: list[str]
+    date: float | None
+    poster: str | None
+
+
+class Videos(BaseModel):
+    """A page of the list of videos."""
+
+    total: int
+    videos: list[Video]
+
+
+class KeyFrame(BaseModel):
+    """A key-frame, with what the model attended to: [h * w], row by row, sums to 1."""
+
+    pts_seconds: float
+    shot: int
+    weight: float
+    preview: str
+    attention: list[float]
+
+
+class Sprite(BaseModel):
+    """Small pictures of a whole video, one every `step_seconds`, row by row."""
+
+    image: str
+    vtt: str
+    step_seconds: float
+    columns: int
+    tile: tuple[int, int]  # width, height
+
+
+class VideoDetail(Video):
+    """All that is known of one video."""
+
+    indexed_at: float
+    codec: str | None
+    average_fps: float | None
+    has_audio: bool | None
+    file: str | None
+    keyframes: list[KeyFrame]
+    grid: tuple[int, int]
+    attended_area: list[float] | None  # part of the picture that the grid lies over, as the storyboard has it
+    shots: list[tuple[float, float]]
+    sprite: Sprite | None
+
+
+class Problem(BaseModel):
+    """What went wrong."""
+
+    kind: str
+    message: str
+    hint: str | None
+
+
+class Refusal(BaseModel):
+    """Any answer that is no success."""
+
+    error: Problem
+
+
+class JobState(BaseModel):
+    """A video that is, was or will be indexed."""
+
+    id: str
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    progress: float
+    name: str
+    video: str | None  # its id in the library, once it is there
+    created: float
+    error: Problem | None
+
+
+class JobList(BaseModel):
+    """Jobs, the latest first."""
+
+    jobs: list[JobState]
+
+
+class JobRequest(BaseModel):
+    """A video on the server, under one of the allowed folders."""
+
+    model_config = ConfigDict(extra="forbid")
+    path: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class Like(BaseModel):
+    """A frame of a video in the library."""
+
+    video_id: Annotated[str, Field(min_length=1, max_length=1000)]
+    seconds: Seconds
+
+
+class LikeRequest(BaseModel):
+    """Moments that look like this frame."""
+
+    model_config = ConfigDict(extra="forbid")
+    like: Like
+
+
+def body(model: type[BaseModel]) -> dict[str, Any]:
+    """What OpenAPI says of a body that is JSON or a file."""
+    multipart = {
+        "type": "object",
+        "properties": {"file": {"type": "string", "format": "binary"}},
+        "required": ["file"],
+    }
+    content = {
+        "application/json": {"schema": model.model_json_schema()},
+        "multipart/form-data": {"schema": multipart},
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _timestamp(moment: datetime | None) -> float | None:
+    if moment is None:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -1,0 +1,134 @@
+"""Made-up videos, and a process that writes or reads a library of them until it is killed.
+
+    python library_process.py FOLDER sync FIRST         brings the library to one target after the other
+    python library_process.py FOLDER write FIRST COUNT
+    python library_process.py FOLDER read ROUNDS
+
+It says on standard output what it begins and what it has done.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import uuid
+from collections.abc import Iterator
+
+import numpy as np
+
+from keyreel.library.store import Store
+from keyreel.library.types import Extras, Preview, Record, Rows
+
+WIDTH = 16
+MODEL = {"model": "made-up", "model_sha256": "ab" * 32, "width": WIDTH}
+VIDEOS = 10
+
+
+def made(number: int, state: int) -> tuple[Record, Rows, Extras]:
+    """Video `number` after `state` changes; always the same, but for the generation."""
+    rng = np.random.default_rng([number, state])
+    count = 3 + number % 4
+    vectors = rng.normal(size=(count, WIDTH)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    times = np.sort(rng.random(count)) * 10
+    attention = rng.random(4).astype(np.float32)
+    shown = [Preview(float(times[row]), rng.bytes(200), attention / attention.sum()) for row in (0, count - 1)]
+    rows = Rows(
+        pts_seconds=times,
+        frame_index=np.arange(count) * 12,
+        vectors=vectors,
+        shot=np.arange(count) // 2,
+        weight=rng.random(count).astype(np.float32),
+        previews=tuple(shown),
+    )
+    record = Record(
+        id=f"id{number}",
+        path=f"/made/up/it's {number:03}.mp4",
+        size=1000 + number,
+        mtime_ns=10**18 + state,
+        fingerprint=f"{number}:{state}",
+        generation=uuid.uuid4().hex,
+        frames=count,
+        status="ok",
+        error=None,
+        hint=None,
+        tags=("made", "up"),
+        date=1e9 + number,
+        duration_seconds=10.5,
+        indexed_at=2e9,
+        probe={"codec": "h264", "width": 64, "average_fps": 29.97},
+        grid=(2, 2),
+        shots=((0.0, 1.25), (1.25, 10.5)),
+        model="made-up",
+        model_sha256="ab" * 32,
+    )
+    return record, rows, Extras(rng.bytes(500), f"WEBVTT {number}", {"pts_seconds": [0.1 * number], "shot": [0]})
+
+
+def target(round: int) -> dict[str, tuple[int, int]]:
+    """Which videos are there after a round, and in which state: some change, some go, some come back."""
+    rng = random.Random(round)
+    return {f"id{n}": (n, rng.randrange(1, 4)) for n in range(VIDEOS) if rng.random() < 0.8}
+
+
+def steps(store: Store, round: int) -> Iterator[tuple[str, str]]:
+    """What is still to do: ("put", fingerprint) or ("drop", id); a compaction now and then."""
+    wanted, there = target(round), {record.id: record.fingerprint for record in store.records()}
+    for id, fingerprint in there.items():
+        if id not in wanted:
+            yield "drop", id
+        elif fingerprint != "{}:{}".format(*wanted[id]):
+            yield "put", "{}:{}".format(*wanted[id])
+    yield "compact", "alone" if round % 2 else "beside others"
+    yield from (("put", "{}:{}".format(*wanted[id])) for id in wanted if id not in there)
+
+
+def do(store: Store, verb: str, what: str) -> None:
+    if verb == "put":
+        store.put(*made(*map(int, what.split(":"))))
+    elif verb == "drop":
+        store.drop([what])
+    else:
+        store.compact(alone=what == "alone")
+
+
+def check(store: Store) -> int:
+    """Reads all that the records name and compares it with what was written; how many videos there were."""
+    records = store.records()
+    blocks = {block.generation: block for block in store.vectors([record.generation for record in records])}
+    for record in (one for one in records if one.status == "ok"):
+        number, state = map(int, record.fingerprint.split(":"))
+        block, rows = blocks[record.generation], made(number, state)[1]
+        np.testing.assert_array_equal(block.pts_seconds, rows.pts_seconds)
+        np.testing.assert_allclose(block.vectors, rows.vectors, atol=1e-3)
+    return len(records)
+
+
+def main(folder: str, action: str, *numbers: str) -> None:
+    def say(*words: object) -> None:
+        print(*words, flush=True)
+
+    first, *more = map(int, numbers)
+    store = Store(folder, compact_every=6)
+    say("ready")
+    if action == "sync":
+        store.create(**MODEL)
+        for round in range(first, first + 1000):
+            for verb, what in steps(store, round):
+                say("begin", verb, what)
+                do(store, verb, what)
+                say("done", verb, what)
+    elif action == "write":
+        store.create(**MODEL)
+        for number in range(first, first + more[0]):
+            store.put(*made(number, 1))
+            store.put(*made(999, number))  # which others write too
+            store.put(*made(number, 2))
+        store.drop([f"id{first}"])
+        say("done")
+    elif action == "read":
+        say("done", [check(store) for _ in range(first)][-1])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1021 @@
+"""The library as its users see it, over the real store: what `add` does with files, and that a search finds them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import http.server
+import io
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from encoded_clips import encode
+from PIL import Image, ImageDraw
+
+import keyreel
+from keyreel import Engine, Library, Sampling, Summary
+from keyreel.config import DecodeLimits, LibraryConfig
+from keyreel.decode.source import Source
+from keyreel.demo import HEIGHT, SCENES, WIDTH
+from keyreel.errors import LibraryError, ModelMismatch, SourceError, SourceNotFound
+from keyreel.library import files
+from keyreel.library.types import Added, Example, Filter, Record
+from keyreel.render.pictures import keyframe_pictures
+
+pytest.importorskip("lancedb", reason="needs the extra `library`")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine.from_pretrained(device="cpu", threads=1) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Four clips of different content, two seconds each."""
+    folder = tmp_path_factory.mktemp("clips")
+    return [encode(folder / f"{n}", codec="libx264", container="mp4", seed=n, frames=50) for n in range(4)]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenes of `keyreel demo` in five frames a second: what they show has names."""
+    path = tmp_path_factory.mktemp("demo") / "demo.mp4"
+    with av.open(str(path), "w") as output:
+        video = output.add_stream("libx264", rate=5, options={"preset": "veryfast"})
+        video.width, video.height, video.pix_fmt = WIDTH // 2, HEIGHT // 2, "yuv420p"
+        for scene in SCENES:
+            count = round(5 * scene.seconds)
+            for n in range(count):
+                image = Image.new("RGB", (WIDTH, HEIGHT), scene.background)
+                scene.paint(ImageDraw.Draw(image), n / (count - 1))
+                output.mux(video.encode(av.VideoFrame.from_image(image.reduce(2))))
+        output.mux(video.encode(None))
+    return path
+
+
+@pytest.fixture(scope="module")
+def summary(engine: Engine, demo: Path) -> Summary:
+    return engine.summarize(demo)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory, engine: Engine, demo: Path, clips: list[Path]) -> Iterator[Library]:
+    """A library of the demo and the clips, for tests that only look; nothing is folded in its answers."""
+    config = LibraryConfig(fold_similarity=1.0, preview_height=90, jpeg_quality=95)
+    with Library(tmp_path_factory.mktemp("full") / "library", engine, config=config) as library:
+        (added,) = library.add([demo], tags=["demo", "x", "demo"])
+        assert added == Added(str(demo), "added", library.record(demo), None, added.seconds)
+        library.add(clips, tags=["noise"])
+        yield library
+
+
+@pytest.fixture
+def folder(tmp_path: Path, clips: list[Path]) -> Path:
+    """A folder of one's own with the clips a, b, c."""
+    made = tmp_path / "videos"
+    made.mkdir()
+    for name, clip in zip("abc", clips, strict=False):
+        shutil.copy(clip, made / f"{name}.mp4")
+    return made
+
+
+@pytest.fixture
+def library(tmp_path: Path, engine: Engine) -> Iterator[Library]:
+    with Library(tmp_path / "library", engine, config=LibraryConfig(fold_similarity=1.0)) as library:
+        yield library
+
+
+def changes(added: list[Added]) -> dict[str, str]:
+    return {Path(entry.path).name: entry.change for entry in added}
+
+
+def rows(library: Library, record: Record) -> Any:
+    (block,) = library._store.vectors([record.generation])
+    return block
+
+
+def content(library: Library, *, paths: bool = True) -> dict[str, Any]:
+    """All that a library says of its videos, but for what differs from one run to the next."""
+    found = {}
+    for record in library.list():
+        same = dataclasses.replace(record, generation="", indexed_at=0.0)
+        block = rows(library, record) if record.frames else None
+        parts = [] if block is None else [getattr(block, n).tobytes() for n in block.__slots__ if n != "generation"]
+        previews = [(p.pts_seconds, p.jpeg, p.attention.tobytes()) for p in library.previews(record.id)]
+        found[record.path] = (same, parts, previews, library.extras(record.id) if block is not None else None)
+    return found
+
+
+@pytest.fixture
+def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def forbid() -> None:
+        def opened(*_: Any) -> None:
+            raise AssertionError("a file was opened")
+
+        monkeypatch.setattr(Source, "open", opened)
+
+    return forbid
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_those_of_summarize(full: Library, engine: Engine, demo: Path, summary: Summary) -> None:
+    record = full.record(demo)
+    assert record == full.record(record.id)
+    assert record.path == str(demo)
+    assert (record.status, record.error, record.tags, record.frames) == ("ok", None, ("demo", "x"), 48)
+    assert (record.size, record.mtime_ns) == (demo.stat().st_size, demo.stat().st_mtime_ns)
+    assert record.fingerprint == files.fingerprint(demo)
+    assert record.date == pytest.approx(demo.stat().st_mtime, rel=0, abs=1e-5)
+    assert record.duration_seconds == summary.shots[-1].stop_seconds == pytest.approx(24.0)
+    assert (record.model, record.model_sha256) == (engine.bundle.name, engine.bundle.sha256)
+    assert record.probe == dataclasses.asdict(summary.video)
+    assert record.grid == summary.embedding.grid
+    assert record.shots == tuple((s.start_seconds, s.stop_seconds) for s in summary.shots)
+
+    block, embedding = rows(full, record), summary.embedding
+    np.testing.assert_array_equal(block.pts_seconds, embedding.pts_seconds)
+    np.testing.assert_array_equal(block.frame_index, embedding.frame_index)
+    # Half precision: 2^-11 of each number; then made unit length again.
+    np.testing.assert_allclose(block.vectors, embedding.vectors, rtol=2**-10, atol=2**-24)
+    np.testing.assert_allclose(np.linalg.norm(block.vectors, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(block.weight, summary.importance)
+    in_shot = [
+        [n for n, s in enumerate(summary.shots) if s.start_seconds <= t < s.stop_seconds]
+        for t in embedding.pts_seconds.tolist()
+    ]
+    assert [[n] for n in block.shot.tolist()] == in_shot
+    marked = embedding.pts_seconds[block.keyframe].tolist()
+    assert marked == [keyframe.pts_seconds for keyframe in summary.keyframes]
+
+
+def test_pictures_are_those_of_the_key_frames(tmp_path: Path, full: Library, demo: Path, summary: Summary) -> None:
+    summary.save(tmp_path / "out", reel=False, storyboard=False, jpeg_quality=95)
+    pictures = list(keyframe_pictures(summary.source, summary.keyframes, 90))
+    previews = full.previews(demo)
+    assert len(previews) == len(pictures) > 3
+    for preview, picture, keyframe in zip(previews, pictures, summary.keyframes, strict=True):
+        assert preview.pts_seconds == keyframe.pts_seconds
+        found = np.asarray(Image.open(io.BytesIO(preview.jpeg)), np.float64)
+        assert found.shape == picture.shape == (90, 160, 3)
+        assert np.abs(found - picture).mean() < 3
+        np.testing.assert_allclose(preview.attention, summary.embedding.attention[keyframe.sample], rtol=2e-3)
+        assert full.preview(demo, keyframe.pts_seconds) == preview.jpeg
+    middle = (previews[1].pts_seconds + 2 * previews[2].pts_seconds) / 3
+    assert full.preview(demo, middle) == previews[2].jpeg  # the nearest one
+    assert full.preview(demo, -9.0) == previews[0].jpeg
+    assert full.preview(demo, 1e9) == previews[-1].jpeg
+
+    extras = full.extras(demo)
+    sheet = np.asarray(Image.open(io.BytesIO(extras.sprite)), np.float64)
+    saved = np.asarray(Image.open(tmp_path / "out/thumbs.jpg"), np.float64)
+    assert sheet.shape == saved.shape == (270, 1600, 3)
+    assert np.abs(sheet - saved).mean() < 3
+    assert extras.vtt == (tmp_path / "out/thumbs.vtt").read_text().replace("thumbs.jpg", "sprite.jpg")
+    told = [{**row, "shot": None} for row in extras.overview["keyframes"]]
+    assert told == [
+        {**{n: v for n, v in dataclasses.asdict(k).items() if n != "sample"}, "shot": None} for k in summary.keyframes
+    ]
+    for row in extras.overview["keyframes"]:
+        span = summary.shots[row["shot"]]
+        assert span.start_seconds <= row["pts_seconds"] < span.stop_seconds
+    sprite = extras.overview["sprite"]
+    assert sprite == {"step_seconds": 1.0, "columns": 10, "tile": [160, 90]}
+    assert extras.overview["attended_area"] == [0.0, 0.0, 1.0, 1.0]
+    assert extras.overview["config"]["sampling"]["fps"] == 2.0
+
+
+def test_options_are_those_of_summarize(library: Library, engine: Engine, demo: Path) -> None:
+    sampling = Sampling(fps=1.0, start_seconds=4.0, stop_seconds=12.0)
+    how: Any = {"sampling": sampling, "select": keyreel.SelectConfig(keyframes=2)}
+    (added,) = library.add([demo], **how, encode=keyreel.EncodeConfig(shift="off"))
+    summary = engine.summarize(demo, **how, encode=keyreel.EncodeConfig(shift="off"))
+    assert added.record is not None
+    block = rows(library, added.record)
+    np.testing.assert_allclose(block.vectors, summary.embedding.vectors, rtol=2**-10, atol=2**-24)
+    assert added.record.duration_seconds == pytest.approx(24.0)  # of the video, not of what was looked at
+    assert len(library.previews(demo)) == 2
+
+
+def test_the_date_is_that_of_the_recording(tmp_path: Path, library: Library, clips: list[Path]) -> None:
+    said = ["2019-06-07T08:09:10.000000Z", "1970-01-01T00:00:00.000000Z", "2090-01-01T00:00:00.000000Z"]
+    for number, time in enumerate(said):
+        path = tmp_path / f"{number}.mkv"
+        with av.open(str(clips[0])) as source, av.open(str(path), "w") as target:
+            target.metadata["creation_time"] = time
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux(packet)
+        os.utime(path, (1e9, 1e9))
+        (added,) = library.add([path], force=True)
+        assert added.record is not None
+        assert added.record.date == (1559894950.0 if number == 0 else 1e9)
+
+
+# --- what changed -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_there_is_not_opened_again(
+    folder: Path, library: Library, nothing_is_opened: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos = sorted(folder.iterdir())
+    assert list(changes(library.add(videos)).values()) == ["added"] * 3
+    before, version = content(library), library._store.version()
+    nothing_is_opened()
+    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("a file was opened"))
+    again = library.add(videos)
+    assert list(changes(again).values()) == ["unchanged"] * 3
+    assert [entry.record for entry in again] == library.list()
+    assert content(library) == before
+    assert library._store.version() == version
+    assert list(changes(library.update()).values()) == ["unchanged"] * 3
+
+
+def test_a_touched_file_is_looked_at_and_not_decoded(
+    folder: Path, library: Library, nothing_is_opened: Callable[[], None]
+) -> None:
+    (before,) = (entry.record for entry in library.add([folder / "a.mp4"]))
+    os.utime(folder / "a.mp4", ns=(10**18, 10**18))
+    nothing_is_opened()
+    (added,) = library.add([folder / "a.mp4"])
+    assert before is not None
+    assert added.change == "unchanged"
+    assert added.record == library.record(before.id) == dataclasses.replace(before, mtime_ns=10**18)
+    version = library._store.version()
+    assert library.add([folder / "a.mp4"])[0].change == "unchanged"
+    assert library._store.version() == version
+
+
+def test_moved_files_keep_their_id_and_rows(
+    folder: Path, library: Library, nothing_is_opened: Callable[[], None]
+) -> None:
+    library.add([folder / "a.mp4"], tags=["x"])
+    before = library.record(folder / "a.mp4")
+    (folder / "deep").mkdir()
+    (folder / "a.mp4").rename(folder / "deep/z.mp4")
+    nothing_is_opened()
+    (added,) = library.add([folder / "deep/z.mp4"], tags=["y"])
+    assert (added.change, added.failure) == ("moved", None)
+    assert library.list() == [added.record]
+    path = str(folder / "deep/z.mp4")
+    assert added.record == dataclasses.replace(before, path=path, tags=("x", "y"), probe={**before.probe, "path": path})
+
+
+def test_a_new_file_where_a_moved_one_was_gets_an_id_of_its_own(
+    folder: Path, library: Library, clips: list[Path]
+) -> None:
+    library.add([folder / "a.mp4"])
+    before = library.record(folder / "a.mp4")
+    (folder / "a.mp4").rename(folder / "z.mp4")
+    library.add([folder / "z.mp4"])
+    shutil.copy(clips[3], folder / "a.mp4")
+    assert library.add([folder / "a.mp4"])[0].change == "added"
+    new, moved = library.list()
+    assert (moved.id, moved.generation, moved.path) == (before.id, before.generation, str(folder / "z.mp4"))
+    assert (new.id != moved.id, new.path) == (True, str(folder / "a.mp4"))
+
+
+def test_what_another_process_added_meanwhile_is_not_done_again(folder: Path, library: Library) -> None:
+    other = Library(library.uri, library.engine)
+
+    def begin(name: str) -> Any:
+        if name.endswith("a.mp4"):
+            other.add([folder / "b.mp4"])
+        return lambda *_: None
+
+    first, second = library.add([folder / "a.mp4", folder / "b.mp4"], begin=begin)
+    assert (first.change, second.change) == ("added", "unchanged")
+    assert [first.record, second.record] == library.list() == other.list()
+
+
+def test_copies_get_rows_of_their_own_without_decoding(
+    folder: Path, library: Library, nothing_is_opened: Callable[[], None]
+) -> None:
+    library.add([folder / "a.mp4"], tags=["x"])
+    shutil.copy(folder / "a.mp4", folder / "z.mp4")
+    nothing_is_opened()
+    (added,) = library.add([folder / "z.mp4"], tags=["y"])
+    first, second = library.list()
+    assert (added.change, added.failure, added.record) == ("copied", None, second)
+    assert first.id != second.id
+    assert first.generation != second.generation
+    assert (first.tags, second.tags) == (("x",), ("y",))
+    one, other = rows(library, first), rows(library, second)
+    np.testing.assert_allclose(other.vectors, one.vectors, atol=2**-11)
+    for name in ("pts_seconds", "frame_index", "shot", "keyframe", "weight"):
+        np.testing.assert_array_equal(getattr(other, name), getattr(one, name))
+    assert library.extras(second.id) == library.extras(first.id)
+    assert [p.jpeg for p in library.previews(second.id)] == [p.jpeg for p in library.previews(first.id)]
+    library.remove([first.id])
+    library.compact(alone=True)
+    assert len(rows(library, second)) == second.frames
+    assert library.verify() == ()
+
+
+def test_copies_in_one_call_are_decoded_once(
+    folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch, engine: Engine
+) -> None:
+    for name in "xyz":
+        shutil.copy(folder / "a.mp4", folder / f"{name}.mp4")
+    summarized = []
+    plain = Engine.summarize
+    monkeypatch.setattr(
+        Engine, "summarize", lambda self, source, **how: summarized.append(source.name) or plain(self, source, **how)
+    )
+    found = changes(library.add([folder / f"{name}.mp4" for name in "axyzb"], workers=4))
+    assert sorted(found.values()) == ["added", "added", "copied", "copied", "copied"]
+    assert found["b.mp4"] == "added"
+    assert len(summarized) == 2
+
+
+def test_changed_files_keep_their_id_and_get_new_rows(
+    folder: Path, library: Library, clips: list[Path], engine: Engine
+) -> None:
+    library.add([folder / "a.mp4"], tags=["x"])
+    before = library.record(folder / "a.mp4")
+    shutil.copy(clips[3], folder / "a.mp4")
+    (added,) = library.add([folder / "a.mp4"])
+    after = library.record(folder / "a.mp4")
+    assert (added.change, added.record) == ("changed", after)
+    assert (after.id, after.tags) == (before.id, ("x",))
+    assert after.fingerprint == files.fingerprint(clips[3])
+    expected = engine.summarize(clips[3]).embedding.vectors
+    np.testing.assert_allclose(rows(library, after).vectors, expected, rtol=2**-10, atol=2**-24)
+    assert list(library._store.vectors([before.generation])) == [] or before.generation != after.generation
+    library.compact(alone=True)
+    assert list(library._store.vectors([before.generation])) == []
+
+
+def test_swapped_names_are_told_by_content(folder: Path, library: Library) -> None:
+    library.add([folder / "a.mp4", folder / "b.mp4"])
+    first, second = (rows(library, record).vectors for record in library.list())
+    (folder / "a.mp4").rename(folder / "t")
+    (folder / "b.mp4").rename(folder / "a.mp4")
+    (folder / "t").rename(folder / "b.mp4")
+    assert set(changes(library.update()).values()) == {"changed"}
+    now_first, now_second = (rows(library, record).vectors for record in library.list())
+    np.testing.assert_allclose(now_first, second, atol=2**-11)
+    np.testing.assert_allclose(now_second, first, atol=2**-11)
+    assert np.abs(first - second).max() > 0.01
+
+
+def test_force_indexes_again_and_tags_add_up(folder: Path, library: Library) -> None:
+    library.add([folder / "a.mp4"], tags=["x"])
+    before = library.record(folder / "a.mp4")
+    (added,) = library.add([folder / "a.mp4"], tags=["y"])
+    assert (added.change, library.record(before.id).tags) == ("unchanged", ("x", "y"))
+    assert library.record(before.id).generation == before.generation
+    (added,) = library.add([folder / "a.mp4"], force=True)
+    assert added.change == "changed"
+    assert added.record is not None
+    assert added.record.id == before.id
+    assert added.record.generation != before.generation
+    assert added.record.tags == ("x", "y")
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_under_several_names_is_one_video(
+    folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "link.mp4").symlink_to("a.mp4")
+    (folder.parent / "elsewhere").symlink_to(folder)
+    os.link(folder / "a.mp4", folder / "hard.mp4")
+    names = ["a.mp4", Path("a.mp4"), "./a.mp4", folder / "a.mp4", "link.mp4", folder.parent / "elsewhere/a.mp4"]
+    assert [(entry.path, entry.change) for entry in library.add(names)] == [(str(folder / "a.mp4"), "added")]
+    for name in (*names, "hard.mp4"):
+        (added,) = library.add([name])
+        assert (added.change, added.record) == ("unchanged", library.record("a.mp4"))
+    assert library.record("link.mp4") == library.record(folder.parent / "elsewhere/a.mp4") == library.list()[0]
+    assert len(library.list()) == 1
+
+
+def test_a_link_that_came_first_keeps_its_name(folder: Path, library: Library) -> None:
+    (folder / "link.mp4").symlink_to("a.mp4")
+    library.add([folder / "link.mp4"])
+    assert [record.path for record in library.list()] == [str(folder / "link.mp4")]
+    assert library.add([folder / "a.mp4"])[0].change == "unchanged"
+    assert [record.path for record in library.list()] == [str(folder / "link.mp4")]
+
+
+def test_names_that_are_no_text(folder: Path, library: Library) -> None:
+    path = folder / os.fsdecode(b"caf\xe9.mp4")
+    (folder / "a.mp4").rename(path)
+    broken = folder / os.fsdecode(b"\xff.mp4")
+    broken.write_bytes(b"no video at all")
+    good, bad = library.add([path, broken])
+    assert (good.change, bad.change) == ("added", "failed")
+    assert good.path == library.record(path).path == f"file://{folder}/caf%E9.mp4"
+    assert library.record(good.path) == good.record
+    assert library.record(path).probe["path"] == good.path
+    assert "\\udcff.mp4" in (library.record(broken).error or "")
+    again = library.update()
+    assert changes(again) == {"caf%E9.mp4": "unchanged", "%FF.mp4": "failed"}
+    assert [record.path for record in library.remove([path])] == [good.path]
+
+
+def test_addresses_are_opened_only_when_that_is_allowed(folder: Path, library: Library) -> None:
+    asked = []
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            asked.append(self.path)
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/a.mp4"
+            (refused,) = library.add([url])
+            assert refused.change == "failed"
+            assert "unless asked for" in str(refused.failure and refused.failure.error)
+            assert not asked
+            assert not library.exists()
+            allowed = DecodeLimits(allow_network=True)
+            (added,) = library.add([url], limits=allowed)
+            assert (added.path, added.change, added.failure) == (url, "added", None)
+            (local,) = library.add([folder / "a.mp4"])
+            assert local.change == "added"  # nothing says that they hold the same
+            assert added.record is not None
+            assert local.record is not None
+            one, other = rows(library, added.record), rows(library, local.record)
+            np.testing.assert_allclose(one.vectors, other.vectors, atol=2**-11)
+            count = len(asked)
+            assert [entry.change for entry in library.update()] == ["unchanged", "unchanged"]
+            assert len(asked) == count
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+# --- what fails -------------------------------------------------------------------------------------------------------
+
+
+def test_failures_are_kept_told_and_tried_again(folder: Path, library: Library, clips: list[Path]) -> None:
+    (folder / "text.mp4").write_text("no video")
+    (folder / "empty.mp4").touch()
+    (folder / "folder.mp4").mkdir()
+    os.mkfifo(folder / "pipe.mp4")
+    names = ["text.mp4", "a.mp4", "empty.mp4", "folder.mp4", "pipe.mp4", "gone.mp4", "b.mp4"]
+    told: list[Added] = []
+    found = library.add([folder / name for name in names], tell=told.append)
+    assert found == told
+    assert changes(found) == {name: "added" if name in ("a.mp4", "b.mp4") else "failed" for name in names}
+    for entry in found:
+        assert (entry.failure is None) == (entry.change == "added")
+        assert entry.failure is None or (entry.failure.video, entry.failure.error.exit_code) == (entry.path, 3)
+    assert isinstance(found[5].failure and found[5].failure.error, SourceNotFound)
+    # Only files are kept in mind: what is no file cannot be mended in its place.
+    assert {Path(r.path).name: r.status for r in library.list()} == {
+        "a.mp4": "ok",
+        "b.mp4": "ok",
+        "empty.mp4": "failed",
+        "text.mp4": "failed",
+    }
+    bad = library.record(folder / "empty.mp4")
+    assert (bad.error, bad.hint) == (f"{bad.path}: empty file, 0 bytes.", "Copy or download it again.")
+    assert (bad.generation, bad.frames, bad.duration_seconds) == ("", 0, None)
+    with pytest.raises(LibraryError, match="empty file"):
+        library.preview(bad.id, 0.0)
+
+    version = library._store.version()
+    assert changes(library.add([folder / "text.mp4"])) == {"text.mp4": "failed"}
+    assert library._store.version() == version  # nothing new to say
+    shutil.copy(clips[3], folder / "empty.mp4")
+    assert changes(library.update()) == {**dict.fromkeys(["a.mp4", "b.mp4"], "unchanged"), "empty.mp4": "added"} | {
+        "text.mp4": "failed"
+    }
+    mended = library.record(folder / "empty.mp4")
+    assert (mended.id, mended.status, mended.error, mended.hint) == (bad.id, "ok", None, None)
+
+
+def test_a_video_that_breaks_loses_its_rows(folder: Path, library: Library) -> None:
+    library.add([folder / "a.mp4"], tags=["x"])
+    before = library.record(folder / "a.mp4")
+    (folder / "a.mp4").write_bytes(b"broken now")
+    (added,) = library.add([folder / "a.mp4"])
+    after = library.record(folder / "a.mp4")
+    assert (added.change, added.record) == ("failed", after)
+    assert (after.id, after.status, after.frames, after.tags) == (before.id, "failed", 0, ("x",))
+    assert library.stats().failed == 1
+
+
+def test_rows_stay_where_only_the_second_look_fails(
+    folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.add([folder / "a.mp4"])
+    before = content(library)
+
+    def summarize(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Engine, "summarize", summarize)
+    (added,) = library.add([folder / "a.mp4"], force=True)
+    assert added.change == "failed"
+    assert "no room" in str(added.failure and added.failure.error)
+    assert content(library) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_files_that_may_not_be_read(folder: Path, library: Library) -> None:
+    (folder / "a.mp4").chmod(0)
+    (added,) = library.add([folder / "a.mp4"])
+    assert added.change == "failed"
+    assert "Permission denied" in str(added.failure and added.failure.error)
+    (folder / "a.mp4").chmod(0o644)
+    assert library.add([folder / "a.mp4"])[0].change == "added"
+
+
+def test_a_disk_that_cannot_be_read_is_no_file_that_is_gone(
+    folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.add([folder / "a.mp4"])
+    before = content(library)
+
+    def stat(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stat)
+        (added,) = library.update(prune=True)
+    assert (added.change, added.record) == ("failed", library.record(folder / "a.mp4"))
+    assert "Input/output error" in str(added.failure and added.failure.error)
+    assert content(library) == before
+
+
+@pytest.mark.parametrize("how", ["grows", "is cut", "is replaced", "vanishes"])
+def test_a_file_that_changes_while_it_is_read_is_found_out(
+    folder: Path, library: Library, clips: list[Path], how: str
+) -> None:
+    path, done = folder / "a.mp4", []
+
+    def begin(name: str) -> keyreel.types.Progress:
+        def progress(stage: str, *_: Any) -> None:
+            if not done:
+                done.append(stage)
+                if how == "grows":
+                    path.write_bytes(path.read_bytes() + b"more")
+                elif how == "is cut":
+                    os.truncate(path, 2000)
+                elif how == "is replaced":
+                    shutil.copy(clips[3], folder / "new")
+                    (folder / "new").replace(path)
+                else:
+                    path.unlink()
+
+        return progress
+
+    (added,) = library.add([path], begin=begin)
+    assert done
+    assert added.change == "failed"
+    assert "changed while it was read" in str(added.failure and added.failure.error)
+    assert "--watch" in str(added.failure and added.failure.error.hint)
+    if how in ("grows", "is replaced"):
+        assert library.add([path])[0].change == "added"
+        assert library.record(path).fingerprint == files.fingerprint(path)
+
+
+def test_damaged_clips_give_what_can_be_read(media: Callable[[str], Path], library: Library, engine: Engine) -> None:
+    videos = sorted(media("broken/corrupted.mp4").parent.iterdir())
+    found = library.add(videos, workers=2)
+    assert [entry.change for entry in found] == ["added"] * len(videos)
+    for entry in found:
+        assert entry.record is not None
+        if entry.record.size > 50_000:
+            continue  # takes long
+        summary = engine.summarize(entry.path)
+        assert entry.record.frames == len(summary.embedding)
+        assert tuple(library.extras(entry.record.id).overview["warnings"]) == summary.warnings
+    assert library.verify() == ()
+
+
+# --- update and remove ------------------------------------------------------------------------------------------------
+
+
+def test_update_tells_what_is_missing_and_prunes_it(folder: Path, library: Library, clips: list[Path]) -> None:
+    library.add(sorted(folder.iterdir()))
+    gone = library.record(folder / "b.mp4")
+    (folder / "b.mp4").unlink()
+    shutil.copy(clips[3], folder / "c.mp4")
+    found = library.update(tags=["t"])
+    assert changes(found) == {"a.mp4": "unchanged", "b.mp4": "missing", "c.mp4": "changed"}
+    assert found[1].record == gone
+    assert [record.tags for record in library.list()] == [("t",), (), ("t",)]
+    told: list[Added] = []
+    found = library.update(prune=True, tell=told.append)
+    assert changes(found) == {"a.mp4": "unchanged", "b.mp4": "missing", "c.mp4": "unchanged"}
+    assert found[1].record is None
+    assert [Path(record.path).name for record in library.list()] == ["a.mp4", "c.mp4"]
+
+
+def test_remove_by_id_path_and_glob(folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "c.mp4").rename(folder / "c[1].mp4")
+    library.add(sorted(folder.iterdir()))
+    first, second, third = library.list()
+    with pytest.raises(LibraryError, match=r"nothing\.mp4"):
+        library.remove([first.id, "nothing.mp4"])
+    with pytest.raises(LibraryError, match="no video of the library fits"):
+        library.remove([""])
+    assert library.list() == [first, second, third]
+    assert library.remove(["c[1].mp4"]) == [third]
+    assert library.remove([first.id, first.path]) == [first]
+    assert library.remove("*/videos/*.mp4") == [second]
+    assert library.list() == []
+    assert (folder / "a.mp4").exists()
+    library.add(["a.mp4", "b.mp4"])
+    assert [record.path for record in library.remove(["[ab].mp4"])] == [str(folder / "a.mp4"), str(folder / "b.mp4")]
+    with pytest.raises(LibraryError, match="no video of the library fits"):
+        library.record(first.id)
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+def test_finds_what_search_finds_in_a_summary(full: Library, engine: Engine, demo: Path, summary: Summary) -> None:
+    where = Filter(videos=[str(demo)])
+    for scene in SCENES:
+        expected = engine.search(scene.caption, [summary], k=4)
+        found = full.search(scene.caption, k=4, where=where)
+        assert [hit.video for hit in found] == [str(demo)] * 4
+        for name in ("start_seconds", "stop_seconds", "pts_seconds"):
+            assert [getattr(hit, name) for hit in found] == [getattr(hit, name) for hit in expected]
+        np.testing.assert_allclose([hit.score for hit in found], [hit.score for hit in expected], atol=2e-3)
+        assert {hit.video_id for hit in found} == {full.record(demo).id}
+        moments = {preview.pts_seconds for preview in full.previews(demo)}
+        assert {hit.keyframe_seconds for hit in found} <= moments
+
+
+def test_every_kind_of_query(
+    full: Library, engine: Engine, demo: Path, summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(demo.parent)
+    (picture,) = keyframe_pictures(summary.source, summary.keyframes[2:3], 1080)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    at, text = summary.keyframes[2].pts_seconds, SCENES[0].caption
+    example = Example("demo.mp4", at + 0.01)
+    queries: list[Any] = [text, tmp_path / "picture.png", picture, engine.encode_text(text)[0] * 7, example, "a sunset"]
+    alone = [full.search(query, k=3) for query in queries]
+    assert full.search_many(queries, k=3) == alone
+    by_text, by_file, by_picture, by_vector, by_example, _ = alone
+    assert [dataclasses.replace(hit, score=0.0, video_score=0.0) for hit in by_vector] == [
+        dataclasses.replace(hit, score=0.0, video_score=0.0) for hit in by_text
+    ]
+    assert by_file == by_picture
+    assert by_picture[0].start_seconds <= at < by_picture[0].stop_seconds
+    assert by_picture[0].video == str(demo)
+    assert not any(hit.video == str(demo) and hit.start_seconds <= at < hit.stop_seconds for hit in by_example)
+    assert full.search_many([]) == []
+
+    (first, *_) = full.search_videos(text, k=2, moments=2)
+    assert first.video == str(demo)
+    assert first.video_id == full.record(demo).id
+    assert first.moments == tuple(full.search(text, k=2, where=Filter(videos=["demo.mp4"])))
+
+
+def test_filters(full: Library, demo: Path, clips: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(clips[0].parent)
+    every = {str(path) for path in (demo, *clips)}
+    for where, expected in (
+        (None, every),
+        (Filter(tags=["noise"]), every - {str(demo)}),
+        (Filter(videos=[clips[1].name]), {str(clips[1])}),
+        (Filter(videos=[full.record(demo).id]), {str(demo)}),
+        (Filter(path="*/demo.mp4"), {str(demo)}),
+        (Filter(max_duration_seconds=5.0), every - {str(demo)}),
+        (Filter(tags=["demo", "noise"]), set()),
+    ):
+        assert {hit.video for hit in full.search("a red circle", k=200, where=where)} == expected
+        assert {record.path for record in full.list(where)} == expected
+    with pytest.raises(LibraryError, match="no video of the library"):
+        full.search("a", where=Filter(videos=["other.mp4"]))
+
+
+def test_what_is_added_changed_and_removed_is_found_or_not(
+    library: Library, engine: Engine, clips: list[Path], folder: Path
+) -> None:
+    def found() -> set[str]:
+        return {Path(hit.video).name for hit in library.search("a", k=100)}
+
+    library.add([folder / "a.mp4"])
+    assert found() == {"a.mp4"}
+    library.add([folder / "b.mp4"])
+    assert found() == {"a.mp4", "b.mp4"}
+    (folder / "b.mp4").rename(folder / "z.mp4")
+    library.add([folder / "z.mp4"])
+    assert found() == {"a.mp4", "z.mp4"}
+    library.remove([folder / "a.mp4"])
+    assert found() == {"z.mp4"}
+    shutil.copy(clips[3], folder / "z.mp4")
+    library.update()
+    query = engine.summarize(clips[3]).embedding.vectors[0]
+    assert library.search(query, k=1)[0].score == pytest.approx(1, abs=1e-3)
+    with Library(library.uri) as other:  # another reader
+        assert [hit.video for hit in other.search(query, k=1)] == [str(folder / "z.mp4")]
+
+
+@pytest.mark.parametrize("query", [np.zeros(256, np.float32), np.full(256, np.nan), np.ones(3)])
+def test_vectors_that_are_none(library: Library, clips: list[Path], query: Any) -> None:
+    library.add(clips[:1])
+    with pytest.raises(ValueError, match=r"vector|quer"):
+        library.search(query)
+    with pytest.raises(ValueError, match="k must be"):
+        library.search("a", k=0)
+
+
+# --- models and engines -----------------------------------------------------------------------------------------------
+
+
+def test_another_model_is_refused(library: Library, engine: Engine, clips: list[Path]) -> None:
+    other = Engine(dataclasses.replace(engine.bundle, name="other", sha256="0" * 64), engine.backend)
+    early = Library(library.uri, other)  # nothing is there yet
+    library.add(clips[:1])
+    before = content(library)
+    with pytest.raises(ModelMismatch, match=r"'builtin'.*'other'"):
+        Library(library.uri, other)
+    for work in (lambda: early.add(clips), early.update, lambda: early.search("a")):
+        with pytest.raises(ModelMismatch):
+            work()
+    assert content(library) == before
+
+
+def test_without_an_engine(library: Library, clips: list[Path], folder: Path) -> None:
+    library.add(clips)
+    with Library(library.uri) as plain:
+        assert plain.list() == library.list()
+        assert plain.stats() == library.stats()
+        assert plain.previews(clips[0])
+        assert plain.verify() == ()
+        assert len(plain.search(Example(str(clips[0]), 1.0), k=3)) == 3
+        for work in (lambda: plain.search("a"), lambda: plain.add(clips), plain.update):
+            with pytest.raises(ValueError, match="needs an engine"):
+                work()
+        assert len(plain.remove([clips[0]])) == 1
+    assert len(library.list()) == 3
+
+
+def test_looking_makes_nothing(tmp_path: Path, engine: Engine) -> None:
+    library = Library(tmp_path / "library", engine)
+    looks: list[Callable[[], Any]] = [library.list, library.stats, library.update, lambda: library.search("a")]
+    looks += [library.verify, library.compact, lambda: library.remove(["a"]), lambda: library.record("a")]
+    for look in looks:
+        with pytest.raises(LibraryError, match="no library"):
+            look()
+    assert library.add([]) == []
+    assert library.add([tmp_path / "gone.mp4"])[0].change == "failed"
+    assert not (tmp_path / "library").exists()
+    library.close()
+    library.close()
+
+
+def test_stats_and_compact(library: Library, clips: list[Path], engine: Engine) -> None:
+    library.add([*clips, clips[0].parent])
+    stats, records = library.stats(), library.list()
+    assert (stats.videos, stats.failed, stats.frames) == (4, 0, sum(record.frames for record in records))
+    assert stats.hours == pytest.approx(4 * 2.0 / 3600)
+    assert (stats.model, stats.model_sha256, stats.width) == (engine.bundle.name, engine.bundle.sha256, 256)
+    size = sum(path.stat().st_size for path in Path(library.uri).rglob("*") if path.is_file())
+    assert stats.bytes == size
+    before = content(library)
+    library.remove([clips[0]])
+    given = library.compact(alone=True)
+    left = sum(path.stat().st_size for path in Path(library.uri).rglob("*") if path.is_file())
+    assert given == size - left or given > 0
+    assert left < size
+    assert content(library) == {path: entry for path, entry in before.items() if path != str(clips[0])}
+    assert library.verify() == ()
+
+
+def test_compact_builds_the_index_of_a_large_library(tmp_path: Path, full: Library, engine: Engine) -> None:
+    shutil.copytree(full.uri, tmp_path / "copy")
+    small = LibraryConfig(exact_rows=10, fold_similarity=1.0)
+    with Library(tmp_path / "copy", engine, config=small) as library:
+        before = library.search_many(["a sunset", "a red circle"], k=3)
+        library.compact()
+        assert ["vector"] in [list(index.columns) for index in library._store.table("frames").list_indices()]
+        after = library.search_many(["a sunset", "a red circle"], k=3)
+    for hits, others, text in zip(before, after, ["a sunset", "a red circle"], strict=True):
+        exact = full.search(text, k=3)
+        for found in (hits, others):
+            assert [(hit.video, hit.pts_seconds) for hit in found] == [(hit.video, hit.pts_seconds) for hit in exact]
+
+
+def test_wrong_arguments(library: Library, clips: list[Path]) -> None:
+    with pytest.raises(ValueError, match="workers"):
+        library.add(clips, workers=0)
+    with pytest.raises(TypeError, match="tags"):
+        library.add(clips, tags="holiday")
+    with pytest.raises(ValueError, match="path or a URL"):
+        library.add([""])
+    assert [entry.path for entry in library.add(str(clips[0]))] == [str(clips[0])]  # one, not its letters
+
+
+# --- threads, progress, stopping --------------------------------------------------------------------------------------
+
+
+def test_three_workers_give_what_one_gives(tmp_path: Path, engine: Engine, clips: list[Path]) -> None:
+    contents = []
+    for workers in (1, 3):
+        library = Library(tmp_path / f"{workers}", engine)
+        assert [entry.path for entry in library.add(clips, workers=workers)] == [*map(str, clips)]
+        contents.append(content(library))
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_of_each_and_of_all(library: Library, clips: list[Path], workers: int) -> None:
+    whole: list[tuple[str, float, float | None]] = []
+    own: dict[str, list[tuple[str, float, float | None]]] = {}
+    ended: list[str] = []
+    busy = threading.Lock()
+
+    def alone(work: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*values: Any) -> Any:
+            assert busy.acquire(blocking=False), "two callbacks at a time"
+            try:
+                return work(*values)
+            finally:
+                busy.release()
+
+        return called
+
+    def begin(name: str) -> Any:
+        stages = own.setdefault(name, [])
+        return alone(lambda *step: stages.append(step))
+
+    library.add(
+        clips,
+        workers=workers,
+        progress=alone(lambda *step: whole.append(step)),
+        begin=alone(begin),
+        tell=alone(lambda entry: ended.append(entry.path)),
+    )
+    assert list(own) == [*map(str, clips)]
+    assert sorted(ended) == sorted(own)
+    assert {(stage, total) for stage, _, total in whole} == {("videos", 4.0)}
+    done = [step[1] for step in whole]
+    assert done == sorted(done)
+    assert done[-1] == 4.0
+    assert len({value for value in done if value % 1}) > 5  # in part, too
+    assert list(dict.fromkeys(stage for stage, *_ in own[str(clips[0])])) == ["encode", "keyframes", "thumbnails"]
+    for stage in ("encode", "keyframes", "thumbnails"):
+        steps = [(value, total) for name, value, total in own[str(clips[0])] if name == stage]
+        assert steps == sorted(steps)
+        assert all(total is not None and value <= total for value, total in steps)
+
+
+def test_stop_leaves_what_was_committed(library: Library, clips: list[Path]) -> None:
+    """Wherever it strikes: no video is half there, none is called a failure, and a second run finishes the rest."""
+    undisturbed = Library(library.uri + "-whole", library.engine)
+    undisturbed.add(clips[:2])
+    whole, seen, calls = content(undisturbed), set(), 0
+    while len(seen) < 3:
+        asked = iter(range(calls))
+        found = library.add(clips[:2], stop=lambda asked=asked: next(asked, None) is None)
+        assert [entry.change for entry in found] == ["added"] * len(found)
+        there = content(library) if library.exists() else {}
+        assert there == {entry.path: whole[entry.path] for entry in found}
+        seen.add(len(found))
+        again = library.add(clips[:2])
+        assert [entry.change for entry in again] == ["unchanged"] * len(found) + ["added"] * (2 - len(found))
+        assert content(library) == whole
+        library.remove(["*"])
+        calls += 1 + calls // 2
+    assert calls > 15  # asked often
+
+
+def test_stop_is_no_failure_of_what_was_there(library: Library, clips: list[Path]) -> None:
+    library.add(clips[:1])
+    before, records = content(library), library.list()
+    for calls in (2, 4, 6):
+        asked = iter(range(calls))
+        assert library.add(clips[:1], force=True, stop=lambda asked=asked: next(asked, None) is None) == []
+        assert content(library) == before
+    assert library.list() == records
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_leaves_what_was_committed(library: Library, clips: list[Path], workers: int) -> None:
+    told = []
+
+    def tell(entry: Added) -> None:
+        told.append(entry)
+        if len(told) == 1:
+            signal.raise_signal(signal.SIGINT) if workers == 1 else os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        library.add(clips, workers=workers, tell=tell)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("keyreel-index")]
+    assert {record.path for record in library.list()} == {entry.path for entry in told}
+    assert 1 <= len(told) < 4
+    assert {entry.change for entry in told} == {"added"}
+    assert library.verify() == ()
+    found = library.add(clips, workers=workers)
+    assert sum(entry.change == "unchanged" for entry in found) == len(told)
+    assert sum(entry.change == "added" for entry in found) == 4 - len(told)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("which", ["progress", "begin", "stage", "tell", "stop"])
+def test_an_error_in_a_callback_is_the_callers(library: Library, clips: list[Path], workers: int, which: str) -> None:
+    calls = iter(range(4))
+
+    def wrong(*_: Any) -> Any:
+        if which == "stop" and next(calls, None) is not None:
+            return False  # goes wrong in the middle of a video
+        raise ZeroDivisionError("mine")
+
+    how: dict[str, Any] = {"begin": lambda _: wrong} if which == "stage" else {which: wrong}
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        library.add(clips, workers=workers, **how)
+    assert not library.exists() or {record.status for record in library.list()} == {"ok"}
+    if which in ("begin", "stage", "stop"):
+        assert not library.exists()
+
+
+def test_a_library_that_cannot_be_written_ends_the_run(
+    library: Library, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.add(clips[:1])
+    before = content(library)
+
+    def full(*_: Any) -> None:
+        raise LibraryError("the disk is full")
+
+    monkeypatch.setattr(library._store, "put", full)
+    for workers in (1, 2):
+        with pytest.raises(LibraryError, match="disk is full"):
+            library.add(clips, workers=workers)
+    assert content(library) == before
+
+
+def test_two_libraries_over_one_folder_agree(tmp_path: Path, engine: Engine, clips: list[Path]) -> None:
+    first, second = Library(tmp_path / "library", engine), Library(tmp_path / "library", engine)
+    clips = clips[:2]
+    threads = [threading.Thread(target=one.add, args=(clips,)) for one in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert first.list() == second.list()
+    assert [record.path for record in first.list()] == sorted(map(str, clips))
+    assert second.verify() == ()
+    # What the other writer did since is not undone by what this one remembers.
+    second.add(clips, force=True)
+    os.utime(clips[0])
+    first.add(clips, tags=["late"])
+    assert [len(rows(first, record)) for record in first.list()] == [record.frames for record in first.list()]
+
+
+def test_async_use(library: Library, clips: list[Path], demo: Path) -> None:
+    async def use() -> list[Any]:
+        beats = 0
+
+        async def beat() -> None:
+            nonlocal beats
+            while True:
+                await asyncio.sleep(0.005)
+                beats += 1
+
+        heart = asyncio.create_task(beat())
+        await asyncio.to_thread(library.add, [demo])
+        captions = [scene.caption for scene in SCENES]
+        adding = asyncio.create_task(asyncio.to_thread(library.add, clips))
+        found = await asyncio.gather(*(asyncio.to_thread(library.search, caption, k=1) for caption in captions))
+        await adding
+        heart.cancel()
+        assert beats > 10  # the loop went on meanwhile
+        return found
+
+    found = asyncio.run(use())
+    where = Filter(videos=[str(demo)])
+    for scene, hits in zip(SCENES, found, strict=True):
+        if hits[0].video == str(demo):
+            (expected,) = library.search(scene.caption, k=1, where=where)
+            assert (hits[0].start_seconds, hits[0].score) == (expected.start_seconds, expected.score)
+    assert len(library.list()) == 5
+
+
+def test_errors_carry_what_to_do(library: Library) -> None:
+    with pytest.raises(LibraryError) as caught:
+        library.list()
+    assert caught.value.hint
+    assert isinstance(caught.value, keyreel.KeyreelError)
+    assert not isinstance(caught.value, SourceError)

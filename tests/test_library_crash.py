@@ -1,0 +1,209 @@
+"""A library whose writers are killed, whose disk is full, and that several processes use at once."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import library_process
+import pytest
+from library_process import MODEL, check, do, made, steps, target
+
+from keyreel.errors import LibraryError
+from keyreel.library.store import Store
+
+KILLS = int(os.environ.get("KEYREEL_KILLS", "12"))
+
+
+def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error", library_process.__file__, str(folder), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def apply(state: dict[str, str], verb: str, what: str) -> dict[str, str]:
+    if verb == "put":
+        return state | {f"id{what.split(':')[0]}": what}
+    return {id: fingerprint for id, fingerprint in state.items() if verb != "drop" or id != what}
+
+
+def content(store: Store) -> dict[str, object]:
+    """All that a library says, but for the generations and when it was written."""
+    everything: dict[str, object] = {}
+    for record in store.records():
+        (block,) = store.vectors([record.generation])
+        arrays = {name: getattr(block, name).tolist() for name in ("pts_seconds", "frame_index", "vectors", "shot")}
+        arrays |= {"keyframe": block.keyframe.tolist(), "weight": block.weight.tolist()}
+        shown = [(one.pts_seconds, one.jpeg, one.attention.tolist()) for one in store.previews(record.generation)]
+        known = {name: getattr(record, name) for name in record.__slots__ if name not in ("generation", "indexed_at")}
+        everything[record.id] = (known, arrays, shown, store.extras(record.id))
+    return everything
+
+
+def test_two_writers_and_readers_at_once(tmp_path: Path) -> None:
+    """All start at once, so that the writers also make the library at the same time."""
+    folder, each = tmp_path / "library", 12
+    writers = [start(folder, "write", first, each) for first in (0, 100)]
+    own = Store(str(folder))
+    while not own.exists():
+        time.sleep(0.01)
+    readers = [start(folder, "read", 15)]
+    counts = []
+    while any(child.poll() is None for child in writers):
+        counts.append(check(own))  # each video that is there is whole
+    for child in writers + readers:
+        with child:
+            assert child.stdout is not None
+            assert child.stdout.read().splitlines()[-1].startswith("done")
+        assert child.returncode == 0
+    expected = {f"id{number}": f"{number}:2" for first in (0, 100) for number in range(first + 1, first + each)}
+    shared = {record.id: record.fingerprint for record in own.records()}
+    assert shared.pop("id999") in {f"999:{first + each - 1}" for first in (0, 100)}
+    assert shared == expected
+    assert counts == sorted(counts)
+    assert check(own) == len(expected) + 1
+    assert own.verify() == ()
+    # The writers put small files together while the others were at work.
+    assert max(own.table(name).stats()["fragment_stats"]["num_fragments"] for name in ("frames", "videos")) < 30
+    own.compact(alone=True)
+    assert check(own) == len(expected) + 1
+
+
+def five(folder: Path) -> dict[str, str]:
+    store = Store(str(folder))
+    store.create(**MODEL)
+    for number in range(5):
+        store.put(*made(number, 1))
+    return fingerprints(store)
+
+
+def fingerprints(store: Store) -> dict[str, str]:
+    return {record.id: record.fingerprint for record in store.records()}
+
+
+def put_until_full(folder: Path) -> None:
+    store = Store(str(folder))
+    for number in range(100, 500):
+        store.put(*made(number, 1))
+
+
+@pytest.mark.parametrize("limit", [1700, 4500, 5790])
+def test_no_file_can_grow(tmp_path: Path, limit: int) -> None:
+    """Stands for a full disk. Rows have some 5800 bytes in a file, a record 4600, a list of files 1100 and more.
+
+    LanceDB itself commits files that were cut short like this.
+    """
+    before = five(tmp_path)
+    with no_file_beyond(limit), pytest.raises(LibraryError, match=r"cannot be written: .*(too large|cut short)"):
+        put_until_full(tmp_path)
+    store = Store(str(tmp_path))
+    assert before.items() <= fingerprints(store).items()
+    assert store.verify() == ()
+    there = check(store)
+    store.put(*made(50, 1))
+    assert check(store) == there + 1
+
+
+@pytest.mark.parametrize("limit", [9000, 12000])
+def test_no_file_can_grow_while_compacting(tmp_path: Path, limit: int) -> None:
+    """The rows of five videos have some 13000 bytes in one file."""
+    before = five(tmp_path)
+    with no_file_beyond(limit), pytest.raises(LibraryError, match=r"cannot be written: .*(too large|cut short)"):
+        Store(str(tmp_path)).compact(alone=True)
+    store = Store(str(tmp_path))
+    for _ in range(2):
+        assert fingerprints(store) == before
+        assert store.verify() == ()
+        assert check(store) == 5
+        store.compact(alone=True)
+    assert store.table("frames").stats()["fragment_stats"]["num_fragments"] == 1
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no small disk can be mounted here; test_no_file_can_grow stands for it")
+    try:
+        before = five(disk / "library")
+        with pytest.raises(LibraryError, match=r"cannot be written: .* are needed, .* are free"):
+            put_until_full(disk / "library")
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free))  # somebody else takes the rest
+        store = Store(str(disk / "library"))
+        for act in (store.compact, lambda: store.put(*made(50, 1)), lambda: store.drop(["id0"])):
+            with pytest.raises(LibraryError, match="cannot be written"):
+                act()
+        assert before.items() <= fingerprints(store).items()
+        there = check(store)
+        (disk / "filler").unlink()
+        subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
+        store.put(*made(50, 1))
+        store.compact(alone=True)
+        assert Store(store.uri).verify() == ()
+        assert check(store) == there + 1
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def test_killed_at_any_point(tmp_path: Path) -> None:
+    rng = random.Random(os.environ.get("KEYREEL_KILLS_SEED", "5"))
+    folder, round = tmp_path / "library", 0
+    state: dict[str, str] = {}
+    met: dict[str, int] = {}
+    for kill in range(KILLS):
+        with start(folder, "sync", round) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            time.sleep(rng.uniform(0, 0.2 if kill % 3 == 0 else 1.2))
+            child.send_signal(signal.SIGKILL)
+            lines = [line.split() for line in child.stdout.read().splitlines() if line.endswith(tuple("0123456789es"))]
+        after = state
+        begun = None
+        for word, verb, what, *_ in lines:
+            if word == "begin":
+                begun = (verb, what)
+            else:
+                after, begun = apply(after, verb, what), None
+        store = Store(str(folder))
+        there = {record.id: record.fingerprint for record in store.records()} if store.exists() else {}
+        assert there in ([after, apply(after, *begun)] if begun else [after]), (kill, begun)
+        assert not store.exists() or (store.verify() == () and check(store) == len(there))
+        state, round = there, round + 1
+        met[begun[0] if begun else "between"] = met.get(begun[0] if begun else "between", 0) + 1
+    assert sum(met.values()) == KILLS
+    undisturbed = Store(str(tmp_path / "undisturbed"))
+    disturbed = Store(str(folder))
+    done = []
+    for store in (undisturbed, disturbed):
+        store.create(**MODEL)
+        done.append([step for step in steps(store, round) if step[0] == "put"])
+        for step in list(steps(store, round)):
+            do(store, *step)
+        store.compact(alone=True)
+        assert not [step for step in steps(store, round) if step[0] != "compact"]
+        assert store.table("frames").count_rows() == sum(record.frames for record in store.records())
+        assert store.table("videos").count_rows() == len(target(round))
+    assert content(disturbed) == content(undisturbed)
+    # Only what was missing was written.
+    kept = {fingerprint for id, fingerprint in state.items()}
+    assert {what for _, what in done[1]} == {what for _, what in done[0]} - kept
+    sys.stderr.write(f"killed during {met}\n")

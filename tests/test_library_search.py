@@ -1,0 +1,643 @@
+"""Search over a library against brute force in float64, on made-up stores and on the real one."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import itertools
+import math
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from bounds import FLOAT32
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keyreel.backend import Backend, resolve
+from keyreel.config import LibraryConfig
+from keyreel.errors import Damaged, LibraryError
+from keyreel.library import matrix, scores
+from keyreel.library.query import Searcher, fits
+from keyreel.library.store import Store
+from keyreel.library.types import Block, Example, Filter, LibraryHit, Record, Rows
+from keyreel.search import moments
+from keyreel.types import Shot
+from keyreel_kernels.cuda import Cuda
+from keyreel_kernels.ops import ops_on
+
+CONFIG = LibraryConfig()
+
+
+# --- made-up libraries --------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """What a search needs of a store, in dictionaries."""
+
+    def __init__(self, width: int = 8) -> None:
+        self.width, self.commits, self.uri = width, 0, "memory"
+        self.videos: dict[str, Record] = {}
+        self.blocks: dict[str, Block] = {}
+
+    def model(self) -> tuple[str, str, int]:
+        return "made up", "0" * 64, self.width
+
+    def version(self) -> tuple[int, ...]:
+        return (self.commits,)
+
+    def records(self, ids: Sequence[str] | None = None) -> list[Record]:
+        chosen = [record for record in self.videos.values() if ids is None or record.id in ids]
+        return sorted(chosen, key=lambda record: record.path)
+
+    def vectors(self, generations: Sequence[str]) -> Iterator[Block]:
+        for name in generations:
+            if name in self.blocks:
+                yield self.blocks[name]
+
+    def table(self, name: str) -> Any:
+        raise AssertionError(f"{name}: a library in memory has no tables")
+
+    def put(self, record: Record, block: Block | None) -> None:
+        old = self.videos.get(record.id)
+        self.videos[record.id] = record
+        if block is not None:
+            self.blocks[block.generation] = block
+            if old is not None and old.generation != block.generation:
+                self.blocks.pop(old.generation, None)
+        self.commits += 1
+
+    def drop(self, id: str) -> None:
+        self.blocks.pop(self.videos.pop(id).generation, None)
+        self.commits += 1
+
+
+Video = tuple[Record, Block]
+
+
+def video(name: str, vectors: Any, *, generation: str | None = None, step: float = 0.5, **about: Any) -> Video:
+    """A video whose frames are `step` apart; every third one is a key-frame, a cut lies before every fifth."""
+    vectors = np.asarray(vectors, np.float32)
+    count = len(vectors)
+    pts = np.arange(count) * step
+    edges = [0.0, *(pts[5::5] - 0.1), count * step]
+    shots = about.pop("shots", tuple((float(a), float(b)) for a, b in itertools.pairwise(edges)))
+    record = Record(
+        id=name,
+        path=about.pop("path", f"/films/{name}.mp4"),
+        size=1,
+        mtime_ns=1,
+        fingerprint=name,
+        generation=generation or f"{name}-1",
+        frames=count,
+        status=about.pop("status", "ok"),
+        error=None,
+        hint=None,
+        tags=about.pop("tags", ()),
+        date=about.pop("date", None),
+        duration_seconds=about.pop("duration", count * step),
+        indexed_at=0.0,
+        probe={},
+        grid=(1, 1),
+        shots=shots,
+        model="made up",
+        model_sha256="0" * 64,
+    )
+    assert not about, about
+    keyframe = np.arange(count) % 3 == 1
+    index, weight = np.arange(count), np.ones(count, np.float32)
+    return record, Block(record.generation, pts, index, vectors, np.zeros(count, np.int64), keyframe, weight)
+
+
+def stored(videos: Sequence[Video]) -> Memory:
+    store = Memory(videos[0][1].vectors.shape[1] if videos else 8)
+    for record, block in videos:
+        store.put(record, block)
+    return store
+
+
+def quarters(draw: np.random.Generator, count: int) -> Any:
+    """[count, 8]: four numbers of 1/2 or -1/2, the others 0. Unit length and exact products, full of ties."""
+    rows = np.zeros((count, 8), np.float32)
+    for row in rows:
+        row[draw.choice(8, 4, replace=False)] = draw.choice([-0.5, 0.5], 4)
+    return rows
+
+
+def unit(rows: Any) -> Any:
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def scenes(draw: np.random.Generator, count: int, width: int) -> Any:
+    """Frames that stay alike for a while."""
+    places = draw.normal(size=(count // 6 + 1, width))
+    return unit(np.repeat(places, 6, 0)[:count] + 0.4 * draw.normal(size=(count, width)))
+
+
+# --- brute force --------------------------------------------------------------------------------------------------
+
+
+def allowed(record: Record, where: Filter) -> bool:
+    if where.videos and not {record.id, record.path} & set(where.videos):
+        return False
+    if where.path is not None and not fnmatch.fnmatchcase(record.path, where.path):
+        return False
+    if set(where.tags) - set(record.tags):
+        return False
+    bounds = [
+        (record.duration_seconds, where.min_duration_seconds, where.max_duration_seconds, False),
+        (record.date, where.after, where.before, True),
+    ]
+    for value, low, high, half_open in bounds:
+        if low is not None and (value is None or value < low):
+            return False
+        if high is not None and (value is None or (value >= high if half_open else value > high)):
+            return False
+    return True
+
+
+@dataclasses.dataclass
+class Look:
+    """The frames of one video that a search may see, and their scores."""
+
+    record: Record
+    block: Block
+    rows: list[int]
+    scores: list[float]
+
+    @property
+    def pooled(self) -> float:
+        tau, peak = CONFIG.pooling_temperature, max(self.scores)
+        shares = [math.exp((score - peak) / tau) for score in self.scores]
+        return math.fsum(a * b for a, b in zip(shares, self.scores, strict=True)) / math.fsum(shares)
+
+    def hits(self, where: Filter) -> list[LibraryHit]:
+        pts = self.block.pts_seconds
+        shots = tuple(Shot(*edges) for edges in self.record.shots)
+        stop = self.record.shots[-1][1] if shots else self.record.duration_seconds or float(pts[self.rows[-1]])
+        found = moments(
+            np.array(self.scores), pts[self.rows], shots, video=self.record.path, stop_seconds=stop, k=len(self.rows)
+        )
+        answers = []
+        for hit in found:
+            low = max(hit.start_seconds, -math.inf if where.start_seconds is None else where.start_seconds)
+            high = min(hit.stop_seconds, math.inf if where.stop_seconds is None else where.stop_seconds)
+            times = [float(time) for time, is_one in zip(pts, self.block.keyframe, strict=True) if is_one]
+
+            def shot(time: float) -> int:
+                return sum(time >= begin for begin, _ in self.record.shots[1:])
+
+            same = [time for time in times if shot(time) == shot(hit.pts_seconds)]
+            near = min(same or times or [hit.pts_seconds], key=lambda time: (abs(time - hit.pts_seconds), time))
+            answers.append(
+                LibraryHit(hit.video, low, high, hit.pts_seconds, hit.score, None, self.record.id, near, self.pooled, 0)
+            )
+        return answers
+
+
+def looks(store: Any, query: Any, where: Filter) -> list[Look]:
+    found = []
+    for record in store.records():
+        if record.status != "ok" or not record.frames or not allowed(record, where):
+            continue
+        (block,) = store.vectors([record.generation])
+        low = -math.inf if where.start_seconds is None else where.start_seconds
+        high = math.inf if where.stop_seconds is None else where.stop_seconds
+        rows = [n for n, time in enumerate(block.pts_seconds) if low <= time < high]
+        if rows:
+            exact = block.vectors.astype(np.float64) @ query.astype(np.float64)
+            found.append(Look(record, block, rows, [float(exact[n]) for n in rows]))
+    return found
+
+
+def brute_hits(
+    store: Any, query: Any, k: int, where: Filter, fold: float = CONFIG.fold_similarity, own: Example | None = None
+) -> list[LibraryHit]:
+    everything = [(hit, look) for look in looks(store, query, where) for hit in look.hits(where)]
+    everything.sort(key=lambda pair: (-pair[0].score, pair[0].video, pair[0].start_seconds))
+    kept: list[tuple[LibraryHit, Any]] = []
+    for hit, look in everything:
+        if len(kept) == k:
+            break
+        if own and own.video in (hit.video, hit.video_id) and hit.start_seconds <= own.seconds < hit.stop_seconds:
+            continue
+        row = look.block.pts_seconds.tolist().index(hit.pts_seconds)
+        vector = look.block.vectors[row].astype(np.float64)
+        for n, (other, its) in enumerate(kept):
+            if other.video != hit.video and float(vector @ its) >= fold - 1e-7:
+                kept[n] = dataclasses.replace(other, folded=other.folded + 1), its
+                break
+        else:
+            kept.append((hit, vector))
+    return [hit for hit, _ in kept]
+
+
+def brute_videos(store: Any, query: Any, k: int, many: int, where: Filter) -> list[tuple[float, str, list[LibraryHit]]]:
+    found = [(look.pooled, look.record.path, look.hits(where)[:many]) for look in looks(store, query, where)]
+    return sorted(found, key=lambda one: (-one[0], one[1]))[:k]
+
+
+def same(found: Sequence[LibraryHit], expected: Sequence[LibraryHit], within: float = 0.0) -> None:
+    """All fields; scores to `within`, pooled ones to what float64 gives for float32 scores."""
+    for a, b in zip(found, expected, strict=True):
+        assert a.score == pytest.approx(b.score, abs=within)
+        assert a.video_score == pytest.approx(b.video_score, abs=max(within, 1e-12))
+        assert dataclasses.replace(a, score=0, video_score=0) == dataclasses.replace(b, score=0, video_score=0)
+
+
+def small_blocks() -> Any:
+    """The edges of blocks, segments and threads, in libraries of a few rows."""
+    return (
+        patch.multiple(scores, BLOCK_ROWS=4, GAP_ROWS=2, THREADED_PARTS=2),
+        patch.multiple(matrix, LEAST_ROWS=4, MOST_ROWS=16),
+    )
+
+
+# --- against brute force ------------------------------------------------------------------------------------------
+
+
+TIMES = st.one_of(st.none(), st.sampled_from([0.0, 0.4, 1.0, 2.25, 3.0]))
+WHERE = st.builds(
+    Filter,
+    videos=st.lists(st.sampled_from(["v00", "v03", "/films/v01.mp4"]), max_size=2),
+    path=st.one_of(st.none(), st.sampled_from(["*", "*/v0[0-4].mp4", "/films/*3.mp4", "nothing"])),
+    tags=st.lists(st.sampled_from(["a", "b"]), max_size=2, unique=True),
+    start_seconds=TIMES,
+    stop_seconds=TIMES,
+    min_duration_seconds=TIMES,
+    max_duration_seconds=TIMES,
+    after=TIMES,
+    before=TIMES,
+)
+NO_FILTER = Filter()
+
+
+@settings(max_examples=70, deadline=None)
+@given(
+    number=st.integers(0, 2**32 - 1),
+    lengths=st.lists(st.integers(0, 14), min_size=4, max_size=14),
+    k=st.one_of(st.integers(1, 5), st.integers(1, 40)),
+    share=st.sampled_from([0.0, 0.5]),
+    fold=st.sampled_from([0.5, 0.75, 0.98, 1.0]),
+    where=st.one_of(st.just(NO_FILTER), WHERE),
+)
+def test_the_answers_are_those_of_brute_force(
+    number: int, lengths: list[int], k: int, share: float, fold: float, where: Filter
+) -> None:
+    draw = np.random.default_rng(number)
+    shown = quarters(draw, 3)  # few pictures: near-duplicates everywhere; without them, ties of different ones
+    videos = []
+    for n, count in enumerate(lengths):
+        frames = np.where(draw.random((count, 1)) < share, shown[draw.integers(0, 3, count)], quarters(draw, count))
+        about: dict[str, Any] = {
+            "tags": tuple(draw.choice(["a", "b"], draw.integers(0, 3), replace=False).tolist()),
+            "date": draw.choice([None, 0.0, 1.0, 2.0, 3.0]),
+            "duration": draw.choice([None, count / 2]),
+            "status": draw.choice(["ok", "ok", "ok", "failed"]),
+        }
+        if draw.random() < 0.2:
+            about["shots"] = ()
+        videos.append(video(f"v{n:02d}", frames, **about))
+    store = stored([videos[n] for n in draw.permutation(len(videos))])
+    queries = np.concatenate([shown[:2], quarters(draw, 1)])
+    config = dataclasses.replace(CONFIG, fold_similarity=fold)
+    blocks, segments = small_blocks()
+    with blocks, segments:
+        searcher = Searcher(store, config)
+        together = searcher.hits(queries, k, where)
+        ranked = searcher.videos(queries, k, 3, where)
+        for n, query in enumerate(queries):
+            same(together[n], brute_hits(store, query, k, where, fold))
+            assert searcher.hits(query[None], k, where) == [together[n]]
+            assert searcher.videos(query[None], k, 3, where) == [ranked[n]]
+            # Pooled scores of different videos may differ by less than float64 can tell.
+            expected = brute_videos(store, query, len(videos), 3, where)
+            assert [hit.score for hit in ranked[n]] == pytest.approx([one[0] for one in expected[:k]], abs=1e-12)
+            by_path = {path: hits for _, path, hits in expected}
+            for hit in ranked[n]:
+                same(hit.moments, by_path[hit.video])
+    for record in store.records():
+        assert fits(record, where) == allowed(record, where)
+
+
+def device_backend(cuda: Cuda) -> Backend:
+    return dataclasses.replace(resolve("cpu"), device="cuda:0", ops=ops_on(cuda))
+
+
+def made_up(seed: int, count: int, width: int) -> list[Video]:
+    draw = np.random.default_rng(seed)
+    return [video(f"v{n:03d}", scenes(draw, int(draw.integers(1, 90)), width)) for n in range(count)]
+
+
+def check_against_brute_force(searcher: Searcher, store: Any, queries: Any) -> None:
+    where = Filter(start_seconds=2.0, stop_seconds=20.0)
+    for chosen in (NO_FILTER, where):
+        found, ranked = searcher.hits(queries, 12, chosen), searcher.videos(queries, 7, 2, chosen)
+        for n, query in enumerate(queries):
+            same(found[n], brute_hits(store, query, 12, chosen), FLOAT32)
+            expected = brute_videos(store, query, 7, 2, chosen)
+            assert [hit.video for hit in ranked[n]] == [path for _, path, _ in expected]
+            for hit, (pooled, _, best) in zip(ranked[n], expected, strict=True):
+                assert hit.score == pytest.approx(pooled, abs=FLOAT32)
+                same(hit.moments, best, FLOAT32)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_vectors_without_ties(queries: int) -> None:
+    store = stored(made_up(1, 30, 64))
+    asked = unit(np.random.default_rng(2).normal(size=(queries, 64)))
+    blocks, segments = small_blocks()
+    with blocks, segments:
+        check_against_brute_force(Searcher(store, CONFIG), store, asked)
+    check_against_brute_force(Searcher(store, CONFIG, resolve("cpu")), store, asked)
+
+
+def test_on_a_device(cuda: Cuda) -> None:
+    store = stored(made_up(3, 30, 64))
+    asked = unit(np.random.default_rng(4).normal(size=(3, 64)))
+    before = cuda.bytes_to_host
+    searcher = Searcher(store, CONFIG, device_backend(cuda))
+    assert searcher.hits(asked, 3) == Searcher(store, CONFIG, device_backend(cuda)).hits(asked, 3)
+    rows = sum(len(block) for block in store.blocks.values())
+    assert cuda.bytes_to_host - before < rows * 64 * 4  # scores come down, the vectors stay
+    check_against_brute_force(searcher, store, asked)
+    np.testing.assert_array_equal(searcher.vector(Example("v004", 0.2)), store.blocks["v004-1"].vectors[0])
+    # Renewed there too: a segment that is half empty is written anew on the device.
+    with patch.multiple(matrix, LEAST_ROWS=64, MOST_ROWS=256):
+        searcher = Searcher(store, CONFIG, device_backend(cuda))
+        searcher.hits(asked, 1)
+        for n in range(0, 30, 2):
+            store.drop(f"v{n:03d}")
+        store.put(*video("new", scenes(np.random.default_rng(5), 70, 64)))
+        check_against_brute_force(searcher, store, asked)
+
+
+# --- what is asked ------------------------------------------------------------------------------------------------
+
+
+def test_a_moment_is_shown_by_the_nearest_keyframe_of_its_shot() -> None:
+    east, north, up = np.eye(3, 8)
+    # Key-frames at 0.5, 2.0, 3.5; cuts at 2.4 and 4.9.
+    store = stored([video("v", [up, north, up, up, up, east, up, up, up, up, north])])
+    (hits,) = Searcher(store, CONFIG).hits(np.stack([east]).astype(np.float32), 1)
+    assert (hits[0].pts_seconds, hits[0].keyframe_seconds) == (2.5, 3.5)  # 2.0 is nearer, in the shot before
+    (hits,) = Searcher(store, CONFIG).hits(np.stack([north]).astype(np.float32), 2)
+    assert [(hit.pts_seconds, hit.keyframe_seconds) for hit in hits] == [(0.5, 0.5), (5.0, 5.0)]
+
+
+def test_an_example_does_not_find_itself() -> None:
+    store = stored(made_up(6, 12, 32))
+    searcher = Searcher(store, CONFIG)
+    for example in (Example("v003", 4.6), Example("v003", 4.5), Example("/films/v003.mp4", 1e6), Example("v003", -1.0)):
+        pts = store.blocks["v003-1"].pts_seconds
+        shown = max([time for time in pts.tolist() if time <= example.seconds], default=0.0)
+        row = pts.tolist().index(shown)
+        vector = searcher.vector(example)
+        np.testing.assert_array_equal(vector, store.blocks["v003-1"].vectors[row])
+        expected = brute_hits(store, vector, 9, NO_FILTER, own=Example("v003", shown))
+        (found,) = searcher.hits(vector[None], 9, own=[example])
+        same(found, expected, FLOAT32)
+        assert searcher.hits(vector[None], 1)[0][0].video == "/films/v003.mp4"
+        (ranked,) = searcher.videos(vector[None], 50, 1, own=[example])
+        assert len(ranked) == 11
+        assert "/films/v003.mp4" not in [hit.video for hit in ranked]
+    with pytest.raises(LibraryError, match="no video 'v999'"):
+        searcher.vector(Example("v999", 0.0))
+
+
+def test_what_cannot_be_searched_for() -> None:
+    store = stored([video("v", quarters(np.random.default_rng(0), 4)), video("bad", np.empty((0, 8)), status="failed")])
+    searcher = Searcher(store, CONFIG)
+    query = quarters(np.random.default_rng(1), 1)
+    for wrong, what in (
+        (query[0], "Q, D"),
+        (query * np.nan, "finite"),
+        (query * 0, "not zero"),
+        (query[:, :5], "8 numbers, got 5"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            searcher.hits(wrong, 1)
+    with pytest.raises(ValueError, match="k must be"):
+        searcher.hits(query, 0)
+    with pytest.raises(ValueError, match="k must be"):
+        searcher.videos(query, 1, 0)
+    with pytest.raises(LibraryError, match="no video 'w'"):
+        searcher.hits(query, 1, Filter(videos=["w"]))
+    assert searcher.hits(query, 1, Filter(videos=["bad"])) == [[]]  # it is in the library, with nothing to find
+    assert searcher.hits(np.empty((0, 8)), 1) == []
+    with pytest.raises(LibraryError, match="no frames"):
+        searcher.vector(Example("bad", 0.0))
+    assert Searcher(Memory(), CONFIG).hits(query, 3) == [[]]
+    assert Searcher(Memory(), CONFIG).videos(query, 3) == [[]]
+    # The length of a query says nothing.
+    assert searcher.hits(query * 1000, 3) == searcher.hits(query, 3)
+
+
+# --- kept up to date ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(number=st.integers(0, 2**32 - 1), steps=st.lists(st.sampled_from(["put", "put", "drop", "fail", "move"])))
+def test_a_library_that_changes(number: int, steps: list[str]) -> None:
+    draw = np.random.default_rng(number)
+    store = Memory()
+    query = quarters(draw, 1)
+    blocks, segments = small_blocks()
+    with blocks, segments:
+        searcher = Searcher(store, CONFIG)
+        for n, step in enumerate(["put", *steps]):
+            name = f"v{draw.integers(0, 6)}"
+            if step == "put":
+                store.put(*video(name, quarters(draw, draw.integers(1, 20)), generation=f"{name}-{n}"))
+            elif name in store.videos:
+                record = store.videos[name]
+                if step == "drop":
+                    store.drop(name)
+                elif step == "fail":
+                    store.put(dataclasses.replace(record, status="failed"), None)
+                else:
+                    store.put(dataclasses.replace(record, path=f"/elsewhere/{n}.mp4"), None)
+            for k in (1, 3, 20):
+                same(searcher.hits(query, k)[0], brute_hits(store, query[0], k, NO_FILTER))
+            held = searcher._matrix._held
+            living = sum(record.frames for record in store.records() if record.status == "ok")
+            assert len(held) == living
+            # Half of each segment is in use, but for the last one; a video that does not fit starts the next one.
+            assert sum(len(one.pts_seconds) for one in held._segments.values()) <= 4 * living + 16 + 20
+
+
+def test_growing_copies_nothing() -> None:
+    draw = np.random.default_rng(8)
+    frames = unit(draw.normal(size=(4000, 64)))
+    videos = [video(f"v{n:02d}", frames) for n in range(50)]
+    store = stored(videos[:1])
+    tracemalloc.start()
+    try:
+        searcher = Searcher(store, CONFIG)
+        before = searcher._matrix.snapshot()
+        for one in videos[1:]:
+            store.put(*one)
+            snapshot = searcher._matrix.snapshot()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    (first,) = before.segments.values()
+    assert snapshot.segments[0] is first
+    # 4 D + 9 bytes a row, and the room left in the last segment; a tenth for ends of segments.
+    assert peak < (50 * 4000 + matrix.MOST_ROWS) * (4 * 64 + 9) * 1.1
+    # What is removed gives its room back; what a search still looks at stays as it is.
+    for n in range(50):
+        if n % 10:
+            store.drop(f"v{n:02d}")
+    renewed = searcher._matrix.snapshot()
+    assert sum(len(one.pts_seconds) for one in renewed.segments.values()) <= 2 * 5 * 4000 + matrix.MOST_ROWS
+    np.testing.assert_array_equal(snapshot.segments[0].vectors[:4000], frames)
+
+
+class Waiting(Memory):
+    """Its rows come when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.go = threading.Event(), threading.Event()
+        self.go.set()
+
+    def vectors(self, generations: Sequence[str]) -> Iterator[Block]:
+        self.asked.set()
+        assert self.go.wait(60)
+        yield from super().vectors(generations)
+
+
+def test_searches_go_on_while_another_thread_renews() -> None:
+    draw = np.random.default_rng(9)
+    store, query = Waiting(), quarters(draw, 1)
+    store.put(*video("v0", quarters(draw, 5)))
+    searcher = Searcher(store, CONFIG)
+    before = searcher.hits(query, 50)
+    store.put(*video("v1", quarters(draw, 5)))
+    store.asked.clear()
+    store.go.clear()
+    late: list[Any] = []
+    other = threading.Thread(target=lambda: late.append(searcher.hits(query, 50)))
+    other.start()
+    try:
+        assert store.asked.wait(60)
+        assert searcher.hits(query, 50) == before
+    finally:
+        store.go.set()
+        other.join(60)
+    same(late[0][0], brute_hits(store, query[0], 50, NO_FILTER))
+    assert searcher.hits(query, 50) == late[0]
+
+
+class Busy(Memory):
+    """Somebody replaces a video whenever its records were read, `times` times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def records(self, ids: Sequence[str] | None = None) -> list[Record]:
+        found = super().records(ids)
+        if self.times:
+            self.times -= 1
+            draw = np.random.default_rng(self.times)
+            self.put(*video("v0", quarters(draw, 3 + self.times), generation=f"v0-b{self.times}"))
+        return found
+
+
+def test_a_video_that_is_replaced_between_two_looks() -> None:
+    draw = np.random.default_rng(10)
+    store, query = Busy(0), quarters(draw, 1)
+    for n in range(3):
+        store.put(*video(f"v{n}", quarters(draw, 4)))
+    searcher = Searcher(store, CONFIG)
+    store.times = 2
+    found = searcher.hits(query, 50)[0]
+    assert store.times == 0
+    same(found, brute_hits(store, query[0], 50, NO_FILTER))
+
+
+def test_rows_that_are_missing_or_no_vectors() -> None:
+    draw = np.random.default_rng(11)
+    store, query = stored([video("v0", quarters(draw, 4)), video("v1", quarters(draw, 4))]), quarters(draw, 1)
+    whole = store.blocks.pop("v1-1")
+    searcher = Searcher(store, CONFIG)
+    with pytest.raises(Damaged, match=r"v1\.mp4.*rows"):
+        searcher.hits(query, 5)
+    store.blocks["v1-1"] = dataclasses.replace(whole, vectors=whole.vectors * np.float32(np.nan))
+    with pytest.raises(Damaged, match="not finite"):
+        searcher.hits(query, 5)
+    store.blocks["v1-1"] = whole
+    same(searcher.hits(query, 50)[0], brute_hits(store, query[0], 50, NO_FILTER))
+
+
+# --- the real store -----------------------------------------------------------------------------------------------
+
+
+def put(store: Store, record: Record, block: Block) -> None:
+    pts, keys = block.pts_seconds, block.keyframe
+    assert keys is not None
+    rows = Rows(pts, block.frame_index, block.vectors, block.shot, block.weight, ())
+    store.put(record, rows, None)
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Callable[[int, int], Store]:
+    def make(videos: int, width: int) -> Store:
+        store = Store(str(tmp_path / "library"))
+        store.create(model="made up", model_sha256="0" * 64, width=width)
+        for record, block in made_up(12, videos, width):
+            put(store, record, block)
+        return store
+
+    return make
+
+
+def mirrored(store: Store) -> Memory:
+    """What it holds, in memory: brute force looks at each video more often than one likes to read it."""
+    records = store.records()
+    blocks = {block.generation: block for block in store.vectors([record.generation for record in records])}
+    return stored([(record, blocks[record.generation]) for record in records])
+
+
+def test_the_real_store(library: Callable[[int, int], Store]) -> None:
+    store = library(12, 32)
+    asked = unit(np.random.default_rng(13).normal(size=(2, 32)))
+    searcher = Searcher(store, CONFIG)
+    check_against_brute_force(searcher, mirrored(store), asked)
+    store.drop(["v002"])
+    put(store, *video("v005", scenes(np.random.default_rng(14), 30, 32), generation="v005-2"))
+    check_against_brute_force(searcher, mirrored(store), asked)
+    # Beyond memory, without an index: rows are compared one by one.
+    check_against_brute_force(Searcher(store, dataclasses.replace(CONFIG, exact_rows=0)), mirrored(store), asked)
+
+
+def test_an_index_beyond_memory(library: Callable[[int, int], Store]) -> None:
+    store = library(60, 32)
+    draw = np.random.default_rng(15)
+    asked = unit(draw.normal(size=(8, 32)))
+    near, exact = Searcher(store, dataclasses.replace(CONFIG, exact_rows=0)), Searcher(store, CONFIG)
+    assert not exact.index()
+    assert near.index()
+    assert not near.index()
+    for where in (NO_FILTER, Filter(start_seconds=3.0, stop_seconds=15.0), Filter(path="*[0-4].mp4")):
+        found, expected = near.hits(asked, 10, where), exact.hits(asked, 10, where)
+        shared = [len(set(a) & set(b)) for a, b in zip(found, expected, strict=True)]
+        assert np.sum(shared) >= 0.95 * 10 * len(asked)
+    example = Example("v007", 3.0)
+    np.testing.assert_array_equal(near.vector(example), exact.vector(example))
+    # What is not in the index yet is found all the same.
+    new = video("new", scenes(draw, 40, 32))
+    put(store, *new)
+    (hits,) = near.hits(new[1].vectors[7:8], 1)
+    assert (hits[0].video_id, hits[0].pts_seconds) == ("new", new[1].pts_seconds[7])
+    # ... and nothing of what was removed.
+    store.drop(["new"])
+    assert {hit.video_id for hit in near.hits(new[1].vectors[7:8], 10)[0]}.isdisjoint({"new"})
+    assert len(near.hits(asked[:1], 100_000)[0]) == len(exact.hits(asked[:1], 100_000)[0])

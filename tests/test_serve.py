@@ -1,0 +1,908 @@
+"""The service as its callers see it: a process of its own, and what is sent to it over HTTP."""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import io
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from encoded_clips import encode
+from PIL import Image
+
+for needed in ("lancedb", "fastapi", "uvicorn", "httpx", "python_multipart", "prometheus_client"):
+    pytest.importorskip(needed, reason="needs the extras `library` and `serve`")
+
+import httpx
+from fastapi import FastAPI
+from served import Served, served
+
+from keyreel import Engine, Library
+from keyreel.config import ServeConfig
+from keyreel.errors import LibraryError, RenderError
+from keyreel.library.types import Example, Filter, LibraryHit
+from keyreel.serve import app, router, run
+from keyreel.serve.refusals import Refused, shortened
+from keyreel.serve.service import Service
+from keyreel.serve.uploads import safe_name
+
+UPLOAD_BYTES = 300_000
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine.from_pretrained(device="cpu", threads=1) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """videos/: three clips, a picture, links that lead out; outside/: what nobody may see."""
+    place = tmp_path_factory.mktemp("serve").resolve()
+    for folder in ("videos/more", "outside"):
+        (place / folder).mkdir(parents=True)
+    for number, name in enumerate(("a", "b", "more/c")):
+        encode(place / "videos" / name, codec="libx264", container="mp4", seed=number, frames=50 + 25 * number)
+    encode(place / "outside" / "secret", codec="libx264", container="mp4", seed=9)
+    (place / "videos" / "link.mp4").symlink_to(place / "outside" / "secret.mp4")
+    (place / "videos" / "folder").symlink_to(place / "outside")
+    (place / "videos" / "loop.mp4").symlink_to(place / "videos" / "loop.mp4")
+    (place / "videos" / "broken.mp4").write_bytes(b"this is no video" * 100)
+    return place
+
+
+@pytest.fixture(scope="module")
+def service(place: Path) -> Iterator[Served]:
+    options = {"roots": [str(place / "videos")], "upload_bytes": UPLOAD_BYTES, "image_pixels": 10_000_000}
+    with served(place / "library", **options) as running:
+        jobs = running.index(*(place / "videos" / name for name in ("a.mp4", "b.mp4", "more/c.mp4")))
+        assert [job["state"] for job in jobs] == ["done"] * 3
+        yield running
+        assert running.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def library(service: Served, place: Path, engine: Engine) -> Iterator[Library]:
+    """The same library, asked directly."""
+    with Library(place / "library", engine) as library:
+        yield library
+
+
+def ids(service: Served) -> dict[str, str]:
+    return {video["name"]: video["id"] for video in service.http.get("/api/v1/videos").json()["videos"]}
+
+
+def told(hits: list[LibraryHit]) -> list[tuple[Any, ...]]:
+    return [
+        (hit.video_id, hit.start_seconds, hit.stop_seconds, hit.pts_seconds, hit.keyframe_seconds, hit.folded)
+        for hit in hits
+    ]
+
+
+def given(answer: httpx.Response) -> list[tuple[Any, ...]]:
+    assert answer.status_code == 200, answer.text
+    names = ("video_id", "start_seconds", "stop_seconds", "pts_seconds", "keyframe_seconds", "folded")
+    return [tuple(hit[name] for name in names) for hit in answer.json()["hits"]]
+
+
+def scores(answer: httpx.Response) -> list[float]:
+    return [hit["score"] for hit in answer.json()["hits"]]
+
+
+def jpeg(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def error(answer: httpx.Response) -> dict[str, Any]:
+    found = answer.json()["error"]
+    assert set(found) == {"kind", "message", "hint"}
+    assert found["kind"]
+    assert found["message"]
+    return dict(found)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_answers_what_the_library_does(service: Served, library: Library) -> None:
+    expected = library.search("a cat", k=4)
+    answer = service.http.get("/api/v1/search", params={"q": "a cat", "k": 4})
+    assert given(answer) == told(expected)
+    np.testing.assert_allclose(scores(answer), [hit.score for hit in expected], atol=1e-5)
+    assert [hit["video"] for hit in answer.json()["hits"]] == [Path(hit.video).name for hit in expected]
+    for hit, own in zip(answer.json()["hits"], expected, strict=True):
+        picture = service.http.get(hit["preview"])
+        assert picture.headers["content-type"] == "image/jpeg"
+        assert picture.content == library.preview(own.video_id, own.keyframe_seconds)
+
+
+def test_filters_are_the_librarys(service: Served, library: Library, place: Path) -> None:
+    one = ids(service)["b.mp4"]
+    cases: list[tuple[dict[str, Any], Filter]] = [
+        ({"video": one}, Filter(videos=(one,))),
+        ({"path": "*/more/*"}, Filter(path="*/more/*")),
+        ({"start": 0.5, "stop": 1.5}, Filter(start_seconds=0.5, stop_seconds=1.5)),
+        ({"min_duration": 2.5}, Filter(min_duration_seconds=2.5)),
+        ({"after": "2001-02-03"}, Filter(after=981_158_400.0)),
+        ({"before": "2001-02-03T00:00:00+01:00"}, Filter(before=981_154_800.0)),
+        ({"tag": "none"}, Filter(tags=("none",))),
+    ]
+    seen = []
+    for given_filter, where in cases:
+        answer = given(service.http.get("/api/v1/search", params={"q": "a dog", "k": 9, **given_filter}))
+        assert answer == told(library.search("a dog", k=9, where=where)), given_filter
+        listed = service.http.get("/api/v1/videos", params=given_filter).json()
+        assert [video["id"] for video in listed["videos"]] == [record.id for record in library.list(where)]
+        seen.append(len(answer))
+    assert seen[5] == seen[6] == 0 < min(seen[:5])
+    moments = given(service.http.get(f"/api/v1/videos/{one}/moments", params={"q": "a dog", "k": 9}))
+    assert moments == told(library.search("a dog", k=9, where=Filter(videos=(one,))))
+
+
+def test_pictures_and_frames_are_queries_too(service: Served, library: Library) -> None:
+    picture = np.random.default_rng(3).integers(0, 255, (40, 60, 3)).astype(np.uint8)
+    answer = service.http.post("/api/v1/search", params={"k": 3}, files={"file": ("p.png", jpeg(picture))})
+    expected = library.search(picture, k=3)
+    assert given(answer) == told(expected)
+    np.testing.assert_allclose(scores(answer), [hit.score for hit in expected], atol=1e-5)
+    id = ids(service)["a.mp4"]
+    answer = service.http.post("/api/v1/search", params={"k": 3}, json={"like": {"video_id": id, "seconds": 1.0}})
+    assert given(answer) == told(library.search(Example(id, 1.0), k=3))
+
+
+def test_a_video_in_full(service: Served, library: Library, place: Path) -> None:
+    id = ids(service)["c.mp4"]
+    video = service.http.get(f"/api/v1/videos/{id}").json()
+    record, previews, extras = library.record(id), library.previews(id), library.extras(id)
+    assert (video["name"], video["status"], video["frames"]) == ("c.mp4", "ok", record.frames)
+    assert (video["width"], video["height"], video["duration_seconds"]) == (96, 64, pytest.approx(4.0, abs=0.05))
+    assert [tuple(shot) for shot in video["shots"]] == list(record.shots)
+    assert [frame["pts_seconds"] for frame in video["keyframes"]] == [preview.pts_seconds for preview in previews]
+    for frame, preview in zip(video["keyframes"], previews, strict=True):
+        np.testing.assert_allclose(frame["attention"], preview.attention, atol=1e-6)
+        assert len(frame["attention"]) == video["grid"][0] * video["grid"][1]
+        assert service.http.get(frame["preview"]).content == preview.jpeg
+    sprite = Image.open(io.BytesIO(service.http.get(video["sprite"]["image"]).content))
+    width, height = video["sprite"]["tile"]
+    assert sprite.width == video["sprite"]["columns"] * width
+    assert sprite.height % height == 0
+    track = service.http.get(video["sprite"]["vtt"])
+    assert track.headers["content-type"].startswith("text/vtt")
+    assert track.text == extras.vtt
+    assert service.http.get(video["file"]).content == (place / "videos/more/c.mp4").read_bytes()
+    page = service.http.get("/api/v1/videos", params={"offset": 1, "limit": 1}).json()
+    assert (page["total"], [one["name"] for one in page["videos"]]) == (3, ["b.mp4"])
+    assert str(place) not in str(video)  # where things lie is nobody's business
+
+
+def test_health_is_measured_not_said(service: Served, place: Path) -> None:
+    assert service.http.get("/healthz").json() == {"status": "ok"}
+    ready = service.http.get("/readyz").json()
+    assert (ready["status"], ready["model"], ready["device"]) == ("ready", "builtin", "cpu")
+
+    class Broken:
+        uri = str(place / "nowhere")
+        engine = None
+
+    answer = asyncio.run(_ask(app(Broken(), ServeConfig(folder=str(place / "state"))), "/readyz"))  # type: ignore[arg-type]
+    assert answer.status_code == 503
+    assert "no engine" in error(answer)["message"]
+    Broken.uri = "s3://bucket/library"
+    with pytest.raises(LibraryError, match="no folder"):
+        app(Broken(), ServeConfig())  # type: ignore[arg-type]
+
+
+def test_counters_for_prometheus(service: Served) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    def count() -> dict[str, float]:
+        answer = service.http.get("/metrics")
+        assert answer.headers["content-type"].startswith("text/plain")
+        return {
+            " ".join((sample.name, *sample.labels.values())): sample.value
+            for family in text_string_to_metric_families(answer.text)
+            for sample in family.samples
+        }
+
+    before = count()
+    service.http.get("/api/v1/search", params={"q": "x"})
+    service.http.get("/api/v1/search")
+    after = count()
+    for status in (200, 422):
+        name = f"keyreel_requests_total GET /api/v1/search {status}"
+        assert after[name] - before.get(name, 0) == 1
+    assert after["keyreel_jobs queued"] == after["keyreel_jobs running"] == 0
+    assert after["keyreel_jobs_ended_total done"] >= 3
+
+
+# --- the video itself -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranges", "status", "part"),
+    [
+        (None, 200, slice(None)),
+        ("bytes=0-99", 206, slice(0, 100)),
+        ("bytes=100-", 206, slice(100, None)),
+        ("bytes=-57", 206, slice(-57, None)),
+        ("bytes=0-999999999", 206, slice(None)),
+        ("bytes=999999999-", 416, None),
+        ("bytes=5-2", 4, None),
+        ("lines=1-2", 4, None),
+    ],
+)
+def test_ranges(service: Served, place: Path, ranges: str | None, status: int, part: slice | None) -> None:
+    whole = (place / "videos/a.mp4").read_bytes()
+    address = f"/api/v1/videos/{ids(service)['a.mp4']}/file"
+    headers = {} if ranges is None else {"Range": ranges}
+    answer = service.http.get(address, headers=headers)
+    if part is None:
+        assert answer.status_code == status or answer.status_code // 100 == status
+        if status == 416:
+            assert answer.headers["content-range"] == f"bytes */{len(whole)}"
+        return
+    assert answer.status_code == status
+    assert answer.content == whole[part]
+    assert answer.headers["accept-ranges"] == "bytes"
+    assert answer.headers["content-type"] == "video/mp4"
+    if status == 206:
+        start, stop, _ = part.indices(len(whole))
+        assert answer.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(whole)}"
+    head = service.http.head(address, headers=headers)
+    assert (head.status_code, head.content) == (status, b"")
+    assert head.headers["content-length"] == str(len(answer.content))
+
+
+def test_a_range_of_another_version_gives_the_whole(service: Served, place: Path) -> None:
+    whole = (place / "videos/a.mp4").read_bytes()
+    address = f"/api/v1/videos/{ids(service)['a.mp4']}/file"
+    tag = service.http.head(address).headers["etag"]
+    for sent, status, size in ((tag, 206, 10), ('"another"', 200, len(whole))):
+        answer = service.http.get(address, headers={"Range": "bytes=0-9", "If-Range": sent})
+        assert (answer.status_code, len(answer.content)) == (status, size)
+
+
+def test_a_reader_who_leaves_takes_no_descriptor_along(service: Served) -> None:
+    """Each answer holds the video open until it ends, however it ends."""
+    address = f"/api/v1/videos/{ids(service)['a.mp4']}/file"
+    folder = Path(f"/proc/{service.process.pid}/fd")
+
+    def open_videos() -> int:
+        names = []
+        for entry in list(folder.iterdir()):
+            try:
+                names.append(str(entry.readlink()))
+            except FileNotFoundError:
+                continue
+        return sum(name.endswith("a.mp4") for name in names)
+
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", int(service.address.rpartition(":")[2]))) as raw:
+            raw.sendall(f"GET {address} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            raw.recv(64)
+    until = time.monotonic() + 10
+    while open_videos() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert open_videos() == 0
+
+
+def test_a_video_that_became_a_link_is_not_given_out(service: Served, place: Path) -> None:
+    path = encode(place / "videos" / "later", codec="libx264", container="mp4", seed=31, frames=30)
+    (job,) = service.index(path)
+    address = f"/api/v1/videos/{job['video']}"
+    try:
+        assert service.http.get(f"{address}/file").status_code == 200
+        path.unlink()
+        assert service.http.get(f"{address}/file").status_code == 404
+        path.symlink_to(place / "outside" / "secret.mp4")
+        answer = service.http.get(f"{address}/file")
+        assert (answer.status_code, error(answer)["kind"]) == (403, "path")
+        assert service.http.get(address).json()["file"] is None
+    finally:
+        path.unlink()
+        assert service.http.delete(address).status_code == 204
+
+
+# --- hostile input ----------------------------------------------------------------------------------------------------
+
+
+def test_no_path_leaves_the_allowed_folders(service: Served, place: Path) -> None:
+    secret = place / "outside" / "secret.mp4"
+    for path, status in (
+        (str(secret), 403),
+        (str(secret.with_name("not there")), 403),  # whether it exists is not told
+        ("../outside/secret.mp4", 403),
+        ("more/../../outside/secret.mp4", 403),
+        ("link.mp4", 403),
+        ("folder/secret.mp4", 403),
+        ("/etc/passwd", 403),
+        (f"{place}/videosX/a.mp4", 403),
+        ("..", 403),
+        (".", 403),
+        ("more", 422),
+        ("loop.mp4", 422),
+        ("not there.mp4", 404),
+        ("http://127.0.0.1:1/a.mp4", 422),
+        (f"file://{secret}", 422),
+        ("concat:a.mp4|b.mp4", 404),
+        ("a\0.mp4", 422),
+        ("x" * 4000, 404),
+        ("\ud800.mp4", 422),
+        ("", 422),
+    ):
+        body = b'{"path": ' + _ascii(path) + b"}"
+        answer = service.http.post("/api/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == status, (path, answer.text)
+        error(answer)
+    for address in ("/static/../server.py", "/static/%2e%2e/server.py", "/static/..%2fserver.py", "/../etc/passwd"):
+        with socket.create_connection(("127.0.0.1", int(service.address.rpartition(":")[2]))) as raw:
+            raw.sendall(f"GET {address} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            assert raw.recv(64).startswith(b"HTTP/1.1 404"), address
+
+
+def test_hostile_queries_are_refused(service: Served) -> None:
+    id = ids(service)["a.mp4"]
+    for address in (
+        "search?q=x&k=100000000000000000000000",
+        "search?q=x&k=101",
+        "search?q=x&k=0",
+        "search?q=x&k=-1",
+        "search?q=x&k=nan",
+        "search?q=",
+        "search?q=%20%20",
+        "search",
+        f"search?q={'x' * 1001}",
+        "search?q=x&start=nan",
+        "search?q=x&stop=inf",
+        "search?q=x&start=-1",
+        "search?q=x&min_duration=1e400",
+        "search?q=x&after=yesterday",
+        "search?q=x&after=99999999999999999999",
+        "search?q=x&video=nobody",
+        "search?q=x&video=*",
+        f"videos/{id}/moments?q=x&k=100000",
+        "videos?offset=-1",
+        "videos?limit=100000000",
+        "videos/nobody",
+        "videos/*",
+        "videos/%2Fetc%2Fpasswd",
+        f"videos/{id}/previews/nan.jpg",
+        f"videos/{id}/previews/-1.jpg",
+        f"videos/{id}/previews/x.jpg",
+        f"videos/{id}/nothing",
+        "jobs/nobody",
+        "nothing",
+    ):
+        answer = service.http.get(f"/api/v1/{address}")
+        assert 400 <= answer.status_code < 500, (address, answer.text)
+        error(answer)
+    # Bytes that are no UTF-8 are a text like any other.
+    assert service.http.get("/api/v1/search?q=%ff%fe%00").status_code == 200
+    # A path is no name here: DELETE with a glob must not clear the library.
+    assert service.http.delete("/api/v1/videos/*").status_code == 404
+    assert service.http.delete("/api/v1/videos").status_code == 405
+    assert len(ids(service)) == 3
+
+
+def test_hostile_bodies_are_refused(service: Served, place: Path) -> None:
+    bomb = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
+    assert len(bomb.getvalue()) < 200_000  # 900 million pixels in it
+    multipart = {"Content-Type": "multipart/form-data; boundary=x"}
+    plain = {"Content-Type": "application/json"}
+    start = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\n'
+    cases: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
+        ("search", {"files": {"file": ("bomb.png", bomb.getvalue())}}, (413,)),
+        ("search", {"files": {"file": ("a.png", b"no picture")}}, (422,)),
+        ("search", {"files": {"file": ("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>")}}, (422,)),
+        ("search", {"files": {"other": ("a.png", b"")}}, (422,)),
+        ("search", {"json": {"like": {"video_id": "nobody", "seconds": 0}}}, (404,)),
+        ("search", {"content": b'{"like": {"video_id": "\\ud800", "seconds": 0}}', "headers": plain}, (422,)),
+        ("search", {"content": b'{"like": {"video_id": "a", "seconds": NaN}}', "headers": plain}, (422,)),
+        ("search", {"content": b'{"like": {"video_id": "a", "seconds": 1e999}}', "headers": plain}, (422,)),
+        ("search", {"content": b"[" * 60_000, "headers": plain}, (422,)),
+        ("search", {"content": b"\xff\xfe", "headers": plain}, (422,)),
+        ("search", {"content": b" " * 70_000, "headers": plain}, (413,)),
+        ("search", {"json": [1, 2]}, (422,)),
+        ("search", {"json": {"like": {}, "more": 1}}, (422,)),
+        ("search", {}, (422,)),
+        ("jobs", {"json": {"path": 5}}, (422,)),
+        ("jobs", {"json": {"path": "a.mp4", "force": True}}, (422,)),
+        ("jobs", {"content": b"", "headers": multipart}, (400, 422)),
+        ("jobs", {"content": b"--x--\r\n", "headers": multipart}, (400, 422)),
+        ("jobs", {"content": b"--y\r\n\r\n", "headers": multipart}, (400,)),
+        ("jobs", {"content": start + b"half a video", "headers": multipart}, (400,)),
+        ("jobs", {"content": start[:-2] + b"Bad header\r\n\r\n\r\n--x--", "headers": multipart}, (400,)),
+        ("jobs", {"content": b"a", "headers": {"Content-Type": "multipart/form-data"}}, (400, 415)),
+        ("jobs", {"files": {"file": ("a.mp4", b"x" * (UPLOAD_BYTES + 1))}}, (413,)),
+    ]
+    for route, body, allowed in cases:
+        answer = service.http.post(f"/api/v1/{route}", **body)
+        assert answer.status_code in allowed, (route, str(body)[:80], answer.status_code, answer.text)
+        error(answer)
+    assert list((place / "library/serve/uploads").iterdir()) == []
+    assert all(job["state"] == "done" for job in service.http.get("/api/v1/jobs").json()["jobs"])
+
+
+def test_nothing_in_the_openapi_document_leads_to_an_error_of_the_server(service: Served) -> None:
+    """Schemathesis makes up requests, valid ones and others, for each route of the document."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
+
+    schema = schemathesis.openapi.from_url(f"{service.address}/openapi.json")
+    before = ids(service)
+    asked: list[tuple[str, int]] = []
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        modes = schemathesis.GenerationMode
+        for mode in (modes.POSITIVE, modes.NEGATIVE):
+
+            @given(case=operation.as_strategy(generation_mode=mode))
+            @settings(
+                max_examples=int(os.environ.get("KEYREEL_REQUESTS", "4")),
+                deadline=None,
+                database=None,
+                derandomize=True,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
+            def run(case: Any) -> None:
+                if case.method == "DELETE" and case.path_parameters.get("id") in before.values():
+                    return
+                answer = case.call()
+                asked.append((f"{case.method} {case.operation.path}", answer.status_code))
+                assert answer.status_code < 500, (case.as_curl_command(), answer.text)
+
+            with contextlib.suppress(*([Unsatisfiable] if mode == modes.NEGATIVE else [])):  # nothing to be wrong with
+                run()
+    assert {name for name, _ in asked} >= {"GET /api/v1/search", "POST /api/v1/jobs", "GET /api/v1/videos/{id}"}
+    assert {200, 404, 422} <= {status for _, status in asked}
+    for job in service.http.get("/api/v1/jobs").json()["jobs"]:  # some made-up uploads are videos
+        service.wait(job["id"], "done", "failed", "cancelled")
+    for video in service.http.get("/api/v1/videos", params={"limit": 1000}).json()["videos"]:
+        if video["id"] not in before.values():
+            assert service.http.delete(f"/api/v1/videos/{video['id']}").status_code == 204
+    assert ids(service) == before
+
+
+# --- uploads ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_upload_becomes_a_video_and_goes_with_it(service: Served, place: Path, library: Library) -> None:
+    clip = encode(place / "upload", codec="libx264", container="mp4", seed=77, frames=40)
+    answer = service.http.post("/api/v1/jobs", files={"file": ("../../ev\u00eel name?.mp4", clip.read_bytes())})
+    assert answer.status_code == 202, answer.text
+    job = service.wait(answer.json()["id"], "done", "failed")
+    assert (job["state"], job["name"], job["progress"]) == ("done", "ev\u00eel name_.mp4", 1.0)
+    uploads = place / "library/serve/uploads"
+    assert [path.relative_to(uploads).as_posix() for path in uploads.rglob("*.mp4")] == [f"{job['id']}/{job['name']}"]
+    video = service.http.get(f"/api/v1/videos/{job['video']}").json()
+    assert service.http.get(video["file"]).content == clip.read_bytes()
+    assert library.record(job["video"]).path == str(uploads / job["id"] / job["name"])
+    assert service.http.delete(f"/api/v1/videos/{job['video']}").status_code == 204
+    assert list(uploads.iterdir()) == []
+    assert job["video"] not in ids(service).values()
+
+
+def test_an_upload_that_is_no_video_leaves_nothing(service: Served, place: Path) -> None:
+    answer = service.http.post("/api/v1/jobs", files={"file": ("a.mp4", b"this is no video" * 100)})
+    job = service.wait(answer.json()["id"], "done", "failed")
+    assert job["state"] == "failed"
+    assert job["error"]["kind"] == "source"
+    assert list((place / "library/serve/uploads").iterdir()) == []
+    assert sorted(ids(service)) == ["a.mp4", "b.mp4", "c.mp4"]
+    # A file of the user's that is none stays, and the library says what is wrong with it.
+    (job,) = service.index(place / "videos" / "broken.mp4")
+    assert job["state"] == "failed"
+    (video,) = [one for one in service.http.get("/api/v1/videos").json()["videos"] if one["status"] == "failed"]
+    assert video["name"] == "broken.mp4"
+    assert video["error"]
+    detail = service.http.get(f"/api/v1/videos/{video['id']}").json()
+    assert (detail["keyframes"], detail["sprite"], detail["file"]) == ([], None, None)
+    for said in (job["error"]["message"], video["error"], detail["error"]):
+        assert said.startswith("broken.mp4: ")
+        assert str(place) not in said
+    # Not the file either: any file under the folders could be read else, once it was given as a video.
+    for part in ("sprite.jpg", "thumbs.vtt", "previews/0.0.jpg", "file"):
+        assert service.http.get(f"/api/v1/videos/{video['id']}/{part}").status_code == 404
+    assert service.http.delete(f"/api/v1/videos/{video['id']}").status_code == 204
+    assert (place / "videos" / "broken.mp4").exists()
+
+
+def test_an_upload_that_stands_still_is_ended(library: Library, tmp_path: Path) -> None:
+    made = app(library, ServeConfig(folder=str(tmp_path), timeout_seconds=0.2, upload_seconds=20))
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\nhalf'
+        await asyncio.sleep(20)
+
+    async def run() -> httpx.Response:
+        async with made.router.lifespan_context(made):
+            headers = {"Content-Type": "multipart/form-data; boundary=x"}
+            return await _ask(made, "/api/v1/jobs", method="POST", content=body(), headers=headers)
+
+    answer = asyncio.run(run())
+    assert (answer.status_code, error(answer)["kind"]) == (408, "timeout")
+    assert list((tmp_path / "uploads").iterdir()) == []
+
+
+def test_an_upload_that_is_cut_off_leaves_nothing(service: Served, place: Path) -> None:
+    uploads = place / "library/serve/uploads"
+    with socket.create_connection(("127.0.0.1", int(service.address.rpartition(":")[2]))) as raw:
+        head = "POST /api/v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 200000\r\n"
+        raw.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode())
+        raw.sendall(b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\n' + b"v" * 100_000)
+        until = time.monotonic() + 10
+        while not list(uploads.glob("*.part")) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert len(list(uploads.glob("*.part"))) == 1
+    while list(uploads.iterdir()) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert list(uploads.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("clip.mp4", "clip.mp4"),
+        ("/etc/passwd", "passwd"),
+        ("C:\\videos\\clip.mp4", "clip.mp4"),
+        ("..", "video"),
+        (".hidden", "hidden"),
+        ("", "video"),
+        ("a\nb\0c;rm -rf $HOME.mkv", "a_b_c_rm -rf _HOME.mkv"),
+        ("x" * 300 + ".mp4", "x" * 120 + ".mp4"),
+        ("é" * 300, "é" * 60),
+    ],
+)
+def test_names_of_uploads(name: str, safe: str) -> None:
+    assert safe_name(name) == safe
+
+
+# --- who may ask ------------------------------------------------------------------------------------------------------
+
+
+def test_a_browser_is_kept_from_doing_more_than_meant(service: Served) -> None:
+    page = service.http.get("/")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http:" not in policy
+    for address in ("/", "/healthz", "/api/v1/videos", "/api/v1/nothing", "/nothing", "/static/nothing"):
+        headers = service.http.get(address).headers
+        assert headers["x-content-type-options"] == "nosniff", address
+        assert headers["x-frame-options"] == "DENY", address
+        assert "default-src 'none'" in headers["content-security-policy"], address
+        assert "access-control-allow-origin" not in headers
+        assert "server" not in headers
+    # A name that someone else points at this machine; a page of another site.
+    answer = service.http.get("/api/v1/videos", headers={"Host": "evil.example"})
+    assert (answer.status_code, error(answer)["kind"]) == (403, "host")
+    for origin in ("http://evil.example", "null", "http://[", "", f"{service.address}.evil.example"):
+        answer = service.http.post("/api/v1/jobs", json={"path": "a.mp4"}, headers={"Origin": origin})
+        assert (answer.status_code, error(answer)["kind"]) == (403, "origin")
+    own = service.http.post("/api/v1/search", json={}, headers={"Origin": service.address})
+    assert own.status_code == 422
+
+
+def test_a_token_is_asked_for(library: Library, tmp_path: Path) -> None:
+    token = "a long enough token"
+    made = app(library, ServeConfig(token=token, folder=str(tmp_path)))
+    right = {"Authorization": f"Bearer {token}".encode()}
+    cookie = {"Cookie": "keyreel_token=a%20long%20enough%20token"}
+    cases: list[tuple[str, str, dict[str, Any], int]] = [
+        ("GET", "/healthz", {}, 200),
+        ("GET", "/", {}, 200),
+        ("GET", "/static/page.css", {}, 200),
+        *(("GET", address, {}, 401) for address in ("/readyz", "/metrics", "/openapi.json", "/api/v1/videos")),
+        ("GET", "/api/v1/videos", {"Authorization": "Bearer wrong"}, 401),
+        ("GET", "/api/v1/videos", {"Authorization": b"Basic " + token.encode()}, 401),
+        ("GET", "/api/v1/videos", {"Authorization": b"Bearer \xff\xff"}, 401),
+        ("GET", "/api/v1/videos", right, 200),
+        ("GET", "/api/v1/videos", cookie, 200),
+        ("GET", "/api/v1/videos", {"Cookie": "keyreel_token=wrong"}, 401),
+        ("POST", "/api/v1/search", cookie, 401),  # a cookie alone changes nothing
+        ("POST", "/api/v1/search", right, 422),
+    ]
+    for method, address, headers, status in cases:
+        answer = asyncio.run(_ask(made, address, method=method, headers=headers))
+        assert answer.status_code == status, (method, address, headers, answer.text)
+    assert answer.headers.get("www-authenticate") is None
+    assert asyncio.run(_ask(made, "/readyz")).headers["www-authenticate"] == "Bearer"
+    assert token not in repr(ServeConfig(token=token))
+    for bad in ("short", "not ascii but long é", "with a\nline break"):
+        with pytest.raises(ValueError, match="token"):
+            ServeConfig(token=bad)
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
+
+
+class Gated:
+    """A library whose searches wait for leave, and that remembers what it was asked."""
+
+    def __init__(self, library: Library) -> None:
+        self.uri, self.engine, self._library = library.uri, library.engine, library
+        self.asked: list[list[Any]] = []
+        self.open = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def search_many(self, queries: Any, **options: Any) -> Any:
+        self.asked.append(list(queries))
+        assert self.open.wait(20)
+        if "unlucky" in queries:
+            raise LibraryError("bad luck")
+        return self._library.search_many(queries, **options)
+
+    def search(self, query: Any, **options: Any) -> Any:
+        return self.search_many([query], **options)[0]
+
+
+@pytest.fixture
+def gated(library: Library) -> Iterator[Gated]:
+    gated = Gated(library)
+    yield gated
+    gated.open.set()
+
+
+async def _ask(made: FastAPI, address: str, *, method: str = "GET", **more: Any) -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(made), base_url="http://localhost") as client:
+        return await client.request(method, address, **more)
+
+
+def _ascii(text: str) -> bytes:
+    import json
+
+    return json.dumps(text).encode("ascii")
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if holds():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not happen")
+
+
+def test_queries_that_come_together_share_a_pass(gated: Gated, library: Library, tmp_path: Path) -> None:
+    made = app(gated, ServeConfig(folder=str(tmp_path), batch_window_seconds=0))  # type: ignore[arg-type]
+    texts = ["a red car", "a dog", "the sea", "night", "a face", "unlucky", "a red car"]
+
+    async def run() -> list[httpx.Response]:
+        first = asyncio.create_task(_ask(made, "/api/v1/search?q=first"))
+        await _until(lambda: len(gated.asked) == 1)
+        rest = [asyncio.create_task(_ask(made, f"/api/v1/search?q={text}")) for text in texts]
+        other = asyncio.create_task(_ask(made, "/api/v1/search?q=first&k=2"))
+        await asyncio.sleep(0.3)
+        assert len(gated.asked) == 1  # one pass at a time
+        gated.open.set()
+        return [await task for task in (*rest, other, first)]
+
+    answers = asyncio.run(run())
+    assert gated.asked[:2] == [["first"], texts]
+    assert sorted(gated.asked[2:]) == sorted([*([text] for text in texts), ["first"]])  # one spoiled it: each alone
+    for text, answer in zip(texts, answers, strict=False):
+        if text == "unlucky":
+            assert (answer.status_code, error(answer)["message"]) == (503, "bad luck")
+            continue
+        expected = library.search(text)
+        assert given(answer) == told(expected)
+        np.testing.assert_allclose(scores(answer), [hit.score for hit in expected], atol=1e-5)
+    assert len(answers[-2].json()["hits"]) == 2
+
+
+def test_a_batch_answers_as_each_text_alone(service: Served) -> None:
+    texts = [f"a thing of kind {n}" for n in range(24)]
+
+    def ask(text: str) -> httpx.Response:
+        return service.http.get("/api/v1/search", params={"q": text, "k": 5})
+
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(ask, texts))
+    for text, answer in zip(texts, together, strict=True):
+        alone = ask(text)
+        assert given(answer) == given(alone)
+        np.testing.assert_allclose(scores(answer), scores(alone), atol=1e-5)
+
+
+def test_who_comes_when_the_queue_is_full_is_told_when_to_come_back(gated: Gated, tmp_path: Path) -> None:
+    config = ServeConfig(folder=str(tmp_path), threads=1, queue=2, batch_window_seconds=0)
+    made = app(gated, config)  # type: ignore[arg-type]
+
+    async def run() -> tuple[list[int], httpx.Response, httpx.Response]:
+        text = asyncio.create_task(_ask(made, "/api/v1/search?q=0"))
+        await _until(lambda: len(gated.asked) == 1)
+        waiting = [asyncio.create_task(_ask(made, f"/api/v1/search?q={n}")) for n in range(3)]
+        await asyncio.sleep(0.1)
+        refused = await _ask(made, "/api/v1/search?q=late")
+        body = {"json": {"like": {"video_id": gated.list()[0].id, "seconds": 0.0}}}
+        frames = [asyncio.create_task(_ask(made, "/api/v1/search", method="POST", **body)) for _ in range(3)]
+        await _until(lambda: len(gated.asked) == 2)
+        refused_frame = await _ask(made, "/api/v1/search", method="POST", **body)
+        assert (await _ask(made, "/healthz")).status_code == 200
+        gated.open.set()
+        return [(await task).status_code for task in (text, *waiting, *frames)], refused, refused_frame
+
+    statuses, *refused = asyncio.run(run())
+    assert statuses == [200] * 7
+    for answer in refused:
+        assert (answer.status_code, error(answer)["kind"]) == (429, "busy")
+        assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_what_takes_too_long_is_given_up(gated: Gated, tmp_path: Path) -> None:
+    made = app(gated, ServeConfig(folder=str(tmp_path), timeout_seconds=0.3))  # type: ignore[arg-type]
+
+    async def run() -> tuple[httpx.Response, httpx.Response]:
+        late = await _ask(made, "/api/v1/search?q=slow")
+        gated.open.set()
+        return late, await _ask(made, "/api/v1/search?q=quick")
+
+    late, after = asyncio.run(run())
+    assert (late.status_code, error(late)["kind"]) == (504, "timeout")
+    assert after.status_code == 200
+
+
+def test_nobody_works_for_a_caller_who_left(gated: Gated, tmp_path: Path) -> None:
+    """As a page that searches while one types: all but the last request are given up."""
+    made = app(gated, ServeConfig(folder=str(tmp_path), batch_window_seconds=0))  # type: ignore[arg-type]
+
+    async def run() -> None:
+        first = asyncio.create_task(_ask(made, "/api/v1/search?q=first"))
+        await _until(lambda: len(gated.asked) == 1)
+        gone = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(_: Any) -> None: ...
+
+        query = {"query_string": b"q=left", "path": "/api/v1/search", "raw_path": b"/api/v1/search", "method": "GET"}
+        scope = {"type": "http", "headers": [(b"host", b"localhost")], "root_path": "", "scheme": "http", **query}
+        left = asyncio.create_task(made(scope, receive, send))
+        stays = asyncio.create_task(_ask(made, "/api/v1/search?q=stays"))
+        await asyncio.sleep(0.2)
+        gone.set()
+        await asyncio.wait_for(left, 5)
+        gated.open.set()
+        assert (await first).status_code == (await stays).status_code == 200
+
+    asyncio.run(run())
+    assert gated.asked == [["first"], ["stays"]]
+
+
+# --- in an application of one's own -----------------------------------------------------------------------------------
+
+
+def test_three_lines_put_it_into_ones_own_application(library: Library, tmp_path: Path, service: Served) -> None:
+    config = ServeConfig(folder=str(tmp_path))
+    own = FastAPI()
+    own.include_router(router(library, config), prefix="/video")
+    own.get("/")(lambda: "mine")
+
+    async def run() -> None:
+        async with own.router.lifespan_context(own):
+            assert (await _ask(own, "/")).json() == "mine"
+            answer = await _ask(own, "/video/api/v1/search?q=a cat")
+            assert given(answer) == told(library.search("a cat"))
+            preview = await _ask(own, answer.json()["hits"][0]["preview"])
+            assert Image.open(io.BytesIO(preview.content)).format == "JPEG"
+            assert "static/page.js" in (await _ask(own, "/video/")).text
+            assert (await _ask(own, "/video/api/v1/videos/nobody")).json()["error"]["kind"] == "not_found"
+
+    asyncio.run(run())
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+def test_it_runs_on_a_free_port_and_tells_which(library: Library, tmp_path: Path) -> None:
+    answers: list[int] = []
+
+    def look(address: str) -> None:
+        answers.append(httpx.get(f"{address}/healthz", trust_env=False).status_code)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    begun: list[threading.Thread] = []
+
+    def listening(address: str) -> None:
+        begun.append(threading.Thread(target=look, args=(address,)))
+        begun[0].start()
+
+    run(library, ServeConfig(port=0, folder=str(tmp_path)), listening=listening)
+    begun[0].join()
+    assert answers == [200]
+
+
+def test_what_keeps_it_from_starting_is_said(library: Library, tmp_path: Path) -> None:
+    """And nobody is told that it listens."""
+    told: list[str] = []
+    config = ServeConfig(port=0, folder=str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RenderError, match=f":{port}: cannot listen there: .*in use"):
+            run(library, ServeConfig(port=port, folder=str(tmp_path)), listening=told.append)
+    with pytest.raises(RenderError, match="cannot listen there"):
+        run(library, ServeConfig(host="nowhere.invalid", port=0, folder=str(tmp_path)), listening=told.append)
+    first = Service(library, config)
+    first.start()
+    try:
+        with pytest.raises(LibraryError, match="another server works here"):
+            run(library, config, listening=told.append)
+    finally:
+        first.close()
+    assert told == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_on_loopback_only_its_own_names_are_answered(library: Library, tmp_path: Path, host: str) -> None:
+    made = app(library, ServeConfig(host=host, folder=str(tmp_path)))
+    name = f"[{host}]" if ":" in host else host
+    for given, status in ((f"{name}:8000", 200), ("evil.example", 403), ("127.0.0.1.evil.example:8000", 403)):
+        answer = asyncio.run(_ask(made, "/api/v1/videos", headers={"Host": given}))
+        assert answer.status_code == status, given
+
+
+def test_a_job_that_outlived_its_folder_is_refused(library: Library, place: Path, tmp_path: Path) -> None:
+    """The queue is older than the options of this start; and a link may have been put in the file's place."""
+    service = Service(library, ServeConfig(folder=str(tmp_path), roots=(str(place / "videos"),)))
+    for path in (place / "outside" / "secret.mp4", place / "videos" / "link.mp4"):
+        with pytest.raises(Refused, match="not under a folder"):
+            service._add(path, lambda *_: None, lambda: False)
+    assert not [record for record in library.list() if record.path.endswith(("secret.mp4", "link.mp4"))]
+    service.close()
+
+
+def test_a_video_indexed_again_while_it_is_looked_at(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its key-frames are read after what was found out about them."""
+    record = library.list()[0]
+    first, *others = library.previews(record.id)
+    later = (dataclasses.replace(first, pts_seconds=first.pts_seconds + 0.01), *others)
+    monkeypatch.setattr(library, "previews", lambda id: later)
+    service = Service(library, ServeConfig(folder=str(tmp_path)))
+    found = service.detail(record.id, "").keyframes
+    assert [frame.pts_seconds for frame in found] == [preview.pts_seconds for preview in others]
+    service.close()
+
+
+def test_what_is_no_id_is_not_looked_for_on_the_disk(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(library, ServeConfig(folder=str(tmp_path)))
+    path = library.list()[0].path
+    asked: list[str] = []
+    monkeypatch.setattr(library, "record", asked.append)
+    for id in (path, os.path.relpath(path), "../x", "", "A" * 32, "0" * 33):
+        with pytest.raises(Refused, match="no such video"):
+            service.record(id)
+    assert asked == []
+    service.close()
+
+
+def test_messages_tell_no_folders() -> None:
+    assert shortened("/a b/c/d.mp4: damaged, see /a b/c/d.mp4", "/a b/c/d.mp4") == "d.mp4: damaged, see d.mp4"
+    assert shortened("/a/library: full", "/x/y", "/a/library") == "library: full"
+    assert shortened("/a\\udcff/d.mp4: bad", "file:///a%FF/d.mp4") == "d.mp4: bad"
+    assert shortened("/a\udcff/d.mp4: bad", "file:///a%FF/d.mp4") == "d.mp4: bad"
+    assert shortened("1/2 of it", "/d.mp4", "", "s3://bucket/library") == "1/2 of it"

@@ -1,0 +1,464 @@
+"""Jobs of the service: what was accepted is done, whatever happens to the process."""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from encoded_clips import encode
+
+for needed in ("lancedb", "fastapi", "uvicorn", "httpx", "python_multipart", "prometheus_client"):
+    pytest.importorskip(needed, reason="needs the extras `library` and `serve`")
+
+import httpx
+from served import Served, served
+
+from keyreel import Engine, Library
+from keyreel.config import ServeConfig
+from keyreel.errors import LibraryError, SourceError
+from keyreel.library.types import Added
+from keyreel.serve.jobs import Job, Jobs
+from keyreel.serve.metrics import Metrics
+from keyreel.serve.refusals import Refused, refusal
+
+VIDEOS = int(os.environ.get("KEYREEL_SERVE_JOBS", "8"))
+
+
+class Work:
+    """Stands for the library: each video takes until it is let go, and what was done is remembered."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.done: list[str] = []
+        self.forgotten: list[str] = []
+        self.go = threading.Semaphore(0)
+        self.tell: Callable[..., None] = lambda *_: None
+        self.wrong: dict[str, Exception] = {}
+
+    def add(self, path: Path, tell: Any, stop: Callable[[], bool]) -> Added | None:
+        self.begun.append(path.name)
+        self.tell = tell
+        while not self.go.acquire(timeout=0.01):
+            if stop():
+                return None
+        if path.name in self.wrong:
+            raise self.wrong[path.name]
+        self.done.append(path.name)
+        return Added(str(path), "added", None, None, 0.0)
+
+    def forget(self, path: Path) -> None:
+        self.forgotten.append(path.name)
+
+
+@pytest.fixture
+def work() -> Work:
+    return Work()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, work: Work) -> Iterator[Jobs]:
+    made = make(tmp_path, work, max_jobs=3)
+    made.start()
+    yield made
+    made.drain(0)
+
+
+def make(folder: Path, work: Work, **options: Any) -> Jobs:
+    return Jobs(folder / "state", work.add, work.forget, ServeConfig(**options), Metrics())
+
+
+def submit(jobs: Jobs, name: str, **more: Any) -> Job:
+    jobs.reserve()
+    try:
+        return jobs.submit(Path("/videos") / name, **more)
+    finally:
+        jobs.release()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_one_after_another_in_the_order_given(jobs: Jobs, work: Work) -> None:
+    made = [submit(jobs, name) for name in ("a", "b", "c")]
+    until(lambda: work.begun == ["a"])
+    assert [jobs.get(job.id).state for job in made] == ["running", "queued", "queued"]
+    assert jobs.counts() == {"queued": 2, "running": 1}
+    assert [job.path.name for job in jobs.latest()] == ["c", "b", "a"]
+    work.go.release(3)
+    until(lambda: all(jobs.get(job.id).state == "done" for job in made))
+    assert work.done == ["a", "b", "c"]
+    assert [job.progress for job in jobs.latest()] == [1.0] * 3
+
+
+def test_progress_rises_to_the_end(jobs: Jobs, work: Work) -> None:
+    job = submit(jobs, "a")
+    until(lambda: work.begun == ["a"])
+    seen = [jobs.get(job.id).progress]
+    for told in (("encode", 2.0, 10.0), ("encode", 1.0, None), ("encode", 12.0, 10.0), ("thumbnails", 1.0, 3.0)):
+        work.tell(*told)
+        seen.append(jobs.get(job.id).progress)
+    np.testing.assert_allclose(seen, [0.0, 0.18, 0.18, 0.9, 0.95])
+
+
+def test_cancelled_before_and_while_it_is_worked_on(jobs: Jobs, work: Work) -> None:
+    first, second = submit(jobs, "a"), submit(jobs, "b")
+    until(lambda: work.begun == ["a"])
+    assert jobs.cancel(second.id).state == "cancelled"
+    jobs.cancel(first.id)
+    until(lambda: jobs.get(first.id).state == "cancelled")
+    third = submit(jobs, "c")
+    work.go.release()
+    until(lambda: jobs.get(third.id).state == "done")
+    assert jobs.cancel(third.id).state == "done"
+    assert (work.begun, work.done) == (["a", "c"], ["c"])
+    with pytest.raises(Refused, match="no such job"):
+        jobs.cancel("nobody")
+
+
+def test_a_full_queue_refuses_and_takes_again(jobs: Jobs, work: Work) -> None:
+    submit(jobs, "a")
+    until(lambda: work.begun == ["a"])
+    jobs.reserve()  # an upload that is on its way counts
+    submit(jobs, "b")
+    submit(jobs, "c")
+    with pytest.raises(Refused) as refused:
+        jobs.reserve()
+    assert (refused.value.status, refused.value.headers) == (429, {"Retry-After": "10"})
+    jobs.release()
+    submit(jobs, "d")
+    work.go.release(4)
+    until(lambda: work.done == ["a", "b", "c", "d"])
+
+
+def test_what_fails_says_why_and_an_upload_goes_with_it(jobs: Jobs, work: Work) -> None:
+    work.wrong = {"a": SourceError("no video", hint="try another"), "b": RuntimeError("a bug")}
+    part = jobs.uploads / "1.part"
+    part.write_bytes(b"x")
+    first = submit(jobs, "a")
+    jobs.reserve()
+    second = jobs.submit(jobs.uploads / "1" / "b", id="1", part=part)
+    jobs.release()
+    assert (jobs.uploads / "1" / "b").read_bytes() == b"x"
+    assert not part.exists()
+    work.go.release(2)
+    until(lambda: jobs.get(second.id).state == "failed")
+    assert jobs.get(first.id).error == {"kind": "source", "message": "no video", "hint": "try another"}
+    assert jobs.get(second.id).error == {"kind": "failed", "message": "RuntimeError: a bug", "hint": None}
+    assert work.forgotten == ["b"]  # a path of the user's stays in the library as failed
+    assert list(jobs.uploads.iterdir()) == []
+
+
+def test_the_end_puts_back_what_it_interrupts(tmp_path: Path, work: Work) -> None:
+    first = make(tmp_path, work)
+    first.start()
+    made = [submit(first, name) for name in ("a", "b")]
+    until(lambda: work.begun == ["a"])
+    first.drain(0)
+    with pytest.raises(Refused, match="ending"):
+        first.reserve()
+    assert work.done == []
+    second = make(tmp_path, work)
+    second.start()
+    work.go.release(2)
+    until(lambda: work.done == ["a", "b"])
+    until(lambda: [second.get(job.id).state for job in made] == ["done", "done"])
+    second.drain(5)
+
+
+def test_the_end_waits_for_what_is_under_way(tmp_path: Path, work: Work) -> None:
+    jobs = make(tmp_path, work)
+    jobs.start()
+    made = [submit(jobs, name) for name in ("a", "b")]
+    until(lambda: work.begun == ["a"])
+    threading.Timer(0.2, work.go.release).start()
+    jobs.drain(20)
+    assert work.done == ["a"]  # and "b" did not begin
+    base = sqlite3.connect(tmp_path / "state" / "jobs.sqlite")
+    assert dict(base.execute("SELECT id, state FROM jobs")) == {made[0].id: "done", made[1].id: "queued"}
+    base.close()
+
+
+def test_a_video_that_takes_the_process_with_it_is_given_up(tmp_path: Path, work: Work) -> None:
+    """A crash leaves the row at work, without its thread to say how it ended."""
+    jobs = make(tmp_path, work)
+    jobs.start()
+    job = submit(jobs, "a")
+    until(lambda: work.begun == ["a"])
+    jobs.drain(0)
+    (jobs.uploads / "a").mkdir()
+    upload = jobs.uploads / "a" / "a.mp4"
+    upload.write_bytes(b"x")
+    for tries, state in ((1, "queued"), (2, "queued"), (3, "failed")):
+        assert upload.exists()
+        base = sqlite3.connect(tmp_path / "state" / "jobs.sqlite", isolation_level=None)
+        row = (tries, str(upload).encode())
+        base.execute("UPDATE jobs SET state = 'running', uploaded = 1, tries = ?, path = ?", row)
+        base.close()
+        idle = make(tmp_path, work)
+        idle._run = lambda: None  # type: ignore[method-assign]
+        idle.start()
+        found = idle.get(job.id)
+        idle.drain(0)
+        assert found.state == state, tries
+    assert found.error is not None
+    assert "3 times" in found.error["message"]
+    assert work.forgotten == ["a.mp4"]
+    assert list(jobs.uploads.iterdir()) == []
+
+
+def test_a_library_that_cannot_forget_keeps_no_job_waiting(jobs: Jobs, work: Work) -> None:
+    def forget(path: Path) -> None:
+        raise LibraryError("the disk is full")
+
+    jobs._forget = forget
+    jobs.reserve()
+    (jobs.uploads / "1.part").write_bytes(b"x")
+    first = jobs.submit(jobs.uploads / "1" / "a", id="1", part=jobs.uploads / "1.part")
+    jobs.release()
+    work.wrong = {"a": SourceError("no video")}
+    second = submit(jobs, "b")
+    work.go.release(2)
+    until(lambda: jobs.get(second.id).state == "done")
+    assert jobs.get(first.id).state == "failed"
+
+
+def test_the_library_forgets_without_holding_the_others_up(jobs: Jobs, work: Work) -> None:
+    """Requests look at the jobs on the event loop, too."""
+    entered, go = threading.Event(), threading.Event()
+
+    def forget(path: Path) -> None:
+        entered.set()
+        assert go.wait(60)
+
+    jobs._forget = forget
+    jobs.reserve()
+    (jobs.uploads / "1.part").write_bytes(b"x")
+    jobs.submit(jobs.uploads / "1" / "a", id="1", part=jobs.uploads / "1.part")
+    work.wrong = {"a": SourceError("no video")}
+    work.go.release()
+    assert entered.wait(60)
+    other = threading.Thread(target=jobs.release, daemon=True)
+    other.start()
+    other.join(20)
+    held = other.is_alive()
+    go.set()
+    assert not held
+    until(lambda: jobs.get("1").state == "failed")
+
+
+def test_what_was_cancelled_stays_so_when_the_service_ends(tmp_path: Path, work: Work) -> None:
+    jobs = make(tmp_path, work)
+    jobs.start()
+    job = submit(jobs, "a")
+    until(lambda: work.begun == ["a"])
+    with jobs._changed:  # before the work has noticed
+        jobs.cancel(job.id)
+        jobs._ending = True
+    jobs.drain(0)
+    base = sqlite3.connect(tmp_path / "state" / "jobs.sqlite")
+    assert base.execute("SELECT state FROM jobs").fetchall() == [("cancelled",)]
+    base.close()
+
+
+def test_errors_of_jobs_tell_no_folders(tmp_path: Path, work: Work) -> None:
+    jobs = Jobs(tmp_path / "state", work.add, work.forget, ServeConfig(), Metrics(), ("/srv/library",))
+    jobs.start()
+    work.wrong = {
+        "a": SourceError("/videos/a: no video"),
+        "b": OSError(5, "broken", "/videos/b"),
+        "c": LibraryError("/srv/library: cannot be written"),
+    }
+    made = [submit(jobs, name) for name in "abc"]
+    work.go.release(3)
+    until(lambda: all(jobs.get(job.id).state == "failed" for job in made))
+    errors = [jobs.get(job.id).error for job in made]
+    jobs.drain(5)
+    assert [error and error["message"] for error in errors] == [
+        "a: no video",
+        "OSError: [Errno 5] broken: 'b'",
+        "library: cannot be written",
+    ]
+
+
+def test_uploads_are_finished_or_swept_at_the_start(tmp_path: Path, work: Work) -> None:
+    """The process ended between accepting an upload and naming it, and while another one came in."""
+    jobs = make(tmp_path, work)
+    jobs.start()
+    (jobs.uploads / "accepted.part").write_bytes(b"whole")
+    (jobs.uploads / "half.part").write_bytes(b"ha")
+    jobs.drain(0)
+    base = sqlite3.connect(tmp_path / "state" / "jobs.sqlite", isolation_level=None)
+    path = str(jobs.uploads / "accepted" / "v.mp4").encode()
+    base.execute(
+        "INSERT INTO jobs (id, state, path, uploaded, created) VALUES ('accepted', 'queued', ?, 1, 0)", (path,)
+    )
+    base.close()
+    again = make(tmp_path, work)
+    again.start()
+    assert {one.relative_to(again.uploads).as_posix() for one in again.uploads.rglob("*")} == {
+        "accepted",
+        "accepted/v.mp4",
+    }
+    work.go.release()
+    until(lambda: work.done == ["v.mp4"])
+    until(lambda: again.get("accepted").state == "done")
+    again.drain(5)
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, work: Work) -> None:
+    """SQLite is told that its file may not grow: what was accepted stays, what comes is refused as such."""
+    jobs = make(tmp_path, work)
+    jobs.start()
+    first = submit(jobs, "a")
+    until(lambda: work.begun == ["a"])
+    base = jobs._base
+    assert base is not None
+    (pages,) = base.execute("PRAGMA page_count").fetchone()
+    base.execute(f"PRAGMA max_page_count = {pages}")
+
+    def fill() -> None:
+        for _ in range(200):
+            submit(jobs, "x" * 100)
+
+    with pytest.raises(sqlite3.OperationalError, match="full") as full:
+        fill()
+    refused = refusal(full.value)
+    assert refused is not None
+    assert (refused.status, refused.kind) == (507, "storage")
+    accepted = [job.id for job in jobs.latest()]
+    work.go.release()
+    until(lambda: work.done == ["a"])
+    jobs.drain(0)
+    again = make(tmp_path, work)
+    again.start()
+    assert [job.id for job in again.latest()] == accepted
+    work.go.release(1000)
+    until(lambda: all(again.get(id).state == "done" for id in accepted))
+    assert first.id in accepted
+    again.drain(5)
+
+
+def test_one_server_a_folder(jobs: Jobs, tmp_path: Path, work: Work) -> None:
+    with pytest.raises(LibraryError, match="another server"):
+        make(tmp_path, work).start()
+
+
+def test_old_jobs_are_forgotten_and_open_ones_are_not(tmp_path: Path, work: Work) -> None:
+    jobs = make(tmp_path, work, kept_jobs=2, max_jobs=2)
+    jobs.start()
+    names = [f"{n}" for n in range(9)]
+    for name in names:
+        submit(jobs, name)
+        work.go.release()
+        until(lambda: jobs.counts().get("queued", 0) == jobs.counts().get("running", 0) == 0)
+    assert [job.path.name for job in jobs.latest()] == names[:-5:-1]
+    jobs.drain(5)
+
+
+# --- with real processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("jobs").resolve() / "videos"
+    folder.mkdir()
+    for number in range(VIDEOS):
+        encode(folder / f"v{number}", codec="libx264", container="mp4", seed=number, frames=25)
+    return folder
+
+
+class Load:
+    """Callers that submit videos and search, each over a connection of its own, until the service is gone."""
+
+    def __init__(self) -> None:
+        self.accepted: list[str] = []
+        self.failed: list[str] = []
+        self.stopping = False
+
+    def run(self, running: Served, paths: list[Path], *, upload: bool) -> None:
+        with httpx.Client(base_url=running.address, timeout=30, trust_env=False) as client:
+            for path in paths:
+                try:
+                    if upload:
+                        answer = client.post("/api/v1/jobs", files={"file": (path.name, path.read_bytes())})
+                    else:
+                        answer = client.post("/api/v1/jobs", json={"path": str(path)})
+                    if answer.status_code == 202:
+                        self.accepted.append(answer.json()["id"])
+                    elif not (self.stopping and answer.status_code == 503):
+                        self.failed.append(answer.text)
+                    client.get("/api/v1/search", params={"q": "x"})
+                except httpx.HTTPError as error:
+                    if not self.stopping:
+                        self.failed.append(repr(error))
+                    return
+
+    def until_stopped(self, running: Served, paths: list[Path], end: int) -> None:
+        """Ends the service in the middle of it."""
+        self.stopping, before = False, len(self.accepted)
+        threads = [
+            threading.Thread(target=self.run, args=(running, paths[half::2]), kwargs={"upload": bool(half)})
+            for half in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(self.accepted) >= before + VIDEOS // 4 or bool(self.failed))
+        self.stopping = True
+        assert running.stop(end) == (0 if end == signal.SIGTERM else -end)
+        for thread in threads:
+            thread.join(30)
+        assert self.failed == []
+
+
+def test_no_accepted_job_is_lost(videos: Path, tmp_path: Path) -> None:
+    """The process is told to end, then killed, while callers submit paths and uploads and search."""
+    load, paths = Load(), sorted(videos.iterdir())
+    options = {"roots": [str(videos)], "drain_seconds": 0.1}
+    for end, share in ((signal.SIGTERM, paths[: VIDEOS // 2]), (signal.SIGKILL, paths[VIDEOS // 2 :])):
+        with served(tmp_path / "library", **options) as running:
+            load.until_stopped(running, share, end)
+    with served(tmp_path / "library", **options) as running:
+        jobs = [running.wait(id, "done", "failed", "cancelled") for id in load.accepted]
+        assert [(job["state"], job["error"]) for job in jobs] == [("done", None)] * len(jobs)
+        assert running.stop() == 0
+    assert len(jobs) >= 4
+    leftovers = {path.suffix for path in (tmp_path / "library" / "serve" / "uploads").rglob("*") if path.is_file()}
+    assert leftovers <= {".mp4"}
+    # What came out of it is what an undisturbed run gives.
+    with Engine.from_pretrained(device="cpu", threads=1) as engine, Library(tmp_path / "library", engine) as library:
+        assert library.verify() == ()
+        with Library(tmp_path / "other", engine) as other:
+            for record in (library.record(job["video"]) for job in jobs):
+                (added,) = other.add([record.path])
+                assert added.record is not None
+                own = [preview.jpeg for preview in library.previews(record.id)]
+                assert own == [preview.jpeg for preview in other.previews(added.record.id)]
+                assert (record.frames, record.shots) == (added.record.frames, added.record.shots)
+
+
+def test_a_job_at_work_tells_how_far_it_is_and_can_be_stopped(tmp_path: Path) -> None:
+    folder = tmp_path.resolve()
+    long = encode(folder / "long", codec="libx264", container="mp4", frames=1800, gop=250)
+    with served(folder / "library", roots=[str(folder)]) as running:
+        id = running.http.post("/api/v1/jobs", json={"path": str(long)}).json()["id"]
+        seen: list[float] = []
+        while not seen or (seen[-1] == 0.0 and running.http.get(f"/api/v1/jobs/{id}").json()["state"] != "done"):
+            seen.append(running.http.get(f"/api/v1/jobs/{id}").json()["progress"])
+        assert 0 < seen[-1] < 1
+        assert running.http.delete(f"/api/v1/jobs/{id}").status_code == 200
+        assert running.wait(id, "cancelled", "done")["state"] == "cancelled"
+        assert running.http.get("/api/v1/videos").json()["total"] == 0
+        assert long.exists()

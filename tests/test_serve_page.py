@@ -1,0 +1,554 @@
+"""The page of the service, driven in Chromium over a library of real clips.
+
+What the page shows is compared with what the API says, and what it draws with the pictures that the API gives.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import socket
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CHROMIUM = Path("/usr/bin/chromium")
+pytest.importorskip("lancedb", reason="the extra `library` is not installed")
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+if not CHROMIUM.exists():
+    pytest.skip(f"there is no {CHROMIUM}", allow_module_level=True)
+
+import uvicorn  # noqa: E402
+from fastapi import FastAPI  # noqa: E402
+
+from keyreel import Engine, Library  # noqa: E402
+from keyreel.config import ServeConfig  # noqa: E402
+from keyreel.serve import app, router  # noqa: E402
+
+MARKUP = '<img src=x onerror="window.taken=1">.mp4'
+BROKEN = "<u src=x>broken.mp4"
+TOKEN = "a token of 20 letters"
+
+
+class Site:
+    """A service with a library of four clips and one file that is no video."""
+
+    def __init__(self, address: str, folder: Path) -> None:
+        self.address, self.folder = address, folder
+
+    def get(self, path: str, **query: Any) -> Any:
+        text = urllib.parse.urlencode(query)
+        with urllib.request.urlopen(f"{self.address}/api/v1/{path}?{text}", timeout=30) as answer:
+            content = answer.read()
+        return json.loads(content) if answer.headers["content-type"] == "application/json" else content
+
+    def video(self, name: str) -> Any:
+        return next(entry for entry in self.get("videos")["videos"] if entry["name"] == name)
+
+
+@contextmanager
+def _served(application: FastAPI) -> Iterator[str]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    settings = uvicorn.Config(application, log_config=None, access_log=False, ws="none", lifespan="on")
+    server = uvicorn.Server(settings)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, media: Callable[[str], Path]) -> Iterator[tuple[Library, Path]]:
+    folder = tmp_path_factory.mktemp("clips")
+    for name in ("bikes", "flower", "stream-of-water"):
+        shutil.copy(media(f"natural/{name}.mp4"), folder)
+    shutil.copy(media("format/nasa_13013_rotated.mp4"), folder / MARKUP)
+    (folder / BROKEN).write_text("no video at all")
+    with Engine.from_pretrained() as engine, Library(folder.parent / f"{folder.name}-library", engine) as library:
+        library.add(sorted(folder.iterdir()), tags=["clips"])
+        yield library, folder
+
+
+@pytest.fixture(scope="module")
+def site(built: tuple[Library, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    config = ServeConfig(roots=(str(built[1]),), folder=str(tmp_path_factory.mktemp("serve")))
+    with _served(app(built[0], config)) as address:
+        yield Site(address, built[1])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        options = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
+        started = driver.chromium.launch(executable_path=str(CHROMIUM), args=options, timeout=30_000)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Any, site: Site) -> Iterator[Any]:
+    """A page in a profile of its own. No script may fail, nothing may break the content policy or come from outside."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, base_url=site.address)
+    context.set_default_timeout(20_000)
+    opened = context.new_page()
+    wrong: list[str] = []
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("console", lambda told: wrong.append(told.text) if "Content Security Policy" in told.text else None)
+    hosts: set[str] = set()
+    opened.on("request", lambda request: hosts.add(urllib.parse.urlsplit(request.url).netloc))
+    opened.wrong = wrong
+    yield opened
+    context.close()
+    assert wrong == []
+    assert hosts <= {urllib.parse.urlsplit(site.address).netloc, ""}  # pictures of the player itself are data
+
+
+def _clock(seconds: float) -> str:
+    tenths = int(seconds * 10 + 1e-6)
+    return f"{tenths // 600}:{tenths % 600 / 10:04.1f}"
+
+
+def _labels(hits: list[Any]) -> list[str]:
+    return [
+        f"{hit['video']}, {_clock(hit['start_seconds'])} – {_clock(hit['stop_seconds'])}, score {hit['score']:.3f}"
+        for hit in hits
+    ]
+
+
+def _shown(page: Any) -> list[str]:
+    page.wait_for_selector("#results[aria-busy=false]")
+    found: list[str] = page.eval_on_selector_all("#results .picture", "all => all.map(one => one.ariaLabel)")
+    return found
+
+
+def _comes(page: Any, expression: str, seconds: float = 20.0) -> None:
+    """Waits until an expression holds. Playwright's own way evaluates in the page, which the content policy forbids."""
+    stop = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < stop, f"it never came about: {expression}"
+        page.wait_for_timeout(50)
+
+
+def test_typing_searches_and_the_address_holds_the_state(page: Any, site: Site) -> None:
+    hits = site.get("search", q="a red flower", k=24)["hits"]
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "/search?" in request.url else None)
+    # An answer that comes late: it must not take the place of what was asked for after it.
+    page.add_init_script("""const real = fetch; fetch = async (url, more) => {
+        if (String(url).endsWith("q=a+red+flowe")) await new Promise(done => setTimeout(done, 900));
+        return real(url, more); }""")
+    page.goto("/")
+    page.locator("#q").press_sequentially("a red flowe", delay=5)
+    page.wait_for_timeout(300)
+    page.locator("#q").press_sequentially("r")
+    _comes(page, "document.title.startsWith('a red flower') && document.querySelector('#results .share')")
+    page.wait_for_timeout(900)
+    assert _shown(page) == _labels(hits)
+    assert len(asked) <= 3, "a request a letter"
+    videos = len({hit["video_id"] for hit in hits})
+    assert page.inner_text("#count").startswith(f"{len(hits)} moments in {videos} videos")
+    widths = page.eval_on_selector_all(
+        "#results .share rect", "all => all.map(one => parseFloat(one.getAttribute('width')))"
+    )
+    assert widths == pytest.approx([max(0, 100 * hit["score"] / hits[0]["score"]) for hit in hits], abs=0.06)
+
+    page.click(".choice [value=videos]")
+    heads = page.eval_on_selector_all(".group h2", "all => all.map(one => one.textContent)")
+    order = sorted({(hit["video_score"], hit["video"]) for hit in hits}, reverse=True)
+    assert heads == [name for _, name in order]
+    address = page.url
+    assert urllib.parse.parse_qs(urllib.parse.urlsplit(address).query) == {"q": ["a red flower"], "group": ["videos"]}
+    page.go_back()
+    assert page.input_value("#q") == ""
+    _comes(page, "document.querySelector('#count').textContent === '5 videos in the library'")
+    page.goto(address)
+    page.wait_for_selector(".group")
+    assert page.eval_on_selector_all(".group h2", "all => all.map(one => one.textContent)") == heads
+
+
+def test_keyboard_opens_a_moment_and_comes_back(page: Any, site: Site) -> None:
+    hits = site.get("search", q="water", k=24)["hits"]
+    page.goto("/?view=jobs")
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator("#help").is_visible()
+    page.keyboard.press("/")
+    page.keyboard.type("water")
+    page.wait_for_selector("#results .share")
+    assert _shown(page) == _labels(hits)
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    label = "document.activeElement.ariaLabel"
+    assert page.evaluate(label) == _labels(hits)[1]
+    columns = page.evaluate("getComputedStyle(document.querySelector('#results .cards')).gridTemplateColumns").split()
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(label) == _labels(hits)[1 + len(columns)]
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#watch:not([hidden])")
+    assert page.inner_text("#video-title") == hits[1]["video"]
+    assert page.inner_text("#around span") == f"2 of {len(hits)}"
+    start = hits[1]["pts_seconds"]
+    _comes(page, "document.querySelector('video').readyState > 1 && !document.querySelector('video').seeking")
+    assert start - 0.01 <= page.evaluate("document.querySelector('video').currentTime") <= start + 5
+    page.keyboard.press("n")
+    _comes(page, "document.querySelector('#around span').textContent.startsWith('3 of')")
+    page.keyboard.press("p")
+    _comes(page, "document.querySelector('#around span').textContent.startsWith('2 of')")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#search:not([hidden])")
+    assert page.evaluate(label) == _labels(hits)[1]
+    assert page.evaluate("document.querySelector('video').paused")
+
+
+def test_pointer_and_keys_look_through_the_sprite(page: Any, site: Site) -> None:
+    video = site.get(f"videos/{site.video('bikes.mp4')['id']}")
+    sheet = np.asarray(Image.open(io.BytesIO(site.get(f"videos/{video['id']}/sprite.jpg"))).convert("RGB"), np.float64)
+    cues = re.findall(r"#xywh=(\d+),(\d+),(\d+),(\d+)", site.get(f"videos/{video['id']}/thumbs.vtt").decode())
+
+    def drawn() -> int:
+        """Which of the thumbnails the canvas shows."""
+        data = page.evaluate("""() => { const one = document.querySelector('#videos canvas:not([hidden])');
+            const { width, height } = one;
+            return [width, height, [...one.getContext('2d').getImageData(0, 0, width, height).data]]; }""")
+        pixels = np.array(data[2], np.float64).reshape(data[1], data[0], 4)[..., :3]
+        far = [np.abs(sheet[y : y + h, x : x + w] - pixels).mean() for x, y, w, h in (map(int, cue) for cue in cues)]
+        assert min(far) < 2
+        return int(np.argmin(far))
+
+    page.goto("/?view=library&path=*bikes*")
+    picture = page.locator("#videos .picture")
+    box = picture.bounding_box()
+    label = "document.querySelector('#videos .at:not([hidden])')?.textContent"
+    for share in (0.35, 0.85):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 20)
+        place = int(share * video["duration_seconds"] / video["sprite"]["step_seconds"])
+        _comes(page, f"{label} === '{_clock(place * video['sprite']['step_seconds'])}'")
+        assert drawn() == place
+        shown = page.locator("#videos .place rect").get_attribute("width")
+        assert float(shown.rstrip("%")) == pytest.approx(100 * share, abs=0.5)
+    page.mouse.move(5, 5)
+    page.wait_for_selector("#videos canvas", state="hidden")
+    page.emulate_media(reduced_motion="reduce")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(700)
+    assert page.locator("#videos canvas").is_hidden(), "it moves although that is not wanted"
+    for place in (1, 2):
+        page.keyboard.press(".")
+        _comes(page, f"{label} === '{_clock(place * video['sprite']['step_seconds'])}'")
+        assert drawn() == place
+    page.emulate_media(reduced_motion="no-preference")
+    page.locator("#library-title").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#videos canvas:not([hidden])")
+
+
+def test_video_has_its_timeline_moments_and_attention(page: Any, site: Site) -> None:
+    video = site.get(f"videos/{site.video('bikes.mp4')['id']}")
+    hits = site.get(f"videos/{video['id']}/moments", q="a bus", k=12)["hits"]
+    length = video["duration_seconds"]
+    page.goto(f"/?view=video&id={video['id']}&q=a+bus")
+    page.wait_for_selector("#moments li")
+
+    def numbers(selector: str, name: str) -> list[float]:
+        code = f"all => all.map(one => parseFloat(one.getAttribute('{name}')))"
+        found: list[float] = page.eval_on_selector_all(selector, code)
+        return found
+
+    assert numbers(".timeline .shots rect", "x") == pytest.approx(
+        [100 * a / length for a, _ in video["shots"]], abs=1e-3
+    )
+    assert numbers(".timeline .found rect", "x") == pytest.approx(
+        [100 * h["start_seconds"] / length for h in hits], abs=1e-3
+    )
+    tall = numbers(".timeline .found rect", "height")
+    assert tall == sorted(tall, reverse=True)
+    assert tall[0] == pytest.approx(66)
+    marks = [100 * frame["pts_seconds"] / length for frame in video["keyframes"]]
+    assert numbers(".timeline .marks circle", "cx") == pytest.approx(marks, abs=1e-3)
+    spans = page.eval_on_selector_all("#moments b", "all => all.map(one => one.textContent)")
+    assert spans == [f"{_clock(h['start_seconds'])} – {_clock(h['stop_seconds'])}" for h in hits]
+
+    page.click("#moments button")
+    _comes(page, "document.querySelector('video').readyState > 1")
+    now = page.evaluate("document.querySelector('video').pause(), document.querySelector('video').currentTime")
+    assert hits[0]["pts_seconds"] - 0.01 <= now < hits[0]["pts_seconds"] + 4
+    box = page.locator(".timeline").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 30)
+    page.evaluate("document.querySelector('video').pause()")
+    assert page.evaluate("document.querySelector('video').currentTime") == pytest.approx(length / 2, abs=0.8)
+    page.focus(".timeline")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    assert page.get_attribute(".timeline", "aria-valuetext") == "0:01.0"
+
+    heat = page.locator("#board .heat").first
+    assert heat.evaluate("one => getComputedStyle(one).opacity") == "0"
+    page.keyboard.press("Escape")  # nothing to close here but the video: back to the search
+    page.wait_for_selector("#search:not([hidden])")
+    page.go_back()
+    page.wait_for_selector("#watch:not([hidden])")
+    page.keyboard.press("a")
+    _comes(page, "getComputedStyle(document.querySelector('#board .heat')).opacity === '1'")
+    for place, frame in enumerate(video["keyframes"]):
+        data = (
+            page.locator("#board .heat")
+            .nth(place)
+            .evaluate("one => [...one.getContext('2d').getImageData(0, 0, one.width, one.height).data]")
+        )
+        rows, columns = video["grid"]
+        alpha = np.array(data, np.float64).reshape(192, 192, 4)[..., 3]
+        y, x = ((np.arange(count) + 0.5) * 192 / count for count in (rows, columns))
+        shown = alpha[np.ix_(y.astype(int), x.astype(int))]
+        wanted = np.array(frame["attention"]).reshape(rows, columns)
+        assert np.abs(shown - (40 + 170 * wanted / wanted.max())).max() < 40  # smoothing lowers a lone peak
+        assert np.corrcoef(shown.ravel(), wanted.ravel())[0, 1] > 0.97
+
+
+def test_library_shows_names_as_text_filters_and_failures(page: Any, site: Site) -> None:
+    page.goto("/?view=library")
+    page.wait_for_selector("#videos li")
+    listed = site.get("videos")["videos"]
+    names = page.eval_on_selector_all("#videos .name", "all => all.map(one => one.textContent)")
+    assert names == [entry["name"] for entry in listed]
+    assert {MARKUP, BROKEN} <= set(names)
+    assert page.evaluate("[window.taken, document.querySelectorAll('[src=x]').length]") == [None, 0]
+    failed = next(entry for entry in listed if entry["status"] == "failed")
+    assert page.inner_text("#videos .failed .why") == failed["error"]
+    assert page.inner_text("#library [role=status]") == "5 videos, 1 on this page failed"
+
+    page.click("#filter")
+    assert page.evaluate("document.activeElement.name") == "path"
+    page.keyboard.type("*onerror*")
+    _comes(page, "document.querySelectorAll('#videos li').length === 1")
+    assert page.inner_text("#filter .badge") == "1"
+    page.reload()
+    page.wait_for_selector("#videos .picture")
+    assert page.input_value("#filters [name=path]") == "*onerror*"
+    page.click("#videos .picture")
+    page.wait_for_selector("#watch:not([hidden])")
+    assert page.inner_text("#video-title") == MARKUP
+    assert page.title() == f"{MARKUP} · keyreel"
+    page.click("#remove")
+    assert page.inner_text("#sure h2") == f"Remove {MARKUP}?"
+    assert page.evaluate("document.activeElement.value") == "no"
+    page.keyboard.press("Escape")
+    assert site.video(MARKUP)["status"] == "ok"
+    page.click("header nav [data-view=library]")
+    page.click("#filters [type=reset]") if page.locator("#filters").is_visible() else None
+    _comes(page, "document.querySelectorAll('#videos li').length === 5")
+    page.goto("/?q=flower&min_duration=8")
+    _shown(page)
+    assert {label.split(",")[0] for label in _shown(page)} == {"bikes.mp4"}
+    page.goto("/?q=flower&before=1980-01-01")
+    _comes(page, "document.querySelector('#count').textContent === 'Nothing was found.'")
+    assert page.evaluate("[window.taken, document.querySelectorAll('[src=x]').length]") == [None, 0]
+
+
+def test_a_picture_and_a_frame_are_searched_with(page: Any, site: Site, tmp_path: Path) -> None:
+    video = site.get(f"videos/{site.video('stream-of-water.mp4')['id']}")
+    picture = tmp_path / "frame.png"
+    preview = urllib.parse.urljoin(site.address, video["keyframes"][0]["preview"])
+    with urllib.request.urlopen(preview, timeout=30) as answer:
+        Image.open(io.BytesIO(answer.read())).save(picture)
+    page.goto("/")
+    page.set_input_files("#picture", picture)
+    page.wait_for_selector("#results .share")
+    assert _shown(page)[0].startswith("stream-of-water.mp4")
+    assert page.inner_text(".chip span") == "like frame.png"
+
+    page.goto("/?view=library")
+    page.wait_for_selector("#videos li")
+    page.evaluate(
+        """async () => { const data = new DataTransfer(), image = document.querySelector('#videos img');
+        data.items.add(new File([await (await fetch(image.src)).blob()], 'dropped.jpg', { type: 'image/jpeg' }));
+        const over = { dataTransfer: data, bubbles: true, cancelable: true };
+        document.body.dispatchEvent(new DragEvent('drop', over)); }"""
+    )
+    _comes(page, "document.querySelector('.chip span').textContent === 'like dropped.jpg'")
+    page.wait_for_selector("#results .share")
+    assert _shown(page)[0].startswith(site.get("videos")["videos"][0]["name"])
+
+    # The moment that serves as example is no answer to itself.
+    body = json.dumps({"like": {"video_id": video["id"], "seconds": round(video["keyframes"][0]["pts_seconds"], 3)}})
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{site.address}/api/v1/search?k=24", body.encode(), headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        hits = json.load(answer)["hits"]
+    page.goto(f"/?view=video&id={video['id']}")
+    page.locator("#board .like").first.click()
+    _comes(page, "document.querySelector('.chip span').textContent.includes('stream-of-water.mp4 at')")
+    assert _shown(page) == _labels(hits)
+    page.reload()
+    page.wait_for_selector("#results .share")
+    assert _shown(page) == _labels(hits)
+    page.click(".chip a")
+    page.wait_for_selector(".chip", state="hidden")
+
+
+def test_videos_are_added_and_jobs_told(page: Any, site: Site, media: Callable[[str], Path], tmp_path: Path) -> None:
+    page.goto("/?view=jobs")
+    page.fill("#place", "/etc/passwd")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#jobs > .note:not([hidden])")
+    assert "/etc/passwd" in page.inner_text("#jobs > .note")
+    broken = tmp_path / "hollow.mp4"
+    broken.write_bytes(b"\0" * 2000)
+    page.set_input_files("#files", [media("format/h265_video.mp4"), broken])
+    page.wait_for_selector(".job[data-state=failed]", timeout=20_000)
+    page.wait_for_selector(".job[data-state=done]", timeout=20_000)
+    told = {job["name"]: job for job in site.get("jobs")["jobs"]}
+    assert page.inner_text(".job[data-state=failed] .name") == "hollow.mp4"
+    assert page.inner_text(".job[data-state=failed] .note b") == told["hollow.mp4"]["error"]["message"]
+    assert page.inner_text(".job[data-state=done] .state") == "done"
+    page.wait_for_selector("nav .badge", state="hidden")
+    page.click(".job[data-state=done] a")
+    page.wait_for_selector("#watch:not([hidden])")
+    assert page.inner_text("#video-title") == "h265_video.mp4"
+    assert site.video("h265_video.mp4")["id"] == told["h265_video.mp4"]["video"]
+    page.click("#remove")
+    page.click("#sure [value=yes]")
+    page.wait_for_selector("#library:not([hidden])")
+    _comes(page, "!document.querySelector('#videos').textContent.includes('h265_video')")
+    assert "h265_video.mp4" not in [entry["name"] for entry in site.get("videos")["videos"]]
+
+    # A job that waits for ever can be cancelled: the API is stood in for, since no real one waits long enough.
+    job = {"id": "one", "state": "running", "progress": 0.25, "name": "long.mp4", "video": None, "error": None}
+    ended: list[str] = []
+
+    def answer(route: Any) -> None:
+        if route.request.method == "DELETE":
+            ended.append(route.request.url)
+        state = "cancelled" if ended else "running"
+        route.fulfill(json={"jobs": [job | {"state": state}]} if route.request.method == "GET" else job)
+
+    page.route("**/api/v1/jobs**", answer)
+    page.goto("/?view=jobs")
+    page.wait_for_selector(".job[data-state=running]")
+    assert page.inner_text(".job .state") == "indexing, 25 %"
+    assert page.evaluate("document.querySelector('.job progress').value") == 0.25
+    assert page.inner_text("nav .badge") == "1"
+    page.click(".job button")
+    page.wait_for_selector(".job[data-state=cancelled]")
+    assert ended == [f"{site.address}/api/v1/jobs/one"]
+    assert page.inner_text("#said") == "long.mp4: cancelled"
+
+
+def test_errors_stand_where_they_happen(page: Any, site: Site) -> None:
+    hits = site.get("search", q="water", k=24)["hits"]
+    answers = [(429, {"Retry-After": "1"}), (503, {})]
+
+    def answer(route: Any) -> None:
+        if not answers:
+            return route.fallback()
+        status, headers = answers.pop(0)
+        error = {"error": {"kind": "x", "message": f"refused with {status}", "hint": "wait <b>a little</b>"}}
+        return route.fulfill(status=status, headers=headers, json=error)
+
+    page.route("**/api/v1/search**", answer)
+    page.goto("/?q=water")
+    page.wait_for_selector("#search > .note:not([hidden])")  # 429 is waited for, 503 is told
+    assert page.inner_text("#search > .note b") == "refused with 503"
+    assert page.inner_text("#search > .note p") == "wait <b>a little</b>"
+    page.click("#search > .note button")
+    page.wait_for_selector("#results .share")
+    assert _shown(page) == _labels(hits)
+    assert page.locator("#search > .note").is_hidden()
+    page.context.set_offline(True)
+    page.fill("#q", "bus")
+    page.wait_for_selector("#search > .note:not([hidden])")
+    assert page.inner_text("#search > .note b") == "The server cannot be reached."
+    page.context.set_offline(False)
+    page.goto("/?view=video&id=nothing")
+    page.wait_for_selector("#video > .note:not([hidden])")
+    assert page.inner_text("#video > .note b") == "there is no such video"
+
+
+def test_a_token_is_asked_for_in_an_application_of_ones_own(
+    page: Any, site: Site, built: tuple[Library, Path], tmp_path: Path
+) -> None:
+    video = site.video("flower.mp4")["id"]
+    config = ServeConfig(roots=(str(site.folder),), folder=str(tmp_path / "serve"), token=TOKEN)
+    own = FastAPI()
+    own.include_router(router(built[0], config), prefix="/video")
+    with _served(own) as address:
+        context = page.context.browser.new_context(base_url=address)
+        other = context.new_page()
+        other.goto(f"/video/?view=video&id={video}&t=2")
+        other.wait_for_selector("#token[open]")
+        assert other.evaluate("document.activeElement.id") == "secret"
+        other.keyboard.type("another token")
+        other.keyboard.press("Enter")
+        other.wait_for_selector("#token .note:not([hidden])")
+        other.fill("#secret", TOKEN)
+        other.keyboard.press("Enter")
+        other.wait_for_selector("#watch:not([hidden])")
+        # Pictures and the video are fetched by the browser, without a header.
+        _comes(other, "document.querySelector('#board img').naturalWidth > 0")
+        _comes(other, "document.querySelector('video').readyState > 1")
+        assert "token" not in other.url
+        context.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_it_fits_reads_well_and_has_names(page: Any, site: Site, width: int, scheme: str) -> None:
+    page.set_viewport_size({"width": width, "height": 844})
+    page.emulate_media(color_scheme=scheme)
+    video = site.video("bikes.mp4")["id"]
+    for address, ready in (
+        ("/?q=water&path=*", "#results .share"),
+        ("/?q=water&group=videos", ".group"),
+        ("/?view=library", "#videos li"),
+        (f"/?view=video&id={video}&q=bus", "#moments li"),
+        ("/?view=jobs", "#drop"),
+    ):
+        page.goto(address)
+        page.wait_for_selector(ready)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, address
+        cut = (
+            "[...document.querySelectorAll('.card, .job, .spans li')].filter(one => one.scrollWidth > one.clientWidth)"
+        )
+        assert page.evaluate(f"{cut}.map(one => one.textContent)") == []
+        nameless = page.evaluate("""() => [...document.querySelectorAll('a[href], button, input, video, [role=slider]')]
+            .filter(one => one.checkVisibility()
+                && !(one.ariaLabel || one.textContent.trim() || one.labels?.length || one.title))
+            .map(one => one.outerHTML)""")
+        assert nameless == []
+        assert page.evaluate("[...document.images].filter(one => !one.hasAttribute('alt')).length") == 0
+        assert page.evaluate("[...document.querySelectorAll('h1')].filter(one => one.checkVisibility()).length") == 1
+        # WCAG 2.2, 1.4.3: text of this size needs 4.5 : 1 to what lies behind it.
+        colours = page.evaluate("""() => { const pen = Object.assign(document.createElement('canvas'),
+            { width: 1, height: 1 }).getContext('2d', { willReadFrequently: true });
+            const style = getComputedStyle(document.documentElement);
+            return Object.fromEntries(['page', 'card', 'ink', 'soft', 'accent', 'bad', 'on'].map(name => {
+                pen.fillStyle = style.getPropertyValue('--' + name).trim();
+                pen.fillRect(0, 0, 1, 1);
+                return [name, [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3)]; })); }""")
+        assert (sum(colours["page"]) < 200) == (scheme == "dark")
+        pairs = [(front, back) for front in ("ink", "soft", "accent", "bad") for back in ("page", "card")]
+        for front, back in [*pairs, ("on", "accent")]:
+            dark, light = sorted(_luminance(colours[name]) for name in (front, back))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (front, back)
+
+
+def _luminance(colour: list[int]) -> float:
+    share = np.array(colour, np.float64) / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
