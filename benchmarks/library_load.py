@@ -210,6 +210,8 @@ def drain(library: Path, videos: Path, count: int, jobs: int) -> dict[str, list[
         handing.join()
         stop.set()
     _complain(tallies, began)
+    if not accepted:
+        raise RuntimeError("the service accepted no job: nothing was measured")
     if code not in (0, -signal.SIGTERM):
         raise RuntimeError(f"the service ended with {code}")
     with service(library, videos) as (_, port):
@@ -257,6 +259,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="8 clients, 3 s, 6 jobs")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "library.jsonl")
     given = parser.parse_args()
+    given.videos = given.videos.resolve()  # the service takes absolute paths only
     if given.quick:
         given.clients, given.seconds, given.jobs = 8, 3.0, 6
     with tempfile.TemporaryDirectory(prefix="keyreel-load-") as folder:

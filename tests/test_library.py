@@ -1019,3 +1019,42 @@ def test_errors_carry_what_to_do(library: Library) -> None:
     assert caught.value.hint
     assert isinstance(caught.value, keyreel.KeyreelError)
     assert not isinstance(caught.value, SourceError)
+
+
+@pytest.mark.parametrize("meanwhile", ["removed", "changed"])
+def test_a_copy_whose_original_goes_away_is_indexed(
+    library: Library, folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    """Another process takes the original out, or indexes it anew, just when its rows are read."""
+    first, copy = folder / "a.mp4", folder / "copy.mp4"
+    library.add([first])
+    (record,) = library.list()
+    shutil.copy(first, copy)
+    extras = library._store.extras
+
+    def late(id: str) -> Any:
+        with Library(library.uri, engine) as other:
+            if meanwhile == "removed":
+                other.remove([id])
+            else:
+                shutil.copy(folder / "b.mp4", first)
+                other.add([first], sampling=Sampling(fps=3))
+        return extras(id)
+
+    monkeypatch.setattr(library._store, "extras", late)
+    (added,) = library.add([copy])
+    assert (added.change, added.failure) == ("added", None)
+    monkeypatch.undo()
+    with Library(folder / "alone", engine, config=library.config) as alone:
+        alone.add([copy])
+        (expected,) = alone.list()
+        assert library.extras(copy).sprite == alone.extras(copy).sprite
+        assert library.extras(copy).overview == alone.extras(copy).overview
+        np.testing.assert_array_equal(rows(library, library.record(copy)).vectors, rows(alone, expected).vectors)
+    assert record.id not in {one.id for one in library.list()} or meanwhile == "changed"
+
+
+def test_an_empty_name_is_no_library() -> None:
+    """As an unset variable of a shell leaves it: the folder one is in must not become one."""
+    with pytest.raises(ValueError, match="empty name"):
+        Library("")

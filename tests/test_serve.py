@@ -857,9 +857,27 @@ def test_what_keeps_it_from_starting_is_said(library: Library, tmp_path: Path) -
 def test_on_loopback_only_its_own_names_are_answered(library: Library, tmp_path: Path, host: str) -> None:
     made = app(library, ServeConfig(host=host, folder=str(tmp_path)))
     name = f"[{host}]" if ":" in host else host
-    for given, status in ((f"{name}:8000", 200), ("evil.example", 403), ("127.0.0.1.evil.example:8000", 403)):
+    for given, status in (
+        (f"{name}:8000", 200),
+        (name.upper(), 200),
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example:8000", 403),
+    ):
         answer = asyncio.run(_ask(made, "/api/v1/videos", headers={"Host": given}))
         assert answer.status_code == status, given
+
+
+def test_names_that_are_answered_are_of_any_case(library: Library, tmp_path: Path) -> None:
+    made = app(library, ServeConfig(hosts=("Video.Example",), folder=str(tmp_path)))
+    for given, status in (("video.example", 200), ("VIDEO.example:80", 200), ("localhost", 403)):
+        assert asyncio.run(_ask(made, "/healthz", headers={"Host": given})).status_code == status
+
+
+def test_no_answer_leads_to_another_host(library: Library, tmp_path: Path) -> None:
+    made = app(library, ServeConfig(folder=str(tmp_path)))
+    for address in ("/api/v1/jobs/", "/static/page.js/", "/healthz/"):
+        answer = asyncio.run(_ask(made, address, headers={"Host": "evil.example"}))
+        assert (answer.status_code, "location" in answer.headers) == (404, False)
 
 
 def test_a_job_that_outlived_its_folder_is_refused(library: Library, place: Path, tmp_path: Path) -> None:

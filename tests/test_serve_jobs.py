@@ -261,12 +261,17 @@ def test_the_library_forgets_without_holding_the_others_up(jobs: Jobs, work: Wor
 
 def test_what_was_cancelled_stays_so_when_the_service_ends(tmp_path: Path, work: Work) -> None:
     jobs = make(tmp_path, work)
+
+    def slow(path: Path, tell: Any, stop: Callable[[], bool]) -> Added | None:
+        work.begun.append(path.name)
+        until(lambda: stop() and jobs._ending)
+        return None
+
+    jobs._work = slow
     jobs.start()
     job = submit(jobs, "a")
     until(lambda: work.begun == ["a"])
-    with jobs._changed:  # before the work has noticed
-        jobs.cancel(job.id)
-        jobs._ending = True
+    jobs.cancel(job.id)
     jobs.drain(0)
     base = sqlite3.connect(tmp_path / "state" / "jobs.sqlite")
     assert base.execute("SELECT state FROM jobs").fetchall() == [("cancelled",)]

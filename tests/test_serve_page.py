@@ -39,7 +39,7 @@ from keyreel.serve import app, router  # noqa: E402
 
 MARKUP = '<img src=x onerror="window.taken=1">.mp4'
 BROKEN = "<u src=x>broken.mp4"
-TOKEN = "a token of 20 letters"
+TOKEN = "a token; of 100%41 letters"  # what a cookie cannot hold as it is
 
 
 class Site:

@@ -278,7 +278,7 @@ class ServeConfig:
     def loopback(self) -> bool:
         """Whether nobody but this machine can connect."""
         try:
-            return self.host == "localhost" or ip_address(self.host).is_loopback
+            return self.host.lower() == "localhost" or ip_address(self.host).is_loopback
         except ValueError:
             return False
 

@@ -250,10 +250,14 @@ class Indexer:
 
     def _copied(self, record: Record, twin: Record) -> Record | None:
         """The twin's rows under the record's id; None where they are not all there, taken away or damaged."""
-        block = next(self._store.vectors([twin.generation]), None)
-        if block is None or len(block) != twin.frames:
+        try:
+            block = next(self._store.vectors([twin.generation]), None)
+            previews, extras = self._store.previews(twin.generation), self._store.extras(twin.id)
+        except LibraryError:
             return None
-        previews, extras = self._store.previews(twin.generation), self._store.extras(twin.id)
+        current = self._current(twin.id)  # after all was read: extras are those of its generation by then
+        if block is None or len(block) != twin.frames or current is None or current.generation != twin.generation:
+            return None
         rows = Rows(block.pts_seconds, block.frame_index, block.vectors, block.shot, block.weight, previews)
         same = {name: getattr(twin, name) for name in ("frames", "duration_seconds", "grid", "shots")}
         record = dataclasses.replace(

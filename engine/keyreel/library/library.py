@@ -59,6 +59,7 @@ class Library:
         storage_options: of the object store, passed through to LanceDB.
 
     Raises:
+        ValueError: an empty name.
         ModelMismatch: the library holds vectors of another model than the engine's.
         MissingExtra: the extra `library` is not installed.
     """
@@ -72,6 +73,8 @@ class Library:
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
         place = os.fspath(uri)
+        if not place:  # it would be the folder that one happens to be in
+            raise ValueError("a library has a folder or a URI, got an empty name")
         self.uri = place if "://" in place else os.path.abspath(place)
         self.config = config or LibraryConfig()
         self.engine = engine

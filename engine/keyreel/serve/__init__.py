@@ -10,7 +10,7 @@ Put a search box into a FastAPI application of your own:
 
 Routes are listed in `routes.py`. With a token every request but those for /healthz and for the page's own files must
 carry `Authorization: Bearer TOKEN`; for what a page cannot ask for with a header (pictures, the video) GET and HEAD
-also take the cookie `keyreel_token=TOKEN`, which the page sets itself, with SameSite=Strict.
+also take the cookie `keyreel_token=TOKEN` (URL-encoded), which the page sets itself, with SameSite=Strict.
 """
 
 from __future__ import annotations

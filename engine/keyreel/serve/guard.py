@@ -48,7 +48,8 @@ class Guard:
     """
 
     def __init__(self, config: ServeConfig, metrics: Metrics, hosts: tuple[str, ...], private: Sequence[str]) -> None:
-        self._config, self._metrics, self._hosts, self._private = config, metrics, hosts, private
+        self._config, self._metrics, self._private = config, metrics, private
+        self._hosts = tuple(map(str.lower, hosts))
         self._token = None if config.token is None else _digest(config.token)
 
     def route(self, *, public: bool = False, timeout_seconds: float | None = None) -> type[APIRoute]:

@@ -226,9 +226,11 @@ class Jobs:
         return self.get(id)
 
     def drain(self, seconds: float) -> None:
-        """Takes nothing more, waits for what is at work, then has it stop; it is queued again. Blocks."""
+        """Takes nothing more, waits for what is at work, then has it stop; it is queued again. Blocks. Idempotent."""
         until = time.monotonic() + seconds
         with self._changed:
+            if self._ending:
+                return
             self._ending = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._live, timeout=max(0.0, until - time.monotonic()))

@@ -25,7 +25,8 @@ from keyreel.serve.service import Service
 def make_app(service: Service) -> FastAPI:
     """See `keyreel.serve.app`."""
     # The usual pages of documentation load scripts from elsewhere.
-    made = FastAPI(title="keyreel", docs_url=None, redoc_url=None, openapi_url=None)
+    # Redirects to a path with or without a slash would lead to whatever the Host header says.
+    made = FastAPI(title="keyreel", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     config = service.config
     own = (*LOOPBACK, config.host) if config.loopback and not config.hosts else ()
     made.include_router(make_router(service, hosts=own, alone=True))

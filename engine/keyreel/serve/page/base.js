@@ -55,7 +55,7 @@ export const authorization = () => (token === null ? {} : { Authorization: `Bear
 function remember(secret) {
   token = secret;
   sessionStorage.setItem("keyreel-token", secret);
-  document.cookie = `keyreel_token=${secret}; path=${API.pathname}; SameSite=Strict`;
+  document.cookie = `keyreel_token=${encodeURIComponent(secret)}; path=${API.pathname}; SameSite=Strict`;
 }
 
 // One dialog, however many requests were refused at once. `used`: the token that the refused request carried.
