@@ -9,6 +9,7 @@ It says on standard output what it begins and what it has done.
 
 from __future__ import annotations
 
+import importlib
 import random
 import sys
 import uuid
@@ -110,6 +111,7 @@ def main(folder: str, action: str, *numbers: str) -> None:
 
     first, *more = map(int, numbers)
     store = Store(folder, compact_every=6)
+    importlib.import_module("lancedb")  # which takes seconds: from here on there is something to be killed
     say("ready")
     if action == "sync":
         store.create(**MODEL)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,11 +55,15 @@ def test_two_writers_and_readers_at_once(tmp_path: Path) -> None:
     writers = [start(folder, "write", first, each) for first in (0, 100)]
     own = Store(str(folder))
     while not own.exists():
+        assert any(child.poll() is None for child in writers)
         time.sleep(0.01)
     readers = [start(folder, "read", 15)]
-    counts = []
+    seen: set[str] = set()
     while any(child.poll() is None for child in writers):
-        counts.append(check(own))  # each video that is there is whole
+        check(own)  # each video that is there is whole
+        there = {record.id for record in own.records()}
+        assert seen <= there
+        seen = there - {"id0", "id100"}  # which are removed in the end
     for child in writers + readers:
         with child:
             assert child.stdout is not None
@@ -68,7 +73,6 @@ def test_two_writers_and_readers_at_once(tmp_path: Path) -> None:
     shared = {record.id: record.fingerprint for record in own.records()}
     assert shared.pop("id999") in {f"999:{first + each - 1}" for first in (0, 100)}
     assert shared == expected
-    assert counts == sorted(counts)
     assert check(own) == len(expected) + 1
     assert own.verify() == ()
     # The writers put small files together while the others were at work.
@@ -168,28 +172,37 @@ def test_killed_at_any_point(tmp_path: Path) -> None:
     rng = random.Random(os.environ.get("KEYREEL_KILLS_SEED", "5"))
     folder, round = tmp_path / "library", 0
     state: dict[str, str] = {}
-    met: dict[str, int] = {}
+    met: Counter[str] = Counter()
     for kill in range(KILLS):
-        with start(folder, "sync", round) as child:
+        fresh = kill % 6 == 5  # while the library is made; the others go on with what is left of the ones before
+        where, after = (tmp_path / f"library{kill}", {}) if fresh else (folder, state)
+        # Some lines later, within an operation of this kind.
+        lines, enough, verb = [], rng.randrange(12), rng.choice(["put", "drop", "compact"])
+        with start(where, "sync", round) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
-            time.sleep(rng.uniform(0, 0.2 if kill % 3 == 0 else 1.2))
+            while not fresh and (len(lines) <= enough or not lines[-1].startswith(f"begin {verb}")):
+                lines.append(child.stdout.readline())
+            time.sleep(rng.uniform(0, 0.015 if fresh else 0.05))
             child.send_signal(signal.SIGKILL)
-            lines = [line.split() for line in child.stdout.read().splitlines() if line.endswith(tuple("0123456789es"))]
-        after = state
+            lines += child.stdout.readlines()
         begun = None
-        for word, verb, what, *_ in lines:
-            if word == "begin":
-                begun = (verb, what)
-            else:
-                after, begun = apply(after, verb, what), None
-        store = Store(str(folder))
-        there = {record.id: record.fingerprint for record in store.records()} if store.exists() else {}
+        for line in lines:
+            word, *step = line.split()[:3]
+            after, begun = (after, step) if word == "begin" else (apply(after, *step), None)
+        store = Store(str(where))
+        there = fingerprints(store) if store.exists() else {}
         assert there in ([after, apply(after, *begun)] if begun else [after]), (kill, begun)
         assert not store.exists() or (store.verify() == () and check(store) == len(there))
-        state, round = there, round + 1
-        met[begun[0] if begun else "between"] = met.get(begun[0] if begun else "between", 0) + 1
+        met[begun[0] if begun else "between" if lines else "create"] += 1
+        if fresh:
+            store.create(**MODEL)
+            store.put(*made(1, 3))
+            assert fingerprints(store) == there | {"id1": "1:3"}
+        else:
+            state, round = there, round + 1
     assert sum(met.values()) == KILLS
+    assert sum(met[verb] for verb in ("put", "drop", "compact")) >= KILLS // 2
     undisturbed = Store(str(tmp_path / "undisturbed"))
     disturbed = Store(str(folder))
     done = []
@@ -206,4 +219,4 @@ def test_killed_at_any_point(tmp_path: Path) -> None:
     # Only what was missing was written.
     kept = {fingerprint for id, fingerprint in state.items()}
     assert {what for _, what in done[1]} == {what for _, what in done[0]} - kept
-    sys.stderr.write(f"killed during {met}\n")
+    sys.stderr.write(f"killed during {dict(met)}\n")

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,99 @@ def test_newest_goes_by_sequence_and_only_then_by_the_clock() -> None:
     for order in (rows, rows[::-1]):
         best = schema.newest(order)
         assert {id: (row["sequence"], row["written"]) for id, row in best.items()} == {"a": (3, 1), "b": (1, 4)}
+
+
+@pytest.mark.parametrize("act", ["changes", "removes"])
+def test_rows_that_are_kept_are_there(store: Store, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
+    """Another process changes or removes a video, and its rows are deleted, while its record is renewed."""
+    filled(store, 2)
+    moved = dataclasses.replace(store.records(["id1"])[0], path="/elsewhere.mp4")
+    other, changed, real = Store(store.uri), made(1, 2), upkeep.append
+
+    def late(*arguments):
+        monkeypatch.setattr(upkeep, "append", real)
+        other.put(*changed) if act == "changes" else other.drop(["id1"])
+        other.compact(alone=True)
+        return real(*arguments)
+
+    monkeypatch.setattr(upkeep, "append", late)
+    with pytest.raises(upkeep.Superseded, match=r"elsewhere\.mp4: was changed or removed by someone else"):
+        store.put(moved, None, None)
+    expected = [changed[0]] if act == "changes" else []
+    assert store.records(["id1"]) == Store(store.uri).records(["id1"]) == expected
+    assert store.verify() == ()
+    with pytest.raises(upkeep.Superseded):  # known by now
+        store.put(moved, None, None)
+    # A clock that goes back does not hide what comes later.
+    for tag in ("old", "new"):
+        store.put(dataclasses.replace(store.records(["id0"])[0], tags=(tag,)), None, None)
+        assert Store(store.uri).records(["id0"])[0].tags == (tag,)
+        monkeypatch.setattr(time, "time_ns", lambda: 5)
+
+
+def test_other_rows_may_come_last(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a compaction at the same time: nothing is taken for cut short, and nobody's rows are deleted."""
+    videos = filled(store, 3)
+    real = store.fresh_table
+
+    class Turned:
+        def __init__(self, name: str) -> None:
+            self.table = real(name)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.table, name)
+
+        def take_offsets(self, offsets: list[int]) -> object:
+            return self.table.take_offsets([0])
+
+    monkeypatch.setattr(store, "fresh_table", Turned)
+    videos["id5"] = made(5, 1)
+    store.put(*videos["id5"])
+    assert store.records() == [videos[id][0] for id in sorted(videos)]
+    assert (check(store), store.verify()) == (4, ())
+
+
+def test_own_commits_are_known_without_reading(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each video would take longer the more there are."""
+    filled(store, 3)
+    store.records()
+    monkeypatch.setattr(store, "rows", lambda *_: pytest.fail("the table was read"))
+    record, rows, extras = made(7, 1)
+    store.put(record, rows, extras)
+    store.put(dataclasses.replace(record, tags=()), None, None)
+    assert store.records(["id7"]) == [dataclasses.replace(record, tags=())]
+    monkeypatch.undo()
+    assert store.records() == Store(store.uri).records()
+    Store(store.uri).put(*made(8, 1))
+    store.put(*made(9, 1))
+    assert [record.id for record in store.records()] == ["id0", "id1", "id2", "id7", "id8", "id9"]
+
+
+def test_files_that_a_compaction_took_away_are_read_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    videos = filled(store, 3)
+    old = store.fresh_table("frames")
+    old.checkout(old.version)
+    store.compact(alone=True)
+    views = [store.table("frames"), old]
+    assert store.read(lambda: views.pop().search().to_arrow()).num_rows == store.table("frames").count_rows()
+    views = [store.table("frames"), old]
+    monkeypatch.setattr(store, "table", lambda name: views.pop())
+    assert {block.generation for block in store.vectors([one[0].generation for one in videos.values()])} == {
+        one[0].generation for one in videos.values()
+    }
+
+
+def test_a_library_of_an_early_keyreel(tmp_path: Path) -> None:
+    import lancedb
+
+    for name, columns in schema.schemas(**MODEL).items():
+        fields = [field for field in columns if field.name not in ("sprite", "check")]
+        old = schema.arrow().schema(fields, metadata=columns.metadata)
+        lancedb.connect(tmp_path).create_table(name, schema=old)
+    store = Store(str(tmp_path))
+    for ask in (store.verify, store.records, store.compact, lambda: store.create(**MODEL)):
+        with pytest.raises(LibraryError, match=r"an early keyreel made this library: .* has no check"):
+            ask()
 
 
 def test_version_changes_with_each_commit_of_anyone(store: Store) -> None:
@@ -324,6 +418,9 @@ def test_what_cannot_be_reached_or_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(LibraryError, match="cannot be used"):
         Store(str(tmp_path / "file" / "library")).create(**MODEL)
+    with pytest.raises(LibraryError, match="cannot be used") as caught:
+        Store("/proc/library").create(**MODEL)  # not even root can make it, and nothing is damaged
+    assert not isinstance(caught.value, Damaged)
     # A port where nobody listens; options are passed through.
     options = {
         "aws_access_key_id": "a",

@@ -24,6 +24,7 @@ from keyreel.errors import Failure, KeyreelError, LibraryError, MissingExtra, So
 from keyreel.library.batch import Halted
 from keyreel.library.files import Catalog, FileState, fingerprint, is_gone, path_of, real_name
 from keyreel.library.types import Added, Change, Extras, Preview, Record, Rows
+from keyreel.library.upkeep import Superseded
 from keyreel.render.pictures import attended_area, jpeg, keyframe_pictures, sprite, tile_times
 from keyreel.render.save import video_seconds
 from keyreel.render.sidecars import plain, webvtt
@@ -288,7 +289,10 @@ class Indexer:
         current = self._current(record.id)
         if current is None:
             raise KeyreelError(f"{record.path}: was removed from the library meanwhile", hint="add it again")
-        return self._put(renew(current), None, None)
+        try:
+            return self._put(renew(current), None, None)
+        except Superseded:  # once more, with what was written
+            return self._renewed(record, state=state, path=path)
 
     def _current(self, id: str) -> Record | None:
         """The record as it is in the store now, whoever wrote it."""

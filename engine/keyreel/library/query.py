@@ -135,7 +135,9 @@ class Searcher:
             snapshot = self._matrix.snapshot()
             number = _number(snapshot, example.video)
             if number < 0:
-                raise LibraryError(f"{example.video} has no frames in the library", hint="see why it failed: `list`")
+                raise LibraryError(
+                    f"{example.video} has no frames in the library", hint="`keyreel library list` says why"
+                )
             if not snapshot.complete:
                 snapshot, number = self._read(snapshot, np.array([number])), 0
             (at,) = np.flatnonzero(snapshot.spans.video == number)

@@ -107,6 +107,19 @@ def model_of(schema: Any) -> tuple[str, str, int]:
     return about["keyreel.model"], about["keyreel.model_sha256"], int(about["keyreel.width"])
 
 
+def check_layout(name: str, schema: Any) -> None:
+    """Whether a table can be read as one of ours.
+
+    Raises:
+        LibraryError: it is not one, or one of a newer or much older keyreel.
+    """
+    if missing := set(schemas(*model_of(schema))[name].names) - set(schema.names):
+        what = f"{name} has no {', '.join(sorted(missing))}"
+        raise LibraryError(
+            f"an early keyreel made this library: {what}", hint="index the videos again, into another folder"
+        )
+
+
 def frames_table(schema: Any, record: Record, rows: Rows, extras: Extras | None) -> Any:
     """The rows of one video as a pyarrow table."""
     pa = arrow()
@@ -169,11 +182,17 @@ def extras_of(row: Mapping[str, Any]) -> Extras:
     return Extras(row["sprite"], row["vtt"], json.loads(row["overview"]))
 
 
-def video_table(schema: Any, record: Record, sequence: int) -> Any:
-    """One row of `videos` as a pyarrow table; `sequence` is the version of the table that the writer saw."""
+def video_table(schema: Any, record: Record, sequence: int, written: int) -> Any:
+    """One row of `videos` as a pyarrow table.
+
+    Args:
+        sequence: the version of the table that the writer saw; of a record that keeps its rows, that of the row which
+            it renews, so that it loses against whoever wrote other rows meanwhile.
+        written: by the writer's clock, in nanoseconds since 1970.
+    """
     row = {name: getattr(record, name) for name in Record.__slots__}
     row |= {"probe": json.dumps(dict(record.probe)), "shots": json.dumps(record.shots)}
-    row |= {"sequence": sequence, "written": time.time_ns()}
+    row |= {"sequence": sequence, "written": written}
     return _checked(schema, {name: [value] for name, value in row.items()})
 
 
@@ -201,6 +220,11 @@ def newest(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
 def stamp(row: Mapping[str, Any]) -> tuple[int, int]:
     """Orders the rows of one id."""
     return row["sequence"], row["written"]
+
+
+def this_row(id: str, stamp: tuple[int, int]) -> str:
+    """SQL for one row of `videos`."""
+    return f"(id = {quoted([id])} AND sequence = {stamp[0]} AND written = {stamp[1]})"
 
 
 def vectors_of(column: Any) -> F32:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import pairwise
@@ -15,7 +16,18 @@ import numpy as np
 from keyreel.errors import Damaged, LibraryError, ModelMismatch, import_extra
 from keyreel.library import schema, upkeep
 from keyreel.library.types import Block, Extras, Finding, Preview, Record, Rows
-from keyreel.library.upkeep import ATTEMPTS, CHUNK, Absent, Busy, Full, Vanished, retried, told
+from keyreel.library.upkeep import (
+    ATTEMPTS,
+    CHUNK,
+    MAKES,
+    Absent,
+    Busy,
+    Full,
+    Superseded,
+    Vanished,
+    retried,
+    told,
+)
 
 T = TypeVar("T")
 
@@ -105,14 +117,16 @@ class Store:
         """The LanceDB table `frames` or `videos`; each read of it sees the newest version.
 
         Raises:
-            LibraryError: there is no library.
+            LibraryError: there is no library, or one that this keyreel cannot read.
         """
         with self._lock:
             if name not in self._tables:
                 # Connecting would make the folder.
                 if self.folder is not None and not self.folder.is_dir():
-                    raise Absent(f"there is no library at {self._uri}", hint="the first `add` makes one")
-                self._tables[name] = self.fresh_table(name)
+                    raise Absent(f"there is no library at {self._uri}", hint=MAKES)
+                table = self.fresh_table(name)
+                schema.check_layout(name, table.schema)
+                self._tables[name] = table
             return self._tables[name]
 
     def fresh_table(self, name: str) -> Any:
@@ -129,7 +143,8 @@ class Store:
         """The videos, in order of path; `ids` that are not there are left out."""
         with self._lock:
             known = self._latest()
-        chosen = known.values() if ids is None else [known[id] for id in dict.fromkeys(ids) if id in known]
+            wanted = list(known) if ids is None else dict.fromkeys(ids)
+            chosen = [known[id] for id in wanted if id in known]
         return sorted((record for _, record in chosen), key=lambda record: (record.path, record.id))
 
     def extras(self, id: str) -> Extras:
@@ -153,7 +168,8 @@ class Store:
             extras: stored with the rows.
 
         Raises:
-            LibraryError: it cannot be written; then nothing has changed.
+            LibraryError: it cannot be written; then nothing has changed. `Superseded` where the rows that were to be
+                kept are no longer those of the video: someone else wrote or removed it.
         """
         if rows is None and extras is not None:
             raise ValueError("extras are stored with the rows that they show")
@@ -164,12 +180,47 @@ class Store:
                 columns = self.table("frames").schema
                 upkeep.append(self, "frames", schema.frames_table(columns, record, rows, extras))
             before = self.version()[0]
-            columns = self.table("videos").schema
-            after = upkeep.append(self, "videos", schema.video_table(columns, record, before))
+            stamp = before, time.time_ns()
+            keeps = rows is None and record.generation != ""
+            if keeps:
+                sequence, written = self._renewed(record)
+                stamp = sequence, max(stamp[1], written + 1)
+            row = schema.video_table(self.table("videos").schema, record, *stamp)
+            after = upkeep.append(self, "videos", row)
+            if keeps and after != before + 1:
+                self._check_kept(record, after - 1, stamp)
+            with self._lock:
+                if self._seen == (before,) and after == before + 1:  # nobody else: what is known need not be read
+                    self._records[record.id] = stamp, schema.record_of(row.to_pylist()[0])
+                    self._seen = (after,)
         if before // self.compact_every != after // self.compact_every:
             # The video is in. Where others are at it, or room is scarce, there will be another time.
             with contextlib.suppress(Busy, Full):
                 upkeep.tidy(self)
+
+    def _renewed(self, record: Record) -> tuple[int, int]:
+        """The stamp of the row that is renewed by one of the same rows."""
+        with self._lock:
+            stamp, old = self._latest().get(record.id, (None, None))
+        if stamp is None or old is None or old.generation != record.generation:
+            raise _superseded(record)
+        return stamp
+
+    def _check_kept(self, record: Record, version: int, stamp: tuple[int, int]) -> None:
+        """Takes a renewed record back where the version before it names other rows for the video, or none.
+
+        Where it does name them, they have been named without a break, so that nobody has deleted them as orphans.
+        """
+        with told(self._uri):
+            table = self.fresh_table("videos")
+            table.checkout(version)
+            query = table.search().where(f"id = {schema.quoted([record.id])}")
+            rows = query.select(["id", "sequence", "written", "generation"]).to_arrow().to_pylist()
+        old = schema.newest(rows).get(record.id)
+        if old is None or old["generation"] != record.generation:
+            own = schema.this_row(record.id, stamp)
+            retried(lambda: self.table("videos").delete(own), self._uri)
+            raise _superseded(record)
 
     def drop(self, ids: Sequence[str]) -> int:
         """Removes videos; says how many there were. Their rows are orphans then, which `compact` deletes."""
@@ -286,3 +337,7 @@ class Store:
                     pending.append(batch.slice(start, stop - start))
         if pending:
             yield schema.arrow().Table.from_batches(pending)
+
+
+def _superseded(record: Record) -> Superseded:
+    return Superseded(f"{record.path}: was changed or removed by someone else meanwhile", hint="look at it again")

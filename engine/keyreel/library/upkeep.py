@@ -35,6 +35,7 @@ _BATCH = 1024  # rows read at once by verify
 _FULL_DISK = ("no space left", "file too large", "quota", "os error 27", "os error 28")
 _CONFLICTS = ("conflict", "concurrent", "preempted", "please retry")
 _DENIED = ("permission denied", "read-only", "operation not permitted", "accessdenied", "forbidden")
+MAKES = "`keyreel index` or `Library.add` makes one"
 _UNREACHABLE = ("failed to connect", "retryerror", "error sending request", "not a directory")
 
 
@@ -48,6 +49,10 @@ class Busy(LibraryError):
 
 class Vanished(Damaged):
     """A file is not there: lost, or taken away by a compaction after the table was looked up."""
+
+
+class Superseded(LibraryError):
+    """A record that was to be renewed has other rows by now, or is gone."""
 
 
 class Full(LibraryError):
@@ -69,17 +74,18 @@ def told(uri: str) -> Iterator[None]:
             return any(word in small for word in words)
 
         if "was not found" in small:
-            raise Absent(f"there is no library at {uri}", hint="the first `add` makes one") from error
+            raise Absent(f"there is no library at {uri}", hint=MAKES) from error
         if has(_FULL_DISK):
             hint = "make room on the disk; what was committed is safe"
             raise Full(f"the library {uri} cannot be written: {text}", hint=hint) from error
         if has(_CONFLICTS):
             raise Busy(f"other processes keep changing the library {uri}: {text}", hint="try again") from error
-        if has(_DENIED) or has(_UNREACHABLE):
+        # A number has what the system said of the folder; what is wrong with a table has none.
+        if has(_DENIED) or has(_UNREACHABLE) or getattr(error, "errno", None):
             raise LibraryError(f"the library {uri} cannot be used: {text}", hint="check place and access") from error
-        raise Damaged(
-            f"the library {uri} cannot be read: {text}", [text], hint="`verify` with repair mends it"
-        ) from error
+        kind = Vanished if "not found" in small else Damaged
+        hint = "`keyreel library verify --repair` mends it"
+        raise kind(f"the library {uri} cannot be read: {text}", [text], hint=hint) from error
 
 
 def retried(work: Callable[[], T], uri: str, again: type[LibraryError] = Busy) -> T:
@@ -121,15 +127,22 @@ def append(store: Store, name: str, rows: Any) -> int:
         table = store.fresh_table(name)
         table.checkout(version)
         count = table.count_rows()
+    last = rows["check"][-1]
     try:
         with told(store.uri):
-            landed = table.take_offsets([count - 1]).select(["check"]).to_arrow()["check"][0] == rows["check"][-1]
+            landed = table.take_offsets([count - 1]).select(["check"]).to_arrow()["check"][0] == last
+            # Where someone put files together at the same time, other rows may come last.
+            landed = landed or table.count_rows(f"`check` = {last}") > 0
     except Damaged:
         landed = False
     if not landed:
+        # Nobody else's rows may go: only those of files that the version before did not have.
+        ids, older = _row_ids(table, store.uri), store.fresh_table(name)
         with told(store.uri):
-            ids = table.search().select(["_rowid"]).to_arrow()["_rowid"].to_numpy()[count - len(rows) :]
-        _delete(store, name, [f"(_rowid >= {ids[0]} AND _rowid <= {ids[-1]})"])
+            older.checkout(version - 1)
+        own = ids[~np.isin(ids >> 32, _row_ids(older, store.uri) >> 32)]
+        if len(own) == len(rows):
+            _delete(store, name, [f"(_rowid >= {own[0]} AND _rowid <= {own[-1]})"])
         raise _cut_short(store)
     return version
 
@@ -195,7 +208,7 @@ def _optimize(store: Store, name: str, alone: bool) -> None:
     # First without deleting anything, so that there is a way back where the new files were cut short (see `append`).
     retried(lambda: table.optimize(cleanup_older_than=timedelta(days=36500)), store.uri)
     try:
-        ids = _row_ids(store, name)
+        ids = _row_ids(store.table(name), store.uri)
         lasts = ids[np.flatnonzero(np.diff(ids >> 32, append=-1))]
         with told(store.uri):
             table.take_row_ids(lasts.tolist()).select(["check"]).to_arrow()
@@ -210,10 +223,10 @@ def _optimize(store: Store, name: str, alone: bool) -> None:
         retried(lambda: table.optimize(cleanup_older_than=age, delete_unverified=alone), store.uri)
 
 
-def _row_ids(store: Store, name: str) -> I64:
+def _row_ids(table: Any, uri: str) -> I64:
     """LanceDB's numbers of all rows, rising: number of the file << 32 | place in it. Needs no data files."""
-    with told(store.uri):
-        ids = store.table(name).search().select(["_rowid"]).to_arrow()["_rowid"].to_numpy()
+    with told(uri):
+        ids = table.search().select(["_rowid"]).to_arrow()["_rowid"].to_numpy()
     return np.sort(ids.astype(np.int64))
 
 
@@ -227,8 +240,7 @@ def _delete_superseded(store: Store) -> None:
     rows = store.rows("videos", None, ("id", "sequence", "written"))
     kept = schema.newest(rows)
     old = [row for row in rows if schema.stamp(row) < schema.stamp(kept[row["id"]])]
-    named = "(id = {} AND sequence = {} AND written = {})"
-    _delete(store, "videos", [named.format(schema.quoted([r["id"]]), r["sequence"], r["written"]) for r in old])
+    _delete(store, "videos", [schema.this_row(row["id"], schema.stamp(row)) for row in old])
 
 
 def _orphans(store: Store, age_seconds: float) -> dict[str, int]:
@@ -312,7 +324,7 @@ def _sound(store: Store, name: str, repair: bool) -> Iterator[Finding]:
 def _unsound_rows(store: Store, name: str) -> tuple[I64, list[str]]:
     """LanceDB's numbers of the rows that cannot be read or whose checksum is wrong, and the reasons."""
     table = store.table(name)
-    ids = _row_ids(store, name)
+    ids = _row_ids(table, store.uri)
     bad, reasons = [], Counter[str]()
 
     def look(part: I64) -> None:
