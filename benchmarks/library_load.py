@@ -172,6 +172,8 @@ def load(library: Path, videos: Path, count: int, seconds: float) -> dict[str, l
         alive = process.poll() is None
     _complain(tallies, time.perf_counter())
     answers = sorted(second for tally in tallies for second in tally.seconds)
+    if not answers:
+        raise RuntimeError("the service answered nothing: nothing was measured")
     return {
         "requests": [len(answers)],
         "errors": [sum(len(tally.errors) for tally in tallies) + (not alive)],

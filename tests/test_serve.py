@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import io
 import os
 import signal
@@ -34,6 +35,7 @@ from keyreel.config import ServeConfig
 from keyreel.errors import LibraryError, RenderError
 from keyreel.library.types import Example, Filter, LibraryHit
 from keyreel.serve import app, router, run
+from keyreel.serve.paths import Roots
 from keyreel.serve.refusals import Refused, shortened
 from keyreel.serve.service import Service
 from keyreel.serve.uploads import safe_name
@@ -924,3 +926,14 @@ def test_messages_tell_no_folders() -> None:
     assert shortened("/a\\udcff/d.mp4: bad", "file:///a%FF/d.mp4") == "d.mp4: bad"
     assert shortened("/a\udcff/d.mp4: bad", "file:///a%FF/d.mp4") == "d.mp4: bad"
     assert shortened("1/2 of it", "/d.mp4", "", "s3://bucket/library") == "1/2 of it"
+
+
+def test_a_file_that_nobody_takes_is_closed(tmp_path: Path) -> None:
+    """As where the caller leaves between the opening and the answer; a warning would fail the test."""
+    (tmp_path / "a.mp4").write_bytes(b"a")
+    opened = Roots([tmp_path]).open(tmp_path / "a.mp4")
+    number = opened.fileno()
+    del opened
+    gc.collect()
+    with pytest.raises(OSError):
+        os.fstat(number)

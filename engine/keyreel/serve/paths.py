@@ -69,14 +69,21 @@ class Roots:
             Refused: as `find`.
         """
         try:
-            # Not blocking: a pipe that was put there has no writer. As an object: one that nobody takes is closed.
-            opened = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            # Not blocking: a pipe that was put there has no writer.
+            opened = _Closing(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         except (OSError, ValueError) as error:
             raise Refused(404, "not_found", f"{path.name!r} cannot be opened: {type(error).__name__}") from error
         if not self.holds(os.path.realpath(_own(opened))) or not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
             opened.close()
             raise _outside(path.name)
         return opened
+
+
+class _Closing(FileIO):
+    """Closes itself where nobody took it: a caller may leave between the opening and the answer."""
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _own(file: FileIO) -> str:
