@@ -107,7 +107,9 @@ def check(store: Store) -> int:
 
 def main(folder: str, action: str, *numbers: str) -> None:
     def say(*words: object) -> None:
-        print(*words, flush=True)
+        # In one piece, however standard output is buffered: who reads must be able to tell a line that was cut.
+        sys.stdout.write(" ".join(map(str, words)) + "\n")
+        sys.stdout.flush()
 
     first, *more = map(int, numbers)
     store = Store(folder, compact_every=6)
