@@ -129,8 +129,8 @@ def check_cluster(
     clear = clear_runs(x, w, spans, k, seeds, **rules)
     np.testing.assert_array_equal(found.labels[clear[problem]], expected.labels[clear[problem]])
     assert (np.abs(found.history - expected.history)[clear] <= ROUNDING / 10 * scale[clear][:, None]).all()
-    # What is unclear may come to rest elsewhere, about as low.
-    assert (np.abs(found.objective - expected.objective) <= 1e-2 * scale).all()
+    # What is unclear may come to rest elsewhere, about as low; 7e-4 apart has been seen.
+    assert (np.abs(found.objective - expected.objective) <= 2e-3 * scale).all()
     return found, int(clear.sum())
 
 
