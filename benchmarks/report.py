@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import library_report, suite
+from benchmarks import library_report, quality_report, suite
 from benchmarks.cases import NAMES
 from benchmarks.rows import Results
 
@@ -137,7 +138,7 @@ def tables(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-SECTIONS = {"keyframes": keyframes, "memory": memory, "kernels": kernels}
+SECTIONS = {"keyframes": keyframes, "memory": memory, "kernels": kernels, "quality": quality_report.section}
 
 
 def filled(readme: str, results: Results | None = None) -> str:
@@ -149,19 +150,27 @@ def filled(readme: str, results: Results | None = None) -> str:
     at_scale = library_report.section(results)
     if at_scale or "<!-- library -->" in readme:
         found["library"] = at_scale
-    for name, section in found.items():
+    return marked(readme, found, "README.md")
+
+
+def marked(text: str, sections: Mapping[str, str], path: str) -> str:
+    """A text with other sections between their markers."""
+    for name, section in sections.items():
         block = "\n".join(filter(None, [f"<!-- {name} -->", section, f"<!-- /{name} -->"]))
-        readme, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, readme, flags=re.DOTALL)
+        text, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"README.md has {count} places for {name}")
-    return readme
+            raise ValueError(f"{path} has {count} places for {name}")
+    return text
 
 
 def files(results: Results) -> dict[Path, str]:
     """What else is written, by path."""
+    card = quality_report.CARD
+    found = {card: marked(card.read_text("utf-8"), quality_report.card(), card.name)}
+    found[quality_report.CURVE] = quality_report.curve()
     if results.last is None:
-        return {}
-    return {TABLES: tables(results), **{CHARTS / name: drawn for name, drawn in suite.charts(results).items()}}
+        return found
+    return found | {TABLES: tables(results), **{CHARTS / name: drawn for name, drawn in suite.charts(results).items()}}
 
 
 def main() -> None:

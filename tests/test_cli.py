@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from keyreel import Sampling, __version__
+from keyreel.bundle import Bundle
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
 from keyreel.demo import SCENES
@@ -156,13 +157,19 @@ def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
     jsonschema.validate(document, search_schema())
     assert document["query"] == "a dog"
     assert all(Path(hit["preview"]).is_file() for hit in document["hits"])
+    assert document["weak_score"] == Bundle.find("builtin").weak_score
     assert "data:image/jpeg" in (tmp_path / "hits.html").read_text()
     done = run("search", "--image", document["hits"][0]["preview"], clip, "--json", "-k", 1)
     assert done.returncode == 0, done.stderr.decode()
+    assert "weak_score" not in json.loads(done.stdout)  # it is of texts only
     again = json.loads(done.stdout)["hits"][0]
     assert again["start_seconds"] <= document["hits"][0]["pts_seconds"] < again["stop_seconds"]
     done = run("search", "a dog", clip)
     assert str(clip) in done.stdout.decode()
+    assert "nothing matches" not in done.stderr.decode()
+    done = run("search", "a grand piano", clip)
+    assert str(clip) in done.stdout.decode()
+    assert "nothing matches well" in done.stderr.decode()
 
 
 def test_search_tells_programs_what_failed(tiny: Path, tmp_path: Path) -> None:

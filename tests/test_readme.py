@@ -87,6 +87,5 @@ def test_figures_are_those_of_the_committed_results() -> None:
 
 def test_figures_of_the_built_in_model_are_those_of_its_manifest() -> None:
     verify = Bundle.find("builtin").manifest["verify"]
-    text = " ".join(README.split())
-    assert f"{100 * verify['val_label_top1']:.0f} % of {verify['val_label_images']:,.0f} validation photographs" in text
-    assert f"Of {verify['val_label_labels']:.0f} label names" in text
+    found = 100 * verify["val_label_specific_top1"], 100 * verify["val_label_specific_top5"]
+    assert f"top-1 / top-5 | {verify['val_label_images']:,.0f} | {found[0]:.1f} / {found[1]:.1f} %" in README

@@ -31,6 +31,7 @@ from fastapi import FastAPI
 from served import Served, served
 
 from keyreel import Engine, Library
+from keyreel.bundle import Bundle
 from keyreel.config import ServeConfig
 from keyreel.errors import LibraryError, RenderError
 from keyreel.library.types import Example, Filter, LibraryHit
@@ -156,8 +157,11 @@ def test_filters_are_the_librarys(service: Served, library: Library, place: Path
 
 
 def test_pictures_and_frames_are_queries_too(service: Served, library: Library) -> None:
+    weak = service.http.get("/api/v1/search", params={"q": "a dog"}).json()["weak_score"]
+    assert weak == Bundle.find("builtin").weak_score
     picture = np.random.default_rng(3).integers(0, 255, (40, 60, 3)).astype(np.uint8)
     answer = service.http.post("/api/v1/search", params={"k": 3}, files={"file": ("p.png", jpeg(picture))})
+    assert answer.json()["weak_score"] is None  # it is of texts only
     expected = library.search(picture, k=3)
     assert given(answer) == told(expected)
     np.testing.assert_allclose(scores(answer), [hit.score for hit in expected], atol=1e-5)

@@ -153,6 +153,12 @@ class Bundle:
         """Of the graphs' weights: "fp32", "fp16", or "int8" for a backbone whose matrix products are in 8 bits."""
         return str(self.manifest.get("precision", "fp32"))
 
+    @property
+    def weak_score(self) -> float | None:
+        """A best cosine under this says that nothing matches a text well; None where the model was not calibrated."""
+        found = self.manifest["text"].get("weak_score")
+        return None if found is None else float(found)
+
     def file(self, name: str) -> Path:
         return self.folder / name
 

@@ -46,6 +46,7 @@ from keyreel.cli_print import (
     print_summary,
     say,
     say_failed,
+    say_weak,
     span,
 )
 from keyreel.config import BenchConfig, DecodeLimits, EncodeConfig, OutputConfig, Sampling, SelectConfig
@@ -186,6 +187,7 @@ def search(
 
         failed = for_each(_sources(names, options), one, _told(bars))
         hits = engine.search(query, summaries, k=k) if summaries else []
+        weak = engine.bundle.weak_score if image is None else None
         pictures = hit_pictures(hits, {s.video.path: s.source for s in summaries}) if html or previews else []
     if previews is not None:
         hits = save_previews(hits, pictures, previews)
@@ -196,9 +198,10 @@ def search(
             made.write_text(search_page(shown or "", hits, pictures), encoding="utf-8")
         say(f"wrote {html}")
     if as_json:
-        print_json(search_document(shown or "", hits, failed))
+        print_json(search_document(shown or "", hits, failed, weak_score=weak))
     else:
         print_hits(hits)
+    say_weak(hits, weak)
     end(failed, len(summaries))
 
 

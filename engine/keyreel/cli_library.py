@@ -21,7 +21,7 @@ from keyreel import Engine, Library
 from keyreel.bundle import BUILTIN
 from keyreel.cli_app import Device, Field, Json, OwnModel, command, library_app, picked
 from keyreel.cli_documents import compact_document, stats_document, verify_document, videos_document
-from keyreel.cli_print import counted, out, print_hits, print_json, print_videos, say, shown
+from keyreel.cli_print import counted, out, print_hits, print_json, print_videos, say, say_weak, shown
 from keyreel.cli_thumbnails import can_show, thumbnail
 from keyreel.config import ServeConfig, option
 from keyreel.errors import Damaged, LibraryError
@@ -142,6 +142,7 @@ def search_library(
     library = wanted.library or ""
     # What is like a moment of the library needs no model.
     with Library(library) if isinstance(query, Example) else opened(library, model, device) as there:
+        weak = there.engine.bundle.weak_score if there.engine is not None and isinstance(query, str) else None
         videos = there.search_videos(query, k=k, where=where) if wanted.whole else None
         hits = there.search(query, k=k, where=where) if videos is None else [m for v in videos for m in v.moments]
         small = not as_json and can_show(out())
@@ -155,8 +156,9 @@ def search_library(
         say(f"wrote {html}")
     if not hits:
         say("nothing was found")
+    say_weak(hits, weak)
     if as_json:
-        print_json(search_document(name, found, videos=videos))
+        print_json(search_document(name, found, videos=videos, weak_score=weak))
     elif videos is None:
         print_hits(hits, [thumbnail(picture) for picture in pictures] if small else ())
     else:

@@ -88,12 +88,18 @@ def summary_document(
 
 
 def search_document(
-    query: str, hits: Sequence[SearchHit], failed: Sequence[Failure] = (), *, videos: Sequence[VideoHit] | None = None
+    query: str,
+    hits: Sequence[SearchHit],
+    failed: Sequence[Failure] = (),
+    *,
+    videos: Sequence[VideoHit] | None = None,
+    weak_score: float | None = None,
 ) -> Json:
     """What `keyreel search --json` prints, `keyreel.search/1`, best hit first, and the videos that failed.
 
     Args:
         videos: the videos that were found in a library, where videos were asked for; the hits are their moments.
+        weak_score: hits below it hardly match a text, where the model says so (`Bundle.weak_score`).
 
     Raises:
         ValueError: a number is not finite.
@@ -106,6 +112,8 @@ def search_document(
     }
     if videos is not None:
         document["videos"] = [{"video": v.video, "video_id": v.video_id, "score": v.score} for v in videos]
+    if weak_score is not None:
+        document["weak_score"] = weak_score
     document = plain(document)
     check_json(document)
     return document  # type: ignore[no-any-return]
@@ -191,13 +199,17 @@ def summary_schema() -> Json:
 
 
 def search_schema() -> Json:
-    """JSON Schema (draft 2020-12) of what `keyreel search --json` prints; what is optional comes from a library."""
+    """JSON Schema (draft 2020-12) of what `keyreel search --json` prints.
+
+    What is optional comes from a library, but for "weak_score", which stands where a text was asked of a model that has
+    such a score.
+    """
     hit = {"video": TEXT, "start_seconds": SECONDS, "stop_seconds": SECONDS, "pts_seconds": SECONDS}
     hit |= {"score": COSINE, "preview": TEXT_OR_NULL}
     more = {"video_id": TEXT, "video_score": COSINE, "keyframe_seconds": SECONDS, "folded": COUNT}
     properties = {"schema": {"const": SEARCH}, "query": TEXT, "hits": list_of(object_of(hit, more)), "failed": FAILED}
     videos = list_of(object_of({"video": TEXT, "video_id": TEXT, "score": COSINE}))
-    return {"$schema": DRAFT, "title": SEARCH, **object_of(properties, {"videos": videos})}
+    return {"$schema": DRAFT, "title": SEARCH, **object_of(properties, {"videos": videos, "weak_score": COSINE})}
 
 
 def webvtt(boxes: Sequence[tuple[int, int, int, int]], step_seconds: float, duration_seconds: float, image: str) -> str:

@@ -80,6 +80,7 @@ class Hits(BaseModel):
 
     query: str | None
     seconds: float
+    weak_score: float | None = None  # hits below it hardly match the text, where the model says so
     hits: list[Moment]
 
 

@@ -87,6 +87,11 @@ class Service:
 
     # --- search ---------------------------------------------------------------------------------------------------
 
+    @property
+    def weak_score(self) -> float | None:
+        """Hits below it hardly match a text; None where the model was not calibrated."""
+        return None if self.library.engine is None else self.library.engine.bundle.weak_score
+
     def check(self, where: Filter, k: int) -> None:
         """Whether a search may be made.
 

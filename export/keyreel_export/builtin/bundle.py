@@ -22,10 +22,10 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from keyreel_export.builtin.data import SIZE
+from keyreel_export.builtin.saliency import SpatialAttention
 from keyreel_export.builtin.student import CONTEXT_LENGTH, EMBEDDING_WIDTH, TOKEN_WIDTH, ImageTower, TextTower
 
 GRID = SIZE // 16
-FLOOR = 0.05  # of the mean energy, so that no patch has weight 0
 
 
 class Backbone(nn.Module):
@@ -41,16 +41,16 @@ class Backbone(nn.Module):
         return self.tower(pixels).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
-class SpatialAttention(nn.Module):
-    """tokens [N, P, C] -> attention [N, P] that sums to 1: each patch's share of the feature energy.
+class Texts(nn.Module):
+    """token_ids [Q, L] -> unit vectors [Q, D], without what all texts have in common (`space.Space`)."""
 
-    Activation-based attention of Zagoruyko & Komodakis 2017 (arXiv:1612.03928), sum of squares over channels.
-    """
+    def __init__(self, tower: TextTower, common: Tensor) -> None:
+        super().__init__()
+        self.tower = tower
+        self.register_buffer("common", common.clone())
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        energy = tokens.square().sum(-1)
-        energy = energy + FLOOR * energy.mean(-1, keepdim=True) + 1e-6
-        return energy / energy.sum(-1, keepdim=True)
+    def forward(self, ids: Tensor) -> Tensor:
+        return functional.normalize(self.tower(ids) - self.common, dim=-1, eps=1e-6)
 
 
 class Fusion(nn.Module):
@@ -128,7 +128,9 @@ def _difference(path: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> 
         return float(np.abs(found - module(*inputs.values()).numpy()).max())
 
 
-def write_graphs(folder: Path, image: ImageTower, text: TextTower, tokenizer: str) -> dict[str, Any]:
+def write_graphs(
+    folder: Path, image: ImageTower, attention: SpatialAttention, text: Texts, tokenizer: str
+) -> dict[str, Any]:
     """Writes all of the bundle but its manifest, which it returns.
 
     "verify" holds the largest difference between torch and onnxruntime of each graph; "sources" is left to the caller.
@@ -137,24 +139,23 @@ def write_graphs(folder: Path, image: ImageTower, text: TextTower, tokenizer: st
         tokenizer: the tokenizer's JSON.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    image, text = copy.deepcopy(image).eval(), copy.deepcopy(text).eval()
+    image, attention, text = (copy.deepcopy(module).eval() for module in (image, attention, text))
     _fuse(image)
-    _halve(image)
-    _halve(text)
+    for module in (image, attention, text):
+        _halve(module)
     rng = np.random.default_rng(0)
     frames = torch.from_numpy(rng.integers(0, 256, (3, 2 * SIZE, 2 * SIZE, 3), dtype=np.uint8))
-    ids = torch.from_numpy(rng.integers(1, text.embedding.num_embeddings, (3, CONTEXT_LENGTH)))
+    ids = torch.from_numpy(rng.integers(1, text.tower.embedding.num_embeddings, (3, CONTEXT_LENGTH)))
     ids[1, 5:] = 0
     with torch.inference_mode():
         tokens = Backbone(image)(frames)
-    tokens = torch.from_numpy(tokens.numpy())
-    attention = SpatialAttention()(tokens)
+        weights = attention(tokens)
     jobs: dict[str, tuple[nn.Module, dict[str, Tensor], str]] = {
         "backbone": (Backbone(image), {"frames": frames}, "tokens"),
-        "attention": (SpatialAttention(), {"tokens": tokens}, "attention"),
+        "attention": (attention, {"tokens": tokens}, "attention"),
         "fusion": (
             Fusion(image.project),
-            {"tokens": tokens, "attention": attention, "strength": torch.tensor(0.5)},
+            {"tokens": tokens, "attention": weights, "strength": torch.tensor(0.5)},
             "vectors",
         ),
         "text": (text, {"token_ids": ids}, "vectors"),
@@ -179,9 +180,10 @@ def write_graphs(folder: Path, image: ImageTower, text: TextTower, tokenizer: st
         "text": {"context_length": CONTEXT_LENGTH, "clean": "lower"},
         "attention": {
             "input": "tokens",
-            "source": "feature energy of the image tower itself, after Zagoruyko & Komodakis 2017 (arXiv:1612.03928)",
+            "source": "1x1 convolution and sigmoid on the last feature map, fitted to outlines of objects, after the "
+            "spatial branch of CBAM (Woo et al. 2018, arXiv:1807.06521)",
             "layer": "last feature map, after ReLU",
-            "formula": f"e_i = sum_c x_ic^2; f_i = e_i + {FLOOR} mean(e) + 1e-6; a_i = f_i / sum_j f_j",
+            "formula": f"s_i = {SpatialAttention.floor} + sigmoid(w . x_i / rms(x) + b); a_i = s_i / sum_j s_j",
         },
         "fusion": {
             "strength_default": 0.0,

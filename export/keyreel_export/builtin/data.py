@@ -1,15 +1,16 @@
 """The labelled images as crops, and what a teacher says of each crop.
 
-A bank is a folder of parts: for each training image one whole view and some random crops, and beside each crop the
-teacher's features. Teacher and student thus see the very same pixels ("patient and consistent" distillation, Beyer et
-al. 2022, arXiv:2106.05237). Parts that are on disk are not made again, so a broken run goes on where it stopped.
+A bank is a folder of arrays: for each training image one whole view and some random crops, and beside each crop the
+teacher's features and logits for the same part of the picture ("patient and consistent" distillation, Beyer et al.
+2022, arXiv:2106.05237). Parts that are on disk are not made again, so a broken run goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -26,7 +27,9 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
 SIZE = 112  # side of what the student sees, in pixels
-PART = 2048  # images in one part of the bank
+TEACHER_SIZE = 224  # of what the teacher sees
+PART = 1024  # images in one part of the bank
+BANK_FILES = ("crops", "features", "logits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,8 @@ class Bank:
 
     crops: U8  # [M, SIZE, SIZE, 3] RGB
     example: I64  # [M] place in the list of training examples
-    features: F16  # [M, F] pooled features of the teacher; F = 0 without one
-    guess: I64  # [M] the teacher's class where it is sure, else -1
+    features: F16  # [M, F] pooled features of the teacher
+    logits: F16  # [M, C] the teacher's classes before softmax
 
 
 def read_examples(trainset: Path, split: str) -> list[Example]:
@@ -80,11 +83,13 @@ def read_images(trainset: Path, examples: Iterable[Example]) -> Iterator[tuple[i
                     yield members[entry.name], Image.open(stream).convert("RGB")
 
 
-def random_view(image: Image.Image, rng: np.random.Generator, *, whole: bool) -> U8:
-    """One view of an image, [SIZE, SIZE, 3] uint8: flipped, coloured, sometimes blurred; the whole of it or a crop.
+def random_view(image: Image.Image, rng: np.random.Generator, *, whole: bool) -> tuple[U8, U8]:
+    """One view of an image: [SIZE, SIZE, 3] for the student, [TEACHER_SIZE, TEACHER_SIZE, 3] for the teacher, uint8.
 
-    Crops take 25 to 100 % of the area at aspects of 3:4 to 2:1 and are squashed to a square, as wide frames of a video
-    are. One view in four is blurred by going through a small size, since video is softer than photographs.
+    Both show the same part of it, the whole or a crop, mirrored or not. Crops take 25 to 100 % of the area at aspects
+    of 3:4 to 2:1 and are squashed to a square, as wide frames of a video are. The student's view is also coloured,
+    blurred by going through a small size, or compressed, since video is softer than photographs: it must say of the
+    spoilt picture what the teacher says of the clean one.
     """
     if not whole:
         area = image.width * image.height * rng.uniform(0.25, 1.0)
@@ -93,16 +98,21 @@ def random_view(image: Image.Image, rng: np.random.Generator, *, whole: bool) ->
         height = int(np.clip(np.sqrt(area / aspect), 8, image.height))
         left, top = rng.integers(0, image.width - width + 1), rng.integers(0, image.height - height + 1)
         image = image.crop((int(left), int(top), int(left) + width, int(top) + height))
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    clean = np.asarray(image.resize((TEACHER_SIZE, TEACHER_SIZE), Image.Resampling.BILINEAR))
     if rng.random() < 0.25:
         small = int(rng.integers(36, 90))
         image = image.resize((small, small), Image.Resampling.BILINEAR)
     image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     if rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if rng.random() < 0.5:
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             image = enhance(image).enhance(float(rng.uniform(0.7, 1.35)))
-    return np.asarray(image)
+    if rng.random() < 0.2:
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=int(rng.integers(15, 60)))
+        image = Image.open(stream)
+    return np.asarray(image), clean
 
 
 def square_view(image: Image.Image, size: int = 2 * SIZE) -> U8:
@@ -111,7 +121,7 @@ def square_view(image: Image.Image, size: int = 2 * SIZE) -> U8:
 
 
 class Teacher:
-    """A quantised MobileNetV2 classifier, read with its own runtime: pooled features and class probabilities."""
+    """A quantised MobileNetV2 classifier, read with its own runtime: pooled features and class logits."""
 
     def __init__(self, model: Path) -> None:
         from ai_edge_litert.interpreter import Interpreter
@@ -119,21 +129,24 @@ class Teacher:
         self._run: Any = Interpreter(str(model), num_threads=1, experimental_preserve_all_tensors=True)
         self._run.allocate_tensors()
         self._input = self._run.get_input_details()[0]
-        self._output = self._run.get_output_details()[0]
+        classes = self._run.get_output_details()[0]["shape"][-1]
         pooled = [d for d in self._run.get_tensor_details() if list(d["shape"][:-1]) == [1, 1, 1]]
-        widest = self._output["shape"][-1]
-        self._pooled = next(d for d in pooled if d["dtype"] == np.int8 and d["shape"][-1] != widest)
+        inner = {int(d["shape"][-1]) == classes: d for d in pooled if d["dtype"] == np.int8}
+        self._pooled, self._logits = inner[False], inner[True]
 
-    def __call__(self, views: U8) -> tuple[F32, F32]:
-        """views [N, h, w, 3] uint8 -> features [N, F], probabilities [N, classes]."""
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Features and classes."""
+        return int(self._pooled["shape"][-1]), int(self._logits["shape"][-1])
+
+    def __call__(self, view: U8) -> tuple[F32, F32]:
+        """view [h, w, 3] uint8 -> features [F], logits [C]."""
         _, height, width, _ = self._input["shape"]
-        found: list[tuple[F32, F32]] = []
-        for view in views:
-            picture = Image.fromarray(view).resize((int(width), int(height)), Image.Resampling.BILINEAR)
-            self._run.set_tensor(self._input["index"], np.asarray(picture)[None])
-            self._run.invoke()
-            found.append((self._read(self._pooled), self._read(self._output)))
-        return np.stack([f for f, _ in found]), np.stack([p for _, p in found])
+        if view.shape[:2] != (height, width):
+            view = np.asarray(Image.fromarray(view).resize((int(width), int(height)), Image.Resampling.BILINEAR))
+        self._run.set_tensor(self._input["index"], view[None])
+        self._run.invoke()
+        return self._read(self._pooled), self._read(self._logits)
 
     def _read(self, tensor: Any) -> F32:
         scale, zero = tensor["quantization"]
@@ -141,53 +154,70 @@ class Teacher:
         return np.asarray((values - zero) * scale, np.float32)
 
 
-def _make_part(job: tuple[Path, Path | None, list[Example], int, int, int, Path]) -> None:
-    trainset, model, examples, first, views, seed, target = job
-    crops: list[U8] = []
-    places: list[int] = []
+def _fill_part(job: tuple[Path, Path, list[Example], int, int, int, Path]) -> None:
+    trainset, model, examples, first, views, seed, folder = job
+    crops, features, logits = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in BANK_FILES)
+    teacher = Teacher(model)
     for index, image in read_images(trainset, examples):
         for view in range(views):
+            row = (first + index) * views + view
             rng = np.random.default_rng([seed, first + index, view])
-            crops.append(random_view(image, rng, whole=view == 0))
-            places.append(first + index)
-    stacked = np.stack(crops)
-    features, guess = np.zeros((len(stacked), 0), np.float16), np.full(len(stacked), -1, np.int64)
-    if model is not None:
-        found, probabilities = Teacher(model)(stacked)
-        features = found.astype(np.float16)
-        guess = np.where(probabilities.max(axis=1) >= 0.6, probabilities.argmax(axis=1), -1)
-    aside = target.with_suffix(".part.npz")
-    np.savez(aside, crops=stacked, example=np.asarray(places), features=features, guess=guess)
-    aside.rename(target)
+            crops[row], clean = random_view(image, rng, whole=view == 0)
+            features[row], logits[row] = teacher(clean)
+    for array in (crops, features, logits):
+        array.flush()
+    (folder / f"part-{first:06d}").touch()
 
 
 def make_bank(
     trainset: Path,
     examples: list[Example],
-    model: Path | None,
-    folder: Path,
+    model: Path,
+    work: Path,
     *,
     views: int,
     seed: int,
     workers: int = 2,
 ) -> Bank:
-    """Makes the missing parts of the bank in `folder`, reads all of them.
+    """Makes the missing parts of the bank under `work`, reads all of them.
 
     Args:
         views: crops of each image, the first of which is the whole image.
-        model: the teacher, or None for a bank without features.
+        model: the teacher.
     """
+    folder = work / f"bank-{len(examples)}-{views}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = []
-    for first in range(0, len(examples), PART):
-        target = folder / f"bank-{seed}-{views}-{'taught' if model else 'plain'}-{first:06d}.npz"
-        jobs.append((trainset, model, examples[first : first + PART], first, views, seed, target))
-    missing = [job for job in jobs if not job[-1].exists()]
+    rows = len(examples) * views
+    wide, classes = Teacher(model).widths
+    shapes: list[tuple[int, ...]] = [(rows, SIZE, SIZE, 3), (rows, wide), (rows, classes)]
+    for name, shape, dtype in zip(BANK_FILES, shapes, (np.uint8, np.float16, np.float16), strict=True):
+        path = folder / f"{name}.npy"
+        if not path.exists():
+            np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+    jobs = [
+        (trainset, model, examples[first : first + PART], first, views, seed, folder)
+        for first in range(0, len(examples), PART)
+        if not (folder / f"part-{first:06d}").exists()
+    ]
     if workers == 1:
-        for job in missing:
-            _make_part(job)
-    elif missing:
+        for job in jobs:
+            _fill_part(job)
+    elif jobs:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            list(pool.map(_make_part, missing))
-    parts = [np.load(job[-1]) for job in jobs]
-    return Bank(*(np.concatenate([part[name] for part in parts]) for name in ("crops", "example", "features", "guess")))
+            list(pool.map(_fill_part, jobs))
+    # Read, not mapped: pages of a file may be dropped and read again, which random crops cannot wait for.
+    crops, features, logits = (np.load(folder / f"{name}.npy") for name in BANK_FILES)
+    return Bank(crops, np.repeat(np.arange(len(examples)), views), features, logits)
+
+
+def ask_teacher(model: Path, views: Sequence[U8], kept: Path) -> tuple[F16, F16]:
+    """Features [N, F] and logits [N, C] of some pictures, read from the file `kept` where it exists."""
+    if not kept.exists():
+        teacher = Teacher(model)
+        found = [teacher(view) for view in views]
+        features, logits = (np.stack([pair[place] for pair in found]).astype(np.float16) for place in (0, 1))
+        aside = kept.with_suffix(".part.npz")
+        np.savez(aside, features=features, logits=logits)
+        aside.rename(kept)
+    arrays = np.load(kept)
+    return arrays["features"], arrays["logits"]

@@ -1,9 +1,13 @@
-"""What a finished bundle can do, through onnxruntime and its own files: labels, attention strengths, scenes."""
+"""What a finished bundle can do, through onnxruntime and its own files: labels, captions, absent things, maps, scenes.
+
+`python -m benchmarks.quality` of the project measures video search on top of this.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,13 @@ import onnxruntime
 
 from keyreel.bundle import Bundle
 from keyreel.text import Tokenizer
-from keyreel_export.builtin.data import F32, U8, Example, read_images, square_view
+from keyreel_export.builtin.data import F32, U8, Example, read_examples, read_images, square_view
+from keyreel_export.builtin.saliency import area_under_curve, centre_prior, find_objects, marked
 from keyreel_export.builtin.scenes import COLOURS, SHAPES, render_scene
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)
+FALSE_ALARMS = 0.1  # of queries for what is absent, at which the score under which nothing matches is set
+LIBRARY = 20  # images in each of the small libraries that are asked for what they lack
 
 
 class Towers:
@@ -39,11 +46,20 @@ class Towers:
         """[Q, D] unit vectors."""
         return self._run("text", {"token_ids": self._tokenizer.encode(texts)})
 
+    def tokens(self, frames: U8) -> F32:
+        """frames [N, H, W, 3] -> [N, P, C], all at once."""
+        return self._run("backbone", {"frames": frames})
+
+    def attention(self, frames: U8) -> F32:
+        """frames [N, H, W, 3] -> [N, P]."""
+        parts = [frames[first : first + 64] for first in range(0, len(frames), 64)]
+        return np.concatenate([self._run("attention", {"tokens": self.tokens(part)}) for part in parts])
+
     def frames(self, frames: U8, strengths: Sequence[float]) -> list[F32]:
         """frames [N, H, W, 3] -> [N, D] unit vectors for each attention strength."""
         found: list[list[F32]] = [[] for _ in strengths]
         for first in range(0, len(frames), 64):
-            tokens = self._run("backbone", {"frames": frames[first : first + 64]})
+            tokens = self.tokens(frames[first : first + 64])
             attention = self._run("attention", {"tokens": tokens})
             for place, strength in enumerate(strengths):
                 feed = {"tokens": tokens, "attention": attention, "strength": np.asarray(strength, np.float32)}
@@ -82,27 +98,43 @@ def interval(differences: F32, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def measure_labels(towers: Towers, trainset: Path, examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """Label top-1 and top-5 on validation images at each attention strength, with intervals against strength 0.
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Validation images that have labels, as vectors for each attention strength."""
 
-    All distinct names of the images' labels are ranked, as bare words. A hit is any label of the image, which broad
-    terms make easy ("commonest_share": always saying the commonest label); "specific": only its first label counts.
-    "label_to_image_map" ranks the images for each name; a missing label counts as wrong there.
-    """
-    labelled = [example for example in examples if example.labels]
+    examples: list[Example]
+    vectors: list[F32]  # [N, D] for each of STRENGTHS
+
+
+def show(towers: Towers, trainset: Path) -> Shown:
+    """Runs the image tower over the validation images."""
+    labelled = [example for example in read_examples(trainset, "val") if example.labels]
     frames = np.empty((len(labelled), towers.bundle.image.height, towers.bundle.image.width, 3), np.uint8)
     for index, image in read_images(trainset, labelled):
         frames[index] = square_view(image, towers.bundle.image.height)
+    return Shown(labelled, towers.frames(frames, STRENGTHS))
+
+
+def measure_labels(towers: Towers, shown: Shown) -> list[dict[str, Any]]:
+    """Label top-1 and top-5 on validation images at each attention strength, with intervals against strength 0.
+
+    All distinct names of the images' labels are ranked, as bare words. A hit is any label of the image, which broad
+    terms make easy ("commonest_share": always saying the commonest label); "specific": only its first label counts;
+    "prompted": the same with "a photo of a {label}".
+    "label_to_image_map" ranks the images for each name; a missing label counts as wrong there.
+    """
+    labelled = shown.examples
     counts = Counter(label for example in labelled for label in example.labels)
     names = sorted(counts)
     right = [[names.index(label) for label in example.labels] for example in labelled]
-    texts = towers.texts(names)
-    scores = [vectors @ texts.T for vectors in towers.frames(frames, STRENGTHS)]
+    texts, prompted = towers.texts(names), towers.texts([f"a photo of a {name}" for name in names])
+    scores = [vectors @ texts.T for vectors in shown.vectors]
     ranks = [label_ranks(each, right) for each in scores]
     table = []
-    for strength, rank, score in zip(STRENGTHS, ranks, scores, strict=True):
+    for strength, rank, score, vectors in zip(STRENGTHS, ranks, scores, shown.vectors, strict=True):
         row: dict[str, Any] = {"strength": strength, "images": len(labelled), "labels": len(names)}
-        specific = label_ranks(score, [columns[:1] for columns in right])
+        first = [columns[:1] for columns in right]
+        specific, asked = label_ranks(score, first), label_ranks(vectors @ prompted.T, first)
         for depth in (1, 5):
             hits, plain = (rank < depth).astype(np.float32), (ranks[0] < depth).astype(np.float32)
             change = (float((hits - plain).mean()), *interval(hits - plain))
@@ -110,10 +142,92 @@ def measure_labels(towers: Towers, trainset: Path, examples: Sequence[Example]) 
             row[f"top{depth}_interval"] = [round(v, 4) for v in interval(hits)]
             row[f"top{depth}_against_0"] = [round(v, 4) for v in change]
             row[f"specific_top{depth}"] = round(float((specific < depth).mean()), 4)
+            row[f"prompted_specific_top{depth}"] = round(float((asked < depth).mean()), 4)
         row["label_to_image_map"] = round(mean_average_precision(score, right), 4)
         row["commonest_share"] = round(max(counts.values()) / len(labelled), 4)
         table.append(row)
     return table
+
+
+def measure_absent(
+    towers: Towers, shown: Shown, strength: float, *, libraries: int = 400, seed: int = 0
+) -> dict[str, float]:
+    """Is what is there told from what is not? Small libraries are asked for a label that is there and one that is not.
+
+    The best score of a library is the answer. "weak_score" is the score that FALSE_ALARMS of the queries for absent
+    labels reach; "present_found" is the share of the queries for present labels that reach it, "present_absent_auc" the
+    chance that a present one scores higher than an absent one. A label is absent where no image of the library has it,
+    broad terms included, so that "dog" is not called absent where a poodle is.
+    """
+    rng = np.random.default_rng(seed)
+    vectors = shown.vectors[STRENGTHS.index(strength)]
+    names = sorted({example.labels[0] for example in shown.examples})
+    texts = dict(zip(names, towers.texts(names), strict=True))
+    present, absent = [], []
+    for _ in range(libraries):
+        chosen = rng.choice(len(shown.examples), min(LIBRARY, len(shown.examples) // 2), replace=False)
+        held = {label for i in chosen for label in shown.examples[int(i)].labels}
+        strangers = [name for name in names if name not in held]
+        if not strangers:
+            continue
+        asked = shown.examples[int(rng.choice(chosen))].labels[0]
+        stranger = strangers[int(rng.integers(len(strangers)))]
+        present.append(float((vectors[chosen] @ texts[asked]).max()))
+        absent.append(float((vectors[chosen] @ texts[stranger]).max()))
+    weak = float(np.quantile(absent, 1 - FALSE_ALARMS))
+    more = np.asarray(present)[:, None] > np.asarray(absent)[None]
+    return {
+        "weak_score": round(weak, 4),
+        "present_found": round(float((np.asarray(present) >= weak).mean()), 4),
+        "present_absent_auc": round(float(more.mean()), 4),
+        "libraries": float(len(present)),
+    }
+
+
+def measure_captions(towers: Towers, shown: Shown, strength: float) -> dict[str, float]:
+    """COCO captions to images: recall at 1 and 5, median rank among the captioned validation images."""
+    places = [i for i, example in enumerate(shown.examples) if example.captions]
+    if not places:
+        return {}
+    captions = [(caption, row) for row, i in enumerate(places) for caption in shown.examples[i].captions]
+    vectors = shown.vectors[STRENGTHS.index(strength)][places]
+    scores = towers.texts([caption for caption, _ in captions]) @ vectors.T
+    own = scores[np.arange(len(captions)), [row for _, row in captions]]
+    rank = (scores > own[:, None]).sum(axis=1) + 1
+    return {
+        "captions": float(len(captions)),
+        "caption_images": float(len(places)),
+        "caption_recall_at_1": round(float((rank <= 1).mean()), 4),
+        "caption_recall_at_5": round(float((rank <= 5).mean()), 4),
+        "caption_median_rank": float(np.median(rank)),
+    }
+
+
+def measure_attention(towers: Towers, trainset: Path, *, count: int = 400) -> dict[str, float]:
+    """Does the map find the one object of a picture better than the middle does? Mean area under the curve.
+
+    Of validation images: objects before a plain ground as they are, and the same objects put on photographs of places.
+    """
+    objects, places = find_objects(trainset, read_examples(trainset, "val"))
+    if not objects or not places:
+        return {}
+    grid = towers.bundle.grid
+    found: dict[str, float] = {}
+    kinds = marked(objects, places, towers.bundle.image.height, grid, count=count, seed=1)
+    for name, kind in zip(("plain", "placed"), kinds, strict=True):
+        maps = towers.attention(kind.frames)
+        prior = np.broadcast_to(centre_prior(grid).reshape(1, -1), maps.shape)
+        both = area_under_curve(maps, kind.masks), area_under_curve(prior, kind.masks)
+        clear = np.isfinite(both[0])
+        low, high = interval((both[0] - both[1])[clear])
+        found |= {
+            f"attention_{name}_auc": round(float(both[0][clear].mean()), 4),
+            f"attention_{name}_centre_auc": round(float(both[1][clear].mean()), 4),
+            f"attention_{name}_gain_low": round(low, 4),
+            f"attention_{name}_gain_high": round(high, 4),
+            f"attention_{name}_pictures": float(clear.sum()),
+        }
+    return found
 
 
 def best_strength(table: Sequence[dict[str, Any]]) -> float:
@@ -122,11 +236,11 @@ def best_strength(table: Sequence[dict[str, Any]]) -> float:
     return float(max(safe, key=lambda row: row["top1"] + row["top5"])["strength"])
 
 
-def measure_scenes(towers: Towers, count: int = 500, seed: int = 987654) -> dict[str, float]:
+def measure_scenes(towers: Towers, strength: float, count: int = 500, seed: int = 987654) -> dict[str, float]:
     """Rendered single shapes that training did not draw: is the right text first among all of its kind?"""
     rng = np.random.default_rng(seed)
     scenes = [render_scene("shape", rng, (398, 224)).squashed(towers.bundle.image.height) for _ in range(count)]
-    [vectors] = towers.frames(np.stack([scene.pixels for scene in scenes]), (towers.bundle.strength_default,))
+    [vectors] = towers.frames(np.stack([scene.pixels for scene in scenes]), (strength,))
     things = {f"{colour} {shape}": f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES}
     grounds = {f"{colour} background": f"a {colour} background" for colour in COLOURS}
     found = {"scenes": float(count)}
@@ -136,3 +250,21 @@ def measure_scenes(towers: Towers, count: int = 500, seed: int = 987654) -> dict
         hits = [tags[int(b)] in scene.tags for b, scene in zip(best, scenes, strict=True)]
         found[f"scenes_{name}_top1"] = round(float(np.mean(hits)), 4)
     return found
+
+
+def measure_all(
+    towers: Towers, trainset: Path, manifest: Mapping[str, Any]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """All of the above; sets the manifest's attention strength and weak score to what was found. Figures and tables."""
+    shown = show(towers, trainset)
+    table = measure_labels(towers, shown)
+    strength = best_strength(table)
+    chosen = next(row for row in table if row["strength"] == strength)
+    kept = ("top1", "top5", "specific_top1", "specific_top5", "prompted_specific_top1", "prompted_specific_top5")
+    figures = {f"val_label_{key}": float(chosen[key]) for key in (*kept, "commonest_share", "images", "labels")}
+    figures["val_label_to_image_map"] = chosen["label_to_image_map"]
+    absent = measure_absent(towers, shown, strength)
+    manifest["fusion"]["strength_default"] = strength
+    manifest["text"]["weak_score"] = absent["weak_score"]
+    figures |= absent | measure_captions(towers, shown, strength) | measure_attention(towers, trainset)
+    return figures | measure_scenes(towers, strength), [{"table": "attention strength", **row} for row in table]

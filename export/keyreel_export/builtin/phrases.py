@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from keyreel_export.builtin.data import Example
@@ -43,6 +42,7 @@ BROAD = 200  # labels with so many images are broad terms, which single-label so
 class View:
     """What is known of one picture."""
 
+    first: str  # its most specific tag, or ""
     tags: frozenset[str]
     unknown: frozenset[str]  # tags that may hold as well
     phrases: tuple[Phrase, ...]  # captions
@@ -65,9 +65,17 @@ def read_classes(path: Path | None, labels: Iterable[str]) -> list[list[Phrase]]
 
 
 def describe(
-    examples: Sequence[Example], classes: Sequence[Sequence[Phrase]], places: Sequence[int], guesses: Sequence[int]
+    examples: Sequence[Example],
+    classes: Sequence[Sequence[Phrase]],
+    places: Sequence[int],
+    guesses: Sequence[int],
+    broader: Mapping[str, frozenset[str]],
 ) -> list[View]:
-    """One View for each crop: `places` says of which example, `guesses` the class the teacher is sure of or -1."""
+    """One View for each crop: `places` says of which example, `guesses` the class the teacher is sure of or -1.
+
+    Args:
+        broader: labels that hold wherever a tag holds ("dog" where "class 207" does).
+    """
     counts = Counter(label for example in examples for label in example.labels)
     broad = frozenset(label for label, count in counts.items() if count >= BROAD)
     together = Counter((a, b) for example in examples for a in example.labels for b in example.labels if a != b)
@@ -75,17 +83,19 @@ def describe(
     for (a, b), count in together.items():
         if count > 0.25 * counts[a]:
             implied.setdefault(a, set()).add(b)
-    views = []
-    for place, guess in zip(places, guesses, strict=True):
+    made: dict[tuple[int, int], View] = {}
+    for place, guess in set(zip(places, guesses, strict=True)):
         example, names = examples[place], classes[guess] if 0 < guess < len(classes) else []
         own = f"caption {example.member}"
         tags = frozenset(example.labels).union(*(tags for _, tags in names), {own} if example.captions else ())
+        tags = tags.union(*(broader.get(tag, ()) for tag in tags))
         unknown = frozenset[str]().union(*(implied.get(tag, ()) for tag in tags))
         if example.source in ("imagenet-sample", "coco-mini") or not example.labels:
             unknown |= broad
         captions = [(caption.lower(), frozenset({own})) for caption in example.captions]
-        views.append(View(tags, unknown - tags, (*captions, *names)))
-    return views
+        first = example.labels[0] if example.labels else ""
+        made[place, guess] = View(first, tags, unknown - tags, (*captions, *names))
+    return [made[pair] for pair in zip(places, guesses, strict=True)]
 
 
 def say(view: View, rng: np.random.Generator, rarity: Mapping[str, float]) -> Phrase:
@@ -99,28 +109,12 @@ def say(view: View, rng: np.random.Generator, rarity: Mapping[str, float]) -> Ph
     if len(labels) > 1 and rng.random() < 0.25:
         first, second = (labels[int(i)] for i in rng.choice(len(labels), 2, replace=False))
         return JOINTS[int(rng.integers(len(JOINTS)))].format(first, second), frozenset({first, second})
-    shares = np.array([rarity.get(label, 1.0) for label in labels])
+    shares = np.array([rarity.get(label, 1.0) * (3.0 if label == view.first else 1.0) for label in labels])
     label = labels[int(rng.choice(len(labels), p=shares / shares.sum()))]
     return TEMPLATES[int(rng.integers(len(TEMPLATES)))].format(label), frozenset({label})
 
 
-class Tags:
-    """Tags as columns of 0 and 1, so that subsets are matrix products."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._column = {name: place for place, name in enumerate(sorted(set(names)))}
-
-    def rows(self, sets: Sequence[Iterable[str]]) -> torch.Tensor:
-        """[n, V] float32; a tag that is not known is left out."""
-        found = torch.zeros(len(sets), len(self._column))
-        for row, tags in enumerate(sets):
-            for tag in tags:
-                if tag in self._column:
-                    found[row, self._column[tag]] = 1.0
-        return found
-
-
-def train_tokenizer(texts: Iterable[str], size: int = 4096) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], size: int = 8192) -> Tokenizer:
     """Byte-pair pieces over the words of a corpus: an unknown word falls into pieces, at worst into bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.normalizer = normalizers.NFC()
@@ -139,13 +133,6 @@ def train_tokenizer(texts: Iterable[str], size: int = 4096) -> Tokenizer:
     tokenizer.enable_truncation(CONTEXT_LENGTH)
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"), pad_token="[PAD]", length=CONTEXT_LENGTH)
     return tokenizer
-
-
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> torch.Tensor:
-    """[Q, L] int64, cut to the longest of them."""
-    rows = tokenizer.encode_batch(list(texts))
-    longest = max(sum(row.attention_mask) for row in rows)
-    return torch.tensor([row.ids[:longest] for row in rows])
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:

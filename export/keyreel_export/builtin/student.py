@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-WIDTHS = (32, 64, 128, 256)
-BLOCKS = (1, 2, 2)
+WIDTHS = (64, 64, 128, 256)
+BLOCKS = (1, 2, 3)
 TOKEN_WIDTH = 512
 EMBEDDING_WIDTH = 256
 CONTEXT_LENGTH = 32
@@ -38,11 +38,12 @@ class ImageTower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = [_conv(3, WIDTHS[0], 3, 2), nn.ReLU()]
+        # A wide first kernel at stride 4: maps of few channels and many places are what a CPU is slow at.
+        layers: list[nn.Module] = [_conv(3, WIDTHS[0], 7, 4), nn.ReLU()]
         width = WIDTHS[0]
         for count, wider in zip(BLOCKS, WIDTHS[1:], strict=True):
             for place in range(count):
-                layers.append(Block(width, wider, 2 if place == 0 else 1))
+                layers.append(Block(width, wider, 2 if place == 0 and width != wider else 1))
                 width = wider
         self.layers = nn.Sequential(*layers, _conv(width, TOKEN_WIDTH, 1), nn.ReLU())
         self.project = nn.Linear(TOKEN_WIDTH, EMBEDDING_WIDTH)

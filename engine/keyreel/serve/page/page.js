@@ -218,7 +218,9 @@ function layout(params) {
   const { hits } = found, best = Math.max(...hits.map((hit) => hit.score));
   const groups = byVideo(hits);
   const from = `${count(hits.length, "moment")} in ${count(groups.size, "video")}`;
-  $("#count").textContent = hits.length === 0 ? "Nothing was found." : `${from}, ${Math.max(1, Math.round(1000 * found.seconds))} ms`;
+  const weak = typeof found.weak_score === "number" && best < found.weak_score ? "; nothing matches well" : "";
+  const took = `${Math.max(1, Math.round(1000 * found.seconds))} ms`;
+  $("#count").textContent = hits.length === 0 ? "Nothing was found." : `${from}, ${took}${weak}`;
   $(".choice").hidden = hits.length === 0;
   $("#more").hidden = hits.length < Number(params.get("k") ?? PAGE) || hits.length >= MOST;
   video.results(hits.map((hit) => ({ id: hit.video_id, seconds: hit.pts_seconds })));

@@ -1,0 +1,137 @@
+"""What a model finds: labels and captions of photographs, absent things, attention maps, captions of real clips.
+
+    python -m benchmarks.quality --trainset DIR --media DIR [--model builtin] [-o FILE]
+
+The photographs are the validation images of the built-in model's training set. The clips and their captions are those
+of quality_clips.json, written by us after a look at the clips and before the model was asked; a clip's score is the
+mean of eight frames spread over it. Each shift and strength is compared with neither of them, on the same queries, with
+a 95 % bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from benchmarks.environment import environment
+from benchmarks.run import commit
+from keyreel import EncodeConfig, Engine, Sampling
+from keyreel.bundle import Bundle
+from keyreel.config import ShiftMode
+from keyreel_export.builtin.measure import (
+    STRENGTHS,
+    Towers,
+    interval,
+    measure_absent,
+    measure_attention,
+    measure_captions,
+    measure_labels,
+    measure_scenes,
+    show,
+)
+
+CLIPS = Path(__file__).with_name("quality_clips.json")
+FRAMES = 8
+
+
+def clip_ranks(model: str, media: Path, shift: ShiftMode, strength: float) -> np.ndarray[Any, Any]:
+    """Place of the right clip for each caption, 1 the first; captions in the order of the file."""
+    captions: dict[str, list[str]] = json.loads(CLIPS.read_text("utf-8"))
+    encode = EncodeConfig(shift=shift, attention_strength=strength)
+    scores = []
+    texts = [(text, place) for place, own in enumerate(captions.values()) for text in own]
+    with Engine.from_pretrained(model, device="cpu") as engine:
+        queries = engine.encode_text([text for text, _ in texts])
+        for name in captions:
+            vectors = engine.embed_video(media / name, sampling=Sampling(fps=2.0), encode=encode).vectors
+            chosen = np.linspace(0, len(vectors) - 1, FRAMES).round().astype(int)
+            scores.append((vectors[chosen] @ queries.T).mean(axis=0))
+    table = np.stack(scores, axis=1)  # [queries, clips]
+    own = table[np.arange(len(texts)), [place for _, place in texts]]
+    return np.asarray((table > own[:, None]).sum(axis=1) + 1)
+
+
+def measure_clips(model: str, media: Path) -> list[dict[str, Any]]:
+    """One row for each shift and strength."""
+    found = []
+    plain = clip_ranks(model, media, "off", 0.0)
+    for shift, strength in product(get_args(ShiftMode), STRENGTHS):
+        ranks = clip_ranks(model, media, shift, strength)
+        row: dict[str, Any] = {"part": "clips", "shift": shift, "strength": strength, "queries": len(ranks)}
+        row["clips"] = len(json.loads(CLIPS.read_text("utf-8")))
+        row["median_rank"] = float(np.median(ranks))
+        for depth in (1, 5):
+            hits = (ranks <= depth).astype(np.float32)
+            change = hits - (plain <= depth)
+            row[f"recall_at_{depth}"] = round(float(hits.mean()), 4)
+            row[f"recall_at_{depth}_against_plain"] = [round(v, 4) for v in (float(change.mean()), *interval(change))]
+        found.append(row)
+    return found
+
+
+def measure_speed(model: str, *, runs: int = 7) -> dict[str, Any]:
+    """The image tower on one thread of onnxruntime, 32 noisy frames at a time, and a fresh engine to its first text."""
+    bundle = Bundle.find(model)
+    towers = Towers(bundle.folder, threads=1)
+    shape = (32, bundle.image.height, bundle.image.width, 3)
+    frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    rates, loads = [], []
+    for _ in range(runs):
+        began = time.perf_counter()
+        towers.tokens(frames)
+        rates.append(len(frames) / (time.perf_counter() - began))
+        began = time.perf_counter()
+        with Engine.from_pretrained(model, device="cpu") as engine:
+            loads.append(time.perf_counter() - began)
+            engine.encode_text("a dog")
+    size = sum(path.stat().st_size for path in bundle.folder.iterdir())
+    return {
+        "part": "speed",
+        "images_per_second_one_thread": round(float(np.median(rates)), 1),
+        "load_seconds": round(float(np.median(loads)), 4),
+        "megabytes": round(size / 1e6, 2),
+        "runs": runs,
+    }
+
+
+def measure_photographs(model: str, trainset: Path) -> list[dict[str, Any]]:
+    """Labels at each strength; captions, absent things, attention and scenes at the model's own strength."""
+    bundle = Bundle.find(model)
+    towers = Towers(bundle.folder)
+    shown = show(towers, trainset)
+    rows = [{"part": "labels", **row} for row in measure_labels(towers, shown)]
+    strength = min(STRENGTHS, key=lambda known: abs(known - bundle.strength_default))
+    rows.append({"part": "captions", "strength": strength, **measure_captions(towers, shown, strength)})
+    rows.append({"part": "absent", "strength": strength, **measure_absent(towers, shown, strength, seed=1)})
+    rows.append({"part": "attention", **measure_attention(towers, trainset)})
+    rows.append({"part": "scenes", "strength": strength, **measure_scenes(towers, strength)})
+    return rows
+
+
+def main() -> None:
+    """Writes one JSON line for each part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--trainset", type=Path, help="folder with labels.jsonl and tar shards")
+    parser.add_argument("--media", type=Path, help="folder with the clips of quality_clips.json")
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    rows = measure_photographs(arguments.model, arguments.trainset) if arguments.trainset else []
+    rows += measure_clips(arguments.model, arguments.media) if arguments.media else []
+    rows.append(measure_speed(arguments.model))
+    about = {"model": arguments.model, "commit": commit(), "environment": environment()}
+    for row in rows:
+        print(json.dumps(row))
+    if arguments.output:
+        lines = [json.dumps({"case": "quality", **row, **about}) + "\n" for row in rows]
+        arguments.output.write_text("".join(lines), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Where the object is: pictures of one object with known outlines, a head that finds it, and what a centre prior finds.
+
+Outlines come without annotation. A photograph or drawing before a plain ground gives its own: what a flood from the
+border does not reach. Such objects are also cut out and put somewhere on a photograph of a place, so that neither the
+middle of the picture nor an even ground gives them away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor, nn
+from torch.nn import functional
+
+from keyreel_export.builtin.data import F32, U8, Example, read_images
+from keyreel_export.builtin.student import TOKEN_WIDTH
+
+PLAIN = frozenset({"caltech101", "pacs", "clothing", "grocery"})  # sources with objects before plain grounds
+PLACES = frozenset({"cmu-sun-scenes", "houses"})
+TOLERANCE = 24  # of one colour channel, between neighbours that belong to the ground
+SMALLEST, LARGEST = 0.04, 0.6  # share of the picture that an object covers
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """One object before a plain ground."""
+
+    pixels: U8  # [h, w, 3]
+    mask: U8  # [h, w], 255 on the object
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """Pictures of one object each."""
+
+    frames: U8  # [N, side, side, 3]
+    masks: F32  # [N, rows, columns]: how much of each patch the object covers
+
+
+def outline(image: Image.Image) -> Object | None:
+    """The object of a picture with a plain ground; None where the ground is not plain or nothing sensible is left."""
+    pixels = np.asarray(image)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).astype(np.int16)
+    away = np.abs(border - np.median(border, axis=0)).max(axis=1)
+    if (away > TOLERANCE).mean() > 0.1:
+        return None
+    # One pixel around the picture, in the ground's colour, joins all parts of the ground that touch the border.
+    wide = Image.new("RGB", (image.width + 2, image.height + 2), tuple(int(v) for v in np.median(border, axis=0)))
+    wide.paste(image, (1, 1))
+    marker = (255, 0, 254)
+    ImageDraw.floodfill(wide, (0, 0), marker, thresh=2 * TOLERANCE)
+    mask = (np.asarray(wide)[1:-1, 1:-1] != marker).any(axis=2)
+    clean = Image.fromarray((mask * 255).astype(np.uint8)).filter(ImageFilter.MedianFilter(3))
+    mask8 = np.asarray(clean)
+    return Object(pixels, mask8) if SMALLEST <= (mask8 > 0).mean() <= LARGEST else None
+
+
+def find_objects(trainset: Path, examples: Sequence[Example]) -> tuple[list[Object], list[Image.Image]]:
+    """Objects with outlines, and photographs of places to put them on."""
+    objects: list[tuple[int, Object]] = []
+    places: list[tuple[int, Image.Image]] = []
+    kept = [example for example in examples if example.source in PLAIN | PLACES]
+    for index, image in read_images(trainset, kept):
+        if kept[index].source in PLACES:
+            places.append((index, image))
+        elif (found := outline(image)) is not None:
+            objects.append((index, found))
+    return [o for _, o in sorted(objects, key=lambda p: p[0])], [p for _, p in sorted(places, key=lambda p: p[0])]
+
+
+def compose(thing: Object, place: Image.Image, rng: np.random.Generator, side: int) -> tuple[Image.Image, Image.Image]:
+    """The object at a random size anywhere on the place; the picture and its mask, both [side, side]."""
+    ground = place.resize((side, side), Image.Resampling.BILINEAR)
+    rows, columns = np.nonzero(thing.mask)
+    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+    height, width = box[3] - box[1], box[2] - box[0]
+    scale = side * rng.uniform(0.25, 0.7) / max(height, width)
+    size = (max(4, int(width * scale)), max(4, int(height * scale)))
+    cut = Image.fromarray(thing.pixels).crop(box).resize(size, Image.Resampling.BILINEAR)
+    mask = Image.fromarray(thing.mask).crop(box).resize(size, Image.Resampling.BILINEAR)
+    at = int(rng.integers(0, side - size[0] + 1)), int(rng.integers(0, side - size[1] + 1))
+    ground.paste(cut, at, mask)
+    whole = Image.new("L", (side, side))
+    whole.paste(mask, at)
+    return ground, whole
+
+
+def marked(
+    objects: Sequence[Object], places: Sequence[Image.Image], side: int, grid: tuple[int, int], *, count: int, seed: int
+) -> tuple[Marked, Marked]:
+    """`count` pictures of objects as they are, and `count` of objects put on places."""
+    rng = np.random.default_rng(seed)
+    plain: list[tuple[Image.Image, Image.Image]] = []
+    composed: list[tuple[Image.Image, Image.Image]] = []
+    for place in rng.permutation(len(objects))[:count]:
+        thing = objects[int(place)]
+        pair = (Image.fromarray(thing.pixels), Image.fromarray(thing.mask))
+        plain.append((pair[0].resize((side, side), Image.Resampling.BILINEAR), pair[1].resize((side, side))))
+    for _ in range(count):
+        thing, ground = objects[int(rng.integers(len(objects)))], places[int(rng.integers(len(places)))]
+        composed.append(compose(thing, ground, rng, side))
+    return _stack(plain, grid), _stack(composed, grid)
+
+
+def _stack(pairs: Sequence[tuple[Image.Image, Image.Image]], grid: tuple[int, int]) -> Marked:
+    frames = np.stack([np.asarray(image) for image, _ in pairs])
+    small = [mask.resize((grid[1], grid[0]), Image.Resampling.BOX) for _, mask in pairs]
+    return Marked(frames, np.stack([np.asarray(mask, np.float32) / 255 for mask in small]))
+
+
+def centre_prior(grid: tuple[int, int]) -> F32:
+    """A normal distribution around the middle, [rows, columns], of a third of the side: what photographers do."""
+    y, x = (np.linspace(-1, 1, n) for n in grid)
+    prior = np.exp(-0.5 * (y[:, None] ** 2 + x[None] ** 2) / (2 / 3) ** 2)
+    return np.asarray(prior / prior.sum(), np.float32)
+
+
+def area_under_curve(maps: F32, masks: F32) -> F32:
+    """Of each picture, the chance that a patch of the object has more weight than one of the ground, [N].
+
+    A patch is the object's from half of it on; pictures without a patch of either kind give NaN.
+    """
+    found = np.full(len(maps), np.nan, np.float32)
+    for row, (weights, mask) in enumerate(zip(maps.reshape(len(maps), -1), masks.reshape(len(masks), -1), strict=True)):
+        inside, outside = weights[mask >= 0.5], weights[mask < 0.5]
+        if len(inside) and len(outside):
+            more = (inside[:, None] > outside[None]).mean() + 0.5 * (inside[:, None] == outside[None]).mean()
+            found[row] = more
+    return found
+
+
+class SpatialAttention(nn.Module):
+    """tokens [N, P, C] -> attention [N, P] that sums to 1: each patch's share of what a linear map says of it.
+
+    `a_i = s_i / sum_j s_j`, `s_i = FLOOR + sigmoid(w . x_i / rms(x) + b)`: a 1x1 convolution and a sigmoid on the last
+    feature map, as the spatial branch of CBAM (Woo et al. 2018, arXiv:1807.06521) without its pooling over channels.
+    """
+
+    floor = 0.05  # so that no patch has weight 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh = nn.Linear(TOKEN_WIDTH, 1)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[N, P]; scaled by each picture's own root mean square, so that contrast and exposure do not matter."""
+        size = tokens.square().mean((1, 2), keepdim=True).add(1e-6).sqrt()
+        found: Tensor = self.weigh(tokens / size).squeeze(-1)
+        return found
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        share = self.floor + torch.sigmoid(self.logits(tokens))
+        return share / share.sum(-1, keepdim=True)
+
+
+def train_attention(tokens: Tensor, masks: F32, *, steps: int = 600, seed: int = 0) -> SpatialAttention:
+    """Fits the head to outlines by logistic regression.
+
+    Args:
+        tokens: [N, P, C] of marked pictures. masks: [N, rows, columns] with P = rows * columns.
+    """
+    torch.manual_seed(seed)
+    head = SpatialAttention()
+    wanted = torch.from_numpy(masks.reshape(len(masks), -1))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.05)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / steps)
+        rows = torch.randint(len(tokens), (128,))
+        loss = functional.binary_cross_entropy_with_logits(head.logits(tokens[rows].float()), wanted[rows])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return head.eval()

@@ -1,0 +1,201 @@
+"""The joint space: a text tower and one linear map of image features that meet, without any CNN in the loop.
+
+Run twice, for minutes each: on the teacher's features before distillation, where it says what the student shall aim at,
+and on the finished student's own pooled features, where it fits the texts to what that student can see.
+
+Three losses. Pictures and texts are contrasted both ways, with all the right answers known (Khosla et al. 2020,
+arXiv:2004.11362). Words beyond the labels (`wordnet.py`, `words.txt`) are drawn to the mean of the labels that they
+stand for. Made-up sentences of several known things, with filler and unknown words between them, are drawn to the mean
+of those things, so that a query is the sum of what is known in it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from keyreel_export.builtin.language import Language
+from keyreel_export.builtin.phrases import Phrase, View, say
+from keyreel_export.builtin.student import EMBEDDING_WIDTH, TextTower
+
+
+@dataclass(frozen=True, slots=True)
+class SpacePlan:
+    """How long and how large."""
+
+    steps: int = 1500
+    seed: int = 0
+    batch: int = 256
+    scenes: int = 48  # of a batch
+    negatives: int = 384  # label texts beside the texts of the batch
+    words: int = 96  # of each of the two text-only losses
+    rate: float = 2e-3
+    refresh: int = 20  # steps between two looks at where the known things are
+
+
+class Space(nn.Module):
+    """Both maps into the joint space. F is the width of the image features.
+
+    `common` is what all texts have in common, [D], zero at first. Taken off, pictures are ranked by how much nearer
+    they are to a text than to texts at large, since some are near to all.
+    """
+
+    common: Tensor
+
+    def __init__(self, features: int, vocabulary: int) -> None:
+        super().__init__()
+        self.place = nn.Linear(features, EMBEDDING_WIDTH)
+        self.text = TextTower(vocabulary)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(15.0)))
+        self.register_buffer("common", torch.zeros(EMBEDDING_WIDTH))
+
+    def told(self, ids: Tensor) -> Tensor:
+        """Token ids [Q, L] -> unit vectors [Q, D]."""
+        return functional.normalize(self.text(ids).float() - self.common, dim=-1, eps=1e-6)
+
+    def placed(self, features: Tensor) -> Tensor:
+        """[N, F] -> unit vectors [N, D]."""
+        return functional.normalize(self.place(functional.dropout(features, 0.1, self.training)), dim=-1, eps=1e-6)
+
+
+def contrast(vectors: Tensor, texts: Tensor, true: Tensor, unknown: Tensor, scale: Tensor) -> Tensor:
+    """InfoNCE with several right answers, averaged over them, both ways.
+
+    Args:
+        vectors: [B, D] unit. texts: [Q, D] unit, the first B of them each made for its picture.
+        true: [B, Q], where the text holds of the picture: how much it counts, else 0.
+        unknown: [B, Q] bool, where it may hold though the labels do not say so; left out.
+    """
+    logits = (scale * vectors @ texts.T).masked_fill(unknown & (true == 0), -1e4)
+    to_text = -(logits.log_softmax(1) * true).sum(1) / true.sum(1).clamp(min=1e-6)
+    wanted = (true > 0).float()
+    to_image = -(logits.log_softmax(0) * wanted).sum(0) / wanted.sum(0).clamp(min=1.0)
+    return 0.7 * to_text.mean() + 0.3 * to_image[wanted.sum(0) > 0].mean()
+
+
+def train_space(
+    plan: SpacePlan,
+    features: tuple[Tensor, Tensor],
+    views: tuple[Sequence[View], Sequence[View]],
+    language: Language,
+    start: Space | None = None,
+    log: Path | None = None,
+) -> Space:
+    """Trains a new space, or goes on with one.
+
+    Args:
+        features: of photographs [M, F] and of scenes [R, F].
+        views: what is known of each of them.
+        start: a space for features of the same width to go on with; what its label names have in common goes.
+        log: JSON lines are added to this file.
+    """
+    torch.manual_seed(plan.seed)
+    rng = np.random.default_rng(plan.seed)
+    space = Space(features[0].shape[1], language.tokenizer.get_vocab_size())
+    if start is not None:
+        space.load_state_dict(start.state_dict())
+        with torch.no_grad():
+            known = known_things(space, language)
+            # As the file of the bundle will hold it.
+            space.common += known[: len(language.labels)].mean(0).half().float()
+    optimizer = torch.optim.AdamW(space.parameters(), lr=plan.rate, weight_decay=0.02, betas=(0.9, 0.98))
+    things = torch.zeros(0)
+    began, sums = time.monotonic(), dict[str, float]()
+    space.train()
+    for step in range(plan.steps):
+        falling = 0.5 * (1 + math.cos(math.pi * step / plan.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate * max(falling, 0.01) * min(1.0, (step + 1) / 50)
+        if step % plan.refresh == 0:
+            things = known_things(space, language)
+        losses = {
+            "space": _pictures(plan, space, features, views, language, rng),
+            "words": _towards(space, language, language.draw_words(plan.words, rng), things, rng),
+            "sentences": _towards(space, language, language.draw_sentences(plan.words, rng), things, rng),
+        }
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(space.parameters(), 5.0)
+        optimizer.step()
+        with torch.no_grad():
+            space.log_scale.clamp_(0.0, math.log(50.0))
+        for name, loss in losses.items():
+            sums[name] = 0.97 * sums.get(name, float(loss.detach())) + 0.03 * float(loss.detach())
+        if log is not None and ((step + 1) % 100 == 0 or step + 1 == plan.steps):
+            facts: dict[str, Any] = {name: round(value, 4) for name, value in sums.items()}
+            row = {"stage": "space", "seconds": round(time.monotonic() - began), "step": step + 1, **facts}
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    return space.eval()
+
+
+def known_things(space: Space, language: Language) -> Tensor:
+    """Where the bare names of all known things lie, [K, D] unit; label names first."""
+    was = space.training
+    space.eval()
+    with torch.no_grad():
+        found = torch.cat([space.told(language.encode(names)) for names in _parts(language.things, 256)])
+    space.train(was)
+    return found
+
+
+def _parts(texts: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [texts[first : first + size] for first in range(0, len(texts), size)]
+
+
+def _pictures(
+    plan: SpacePlan,
+    space: Space,
+    features: tuple[Tensor, Tensor],
+    views: tuple[Sequence[View], Sequence[View]],
+    language: Language,
+    rng: np.random.Generator,
+) -> Tensor:
+    rows = rng.integers(0, len(features[0]), plan.batch)
+    drawn = rng.integers(0, len(features[1]), plan.scenes if len(features[1]) else 0)
+    shown = [views[0][int(i)] for i in rows] + [views[1][int(i)] for i in drawn]
+    phrases: list[Phrase] = [say(view, rng, language.rarity) for view in shown]
+    phrases += language.draw_names(plan.negatives, rng)
+    phrases += language.scene_phrases if len(drawn) else []
+    true, unknown = language.truth(shown, len(rows), phrases)
+    texts = _read(space, language, [text for text, _ in phrases], rng)
+    taken = torch.cat([features[0][torch.from_numpy(rows)].float(), features[1][torch.from_numpy(drawn)].float()])
+    return contrast(space.placed(taken), texts, true, unknown, space.log_scale.exp())
+
+
+def _towards(
+    space: Space,
+    language: Language,
+    drawn: tuple[list[str], list[dict[int, float]]],
+    things: Tensor,
+    rng: np.random.Generator,
+) -> Tensor:
+    """1 - cosine of texts to the weighted means of known things."""
+    texts, parts = drawn
+    if not texts:
+        return torch.zeros(())
+    weights = torch.zeros(len(texts), len(things))
+    for row, part in enumerate(parts):
+        for place, weight in part.items():
+            weights[row, place] = weight
+    wanted = functional.normalize(weights @ things, dim=-1, eps=1e-6)
+    found = _read(space, language, texts, rng)
+    return (1 - functional.cosine_similarity(found, wanted, dim=-1)).mean()
+
+
+def _read(space: Space, language: Language, texts: Sequence[str], rng: np.random.Generator) -> Tensor:
+    """[n, D] unit. Some pieces go missing, so that no text hangs on a single one."""
+    ids = language.encode(texts)
+    gone = (torch.from_numpy(rng.random(ids.shape)) < 0.05) & (ids > 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        return space.told(torch.where(gone, 1, ids))

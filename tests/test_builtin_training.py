@@ -1,0 +1,278 @@
+"""The script that makes the built-in model: its parts against references, and a small run of the whole."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+
+from keyreel.bundle import Bundle as Checked  # noqa: E402
+from keyreel_export.builtin import data  # noqa: E402
+from keyreel_export.builtin.__main__ import main  # noqa: E402
+from keyreel_export.builtin.data import Example, random_view  # noqa: E402
+from keyreel_export.builtin.language import Language, plural, read_lists  # noqa: E402
+from keyreel_export.builtin.measure import label_ranks, mean_average_precision  # noqa: E402
+from keyreel_export.builtin.phrases import describe  # noqa: E402
+from keyreel_export.builtin.saliency import area_under_curve, centre_prior, compose, outline, train_attention  # noqa: E402
+from keyreel_export.builtin.scenes import COLOURS as PALETTE  # noqa: E402
+from keyreel_export.builtin.scenes import KINDS, render_scene  # noqa: E402
+from keyreel_export.builtin.space import contrast  # noqa: E402
+from keyreel_export.builtin.wordnet import Nouns  # noqa: E402
+
+
+def tiny_trainset(folder: Path) -> Path:
+    (folder / "shards").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    with tarfile.open(folder / "shards" / "train-000.tar", "w") as tar:
+        for number in range(24):
+            raw = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (64, 80, 3), dtype=np.uint8)).save(raw, "JPEG")
+            entry = tarfile.TarInfo(f"x-{number}.jpg")
+            entry.size = raw.tell()
+            raw.seek(0)
+            tar.addfile(entry, raw)
+            labels = [["dog", "animal"], ["cat", "animal"], ["car"], []][number % 4]
+            rows.append({"file": f"shards/train-000.tar/{entry.name}", "source": "x", "labels": labels, "captions": []})
+            rows[-1]["split"] = "val" if number < 8 else "train"
+    (folder / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return folder
+
+
+class Blocks:
+    """A teacher whose features are the mean colours of blocks, and whose classes are three of them."""
+
+    widths = (48, 3)
+
+    def __init__(self, model: Path) -> None:
+        assert model.name == "teacher.tflite"
+
+    def __call__(self, view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        side = view.shape[0] // 4
+        blocks = view.reshape(4, side, 4, side, 3).mean(axis=(1, 3)).reshape(-1).astype(np.float32) / 64
+        return blocks, blocks[:3]
+
+
+def test_the_script_makes_a_bundle_that_loads_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "Teacher", Blocks)
+    trainset, out, work = tiny_trainset(tmp_path / "set"), tmp_path / "out" / "tiny", tmp_path / "work"
+    (tmp_path / "imagenet_labels.txt").write_text("background\ntench, Tinca tinca\ndog\n")
+    arguments = ["--trainset", str(trainset), "--teacher", str(tmp_path / "teacher.tflite"), "-o", str(out)]
+    arguments += ["--work", str(work), "--minutes", "0.05", "--steps", "4", "--workers", "1", "--views", "2"]
+    arguments += ["--batch", "8", "--scenes", "24"]
+    main(arguments)
+    made = Checked.load(out)
+    assert (made.grid, made.family, made.token_width) == ((7, 7), "average", 512)
+    verify = made.manifest["verify"]
+    assert max(value for name, value in verify.items() if name.endswith("max_abs_difference")) < 1e-3
+    assert verify["val_label_images"] == 6
+    assert verify["training_images_seen"] >= 8
+    assert verify["teacher_cosine_images"] == 8
+    assert made.weak_score == verify["weak_score"]
+    first = {name: entry["sha256"] for name, entry in made.manifest["files"].items()}
+    (work / "space-student.pt").unlink()
+    main(arguments)  # the time is used up: only the last joint space is learnt again, to the same weights
+    again = Checked.load(out)
+    assert {name: entry["sha256"] for name, entry in again.manifest["files"].items()} == first
+
+
+def test_scenes_are_as_their_captions_say() -> None:
+    for kind in KINDS:
+        one, same = (render_scene(kind, np.random.default_rng(5), (120, 80)) for _ in range(2))
+        assert one.pixels.shape == (80, 120, 3)
+        np.testing.assert_array_equal(one.pixels, same.pixels)
+        assert one.captions
+        assert all(tags <= one.tags for _, tags in one.captions)
+    for seed in range(20):
+        made = render_scene("shape", np.random.default_rng(seed))
+        ground = next(tag for tag in made.tags if tag.endswith(" background")).split()[0]
+        border = np.median(
+            np.concatenate([made.pixels[0], made.pixels[-1], made.pixels[:, 0], made.pixels[:, -1]]), axis=0
+        )
+        nearest = min(PALETTE, key=lambda name: float(np.abs(np.asarray(PALETTE[name]) - border).sum()))
+        assert nearest == ground
+    with pytest.raises(ValueError, match="unknown kind"):
+        render_scene("opera", np.random.default_rng(0))
+
+
+# Parts ------------------------------------------------------------------------------------------------------------
+
+# WordNet's format: offset, file, kind, words with lexical ids, pointers; animal > dog > puppy, poodle; animal > cat.
+NOUNS = """  1 a licence
+00000100 05 n 01 animal 0 000 | a living thing
+00000200 05 n 02 dog 0 domestic_dog 0 001 @ 00000100 n 0000 | barks
+00000300 05 n 01 puppy 0 001 @ 00000200 n 0000 | a young dog
+00000400 05 n 01 poodle 0 001 @ 00000200 n 0000 | curly
+00000500 05 n 01 cat 0 001 @ 00000100 n 0000 | meows
+00000600 07 n 01 truth 0 000 | cannot be seen
+00000700 05 n 01 Lassie 0 001 @i 00000200 n 0000 | one dog
+00000800 06 n 01 dog 1 000 | a rare sense, an andiron
+"""
+COUNTS = "dog%1:05:00:: 1 42\npuppy%1:05:00:: 1 5\nanimal%1:05:00:: 1 9\ntruth%1:07:00:: 1 9\n"
+
+
+@pytest.fixture
+def nouns(tmp_path: Path) -> Nouns:
+    (tmp_path / "data.noun").write_text(NOUNS)
+    (tmp_path / "cntlist.rev").write_text(COUNTS)
+    return Nouns(tmp_path)
+
+
+def test_words_stand_for_the_nearest_known_things(nouns: Nouns) -> None:
+    assert nouns.find(["domestic dog", "dog"]) == 200
+    assert nouns.find(["dog"]) == 200  # by frequency, not by place in the file
+    assert nouns.find(["old brown dog"]) == 200  # by its last word
+    assert nouns.find(["truth"]) is None
+    assert nouns.find(["Lassie"]) is None
+    assert nouns.ancestors(300) == {200, 100}
+    tied = nouns.tie({"dog": ["dog"], "cat": ["cat"]})
+    assert tied["dog"] == tied["domestic dog"] == tied["puppy"] == ("dog",)
+    assert tied["animal"] == ("cat", "dog")
+    assert "poodle" not in tied  # never seen in a text
+    assert "truth" not in tied
+
+
+def examples(*labels: tuple[str, ...]) -> list[Example]:
+    return [Example("s.tar", f"{n}.jpg", "x", "train", own, ()) for n, own in enumerate(labels)]
+
+
+def test_language_says_what_is_true(nouns: Nouns, tmp_path: Path) -> None:
+    found = examples(*[("poodle", "dog")] * 70, *[("cat",)] * 30, *[("car",)] * 30)
+    words = tmp_path / "words.txt"
+    words.write_text("# a comment\nautomobile, taxi: car\nkitten: cat, unheard-of\n")
+    grammar = (Path(data.__file__).with_name("grammar.txt")).read_text("utf-8")
+    (tmp_path / "grammar.txt").write_text(grammar)
+    classes = [[("background", frozenset({"class 0"}))], [("tench", frozenset({"class 1"}))]]
+    language = Language(found, classes, [], nouns, words, tmp_path / "tokenizer.json")
+    assert language.things == ["car", "cat", "dog", "poodle", "tench"]
+    rng = np.random.default_rng(0)
+    texts, parts = language.draw_words(200, rng)
+    kittens = [part for text, part in zip(texts, parts, strict=True) if "kitten" in text]
+    assert kittens
+    assert all(part == {language.things.index("cat"): 1.0} for part in kittens)
+    sentences, wanted = language.draw_sentences(100, rng)
+    assert len(sentences) == len(wanted) == 100
+    assert not any("{" in text or "  " in text for text in sentences)
+    assert all(set(part) <= set(range(5)) and min(part.values()) > 0 for part in wanted)
+    views = describe(found, classes, [0, 70, 100], [-1, -1, 1], {"poodle": frozenset({"animal"})})
+    phrases = [("poodle", frozenset({"poodle"})), ("a dog", frozenset({"dog"})), ("tench", frozenset({"class 1"}))]
+    true, unknown = language.truth(views, 3, phrases)
+    assert (true > 0).tolist() == [[True, True, False], [False, False, False], [False, False, True]]
+    assert true[0, 0] > true[0, 1]  # the most specific label counts for more
+    assert not (unknown & (true == 0))[1].any()
+    assert "animal" in views[0].tags
+    again = Language(found, classes, [], nouns, words, tmp_path / "tokenizer.json")
+    assert again.encode(sentences).tolist() == language.encode(sentences).tolist()
+
+
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [("dog", "dogs"), ("box", "boxes"), ("berry", "berries"), ("boy", "boys"), ("scissors", "scissors")],
+)
+def test_plurals(one: str, many: str) -> None:
+    assert plural(one) == many
+
+
+def test_lists_of_the_package_name_labels_that_exist() -> None:
+    words = read_lists(Path(data.__file__).with_name("words.txt"))
+    assert words["puppy"] == ["dog"]
+    assert all(word == word.lower() and word.strip() and labels for word, labels in words.items())
+
+
+def test_contrast_is_the_mean_of_both_ways() -> None:
+    rng = np.random.default_rng(1)
+    vectors, texts = (rng.normal(size=(n, 8)) for n in (3, 5))
+    vectors, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (vectors, texts))
+    true = np.array([[2.0, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 3, 1, 0]])
+    unknown = np.zeros((3, 5), bool)
+    unknown[1, 4] = True
+    logits = np.where(unknown & (true == 0), -1e4, 7.0 * vectors @ texts.T)
+
+    def log_softmax(x: np.ndarray, axis: int) -> np.ndarray:
+        return x - np.log(np.exp(x - x.max(axis, keepdims=True)).sum(axis, keepdims=True)) - x.max(axis, keepdims=True)
+
+    rows = [-(log_softmax(logits, 1)[i] * true[i]).sum() / true[i].sum() for i in range(3)]
+    columns = [-log_softmax(logits, 0)[true[:, q] > 0, q].mean() for q in range(4)]
+    expected = 0.7 * np.mean(rows) + 0.3 * np.mean(columns)
+    found = contrast(*(torch.from_numpy(x) for x in (vectors, texts, true, unknown)), torch.tensor(7.0))
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+def test_views_show_the_same_part_to_both() -> None:
+    image = Image.new("RGB", (96, 64), (20, 30, 40))
+    ImageDraw.Draw(image).rectangle((0, 0, 47, 63), fill=(220, 200, 30))
+    for seed in range(20):
+        student, teacher = random_view(image, np.random.default_rng(seed), whole=seed % 2 == 0)
+        assert (student.shape, teacher.shape) == ((112, 112, 3), (224, 224, 3))
+        bright = [float((view[..., 0].astype(int) > 100).mean()) for view in (student, teacher)]
+        assert bright[0] == pytest.approx(bright[1], abs=0.06), seed
+
+
+def test_outlines_are_found_before_plain_grounds_only() -> None:
+    image = Image.new("RGB", (80, 60), (240, 240, 235))
+    ImageDraw.Draw(image).ellipse((20, 15, 50, 45), fill=(40, 90, 160))
+    ImageDraw.Draw(image).ellipse((30, 25, 38, 33), fill=(240, 240, 235))  # a hole belongs to the object
+    found = outline(image)
+    assert found is not None
+    y, x = np.mgrid[:60, :80]
+    disc = (x - 35) ** 2 + (y - 30) ** 2 <= 15**2
+    assert ((found.mask > 0) & disc).sum() / ((found.mask > 0) | disc).sum() > 0.93
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    assert outline(Image.fromarray(noise)) is None
+    assert outline(Image.new("RGB", (80, 60))) is None
+    picture, mask = compose(found, Image.fromarray(noise), np.random.default_rng(1), 96)
+    inside = np.asarray(mask) > 250
+    assert 0.02 < inside.mean() < 0.5
+    blue = np.abs(np.asarray(picture).astype(int) - (40, 90, 160)).max(axis=2) < 20
+    assert blue[inside].mean() > 0.6
+    assert blue[np.asarray(mask) == 0].mean() < 0.05
+
+
+def test_area_under_the_curve_is_scikit_learns() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(2)
+    maps, masks = rng.random((6, 5, 5)).round(1), rng.random((6, 5, 5))
+    masks[5] = 0.2  # nothing of an object: no figure
+    found = area_under_curve(maps.astype(np.float32), masks.astype(np.float32))
+    for row in range(5):
+        expected = metrics.roc_auc_score(masks[row].ravel() >= 0.5, maps[row].ravel())
+        assert found[row] == pytest.approx(expected, abs=1e-6)
+    assert np.isnan(found[5])
+    prior = centre_prior((5, 5))
+    assert prior.sum() == pytest.approx(1.0, abs=1e-6)
+    assert prior[2, 2] == prior.max()
+
+
+def test_the_attention_head_learns_what_is_marked() -> None:
+    rng = np.random.default_rng(3)
+    masks = (rng.random((300, 7, 7)) < 0.3).astype(np.float32)
+    tokens = rng.random((300, 49, 512)).astype(np.float32)
+    tokens[..., 5] += 2 * masks.reshape(300, 49)
+    head = train_attention(torch.from_numpy(tokens[:250]), masks[:250], steps=150)
+    with torch.inference_mode():
+        maps = head(torch.from_numpy(tokens[250:])).numpy()
+    np.testing.assert_allclose(maps.sum(axis=1), 1.0, atol=1e-5)
+    assert np.nanmean(area_under_curve(maps, masks[250:])) > 0.95
+
+
+def test_ranks_and_precision_are_as_defined() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(4)
+    scores = rng.normal(size=(12, 4)).astype(np.float32)
+    right = [[int(i)] + ([0] if i else []) for i in rng.integers(0, 4, 12)]
+    expected = [min(int((row > row[c]).sum()) for c in columns) for row, columns in zip(scores, right, strict=True)]
+    assert label_ranks(scores, right).tolist() == expected
+    relevant = np.array([[c in columns for c in range(4)] for columns in right])
+    known = [c for c in range(4) if relevant[:, c].any()]
+    average = [metrics.average_precision_score(relevant[:, c], scores[:, c]) for c in known]
+    assert mean_average_precision(scores[:, known], [[known.index(c) for c in r] for r in right]) == pytest.approx(
+        float(np.mean(average)), abs=1e-6
+    )
