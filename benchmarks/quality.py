@@ -5,7 +5,7 @@
 The photographs are the validation images of the built-in model's training set. The clips and their captions are those
 of quality_clips.json, written by us after a look at the clips and before the model was asked; a clip's score is the
 mean of eight frames spread over it. Each shift and strength is compared with neither of them, on the same queries, with
-a 95 % bootstrap interval.
+a 95 % bootstrap interval. What is absent from all of them is asked for too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +25,7 @@ from benchmarks.run import commit
 from keyreel import EncodeConfig, Engine, Sampling
 from keyreel.bundle import Bundle
 from keyreel.config import ShiftMode
+from keyreel.types import F32
 from keyreel_export.builtin.measure import (
     STRENGTHS,
     Towers,
@@ -40,38 +42,66 @@ CLIPS = Path(__file__).with_name("quality_clips.json")
 FRAMES = 8
 
 
-def clip_ranks(model: str, media: Path, shift: ShiftMode, strength: float) -> np.ndarray[Any, Any]:
-    """Place of the right clip for each caption, 1 the first; captions in the order of the file."""
-    captions: dict[str, list[str]] = json.loads(CLIPS.read_text("utf-8"))
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Scores of all clips for all queries."""
+
+    frames: F32  # [clips, FRAMES, queries]: captions first, then what is absent
+    own: list[int]  # the clip of each caption
+
+    @property
+    def ranks(self) -> np.ndarray[Any, Any]:
+        """Place of the right clip for each caption, 1 the first, by the mean of its frames."""
+        table = self.frames.mean(axis=1)[:, : len(self.own)]
+        right = table[self.own, np.arange(len(self.own))]
+        return np.asarray((table > right).sum(axis=0) + 1)
+
+    @property
+    def best(self) -> F32:
+        """The best frame of all clips for each query."""
+        return np.asarray(self.frames.max(axis=(0, 1)))
+
+
+def ask(model: str, media: Path, shift: ShiftMode, strength: float) -> Asked:
+    """Decodes and encodes the clips, and asks for all captions and all absent things."""
+    wanted = json.loads(CLIPS.read_text("utf-8"))
+    captions: dict[str, list[str]] = wanted["clips"]
     encode = EncodeConfig(shift=shift, attention_strength=strength)
-    scores = []
     texts = [(text, place) for place, own in enumerate(captions.values()) for text in own]
+    scores = []
     with Engine.from_pretrained(model, device="cpu") as engine:
-        queries = engine.encode_text([text for text, _ in texts])
+        queries = engine.encode_text([*(text for text, _ in texts), *wanted["absent"]])
         for name in captions:
             vectors = engine.embed_video(media / name, sampling=Sampling(fps=2.0), encode=encode).vectors
             chosen = np.linspace(0, len(vectors) - 1, FRAMES).round().astype(int)
-            scores.append((vectors[chosen] @ queries.T).mean(axis=0))
-    table = np.stack(scores, axis=1)  # [queries, clips]
-    own = table[np.arange(len(texts)), [place for _, place in texts]]
-    return np.asarray((table > own[:, None]).sum(axis=1) + 1)
+            scores.append(vectors[chosen] @ queries.T)
+    return Asked(np.stack(scores), [place for _, place in texts])
 
 
 def measure_clips(model: str, media: Path) -> list[dict[str, Any]]:
-    """One row for each shift and strength."""
-    found = []
-    plain = clip_ranks(model, media, "off", 0.0)
+    """One row for each shift and strength, and one for what is absent at the model's own."""
+    bundle = Bundle.find(model)
+    found: list[dict[str, Any]] = []
+    plain = ask(model, media, "off", 0.0).ranks
     for shift, strength in product(get_args(ShiftMode), STRENGTHS):
-        ranks = clip_ranks(model, media, shift, strength)
-        row: dict[str, Any] = {"part": "clips", "shift": shift, "strength": strength, "queries": len(ranks)}
-        row["clips"] = len(json.loads(CLIPS.read_text("utf-8")))
-        row["median_rank"] = float(np.median(ranks))
+        asked = ask(model, media, shift, strength)
+        ranks, count = asked.ranks, len(asked.own)
+        row: dict[str, Any] = {"part": "clips", "shift": shift, "strength": strength, "queries": count}
+        row |= {"clips": len(asked.frames), "median_rank": float(np.median(ranks))}
         for depth in (1, 5):
             hits = (ranks <= depth).astype(np.float32)
             change = hits - (plain <= depth)
             row[f"recall_at_{depth}"] = round(float(hits.mean()), 4)
             row[f"recall_at_{depth}_against_plain"] = [round(v, 4) for v in (float(change.mean()), *interval(change))]
         found.append(row)
+        if (shift, strength) == (bundle.shift_default, bundle.strength_default):
+            there, away = asked.best[:count], asked.best[count:]
+            both = {"present": count, "absent": len(away), "weak_score": bundle.weak_score}
+            both["auc"] = round(float((there[:, None] > away).mean()), 4)
+            if bundle.weak_score is not None:
+                both["present_kept"] = round(float((there >= bundle.weak_score).mean()), 4)
+                both["absent_told"] = round(float((away < bundle.weak_score).mean()), 4)
+            found.append({"part": "absent_clips", **both})
     return found
 
 

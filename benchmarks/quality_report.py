@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts
+from benchmarks.markers import marked
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
@@ -40,7 +41,8 @@ def _default(part: str) -> dict[str, Any]:
 def section() -> str:
     """The table of the README."""
     label, clip = _default("labels"), _default("clips")
-    [caption], [absent], [maps], [speed] = (rows(part) for part in ("captions", "absent", "attention", "speed"))
+    parts = ("captions", "absent", "absent_clips", "attention", "speed")
+    [caption], [absent], [gone], [maps], [speed] = (rows(part) for part in parts)
     lines = [
         "| measured | n | value |",
         "|---|---|---|",
@@ -60,6 +62,8 @@ def section() -> str:
         "| label that one of 20 photographs has, told from one that none has, where a tenth of the absent ones pass "
         f"| {absent['libraries']:.0f} | {_percent(absent['present_found'])} "
         f"(area under the curve {absent['present_absent_auc']:.3f}) |",
+        f"| own queries to those clips: {gone['present']} captions kept, {gone['absent']} absent things told | "
+        f"| {_percent(gone['present_kept'])}, {_percent(gone['absent_told'])} |",
         "| attention on the one object of a picture against a centre prior, area under the curve: as photographed "
         f"| {maps['attention_plain_pictures']:.0f} | {maps['attention_plain_auc']:.3f} against "
         f"{maps['attention_plain_centre_auc']:.3f} |",
@@ -109,9 +113,10 @@ def scenes() -> str:
     )
 
 
-def card() -> dict[str, str]:
-    """What stands between the markers of the model card."""
-    return {"quality": section(), "strengths": strengths(), "scenes": scenes()}
+def files() -> dict[Path, str]:
+    """The model card and the curve, by path."""
+    found = {"quality": section(), "strengths": strengths(), "scenes": scenes()}
+    return {CARD: marked(CARD.read_text("utf-8"), found, CARD.name), CURVE: curve()}
 
 
 def curve() -> str:

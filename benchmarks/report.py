@@ -1,7 +1,7 @@
 """Puts the committed results into the README, between their markers, and into tables and charts of their own.
 
 python -m benchmarks.report            prints what belongs into the README
-python -m benchmarks.report --write    writes README.md, benchmarks/RESULTS.md and benchmarks/charts/*.svg
+python -m benchmarks.report --write    writes README.md, RESULTS.md, the model card and charts/*.svg
 
 All of it comes from benchmarks/results/*.jsonl and from nothing else. Of the suite (`benchmarks.run`) only what has
 rows is written.
@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks import library_report, quality_report, suite
 from benchmarks.cases import NAMES
+from benchmarks.markers import marked
 from benchmarks.rows import Results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,24 +152,11 @@ def filled(readme: str, results: Results | None = None) -> str:
     return marked(readme, found, "README.md")
 
 
-def marked(text: str, sections: Mapping[str, str], path: str) -> str:
-    """A text with other sections between their markers."""
-    for name, section in sections.items():
-        block = "\n".join(filter(None, [f"<!-- {name} -->", section, f"<!-- /{name} -->"]))
-        text, count = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"{path} has {count} places for {name}")
-    return text
-
-
 def files(results: Results) -> dict[Path, str]:
     """What else is written, by path."""
-    card = quality_report.CARD
-    found = {card: marked(card.read_text("utf-8"), quality_report.card(), card.name)}
-    found[quality_report.CURVE] = quality_report.curve()
     if results.last is None:
-        return found
-    return found | {TABLES: tables(results), **{CHARTS / name: drawn for name, drawn in suite.charts(results).items()}}
+        return {}
+    return {TABLES: tables(results), **{CHARTS / name: drawn for name, drawn in suite.charts(results).items()}}
 
 
 def main() -> None:
@@ -185,7 +171,7 @@ def main() -> None:
         )
         return
     path.write_text(filled(path.read_text("utf-8"), results), encoding="utf-8")
-    for file, text in files(results).items():
+    for file, text in {**files(results), **quality_report.files()}.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
 

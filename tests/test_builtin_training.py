@@ -169,6 +169,11 @@ def test_language_says_what_is_true(nouns: Nouns, tmp_path: Path) -> None:
     assert true[0, 0] > true[0, 1]  # the most specific label counts for more
     assert not (unknown & (true == 0))[1].any()
     assert "animal" in views[0].tags
+    told = [Example("s.tar", f"c{n}.jpg", "x", "train", ("car",), (f"caption {n}",)) for n in range(2)]
+    other = Language([*found, *told], classes, [], nouns, words, tmp_path / "other.json")
+    views = describe([*found, *told], classes, [130, 131], [-1, -1], {})
+    true, _ = other.truth(views, 2, [views[0].phrases[0], views[1].phrases[0], ("car", frozenset({"car"}))])
+    assert (true > 0).tolist() == [[True, False, True], [False, True, True]]
     again = Language(found, classes, [], nouns, words, tmp_path / "tokenizer.json")
     assert again.encode(sentences).tolist() == language.encode(sentences).tolist()
 

@@ -81,7 +81,8 @@ def test_figures_are_those_of_the_committed_results() -> None:
     report = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(report)
     assert report.filled(README) == README
-    for path, text in report.files(report.Results(report.RESULTS)).items():
+    drawn = {**report.files(report.Results(report.RESULTS)), **report.quality_report.files()}
+    for path, text in drawn.items():
         assert path.read_text("utf-8") == text, path.name
 
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from keyreel_export.builtin.data import Example
-from keyreel_export.builtin.phrases import BROAD, TEMPLATES, Phrase, View, train_tokenizer
+from keyreel_export.builtin.phrases import BROAD, TEMPLATES, Phrase, View, caption_tag, train_tokenizer
 from keyreel_export.builtin.scenes import COLOURS, SHAPES, Scene
 from keyreel_export.builtin.wordnet import Nouns
 
@@ -50,7 +50,8 @@ class Language:
             [tag] = synonyms[0][1]
             names.setdefault(tag, []).extend(name for name, _ in synonyms)
         self.broader = _broader(nouns, names, {label for label in self.labels if counts[label] >= 60})
-        self._columns = {tag: place for place, tag in enumerate(sorted({*names, *scene_tags, *self.labels}))}
+        captions = {caption_tag(example) for example in examples if example.captions}
+        self._columns = {tag: place for place, tag in enumerate(sorted({*names, *scene_tags, *captions}))}
         # Photographs show colours, grounds and skies too, and no label says so.
         loose = [t for t in scene_tags if t.startswith("has ") or t.endswith((" background", "sky", "landscape"))]
         self._loose = self._rows([loose])
@@ -61,8 +62,8 @@ class Language:
         if scenes:
             self.scene_phrases = [(f"a {c} {s}", frozenset({f"{c} {s}"})) for c in COLOURS for s in SHAPES]
             self.scene_phrases += [(f"a {c} background", frozenset({f"{c} background"})) for c in COLOURS]
-        captions = sorted({phrase for scene in scenes for phrase in scene.captions}, key=lambda p: p[0])
-        self._captions = captions[::3]
+        drawn = sorted({phrase for scene in scenes for phrase in scene.captions}, key=lambda p: p[0])
+        self._captions = drawn[::3]
         tags = list(names)
         self._thing = {tag: place for place, tag in enumerate(tags)}
         self.things = [names[tag][0] for tag in tags]

@@ -35,6 +35,7 @@ TEMPLATES = (
     "people, {}",
 )
 JOINTS = ("{} and {}", "a photo of {} with {}", "{}, {}", "a {} and a {}", "{} with a {}")
+CAPTION = "caption "
 BROAD = 200  # labels with so many images are broad terms, which single-label sources leave out
 
 
@@ -64,6 +65,11 @@ def read_classes(path: Path | None, labels: Iterable[str]) -> list[list[Phrase]]
     return classes
 
 
+def caption_tag(example: Example) -> str:
+    """What only this image has: its captions are true of no other."""
+    return f"{CAPTION}{example.member}"
+
+
 def describe(
     examples: Sequence[Example],
     classes: Sequence[Sequence[Phrase]],
@@ -86,7 +92,7 @@ def describe(
     made: dict[tuple[int, int], View] = {}
     for place, guess in set(zip(places, guesses, strict=True)):
         example, names = examples[place], classes[guess] if 0 < guess < len(classes) else []
-        own = f"caption {example.member}"
+        own = caption_tag(example)
         tags = frozenset(example.labels).union(*(tags for _, tags in names), {own} if example.captions else ())
         tags = tags.union(*(broader.get(tag, ()) for tag in tags))
         unknown = frozenset[str]().union(*(implied.get(tag, ()) for tag in tags))
@@ -100,7 +106,7 @@ def describe(
 
 def say(view: View, rng: np.random.Generator, rarity: Mapping[str, float]) -> Phrase:
     """One random text that is true of a picture; rarer labels are said more often."""
-    labels = [tag for tag in sorted(view.tags) if not tag.startswith(("class ", "caption "))]
+    labels = [tag for tag in sorted(view.tags) if not tag.startswith(("class ", CAPTION))]
     if view.phrases and (not labels or rng.random() < 0.5):
         text, tags = view.phrases[int(rng.integers(len(view.phrases)))]
         return text, tags

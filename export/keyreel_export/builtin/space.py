@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keyreel_export.builtin.language import Language
-from keyreel_export.builtin.phrases import Phrase, View, say
+from keyreel_export.builtin.phrases import CAPTION, Phrase, View, say
 from keyreel_export.builtin.student import EMBEDDING_WIDTH, TextTower
 
 
@@ -36,7 +36,8 @@ class SpacePlan:
     steps: int = 1500
     seed: int = 0
     batch: int = 256
-    scenes: int = 48  # of a batch
+    captioned: int = 12  # of a batch: pictures with captions, which are few but most like what is asked
+    scenes: int = 48  # beside the batch
     negatives: int = 384  # label texts beside the texts of the batch
     words: int = 96  # of each of the two text-only losses
     rate: float = 2e-3
@@ -109,6 +110,7 @@ def train_space(
             # As the file of the bundle will hold it.
             space.common += known[: len(language.labels)].mean(0).half().float()
     optimizer = torch.optim.AdamW(space.parameters(), lr=plan.rate, weight_decay=0.02, betas=(0.9, 0.98))
+    captioned = [row for row, view in enumerate(views[0]) if any(tag.startswith(CAPTION) for tag in view.tags)]
     things = torch.zeros(0)
     began, sums = time.monotonic(), dict[str, float]()
     space.train()
@@ -119,7 +121,7 @@ def train_space(
         if step % plan.refresh == 0:
             things = known_things(space, language)
         losses = {
-            "space": _pictures(plan, space, features, views, language, rng),
+            "space": _pictures(plan, space, features, views, captioned, language, rng),
             "words": _towards(space, language, language.draw_words(plan.words, rng), things, rng),
             "sentences": _towards(space, language, language.draw_sentences(plan.words, rng), things, rng),
         }
@@ -158,10 +160,13 @@ def _pictures(
     space: Space,
     features: tuple[Tensor, Tensor],
     views: tuple[Sequence[View], Sequence[View]],
+    captioned: Sequence[int],
     language: Language,
     rng: np.random.Generator,
 ) -> Tensor:
     rows = rng.integers(0, len(features[0]), plan.batch)
+    if captioned:
+        rows[: plan.captioned] = rng.choice(captioned, plan.captioned)
     drawn = rng.integers(0, len(features[1]), plan.scenes if len(features[1]) else 0)
     shown = [views[0][int(i)] for i in rows] + [views[1][int(i)] for i in drawn]
     phrases: list[Phrase] = [say(view, rng, language.rarity) for view in shown]

@@ -1,0 +1,92 @@
+"""What the built-in model must find: validation photographs, real clips, and nothing where nothing is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHARED
+
+from keyreel import Engine, Sampling
+from keyreel.bundle import Bundle
+
+TRAINSET = SHARED / "trainset"
+CLIPS = json.loads((Path(__file__).parents[1] / "benchmarks" / "quality_clips.json").read_text("utf-8"))
+VERIFY = Bundle.find("builtin").manifest["verify"]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine.from_pretrained(device="cpu") as opened:
+        yield opened
+
+
+def test_labels_of_photographs_are_found(engine: Engine) -> None:
+    """Through the engine, on one shard of the validation images, with the names of all."""
+    data = pytest.importorskip("keyreel_export.builtin.data", reason="reading the images needs Pillow alone")
+    if not TRAINSET.exists():
+        pytest.skip(f"the labelled images are not here: {TRAINSET} is missing (set KEYREEL_SHARED)")
+    every = [example for example in data.read_examples(TRAINSET, "val") if example.labels]
+    some = [example for example in every if example.shard.endswith("train-003.tar")]
+    names = sorted({label for example in every for label in example.labels})
+    side = engine.bundle.image.height
+    frames = np.empty((len(some), side, side, 3), np.uint8)
+    for index, image in data.read_images(TRAINSET, some):
+        frames[index] = data.square_view(image, side)
+    scores = np.concatenate([engine.embed(frames[i : i + 64]) for i in range(0, len(frames), 64)])
+    scores = scores @ engine.encode_text(names).T
+    rank = np.array(
+        [(row > row[names.index(example.labels[0])]).sum() for row, example in zip(scores, some, strict=True)]
+    )
+    assert len(some) > 300
+    # Within what a sample of this size may differ from the figures of the model card.
+    for depth, figure in ((1, VERIFY["val_label_specific_top1"]), (5, VERIFY["val_label_specific_top5"])):
+        spread = 3 * (figure * (1 - figure) / len(some)) ** 0.5
+        assert (rank < depth).mean() == pytest.approx(figure, abs=spread + 0.005), depth
+
+
+def test_the_manifest_holds_what_was_aimed_at() -> None:
+    assert VERIFY["val_label_top1"] >= VERIFY["val_label_specific_top1"]
+    assert VERIFY["val_label_images"] > 2900
+    for kind in ("plain", "placed"):
+        assert VERIFY[f"attention_{kind}_auc"] > VERIFY[f"attention_{kind}_centre_auc"]
+        assert VERIFY[f"attention_{kind}_gain_low"] > 0
+    assert Bundle.find("builtin").weak_score == VERIFY["weak_score"]
+
+
+def test_real_clips_are_found_by_captions(engine: Engine, media: Callable[[str], Path]) -> None:
+    names = list(CLIPS["clips"])
+    means = []
+    for name in names:
+        vectors = engine.embed_video(media(name), sampling=Sampling(fps=2.0)).vectors
+        means.append(vectors[np.linspace(0, len(vectors) - 1, 8).round().astype(int)].mean(axis=0))
+    texts = [(text, place) for place, name in enumerate(names) for text in CLIPS["clips"][name]]
+    scores = np.stack(means) @ engine.encode_text([text for text, _ in texts]).T
+    own = np.array([scores[place, q] for q, (_, place) in enumerate(texts)])
+    rank = (scores > own).sum(axis=0) + 1
+    assert (rank == 1).mean() >= 0.5, rank  # by chance 1 of 11
+    assert np.median(rank) <= 2, rank
+
+
+def test_an_unknown_word_leaves_the_rest_of_the_query(engine: Engine) -> None:
+    plain, odd, other = engine.encode_text(["a dog", "a zwyxq dog", "a violin"])
+    assert plain @ odd > 0.6
+    assert plain @ odd > plain @ other + 0.3
+
+
+@pytest.mark.parametrize(
+    ("word", "near", "far"),
+    [
+        ("puppy", "dog", "car"),
+        ("automobile", "car", "dog"),
+        ("bicycles", "bicycle", "pizza"),
+        ("a man rides a horse on a beach", "horse", "laptop"),
+        ("people walking in a city", "people", "frog"),
+    ],
+)
+def test_words_beyond_the_labels_lie_near_them(engine: Engine, word: str, near: str, far: str) -> None:
+    asked, right, wrong = engine.encode_text([word, near, far])
+    assert asked @ right > asked @ wrong + 0.2
