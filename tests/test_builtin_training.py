@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from keyreel_export.builtin import data  # noqa: E402
 from keyreel_export.builtin.__main__ import main  # noqa: E402
 from keyreel_export.builtin.data import Example, random_view  # noqa: E402
 from keyreel_export.builtin.language import Language, plural, read_lists  # noqa: E402
-from keyreel_export.builtin.measure import label_ranks, mean_average_precision  # noqa: E402
+from keyreel_export.builtin.measure import best_strength, label_ranks, mean_average_precision  # noqa: E402
 from keyreel_export.builtin.phrases import describe  # noqa: E402
 from keyreel_export.builtin.saliency import area_under_curve, centre_prior, compose, outline, train_attention  # noqa: E402
 from keyreel_export.builtin.scenes import COLOURS as PALETTE  # noqa: E402
@@ -281,3 +282,16 @@ def test_ranks_and_precision_are_as_defined() -> None:
     assert mean_average_precision(scores[:, known], [[known.index(c) for c in r] for r in right]) == pytest.approx(
         float(np.mean(average)), abs=1e-6
     )
+
+
+def test_a_strength_becomes_the_default_only_where_it_helps() -> None:
+    def row(strength: float, top1: tuple[float, float, float], top5: tuple[float, float, float]) -> dict[str, Any]:
+        found = {"strength": strength, "top1": 0.5 + top1[0], "top5": 0.7 + top5[0]}
+        return {**found, "top1_against_0": list(top1), "top5_against_0": list(top5)}
+
+    plain = row(0.0, (0, 0, 0), (0, 0, 0))
+    noise = row(0.25, (0.01, -0.01, 0.03), (0.01, -0.01, 0.03))
+    better = row(0.5, (0.02, 0.01, 0.03), (0.0, -0.01, 0.01))
+    worse = row(1.0, (0.05, 0.04, 0.06), (-0.001, -0.01, 0.01))
+    assert best_strength([plain, noise]) == 0
+    assert best_strength([plain, noise, better, worse]) == 0.5

@@ -231,9 +231,16 @@ def measure_attention(towers: Towers, trainset: Path, *, count: int = 400) -> di
 
 
 def best_strength(table: Sequence[dict[str, Any]]) -> float:
-    """The strength with the best top-1 and top-5 together among those that lower neither; 0 where all lower one."""
-    safe = [row for row in table if row["top1_against_0"][0] >= 0 and row["top5_against_0"][0] >= 0]
-    return float(max(safe, key=lambda row: row["top1"] + row["top5"])["strength"])
+    """The strength with the best top-1 and top-5 together among those that raise one for certain and lower neither.
+
+    For certain: the whole interval lies above 0. Else 0, which costs nothing.
+    """
+    better = []
+    for row in table:
+        changes = row["top1_against_0"], row["top5_against_0"]
+        if max(low for _, low, _ in changes) > 0 and min(mean for mean, _, _ in changes) >= 0:
+            better.append(row)
+    return float(max(better, key=lambda row: row["top1"] + row["top5"])["strength"]) if better else 0.0
 
 
 def measure_scenes(towers: Towers, strength: float, count: int = 500, seed: int = 987654) -> dict[str, float]:
