@@ -15,17 +15,20 @@ from PIL import Image, ImageDraw
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
+from benchmarks.markers import marked as marked_text  # noqa: E402
 from keyreel.bundle import Bundle as Checked  # noqa: E402
 from keyreel_export.builtin import data  # noqa: E402
 from keyreel_export.builtin.__main__ import main  # noqa: E402
-from keyreel_export.builtin.data import Example, random_view  # noqa: E402
+from keyreel_export.builtin.bundle import Texts  # noqa: E402
+from keyreel_export.builtin.data import Bank, Example, random_view  # noqa: E402
+from keyreel_export.builtin.distil import Distillation, Lesson, Plan, draw_scenes  # noqa: E402
 from keyreel_export.builtin.language import Language, plural, read_lists  # noqa: E402
-from keyreel_export.builtin.measure import best_strength, label_ranks, mean_average_precision  # noqa: E402
+from keyreel_export.builtin.measure import Shown, best_strength, label_ranks, mean_average_precision, measure_absent  # noqa: E402
 from keyreel_export.builtin.phrases import describe  # noqa: E402
 from keyreel_export.builtin.saliency import area_under_curve, centre_prior, compose, outline, train_attention  # noqa: E402
 from keyreel_export.builtin.scenes import COLOURS as PALETTE  # noqa: E402
 from keyreel_export.builtin.scenes import KINDS, render_scene  # noqa: E402
-from keyreel_export.builtin.space import contrast  # noqa: E402
+from keyreel_export.builtin.space import Space, contrast  # noqa: E402
 from keyreel_export.builtin.wordnet import Nouns  # noqa: E402
 
 
@@ -79,7 +82,8 @@ def test_the_script_makes_a_bundle_that_loads_and_goes_on(tmp_path: Path, monkey
     assert verify["teacher_cosine_images"] == 8
     assert made.weak_score == verify["weak_score"]
     first = {name: entry["sha256"] for name, entry in made.manifest["files"].items()}
-    (work / "space-student.pt").unlink()
+    [kept] = work.glob("space-student-*.pt")
+    kept.unlink()
     main(arguments)  # the time is used up: only the last joint space is learnt again, to the same weights
     again = Checked.load(out)
     assert {name: entry["sha256"] for name, entry in again.manifest["files"].items()} == first
@@ -187,10 +191,32 @@ def test_plurals(one: str, many: str) -> None:
     assert plural(one) == many
 
 
-def test_lists_of_the_package_name_labels_that_exist() -> None:
-    words = read_lists(Path(data.__file__).with_name("words.txt"))
+def test_lists_of_the_package_say_one_thing_each() -> None:
+    folder = Path(data.__file__).parent
+    words = read_lists(folder / "words.txt")
     assert words["puppy"] == ["dog"]
     assert all(word == word.lower() and word.strip() and labels for word, labels in words.items())
+    rows = dict(line.split(": ", 1) for line in (folder / "grammar.txt").read_text().splitlines() if line[0] != "#")
+    for fillers in ("adjectives", "verbs", "prepositions"):  # what says nothing must not mean something elsewhere
+        assert not set(rows[fillers].split(", ")) & set(words), fillers
+
+
+def test_a_rare_label_means_what_the_list_says(tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("plane: airplane\nairplane: bus\n")
+    (tmp_path / "grammar.txt").write_text((Path(data.__file__).with_name("grammar.txt")).read_text("utf-8"))
+    found = examples(("plane",), *[("airplane",)] * 30, *[("bus",)] * 30)
+    language = Language(found, [[]], [], None, words, tmp_path / "tokenizer.json")
+    meant = dict(zip(*language.draw_words(300, np.random.default_rng(0)), strict=True))
+    assert meant["plane"] == meant["airplane"] == {language.things.index("airplane"): 1.0}
+
+
+def test_sections_need_one_place() -> None:
+    text = "a\n<!-- x -->\nold\n<!-- /x -->\nb"
+    assert marked_text(text, {"x": "new"}, "f") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
+    for wrong in ("a", text + text):
+        with pytest.raises(ValueError, match=r"f has [02] places for x"):
+            marked_text(wrong, {"x": "new"}, "f")
 
 
 def test_contrast_is_the_mean_of_both_ways() -> None:
@@ -282,6 +308,68 @@ def test_ranks_and_precision_are_as_defined() -> None:
     assert mean_average_precision(scores[:, known], [[known.index(c) for c in r] for r in right]) == pytest.approx(
         float(np.mean(average)), abs=1e-6
     )
+
+
+class Said:
+    """Towers that know the texts of labels: the i-th label is the i-th axis."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+
+    def texts(self, texts: list[str]) -> np.ndarray:
+        return np.eye(len(self._names), dtype=np.float32)[[self._names.index(text) for text in texts]]
+
+
+def test_absent_labels_are_told_by_their_scores() -> None:
+    names = [f"thing {n:02d}" for n in range(60)]
+    shown = Shown(examples(*((name,) for name in names)), [np.eye(60, dtype=np.float32)] * 5)
+    towers: Any = Said(names)
+    found = measure_absent(towers, shown, 0.0)
+    assert (found["weak_score"], found["present_found"], found["present_absent_auc"]) == (0.0, 1.0, 1.0)
+    given = measure_absent(towers, shown, 0.0, weak=0.5)
+    assert (given["weak_score"], given["present_found"], given["absent_passed"]) == (0.5, 1.0, 0.0)
+
+
+def test_texts_of_the_bundle_are_those_of_the_space() -> None:
+    torch.manual_seed(0)
+    space = Space(8, 50).eval()
+    space.common += 0.1 * torch.randn(256)
+    ids = torch.tensor([[3, 4, 5, 0], [7, 0, 0, 0]])
+    with torch.inference_mode():
+        plain = space.text(ids).double().numpy() - space.common.double().numpy()
+        expected = plain / np.linalg.norm(plain, axis=1, keepdims=True)
+        np.testing.assert_allclose(space.told(ids).numpy(), expected, atol=1e-6)
+        np.testing.assert_allclose(Texts(space.text, space.common)(ids).numpy(), expected, atol=1e-6)
+
+
+def test_distillation_goes_on_where_it_stopped_with_two_workers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    crops = rng.integers(0, 256, (24, 112, 112, 3), dtype=np.uint8)
+    features, logits = (rng.normal(size=(24, n)).astype(np.float16) for n in (6, 3))
+    bank = Bank(crops, np.repeat(np.arange(12), 2), features, logits)
+    scenes = draw_scenes(4, 0)
+    placed, texts = (torch.nn.functional.normalize(torch.randn(n, 256), dim=1) for n in (24, 5))
+    true = torch.eye(5)[torch.arange(16) % 5]
+    lesson = Lesson(placed, texts, 20.0, true, torch.zeros(16, 5, dtype=torch.bool))
+    answers = features[:4], logits[:4]
+
+    def run(minutes: float) -> Distillation:
+        made = Distillation(Plan(minutes=minutes, batch=8, workers=2), bank, scenes, answers, tmp_path, lesson)
+        made.train()
+        return made
+
+    run(0.03)
+    first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    run(0.06)
+    second = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert second["clock"]["step"] > first["clock"]["step"] > 0
+    assert second["clock"]["seen"] == 8 * second["clock"]["step"]
+    assert second["clock"]["seconds"] >= 3.6 > first["clock"]["seconds"] >= 1.8
+    moments = [state["optimizer"]["state"][0]["step"] for state in (first, second)]
+    assert [int(m) for m in moments] == [first["clock"]["step"], second["clock"]["step"]]
+    done = run(0.06)  # nothing is left to do
+    same = done.student.state_dict()
+    assert all(torch.equal(same[name], weight) for name, weight in second["student"].items())
 
 
 def test_a_strength_becomes_the_default_only_where_it_helps() -> None:

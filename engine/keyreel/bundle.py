@@ -155,7 +155,10 @@ class Bundle:
 
     @property
     def weak_score(self) -> float | None:
-        """A best cosine under this says that nothing matches a text well; None where the model was not calibrated."""
+        """A best cosine under this says that nothing matches a text well; None where the model was not calibrated.
+
+        One in ten things that are absent reaches it in twenty pictures; among more pictures more do.
+        """
         found = self.manifest["text"].get("weak_score")
         return None if found is None else float(found)
 
@@ -191,6 +194,9 @@ def _check_values(manifest: Mapping[str, Any]) -> None:
     ):
         if manifest[part][key] not in allowed:
             raise ValueError(f"{part}.{key} is {manifest[part][key]!r}, allowed: {', '.join(allowed)}")
+    weak = manifest["text"].get("weak_score")
+    if weak is not None and not -1 <= float(weak) <= 1:
+        raise ValueError(f"text.weak_score is {weak!r}, allowed: -1 to 1")
     if len(manifest["grid"]) != 2 or min(manifest["grid"]) < 1:
         raise ValueError(f"grid is {manifest['grid']!r}, expected [rows, columns]")
 

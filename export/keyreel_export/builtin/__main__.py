@@ -2,7 +2,7 @@
 
 Steps, each of which is kept in the work folder and not done again: crops with the teacher's answers; the joint space on
 the teacher's features; distillation of the image tower (by far the longest); the joint space on the student's features;
-the attention head; the graphs; the measurements.
+the attention head. Then the graphs and the measurements.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ SOURCES = [
         "from": "trained from a fresh start by keyreel_export.builtin",
         "licence": "Apache-2.0; see MODEL_CARD.md for the rights in the images that were trained on",
     },
-    {"what": "rendered scenes, everyday words", "from": "keyreel_export.builtin", "licence": "Apache-2.0"},
+    {
+        "what": "rendered scenes, everyday words, grammar of sentences",
+        "from": "keyreel_export.builtin",
+        "licence": "Apache-2.0",
+    },
     {
         "what": "labelled images, none of which is in the bundle",
         "from": "Caltech 101, Grocery Store, clothing-dataset-small, own synthetic screens; tiny-imagenet, "
@@ -58,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--wordnet", type=Path, help="folder with WordNet's data.noun and cntlist.rev")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the bundle")
     parser.add_argument("--work", type=Path, default=Path("builtin-run"), help="what is kept for going on")
-    parser.add_argument("--minutes", type=float, default=75.0, help="of distillation")
+    parser.add_argument("--minutes", type=float, default=70.0, help="of distillation")
     parser.add_argument("--steps", type=int, default=1200, help="of each training of the joint space")
     parser.add_argument("--views", type=int, default=7, help="crops of each image")
     parser.add_argument("--seed", type=int, default=0)
@@ -66,6 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--scenes", type=int, default=6000)
     options = parser.parse_args(arguments)
+    if min(options.scenes, options.views, options.steps, options.workers, options.batch) < 1:
+        parser.error("--scenes, --views, --steps, --workers and --batch must be at least 1")
     options.work.mkdir(parents=True, exist_ok=True)
 
     recipe = Recipe(**{name: value for name, value in vars(options).items() if name != "output"})

@@ -42,7 +42,7 @@ class Backbone(nn.Module):
 
 
 class Texts(nn.Module):
-    """token_ids [Q, L] -> unit vectors [Q, D], without what all texts have in common (`space.Space`)."""
+    """token_ids [Q, L] -> unit vectors [Q, D], without the mean of all label names (`space.Space`)."""
 
     def __init__(self, tower: TextTower, common: Tensor) -> None:
         super().__init__()
@@ -139,10 +139,10 @@ def write_graphs(
         tokenizer: the tokenizer's JSON.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    image, attention, text = (copy.deepcopy(module).eval() for module in (image, attention, text))
+    image, attention, text = copy.deepcopy((image.eval(), attention.eval(), text.eval()))
     _fuse(image)
-    for module in (image, attention, text):
-        _halve(module)
+    for part in (image, attention, text):
+        _halve(part)
     rng = np.random.default_rng(0)
     frames = torch.from_numpy(rng.integers(0, 256, (3, 2 * SIZE, 2 * SIZE, 3), dtype=np.uint8))
     ids = torch.from_numpy(rng.integers(1, text.tower.embedding.num_embeddings, (3, CONTEXT_LENGTH)))

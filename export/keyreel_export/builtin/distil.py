@@ -112,7 +112,7 @@ class Distillation:
         self.log: list[dict[str, Any]] = []
 
     def pixels(self, crops: list[U8], size: int) -> Tensor:
-        """[n, 3, size, size] float32 in 0..255, half of them mirrored."""
+        """[n, 3, size, size] float32 in 0..255, half of them mirrored: the answer is taken to be the same."""
         found = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float()
         mirrored = torch.from_numpy(self.rng.random(len(found)) < 0.5)
         found = torch.where(mirrored[:, None, None, None], found.flip(3), found)

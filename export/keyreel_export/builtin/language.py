@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +21,15 @@ Drawn = tuple[list[str], list[dict[int, float]]]  # texts, and the known things 
 class Language:
     """The texts of one training.
 
+    Args:
+        classes: names of the teacher's classes (`phrases.read_classes`).
+        nouns: WordNet, or None to do without.
+        words: the file of everyday words; `grammar.txt` lies beside it.
+        tokenizer: file that the tokenizer is kept in, read where it exists.
+
     Attributes:
         things: names of all that pictures were seen of; labels first.
-        tokenizer: trained on all of these texts, kept in `work`.
+        tokenizer: trained on all of these texts.
     """
 
     def __init__(
@@ -71,10 +76,10 @@ class Language:
         self._people = [w for w, parts in self._words.items() if set(parts) == {self._thing.get("person", -1)}] or [
             "person"
         ]
-        self._actions = [word for word in self._words if re.search(r"ing\b", word)] or self.common
         self._everyday = [*self.common, *read_lists(words)]
         self._all = list(self._words)
-        self._grammar = read_lists(words.with_name("grammar.txt"))
+        self._grammar = _read_rows(words.with_name("grammar.txt"))
+        self._actions = [word for word in self._grammar["actions"] if word in self._words] or self.common
         self.tokenizer = self._make_tokenizer(tokenizer, examples, seed)
 
     def _stand_for(
@@ -83,8 +88,10 @@ class Language:
         """Each known word -> the things it stands for, weights that sum to 1."""
         tied = {word: list(tags) for word, tags in nouns.tie(names).items()} if nouns is not None else {}
         tied |= {word: tags for tag, own in names.items() for word, tags in ((name, [tag]) for name in own)}
-        tied |= dict(read_lists(words))
+        lists, common = read_lists(words), set(self.common)
         tied |= {label: [label] for label in self.labels}
+        # A label with hardly an image of its own ("plane", a carpenter's one) means what everybody means by it.
+        tied |= {word: labels for word, labels in lists.items() if word not in common}
         found: dict[str, dict[int, float]] = {}
         for word, tags in tied.items():
             known = [self._thing[tag] for tag in tags if tag in self._thing]
@@ -132,7 +139,8 @@ class Language:
     def draw_sentences(self, count: int, rng: np.random.Generator) -> Drawn:
         """Random sentences of one to three known things, with words between them that say nothing."""
         say = self._grammar
-        texts, parts = [], []
+        texts: list[str] = []
+        parts: list[dict[int, float]] = []
         while len(texts) < count:
             wanted: dict[int, float] = {}
             filled = {"a": _pick(say["articles"], rng) if rng.random() < 0.8 else ""}
@@ -209,6 +217,12 @@ def read_lists(path: Path) -> dict[str, list[str]]:
             for word in words.split(", "):
                 found[word.strip()] = [label.strip() for label in labels.split(", ")]
     return found
+
+
+def _read_rows(path: Path) -> dict[str, list[str]]:
+    """Lines `name: entry, entry, ...`."""
+    lines = [line for line in path.read_text("utf-8").splitlines() if line.strip() and not line.startswith("#")]
+    return {name: entries.split(", ") for name, entries in (line.split(": ", 1) for line in lines)}
 
 
 def _broader(nouns: Nouns | None, names: Mapping[str, Sequence[str]], labels: set[str]) -> dict[str, frozenset[str]]:

@@ -26,10 +26,17 @@ LIBRARY = 20  # images in each of the small libraries that are asked for what th
 
 
 class Towers:
-    """Frames and texts to vectors, with the graphs of one bundle."""
+    """Frames and texts to vectors, with the graphs of one bundle.
+
+    Raises:
+        ValueError: the bundle crops frames, or its attention looks at them.
+    """
 
     def __init__(self, folder: Path, *, threads: int = 1) -> None:
         self.bundle = Bundle.load(folder)
+        square = self.bundle.image.mode == "squash" and self.bundle.image.height == self.bundle.image.width
+        if not square or self.bundle.attention_input != "tokens":
+            raise ValueError(f"{folder}: only bundles that squash frames and weigh tokens are measured here")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self._sessions = {
@@ -150,14 +157,15 @@ def measure_labels(towers: Towers, shown: Shown) -> list[dict[str, Any]]:
 
 
 def measure_absent(
-    towers: Towers, shown: Shown, strength: float, *, libraries: int = 400, seed: int = 0
+    towers: Towers, shown: Shown, strength: float, *, libraries: int = 400, seed: int = 0, weak: float | None = None
 ) -> dict[str, float]:
     """Is what is there told from what is not? Small libraries are asked for a label that is there and one that is not.
 
-    The best score of a library is the answer. "weak_score" is the score that FALSE_ALARMS of the queries for absent
-    labels reach; "present_found" is the share of the queries for present labels that reach it, "present_absent_auc" the
-    chance that a present one scores higher than an absent one. A label is absent where no image of the library has it,
-    broad terms included, so that "dog" is not called absent where a poodle is.
+    The best score of a library is the answer. "weak_score" is the given score, else that which FALSE_ALARMS of the
+    queries for absent labels reach; "absent_passed" is the share of these that reach it, "present_found" the share of
+    the queries for present labels, "present_absent_auc" the chance that a present one scores higher than an absent one.
+    A label is absent where no image of the library has it, broad terms included, so that "dog" is not called absent
+    where a poodle is.
     """
     rng = np.random.default_rng(seed)
     vectors = shown.vectors[STRENGTHS.index(strength)]
@@ -174,10 +182,11 @@ def measure_absent(
         stranger = strangers[int(rng.integers(len(strangers)))]
         present.append(float((vectors[chosen] @ texts[asked]).max()))
         absent.append(float((vectors[chosen] @ texts[stranger]).max()))
-    weak = float(np.quantile(absent, 1 - FALSE_ALARMS))
+    weak = float(np.quantile(absent, 1 - FALSE_ALARMS)) if weak is None else weak
     more = np.asarray(present)[:, None] > np.asarray(absent)[None]
     return {
         "weak_score": round(weak, 4),
+        "absent_passed": round(float((np.asarray(absent) >= weak).mean()), 4),
         "present_found": round(float((np.asarray(present) >= weak).mean()), 4),
         "present_absent_auc": round(float(more.mean()), 4),
         "libraries": float(len(present)),

@@ -49,13 +49,14 @@ class View:
     phrases: tuple[Phrase, ...]  # captions
 
 
-def read_classes(path: Path | None, labels: Iterable[str]) -> list[list[Phrase]]:
-    """Names of the teacher's classes, a list of synonyms for each; empty without a teacher.
+def read_classes(path: Path, labels: Iterable[str]) -> list[list[Phrase]]:
+    """Names of the teacher's classes, a list of synonyms for each.
 
     A class that has the name of a label carries the label's tag.
+
+    Raises:
+        FileNotFoundError: there is no such list.
     """
-    if path is None or not path.exists():
-        return []
     known = set(labels)
     classes = []
     for number, line in enumerate(path.read_text("utf-8").splitlines()):

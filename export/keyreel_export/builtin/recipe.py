@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from keyreel_export.builtin.bundle import GRID, Backbone, Texts
@@ -39,6 +40,9 @@ from keyreel_export.builtin.wordnet import Nouns
 SURE = 0.6  # the teacher's class is taken for a label from this probability on
 STUDENT_VIEWS = 3  # crops of each image on which the last joint space is trained
 MARKED = 3000  # pictures with outlines for the attention head, of each kind
+
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,12 @@ class Recipe:
         return read_examples(self.trainset, "val")
 
     def make(self) -> Made:
-        """All steps. torch is left with one thread while processes train side by side."""
+        """All steps. torch is left with one thread while processes train side by side.
+
+        Raises:
+            ValueError: the work folder was begun with other options.
+        """
+        self._same_options()
         bank = make_bank(
             self.trainset, self.train, self.teacher, self.work, views=self.views, seed=self.seed, workers=self.workers
         )
@@ -95,7 +104,7 @@ class Recipe:
 
         features = standardised(bank.features, *spread_of(bank)), standardised(answers[0], *spread_of(bank))
         space = Space(features[0].shape[1], language.tokenizer.get_vocab_size())
-        space = self._kept(space, "space-teacher.pt", lambda: self._space(features, views, language, self.steps))
+        space = self._kept(space, "space-teacher", lambda log: self._space(features, views, language, log))
         lesson = make_lesson(space, features[0], self.train, views, language, bank)
         plan = Plan(minutes=self.minutes, seed=self.seed, batch=self.batch, workers=self.workers)
         run = Distillation(plan, bank, self.drawn, answers, self.work, lesson)
@@ -106,13 +115,14 @@ class Recipe:
 
         image = run.student.image
         chosen = np.flatnonzero(np.arange(len(bank.crops)) % self.views < STUDENT_VIEWS)
-        seen = self._student_features(image, bank, chosen)
+        seen = self._student_features(image, bank, chosen, f"student-features-{run.step}.npz")
         start = Space(seen[0].shape[1], language.tokenizer.get_vocab_size())
         start.load_state_dict(
             {**space.state_dict(), **{f"place.{k}": v for k, v in image.project.state_dict().items()}}
         )
         some = [views[int(i)] for i in chosen]
-        final = self._kept(start, "space-student.pt", lambda: self._space(seen, some, language, self.steps, start))
+        name = f"space-student-{run.step}"
+        final = self._kept(start, name, lambda log: self._space(seen, some, language, log, start))
         image.project.load_state_dict(final.place.state_dict())
         facts = {
             "training_images_seen": float(run.seen),
@@ -120,41 +130,62 @@ class Recipe:
             **self._teacher_cosine(run),
         }
         texts = Texts(final.text, final.common)
-        steps = (self.work / "space-progress.jsonl").read_text("utf-8").splitlines()
-        log = [*(json.loads(line) for line in steps), *run.log]
-        return Made(image, self._attention(image), texts, language.tokenizer, facts, log)
+        log = [*self._log("space-teacher"), *run.log, *self._log(name)]
+        attention = self._kept(SpatialAttention(), f"attention-{run.step}", lambda _: self._attention(image))
+        return Made(image, attention, texts, language.tokenizer, facts, log)
+
+    def _same_options(self) -> None:
+        """Notes the options that change what is made, and the lists of words; refuses others in the same folder."""
+        own = {"trainset": str(self.trainset), "teacher": str(self.teacher), "wordnet": str(self.wordnet)}
+        own |= {name: str(getattr(self, name)) for name in ("steps", "views", "seed", "batch", "scenes")}
+        for name in ("words.txt", "grammar.txt"):
+            own[name] = hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
+        path = self.work / "options.json"
+        if not path.exists():
+            path.write_text(json.dumps(own, indent=2) + "\n", "utf-8")
+        kept = json.loads(path.read_text("utf-8"))
+        other = [f"{name} was {kept.get(name)}, is {value}" for name, value in own.items() if kept.get(name) != value]
+        if other:
+            raise ValueError(f"{self.work} was begun with other options: {'; '.join(other)}. Take another --work")
 
     def _space(
         self,
         features: tuple[Tensor, Tensor],
         views: list[View],
         language: Language,
-        steps: int,
+        log: Path,
         start: Space | None = None,
     ) -> Space:
-        plan = SpacePlan(steps=steps, seed=self.seed)
+        plan = SpacePlan(steps=self.steps, seed=self.seed)
         if start is not None:
-            plan = SpacePlan(steps=steps, seed=self.seed, rate=0.4 * plan.rate)
-        log = self.work / "space-progress.jsonl"
+            plan = replace(plan, rate=0.4 * plan.rate)
         return train_space(plan, features, (views, language.scene_views), language, start, log)
 
-    def _kept(self, empty: Space, name: str, make: Callable[[], Space]) -> Space:
-        path = self.work / name
+    def _log(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.work / f"{name}.jsonl").read_text("utf-8").splitlines()
+        return [{"stage": name.rsplit("-", 1)[0] if name[-1].isdigit() else name, **json.loads(line)} for line in lines]
+
+    def _kept(self, empty: Module, name: str, make: Callable[[Path], Module]) -> Module:
+        path = self.work / f"{name}.pt"
         if not path.exists():
-            made = make()
+            made = make(self.work / f"{name}.jsonl")
             aside = path.with_suffix(".part")
             torch.save(made.state_dict(), aside)
             aside.rename(path)
         empty.load_state_dict(torch.load(path, weights_only=True))
         return empty.eval()
 
-    def _student_features(self, image: ImageTower, bank: Bank, chosen: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+    def _student_features(
+        self, image: ImageTower, bank: Bank, chosen: np.ndarray[Any, Any], name: str
+    ) -> tuple[Tensor, Tensor]:
         """Pooled tokens of some crops and of the scenes, fp16."""
-        path = self.work / "student-features.npz"
+        path = self.work / name
         if not path.exists():
             photos = pooled(image, bank.crops, chosen)
             scenes = pooled(image, np.stack([s.pixels for s in self.drawn]), np.arange(len(self.drawn)))
-            np.savez(path, photos=photos, scenes=scenes)
+            aside = path.with_suffix(".part.npz")
+            np.savez(aside, photos=photos, scenes=scenes)
+            aside.rename(path)
         arrays = np.load(path)
         return torch.from_numpy(arrays["photos"]), torch.from_numpy(arrays["scenes"])
 
@@ -239,7 +270,7 @@ def make_lesson(
     """What the space says of each crop, and which texts are true of each image: label names and scenes' things."""
     phrases = [*((label, frozenset({label})) for label in language.labels), *language.scene_phrases]
     with torch.inference_mode():
-        placed = torch.cat([space.placed(part.float()).half() for part in features.split(8192)])
+        placed = torch.cat([space.placed(part.float()).half() for part in torch.split(features, 8192)])
         texts = encode_all(space, language, [text for text, _ in phrases])
     first = np.unique(bank.example, return_index=True)[1]  # one view of each example, the whole image
     of_images = [views[int(place)] for place in first]

@@ -22,7 +22,7 @@ from keyreel_export.builtin.student import TOKEN_WIDTH
 
 PLAIN = frozenset({"caltech101", "pacs", "clothing", "grocery"})  # sources with objects before plain grounds
 PLACES = frozenset({"cmu-sun-scenes", "houses"})
-TOLERANCE = 24  # of one colour channel, between neighbours that belong to the ground
+TOLERANCE = 24  # of one channel, from the median of the border; a flood takes twice that, summed over the channels
 SMALLEST, LARGEST = 0.04, 0.6  # share of the picture that an object covers
 
 

@@ -33,7 +33,7 @@ from keyreel_export.builtin.student import EMBEDDING_WIDTH, TextTower
 class SpacePlan:
     """How long and how large."""
 
-    steps: int = 1500
+    steps: int = 1200
     seed: int = 0
     batch: int = 256
     captioned: int = 12  # of a batch: pictures with captions, which are few but most like what is asked
@@ -47,7 +47,7 @@ class SpacePlan:
 class Space(nn.Module):
     """Both maps into the joint space. F is the width of the image features.
 
-    `common` is what all texts have in common, [D], zero at first. Taken off, pictures are ranked by how much nearer
+    `common` is the mean of the bare label names, [D], zero at first. Taken off, pictures are ranked by how much nearer
     they are to a text than to texts at large, since some are near to all.
     """
 
@@ -98,7 +98,7 @@ def train_space(
         features: of photographs [M, F] and of scenes [R, F].
         views: what is known of each of them.
         start: a space for features of the same width to go on with; what its label names have in common goes.
-        log: JSON lines are added to this file.
+        log: JSON lines are written to this file.
     """
     torch.manual_seed(plan.seed)
     rng = np.random.default_rng(plan.seed)
@@ -113,6 +113,7 @@ def train_space(
     captioned = [row for row, view in enumerate(views[0]) if any(tag.startswith(CAPTION) for tag in view.tags)]
     things = torch.zeros(0)
     began, sums = time.monotonic(), dict[str, float]()
+    rows: list[dict[str, Any]] = []
     space.train()
     for step in range(plan.steps):
         falling = 0.5 * (1 + math.cos(math.pi * step / plan.steps))
@@ -133,11 +134,11 @@ def train_space(
             space.log_scale.clamp_(0.0, math.log(50.0))
         for name, loss in losses.items():
             sums[name] = 0.97 * sums.get(name, float(loss.detach())) + 0.03 * float(loss.detach())
-        if log is not None and ((step + 1) % 100 == 0 or step + 1 == plan.steps):
+        if (step + 1) % 100 == 0 or step + 1 == plan.steps:
             facts: dict[str, Any] = {name: round(value, 4) for name, value in sums.items()}
-            row = {"stage": "space", "seconds": round(time.monotonic() - began), "step": step + 1, **facts}
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            rows.append({"seconds": round(time.monotonic() - began), "step": step + 1, **facts})
+            if log is not None:
+                log.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return space.eval()
 
 

@@ -21,13 +21,12 @@ SENSES = 3  # a word's rarer senses are not what a query means
 
 
 class Nouns:
-    """Synsets, their words, and what lies above and below them."""
+    """Synsets, their words, and what lies above them."""
 
     def __init__(self, folder: Path) -> None:
         self.files: dict[int, int] = {}  # synset -> lexicographer file
         self.words: dict[int, list[str]] = {}
         self.above: dict[int, list[int]] = {}
-        self.below: dict[int, list[int]] = {}
         self.counts: dict[tuple[str, int], int] = {}  # (word, synset) -> how often it was seen in tagged texts
         self.senses: dict[str, list[int]] = {}  # word -> synsets, the most frequent first
         seen = self._frequencies(folder / "cntlist.rev")
@@ -59,8 +58,6 @@ class Nouns:
             self.words[synset].append(word)
             self.counts[word, synset] = seen.get(key, 0)
         self.above[synset] = [parent for kind, parent in up if kind == "@"]
-        for parent in self.above[synset]:
-            self.below.setdefault(parent, []).append(synset)
 
     def find(self, names: Sequence[str]) -> int | None:
         """The synset that has most of these names, the earliest sense where several have; None where none is visible.
