@@ -169,7 +169,7 @@ def measure_photographs(model: str, trainset: Path) -> list[dict[str, Any]]:
     shown = show(towers, trainset)
     rows = [{"part": "labels", **row} for row in measure_labels(towers, shown)]
     strength = min(STRENGTHS, key=lambda known: abs(known - bundle.strength_default))
-    rows.append({"part": "captions", "strength": strength, **measure_captions(towers, shown, strength)})
+    rows.append({"part": "captions", "strength": strength, **measure_captions(towers, trainset, strength)})
     rows.append(
         {
             "part": "absent",

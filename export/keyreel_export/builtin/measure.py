@@ -107,19 +107,19 @@ def interval(differences: F32, seed: int = 0) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """Validation images that have labels, as vectors for each attention strength."""
+    """Validation images as vectors for each attention strength."""
 
     examples: list[Example]
     vectors: list[F32]  # [N, D] for each of STRENGTHS
 
 
-def show(towers: Towers, trainset: Path) -> Shown:
-    """Runs the image tower over the validation images."""
-    labelled = [example for example in read_examples(trainset, "val") if example.labels]
-    frames = np.empty((len(labelled), towers.bundle.image.height, towers.bundle.image.width, 3), np.uint8)
-    for index, image in read_images(trainset, labelled):
+def show(towers: Towers, trainset: Path, *, captioned: bool = False) -> Shown:
+    """Runs the image tower over the validation images that have labels, or over those that have captions."""
+    wanted = [e for e in read_examples(trainset, "val") if (e.captions if captioned else e.labels)]
+    frames = np.empty((len(wanted), towers.bundle.image.height, towers.bundle.image.width, 3), np.uint8)
+    for index, image in read_images(trainset, wanted):
         frames[index] = square_view(image, towers.bundle.image.height)
-    return Shown(labelled, towers.frames(frames, STRENGTHS))
+    return Shown(wanted, towers.frames(frames, STRENGTHS) if wanted else [])
 
 
 def measure_labels(towers: Towers, shown: Shown) -> list[dict[str, Any]]:
@@ -193,19 +193,19 @@ def measure_absent(
     }
 
 
-def measure_captions(towers: Towers, shown: Shown, strength: float) -> dict[str, float]:
+def measure_captions(towers: Towers, trainset: Path, strength: float) -> dict[str, float]:
     """COCO captions to images: recall at 1 and 5, median rank among the captioned validation images."""
-    places = [i for i, example in enumerate(shown.examples) if example.captions]
-    if not places:
+    shown = show(towers, trainset, captioned=True)
+    if not shown.examples:
         return {}
-    captions = [(caption, row) for row, i in enumerate(places) for caption in shown.examples[i].captions]
-    vectors = shown.vectors[STRENGTHS.index(strength)][places]
+    captions = [(caption, row) for row, example in enumerate(shown.examples) for caption in example.captions]
+    vectors = shown.vectors[STRENGTHS.index(strength)]
     scores = towers.texts([caption for caption, _ in captions]) @ vectors.T
     own = scores[np.arange(len(captions)), [row for _, row in captions]]
     rank = (scores > own[:, None]).sum(axis=1) + 1
     return {
         "captions": float(len(captions)),
-        "caption_images": float(len(places)),
+        "caption_images": float(len(shown.examples)),
         "caption_recall_at_1": round(float((rank <= 1).mean()), 4),
         "caption_recall_at_5": round(float((rank <= 5).mean()), 4),
         "caption_median_rank": float(np.median(rank)),
@@ -282,5 +282,5 @@ def measure_all(
     absent = measure_absent(towers, shown, strength)
     manifest["fusion"]["strength_default"] = strength
     manifest["text"]["weak_score"] = absent["weak_score"]
-    figures |= absent | measure_captions(towers, shown, strength) | measure_attention(towers, trainset)
+    figures |= absent | measure_captions(towers, trainset, strength) | measure_attention(towers, trainset)
     return figures | measure_scenes(towers, strength), [{"table": "attention strength", **row} for row in table]
