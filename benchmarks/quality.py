@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -24,13 +24,14 @@ import numpy as np
 
 from benchmarks.environment import environment
 from benchmarks.run import commit
-from keyreel import EncodeConfig, Engine, Sampling
+from keyreel import EncodeConfig, Engine, Sampling, Summary
 from keyreel.bundle import Bundle
 from keyreel.config import ShiftMode
 from keyreel.types import F32
 from keyreel_export.builtin.measure import (
     STRENGTHS,
     Towers,
+    halves,
     interval,
     measure_absent,
     measure_attention,
@@ -51,31 +52,25 @@ FRAMES = 8
 class Asked:
     """Scores of all clips for all queries."""
 
-    frames: F32  # [clips, FRAMES, queries]: captions first, then what is absent
+    frames: F32  # [clips, FRAMES, captions]
     own: list[int]  # the clip of each caption
 
     @property
     def ranks(self) -> np.ndarray[Any, Any]:
         """Place of the right clip for each caption, 1 the first, by the mean of its frames."""
-        table = self.frames.mean(axis=1)[:, : len(self.own)]
+        table = self.frames.mean(axis=1)
         right = table[self.own, np.arange(len(self.own))]
         return np.asarray((table > right).sum(axis=0) + 1)
 
-    @property
-    def best(self) -> F32:
-        """The best frame of all clips for each query."""
-        return np.asarray(self.frames.max(axis=(0, 1)))
-
 
 def ask(model: str, media: Path, shift: ShiftMode, strength: float) -> Asked:
-    """Decodes and encodes the clips, and asks for all captions and all absent things."""
-    wanted = json.loads(CLIPS.read_text("utf-8"))
-    captions: dict[str, list[str]] = wanted["clips"]
+    """Decodes and encodes the clips, and asks for all captions."""
+    captions: dict[str, list[str]] = json.loads(CLIPS.read_text("utf-8"))["clips"]
     encode = EncodeConfig(shift=shift, attention_strength=strength)
     texts = [(text, place) for place, own in enumerate(captions.values()) for text in own]
     scores = []
     with Engine.from_pretrained(model, device="cpu") as engine:
-        queries = engine.encode_text([*(text for text, _ in texts), *wanted["absent"]])
+        queries = engine.encode_text([text for text, _ in texts])
         for name in captions:
             vectors = engine.embed_video(media / name, sampling=Sampling(fps=2.0), encode=encode).vectors
             chosen = np.linspace(0, len(vectors) - 1, FRAMES).round().astype(int)
@@ -84,8 +79,7 @@ def ask(model: str, media: Path, shift: ShiftMode, strength: float) -> Asked:
 
 
 def measure_clips(model: str, media: Path) -> list[dict[str, Any]]:
-    """One row for each shift and strength, and one for what is absent at the model's own."""
-    bundle = Bundle.find(model)
+    """One row for each shift and strength."""
     found: list[dict[str, Any]] = []
     plain = ask(model, media, "off", 0.0).ranks
     for shift, strength in product(get_args(ShiftMode), STRENGTHS):
@@ -101,15 +95,43 @@ def measure_clips(model: str, media: Path) -> list[dict[str, Any]]:
             row[f"recall_at_{depth}"] = round(float(hits.mean()), 4)
             row[f"recall_at_{depth}_against_plain"] = [round(v, 4) for v in (float(by_clip.mean()), *interval(by_clip))]
         found.append(row)
-        if (shift, strength) == (bundle.shift_default, bundle.strength_default):
-            there, away = asked.best[:count], asked.best[count:]
-            both = {"present": count, "absent": len(away), "weak_score": bundle.weak_score}
-            both["auc"] = round(float((there[:, None] > away).mean()), 4)
-            if bundle.weak_score is not None:
-                both["present_kept"] = round(float((there >= bundle.weak_score).mean()), 4)
-                both["absent_told"] = round(float((away < bundle.weak_score).mean()), 4)
-            found.append({"part": "absent_clips", **both})
     return found
+
+
+def measure_absent_clips(model: str, media: Path) -> list[dict[str, Any]]:
+    """Through `Engine.search`: is what a caption says told from what is in no clip, in one clip and in all together?"""
+    wanted = json.loads(CLIPS.read_text("utf-8"))
+    captions: dict[str, list[str]] = wanted["clips"]
+    alone, together = Told(), Told()
+    with Engine.from_pretrained(model, device="cpu") as engine:
+        every = [engine.summarize(media / name, keyframes=1) for name in captions]
+        for summary, own in zip(every, captions.values(), strict=True):
+            alone.ask(engine, [summary], own, wanted["absent"])
+        together.ask(engine, every, [text for own in captions.values() for text in own], wanted["absent"])
+    return [{"part": "absent_clips", "clips": n, **told.row()} for n, told in ((1, alone), (len(every), together))]
+
+
+@dataclass(slots=True)
+class Told:
+    """Best scores of queries, less the weak score of the videos that were searched."""
+
+    present: list[float] = field(default_factory=list)
+    absent: list[float] = field(default_factory=list)
+
+    def ask(self, engine: Engine, videos: list[Summary], present: list[str], absent: list[str]) -> None:
+        weak = engine.bundle.weak_score(sum(len(video.shots) for video in videos)) or 0.0
+        for texts, scores in ((present, self.present), (absent, self.absent)):
+            scores.extend(engine.search(text, videos, k=1)[0].score - weak for text in texts)
+
+    def row(self) -> dict[str, Any]:
+        there, away = np.asarray(self.present), np.asarray(self.absent)
+        return {
+            "present": len(there),
+            "absent": len(away),
+            "auc": round(float((there[:, None] > away).mean()), 4),
+            "present_kept": round(float((there >= 0).mean()), 4),
+            "absent_told": round(float((away < 0).mean()), 4),
+        }
 
 
 def measure_keyframes(model: str, media: Path, *, draws: int = 10) -> dict[str, Any]:
@@ -170,13 +192,8 @@ def measure_photographs(model: str, trainset: Path) -> list[dict[str, Any]]:
     rows = [{"part": "labels", **row} for row in measure_labels(towers, shown)]
     strength = min(STRENGTHS, key=lambda known: abs(known - bundle.strength_default))
     rows.append({"part": "captions", "strength": strength, **measure_captions(towers, trainset, strength)})
-    rows.append(
-        {
-            "part": "absent",
-            "strength": strength,
-            **measure_absent(towers, shown, strength, seed=1, weak=bundle.weak_score),
-        }
-    )
+    absent = measure_absent(towers, halves(shown)[1], strength)
+    rows += [{"part": "absent", "strength": strength, **row} for row in absent]
     rows.append({"part": "attention", **measure_attention(towers, trainset)})
     rows.append({"part": "scenes", "strength": strength, **measure_scenes(towers, strength)})
     return rows
@@ -192,7 +209,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = measure_photographs(arguments.model, arguments.trainset) if arguments.trainset else []
     if arguments.media:
-        rows += [*measure_clips(arguments.model, arguments.media), measure_keyframes(arguments.model, arguments.media)]
+        for measure in (measure_clips, measure_absent_clips):
+            rows += measure(arguments.model, arguments.media)
+        rows.append(measure_keyframes(arguments.model, arguments.media))
     rows.append(measure_speed(arguments.model))
     about = {"model": arguments.model, "commit": commit(), "environment": environment()}
     for row in rows:

@@ -6,10 +6,13 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 torch = pytest.importorskip("torch")
@@ -23,7 +26,16 @@ from keyreel_export.builtin.bundle import Texts  # noqa: E402
 from keyreel_export.builtin.data import Bank, Example, random_view  # noqa: E402
 from keyreel_export.builtin.distil import Distillation, Lesson, Plan, draw_scenes  # noqa: E402
 from keyreel_export.builtin.language import Language, plural, read_lists  # noqa: E402
-from keyreel_export.builtin.measure import Shown, best_strength, label_ranks, mean_average_precision, measure_absent  # noqa: E402
+from keyreel_export.builtin.measure import (  # noqa: E402
+    Shown,
+    best_strength,
+    equal_error,
+    halves,
+    label_ranks,
+    mean_average_precision,
+    measure_absent,
+    weak_scores,
+)
 from keyreel_export.builtin.phrases import describe  # noqa: E402
 from keyreel_export.builtin.saliency import area_under_curve, centre_prior, compose, outline, train_attention  # noqa: E402
 from keyreel_export.builtin.scenes import COLOURS as PALETTE  # noqa: E402
@@ -80,7 +92,8 @@ def test_the_script_makes_a_bundle_that_loads_and_goes_on(tmp_path: Path, monkey
     assert verify["val_label_images"] == 6
     assert verify["training_images_seen"] >= 8
     assert verify["teacher_cosine_images"] == 8
-    assert made.weak_score == verify["weak_score"]
+    sizes = [size for size, _ in made.manifest["text"]["weak_scores"]]
+    assert sizes == [1]  # three images for them
     first = {name: entry["sha256"] for name, entry in made.manifest["files"].items()}
     [kept] = work.glob("space-student-*.pt")
     kept.unlink()
@@ -324,10 +337,32 @@ def test_absent_labels_are_told_by_their_scores() -> None:
     names = [f"thing {n:02d}" for n in range(60)]
     shown = Shown(examples(*((name,) for name in names)), [np.eye(60, dtype=np.float32)] * 5)
     towers: Any = Said(names)
-    found = measure_absent(towers, shown, 0.0)
-    assert (found["weak_score"], found["present_found"], found["present_absent_auc"]) == (0.0, 1.0, 1.0)
-    given = measure_absent(towers, shown, 0.0, weak=0.5)
-    assert (given["weak_score"], given["present_found"], given["absent_passed"]) == (0.5, 1.0, 0.0)
+    assert weak_scores(towers, shown, 0.0, libraries=50) == [[1, 0.5], [2, 0.5], [5, 0.5], [10, 0.5], [20, 0.5]]
+    towers.bundle = SimpleNamespace(weak_score=lambda images: 0.5 if images < 10 else 1.5)
+    table = measure_absent(towers, shown, 0.0, libraries=50)
+    assert [(row["images"], row["auc"], row["present_kept"], row["absent_told"]) for row in table] == [
+        (1, 1, 1, 1), (2, 1, 1, 1), (5, 1, 1, 1), (10, 1, 0, 1), (20, 1, 0, 1)
+    ]  # fmt: skip
+    first, second = halves(shown)
+    assert [example.labels[0] for example in first.examples] == names[::2]
+    assert [example.labels[0] for example in second.examples] == names[1::2]
+    np.testing.assert_array_equal(second.vectors[3], np.eye(60)[1::2])
+
+
+@given(
+    present=st.lists(st.floats(-1, 1, width=16), min_size=1, max_size=40),
+    absent=st.lists(st.floats(-1, 1, width=16), min_size=1, max_size=40),
+)
+def test_as_many_absent_things_pass_as_present_ones_fail(present: list[float], absent: list[float]) -> None:
+    there, away = np.asarray(present, np.float32), np.asarray(absent, np.float32)
+    bound = equal_error(there, away)
+
+    def error(at: float) -> float:
+        return abs(float((there < at).mean() - (away >= at).mean()))
+
+    scores = np.unique([*present, *absent])
+    if len(scores) > 1:
+        assert error(bound) == min(error(at) for at in scores[1:])  # every bound that parts them differently
 
 
 def test_texts_of_the_bundle_are_those_of_the_space() -> None:

@@ -72,6 +72,27 @@ def test_a_bad_manifest_is_refused(copy: Path, change: dict[str, object], messag
         Bundle.load(copy)
 
 
+def with_weak_scores(folder: Path, scores: object) -> Bundle:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["text"]["weak_scores"] = scores
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return Bundle.load(folder)
+
+
+def test_the_weak_score_rises_with_what_was_looked_at(copy: Path) -> None:
+    bundle = with_weak_scores(copy, [[1, 0.25], [10, 0.5], [1000, 0.75]])
+    asked = {0: 0.25, 1: 0.25, 10: 0.5, 100: 0.625, 1000: 0.75, 10**6: 0.75}
+    assert {moments: bundle.weak_score(moments) for moments in asked} == pytest.approx(asked)
+    assert 0.25 < (bundle.weak_score(3) or 0) < 0.5
+    assert with_weak_scores(copy, None).weak_score(3) is None
+
+
+@pytest.mark.parametrize("scores", [[], 0.4, [[1, 2]], [[2, 0.1], [1, 0.2]], [[1, 0.2], [2, 0.1]], [[0, 0.1]], [[1]]])
+def test_bad_weak_scores_are_refused(copy: Path, scores: object) -> None:
+    with pytest.raises(ModelError, match="bad or missing entry"):
+        with_weak_scores(copy, scores)
+
+
 def test_a_manifest_cannot_name_files_elsewhere(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["files"]["../copy/../../passwd"] = {"sha256": "0"}

@@ -20,8 +20,11 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
+
+import numpy as np
 
 from keyreel.config import ImageTransform, ShiftMode
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
@@ -153,14 +156,20 @@ class Bundle:
         """Of the graphs' weights: "fp32", "fp16", or "int8" for a backbone whose matrix products are in 8 bits."""
         return str(self.manifest.get("precision", "fp32"))
 
-    @property
-    def weak_score(self) -> float | None:
+    def weak_score(self, moments: int) -> float | None:
         """A best cosine under this says that nothing matches a text well; None where the model was not calibrated.
 
-        One in ten things that are absent reaches it in twenty pictures; among more pictures more do.
+        Among more pictures something comes nearer to any text by chance: the score rises with their number. It is set
+        where as many things that are absent reach it as things that are there fail to.
+
+        Args:
+            moments: different pictures that were looked at, such as the shots of all videos searched.
         """
-        found = self.manifest["text"].get("weak_score")
-        return None if found is None else float(found)
+        known = self.manifest["text"].get("weak_scores")
+        if known is None:
+            return None
+        sizes, scores = zip(*known, strict=True)
+        return float(np.interp(np.log(max(moments, 1)), np.log(sizes), scores))
 
     def file(self, name: str) -> Path:
         return self.folder / name
@@ -194,11 +203,18 @@ def _check_values(manifest: Mapping[str, Any]) -> None:
     ):
         if manifest[part][key] not in allowed:
             raise ValueError(f"{part}.{key} is {manifest[part][key]!r}, allowed: {', '.join(allowed)}")
-    weak = manifest["text"].get("weak_score")
-    if weak is not None and not -1 <= float(weak) <= 1:
-        raise ValueError(f"text.weak_score is {weak!r}, allowed: -1 to 1")
+    _check_weak(manifest["text"].get("weak_scores"))
     if len(manifest["grid"]) != 2 or min(manifest["grid"]) < 1:
         raise ValueError(f"grid is {manifest['grid']!r}, expected [rows, columns]")
+
+
+def _check_weak(known: Any) -> None:
+    if known is None:
+        return
+    sizes, scores = ([float(row[n]) for row in known] for n in (0, 1))
+    rising = all(low < high for low, high in pairwise(sizes)) and all(low <= high for low, high in pairwise(scores))
+    if not sizes or not rising or sizes[0] < 1 or not -1 <= scores[0] <= scores[-1] <= 1:
+        raise ValueError(f"text.weak_scores is {known!r}, expected rising [moments, score] from 1, within -1 to 1")
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

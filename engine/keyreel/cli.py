@@ -187,7 +187,8 @@ def search(
 
         failed = for_each(_sources(names, options), one, _told(bars))
         hits = engine.search(query, summaries, k=k) if summaries else []
-        weak = engine.bundle.weak_score if image is None else None
+        shots = sum(len(summary.shots) for summary in summaries)
+        weak = engine.bundle.weak_score(shots) if image is None else None
         pictures = hit_pictures(hits, {s.video.path: s.source for s in summaries}) if html or previews else []
     if previews is not None:
         hits = save_previews(hits, pictures, previews)

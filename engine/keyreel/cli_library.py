@@ -142,7 +142,7 @@ def search_library(
     library = wanted.library or ""
     # What is like a moment of the library needs no model.
     with Library(library) if isinstance(query, Example) else opened(library, model, device) as there:
-        weak = there.engine.bundle.weak_score if there.engine is not None and isinstance(query, str) else None
+        weak = there.weak_score(where) if isinstance(query, str) else None
         videos = there.search_videos(query, k=k, where=where) if wanted.whole else None
         hits = there.search(query, k=k, where=where) if videos is None else [m for v in videos for m in v.moments]
         small = not as_json and can_show(out())

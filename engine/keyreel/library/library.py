@@ -265,6 +265,22 @@ class Library:
         vectors, own = self._vectors([query])
         return self._search().videos(vectors, k, moments, self._where(where), own)[0]
 
+    def weak_score(self, where: Filter | None = None) -> float | None:
+        """A best score of a text under this says that nothing matches it well, see `Bundle.weak_score`.
+
+        Args:
+            where: as for `search`; of its times nothing is taken into account.
+
+        Returns:
+            None where the library has no engine or its model was not calibrated.
+
+        Raises:
+            LibraryError: there is no library.
+        """
+        if self.engine is None:
+            return None
+        return self.engine.bundle.weak_score(sum(len(record.shots) for record in self.list(where)))
+
     # --- what is in it --------------------------------------------------------------------------------------------
 
     def list(self, where: Filter | None = None) -> builtins.list[Record]:

@@ -99,7 +99,7 @@ def search_document(
 
     Args:
         videos: the videos that were found in a library, where videos were asked for; the hits are their moments.
-        weak_score: hits below it hardly match a text, where the model says so (`Bundle.weak_score`).
+        weak_score: hits below it hardly match a text, where the model says so, see `Bundle.weak_score`.
 
     Raises:
         ValueError: a number is not finite.

@@ -12,7 +12,7 @@ from keyreel.serve.limits import Pool
 from keyreel.serve.metrics import Metrics
 from keyreel.serve.refusals import too_busy
 
-Answer = list[LibraryHit]
+Answer = tuple[list[LibraryHit], float | None]  # hits, and the weak score where they were looked for
 SearchMany = Callable[[Sequence[str], int, Filter], list[Answer]]
 
 
@@ -30,7 +30,7 @@ class Batcher:
     A pass takes the queries that ask for the same k and the same filter. A query whose caller left is not worked on.
 
     Args:
-        search_many: (texts, k, where) -> hits of each text; called in a thread.
+        search_many: (texts, k, where) -> answer to each text; called in a thread.
     """
 
     def __init__(self, search_many: SearchMany, config: ServeConfig, metrics: Metrics) -> None:
@@ -90,9 +90,9 @@ class Batcher:
                 if not query.answer.done():
                     await self._one(query)
             return
-        for query, hits in zip(batch, answers, strict=True):
+        for query, answer in zip(batch, answers, strict=True):
             if not query.answer.done():
-                query.answer.set_result(hits)
+                query.answer.set_result(answer)
 
     async def _one(self, query: _Query) -> None:
         try:

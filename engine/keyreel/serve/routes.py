@@ -132,10 +132,10 @@ def _add_search(router: APIRouter, service: Service) -> None:
         began = time.perf_counter()
         if not text.strip() or len(text) > service.config.max_query:
             raise Refused(422, "invalid", f"q must have 1 to {service.config.max_query} characters, got {len(text)}")
-        hits = await service.batcher.search(text, k, where)
+        hits, weak = await service.batcher.search(text, k, where)
         seconds = time.perf_counter() - began
         found = service.moments(hits, base)
-        return schemas.Hits(query=text, seconds=seconds, weak_score=service.weak_score, hits=found)
+        return schemas.Hits(query=text, seconds=seconds, weak_score=weak, hits=found)
 
     @router.get("/api/v1/search", tags=["search"])
     async def search(request: Request, query: Annotated[schemas.TextSearch, Query()]) -> schemas.Hits:

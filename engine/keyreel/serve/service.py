@@ -19,7 +19,7 @@ from keyreel.errors import LibraryError
 from keyreel.library.files import path_of
 from keyreel.library.types import Added, Example, Filter, LibraryHit, Record
 from keyreel.serve import schemas
-from keyreel.serve.batching import Batcher
+from keyreel.serve.batching import Answer, Batcher
 from keyreel.serve.jobs import Job, Jobs
 from keyreel.serve.limits import Pool
 from keyreel.serve.metrics import Metrics
@@ -86,11 +86,6 @@ class Service:
         return {"status": "ready", "model": engine.bundle.name, "device": engine.backend.device}
 
     # --- search ---------------------------------------------------------------------------------------------------
-
-    @property
-    def weak_score(self) -> float | None:
-        """Hits below it hardly match a text; None where the model was not calibrated."""
-        return None if self.library.engine is None else self.library.engine.bundle.weak_score
 
     def check(self, where: Filter, k: int) -> None:
         """Whether a search may be made.
@@ -241,9 +236,12 @@ class Service:
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _search_many(self, texts: Sequence[str], k: int, where: Filter) -> list[list[LibraryHit]]:
+    def _search_many(self, texts: Sequence[str], k: int, where: Filter) -> list[Answer]:
         self.check(where, k)
-        return self.library.search_many(texts, k=k, where=where) if self.library.exists() else [[] for _ in texts]
+        if not self.library.exists():
+            return [([], None) for _ in texts]
+        weak = self.library.weak_score(where)
+        return [(hits, weak) for hits in self.library.search_many(texts, k=k, where=where)]
 
     def _add(self, path: Path, tell: Progress, stop: Callable[[], bool]) -> Added | None:
         # Jobs may be older than the folders that are allowed now, and links may have been put on the way.

@@ -15,6 +15,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from keyreel_export.builtin.scenes import KINDS, WEIGHTS, Scene, render_scene
 from keyreel_export.builtin.student import TOKEN_WIDTH, ImageTower
 
 SIZES = ((0.3, 64), (0.55, 80), (0.85, 96), (1.0, SIZE))  # share of the time until which pictures have this side
+PATIENCE = timedelta(minutes=5)  # of one worker with the others, in place of the half hour that is usual
 LONGEST_STEP = 5.0  # seconds; more than that was a pause of the process and does not count
 
 
@@ -166,6 +168,8 @@ class Distillation:
         meeting = self.work / f"meeting-{time.time_ns()}"
         fork = get_context("fork")
         others = [fork.Process(target=self._work, args=(n, meeting)) for n in range(1, self.plan.workers)]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a pool of threads made so far is not there after the fork: waiting for it never ends
         for process in others:
             process.start()
         try:
@@ -175,11 +179,13 @@ class Distillation:
                 process.join(60)
                 process.kill()
             meeting.unlink(missing_ok=True)
+            torch.set_num_threads(threads)
         self.student.eval()
 
     def _work(self, rank: int, meeting: Path) -> None:
         address = f"file://{meeting.resolve()}"
-        distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=self.plan.workers)
+        world = self.plan.workers
+        distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=PATIENCE)
         self.rng = np.random.default_rng([self.plan.seed, rank, self.step])
         torch.manual_seed(self.plan.seed + 1000 * rank + self.step)
         budget = self.plan.minutes * 60

@@ -21,8 +21,7 @@ from keyreel_export.builtin.saliency import area_under_curve, centre_prior, find
 from keyreel_export.builtin.scenes import COLOURS, SHAPES, render_scene
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)
-FALSE_ALARMS = 0.1  # of queries for what is absent, at which the score under which nothing matches is set
-LIBRARY = 20  # images in each of the small libraries that are asked for what they lack
+SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 400)  # images in the libraries that are asked for what they lack
 
 
 class Towers:
@@ -156,14 +155,11 @@ def measure_labels(towers: Towers, shown: Shown) -> list[dict[str, Any]]:
     return table
 
 
-def measure_absent(
-    towers: Towers, shown: Shown, strength: float, *, libraries: int = 400, seed: int = 0, weak: float | None = None
-) -> dict[str, float]:
-    """Is what is there told from what is not? Small libraries are asked for a label that is there and one that is not.
+def ask_libraries(
+    towers: Towers, shown: Shown, strength: float, size: int, *, libraries: int, seed: int
+) -> tuple[F32, F32]:
+    """Best scores of small libraries, each asked for a label that is there and for one that is not: [L], [L].
 
-    The best score of a library is the answer. "weak_score" is the given score, else that which FALSE_ALARMS of the
-    queries for absent labels reach; "absent_passed" is the share of these that reach it, "present_found" the share of
-    the queries for present labels, "present_absent_auc" the chance that a present one scores higher than an absent one.
     A label is absent where no image of the library has it, broad terms included, so that "dog" is not called absent
     where a poodle is.
     """
@@ -173,7 +169,7 @@ def measure_absent(
     texts = dict(zip(names, towers.texts(names), strict=True))
     present, absent = [], []
     for _ in range(libraries):
-        chosen = rng.choice(len(shown.examples), min(LIBRARY, len(shown.examples) // 2), replace=False)
+        chosen = rng.choice(len(shown.examples), size, replace=False)
         held = {label for i in chosen for label in shown.examples[int(i)].labels}
         strangers = [name for name in names if name not in held]
         if not strangers:
@@ -182,15 +178,53 @@ def measure_absent(
         stranger = strangers[int(rng.integers(len(strangers)))]
         present.append(float((vectors[chosen] @ texts[asked]).max()))
         absent.append(float((vectors[chosen] @ texts[stranger]).max()))
-    weak = float(np.quantile(absent, 1 - FALSE_ALARMS)) if weak is None else weak
-    more = np.asarray(present)[:, None] > np.asarray(absent)[None]
-    return {
-        "weak_score": round(weak, 4),
-        "absent_passed": round(float((np.asarray(absent) >= weak).mean()), 4),
-        "present_found": round(float((np.asarray(present) >= weak).mean()), 4),
-        "present_absent_auc": round(float(more.mean()), 4),
-        "libraries": float(len(present)),
-    }
+    return np.asarray(present, np.float32), np.asarray(absent, np.float32)
+
+
+def equal_error(present: F32, absent: F32) -> float:
+    """The score that as many of the absent things reach as present ones fail to; halfway between two scores."""
+    scores = np.unique(np.concatenate([present, absent]))
+    bounds = (scores[1:] + scores[:-1]) / 2 if len(scores) > 1 else scores
+    errors = [abs(float((present < bound).mean() - (absent >= bound).mean())) for bound in bounds]
+    return float(bounds[int(np.argmin(errors))])
+
+
+def weak_scores(towers: Towers, shown: Shown, strength: float, *, libraries: int = 1500) -> list[list[float]]:
+    """[[images, score], ...]: where present and absent labels are told apart best in libraries of so many images.
+
+    The more images, the higher what is absent gets by chance. Both columns rise.
+    """
+    sizes = [size for size in SIZES if 2 * size <= len(shown.examples)]
+    found = [equal_error(*ask_libraries(towers, shown, strength, n, libraries=libraries, seed=0)) for n in sizes]
+    rising = np.maximum.accumulate(found).round(4).tolist()
+    return [[size, score] for size, score in zip(sizes, rising, strict=True)]
+
+
+def measure_absent(towers: Towers, shown: Shown, strength: float, *, libraries: int = 1500) -> list[dict[str, float]]:
+    """Is what is there told from what is not? A row for each size of library, at the bundle's own weak scores.
+
+    "present_kept": the share of queries for present labels that reach it, "absent_told": of those for absent ones that
+    do not; "auc": the chance that a present one scores higher than an absent one.
+    """
+    table = []
+    for size in [size for size in SIZES if 2 * size <= len(shown.examples)]:
+        present, absent = ask_libraries(towers, shown, strength, size, libraries=libraries, seed=1)
+        row = {"images": float(size), "libraries": float(len(present))}
+        row["auc"] = round(float((present[:, None] > absent).mean()), 4)
+        weak = towers.bundle.weak_score(size)
+        if weak is not None:
+            row |= {"weak_score": round(weak, 4), "present_kept": round(float((present >= weak).mean()), 4)}
+            row["absent_told"] = round(float((absent < weak).mean()), 4)
+        table.append(row)
+    return table
+
+
+def halves(shown: Shown) -> tuple[Shown, Shown]:
+    """Every second image: one half to set the weak scores by, the other to measure them on."""
+    first, second = (
+        Shown(shown.examples[start::2], [vectors[start::2] for vectors in shown.vectors]) for start in (0, 1)
+    )
+    return first, second
 
 
 def measure_captions(towers: Towers, trainset: Path, strength: float) -> dict[str, float]:
@@ -271,7 +305,7 @@ def measure_scenes(towers: Towers, strength: float, count: int = 500, seed: int 
 def measure_all(
     towers: Towers, trainset: Path, manifest: Mapping[str, Any]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """All of the above; sets the manifest's attention strength and weak score to what was found. Figures and tables."""
+    """All of the above, figures and tables; sets the manifest's attention strength and weak scores by them."""
     shown = show(towers, trainset)
     table = measure_labels(towers, shown)
     strength = best_strength(table)
@@ -279,8 +313,7 @@ def measure_all(
     kept = ("top1", "top5", "specific_top1", "specific_top5", "prompted_specific_top1", "prompted_specific_top5")
     figures = {f"val_label_{key}": float(chosen[key]) for key in (*kept, "commonest_share", "images", "labels")}
     figures["val_label_to_image_map"] = chosen["label_to_image_map"]
-    absent = measure_absent(towers, shown, strength)
     manifest["fusion"]["strength_default"] = strength
-    manifest["text"]["weak_score"] = absent["weak_score"]
-    figures |= absent | measure_captions(towers, trainset, strength) | measure_attention(towers, trainset)
+    manifest["text"]["weak_scores"] = weak_scores(towers, halves(shown)[0], strength)
+    figures |= measure_captions(towers, trainset, strength) | measure_attention(towers, trainset)
     return figures | measure_scenes(towers, strength), [{"table": "attention strength", **row} for row in table]

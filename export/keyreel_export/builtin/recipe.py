@@ -108,10 +108,7 @@ class Recipe:
         lesson = make_lesson(space, features[0], self.train, views, language, bank)
         plan = Plan(minutes=self.minutes, seed=self.seed, batch=self.batch, workers=self.workers)
         run = Distillation(plan, bank, self.drawn, answers, self.work, lesson)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         run.train()
-        torch.set_num_threads(threads)
 
         image = run.student.image
         chosen = np.flatnonzero(np.arange(len(bank.crops)) % self.views < STUDENT_VIEWS)
