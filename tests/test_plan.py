@@ -234,28 +234,28 @@ def test_settings_at_random(tmp_path: Path, data: st.DataObject) -> None:
         "mpeg4": ["mp4", "avi", "mkv"],
         "libsvtav1": ["mp4", "ivf"],
     }
-    path = encode(
-        tmp_path / "clip",
-        codec=codec,
-        frames=frames,
-        gop=gop,
-        options=options,
-        container=draw(st.sampled_from(containers.get(codec, ["webm", "ivf"]))),
-        vfr=codec != "mpeg2video" and draw(st.booleans()),
-        interlaced=codec == "libx264" and draw(st.booleans()),
-        seed=draw(st.integers(0, 3)),
-    )
+    made = {
+        "container": draw(st.sampled_from(containers.get(codec, ["webm", "ivf"]))),
+        "vfr": codec != "mpeg2video" and draw(st.booleans()),
+        "interlaced": codec == "libx264" and draw(st.booleans()),
+        "seed": draw(st.integers(0, 3)),
+    }
+    # All is drawn before anything is encoded: what is drawn must not hang on an encoder with threads of its own.
+    shares = draw(st.lists(st.floats(0, 1.5), min_size=1, max_size=8))
+    begin, fps = draw(st.floats(0, 1)), draw(st.sampled_from([0.7, 2, 9]))
+    every, lanes = draw(st.integers(1, 20)), [draw(st.integers(1, 3)) for _ in range(4)]
+    path = encode(tmp_path / "clip", codec=codec, frames=frames, gop=gop, options=options, **made)
     whole.cache_clear()
     reference = whole(path)
-    times = tuple(draw(st.lists(st.floats(0, reference.end + 1), min_size=1, max_size=8)))
-    start = draw(st.floats(0, reference.end))
-    for sampling in (
-        Sampling("times", times=times),
-        Sampling("fps", fps=draw(st.sampled_from([0.7, 2, 9])), start_seconds=start),
-        Sampling("every", every=draw(st.integers(1, 20)), start_seconds=start, stop_seconds=start + 1.5),
+    start = begin * reference.end
+    wanted = (
+        Sampling("times", times=tuple(share * reference.end for share in shares)),
+        Sampling("fps", fps=fps, start_seconds=start),
+        Sampling("every", every=every, start_seconds=start, stop_seconds=start + 1.5),
         Sampling("keyframes"),
-    ):
-        check(path, reference, sampling, lanes=draw(st.integers(1, 3)))
+    )
+    for sampling, several in zip(wanted, lanes, strict=True):
+        check(path, reference, sampling, lanes=several)
         check(Pipe(path.read_bytes()), reference, sampling)
 
 

@@ -211,7 +211,8 @@ def _check_values(manifest: Mapping[str, Any]) -> None:
 def _check_weak(known: Any) -> None:
     if known is None:
         return
-    sizes, scores = ([float(row[n]) for row in known] for n in (0, 1))
+    rows = [(float(size), float(score)) for size, score in known]
+    sizes, scores = [size for size, _ in rows], [score for _, score in rows]
     rising = all(low < high for low, high in pairwise(sizes)) and all(low <= high for low, high in pairwise(scores))
     if not sizes or not rising or sizes[0] < 1 or not -1 <= scores[0] <= scores[-1] <= 1:
         raise ValueError(f"text.weak_scores is {known!r}, expected rising [moments, score] from 1, within -1 to 1")
