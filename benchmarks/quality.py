@@ -25,6 +25,7 @@ import numpy as np
 from benchmarks.environment import environment
 from benchmarks.run import commit
 from keyreel import EncodeConfig, Engine, Sampling, Summary
+from keyreel.backend import CPU_BATCH
 from keyreel.bundle import Bundle
 from keyreel.config import ShiftMode
 from keyreel.types import F32
@@ -160,10 +161,10 @@ def measure_keyframes(model: str, media: Path, *, draws: int = 10) -> dict[str, 
 
 
 def measure_speed(model: str, *, runs: int = 7) -> dict[str, Any]:
-    """The image tower on one thread of onnxruntime, 32 noisy frames at a time, and a fresh engine to its first text."""
+    """The image tower on one thread of onnxruntime, an engine's batch of noise at a time, and a fresh engine to its first text."""
     bundle = Bundle.find(model)
     towers = Towers(bundle.folder, threads=1)
-    shape = (32, bundle.image.height, bundle.image.width, 3)
+    shape = (CPU_BATCH, bundle.image.height, bundle.image.width, 3)
     frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     rates, loads = [], []
     for _ in range(runs):

@@ -28,6 +28,14 @@ def _percent(*values: float) -> str:
     return " / ".join(f"{100 * value:.1f}" for value in values) + " %"
 
 
+def _photographs(count: float) -> str:
+    return "one photograph" if count == 1 else f"{count:.0f} photographs"
+
+
+def _told(row: dict[str, Any]) -> str:
+    return f"{_percent(row['present_kept'], row['absent_told'])} (area under the curve {row['auc']:.3f})"
+
+
 def _change(values: list[float]) -> str:
     mean, low, high = (100 * value for value in values)
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
@@ -61,16 +69,15 @@ def section() -> str:
         f"| own captions to one of {clip['clips']} real clips, recall at 1 / 5, median rank | {clip['queries']} "
         f"| {_percent(clip['recall_at_1'], clip['recall_at_5'])}, {clip['median_rank']:.0f} |",
         *(
-            f"| a name that one of {row['images']:.0f} photographs has kept / that none has told by the weak score "
-            f"| {row['libraries']:,.0f} | {_percent(row['present_kept'], row['absent_told'])} "
-            f"(area under the curve {row['auc']:.3f}) |"
+            f"| a label asked of {_photographs(row['images'])}: there and above the weak score / absent and below it "
+            f"| {row['libraries']:,.0f} + {row['libraries']:,.0f} | {_told(row)} |"
             for row in rows("absent")
             if row["images"] in REPORTED
         ),
         *(
-            f"| own caption of {what} kept / absent thing told | {row['present']} + {row['absent']} "
-            f"| {_percent(row['present_kept'], row['absent_told'])} (area under the curve {row['auc']:.3f}) |"
-            for what, row in (("one clip searched alone", alone), (f"the {gone['clips']} clips together", gone))
+            f"| own captions and absent things asked of {what}: the same | {row['present']} + {row['absent']} "
+            f"| {_told(row)} |"
+            for what, row in (("each clip alone", alone), (f"the {gone['clips']} clips together", gone))
         ),
         "| attention on the one object of a picture against a centre prior, area under the curve: as photographed "
         f"| {maps['attention_plain_pictures']:.0f} | {maps['attention_plain_auc']:.3f} against "
