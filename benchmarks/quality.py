@@ -161,7 +161,7 @@ def measure_keyframes(model: str, media: Path, *, draws: int = 10) -> dict[str, 
 
 
 def measure_speed(model: str, *, runs: int = 7) -> dict[str, Any]:
-    """The image tower on one thread of onnxruntime, an engine's batch of noise at a time, and a fresh engine to its first text."""
+    """The image tower on one thread of onnxruntime, in an engine's batches, on noise; an engine to its first text."""
     bundle = Bundle.find(model)
     towers = Towers(bundle.folder, threads=1)
     shape = (CPU_BATCH, bundle.image.height, bundle.image.width, 3)

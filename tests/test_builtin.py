@@ -62,7 +62,7 @@ def bundle() -> Bundle:
 @pytest.fixture(scope="module")
 def tokens(bundle: Bundle) -> np.ndarray:
     rng = np.random.default_rng(3)
-    blocks = rng.integers(0, 256, (3, 28, 28, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    blocks = rng.integers(0, 256, (3, 28, 28, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
     return bundle.run("backbone", frames=blocks)
 
 
@@ -103,15 +103,6 @@ def test_shapes_and_lengths_for_one_and_several(bundle: Bundle) -> None:
             assert found.shape == (count, MANIFEST["embedding_width"])
             assert found.dtype == np.float32
             np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
-
-
-def test_frames_are_halved_inside_the_graph(bundle: Bundle) -> None:
-    rng = np.random.default_rng(1)
-    frames = rng.integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
-    turned = frames.reshape(2, 112, 2, 112, 2, 3)[:, :, ::-1, :, ::-1].reshape(frames.shape)
-    np.testing.assert_allclose(bundle.run("backbone", frames=turned), bundle.run("backbone", frames=frames), atol=1e-4)
-    other = np.roll(frames, 8, axis=2)
-    assert np.abs(bundle.run("backbone", frames=other) - bundle.run("backbone", frames=frames)).max() > 1e-2
 
 
 def weights(name: str) -> list[np.ndarray]:
@@ -190,7 +181,7 @@ def scene(colour: str, shape: str, ground: str, rng: np.random.Generator) -> np.
         draw.rectangle((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
     else:
         draw.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill=COLOURS[colour])
-    return np.asarray(image.resize((224, 224), Image.Resampling.BILINEAR))
+    return np.asarray(image.resize((112, 112), Image.Resampling.BICUBIC))
 
 
 @pytest.mark.parametrize("seed", range(3))

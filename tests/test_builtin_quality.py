@@ -35,7 +35,7 @@ def test_labels_of_photographs_are_found(engine: Engine) -> None:
     side = engine.bundle.image.height
     frames = np.empty((len(some), side, side, 3), np.uint8)
     for index, image in data.read_images(TRAINSET, some):
-        frames[index] = data.square_view(image, side)
+        frames[index] = data.square_view(image)
     scores = np.concatenate([engine.embed(frames[i : i + 64]) for i in range(0, len(frames), 64)])
     scores = scores @ engine.encode_text(names).T
     rank = np.array(

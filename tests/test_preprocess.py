@@ -22,7 +22,7 @@ from keyreel.config import ImageTransform
 from keyreel.decode.color import Converter
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
-from keyreel.types import U8
+from keyreel.types import F32, U8
 from keyreel_export.torchvision_cpu import import_open_clip
 
 Media = Callable[[str], Path]
@@ -46,11 +46,12 @@ CLIPS = {
 }
 
 
-# Of the built-in model, of CLIP and its kin, of SigLIP. All have 224 x 224 pixels, which the built-in model looks at.
+# Of the built-in model, of CLIP and its kin, of SigLIP, and one that none has.
 TRANSFORMS = [
-    ImageTransform(224, 224, "squash", "bilinear"),
+    ImageTransform(112, 112, "squash", "bicubic"),
     ImageTransform(224, 224, "shortest", "bicubic"),
     ImageTransform(224, 224, "squash", "bicubic"),
+    ImageTransform(224, 224, "squash", "bilinear"),
 ]
 
 
@@ -74,6 +75,14 @@ def engine() -> Iterator[Engine]:
     pictures of something else, for the same to five digits."""
     with Engine.from_pretrained(device="cpu") as engine:
         yield engine
+
+
+def embed(engine: Engine, *pictures: U8) -> F32:
+    """By the built-in model, which looks at 112 pixels: larger ones are halved."""
+    stack = np.stack(pictures)
+    if stack.shape[1] == 224:
+        stack = np.rint(stack.reshape(-1, 112, 2, 112, 2, 3).mean(axis=(2, 4))).astype(np.uint8)
+    return engine.embed(stack)
 
 
 def as_open_clip_does(open_clip: Any, picture: Image.Image, transform: ImageTransform) -> U8:
@@ -101,10 +110,11 @@ def test_vectors_are_those_of_open_clips_pictures(media: Media, open_clip: Any, 
         theirs = as_open_clip_does(open_clip, whole, transform)
         off = np.abs(mine.astype(int) - theirs)
         assert off.mean() <= mean
-        assert np.percentile(off, 99.9) <= tail
+        # Of a quarter of the pixels that many are fewer, and nearer to the worst.
+        assert np.percentile(off, 99.9) <= tail + (transform.height < 224)
         enlarged = min(whole.size) < min(transform.height, transform.width)
         least = ENLARGED_PICTURE_COSINE if enlarged else SAME_PICTURE_COSINE
-        ours, wanted = engine.embed(np.stack([mine, theirs]))
+        ours, wanted = embed(engine, mine, theirs)
         assert ours @ wanted >= least
 
 
@@ -114,9 +124,10 @@ def test_the_bound_tells_pictures_apart(media: Media, open_clip: Any, engine: En
     wide, high = picture.size
     for transform, side in zip(TRANSFORMS[:2], (0, (wide - high) / 2), strict=True):
         right = as_open_clip_does(open_clip, picture, transform)
-        aliased = np.asarray(picture.resize((224, 224), Image.Resampling.NEAREST, (side, 0, wide - side, high)))
+        size = transform.width, transform.height
+        aliased = np.asarray(picture.resize(size, Image.Resampling.NEAREST, (side, 0, wide - side, high)))
         greyish = np.rint(right * (219 / 255) + 16).astype(np.uint8)
-        wanted, *others = engine.embed(np.stack([right, aliased, greyish]))
+        wanted, *others = embed(engine, right, aliased, greyish)
         assert max(float(wanted @ other) for other in others) < SAME_PICTURE_COSINE
 
 

@@ -29,7 +29,7 @@ GRID = SIZE // 16
 
 
 class Backbone(nn.Module):
-    """frames uint8 [N, 2S, 2S, 3] -> tokens [N, P, C]."""
+    """frames uint8 [N, SIZE, SIZE, 3] -> tokens [N, P, C]."""
 
     def __init__(self, tower: ImageTower) -> None:
         super().__init__()
@@ -37,8 +37,7 @@ class Backbone(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         # Cast, then permute: TensorRT parses the other order and fails to build it.
-        pixels = functional.avg_pool2d(frames.float().permute(0, 3, 1, 2), 2)
-        return self.tower(pixels).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+        return self.tower(frames.float().permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 class Texts(nn.Module):
@@ -144,7 +143,7 @@ def write_graphs(
     for part in (image, attention, text):
         _halve(part)
     rng = np.random.default_rng(0)
-    frames = torch.from_numpy(rng.integers(0, 256, (3, 2 * SIZE, 2 * SIZE, 3), dtype=np.uint8))
+    frames = torch.from_numpy(rng.integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8))
     ids = torch.from_numpy(rng.integers(1, text.tower.embedding.num_embeddings, (3, CONTEXT_LENGTH)))
     ids[1, 5:] = 0
     with torch.inference_mode():
@@ -172,7 +171,7 @@ def write_graphs(
         "name": "builtin",
         "family": "average",
         "precision": "fp32",
-        "image": {"height": 2 * SIZE, "width": 2 * SIZE, "mode": "squash", "interpolation": "bilinear", "fill": 0},
+        "image": {"height": SIZE, "width": SIZE, "mode": "squash", "interpolation": "bicubic", "fill": 0},
         "grid": [GRID, GRID],
         "prefix_tokens": 0,
         "token_width": TOKEN_WIDTH,

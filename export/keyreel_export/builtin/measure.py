@@ -15,8 +15,9 @@ import numpy as np
 import onnxruntime
 
 from keyreel.bundle import Bundle
+from keyreel.config import ImageTransform
 from keyreel.text import Tokenizer
-from keyreel_export.builtin.data import F32, U8, Example, read_examples, read_images, square_view
+from keyreel_export.builtin.data import F32, SIZE, U8, Example, read_examples, read_images, square_view
 from keyreel_export.builtin.saliency import area_under_curve, centre_prior, find_objects, marked
 from keyreel_export.builtin.scenes import COLOURS, SHAPES, render_scene
 
@@ -28,14 +29,14 @@ class Towers:
     """Frames and texts to vectors, with the graphs of one bundle.
 
     Raises:
-        ValueError: the bundle crops frames, or its attention looks at them.
+        ValueError: the bundle takes other frames, or its attention looks at them.
     """
 
     def __init__(self, folder: Path, *, threads: int = 1) -> None:
         self.bundle = Bundle.load(folder)
-        square = self.bundle.image.mode == "squash" and self.bundle.image.height == self.bundle.image.width
-        if not square or self.bundle.attention_input != "tokens":
-            raise ValueError(f"{folder}: only bundles that squash frames and weigh tokens are measured here")
+        expected = ImageTransform(SIZE, SIZE, "squash", "bicubic"), "tokens"
+        if (self.bundle.image, self.bundle.attention_input) != expected:
+            raise ValueError(f"{folder}: only models that squash frames to {SIZE} pixels and weigh tokens are measured")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self._sessions = {
@@ -115,9 +116,9 @@ class Shown:
 def show(towers: Towers, trainset: Path, *, captioned: bool = False) -> Shown:
     """Runs the image tower over the validation images that have labels, or over those that have captions."""
     wanted = [e for e in read_examples(trainset, "val") if (e.captions if captioned else e.labels)]
-    frames = np.empty((len(wanted), towers.bundle.image.height, towers.bundle.image.width, 3), np.uint8)
+    frames = np.empty((len(wanted), SIZE, SIZE, 3), np.uint8)
     for index, image in read_images(trainset, wanted):
-        frames[index] = square_view(image, towers.bundle.image.height)
+        frames[index] = square_view(image)
     return Shown(wanted, towers.frames(frames, STRENGTHS) if wanted else [])
 
 
@@ -289,7 +290,7 @@ def best_strength(table: Sequence[dict[str, Any]]) -> float:
 def measure_scenes(towers: Towers, strength: float, count: int = 500, seed: int = 987654) -> dict[str, float]:
     """Rendered single shapes that training did not draw: is the right text first among all of its kind?"""
     rng = np.random.default_rng(seed)
-    scenes = [render_scene("shape", rng, (398, 224)).squashed(towers.bundle.image.height) for _ in range(count)]
+    scenes = [render_scene("shape", rng, (398, 224)).squashed(SIZE) for _ in range(count)]
     [vectors] = towers.frames(np.stack([scene.pixels for scene in scenes]), (strength,))
     things = {f"{colour} {shape}": f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES}
     grounds = {f"{colour} background": f"a {colour} background" for colour in COLOURS}

@@ -28,6 +28,7 @@ from keyreel_export.builtin.data import (
     read_examples,
     read_images,
     square_view,
+    teacher_view,
 )
 from keyreel_export.builtin.distil import Distillation, Lesson, Plan, draw_scenes, spread_of
 from keyreel_export.builtin.language import Language
@@ -190,7 +191,7 @@ class Recipe:
         objects, places = find_objects(self.trainset, self.train)
         if not objects or not places:
             return SpatialAttention().eval()
-        pictures = marked(objects, places, 2 * SIZE, (GRID, GRID), count=min(MARKED, len(objects)), seed=self.seed)
+        pictures = marked(objects, places, SIZE, (GRID, GRID), count=min(MARKED, len(objects)), seed=self.seed)
         tokens, masks = [], []
         with torch.inference_mode():
             for kind in pictures:
@@ -202,10 +203,10 @@ class Recipe:
     def _teacher_cosine(self, run: Distillation) -> dict[str, float]:
         """Cosine of the student's and the teacher's features on images that neither was fitted to here."""
         frames: list[U8] = [np.zeros(0, np.uint8)] * len(self.val)
+        small = np.empty((len(self.val), SIZE, SIZE, 3), np.uint8)
         for index, image in read_images(self.trainset, self.val):
-            frames[index] = square_view(image, 2 * SIZE)
+            frames[index], small[index] = teacher_view(image), square_view(image)
         features = ask_teacher(self.teacher, frames, self.work / "val.npz")[0]
-        small = np.stack([halved(frame) for frame in frames])
         with torch.inference_mode():
             found = torch.from_numpy(pooled(run.student.image, small, np.arange(len(small)))).float()
             guess = run.student.imitate(found)
@@ -217,13 +218,6 @@ class Recipe:
             "teacher_cosine_raw": round(float(raw.mean()), 4),
             "teacher_cosine_images": float(len(frames)),
         }
-
-
-def halved(frame: U8) -> U8:
-    """Mean of 2x2 pixels, as the backbone's graph takes it, rounded."""
-    height, width = frame.shape[0] // 2, frame.shape[1] // 2
-    blocks = frame.reshape(height, 2, width, 2, 3).astype(np.float32)
-    return np.asarray(blocks.mean(axis=(1, 3)).round(), np.uint8)
 
 
 def standardised(features: F16, mean: Tensor, spread: Tensor) -> Tensor:

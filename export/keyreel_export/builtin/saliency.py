@@ -75,7 +75,7 @@ def find_objects(trainset: Path, examples: Sequence[Example]) -> tuple[list[Obje
 
 def compose(thing: Object, place: Image.Image, rng: np.random.Generator, side: int) -> tuple[Image.Image, Image.Image]:
     """The object at a random size anywhere on the place; the picture and its mask, both [side, side]."""
-    ground = place.resize((side, side), Image.Resampling.BILINEAR)
+    ground = place.resize((side, side), Image.Resampling.BICUBIC)
     rows, columns = np.nonzero(thing.mask)
     box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
     height, width = box[3] - box[1], box[2] - box[0]
@@ -100,7 +100,7 @@ def marked(
     for place in rng.permutation(len(objects))[:count]:
         thing = objects[int(place)]
         pair = (Image.fromarray(thing.pixels), Image.fromarray(thing.mask))
-        plain.append((pair[0].resize((side, side), Image.Resampling.BILINEAR), pair[1].resize((side, side))))
+        plain.append((pair[0].resize((side, side), Image.Resampling.BICUBIC), pair[1].resize((side, side))))
     for _ in range(count):
         thing, ground = objects[int(rng.integers(len(objects)))], places[int(rng.integers(len(places)))]
         composed.append(compose(thing, ground, rng, side))

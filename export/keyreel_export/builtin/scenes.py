@@ -54,7 +54,7 @@ class Scene:
 
     def squashed(self, side: int) -> Scene:
         """The same scene as a square of `side` pixels."""
-        image = Image.fromarray(self.pixels).resize((side, side), Image.Resampling.BILINEAR)
+        image = Image.fromarray(self.pixels).resize((side, side), Image.Resampling.BICUBIC)
         return Scene(np.asarray(image), self.tags, self.captions)
 
 
