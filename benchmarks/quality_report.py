@@ -50,8 +50,10 @@ def _default(part: str) -> dict[str, Any]:
 def section() -> str:
     """The table of the README."""
     label, clip = _default("labels"), _default("clips")
-    parts = ("captions", "absent_clips", "attention", "keyframes", "speed")
-    [caption], [alone, gone], [maps], [keys], [speed] = (rows(part) for part in parts)
+    parts = ("captions", "attention", "keyframes", "speed")
+    [caption], [maps], [keys], [speed] = (rows(part) for part in parts)
+    absent = {row["images"]: row for row in rows("absent")}
+    alone, gone = sorted(rows("absent_clips"), key=lambda row: row["clips"])
     lines = [
         "| measured | n | value |",
         "|---|---|---|",
@@ -71,8 +73,7 @@ def section() -> str:
         *(
             f"| a label asked of {_photographs(row['images'])}: there and above the weak score / absent and below it "
             f"| {row['libraries']:,.0f} + {row['libraries']:,.0f} | {_told(row)} |"
-            for row in rows("absent")
-            if row["images"] in REPORTED
+            for row in (absent[images] for images in REPORTED)
         ),
         *(
             f"| own captions and absent things asked of {what}: the same | {row['present']} + {row['absent']} "
@@ -126,7 +127,7 @@ def scenes() -> str:
     """Rendered scenes, one line."""
     [row] = rows("scenes")
     return (
-        f"On {row['scenes']:.0f} rendered single shapes it puts the right one of 84 coloured shapes first for "
+        f"On {row['scenes']:.0f} rendered single shapes it puts the right one of 84 coloured shapes first for\n"
         f"{100 * row['scenes_coloured_shape_top1']:.1f} %, the right one of 12 backgrounds for "
         f"{100 * row['scenes_background_top1']:.1f} %."
     )

@@ -20,6 +20,7 @@ pytest.importorskip("onnxscript")
 
 from benchmarks.markers import marked as marked_text  # noqa: E402
 from keyreel.bundle import Bundle as Checked  # noqa: E402
+from keyreel.config import ImageTransform  # noqa: E402
 from keyreel_export.builtin import data  # noqa: E402
 from keyreel_export.builtin.__main__ import main  # noqa: E402
 from keyreel_export.builtin.bundle import Texts  # noqa: E402
@@ -34,6 +35,7 @@ from keyreel_export.builtin.measure import (  # noqa: E402
     label_ranks,
     mean_average_precision,
     measure_absent,
+    measure_captions,
     weak_scores,
 )
 from keyreel_export.builtin.phrases import describe  # noqa: E402
@@ -57,7 +59,9 @@ def tiny_trainset(folder: Path) -> Path:
             raw.seek(0)
             tar.addfile(entry, raw)
             labels = [["dog", "animal"], ["cat", "animal"], ["car"], []][number % 4]
-            rows.append({"file": f"shards/train-000.tar/{entry.name}", "source": "x", "labels": labels, "captions": []})
+            captions = [f"picture {number}", "a grey wall"] if number in (3, 5) else []
+            rows.append({"file": f"shards/train-000.tar/{entry.name}", "source": "x"})
+            rows[-1] |= {"labels": labels, "captions": captions}
             rows[-1]["split"] = "val" if number < 8 else "train"
     (folder / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     return folder
@@ -92,6 +96,7 @@ def test_the_script_makes_a_bundle_that_loads_and_goes_on(tmp_path: Path, monkey
     assert verify["val_label_images"] == 6
     assert verify["training_images_seen"] >= 8
     assert verify["teacher_cosine_images"] == 8
+    assert (verify["captions"], verify["caption_images"]) == (4, 2)
     sizes = [size for size, _ in made.manifest["text"]["weak_scores"]]
     assert sizes == [1]  # three images for them
     first = {name: entry["sha256"] for name, entry in made.manifest["files"].items()}
@@ -361,8 +366,42 @@ def test_as_many_absent_things_pass_as_present_ones_fail(present: list[float], a
         return abs(float((there < at).mean() - (away >= at).mean()))
 
     scores = np.unique([*present, *absent])
-    if len(scores) > 1:
-        assert error(bound) == min(error(at) for at in scores[1:])  # every bound that parts them differently
+    # Every bound that parts them differently.
+    assert error(bound) == min(error(at) for at in (scores[1:] if len(scores) > 1 else scores))
+
+
+def test_libraries_that_hold_everything_have_no_weak_score() -> None:
+    everything = examples(*(("thing", "other"),) * 8)
+    towers: Any = Said(["thing", "other"])
+    assert weak_scores(towers, Shown(everything, [np.eye(2, dtype=np.float32)[[0] * 8]] * 5), 0.0, libraries=9) == []
+
+
+class Seen:
+    """Towers whose captions have given vectors."""
+
+    bundle = SimpleNamespace(image=ImageTransform(112, 112, "squash", "bicubic"), folder=Path("model"))
+
+    def __init__(self, images: np.ndarray, texts: dict[str, np.ndarray]) -> None:
+        self._images, self._texts = images, texts
+
+    def frames(self, frames: np.ndarray, strengths: tuple[float, ...]) -> list[np.ndarray]:
+        assert frames.shape == (len(self._images), 112, 112, 3)
+        return [self._images * (1 + strength) for strength in strengths]
+
+    def texts(self, texts: list[str]) -> np.ndarray:
+        return np.stack([self._texts[text] for text in texts])
+
+
+def test_captions_are_ranked_among_the_captioned_images(tmp_path: Path) -> None:
+    trainset = tiny_trainset(tmp_path / "set")
+    axes = np.eye(2, dtype=np.float32)
+    towers: Any = Seen(axes, {"picture 3": axes[0], "picture 5": axes[0], "a grey wall": axes[1]})
+    found = measure_captions(towers, trainset, 0.5)
+    assert (found["captions"], found["caption_images"]) == (4, 2)
+    assert (found["caption_recall_at_1"], found["caption_recall_at_5"], found["caption_median_rank"]) == (0.5, 1, 1.5)
+    towers.bundle = SimpleNamespace(image=ImageTransform(224, 224, "squash", "bicubic"), folder=Path("model"))
+    with pytest.raises(ValueError, match="112 pixels"):
+        measure_captions(towers, trainset, 0.5)
 
 
 def test_texts_of_the_bundle_are_those_of_the_space() -> None:

@@ -84,10 +84,24 @@ def test_the_weak_score_rises_with_what_was_looked_at(copy: Path) -> None:
     asked = {0: 0.25, 1: 0.25, 10: 0.5, 100: 0.625, 1000: 0.75, 10**6: 0.75}
     assert {moments: bundle.weak_score(moments) for moments in asked} == pytest.approx(asked)
     assert 0.25 < (bundle.weak_score(3) or 0) < 0.5
+    assert with_weak_scores(copy, [["1", "0.5"]]).weak_score(3) == 0.5
     assert with_weak_scores(copy, None).weak_score(3) is None
 
 
-@pytest.mark.parametrize("scores", [[], 0.4, [[1, 2]], [[2, 0.1], [1, 0.2]], [[1, 0.2], [2, 0.1]], [[0, 0.1]], [[1]]])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [],
+        0.4,
+        [[1, 2]],
+        [[2, 0.1], [1, 0.2]],
+        [[1, 0.2], [2, 0.1]],
+        [[0, 0.1]],
+        [[1]],
+        [[1, float("nan")]],
+        [[1, 0.1], [float("inf"), 0.2]],
+    ],
+)
 def test_bad_weak_scores_are_refused(copy: Path, scores: object) -> None:
     with pytest.raises(ModelError, match="bad or missing entry"):
         with_weak_scores(copy, scores)

@@ -25,6 +25,7 @@ import keyreel
 from keyreel import cli, cli_documents, cli_index, cli_library
 from keyreel.cli_inputs import listed
 from keyreel.cli_thumbnails import COLUMNS, ROWS, thumbnail
+from keyreel.errors import LibraryError
 from keyreel.library.types import Added, Example, Filter
 from keyreel.render.sidecars import search_schema
 
@@ -112,6 +113,13 @@ def test_search_says_what_the_library_says(folder: Path, library: Path, tmp_path
         weak = there.weak_score()
         shots = sum(len(record.shots) for record in there.list())
         assert found["weak_score"] == weak == engine.bundle.weak_score(shots)
+        for where in (Filter(start_seconds=1.0), Filter(path="*/trip/*"), None):
+            shots = sum(len(record.shots) for record in there.list(where))
+            assert there.weak_score(where) == engine.bundle.weak_score(shots), where
+        with pytest.raises(LibraryError, match="no-such"):
+            there.weak_score(Filter(videos=["no-such.mp4"]))
+        with keyreel.Library(library) as without:
+            assert without.weak_score() is None
         told = "nothing matches well" in run("search", "a grand piano", "--library", library).stderr
         assert told == (there.search("a grand piano", k=1)[0].score < weak)
         assert all((folder / hit.video).as_uri() in page for hit in hits)

@@ -42,7 +42,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def pictures(count: int, height: int = 224, width: int = 224, seed: int = 0) -> Any:
+def pictures(count: int, height: int = 112, width: int = 112, seed: int = 0) -> Any:
     """Smooth shapes in colour that move: [count, H, W, 3] uint8."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / height

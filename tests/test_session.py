@@ -224,7 +224,7 @@ def test_a_plan_is_built_for_the_batches_of_the_engine(trt: Recording, recorded:
     assert [Path(path).name for (path,) in trt.noted("parse")] == [
         "backbone.onnx", "attention.onnx", "fusion.onnx", "text.onnx",
     ]  # fmt: skip
-    frames = tuple((n, 224, 224, 3) for n in (1, 4, 4))
+    frames = tuple((n, 112, 112, 3) for n in (1, 4, 4))
     tokens = tuple((n, 49, 512) for n in (1, 4, 4))
     assert [(name, tuple(shapes)) for name, *shapes in trt.noted("set_shape")] == [
         ("frames", frames),

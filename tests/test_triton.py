@@ -71,7 +71,7 @@ def parsed(schema: Any, folder: Path, model: str) -> Any:
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_merged_graph_gives_what_the_bundle_gives(strong: Bundle, repository: Path, count: int) -> None:
-    frames = verify.sample_frames(224, 224, count=count, seed=3)
+    frames = verify.sample_frames(112, 112, count=count, seed=3)
     tokens = run(strong.file("backbone.onnx"), frames=frames)
     attention = run(strong.file("attention.onnx"), tokens=tokens)
     own = {
@@ -91,19 +91,19 @@ def test_a_map_made_from_frames_is_merged_as_well(strong: Bundle, tmp_path: Path
     shutil.copytree(strong.folder, folder)
     nodes = [
         onnx.helper.make_node("Cast", ["frames"], ["tokens"], to=onnx.TensorProto.FLOAT),  # a name the backbone has too
-        onnx.helper.make_node("ReduceMean", ["tokens", "inner"], ["columns"], keepdims=0),  # [N, 224]
-        onnx.helper.make_node("Reshape", ["columns", "bands"], ["banded"]),  # [N, 7, 32]
+        onnx.helper.make_node("ReduceMean", ["tokens", "inner"], ["columns"], keepdims=0),  # [N, 112]
+        onnx.helper.make_node("Reshape", ["columns", "bands"], ["banded"]),  # [N, 7, 16]
         onnx.helper.make_node("ReduceMean", ["banded", "last"], ["seven"], keepdims=1),  # [N, 7, 1]
         onnx.helper.make_node("Expand", ["seven", "grid"], ["square"]),  # [N, 7, 7]
         onnx.helper.make_node("Reshape", ["square", "flat"], ["energy"]),
         onnx.helper.make_node("ReduceSum", ["energy", "row"], ["total"], keepdims=1),
         onnx.helper.make_node("Div", ["energy", "total"], ["attention"]),
     ]
-    constants = {"inner": [1, 3], "bands": [-1, 7, 32], "last": [2], "grid": [1, 7, 7], "flat": [-1, 49], "row": [1]}
+    constants = {"inner": [1, 3], "bands": [-1, 7, 16], "last": [2], "grid": [1, 7, 7], "flat": [-1, 49], "row": [1]}
     graph = onnx.helper.make_graph(
         nodes,
         "map",
-        [onnx.helper.make_tensor_value_info("frames", onnx.TensorProto.UINT8, ["N", 224, 224, 3])],
+        [onnx.helper.make_tensor_value_info("frames", onnx.TensorProto.UINT8, ["N", 112, 112, 3])],
         [onnx.helper.make_tensor_value_info("attention", onnx.TensorProto.FLOAT, ["N", 49])],
         [onnx.numpy_helper.from_array(np.array(value, np.int64), name) for name, value in constants.items()],
     )
@@ -116,9 +116,9 @@ def test_a_map_made_from_frames_is_merged_as_well(strong: Bundle, tmp_path: Path
     bundle = Bundle.load(folder)
 
     made = triton.export_triton(bundle, tmp_path / "models")
-    frames = verify.sample_frames(224, 224, count=3, seed=4)
+    frames = verify.sample_frames(112, 112, count=3, seed=4)
     tokens = run(bundle.file("backbone.onnx"), frames=frames)
-    energy = frames.astype(np.float32).mean((1, 3)).reshape(3, 7, 32).mean(2)
+    energy = frames.astype(np.float32).mean((1, 3)).reshape(3, 7, 16).mean(2)
     attention = np.repeat((energy / (7 * energy.sum(1, keepdims=True)))[:, :, None], 7, axis=2).reshape(3, 49)
     expected = run(bundle.file("fusion.onnx"), tokens=tokens, attention=attention, strength=np.array(1.5, np.float32))
     np.testing.assert_allclose(run(made / "keyreel_image/1/model.onnx", frames=frames), expected, atol=1e-5)
@@ -194,7 +194,7 @@ def test_the_client_of_the_readme_runs(repository: Path, monkeypatch: pytest.Mon
     exec(compile(readme.split("```python\n")[1].split("```")[0], "README.md", "exec"), names)
     ids = Tokenizer(repository / "keyreel_text/tokenizer.json", clean="none", context_length=32).encode(["a dog"])
     text = run(repository / "keyreel_text/1/model.onnx", token_ids=ids)
-    image = run(repository / "keyreel_image/1/model.onnx", frames=np.zeros((1, 224, 224, 3), np.uint8))
+    image = run(repository / "keyreel_image/1/model.onnx", frames=np.zeros((1, 112, 112, 3), np.uint8))
     np.testing.assert_allclose(names["cosines"], image @ text.T, atol=1e-5)
 
 
@@ -240,7 +240,7 @@ def test_weights_beside_the_graph_when_too_large(
     monkeypatch.setattr(triton, "LARGEST_INSIDE_BYTES", 1000)
     folder = triton.export_triton(strong, tmp_path / "models")
     assert (folder / "keyreel_image/1/model.onnx.data").stat().st_size > 5_000_000
-    frames = verify.sample_frames(224, 224, count=2, seed=3)
+    frames = verify.sample_frames(112, 112, count=2, seed=3)
     tokens = run(strong.file("backbone.onnx"), frames=frames)
     attention = run(strong.file("attention.onnx"), tokens=tokens)
     expected = run(strong.file("fusion.onnx"), tokens=tokens, attention=attention, strength=np.array(1.5, np.float32))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -159,16 +160,17 @@ class Bundle:
     def weak_score(self, moments: int) -> float | None:
         """A best cosine under this says that nothing matches a text well; None where the model was not calibrated.
 
-        Among more pictures something comes nearer to any text by chance: the score rises with their number. It is set
-        where as many things that are absent reach it as things that are there fail to.
+        Among more pictures something comes nearer to any text by chance: the score rises with their number, up to the
+        largest that it was measured for. It is set where as many things that are absent reach it as things that are
+        there fail to.
 
         Args:
             moments: different pictures that were looked at, such as the shots of all videos searched.
         """
-        known = self.manifest["text"].get("weak_scores")
+        known = _weak_scores(self.manifest)
         if known is None:
             return None
-        sizes, scores = zip(*known, strict=True)
+        sizes, scores = known
         return float(np.interp(np.log(max(moments, 1)), np.log(sizes), scores))
 
     def file(self, name: str) -> Path:
@@ -203,19 +205,27 @@ def _check_values(manifest: Mapping[str, Any]) -> None:
     ):
         if manifest[part][key] not in allowed:
             raise ValueError(f"{part}.{key} is {manifest[part][key]!r}, allowed: {', '.join(allowed)}")
-    _check_weak(manifest["text"].get("weak_scores"))
+    _weak_scores(manifest)
     if len(manifest["grid"]) != 2 or min(manifest["grid"]) < 1:
         raise ValueError(f"grid is {manifest['grid']!r}, expected [rows, columns]")
 
 
-def _check_weak(known: Any) -> None:
+def _weak_scores(manifest: Mapping[str, Any]) -> tuple[list[float], list[float]] | None:
+    """Numbers of moments, rising from 1, and the score for each.
+
+    Raises:
+        TypeError, ValueError: they are no such numbers.
+    """
+    known = manifest["text"].get("weak_scores")
     if known is None:
-        return
+        return None
     rows = [(float(size), float(score)) for size, score in known]
     sizes, scores = [size for size, _ in rows], [score for _, score in rows]
     rising = all(low < high for low, high in pairwise(sizes)) and all(low <= high for low, high in pairwise(scores))
-    if not sizes or not rising or sizes[0] < 1 or not -1 <= scores[0] <= scores[-1] <= 1:
+    finite = all(math.isfinite(value) for value in (*sizes, *scores))
+    if not rows or not rising or not finite or sizes[0] < 1 or scores[0] < -1 or scores[-1] > 1:
         raise ValueError(f"text.weak_scores is {known!r}, expected rising [moments, score] from 1, within -1 to 1")
+    return sizes, scores
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -80,6 +80,7 @@ class Library:
         self.engine = engine
         self._store = Store(self.uri, storage_options=storage_options, compact_every=self.config.compact_every)
         self._searcher: Searcher | None = None
+        self._shots: tuple[tuple[int, ...], Filter | None, int] = ((), None, 0)  # of a version and a filter
         self._lock = threading.Lock()
         if engine is not None and self._store.exists():
             with suppress(Damaged):  # said by whatever needs it; `verify` may mend it
@@ -275,11 +276,15 @@ class Library:
             None where the library has no engine or its model was not calibrated.
 
         Raises:
-            LibraryError: there is no library.
+            LibraryError: there is no library, or no such video in it, and there is an engine.
         """
         if self.engine is None:
             return None
-        return self.engine.bundle.weak_score(sum(len(record.shots) for record in self.list(where)))
+        version = self._store.version()
+        known = self._shots
+        if known[:2] != (version, where):  # one query comes after the other; the videos hardly change
+            self._shots = known = (version, where, sum(len(record.shots) for record in self.list(where)))
+        return self.engine.bundle.weak_score(known[2])
 
     # --- what is in it --------------------------------------------------------------------------------------------
 

@@ -143,9 +143,9 @@ class Store:
         """The videos, in order of path; `ids` that are not there are left out."""
         with self._lock:
             known = self._latest()
-            if ids is None:
-                return [record for _, record in known.values()]
-            return sorted((known[id][1] for id in dict.fromkeys(ids) if id in known), key=_by_path)
+            wanted = list(known) if ids is None else dict.fromkeys(ids)
+            chosen = [known[id] for id in wanted if id in known]
+        return sorted((record for _, record in chosen), key=lambda record: (record.path, record.id))
 
     def extras(self, id: str) -> Extras:
         """Sprite, thumbnails and overview of a video.
@@ -303,7 +303,7 @@ class Store:
         return self.read(work)
 
     def _latest(self) -> dict[str, tuple[tuple[int, int], Record]]:
-        """The records by id, in order of path, each with its stamp; only what is new since the last time is read."""
+        """The records by id, each with its stamp; only rows that are new since the last time are read."""
         version = self.version()
         if version != self._seen:
             known: dict[str, tuple[tuple[int, int], Record]] = {}
@@ -317,8 +317,7 @@ class Store:
                 where = f"id IN ({schema.quoted(missing)})" if missing and len(missing) <= CHUNK else None
                 for id, row in schema.newest(self.rows("videos", where)).items():
                     known[id] = (schema.stamp(row), schema.record_of(row))
-            self._records = dict(sorted(known.items(), key=lambda item: _by_path(item[1][1])))
-            self._seen = version
+            self._records, self._seen = known, version
         return self._records
 
     def _runs(self, wanted: Mapping[str, Any]) -> Iterator[Any]:
@@ -338,10 +337,6 @@ class Store:
                     pending.append(batch.slice(start, stop - start))
         if pending:
             yield schema.arrow().Table.from_batches(pending)
-
-
-def _by_path(record: Record) -> tuple[str, str]:
-    return record.path, record.id
 
 
 def _superseded(record: Record) -> Superseded:

@@ -40,7 +40,7 @@ class Batcher:
         self._task: asyncio.Task[None] | None = None
 
     async def search(self, text: str, k: int, where: Filter) -> Answer:
-        """The k best moments, the same as for this text alone.
+        """The k best moments, the same as for this text alone, and the weak score of where they were looked for.
 
         Raises:
             Refused: 429, too many queries wait.

@@ -30,7 +30,9 @@ from keyreel_export.builtin.scenes import KINDS, WEIGHTS, Scene, render_scene
 from keyreel_export.builtin.student import TOKEN_WIDTH, ImageTower
 
 SIZES = ((0.3, 64), (0.55, 80), (0.85, 96), (1.0, SIZE))  # share of the time until which pictures have this side
-PATIENCE = timedelta(minutes=5)  # of one worker with the others, in place of the half hour that is usual
+# One worker waits so long for the others: a lost one must not hold the rest for the half hour that is usual, since what
+# was learnt up to the last checkpoint is kept.
+PATIENCE = timedelta(minutes=5)
 LONGEST_STEP = 5.0  # seconds; more than that was a pause of the process and does not count
 
 
@@ -170,14 +172,15 @@ class Distillation:
         others = [fork.Process(target=self._work, args=(n, meeting)) for n in range(1, self.plan.workers)]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # a pool of threads made so far is not there after the fork: waiting for it never ends
-        for process in others:
-            process.start()
         try:
+            for process in others:
+                process.start()
             self._work(0, meeting)
         finally:
             for process in others:
-                process.join(60)
-                process.kill()
+                if process.pid is not None:
+                    process.join(60)
+                    process.kill()
             meeting.unlink(missing_ok=True)
             torch.set_num_threads(threads)
         self.student.eval()

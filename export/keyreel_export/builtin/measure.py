@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,20 @@ from keyreel_export.builtin.saliency import area_under_curve, centre_prior, find
 from keyreel_export.builtin.scenes import COLOURS, SHAPES, render_scene
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)
-SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 400)  # images in the libraries that are asked for what they lack
+LIBRARIES = (1, 2, 5, 10, 20, 50, 100, 200, 400)  # images in those that are asked for what they lack
 
 
 class Towers:
     """Frames and texts to vectors, with the graphs of one bundle.
 
     Raises:
-        ValueError: the bundle takes other frames, or its attention looks at them.
+        ValueError: the attention of the bundle looks at frames.
     """
 
     def __init__(self, folder: Path, *, threads: int = 1) -> None:
         self.bundle = Bundle.load(folder)
-        expected = ImageTransform(SIZE, SIZE, "squash", "bicubic"), "tokens"
-        if (self.bundle.image, self.bundle.attention_input) != expected:
-            raise ValueError(f"{folder}: only models that squash frames to {SIZE} pixels and weigh tokens are measured")
+        if self.bundle.attention_input != "tokens":
+            raise ValueError(f"{folder}: only models whose attention looks at tokens are measured")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self._sessions = {
@@ -114,7 +113,13 @@ class Shown:
 
 
 def show(towers: Towers, trainset: Path, *, captioned: bool = False) -> Shown:
-    """Runs the image tower over the validation images that have labels, or over those that have captions."""
+    """Runs the image tower over the validation images that have labels, or over those that have captions.
+
+    Raises:
+        ValueError: the bundle looks at frames of another kind.
+    """
+    if towers.bundle.image != ImageTransform(SIZE, SIZE, "squash", "bicubic"):
+        raise ValueError(f"{towers.bundle.folder}: only models that squash frames to {SIZE} pixels, bicubic, are shown")
     wanted = [e for e in read_examples(trainset, "val") if (e.captions if captioned else e.labels)]
     frames = np.empty((len(wanted), SIZE, SIZE, 3), np.uint8)
     for index, image in read_images(trainset, wanted):
@@ -182,6 +187,16 @@ def ask_libraries(
     return np.asarray(present, np.float32), np.asarray(absent, np.float32)
 
 
+def all_libraries(
+    towers: Towers, shown: Shown, strength: float, *, libraries: int, seed: int
+) -> Iterator[tuple[int, F32, F32]]:
+    """The sizes of which two different libraries can be drawn, each with its best scores from `ask_libraries`."""
+    for size in (size for size in LIBRARIES if 2 * size <= len(shown.examples)):
+        present, absent = ask_libraries(towers, shown, strength, size, libraries=libraries, seed=seed)
+        if len(present):
+            yield size, present, absent
+
+
 def equal_error(present: F32, absent: F32) -> float:
     """The score that as many of the absent things reach as present ones fail to; halfway between two scores."""
     scores = np.unique(np.concatenate([present, absent]))
@@ -191,14 +206,15 @@ def equal_error(present: F32, absent: F32) -> float:
 
 
 def weak_scores(towers: Towers, shown: Shown, strength: float, *, libraries: int = 1500) -> list[list[float]]:
-    """[[images, score], ...]: where present and absent labels are told apart best in libraries of so many images.
+    """[[images, score], ...]: what as many absent labels reach as present ones fail to, among so many images.
 
-    The more images, the higher what is absent gets by chance. Both columns rise.
+    The more images, the higher what is absent gets by chance. Both columns rise. Empty where there are too few images.
     """
-    sizes = [size for size in SIZES if 2 * size <= len(shown.examples)]
-    found = [equal_error(*ask_libraries(towers, shown, strength, n, libraries=libraries, seed=0)) for n in sizes]
-    rising = np.maximum.accumulate(found).round(4).tolist()
-    return [[size, score] for size, score in zip(sizes, rising, strict=True)]
+    found: list[list[float]] = []
+    for size, present, absent in all_libraries(towers, shown, strength, libraries=libraries, seed=0):
+        score = round(equal_error(present, absent), 4)
+        found.append([size, max(score, found[-1][1]) if found else score])
+    return found
 
 
 def measure_absent(towers: Towers, shown: Shown, strength: float, *, libraries: int = 1500) -> list[dict[str, float]]:
@@ -208,14 +224,13 @@ def measure_absent(towers: Towers, shown: Shown, strength: float, *, libraries: 
     do not; "auc": the chance that a present one scores higher than an absent one.
     """
     table = []
-    for size in [size for size in SIZES if 2 * size <= len(shown.examples)]:
-        present, absent = ask_libraries(towers, shown, strength, size, libraries=libraries, seed=1)
+    for size, present, absent in all_libraries(towers, shown, strength, libraries=libraries, seed=1):
         row = {"images": float(size), "libraries": float(len(present))}
         row["auc"] = round(float((present[:, None] > absent).mean()), 4)
         weak = towers.bundle.weak_score(size)
         if weak is not None:
-            row |= {"weak_score": round(weak, 4), "present_kept": round(float((present >= weak).mean()), 4)}
-            row["absent_told"] = round(float((absent < weak).mean()), 4)
+            row |= {"weak_score": round(weak, 4), "present_kept": round(float((present >= weak).mean()), 6)}
+            row["absent_told"] = round(float((absent < weak).mean()), 6)
         table.append(row)
     return table
 
@@ -257,7 +272,7 @@ def measure_attention(towers: Towers, trainset: Path, *, count: int = 400) -> di
         return {}
     grid = towers.bundle.grid
     found: dict[str, float] = {}
-    kinds = marked(objects, places, towers.bundle.image.height, grid, count=count, seed=1)
+    kinds = marked(objects, places, SIZE, grid, count=count, seed=1)
     for name, kind in zip(("plain", "placed"), kinds, strict=True):
         maps = towers.attention(kind.frames)
         prior = np.broadcast_to(centre_prior(grid).reshape(1, -1), maps.shape)
@@ -306,7 +321,11 @@ def measure_scenes(towers: Towers, strength: float, count: int = 500, seed: int 
 def measure_all(
     towers: Towers, trainset: Path, manifest: Mapping[str, Any]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """All of the above, figures and tables; sets the manifest's attention strength and weak scores by them."""
+    """Figures and tables of labels, captions, attention and scenes.
+
+    Sets the manifest's attention strength and weak scores. These come from every second image; how good they are is
+    measured on the others by `measure_absent`.
+    """
     shown = show(towers, trainset)
     table = measure_labels(towers, shown)
     strength = best_strength(table)
@@ -315,6 +334,8 @@ def measure_all(
     figures = {f"val_label_{key}": float(chosen[key]) for key in (*kept, "commonest_share", "images", "labels")}
     figures["val_label_to_image_map"] = chosen["label_to_image_map"]
     manifest["fusion"]["strength_default"] = strength
-    manifest["text"]["weak_scores"] = weak_scores(towers, halves(shown)[0], strength)
+    weak = weak_scores(towers, halves(shown)[0], strength)
+    if weak:
+        manifest["text"]["weak_scores"] = weak
     figures |= measure_captions(towers, trainset, strength) | measure_attention(towers, trainset)
     return figures | measure_scenes(towers, strength), [{"table": "attention strength", **row} for row in table]

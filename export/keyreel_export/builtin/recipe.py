@@ -133,9 +133,10 @@ class Recipe:
         return Made(image, attention, texts, language.tokenizer, facts, log)
 
     def _same_options(self) -> None:
-        """Notes the options that change what is made, and the lists of words; refuses others in the same folder."""
+        """Notes what decides what is made: options, size of pictures, lists of words. Refuses others in the folder."""
         own = {"trainset": str(self.trainset), "teacher": str(self.teacher), "wordnet": str(self.wordnet)}
         own |= {name: str(getattr(self, name)) for name in ("steps", "views", "seed", "batch", "scenes")}
+        own["view"] = f"{SIZE} pixels, bicubic"
         for name in ("words.txt", "grammar.txt"):
             own[name] = hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
         path = self.work / "options.json"
