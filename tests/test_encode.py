@@ -161,7 +161,7 @@ def test_equals_the_chain_written_out(shift: Any) -> None:
 def test_the_built_in_model_chunked_equals_whole(shift: Any) -> None:
     model = Encoder(Bundle.find("builtin"), resolve("cpu", threads=1))
     rng = np.random.default_rng(1)
-    still = rng.integers(0, 256, (1, 28, 28, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    still = rng.integers(0, 256, (1, 28, 28, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
     frames = np.concatenate([np.roll(still, 9 * n, axis=2) for n in range(12)])
     batch = FrameBatch(frames, np.arange(12) / 2, np.arange(12))
     config = EncodeConfig(shift=shift, attention_strength=1.0, batch_size=4)

@@ -224,7 +224,8 @@ def test_settings_at_random(tmp_path: Path, data: st.DataObject) -> None:
         options = {"x264-params": ":".join(f"{key}={value}" for key, value in own.items())}
     elif codec == "libx265":
         own = {"open-gop": draw(st.integers(0, 1)), "bframes": draw(st.integers(0, 6)), "ref": draw(st.integers(1, 5))}
-        own |= {"temporal-layers": draw(st.integers(1, 3)), "radl": draw(st.integers(0, 2)) * (1 - own["open-gop"])}
+        own |= {"temporal-layers": draw(st.integers(1, 3))}
+        own |= {"radl": min(draw(st.integers(0, 2)), own["bframes"]) * (1 - own["open-gop"])}
         options = {"x265-params": ":".join(f"{key}={value}" for key, value in own.items())}
     elif codec in ("mpeg2video", "mpeg4"):
         options = {"bf": str(draw(st.integers(0, 4)))}
