@@ -106,9 +106,15 @@ def _machine(results: Results) -> str:
     assert results.last is not None
     machine = results.last["environment"]
     return (
-        f"{machine['cpu']}, {machine['cores']} cores; medians of interleaved runs at commit {results.last['commit']}, "
-        f"{machine['date']}. All systems, spreads and memory: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
+        f"{machine['cpu']}, {machine['cores']} cores; medians of interleaved runs, {_dates(results)}, the last at "
+        f"commit {results.last['commit']} (each row names its own). All systems, spreads and memory: "
+        "[benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
     )
+
+
+def _dates(results: Results) -> str:
+    first, last = min(results.dates), max(results.dates)
+    return first if first == last else f"{first} to {last}"
 
 
 def tables(results: Results) -> str:

@@ -40,6 +40,7 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self._cases: dict[str, dict[str, Group]] = {}
         self.last: Row | None = None  # the newest row
+        self.dates: set[str] = set()
         for path in sorted(folder.glob("*.jsonl")):
             for line in path.read_text("utf-8").splitlines():
                 row = json.loads(line)
@@ -48,6 +49,7 @@ class Results:
 
     def _add(self, row: Row) -> None:
         self.last = row
+        self.dates.add(row["environment"]["date"])
         groups = self._cases.setdefault(row["case"], {})
         group = groups.setdefault(json.dumps(row["params"], sort_keys=True), Group(row["params"]))
         status = next((f"{word}: {row[word]}" for word in ("skipped", "failed") if word in row), None)
