@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import charts
 from benchmarks.markers import marked
 
@@ -15,7 +17,7 @@ MODELS = ROOT / "engine" / "keyreel" / "models"
 CARD = MODELS / "MODEL_CARD.md"
 CURVE = ROOT / "benchmarks" / "charts" / "builtin_training.svg"
 REPORTED = (1, 20, 400)  # photographs in a library, of those that were measured
-POINTS = 9  # of the curve, evenly apart in images
+POINTS = 8  # of the curve, at most
 
 
 def rows(part: str) -> list[dict[str, Any]]:
@@ -143,7 +145,8 @@ def curve() -> str:
     """The course of distillation as SVG: distance to the teacher's features by images seen."""
     log = [json.loads(line) for line in (MODELS / "builtin-training.jsonl").read_text("utf-8").splitlines()]
     steps = [row for row in log if row.get("stage") == "distillation"]
-    chosen = [steps[round(i * (len(steps) - 1) / (POINTS - 1))] for i in range(POINTS)]
+    places = np.geomspace(1, len(steps), POINTS).round().astype(int)  # the chart's axis is logarithmic
+    chosen = [steps[place - 1] for place in dict.fromkeys(places.tolist())]
     points = [(row["images"] / 1000, row["imitation"]) for row in chosen]
     title = "Distillation: (1 - cosine) + squared error / 2 of the teacher's standardised features"
     return charts.lines(title, "thousand images seen", [("training crops", points)])
