@@ -35,7 +35,8 @@ def _photographs(count: float) -> str:
 
 
 def _told(row: dict[str, Any]) -> str:
-    return f"{_percent(row['present_kept'], row['absent_told'])} (area under the curve {row['auc']:.3f})"
+    equal = f", at equal error rates {_percent(row['equal_right'])}" if "equal_right" in row else ""
+    return f"{_percent(row['present_kept'], row['absent_told'])}{equal} (area under the curve {row['auc']:.3f})"
 
 
 def _change(values: list[float]) -> str:

@@ -64,8 +64,9 @@ def test_absent_labels_are_told_at_the_weak_scores() -> None:
     towers, strength = measure.Towers(bundle.folder), bundle.strength_default
     rows = measure.measure_absent(towers, measure.halves(measure.show(towers, TRAINSET))[1], strength, libraries=300)
     assert [row["images"] for row in rows] == list(measure.LIBRARIES)
-    for row, least in zip(rows, (0.88, 0.86, 0.84, 0.80, 0.78, 0.74, 0.70, 0.68, 0.68), strict=True):
-        assert min(row["present_kept"], row["absent_told"]) > least, row
+    for row, told in zip(rows, (0.92, 0.89, 0.85, 0.77, 0.69, 0.60, 0.49, 0.48, 0.47), strict=True):
+        assert row["present_kept"] > 0.85, row
+        assert row["absent_told"] > told, row
 
 
 def test_real_clips_are_found_by_captions(engine: Engine, media: Callable[[str], Path]) -> None:

@@ -342,12 +342,13 @@ def test_absent_labels_are_told_by_their_scores() -> None:
     names = [f"thing {n:02d}" for n in range(60)]
     shown = Shown(examples(*((name,) for name in names)), [np.eye(60, dtype=np.float32)] * 5)
     towers: Any = Said(names)
-    assert weak_scores(towers, shown, 0.0, libraries=50) == [[1, 0.5], [2, 0.5], [5, 0.5], [10, 0.5], [20, 0.5]]
+    assert weak_scores(towers, shown, 0.0, libraries=50) == [[1, 1], [2, 1], [5, 1], [10, 1], [20, 1]]
     towers.bundle = SimpleNamespace(weak_score=lambda images: 0.5 if images < 10 else 1.5)
     table = measure_absent(towers, shown, 0.0, libraries=50)
     assert [(row["images"], row["auc"], row["present_kept"], row["absent_told"]) for row in table] == [
         (1, 1, 1, 1), (2, 1, 1, 1), (5, 1, 1, 1), (10, 1, 0, 1), (20, 1, 0, 1)
     ]  # fmt: skip
+    assert {row["equal_right"] for row in table} == {1}
     first, second = halves(shown)
     assert [example.labels[0] for example in first.examples] == names[::2]
     assert [example.labels[0] for example in second.examples] == names[1::2]

@@ -102,8 +102,8 @@ def say_weak(hits: Sequence[SearchHit], weak_score: float | None) -> None:
     """Says so where even the best moment hardly matches the text, for models that know how low that is."""
     best = max((hit.score for hit in hits), default=None)
     if best is not None and weak_score is not None and best < weak_score:
-        expected = f"under the {weak_score:.3f} that is expected of a match among so many shots"
-        say(f"nothing matches well: the best score is {best:.3f}, {expected}")
+        most = f"most matches among so many shots have {weak_score:.3f} or more"
+        say(f"nothing matches well: the best score is {best:.3f}, {most}")
 
 
 def print_videos(videos: Sequence[VideoHit], pictures: Sequence[Text] = ()) -> None:
