@@ -107,8 +107,8 @@ def _machine(results: Results) -> str:
     machine = results.last["environment"]
     return (
         f"{machine['cpu']}, {machine['cores']} cores; medians of interleaved runs, {_dates(results)}, the last at "
-        f"commit {results.last['commit']} (each row names its own). All systems, spreads and memory: "
-        "[benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
+        f"commit {results.last['commit']} (each row in benchmarks/results names its own). All systems, spreads and "
+        "memory: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
     )
 
 

@@ -107,7 +107,8 @@ def encode(
     if interlaced:
         settings["flags"] = settings.get("flags", "") + "+ilme+ildct"
     ticks = np.cumsum(np.random.default_rng(seed).integers(1, 6, frames)) if vfr else np.arange(frames)
-    # Once in some thousand clips, on a machine short of time, SVT-AV1 hands the muxer what it refuses.
+    # CI saw the muxer refuse a clip once, and take the same settings before that; 5,000 tries to see it again did not.
+    # Of these encoders only SVT-AV1 has threads of its own, so that it alone may differ from run to run.
     for attempts_left in (2, 1, 0) if codec == "libsvtav1" else (0,):
         try:
             _write(path, codec, settings, ticks.tolist(), container, size, seed)

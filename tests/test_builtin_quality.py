@@ -79,7 +79,7 @@ def test_real_clips_are_found_by_captions(engine: Engine, media: Callable[[str],
     scores = np.stack(means) @ engine.encode_text([text for text, _ in texts]).T
     own = np.array([scores[place, q] for q, (_, place) in enumerate(texts)])
     rank = (scores > own).sum(axis=0) + 1
-    assert (rank == 1).mean() >= 0.3, rank  # by chance 1 of 11
+    assert (rank == 1).mean() >= 0.36, rank  # by chance 1 of 11
     assert np.median(rank) <= 2, rank
 
 
@@ -106,19 +106,19 @@ def test_unknown_words_leave_the_rest_of_the_query(engine: Engine) -> None:
     scores = engine.encode_text([f"a {word} {thing}" for word in odd for thing in things]) @ engine.encode_text(names).T
     right = [names.index(thing) for _ in odd for thing in things]
     rank = (scores > scores[np.arange(len(right)), right][:, None]).sum(axis=1)
-    assert (rank < 5).mean() >= 0.8, rank
+    assert (rank < 5).mean() >= 0.85, rank
 
 
 @pytest.mark.parametrize(
-    ("word", "near", "far"),
+    ("word", "near", "far", "margin"),
     [
-        ("puppy", "dog", "car"),
-        ("automobile", "car", "dog"),
-        ("bicycles", "bicycle", "pizza"),
-        ("a man rides a horse on a beach", "horse", "laptop"),
-        ("people walking in a city", "people", "frog"),
+        ("puppy", "dog", "car", 0.25),
+        ("automobile", "car", "dog", 0.35),
+        ("bicycles", "bicycle", "pizza", 0.6),
+        ("a man rides a horse on a beach", "horse", "laptop", 0.15),
+        ("people walking in a city", "people", "frog", 0.3),
     ],
 )
-def test_words_beyond_the_labels_lie_near_them(engine: Engine, word: str, near: str, far: str) -> None:
+def test_words_beyond_the_labels_lie_near_them(engine: Engine, word: str, near: str, far: str, margin: float) -> None:
     asked, right, wrong = engine.encode_text([word, near, far])
-    assert asked @ right > asked @ wrong + 0.1
+    assert asked @ right > asked @ wrong + margin

@@ -380,7 +380,9 @@ def test_libraries_that_hold_everything_have_no_weak_score() -> None:
 class Seen:
     """Towers whose captions have given vectors."""
 
-    bundle = SimpleNamespace(image=ImageTransform(112, 112, "squash", "bicubic"), folder=Path("model"))
+    bundle = SimpleNamespace(
+        image=ImageTransform(112, 112, "squash", "bicubic"), attention_input="tokens", folder=Path("model")
+    )
 
     def __init__(self, images: np.ndarray, texts: dict[str, np.ndarray]) -> None:
         self._images, self._texts = images, texts
@@ -400,9 +402,10 @@ def test_captions_are_ranked_among_the_captioned_images(tmp_path: Path) -> None:
     found = measure_captions(towers, trainset, 0.5)
     assert (found["captions"], found["caption_images"]) == (4, 2)
     assert (found["caption_recall_at_1"], found["caption_recall_at_5"], found["caption_median_rank"]) == (0.5, 1, 1.5)
-    towers.bundle = SimpleNamespace(image=ImageTransform(224, 224, "squash", "bicubic"), folder=Path("model"))
-    with pytest.raises(ValueError, match="112 pixels"):
-        measure_captions(towers, trainset, 0.5)
+    for other in ({"image": ImageTransform(224, 224, "squash", "bicubic")}, {"attention_input": "frames"}):
+        towers.bundle = SimpleNamespace(**{**vars(Seen.bundle), **other})
+        with pytest.raises(ValueError, match="112 pixels"):
+            measure_captions(towers, trainset, 0.5)
 
 
 def test_texts_of_the_bundle_are_those_of_the_space() -> None:

@@ -113,7 +113,7 @@ def test_nothing_but_the_summary_leaves_the_device(
     before = cuda.bytes_to_host
     summary = engine.summarize(media(CLIP), select=SelectConfig(max_keyframes=8))
     assert sum(size for _, size in left) == cuda.bytes_to_host - before > 0
-    frames, (count, width) = engine.bundle.image, summary.embedding.vectors.shape
+    count, width = summary.embedding.vectors.shape
     patches = summary.embedding.attention.shape[1]
     summary_itself = {(count, width), (count, patches), (count, 4)}
     assert summary_itself <= {shape for shape, _ in left}
@@ -122,8 +122,8 @@ def test_nothing_but_the_summary_leaves_the_device(
         if shape not in summary_itself:
             histograms = shape[1:] == (512,)
             assert histograms or size <= 8 * max(count, 8 * width), shape
-    pictures = count * frames.height * frames.width * 3
-    assert cuda.bytes_to_host - before < pictures / 2
+    pictures = count * 224 * 224 * 3  # as most models look at; the built-in one's own are smaller than a summary
+    assert cuda.bytes_to_host - before < pictures / 10
 
 
 def test_from_packets_to_summary(

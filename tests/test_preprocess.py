@@ -110,8 +110,8 @@ def test_vectors_are_those_of_open_clips_pictures(media: Media, open_clip: Any, 
         theirs = as_open_clip_does(open_clip, whole, transform)
         off = np.abs(mine.astype(int) - theirs)
         assert off.mean() <= mean
-        # Of a quarter of the pixels that many are fewer, and nearer to the worst.
-        assert np.percentile(off, 99.9) <= tail + (transform.height < 224)
+        # One level more where 27 pixels become one: that is 112 of the widest clip's 3,026.
+        assert np.percentile(off, 99.9) <= tail + (whole.width > 20 * transform.width)
         enlarged = min(whole.size) < min(transform.height, transform.width)
         least = ENLARGED_PICTURE_COSINE if enlarged else SAME_PICTURE_COSINE
         ours, wanted = embed(engine, mine, theirs)

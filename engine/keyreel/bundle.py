@@ -161,8 +161,8 @@ class Bundle:
         """A best cosine under this says that nothing matches a text well; None where the model was not calibrated.
 
         Among more pictures something comes nearer to any text by chance: the score rises with their number, up to the
-        largest that it was measured for. What is there reaches it nine times in ten in photographs,
-        less often in video.
+        largest that it was measured for. Of the built-in model: what is there reaches it nine times in ten in
+        photographs, less often in video.
 
         Args:
             moments: different pictures that were looked at, such as the shots of all videos searched.

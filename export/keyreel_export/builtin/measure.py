@@ -22,21 +22,15 @@ from keyreel_export.builtin.saliency import area_under_curve, centre_prior, find
 from keyreel_export.builtin.scenes import COLOURS, SHAPES, render_scene
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)
-MISSED = 0.1  # of what is there: the score under which nothing matches well is set so. In video scores are lower
+MISSED = 0.1  # of the labels that are there, by the score under which nothing is said to match well
 LIBRARIES = (1, 2, 5, 10, 20, 50, 100, 200, 400)  # images in those that are asked for what they lack
 
 
 class Towers:
-    """Frames and texts to vectors, with the graphs of one bundle.
-
-    Raises:
-        ValueError: the attention of the bundle looks at frames.
-    """
+    """Frames and texts to vectors, with the graphs of one bundle."""
 
     def __init__(self, folder: Path, *, threads: int = 1) -> None:
         self.bundle = Bundle.load(folder)
-        if self.bundle.attention_input != "tokens":
-            raise ValueError(f"{folder}: only models whose attention looks at tokens are measured")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self._sessions = {
@@ -119,8 +113,10 @@ def show(towers: Towers, trainset: Path, *, captioned: bool = False) -> Shown:
     Raises:
         ValueError: the bundle looks at frames of another kind.
     """
-    if towers.bundle.image != ImageTransform(SIZE, SIZE, "squash", "bicubic"):
-        raise ValueError(f"{towers.bundle.folder}: only models that squash frames to {SIZE} pixels, bicubic, are shown")
+    bundle, expected = towers.bundle, ImageTransform(SIZE, SIZE, "squash", "bicubic")
+    if (bundle.image, bundle.attention_input) != (expected, "tokens"):
+        kind = f"that squash frames to {SIZE} pixels, bicubic, and whose attention looks at tokens"
+        raise ValueError(f"{bundle.folder}: photographs are only shown to models {kind}")
     wanted = [e for e in read_examples(trainset, "val") if (e.captions if captioned else e.labels)]
     frames = np.empty((len(wanted), SIZE, SIZE, 3), np.uint8)
     for index, image in read_images(trainset, wanted):
