@@ -26,9 +26,9 @@ import numpy as np
 from benchmarks.environment import environment
 from benchmarks.run import commit
 from keyreel import EncodeConfig, Engine, Sampling, Summary
-from keyreel.backend import CPU_BATCH
-from keyreel.bundle import Bundle
 from keyreel.config import ShiftMode
+from keyreel.runtime.backend import CPU_BATCH
+from keyreel.runtime.bundle import Bundle
 from keyreel.types import F32
 from keyreel_export.builtin.measure import (
     STRENGTHS,

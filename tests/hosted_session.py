@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cuda_on_host import HostedArray
 
-from keyreel.session import OnnxRuntimeSession
+from keyreel.runtime.sessions import OnnxRuntimeSession
 
 
 class HostedSession:

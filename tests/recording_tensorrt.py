@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime
 from cuda_on_host import host_cuda
 
-from keyreel.tensorrt_build import Library, _logger
+from keyreel.runtime.tensorrt_build import Library, _logger
 from keyreel_kernels.cuda import Cuda
 
 NUMPY = {"tensor(uint8)": np.uint8, "tensor(int64)": np.int64, "tensor(float)": np.float32}

@@ -11,11 +11,11 @@ import pytest
 from cuda_on_host import host_cuda
 from hosted_session import HostedSession
 
-from keyreel import probes
-from keyreel.backend import resolve
 from keyreel.errors import BackendUnavailable, MissingExtra, ModelError, import_extra
-from keyreel.probes import Probe, probe_codec, probe_cuda_driver
-from keyreel.session import OnnxRuntimeSession
+from keyreel.runtime import doctor as probes
+from keyreel.runtime.backend import resolve
+from keyreel.runtime.doctor import Probe, probe_codec, probe_cuda_driver
+from keyreel.runtime.sessions import OnnxRuntimeSession
 from keyreel_kernels import Ops, ops_for
 from keyreel_kernels.ops import ops_on
 

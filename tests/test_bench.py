@@ -21,14 +21,14 @@ import pytest
 from test_engine_cuda import backend_on
 
 import keyreel
-from keyreel.bench import bench
-from keyreel.bench_results import bench_schema, measured, summed
-from keyreel.bundle import Bundle
+from keyreel.cli.bench import bench
+from keyreel.cli.bench_results import bench_schema, measured, summed
 from keyreel.config import BenchConfig, EncodeConfig, ImageTransform, Sampling, SelectConfig
 from keyreel.decode.sampling import NoFrames
 from keyreel.decode.source import Source
 from keyreel.errors import CorruptStream, Failure
-from keyreel.stopwatch import Stopwatch
+from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.stopwatch import Stopwatch
 from keyreel.types import FrameBatch
 from keyreel_kernels.cuda import Cuda
 
@@ -57,8 +57,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.wall = self.cpu = 100.0
-        monkeypatch.setattr("keyreel.stopwatch.time.perf_counter", lambda: self.wall)
-        monkeypatch.setattr("keyreel.stopwatch.time.process_time", lambda: self.cpu)
+        monkeypatch.setattr("keyreel.runtime.stopwatch.time.perf_counter", lambda: self.wall)
+        monkeypatch.setattr("keyreel.runtime.stopwatch.time.process_time", lambda: self.cpu)
 
     def passes(self, wall: float, cpu: float = 0.0) -> None:
         self.wall += wall

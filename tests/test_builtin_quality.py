@@ -11,7 +11,7 @@ import pytest
 from conftest import SHARED
 
 from keyreel import Engine, Sampling
-from keyreel.bundle import Bundle
+from keyreel.runtime.bundle import Bundle
 
 TRAINSET = SHARED / "trainset"
 CLIPS = json.loads((Path(__file__).parents[1] / "benchmarks" / "quality_clips.json").read_text("utf-8"))

@@ -19,8 +19,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
 from benchmarks.markers import marked as marked_text  # noqa: E402
-from keyreel.bundle import Bundle as Checked  # noqa: E402
 from keyreel.config import ImageTransform  # noqa: E402
+from keyreel.runtime.bundle import Bundle as Checked  # noqa: E402
 from keyreel_export.builtin import data  # noqa: E402
 from keyreel_export.builtin.__main__ import main  # noqa: E402
 from keyreel_export.builtin.bundle import Texts  # noqa: E402

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from keyreel.bundle import Bundle, bundle_folder, cached_names, sha256_of, write_manifest
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
+from keyreel.runtime.bundle import Bundle, bundle_folder, cached_names, sha256_of, write_manifest
 
 
 @pytest.fixture

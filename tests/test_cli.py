@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from keyreel import Sampling, __version__
-from keyreel.bundle import Bundle
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
 from keyreel.demo import SCENES
 from keyreel.render.sidecars import search_schema, summary_schema
+from keyreel.runtime.bundle import Bundle
 
 
 def run(
@@ -347,7 +347,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 def test_what_libraries_print_is_kept_from_the_data() -> None:
     code = (
-        "import os; from keyreel import cli; "
+        "import os; from keyreel.cli import videos as cli; "
         "cli.app = lambda: (print('data'), os.write(1, b'Decode Error occurred')); cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

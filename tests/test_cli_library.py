@@ -22,9 +22,12 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import keyreel
-from keyreel import cli, cli_documents, cli_index, cli_library
-from keyreel.cli_inputs import listed
-from keyreel.cli_thumbnails import COLUMNS, ROWS, thumbnail
+from keyreel.cli import documents as cli_documents
+from keyreel.cli import index as cli_index
+from keyreel.cli import library as cli_library
+from keyreel.cli import videos as cli
+from keyreel.cli.inputs import listed
+from keyreel.cli.thumbnails import COLUMNS, ROWS, thumbnail
 from keyreel.errors import LibraryError
 from keyreel.library.types import Added, Example, Filter
 from keyreel.render.sidecars import search_schema
@@ -455,7 +458,7 @@ def test_what_the_server_is_told(library: Path, tmp_path: Path, monkeypatch: pyt
 def test_what_ray_is_told(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], address: str | None
 ) -> None:
-    from keyreel import ray
+    from keyreel.cluster import ray
 
     told: dict[str, Any] = {}
 

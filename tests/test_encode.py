@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keyreel.backend import Backend, resolve
-from keyreel.bundle import Bundle
 from keyreel.config import EncodeConfig, ImageTransform
 from keyreel.decode.cpu import FrameStream
 from keyreel.encode import SHIFT_CUT, Encoder
+from keyreel.runtime.backend import Backend, resolve
+from keyreel.runtime.bundle import Bundle
 from keyreel.types import Embedding, FrameBatch
 from keyreel_kernels import ops_for
 

@@ -17,15 +17,15 @@ from host_nvdec import HostNvdec
 from hosted_session import HostedSession
 
 import keyreel
-from keyreel import backend
-from keyreel.backend import CUDA_BATCH, Backend, resolve
-from keyreel.bundle import Bundle
 from keyreel.config import EncodeConfig, ImageTransform, Sampling, SelectConfig
 from keyreel.decode import nvdec_pool
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.nvdec import pool_of
 from keyreel.decode.source import Source
 from keyreel.errors import OutOfMemory
+from keyreel.runtime import backend
+from keyreel.runtime.backend import CUDA_BATCH, Backend, resolve
+from keyreel.runtime.bundle import Bundle
 from keyreel.types import FrameBatch
 from keyreel_kernels.cuda import Cuda
 from keyreel_kernels.ops import ops_on

@@ -22,8 +22,8 @@ import torch
 from bounds import BF16_COSINE, F32_COSINE
 from safetensors.torch import save_file
 
-from keyreel.bundle import Bundle
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
+from keyreel.runtime.bundle import Bundle
 from keyreel_export import bundle as module
 from keyreel_export import onnx as graphs
 from keyreel_export import pretrained, verify
@@ -78,7 +78,7 @@ def test_images_equal_open_clip_on_openvino(
     open_clip: Any, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, least: float
 ) -> None:
     pytest.importorskip("openvino", reason="the extra openvino is not installed")
-    from keyreel import session_openvino
+    from keyreel.runtime import openvino as session_openvino
 
     if precision == "bf16" and session_openvino.image_precision() != "bf16":
         pytest.skip("this CPU does not multiply bf16")
@@ -97,7 +97,7 @@ def test_images_equal_open_clip_on_openvino(
 
 
 def test_texts_equal_open_clip(open_clip: Any, exported: Path) -> None:
-    from keyreel.text import Tokenizer
+    from keyreel.runtime.text import Tokenizer
 
     texts = ["a photo of a cat", "", "\u732b \U0001f600", "long " * 100]
     ids = Tokenizer(exported / "tokenizer.json", clean="lower", context_length=77).encode(texts)

@@ -19,13 +19,13 @@ from bounds import FLOAT32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keyreel.backend import Backend, resolve
 from keyreel.config import LibraryConfig
 from keyreel.errors import Damaged, LibraryError
 from keyreel.library import matrix, scores
 from keyreel.library.query import Searcher, fits
 from keyreel.library.store import Store
 from keyreel.library.types import Block, Example, Filter, LibraryHit, Record, Rows
+from keyreel.runtime.backend import Backend, resolve
 from keyreel.search import moments
 from keyreel.types import Shot
 from keyreel_kernels.cuda import Cuda

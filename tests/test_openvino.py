@@ -23,14 +23,16 @@ pytest.importorskip("onnxruntime", reason="no onnxruntime to compare with")
 
 from bounds import BF16_COSINE, F32_COSINE
 
-from keyreel import backend, probes, session_openvino
-from keyreel.bundle import Bundle
 from keyreel.config import EncodeConfig
 from keyreel.encode import Encoder
 from keyreel.engine import Engine
 from keyreel.errors import BackendUnavailable, MissingExtra, ModelError
-from keyreel.session import OnnxRuntimeSession
-from keyreel.session_openvino import OpenVINOSession, image_precision, open_openvino
+from keyreel.runtime import backend
+from keyreel.runtime import doctor as probes
+from keyreel.runtime import openvino as session_openvino
+from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.openvino import OpenVINOSession, image_precision, open_openvino
+from keyreel.runtime.sessions import OnnxRuntimeSession
 from keyreel.types import FrameBatch
 
 BUILTIN = Bundle.find("builtin")
@@ -222,8 +224,8 @@ def test_threads_that_are_the_first_to_run_a_graph_do_not_wait_for_each_other() 
     code = """
 import sys, threading
 import numpy as np
-from keyreel.bundle import Bundle
-from keyreel.session_openvino import open_openvino
+from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.openvino import open_openvino
 path, width = Bundle.find("builtin").file("text.onnx"), Bundle.find("builtin").context_length
 session = open_openvino(path)
 sys.setswitchinterval(1e-6)
@@ -254,8 +256,8 @@ class Blocked:
         if name.split(".")[0] in {blocked!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocked())
-from keyreel.backend import resolve
-from keyreel.bundle import Bundle
+from keyreel.runtime.backend import resolve
+from keyreel.runtime.bundle import Bundle
 import numpy as np
 try:
     backend = resolve("cpu", precision={precision!r})
@@ -280,8 +282,8 @@ def test_openvino_reports_to_nobody() -> None:
     """Its import sends an event to Google Analytics from a forked process, where the package for that is found."""
     code = """
 import sys
-from keyreel.bundle import Bundle
-from keyreel.session_openvino import open_openvino
+from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.openvino import open_openvino
 open_openvino(Bundle.find("builtin").file("text.onnx"))
 import openvino.tools.ovc
 print(sys.modules["openvino_telemetry"], [name for name in sys.modules if name.startswith("openvino_telemetry.")])

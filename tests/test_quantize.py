@@ -20,13 +20,13 @@ import tiny_models
 from cuda_on_host import host_cuda
 from onnx import TensorProto, helper, numpy_helper
 
-from keyreel import backend
-from keyreel.bundle import Bundle
 from keyreel.decode.source import Source
 from keyreel.engine import Engine
 from keyreel.errors import ModelError
-from keyreel.session import OnnxRuntimeSession
-from keyreel.session_tensorrt import build_plans
+from keyreel.runtime import backend
+from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.sessions import OnnxRuntimeSession
+from keyreel.runtime.tensorrt import build_plans
 from keyreel_export import quantize
 from keyreel_export.bundle import export_model
 from keyreel_export.triton import export_triton

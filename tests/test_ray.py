@@ -21,7 +21,7 @@ pytest.importorskip("lancedb", reason="libraries need lancedb")
 ray: Any = pytest.importorskip("ray", reason="Ray is not installed")
 pytest.importorskip("ray.data", reason="Ray Data is not installed")
 
-import keyreel.ray as own  # noqa: E402 - Ray is known to be there by now
+import keyreel.cluster.ray as own  # noqa: E402 - Ray is known to be there by now
 
 # Ray's own; its sockets are closed when Python happens to look for them.
 pytestmark = [

@@ -13,8 +13,8 @@ import pytest
 import typer.main
 
 from keyreel import config
-from keyreel.bundle import Bundle
-from keyreel.cli import app
+from keyreel.cli.videos import app
+from keyreel.runtime.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -31,10 +31,10 @@ from fastapi import FastAPI
 from served import Served, served
 
 from keyreel import Engine, Library
-from keyreel.bundle import Bundle
 from keyreel.config import ServeConfig
 from keyreel.errors import LibraryError, RenderError
 from keyreel.library.types import Example, Filter, LibraryHit
+from keyreel.runtime.bundle import Bundle
 from keyreel.serve import app, router, run
 from keyreel.serve.paths import Roots
 from keyreel.serve.refusals import Refused, shortened

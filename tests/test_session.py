@@ -25,14 +25,15 @@ from cuda_on_host import HostedArray, host_cuda
 from recording_tensorrt import NUMPY, Recording, builtin, recording_cuda
 from typer.testing import CliRunner
 
-from keyreel import plans, session_cuda, session_tensorrt, tensorrt_build
-from keyreel.bundle import Bundle
-from keyreel.cli import app
+from keyreel.cli.videos import app
 from keyreel.errors import BackendError, BackendUnavailable, MissingExtra, ModelError, OutOfMemory, PlanStale
-from keyreel.plans import PlanKey, building, read_plan, sample_feeds, write_plan
-from keyreel.session import OnnxRuntimeCudaSession, OnnxRuntimeSession
-from keyreel.session_tensorrt import build_plans, open_tensorrt
-from keyreel.tensorrt_build import Profile, build_plan, profile_for
+from keyreel.runtime import plans, session_cuda, tensorrt_build
+from keyreel.runtime import tensorrt as session_tensorrt
+from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.plans import PlanKey, building, read_plan, sample_feeds, write_plan
+from keyreel.runtime.sessions import OnnxRuntimeCudaSession, OnnxRuntimeSession
+from keyreel.runtime.tensorrt import build_plans, open_tensorrt
+from keyreel.runtime.tensorrt_build import Profile, build_plan, profile_for
 from keyreel_kernels.cuda import Cuda
 
 FUSION = builtin("fusion")
@@ -432,7 +433,7 @@ def test_one_thread_builds_and_the_others_wait(trt: Recording, recorded: Cuda) -
 
 _WRITER = """
 import sys
-from keyreel.plans import PlanKey, building, write_plan
+from keyreel.runtime.plans import PlanKey, building, write_plan
 key = PlanKey("0", "tensorrt 11", "A", "9.0", "fp32", (1, 4, 4))
 for round in range(40):
     with building(key):
@@ -484,7 +485,7 @@ def test_the_export_command_builds_plans_for_the_device_at_hand(
 ) -> None:
     pytest.importorskip("torch", reason="the extra export is not installed")
     backend = SimpleNamespace(ops=SimpleNamespace(arrays=recorded), batch_size=BATCH)
-    monkeypatch.setattr("keyreel.cli.resolve", lambda device: backend if device == "cuda" else None)
+    monkeypatch.setattr("keyreel.cli.videos.resolve", lambda device: backend if device == "cuda" else None)
     done = CliRunner().invoke(app, ["export", "builtin", "--tensorrt"])
     assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(FUSION.parent)
@@ -495,8 +496,8 @@ def test_the_export_command_looks_for_the_device_first(monkeypatch: pytest.Monke
     def refuse(device: str) -> None:
         raise BackendUnavailable(f"{device} was asked for", probe="cuda driver")
 
-    monkeypatch.setattr("keyreel.cli.resolve", refuse)
-    monkeypatch.setattr("keyreel.cli.library", lambda: None)
+    monkeypatch.setattr("keyreel.cli.videos.resolve", refuse)
+    monkeypatch.setattr("keyreel.cli.videos.library", lambda: None)
     done = CliRunner().invoke(app, ["export", "no-such-model", "--tensorrt"])
     assert (done.exit_code, done.stdout) == (5, ""), done.output
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from planted import embedding_of
 
 from keyreel import Engine
-from keyreel.backend import resolve
 from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.source import Source
+from keyreel.runtime.backend import resolve
 from keyreel.shots import Candidate, place_boundaries, shot_of, shots_between
 from keyreel.types import Shot
 

@@ -11,7 +11,7 @@ import pytest
 from encoded_clips import encode
 
 import keyreel
-from keyreel import telemetry
+from keyreel.runtime import telemetry
 
 pytest.importorskip("opentelemetry.sdk", reason="needs opentelemetry-sdk")
 
@@ -74,7 +74,7 @@ def test_an_error_is_written_into_the_span(seen: tuple[InMemorySpanExporter, InM
 def test_without_the_package_there_is_nothing_to_pay() -> None:
     code = (
         "import sys; sys.modules['opentelemetry'] = None\n"
-        "from keyreel import telemetry\n"
+        "from keyreel.runtime import telemetry\n"
         "@telemetry.traced('a')\n"
         "def double(number): return 2 * number\n"
         "with telemetry.span('b', size=1): telemetry.record_stages({'c': 1.0})\n"

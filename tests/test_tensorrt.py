@@ -23,12 +23,12 @@ import torch
 from cuda_on_host import host_cuda
 from onnx import TensorProto, helper
 
-from keyreel.bundle import GRAPHS, Bundle
 from keyreel.errors import BackendUnavailable, ModelError, PlanStale
-from keyreel.plans import REFERENCE, PlanKey, reference, sample_feeds
-from keyreel.session import OnnxRuntimeSession
-from keyreel.session_tensorrt import TensorRTSession, open_tensorrt
-from keyreel.tensorrt_build import Profile, build_plan, library, profile_for
+from keyreel.runtime.bundle import GRAPHS, Bundle
+from keyreel.runtime.plans import REFERENCE, PlanKey, reference, sample_feeds
+from keyreel.runtime.sessions import OnnxRuntimeSession
+from keyreel.runtime.tensorrt import TensorRTSession, open_tensorrt
+from keyreel.runtime.tensorrt_build import Profile, build_plan, library, profile_for
 from keyreel_export.attention import DEFAULT_NETWORK
 from keyreel_export.bundle import export_model
 

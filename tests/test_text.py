@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keyreel.backend import resolve
-from keyreel.bundle import Bundle
-from keyreel.text import TextEncoder, Tokenizer, clean_text
+from keyreel.runtime.backend import resolve
+from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.text import TextEncoder, Tokenizer, clean_text
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keyreel.errors import ModelError
-from keyreel.text import clean_text
+from keyreel.runtime.text import clean_text
 from keyreel_export import tokens
 from keyreel_export.torchvision_cpu import import_open_clip
 
@@ -116,7 +116,7 @@ def test_the_file_needs_no_torch(simple: tuple[Any, tokenizers.Tokenizer, str], 
     path = tmp_path / "tokenizer.json"
     simple[1].save(str(path))
     program = (
-        "import sys; from pathlib import Path; from keyreel.text import Tokenizer\n"
+        "import sys; from pathlib import Path; from keyreel.runtime.text import Tokenizer\n"
         f"ids = Tokenizer(Path({str(path)!r}), clean='lower', context_length=77).encode(['a red bus', ''])\n"
         "print(ids[0, :5].tolist(), ids.shape, 'torch' in sys.modules or 'open_clip' in sys.modules)"
     )

@@ -21,9 +21,9 @@ pytest.importorskip("onnxruntime", reason="no onnxruntime to run what is exporte
 import onnx
 import onnxruntime
 
-from keyreel.bundle import Bundle, write_manifest
 from keyreel.errors import ModelError
-from keyreel.text import Tokenizer
+from keyreel.runtime.bundle import Bundle, write_manifest
+from keyreel.runtime.text import Tokenizer
 from keyreel_export import triton, verify
 
 

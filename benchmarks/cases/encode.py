@@ -38,7 +38,7 @@ def folder_of(model: str, folders: Folders, *, precision: str = "fp32") -> Path:
 
 def pictures(params: Params, folders: Folders) -> Any:
     """[N, H, W, 3] uint8: blocks of colour with noise, of the size that the model takes."""
-    from keyreel.bundle import Bundle
+    from keyreel.runtime.bundle import Bundle
 
     image = Bundle.load(folder_of(params["model"], folders)).image
     random = np.random.default_rng(0)

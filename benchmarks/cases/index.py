@@ -101,7 +101,7 @@ def _library(workers: int) -> Callable[[Path], Callable[[Sequence[Path]], Any]]:
 def _ray(place: Path) -> Callable[[Sequence[Path]], Any]:
     import ray  # noqa: F401 - so that it counts as not installed where it is not
 
-    from keyreel.ray import index
+    from keyreel.cluster.ray import index
 
     return lambda given: index(given, place, workers=2)
 

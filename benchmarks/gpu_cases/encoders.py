@@ -74,7 +74,7 @@ def _need_open_clip() -> None:
 def builtin() -> Model:
     """The built-in bundle; its weights are read back from its graphs."""
     torch, onnx = import_or_missing("torch"), import_or_missing("onnx")
-    from keyreel.bundle import Bundle
+    from keyreel.runtime.bundle import Bundle
     from keyreel_export.builtin.bundle import Backbone, Fusion, SpatialAttention, _fuse
     from keyreel_export.builtin.student import ImageTower
 
@@ -94,8 +94,8 @@ def vit() -> Model:
     """ViT-B-32 with random weights in half precision, as `keyreel export --precision fp16` makes it."""
     torch = import_or_missing("torch")
     _need_open_clip()
-    from keyreel.bundle import Bundle
     from keyreel.config import ImageTransform
+    from keyreel.runtime.bundle import Bundle
     from keyreel_export import pretrained
     from keyreel_export.attention import DEFAULT_NETWORK, SpatialAttention
     from keyreel_export.fusion import TemporalSpatialFusion
@@ -134,7 +134,7 @@ def torch_backend(bench: Bench, model: Model, *, strict: bool) -> Any:
     """The CUDA backend with torch in the place of the product's runtime."""
     import dataclasses
 
-    from keyreel import backend
+    from keyreel.runtime import backend
 
     made = backend._cuda(bench.ops, "torch runs the encoder, in a benchmark", strict=strict)
     return dataclasses.replace(made, open_session=lambda path: session(model, path.stem, bench.arrays))
@@ -195,7 +195,7 @@ def _held(bundle: Any, frames: Any, vectors: Any, most: int = 8) -> Row:
     """The least cosine to what onnxruntime makes of the bundle on the CPU, where the bundle lies on disk."""
     if not bundle.file("backbone.onnx").is_file() or bundle.manifest.get("precision") == "fp16":
         return {}
-    from keyreel.session import OnnxRuntimeSession
+    from keyreel.runtime.sessions import OnnxRuntimeSession
 
     def run(graph: str, **feeds: Any) -> Any:
         return next(iter(OnnxRuntimeSession(bundle.file(f"{graph}.onnx")).run(feeds).values()))
@@ -223,7 +223,7 @@ def _torch_case(make: Any, batch: int) -> Any:
 
 def _installed_case(bench: Bench, bundle: Any) -> Row:
     from keyreel.errors import BackendUnavailable, MissingExtra
-    from keyreel.session_cuda import open_cuda_session
+    from keyreel.runtime.session_cuda import open_cuda_session
 
     opened: dict[str, Any] = {}
     with contextlib.ExitStack() as closed:
@@ -238,7 +238,7 @@ def _installed_case(bench: Bench, bundle: Any) -> Row:
 
 
 def installed_builtin(bench: Bench) -> Row:
-    from keyreel.bundle import Bundle
+    from keyreel.runtime.bundle import Bundle
 
     return _installed_case(bench, Bundle.find("builtin"))
 
@@ -246,9 +246,9 @@ def installed_builtin(bench: Bench) -> Row:
 def installed_vit(bench: Bench) -> Row:
     """Exports ViT-B-32 with random weights first, which takes most of the time."""
     _need_open_clip()
-    from keyreel.bundle import Bundle
     from keyreel.errors import BackendUnavailable, MissingExtra
-    from keyreel.session_cuda import open_cuda_session
+    from keyreel.runtime.bundle import Bundle
+    from keyreel.runtime.session_cuda import open_cuda_session
     from keyreel_export.bundle import export_model
 
     try:

@@ -78,7 +78,7 @@ def keyreel(graph: str = "backbone.onnx", *, precision: str = "fp32") -> Callabl
     """keyreel's own session, as an Engine on this machine opens it."""
 
     def prepare(model: str, folder: Path) -> Encode:
-        from keyreel.backend import resolve
+        from keyreel.runtime.backend import resolve
 
         session = resolve("cpu", precision=precision).open_session(folder / graph)
         (output,) = session.outputs

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from keyreel.backend import Backend
-from keyreel.bundle import Bundle
 from keyreel.config import EncodeConfig, ShiftMode
-from keyreel.stopwatch import Stopwatch
+from keyreel.runtime.backend import Backend
+from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.stopwatch import Stopwatch
 from keyreel.types import Embedding, FrameBatch, Progress
 
 # Histogram distance at which the shift sees a cut: between two frames of one scene it stays below 0.4 at 2 fps in the

@@ -13,8 +13,6 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.backend import Backend, resolve
-from keyreel.bundle import BUILTIN, Bundle
 from keyreel.config import EncodeConfig, ImageTransform, OutputConfig, ReelConfig, Sampling, SelectConfig
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, distinct
@@ -23,12 +21,14 @@ from keyreel.errors import ModelError
 from keyreel.images import read_picture
 from keyreel.render.reel import write_reel
 from keyreel.render.save import reel_spans, save_summary
+from keyreel.runtime.backend import Backend, resolve
+from keyreel.runtime.bundle import BUILTIN, Bundle
+from keyreel.runtime.stopwatch import Stopwatch
+from keyreel.runtime.telemetry import record_stages, span, traced
+from keyreel.runtime.text import TextEncoder
 from keyreel.search import best_hits, moments
 from keyreel.select import select_keyframes
 from keyreel.shots import find_candidates, place_boundaries, shots_between
-from keyreel.stopwatch import Stopwatch
-from keyreel.telemetry import record_stages, span, traced
-from keyreel.text import TextEncoder
 from keyreel.types import F32, U8, Embedding, FrameBatch, Progress, SearchHit, Shot, Summary
 from keyreel_kernels.arrays import on_host
 

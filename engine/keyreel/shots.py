@@ -12,11 +12,11 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.backend import Backend
 from keyreel.config import ImageTransform, Sampling, SelectConfig
 from keyreel.decode.sampling import NoFrames
 from keyreel.decode.source import Source
 from keyreel.decode.stream import distinct
+from keyreel.runtime.backend import Backend
 from keyreel.types import F32, F64, Embedding, Shot
 from keyreel_kernels import ops_for
 

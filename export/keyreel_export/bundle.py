@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from keyreel.bundle import MANIFEST, SCHEMA, Bundle, bundle_folder, write_manifest
 from keyreel.config import ImageTransform
 from keyreel.errors import ModelError
+from keyreel.runtime.bundle import MANIFEST, SCHEMA, Bundle, bundle_folder, write_manifest
 from keyreel.types import Progress
 from keyreel_export import pretrained, quantize, tokens, verify
 from keyreel_export.attention import DEFAULT_NETWORK, FORMULA, SpatialAttention, UniformAttention

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keyreel.bundle import sha256_of
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
+from keyreel.runtime.bundle import sha256_of
 from keyreel_export.attention import build_network
 from keyreel_export.onnx import contained
 from keyreel_export.torchvision_cpu import import_open_clip

@@ -1,4 +1,4 @@
-"""What the TensorRT plans of a bundle in half precision are checked against; `keyreel.session_tensorrt` builds them."""
+"""What the TensorRT plans of a bundle in half precision are checked against; `keyreel.runtime.tensorrt` builds them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.plans import REFERENCE
+from keyreel.runtime.plans import REFERENCE
 from keyreel_export.verify import Case
 
 _OUTPUTS = {"backbone": "tokens", "attention": "attention", "fusion": "vectors", "text": "vectors"}

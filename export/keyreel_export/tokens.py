@@ -41,7 +41,7 @@ def export_tokenizer(tokenizer: Any) -> tuple[Tokenizer, str]:
 
     Returns:
         The tokenizer, which pads and cuts to the context length, and how texts are cleaned before it (the `how` of
-        `keyreel.text.clean_text`).
+        `keyreel.runtime.text.clean_text`).
 
     Raises:
         ModelError: this kind is not supported, or ids differ.
@@ -68,7 +68,7 @@ def export_tokenizer(tokenizer: Any) -> tuple[Tokenizer, str]:
 
 def encode(tokenizer: Tokenizer, clean: str, texts: Sequence[str]) -> I64:
     """Token ids as keyreel makes them: [Q, L] int64."""
-    from keyreel.text import clean_text
+    from keyreel.runtime.text import clean_text
 
     return np.array([row.ids for row in tokenizer.encode_batch([clean_text(text, clean) for text in texts])], np.int64)
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from keyreel.bundle import Bundle
 from keyreel.errors import ModelError, import_extra
+from keyreel.runtime.bundle import Bundle
 from keyreel_export import verify
 from keyreel_export.onnx import LARGEST_INSIDE_BYTES
 from keyreel_export.verify import Feeds
@@ -180,7 +180,7 @@ Vectors have unit length; the inner product of a text's and a frame's is their c
 antialiased); normalising is part of the graph. The attention strength is {bundle.strength_default:g}. Frames are \
 encoded one by one, without a temporal shift.{shift}
 - **Texts** must be cut into tokens by the client with `{TEXT}/tokenizer.json`, which pads to {length}, and be cleaned \
-before that as open_clip's `{bundle.clean}` does (`keyreel.text.Tokenizer` does both).
+before that as open_clip's `{bundle.clean}` does (`keyreel.runtime.text.Tokenizer` does both).
 
 A request, with `pip install 'tritonclient[http]' tokenizers`:
 

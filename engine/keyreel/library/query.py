@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from keyreel.backend import Backend
 from keyreel.config import LibraryConfig
 from keyreel.errors import Damaged, LibraryError
 from keyreel.library.found import Found
@@ -21,6 +20,7 @@ from keyreel.library.index import Candidates, SearchStore
 from keyreel.library.matrix import ATTEMPTS, Matrix, Segments, Snapshot, Spans, load, missing_rows
 from keyreel.library.scores import Scores
 from keyreel.library.types import BOOL, Example, Filter, LibraryHit, Record, VideoHit
+from keyreel.runtime.backend import Backend
 from keyreel.types import F32
 from keyreel_kernels.arrays import Arrays, HostArrays
 

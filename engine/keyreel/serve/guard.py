@@ -16,9 +16,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from keyreel.config import ServeConfig
+from keyreel.runtime.telemetry import span
 from keyreel.serve.metrics import Metrics
 from keyreel.serve.refusals import Refused, refusal
-from keyreel.telemetry import span
 
 _log = logging.getLogger(__name__)
 

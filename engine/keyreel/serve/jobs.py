@@ -22,10 +22,10 @@ from typing import Any, Literal
 from keyreel.config import ServeConfig
 from keyreel.errors import Failure, LibraryError
 from keyreel.library.types import Added
+from keyreel.runtime.telemetry import span
 from keyreel.serve.metrics import Metrics
 from keyreel.serve.refusals import Refused, refusal, too_busy
 from keyreel.serve.uploads import discard
-from keyreel.telemetry import span
 from keyreel.types import Progress
 
 _log = logging.getLogger(__name__)

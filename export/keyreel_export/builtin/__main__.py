@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from keyreel.bundle import write_manifest
+from keyreel.runtime.bundle import write_manifest
 from keyreel_export.builtin.bundle import write_graphs
 from keyreel_export.builtin.measure import Towers, measure_all
 from keyreel_export.builtin.phrases import tokenizer_json

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from keyreel.bundle import Bundle
 from keyreel.config import ImageTransform
-from keyreel.text import Tokenizer
+from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.text import Tokenizer
 from keyreel_export.builtin.data import F32, SIZE, U8, Example, read_examples, read_images, square_view
 from keyreel_export.builtin.saliency import area_under_curve, centre_prior, find_objects, marked
 from keyreel_export.builtin.scenes import COLOURS, SHAPES, render_scene

@@ -11,9 +11,9 @@ import ftfy
 import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
-from keyreel.bundle import Bundle
 from keyreel.errors import ModelError
-from keyreel.session import Session
+from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.sessions import Session
 from keyreel.types import F32, I64
 from keyreel_kernels.arrays import Arrays
 

@@ -13,11 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from keyreel.bench_results import Bench, Measured, Spread
-from keyreel.cli_thumbnails import cards
+from keyreel.cli.bench_results import Bench, Measured, Spread
+from keyreel.cli.thumbnails import cards
 from keyreel.errors import Failure
 from keyreel.library.types import VideoHit
-from keyreel.probes import Probe
+from keyreel.runtime.doctor import Probe
 from keyreel.types import SearchHit, Summary
 
 errors = Console(stderr=True, highlight=False)

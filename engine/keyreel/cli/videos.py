@@ -15,10 +15,7 @@ import typer
 from rich.table import Table
 
 from keyreel import __version__
-from keyreel.backend import resolve
-from keyreel.bench import bench as measure
-from keyreel.bundle import BUILTIN, MANIFEST, Bundle
-from keyreel.cli_app import (
+from keyreel.cli.app import (
     ENCODING,
     NETWORK,
     SAMPLING,
@@ -33,10 +30,11 @@ from keyreel.cli_app import (
     picked,
     refuse,
 )
-from keyreel.cli_index import INDEXING, index
-from keyreel.cli_inputs import folder_name, for_each, sources
-from keyreel.cli_library import IN_LIBRARY, SERVING, search_library, serve
-from keyreel.cli_print import (
+from keyreel.cli.bench import bench as measure
+from keyreel.cli.index import INDEXING, index
+from keyreel.cli.inputs import folder_name, for_each, sources
+from keyreel.cli.library import IN_LIBRARY, SERVING, search_library, serve
+from keyreel.cli.output import (
     errors,
     out,
     print_bench,
@@ -49,20 +47,22 @@ from keyreel.cli_print import (
     say_weak,
     span,
 )
+from keyreel.cli.progress import Bars
 from keyreel.config import BenchConfig, DecodeLimits, EncodeConfig, OutputConfig, Sampling, SelectConfig
 from keyreel.decode.source import Source
 from keyreel.demo import SCENES, write_demo
 from keyreel.engine import Engine
 from keyreel.errors import Failure, KeyreelError, import_extra
 from keyreel.images import read_picture
-from keyreel.probes import probes
-from keyreel.progress import Bars
 from keyreel.render.aside import aside
 from keyreel.render.results import hit_pictures, save_previews
 from keyreel.render.sidecars import search_document
 from keyreel.render.storyboard import search_page
-from keyreel.session_tensorrt import build_plans
-from keyreel.tensorrt_build import library
+from keyreel.runtime.backend import resolve
+from keyreel.runtime.bundle import BUILTIN, MANIFEST, Bundle
+from keyreel.runtime.doctor import probes
+from keyreel.runtime.tensorrt import build_plans
+from keyreel.runtime.tensorrt_build import library
 from keyreel.types import Summary
 
 Videos = Annotated[list[str], typer.Argument(metavar="VIDEO...", help="files, folders, or - for standard input")]

@@ -18,11 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from keyreel import Engine, Library
-from keyreel.bundle import BUILTIN
-from keyreel.cli_app import Device, Field, Json, OwnModel, command, library_app, picked
-from keyreel.cli_documents import compact_document, stats_document, verify_document, videos_document
-from keyreel.cli_print import counted, out, print_hits, print_json, print_videos, say, say_weak, shown
-from keyreel.cli_thumbnails import can_show, thumbnail
+from keyreel.cli.app import Device, Field, Json, OwnModel, command, library_app, picked
+from keyreel.cli.documents import compact_document, stats_document, verify_document, videos_document
+from keyreel.cli.output import counted, out, print_hits, print_json, print_videos, say, say_weak, shown
+from keyreel.cli.thumbnails import can_show, thumbnail
 from keyreel.config import ServeConfig, option
 from keyreel.errors import Damaged, LibraryError
 from keyreel.library.types import Example, Filter
@@ -31,6 +30,7 @@ from keyreel.render.pictures import short_clock
 from keyreel.render.results import save_previews
 from keyreel.render.sidecars import search_document
 from keyreel.render.storyboard import search_page
+from keyreel.runtime.bundle import BUILTIN
 from keyreel.types import U8, SearchHit
 
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="the library's folder or s3:// address")]

@@ -15,12 +15,12 @@ from typing import Any
 import av
 import numpy as np
 
-from keyreel.bundle import Bundle, cache_root
 from keyreel.decode.nvdec import pool_of
 from keyreel.errors import KeyreelError, MissingExtra
-from keyreel.session import OnnxRuntimeSession, Session
-from keyreel.session_cuda import open_cuda_session
-from keyreel.session_openvino import image_precision, open_openvino
+from keyreel.runtime.bundle import Bundle, cache_root
+from keyreel.runtime.openvino import image_precision, open_openvino
+from keyreel.runtime.session_cuda import open_cuda_session
+from keyreel.runtime.sessions import OnnxRuntimeSession, Session
 from keyreel_kernels import Ops, ops_for
 
 _GPU_EXTRA = "pip install 'keyreel[gpu]'"
@@ -131,7 +131,7 @@ def probe_session(ops: Ops) -> Probe:
 
 def probe_choice() -> tuple[Probe, str | None]:
     """Which runtime a CPU takes, and its name; None where it takes none."""
-    from keyreel.backend import cpu_runtime  # which decides by the checks above
+    from keyreel.runtime.backend import cpu_runtime  # which decides by the checks above
 
     name = "cpu runtime"
     try:

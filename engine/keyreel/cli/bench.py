@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from keyreel.bench_results import ALTERNATIVES, STAGES, Bench, Row, measured, summed
+from keyreel.cli.bench_results import ALTERNATIVES, STAGES, Bench, Row, measured, summed
 from keyreel.config import BenchConfig, EncodeConfig, Sampling, SelectConfig
 from keyreel.decode.sampling import NoFrames
 from keyreel.decode.source import Source
 from keyreel.engine import Engine
 from keyreel.errors import Failure, MissingExtra
-from keyreel.stopwatch import Stopwatch
+from keyreel.runtime.stopwatch import Stopwatch
 from keyreel.types import FrameBatch, Progress
 from keyreel_kernels.cpu_search import usable_cores
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.bundle import cache_root
 from keyreel.errors import BackendUnavailable, MissingExtra, ModelError, import_extra
+from keyreel.runtime.bundle import cache_root
 
 Precision = Literal["f32", "bf16"]
 

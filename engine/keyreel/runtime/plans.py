@@ -23,11 +23,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.bundle import MANIFEST, cache_root, sha256_of
 from keyreel.errors import ModelError, PlanStale
 from keyreel.render.aside import aside
-from keyreel.session import OnnxRuntimeSession
-from keyreel.tensorrt_build import Profile, library
+from keyreel.runtime.bundle import MANIFEST, cache_root, sha256_of
+from keyreel.runtime.sessions import OnnxRuntimeSession
+from keyreel.runtime.tensorrt_build import Profile, library
 
 SCHEMA = "keyreel.plan/1"
 LEAST_COSINE = 0.999

@@ -1,6 +1,6 @@
 """Runs ONNX graphs: one Session a graph, arrays in, arrays out.
 
-`keyreel.session_tensorrt` has the session for TensorRT, `keyreel.session_openvino` the one for OpenVINO.
+`keyreel.runtime.tensorrt` has the session for TensorRT, `keyreel.runtime.openvino` the one for OpenVINO.
 """
 
 from __future__ import annotations

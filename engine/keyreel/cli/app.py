@@ -14,8 +14,8 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from keyreel.cli_inputs import exit_code
-from keyreel.cli_print import say
+from keyreel.cli.inputs import exit_code
+from keyreel.cli.output import say
 from keyreel.config import DecodeLimits, EncodeConfig, Sampling
 from keyreel.errors import Failure, KeyreelError, MissingExtra, RenderError
 

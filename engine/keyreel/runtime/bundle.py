@@ -101,7 +101,7 @@ class Bundle:
         """
         text = os.fspath(name)
         if text == BUILTIN:
-            return cls.load(Path(__file__).parent / "models" / BUILTIN)
+            return cls.load(Path(__file__).parents[1] / "models" / BUILTIN)
         if (Path(text) / MANIFEST).is_file():
             return cls.load(Path(text))
         if Path(text).is_dir():

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from keyreel import Library
-from keyreel.cli_app import (
+from keyreel.cli.app import (
     ENCODING,
     NETWORK,
     SAMPLING,
@@ -30,14 +30,14 @@ from keyreel.cli_app import (
     library_app,
     picked,
 )
-from keyreel.cli_documents import change_of, index_document
-from keyreel.cli_inputs import listed, within
-from keyreel.cli_library import Folder, model_of, opened
-from keyreel.cli_print import counted, errors, out, print_failures, print_json, reason, say, shown
+from keyreel.cli.documents import change_of, index_document
+from keyreel.cli.inputs import listed, within
+from keyreel.cli.library import Folder, model_of, opened
+from keyreel.cli.output import counted, errors, out, print_failures, print_json, reason, say, shown
+from keyreel.cli.progress import Bars
 from keyreel.config import DecodeLimits, EncodeConfig, IndexConfig, Sampling
 from keyreel.errors import Failure, KeyreelError
 from keyreel.library.types import Added
-from keyreel.progress import Bars
 
 _HOW: tuple[Field, ...] = (*SAMPLING, *ENCODING, *NETWORK)
 INDEXING: tuple[Field, ...] = (*_HOW, *((IndexConfig, field.name) for field in dataclasses.fields(IndexConfig)))
@@ -215,7 +215,7 @@ def _interruptible(run: Run, work: Callable[[], object]) -> None:
 def _on_ray(
     videos: Sequence[Path | str], run: Run, model: str | None, device: str, address: str | None, how: dict[str, Any]
 ) -> None:
-    from keyreel import ray
+    from keyreel.cluster import ray
 
     def tell(added: Added) -> None:
         run.tell(added)

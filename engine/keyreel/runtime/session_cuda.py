@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keyreel.errors import MissingExtra
-from keyreel.session import OnnxRuntimeCudaSession, Session
-from keyreel.session_tensorrt import open_tensorrt
-from keyreel.tensorrt_build import library
+from keyreel.runtime.sessions import OnnxRuntimeCudaSession, Session
+from keyreel.runtime.tensorrt import open_tensorrt
+from keyreel.runtime.tensorrt_build import library
 
 if TYPE_CHECKING:
     from keyreel_kernels.cuda import Cuda

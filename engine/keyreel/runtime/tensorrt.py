@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.bundle import GRAPHS, Bundle
 from keyreel.errors import BackendError, ModelError, OutOfMemory, PlanStale
-from keyreel.plans import Arrays, PlanKey, Signature, building, check_plan, read_plan, write_plan
-from keyreel.tensorrt_build import Library, Profile, build_plan, library, profile_for
+from keyreel.runtime.bundle import GRAPHS, Bundle
+from keyreel.runtime.plans import Arrays, PlanKey, Signature, building, check_plan, read_plan, write_plan
+from keyreel.runtime.tensorrt_build import Library, Profile, build_plan, library, profile_for
 from keyreel.types import Progress
 
 if TYPE_CHECKING:

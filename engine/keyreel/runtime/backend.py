@@ -19,10 +19,10 @@ from keyreel.decode.nvdec import open_stream, pool_of
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream
 from keyreel.errors import BackendUnavailable, MissingExtra, OutOfMemory
-from keyreel.probes import probe_cuda
-from keyreel.session import OnnxRuntimeSession, Session, import_runtime
-from keyreel.session_cuda import open_cuda_session
-from keyreel.session_openvino import image_precision, open_openvino
+from keyreel.runtime.doctor import probe_cuda
+from keyreel.runtime.openvino import image_precision, open_openvino
+from keyreel.runtime.session_cuda import open_cuda_session
+from keyreel.runtime.sessions import OnnxRuntimeSession, Session, import_runtime
 from keyreel_kernels import Ops, ops_for
 
 # Frames in one inference. A GPU is idle with fewer. On a CPU 16 cost up to 20 % less time each than one alone, and 8 or

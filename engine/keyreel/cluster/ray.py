@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from keyreel.bundle import BUILTIN
 from keyreel.config import EncodeConfig, LibraryConfig, RayConfig, Sampling, SelectConfig
 from keyreel.engine import Engine
 from keyreel.errors import BackendError, Failure, KeyreelError, import_extra
 from keyreel.library.files import name_of
 from keyreel.library.library import Library
 from keyreel.library.types import Added, Change
+from keyreel.runtime.bundle import BUILTIN
 
 LOCAL = "local"  # Ray's word for a cluster that is started here and ends with the driver
 # Names and lines are all that goes through the object store; Ray takes a third of the memory unless it is told.

@@ -1,0 +1,1 @@
+"""More than one machine: videos indexed on a Ray cluster."""

@@ -1,0 +1,1 @@
+"""Where keyreel runs: devices, models, and the runtimes that run them."""
