@@ -28,6 +28,7 @@ from keyreel.cli import library as cli_library
 from keyreel.cli import videos as cli
 from keyreel.cli.inputs import listed
 from keyreel.cli.thumbnails import COLUMNS, ROWS, thumbnail
+from keyreel.config import IndexConfig
 from keyreel.errors import LibraryError
 from keyreel.library.types import Added, Example, Filter
 from keyreel.render.sidecars import search_schema
@@ -462,8 +463,8 @@ def test_what_ray_is_told(
 
     told: dict[str, Any] = {}
 
-    def index(paths: list[Path], uri: str, **how: Any) -> None:
-        told.update(how, paths=paths, uri=uri)
+    def index(paths: list[Path], uri: str, config: IndexConfig, **how: Any) -> None:
+        told.update(how, paths=paths, uri=uri, workers=config.workers, sampling=config.sampling)
         how["tell"](Added(str(paths[0]), "added", None, None, 1.0))
 
     monkeypatch.setattr(ray, "index", index)

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 import keyreel
 from keyreel import Engine, Library, Sampling, Summary
-from keyreel.config import DecodeLimits, LibraryConfig
+from keyreel.config import DecodeLimits, IndexConfig, LibraryConfig
 from keyreel.decode.source import Source
 from keyreel.demo import HEIGHT, SCENES, WIDTH
 from keyreel.errors import LibraryError, ModelMismatch, SourceError, SourceNotFound
@@ -74,9 +74,9 @@ def full(tmp_path_factory: pytest.TempPathFactory, engine: Engine, demo: Path, c
     """A library of the demo and the clips, for tests that only look; nothing is folded in its answers."""
     config = LibraryConfig(fold_similarity=1.0, preview_height=90, jpeg_quality=95)
     with Library(tmp_path_factory.mktemp("full") / "library", engine, config=config) as library:
-        (added,) = library.add([demo], tags=["demo", "x", "demo"])
+        (added,) = library.add([demo], IndexConfig(tags=("demo", "x", "demo")))
         assert added == Added(str(demo), "added", library.record(demo), None, added.seconds)
-        library.add(clips, tags=["noise"])
+        library.add(clips, IndexConfig(tags=("noise",)))
         yield library
 
 
@@ -199,9 +199,9 @@ def test_pictures_are_those_of_the_key_frames(tmp_path: Path, full: Library, dem
 
 def test_options_are_those_of_summarize(library: Library, engine: Engine, demo: Path) -> None:
     sampling = Sampling(fps=1.0, start_seconds=4.0, stop_seconds=12.0)
-    how: Any = {"sampling": sampling, "select": keyreel.SelectConfig(keyframes=2)}
-    (added,) = library.add([demo], **how, encode=keyreel.EncodeConfig(shift="off"))
-    summary = engine.summarize(demo, **how, encode=keyreel.EncodeConfig(shift="off"))
+    select, encode = keyreel.SelectConfig(keyframes=2), keyreel.EncodeConfig(shift="off")
+    (added,) = library.add([demo], IndexConfig(sampling, encode, select))
+    summary = engine.summarize(demo, sampling=sampling, select=select, encode=encode)
     assert added.record is not None
     block = rows(library, added.record)
     np.testing.assert_allclose(block.vectors, summary.embedding.vectors, rtol=2**-10, atol=2**-24)
@@ -221,7 +221,7 @@ def test_the_date_is_that_of_the_recording(tmp_path: Path, library: Library, cli
                     packet.stream = stream
                     target.mux(packet)
         os.utime(path, (1e9, 1e9))
-        (added,) = library.add([path], force=True)
+        (added,) = library.add([path], IndexConfig(force=True))
         assert added.record is not None
         assert added.record.date == (1559894950.0 if number == 0 else 1e9)
 
@@ -263,12 +263,12 @@ def test_a_touched_file_is_looked_at_and_not_decoded(
 def test_moved_files_keep_their_id_and_rows(
     folder: Path, library: Library, nothing_is_opened: Callable[[], None]
 ) -> None:
-    library.add([folder / "a.mp4"], tags=["x"])
+    library.add([folder / "a.mp4"], IndexConfig(tags=("x",)))
     before = library.record(folder / "a.mp4")
     (folder / "deep").mkdir()
     (folder / "a.mp4").rename(folder / "deep/z.mp4")
     nothing_is_opened()
-    (added,) = library.add([folder / "deep/z.mp4"], tags=["y"])
+    (added,) = library.add([folder / "deep/z.mp4"], IndexConfig(tags=("y",)))
     assert (added.change, added.failure) == ("moved", None)
     assert library.list() == [added.record]
     path = str(folder / "deep/z.mp4")
@@ -305,10 +305,10 @@ def test_what_another_process_added_meanwhile_is_not_done_again(folder: Path, li
 def test_copies_get_rows_of_their_own_without_decoding(
     folder: Path, library: Library, nothing_is_opened: Callable[[], None]
 ) -> None:
-    library.add([folder / "a.mp4"], tags=["x"])
+    library.add([folder / "a.mp4"], IndexConfig(tags=("x",)))
     shutil.copy(folder / "a.mp4", folder / "z.mp4")
     nothing_is_opened()
-    (added,) = library.add([folder / "z.mp4"], tags=["y"])
+    (added,) = library.add([folder / "z.mp4"], IndexConfig(tags=("y",)))
     first, second = library.list()
     assert (added.change, added.failure, added.record) == ("copied", None, second)
     assert first.id != second.id
@@ -336,7 +336,7 @@ def test_copies_in_one_call_are_decoded_once(
     monkeypatch.setattr(
         Engine, "summarize", lambda self, source, **how: summarized.append(source.name) or plain(self, source, **how)
     )
-    found = changes(library.add([folder / f"{name}.mp4" for name in "axyzb"], workers=4))
+    found = changes(library.add([folder / f"{name}.mp4" for name in "axyzb"], IndexConfig(workers=4)))
     assert sorted(found.values()) == ["added", "added", "copied", "copied", "copied"]
     assert found["b.mp4"] == "added"
     assert len(summarized) == 2
@@ -345,7 +345,7 @@ def test_copies_in_one_call_are_decoded_once(
 def test_changed_files_keep_their_id_and_get_new_rows(
     folder: Path, library: Library, clips: list[Path], engine: Engine
 ) -> None:
-    library.add([folder / "a.mp4"], tags=["x"])
+    library.add([folder / "a.mp4"], IndexConfig(tags=("x",)))
     before = library.record(folder / "a.mp4")
     shutil.copy(clips[3], folder / "a.mp4")
     (added,) = library.add([folder / "a.mp4"])
@@ -374,12 +374,12 @@ def test_swapped_names_are_told_by_content(folder: Path, library: Library) -> No
 
 
 def test_force_indexes_again_and_tags_add_up(folder: Path, library: Library) -> None:
-    library.add([folder / "a.mp4"], tags=["x"])
+    library.add([folder / "a.mp4"], IndexConfig(tags=("x",)))
     before = library.record(folder / "a.mp4")
-    (added,) = library.add([folder / "a.mp4"], tags=["y"])
+    (added,) = library.add([folder / "a.mp4"], IndexConfig(tags=("y",)))
     assert (added.change, library.record(before.id).tags) == ("unchanged", ("x", "y"))
     assert library.record(before.id).generation == before.generation
-    (added,) = library.add([folder / "a.mp4"], force=True)
+    (added,) = library.add([folder / "a.mp4"], IndexConfig(force=True))
     assert added.change == "changed"
     assert added.record is not None
     assert added.record.id == before.id
@@ -449,7 +449,7 @@ def test_addresses_are_opened_only_when_that_is_allowed(folder: Path, library: L
             assert not asked
             assert not library.exists()
             allowed = DecodeLimits(allow_network=True)
-            (added,) = library.add([url], limits=allowed)
+            (added,) = library.add([url], IndexConfig(limits=allowed))
             assert (added.path, added.change, added.failure) == (url, "added", None)
             (local,) = library.add([folder / "a.mp4"])
             assert local.change == "added"  # nothing says that they hold the same
@@ -507,7 +507,7 @@ def test_failures_are_kept_told_and_tried_again(folder: Path, library: Library, 
 
 
 def test_a_video_that_breaks_loses_its_rows(folder: Path, library: Library) -> None:
-    library.add([folder / "a.mp4"], tags=["x"])
+    library.add([folder / "a.mp4"], IndexConfig(tags=("x",)))
     before = library.record(folder / "a.mp4")
     (folder / "a.mp4").write_bytes(b"broken now")
     (added,) = library.add([folder / "a.mp4"])
@@ -527,7 +527,7 @@ def test_rows_stay_where_only_the_second_look_fails(
         raise MemoryError("no room")
 
     monkeypatch.setattr(Engine, "summarize", summarize)
-    (added,) = library.add([folder / "a.mp4"], force=True)
+    (added,) = library.add([folder / "a.mp4"], IndexConfig(force=True))
     assert added.change == "failed"
     assert "no room" in str(added.failure and added.failure.error)
     assert content(library) == before
@@ -594,7 +594,7 @@ def test_a_file_that_changes_while_it_is_read_is_found_out(
 
 def test_damaged_clips_give_what_can_be_read(media: Callable[[str], Path], library: Library, engine: Engine) -> None:
     videos = sorted(media("broken/corrupted.mp4").parent.iterdir())
-    found = library.add(videos, workers=2)
+    found = library.add(videos, IndexConfig(workers=2))
     assert [entry.change for entry in found] == ["added"] * len(videos)
     for entry in found:
         assert entry.record is not None
@@ -614,7 +614,7 @@ def test_update_tells_what_is_missing_and_prunes_it(folder: Path, library: Libra
     gone = library.record(folder / "b.mp4")
     (folder / "b.mp4").unlink()
     shutil.copy(clips[3], folder / "c.mp4")
-    found = library.update(tags=["t"])
+    found = library.update(IndexConfig(tags=("t",)))
     assert changes(found) == {"a.mp4": "unchanged", "b.mp4": "missing", "c.mp4": "changed"}
     assert found[1].record == gone
     assert [record.tags for record in library.list()] == [("t",), (), ("t",)]
@@ -819,9 +819,9 @@ def test_compact_builds_the_index_of_a_large_library(tmp_path: Path, full: Libra
 
 def test_wrong_arguments(library: Library, clips: list[Path]) -> None:
     with pytest.raises(ValueError, match="workers"):
-        library.add(clips, workers=0)
-    with pytest.raises(TypeError, match="tags"):
-        library.add(clips, tags="holiday")
+        library.add(clips, IndexConfig(workers=0))
+    with pytest.raises(ValueError, match="tags are several texts"):
+        IndexConfig(tags="holiday")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="path or a URL"):
         library.add([""])
     assert [entry.path for entry in library.add(str(clips[0]))] == [str(clips[0])]  # one, not its letters
@@ -834,7 +834,7 @@ def test_three_workers_give_what_one_gives(tmp_path: Path, engine: Engine, clips
     contents = []
     for workers in (1, 3):
         library = Library(tmp_path / f"{workers}", engine)
-        assert [entry.path for entry in library.add(clips, workers=workers)] == [*map(str, clips)]
+        assert [entry.path for entry in library.add(clips, IndexConfig(workers=workers))] == [*map(str, clips)]
         contents.append(content(library))
     assert contents[0] == contents[1]
 
@@ -862,7 +862,7 @@ def test_progress_of_each_and_of_all(library: Library, clips: list[Path], worker
 
     library.add(
         clips,
-        workers=workers,
+        IndexConfig(workers=workers),
         progress=alone(lambda *step: whole.append(step)),
         begin=alone(begin),
         tell=alone(lambda entry: ended.append(entry.path)),
@@ -906,7 +906,7 @@ def test_stop_is_no_failure_of_what_was_there(library: Library, clips: list[Path
     before, records = content(library), library.list()
     for calls in (2, 4, 6):
         asked = iter(range(calls))
-        assert library.add(clips[:1], force=True, stop=lambda asked=asked: next(asked, None) is None) == []
+        assert library.add(clips[:1], IndexConfig(force=True), stop=lambda asked=asked: next(asked, None) is None) == []
         assert content(library) == before
     assert library.list() == records
 
@@ -921,13 +921,13 @@ def test_an_interrupt_leaves_what_was_committed(library: Library, clips: list[Pa
             signal.raise_signal(signal.SIGINT) if workers == 1 else os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        library.add(clips, workers=workers, tell=tell)
+        library.add(clips, IndexConfig(workers=workers), tell=tell)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("keyreel-index")]
     assert {record.path for record in library.list()} == {entry.path for entry in told}
     assert 1 <= len(told) < 4
     assert {entry.change for entry in told} == {"added"}
     assert library.verify() == ()
-    found = library.add(clips, workers=workers)
+    found = library.add(clips, IndexConfig(workers=workers))
     assert sum(entry.change == "unchanged" for entry in found) == len(told)
     assert sum(entry.change == "added" for entry in found) == 4 - len(told)
 
@@ -944,7 +944,7 @@ def test_an_error_in_a_callback_is_the_callers(library: Library, clips: list[Pat
 
     how: dict[str, Any] = {"begin": lambda _: wrong} if which == "stage" else {which: wrong}
     with pytest.raises(ZeroDivisionError, match="mine"):
-        library.add(clips, workers=workers, **how)
+        library.add(clips, IndexConfig(workers=workers), **how)
     assert not library.exists() or {record.status for record in library.list()} == {"ok"}
     if which in ("begin", "stage", "stop"):
         assert not library.exists()
@@ -962,7 +962,7 @@ def test_a_library_that_cannot_be_written_ends_the_run(
     monkeypatch.setattr(library._store, "put", full)
     for workers in (1, 2):
         with pytest.raises(LibraryError, match="disk is full"):
-            library.add(clips, workers=workers)
+            library.add(clips, IndexConfig(workers=workers))
     assert content(library) == before
 
 
@@ -978,9 +978,9 @@ def test_two_libraries_over_one_folder_agree(tmp_path: Path, engine: Engine, cli
     assert [record.path for record in first.list()] == sorted(map(str, clips))
     assert second.verify() == ()
     # What the other writer did since is not undone by what this one remembers.
-    second.add(clips, force=True)
+    second.add(clips, IndexConfig(force=True))
     os.utime(clips[0])
-    first.add(clips, tags=["late"])
+    first.add(clips, IndexConfig(tags=("late",)))
     assert [len(rows(first, record)) for record in first.list()] == [record.frames for record in first.list()]
 
 
@@ -1038,7 +1038,7 @@ def test_a_copy_whose_original_goes_away_is_indexed(
                 other.remove([id])
             else:
                 shutil.copy(folder / "b.mp4", first)
-                other.add([first], sampling=Sampling(fps=3))
+                other.add([first], IndexConfig(sampling=Sampling(fps=3)))
         return extras(id)
 
     monkeypatch.setattr(library._store, "extras", late)

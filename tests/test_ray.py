@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from keyreel.config import IndexConfig
 from keyreel.engine import Engine
 from keyreel.library.library import Library
 from keyreel.library.types import Added
@@ -101,7 +102,7 @@ def assert_equal(found: Path, expected: Path) -> None:
 def test_the_library_is_the_one_that_a_single_machine_makes(clips: list[Path], alone: Path, tmp_path: Path) -> None:
     told: list[Added] = []
     gone = tmp_path / "gone.mp4"
-    found = own.index([*clips, gone, clips[0]], tmp_path / "library", workers=2, tell=told.append)
+    found = own.index([*clips, gone, clips[0]], tmp_path / "library", IndexConfig(workers=2), tell=told.append)
     assert found == told
     by_path = {Path(added.path): added for added in found}
     assert len(found) == len(by_path) == len(clips) + 1
@@ -115,7 +116,7 @@ def test_the_library_is_the_one_that_a_single_machine_makes(clips: list[Path], a
     lines = [own._line(added.path, added) for added in found]
     assert {type(value) for line in lines for value in line.values()} <= {str, float, int}
     assert_equal(tmp_path / "library", alone)
-    again = own.index(clips, tmp_path / "library", workers=2)
+    again = own.index(clips, tmp_path / "library", IndexConfig(workers=2))
     assert {added.change for added in again} == {"unchanged"}
 
 
@@ -135,7 +136,7 @@ def test_a_worker_that_is_killed_is_survived(clips: list[Path], alone: Path, tmp
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    found = own.index(clips, tmp_path / "library", workers=2)
+    found = own.index(clips, tmp_path / "library", IndexConfig(workers=2))
     killer.join(timeout=60)
     assert len(killed) == 1
     assert {Path(added.path): added.change for added in found} == dict.fromkeys(clips, "added")
@@ -150,7 +151,7 @@ def test_what_other_workers_did_before_they_died_is_known(clips: list[Path], tmp
         ledger.begin.remote(deadly)
     known = own._line(done, Added(done, "added", None, None, 1.5))
     ledger.end.remote(known)
-    job = {"uri": str(tmp_path / "library"), "engine": {"threads": 1}, "library": {}, "add": {}}
+    job = {"uri": str(tmp_path / "library"), "engine": {"threads": 1}, "library": {}, "config": IndexConfig()}
     lines = own._Worker(job, ledger, 3)({"videos": [deadly, done, new]})
     assert [line["path"] for line in lines] == [deadly, done, new]
     assert [line["change"] for line in lines] == ["failed", "added", "added"]
@@ -172,8 +173,8 @@ def _command(process: str) -> bytes:
 
 
 def test_what_is_not_there_is_said() -> None:
-    with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
-        own.index(["a.mp4"], "library", workers=0)
+    with pytest.raises(ValueError, match="workers must be in 1"):
+        own.index(["a.mp4"], "library", IndexConfig(workers=0))
     assert own.index([], "library") == []
 
 

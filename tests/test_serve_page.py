@@ -34,7 +34,7 @@ import uvicorn  # noqa: E402
 from fastapi import FastAPI  # noqa: E402
 
 from keyreel import Engine, Library  # noqa: E402
-from keyreel.config import ServeConfig  # noqa: E402
+from keyreel.config import IndexConfig, ServeConfig  # noqa: E402
 from keyreel.serve import app, router  # noqa: E402
 
 MARKUP = '<img src=x onerror="window.taken=1">.mp4'
@@ -81,7 +81,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, media: Callable[[str], Path]
     shutil.copy(media("format/nasa_13013_rotated.mp4"), folder / MARKUP)
     (folder / BROKEN).write_text("no video at all")
     with Engine.from_pretrained() as engine, Library(folder.parent / f"{folder.name}-library", engine) as library:
-        library.add(sorted(folder.iterdir()), tags=["clips"])
+        library.add(sorted(folder.iterdir()), IndexConfig(tags=("clips",)))
         yield library, folder
 
 

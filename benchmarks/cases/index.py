@@ -88,10 +88,11 @@ def _fresh(system: str, make: Callable[[Path], Callable[[Sequence[Path]], Any]])
 def _library(workers: int) -> Callable[[Path], Callable[[Sequence[Path]], Any]]:
     def make(place: Path) -> Callable[[Sequence[Path]], Any]:
         from keyreel import Engine, Library
+        from keyreel.config import IndexConfig
 
         def add(given: Sequence[Path]) -> None:
             with Engine.from_pretrained() as engine, Library(place, engine) as library:
-                library.add(given, workers=workers)
+                library.add(given, IndexConfig(workers=workers))
 
         return add
 
@@ -102,8 +103,9 @@ def _ray(place: Path) -> Callable[[Sequence[Path]], Any]:
     import ray  # noqa: F401 - so that it counts as not installed where it is not
 
     from keyreel.cluster.ray import index
+    from keyreel.config import IndexConfig
 
-    return lambda given: index(given, place, workers=2)
+    return lambda given: index(given, place, IndexConfig(workers=2))
 
 
 def _again(params: Params, folders: Folders) -> Callable[[], Any]:

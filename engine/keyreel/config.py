@@ -220,17 +220,20 @@ class LibraryConfig:
 
 @dataclass(frozen=True, slots=True)
 class IndexConfig:
-    """How the command line brings videos into a library."""
+    """How videos are indexed: what `Library.add`, `Library.update` and a Ray cluster take alike."""
 
+    sampling: Sampling = Sampling()
+    encode: EncodeConfig = EncodeConfig()
+    select: SelectConfig = SelectConfig()
+    limits: DecodeLimits = DecodeLimits()
+    tags: tuple[str, ...] = option((), "a word for these videos; repeatable")
     workers: int = option(1, "videos at a time")
     force: bool = option(False, "index again what is unchanged, too")
-    prune: bool = option(False, "remove from the library what is gone from the folders")
-    watch: bool = option(False, "go on looking for new and changed videos, until ctrl-c")
-    watch_seconds: float = option(2.0, "between two looks of --watch; a file that stays the same is done")
 
     def __post_init__(self) -> None:
+        _check(not isinstance(self.tags, str), f"tags are several texts, got one: {self.tags!r}")
+        object.__setattr__(self, "tags", tuple(dict.fromkeys(self.tags)))
         _check(1 <= self.workers <= 256, f"workers must be in 1..256, got {self.workers}")
-        _check(0 < self.watch_seconds <= 86_400, f"watch_seconds must be in (0, 86400], got {self.watch_seconds}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,12 +35,28 @@ from keyreel.cli.inputs import listed, within
 from keyreel.cli.library import Folder, model_of, opened
 from keyreel.cli.output import counted, errors, out, print_failures, print_json, reason, say, shown
 from keyreel.cli.progress import Bars
-from keyreel.config import DecodeLimits, EncodeConfig, IndexConfig, Sampling
+from keyreel.config import DecodeLimits, EncodeConfig, IndexConfig, Sampling, option
 from keyreel.errors import Failure, KeyreelError
 from keyreel.library.types import Added
 
 _HOW: tuple[Field, ...] = (*SAMPLING, *ENCODING, *NETWORK)
-INDEXING: tuple[Field, ...] = (*_HOW, *((IndexConfig, field.name) for field in dataclasses.fields(IndexConfig)))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rounds:
+    """What happens besides adding videos."""
+
+    prune: bool = option(False, "remove from the library what is gone from the folders")
+    watch: bool = option(False, "go on looking for new and changed videos, until ctrl-c")
+    watch_seconds: float = option(2.0, "between two looks of --watch; a file that stays the same is done")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.watch_seconds <= 86_400:
+            raise ValueError(f"watch_seconds must be in (0, 86400], got {self.watch_seconds}")
+
+
+_WORK: tuple[Field, ...] = ((IndexConfig, "workers"), (IndexConfig, "force"))
+INDEXING: tuple[Field, ...] = (*_HOW, *_WORK, *((Rounds, field.name) for field in dataclasses.fields(Rounds)))
 ADDRESS = re.compile(r"auto|local|ray://\S+|[\w.-]+:\d+")  # of a Ray cluster
 DONE = ("added", "changed", "moved", "copied", "unchanged", "removed", "missing", "failed")  # order of the last line
 
@@ -114,12 +130,10 @@ def index(
     options: dict[str, Any],
 ) -> None:
     """Brings videos into a library that can be searched; goes on where it was left."""
-    config = IndexConfig(**picked(IndexConfig, options))
-    how = _how(options, tag, config)
-    if ray and (config.watch or config.prune):
+    config, rounds = _config(options, tag), Rounds(**picked(Rounds, options))
+    if ray and (rounds.watch or rounds.prune):
         raise ValueError("--ray goes with neither --watch nor --prune")
-    limits = _limits(options)
-    if ray and limits.allow_network:
+    if ray and config.limits.allow_network:
         raise ValueError("--ray opens no URLs")
     address = next((p for p in paths if ray and ADDRESS.fullmatch(p) and not os.path.exists(p)), None)
     names = [name for name in paths if name != address]
@@ -132,26 +146,24 @@ def index(
         with Bars(errors, quiet=quiet) as bars:
             run = Run(library, bars, as_json=as_json, each=False)
             videos = _videos(names, run)
-            _interruptible(run, lambda: _on_ray(videos, run, model, device, address, how))
+            _interruptible(run, lambda: _on_ray(videos, run, model, device, address, config))
     else:
         with opened(library, model, device) as there, Bars(errors, quiet=quiet) as bars:
-            run = Run(library, bars, as_json=as_json, each=config.watch)
+            run = Run(library, bars, as_json=as_json, each=rounds.watch)
 
             def add(videos: Sequence[Path | str]) -> None:
-                there.add(videos, **how, limits=limits, progress=bars.whole, begin=bars.start, tell=run.tell)
+                there.add(videos, config, progress=bars.whole, begin=bars.start, tell=run.tell)
 
             def once() -> None:
                 add(_videos(names, run))
-                if config.prune:
+                if rounds.prune:
                     _prune(there, names, run)
 
-            _interruptible(run, once if not config.watch else lambda: _watch(names, add, there, run, config))
+            _interruptible(run, once if not rounds.watch else lambda: _watch(names, add, there, run, rounds))
     end(run.failed, run.succeeded)
 
 
-@command(
-    *SAMPLING, *ENCODING, *NETWORK, *((IndexConfig, name) for name in ("workers", "force", "prune")), group=library_app
-)
+@command(*_HOW, *_WORK, (Rounds, "prune"), group=library_app)
 def update(
     folder: Folder,
     tag: Tags = None,
@@ -163,29 +175,27 @@ def update(
     options: dict[str, Any],
 ) -> None:
     """Looks at every video of a library again: indexes those that changed, tells those that are gone."""
-    config = IndexConfig(**picked(IndexConfig, options))
+    config = _config(options, tag)
     with opened(folder, model, device) as there, Bars(errors, quiet=quiet) as bars:
         run = Run(folder, bars, as_json=as_json, each=False)
-        how = _how(options, tag, config)
         told: dict[str, Any] = {"progress": bars.whole, "begin": bars.start, "tell": run.tell}
 
         def once() -> None:
-            for added in there.update(prune=config.prune, limits=_limits(options), **how, **told):
+            for added in there.update(config, prune=options["prune"], **told):
                 run.tell(added)  # once more: what was missing is removed by now
 
         _interruptible(run, once)
     end(run.failed, run.succeeded)
 
 
-def _how(options: dict[str, Any], tag: Sequence[str] | None, config: IndexConfig) -> dict[str, Any]:
-    """What `Library.add`, `Library.update` and Ray take alike."""
-    sampling, encode = Sampling(**picked(Sampling, options)), EncodeConfig(**picked(EncodeConfig, options))
-    how = {"tags": tuple(tag or ()), "sampling": sampling, "encode": encode}
-    return how | {"workers": config.workers, "force": config.force}
-
-
-def _limits(options: dict[str, Any]) -> DecodeLimits:
-    return DecodeLimits(**picked(DecodeLimits, options))
+def _config(options: dict[str, Any], tag: Sequence[str] | None) -> IndexConfig:
+    return IndexConfig(
+        sampling=Sampling(**picked(Sampling, options)),
+        encode=EncodeConfig(**picked(EncodeConfig, options)),
+        limits=DecodeLimits(**picked(DecodeLimits, options)),
+        tags=tuple(tag or ()),
+        **picked(IndexConfig, options),
+    )
 
 
 def _videos(names: Sequence[str], run: Run) -> list[Path | str]:
@@ -213,7 +223,7 @@ def _interruptible(run: Run, work: Callable[[], object]) -> None:
 
 
 def _on_ray(
-    videos: Sequence[Path | str], run: Run, model: str | None, device: str, address: str | None, how: dict[str, Any]
+    videos: Sequence[Path | str], run: Run, model: str | None, device: str, address: str | None, config: IndexConfig
 ) -> None:
     from keyreel.cluster import ray
 
@@ -225,7 +235,7 @@ def _on_ray(
     model = model or model_of(run.library)
     # Ray says on standard output when a worker has died.
     with contextlib.redirect_stdout(sys.stderr):
-        ray.index(videos, run.library, model=model, device=device, address=address, tell=tell, **how)
+        ray.index(videos, run.library, config, model=model, device=device, address=address, tell=tell)
 
 
 def _prune(there: Library, names: Sequence[str], run: Run) -> tuple[str, ...]:
@@ -256,7 +266,7 @@ def _watch(
     add: Callable[[Sequence[Path | str]], None],
     there: Library,
     run: Run,
-    config: IndexConfig,
+    rounds: Rounds,
 ) -> None:
     """Adds videos as they settle: size and time of change are equal in two looks. Ctrl-c ends it."""
     say("watching; ctrl-c ends", style="dim")
@@ -269,11 +279,11 @@ def _watch(
                 add(settled)
                 done |= {path: now[path] for path in settled}
             # Not while something is new: it may be what was moved away.
-            if config.prune and done.keys() - now.keys() and all(done.get(path) == now[path] for path in now):
+            if rounds.prune and done.keys() - now.keys() and all(done.get(path) == now[path] for path in now):
                 pruned = _prune(there, names, run)
                 done = {p: state for p, state in done.items() if p in now or not os.path.abspath(p).startswith(pruned)}
             before = now
-            time.sleep(config.watch_seconds)
+            time.sleep(rounds.watch_seconds)
     except KeyboardInterrupt:
         return
 

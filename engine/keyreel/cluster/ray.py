@@ -15,9 +15,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
-from keyreel.config import EncodeConfig, LibraryConfig, RayConfig, Sampling, SelectConfig
+from keyreel.config import IndexConfig, LibraryConfig, RayConfig
 from keyreel.engine import Engine
 from keyreel.errors import BackendError, Failure, KeyreelError, import_extra
 from keyreel.library.files import name_of
@@ -37,16 +38,11 @@ Line = dict[str, Any]  # what became of one video: strings and numbers
 def index(
     paths: Iterable[str | os.PathLike[str]],
     uri: str | os.PathLike[str],
+    config: IndexConfig | None = None,
     *,
     model: str | os.PathLike[str] = BUILTIN,
     device: str = "auto",
     address: str | None = None,
-    workers: int = 1,
-    tags: Sequence[str] = (),
-    sampling: Sampling | None = None,
-    encode: EncodeConfig | None = None,
-    select: SelectConfig | None = None,
-    force: bool = False,
     library: LibraryConfig | None = None,
     storage_options: Mapping[str, str] | None = None,
     ray: RayConfig | None = None,
@@ -57,10 +53,10 @@ def index(
     Args:
         paths: one for each video; relative ones are this process's.
         uri: of the library. A folder must be one that all workers share.
+        config: how; its workers are processes, each with an Engine.
         address: "auto", "ray://host:10001" or "host:6379"; by default Ray is started on this machine, with as many CPUs
             as the workers ask for and no dashboard, and ended afterwards. A Ray that this process is connected to
             already is used as it is.
-        workers: processes, each with an Engine.
         ray: what each worker asks Ray for.
         tell: called in this process with what became of each video, some at a time.
 
@@ -68,26 +64,23 @@ def index(
         One for each video, in the order in which they ended, without records: `Library.record` has them.
 
     Raises:
-        ValueError: workers < 1.
         MissingExtra: Ray is not installed.
         BackendError: there is no Ray at that address.
     """
-    if workers < 1:
-        raise ValueError(f"workers must be >= 1, got {workers}")
-    config = ray or RayConfig()
+    config, own = config or IndexConfig(), ray or RayConfig()
     data = import_extra("ray.data", extra="ray", purpose="indexing on a cluster")
     videos = list(dict.fromkeys(name_of(path) for path in paths))
     if not videos:
         return []
     job = {
         "uri": name_of(uri),  # workers have a working directory of their own
-        "engine": {"model": os.fspath(model), "device": device, "threads": max(1, int(config.cpus))},
+        "engine": {"model": os.fspath(model), "device": device, "threads": max(1, int(own.cpus))},
         "library": {"config": library, "storage_options": storage_options},
-        "add": {"tags": tuple(tags), "sampling": sampling, "encode": encode, "select": select, "force": force},
+        "config": replace(config, workers=1),
     }
     found: list[Added] = []
-    with _connected(address, cpus=workers * config.cpus, gpus=workers * config.gpus):
-        for line in _lines(data, videos, job, workers, config):
+    with _connected(address, cpus=config.workers * own.cpus, gpus=config.workers * own.gpus):
+        for line in _lines(data, videos, job, config.workers, own):
             found.append(_added(line))
             if tell is not None:
                 tell(found[-1])
@@ -189,7 +182,7 @@ class _Worker:
 
         waiting = [video for video in videos if video not in lines]
         try:
-            self._opened().add(waiting, begin=begin, tell=tell, **self._job["add"])
+            self._opened().add(waiting, self._job["config"], begin=begin, tell=tell)
         except Exception as error:  # noqa: BLE001 - a model or library that will not open is said of each video
             for video in waiting:
                 lines.setdefault(video, _line(video, _failed(video, error)))

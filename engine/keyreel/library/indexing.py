@@ -11,14 +11,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from keyreel.config import DecodeLimits, EncodeConfig, LibraryConfig, Sampling, SelectConfig
+from keyreel.config import DecodeLimits, IndexConfig, LibraryConfig
 from keyreel.decode.source import Source
 from keyreel.errors import Failure, KeyreelError, LibraryError, MissingExtra, SourceError
 from keyreel.library.batch import Halted
@@ -37,18 +36,6 @@ if TYPE_CHECKING:
 
 SPRITE = "sprite.jpg"  # what the WebVTT calls the picture of the thumbnails
 _EARLIEST = 86_400.0  # a clock that was never set says 1970 or earlier
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How videos are brought in."""
-
-    tags: tuple[str, ...] = ()
-    sampling: Sampling | None = None
-    encode: EncodeConfig | None = None
-    select: SelectConfig | None = None
-    limits: DecodeLimits | None = None
-    force: bool = False
 
 
 class _Watched(Source):
@@ -148,7 +135,7 @@ class Indexer:
         store: Store,
         config: LibraryConfig,
         catalog: Catalog,
-        options: Options,
+        options: IndexConfig,
         checkpoint: Callable[[], None],
     ) -> None:
         self._engine, self._store, self._config, self._catalog = engine, store, config, catalog
@@ -226,7 +213,7 @@ class Indexer:
 
     def _decoded(self, record: Record, state: FileState | None, progress: Progress) -> Record:
         options, path = self._options, path_of(record.path)
-        with _Watched(path or record.path, options.limits or DecodeLimits(), self._checkpoint) as source:
+        with _Watched(path or record.path, options.limits, self._checkpoint) as source:
             summary = self._engine.summarize(
                 source, sampling=options.sampling, encode=options.encode, select=options.select, progress=progress
             )

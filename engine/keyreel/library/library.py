@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.config import DecodeLimits, EncodeConfig, LibraryConfig, Sampling, SelectConfig
+from keyreel.config import IndexConfig, LibraryConfig
 from keyreel.errors import Damaged, LibraryError, ModelMismatch
 from keyreel.library.batch import Batch
 from keyreel.library.files import Catalog, is_gone, name_of, real_name
-from keyreel.library.indexing import Indexer, Options
+from keyreel.library.indexing import Indexer
 from keyreel.library.query import Searcher, fits
 from keyreel.library.store import Store
 from keyreel.library.types import (
@@ -110,14 +110,8 @@ class Library:
     def add(
         self,
         videos: Videos,
+        config: IndexConfig | None = None,
         *,
-        tags: Sequence[str] = (),
-        sampling: Sampling | None = None,
-        encode: EncodeConfig | None = None,
-        select: SelectConfig | None = None,
-        limits: DecodeLimits | None = None,
-        workers: int = 1,
-        force: bool = False,
         progress: Progress | None = None,
         begin: Callable[[str], Progress] | None = None,
         tell: Callable[[Added], None] | None = None,
@@ -128,14 +122,12 @@ class Library:
         A video that is there and unchanged (path, size and time of its last change) is not opened. One that holds the
         same as another is moved, where the other's file is gone, or copied, without decoding it. Videos that failed
         are tried again. What fails does not stop the others. The same file under several names is one video. With
-        other `sampling`, `encode` or `select` than before, only `force` indexes again what is unchanged.
+        another `config` than before, only `config.force` indexes again what is unchanged.
 
         Args:
-            videos: paths; URLs where `limits` allows the network, which are never looked at again unless forced. Each
-                counts once.
-            tags: added to those that a video has.
-            workers: videos at a time; the threads share the engine.
-            force: indexes again what is unchanged, too.
+            videos: paths; URLs where `config.limits` allows the network, which are never looked at again unless
+                forced. Each counts once.
+            config: how. Its tags are added to those that a video has; its workers are threads that share the engine.
             progress: told ("videos", done, total) for all together; videos under way count in part.
             begin: called with a video's name when its turn comes; gives what is told its own stages, "encode" in
                 seconds of video, "keyframes" and "thumbnails" in pictures.
@@ -155,22 +147,16 @@ class Library:
         names: dict[str, str] = {}
         for name in map(name_of, given):
             names.setdefault(real_name(name), name)
-        options = Options(_tags(tags), sampling, encode, select, limits, force)
+        config = config or IndexConfig()
         batch = Batch(stop=stop, progress=progress, begin=begin, tell=tell)
-        indexer = self._indexer(options, batch)
-        return batch.run(tuple(names.values()), indexer.index, workers)
+        indexer = self._indexer(config, batch)
+        return batch.run(tuple(names.values()), indexer.index, config.workers)
 
     def update(
         self,
+        config: IndexConfig | None = None,
         *,
         prune: bool = False,
-        tags: Sequence[str] = (),
-        sampling: Sampling | None = None,
-        encode: EncodeConfig | None = None,
-        select: SelectConfig | None = None,
-        limits: DecodeLimits | None = None,
-        workers: int = 1,
-        force: bool = False,
         progress: Progress | None = None,
         begin: Callable[[str], Progress] | None = None,
         tell: Callable[[Added], None] | None = None,
@@ -182,22 +168,22 @@ class Library:
 
         Args:
             prune: removes the videos whose files are gone.
-            tags, sampling, encode, select, limits, workers, force, progress, begin, tell, stop: as for `add`.
+            config, progress, begin, tell, stop: as for `add`.
 
         Raises:
             ValueError, ModelMismatch, LibraryError: as `add`; LibraryError also where there is no library.
         """
-        options = Options(_tags(tags), sampling, encode, select, limits, force)
+        config = config or IndexConfig()
         batch = Batch(stop=stop, progress=progress, begin=begin, tell=tell)
         records = {record.path: record for record in self._store.records()}
-        indexer = self._indexer(options, batch)
+        indexer = self._indexer(config, batch)
 
         def look(name: str, progress: Progress) -> Added:
             if is_gone(name):
                 return Added(name, "missing", records[name], None, 0.0)
             return indexer.index(name, progress)
 
-        found = batch.run(tuple(records), look, workers)
+        found = batch.run(tuple(records), look, config.workers)
         if prune:
             self._store.drop([records[added.path].id for added in found if added.change == "missing"])
             found = [replace(added, record=None) if added.change == "missing" else added for added in found]
@@ -409,13 +395,13 @@ class Library:
                 hint="use that model, or another library for this one",
             )
 
-    def _indexer(self, options: Options, batch: Batch) -> Indexer:
+    def _indexer(self, config: IndexConfig, batch: Batch) -> Indexer:
         engine = self._needed("adding videos")
         there = self._store.exists()
         if there:
             self._check_model(engine)
         catalog = Catalog(self._store.records() if there else ())
-        return Indexer(engine, self._store, self.config, catalog, options, batch.checkpoint)
+        return Indexer(engine, self._store, self.config, catalog, config, batch.checkpoint)
 
     def _search(self) -> Searcher:
         with self._lock:
@@ -452,12 +438,6 @@ class Library:
                 rows.append(self._needed("searching for a picture").encode_image(query)[0])
             own.append(example)
         return np.stack(rows), own
-
-
-def _tags(tags: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(tags, str):
-        raise TypeError(f"tags are several texts, got one: {tags!r}; give [{tags!r}]")
-    return tuple(dict.fromkeys(tags))
 
 
 def _unknown(video: str | os.PathLike[str]) -> LibraryError:
