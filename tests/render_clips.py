@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -121,15 +120,6 @@ def atoms(path: Path) -> list[str]:
     return names
 
 
-class NoActions:
-    """Stands for the Engine where nothing of it is used."""
-
-    def save_summary(self, *_: Any) -> Any:
-        raise NotImplementedError
-
-    render_summary_reel = search_summary = save_summary
-
-
 def make_summary(
     source: Source,
     *,
@@ -194,6 +184,5 @@ def make_summary(
         config={"image": {"height": 224, "width": 224, "mode": "shortest"}, "fps": fps, "span": (1, 2)},
         warnings=warnings,
         timings_seconds={"decode": 0.5, "encode": 1.0, "fuse": 0.1, "select": 0.05, "total": 1.7},
-        source=source,
-        actions=NoActions(),
+        actions=None,  # what only an Engine can do is not used here
     )

@@ -21,7 +21,7 @@ from keyreel import Sampling, __version__
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
 from keyreel.demo import SCENES
-from keyreel.render.sidecars import search_schema, summary_schema
+from keyreel.render.documents import SearchDocument, SummaryDocument, schema_of
 from keyreel.runtime.bundle import Bundle
 
 
@@ -52,7 +52,7 @@ def test_summarize_prints_one_document(clip: Path, tmp_path: Path) -> None:
     done = run("summarize", clip, "-o", tmp_path, "--keyframes", 2, "--json", "--reel-seconds", 1, "--otio")
     assert done.returncode == 0, done.stderr.decode()
     document = json.loads(done.stdout)
-    jsonschema.validate(document, summary_schema())
+    jsonschema.validate(document, schema_of(SummaryDocument))
     assert document == json.loads((tmp_path / "test" / "summary.json").read_text())
     assert (tmp_path / "test" / "reel.otio").is_file()
     assert sum(s["stop_seconds"] - s["start_seconds"] for s in document["reel"]["spans"]) == pytest.approx(1, abs=0.1)
@@ -154,7 +154,7 @@ def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr.decode()
     document = json.loads(done.stdout)
-    jsonschema.validate(document, search_schema())
+    jsonschema.validate(document, schema_of(SearchDocument))
     assert document["query"] == "a dog"
     assert all(Path(hit["preview"]).is_file() for hit in document["hits"])
     assert document["weak_score"] == Bundle.find("builtin").weak_score(1)  # one shot
@@ -177,7 +177,7 @@ def test_search_tells_programs_what_failed(tiny: Path, tmp_path: Path) -> None:
     done = run("search", "a dog", missing, tiny, "--json")
     assert done.returncode == 8
     document = json.loads(done.stdout)
-    jsonschema.validate(document, search_schema())
+    jsonschema.validate(document, schema_of(SearchDocument))
     assert [(f["video"], f["exit_code"]) for f in document["failed"]] == [(str(missing), 3)]
     assert "no such file" in document["failed"][0]["error"]
     assert {hit["video"] for hit in document["hits"]} == {str(tiny)}

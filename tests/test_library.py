@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 import keyreel
 from keyreel import Engine, Library, Sampling, Summary
-from keyreel.config import DecodeLimits, IndexConfig, LibraryConfig
+from keyreel.config import DecodeLimits, IndexConfig, LibraryConfig, OutputConfig
 from keyreel.decode.source import Source
 from keyreel.demo import HEIGHT, SCENES, WIDTH
 from keyreel.errors import LibraryError, ModelMismatch, SourceError, SourceNotFound
@@ -162,8 +162,8 @@ def test_rows_are_those_of_summarize(full: Library, engine: Engine, demo: Path, 
 
 
 def test_pictures_are_those_of_the_key_frames(tmp_path: Path, full: Library, demo: Path, summary: Summary) -> None:
-    summary.save(tmp_path / "out", reel=False, storyboard=False, jpeg_quality=95)
-    pictures = list(keyframe_pictures(summary.source, summary.keyframes, 90))
+    summary.save(tmp_path / "out", OutputConfig(reel=False, storyboard=False, jpeg_quality=95))
+    pictures = list(keyframe_pictures(Source(demo), summary.keyframes, 90))
     previews = full.previews(demo)
     assert len(previews) == len(pictures) > 3
     for preview, picture, keyframe in zip(previews, pictures, summary.keyframes, strict=True):
@@ -667,7 +667,7 @@ def test_every_kind_of_query(
     full: Library, engine: Engine, demo: Path, summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(demo.parent)
-    (picture,) = keyframe_pictures(summary.source, summary.keyframes[2:3], 1080)
+    (picture,) = keyframe_pictures(Source(demo), summary.keyframes[2:3], 1080)
     Image.fromarray(picture).save(tmp_path / "picture.png")
     at, text = summary.keyframes[2].pts_seconds, SCENES[0].caption
     example = Example("demo.mp4", at + 0.01)

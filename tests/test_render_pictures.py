@@ -20,9 +20,8 @@ from keyreel.render.pictures import (
     keyframe_pictures,
     overlay_png,
     short_clock,
-    sprite,
-    tile_times,
 )
+from keyreel.render.thumbnails import sprite, tile_times
 from keyreel.types import VideoInfo
 
 

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keyreel.config import ReelConfig
 from keyreel.render.plan import plan_reel, reel_seconds
 from keyreel.types import KeyFrame, Shot
 
@@ -21,7 +20,7 @@ def cut_up(lengths: list[float]) -> tuple[Shot, ...]:
     return tuple(Shot(float(a), float(b)) for a, b in itertools.pairwise(ends))
 
 
-def plan(shots, keyframes, config, query_scores=None, step=0.5):
+def plan(shots, keyframes, seconds, span_seconds=3.0, query_scores=None, step=0.5):
     duration = shots[-1].stop_seconds
     pts = np.arange(0, duration, step)
     importance = np.linspace(0, 1, len(pts), dtype=np.float32)
@@ -32,7 +31,8 @@ def plan(shots, keyframes, config, query_scores=None, step=0.5):
         keyframes=keyframes,
         importance=importance,
         pts_seconds=pts,
-        config=config,
+        seconds=seconds,
+        span_seconds=span_seconds,
         query_scores=scores,
     )
 
@@ -51,7 +51,8 @@ def test_spans_are_inside_sorted_disjoint_and_as_long_as_asked(lengths, places, 
     spans = plan(
         shots,
         [keyframe(place * duration, weight) for place, weight in places],
-        ReelConfig(seconds=asked, span_seconds=span),
+        asked,
+        span,
         (lambda pts: np.sin(pts)) if by_query else None,
     )
     assert spans[0].start_seconds >= 0
@@ -70,8 +71,8 @@ def test_spans_are_inside_sorted_disjoint_and_as_long_as_asked(lengths, places, 
 def test_no_flicker_of_a_shot_at_either_end(lengths, places, share):
     shots = cut_up(lengths)
     duration = shots[-1].stop_seconds
-    config = ReelConfig(seconds=max(1.0, share * duration))
-    for span in plan(shots, [keyframe(p * duration, w) for p, w in places], config):
+    seconds = max(1.0, share * duration)
+    for span in plan(shots, [keyframe(p * duration, w) for p, w in places], seconds):
         for shot in shots:
             shown = min(span.stop_seconds, shot.stop_seconds) - max(span.start_seconds, shot.start_seconds)
             assert shown <= 1e-6 or shown >= min(0.8, shot.duration_seconds) - 1e-6
@@ -89,20 +90,20 @@ def test_default_length():
 def test_heaviest_keyframes_are_shown_and_snapped_to_their_shots():
     shots = cut_up([20.0, 20.0, 20.0, 20.0])
     frames = [keyframe(20.3, 0.5), keyframe(10.0, 0.1), keyframe(59.8, 0.3), keyframe(70.0, 0.1)]
-    spans = plan(shots, frames, ReelConfig(seconds=6, span_seconds=3))
+    spans = plan(shots, frames, 6.0)
     assert [(s.start_seconds, s.stop_seconds) for s in spans] == [(20.0, 23.0), (57.0, 60.0)]
 
 
 def test_near_ends_snap_and_touching_spans_merge():
     shots = cut_up([10.0, 3.2, 10.0])
-    spans = plan(shots, [keyframe(8.2, 0.4), keyframe(11.0, 0.6)], ReelConfig(seconds=6.2, span_seconds=3))
+    spans = plan(shots, [keyframe(8.2, 0.4), keyframe(11.0, 0.6)], 6.2)
     assert [(s.start_seconds, s.stop_seconds) for s in spans] == [pytest.approx((7.0, 13.2))]
 
 
 def test_query_ranks_before_weight():
     shots = cut_up([30.0, 30.0])
     frames = [keyframe(5.0, 1.0)]
-    spans = plan(shots, frames, ReelConfig(seconds=3, span_seconds=3), lambda pts: -np.abs(pts - 45.0))
+    spans = plan(shots, frames, 3.0, query_scores=lambda pts: -np.abs(pts - 45.0))
     assert [(s.start_seconds, s.stop_seconds) for s in spans] == [(43.5, 46.5)]
 
 
@@ -114,7 +115,6 @@ def test_rejects_arrays_that_disagree():
             keyframes=(),
             importance=np.zeros(3, np.float32),
             pts_seconds=np.zeros(4),
-            config=ReelConfig(),
         )
     with pytest.raises(ValueError, match="positive"):
         plan_reel(
@@ -123,5 +123,4 @@ def test_rejects_arrays_that_disagree():
             keyframes=(),
             importance=np.zeros(0, np.float32),
             pts_seconds=np.zeros(0),
-            config=ReelConfig(),
         )

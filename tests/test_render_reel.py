@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from render_clips import atoms, decode_sound, onsets, write_clip
 
-from keyreel.config import ReelConfig, Sampling
+from keyreel.config import Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
 from keyreel.errors import RenderError
@@ -16,7 +16,6 @@ from keyreel.render import reel
 from keyreel.render.reel import write_reel
 from keyreel.types import Shot
 
-FAST = ReelConfig(preset="ultrafast")
 FLASHES = [0.6, 1.6, 2.6, 3.6, 4.6, 5.6, 6.6, 7.6]
 SPANS = (Shot(0.3, 2.21), Shot(3.117, 4.95), Shot(6.2, 8.0))
 STEADY = [n / 25 for n in range(225)]
@@ -34,9 +33,14 @@ def in_reel(times, spans):
     return places
 
 
-def write(path: Path, out: Path, spans, config=FAST):
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(reel, "PRESET", "ultrafast")
+
+
+def write(path: Path, out: Path, spans):
     with Source(path) as source:
-        return write_reel(source, spans, out, config)
+        return write_reel(source, spans, out)
 
 
 def frames_of(path: Path):
@@ -104,18 +108,18 @@ def test_samples_are_cut_exactly(tmp_path):
 
 def test_each_joint_fades_and_the_length_is_exact(tmp_path):
     blocks = [np.ones((2, n), np.float32) for n in (100, 4000, 900)]
-    faded = np.concatenate(list(reel._faded(iter(blocks), 5000, 0.02)), axis=1)
+    faded = np.concatenate(list(reel._faded(iter(blocks), 5000)), axis=1)
     assert faded.shape == (2, 5000)
-    ramp = (np.arange(960) + 0.5) / 960
-    np.testing.assert_allclose(faded[0, :960], ramp, atol=1e-6)
-    np.testing.assert_allclose(faded[1, -960:], ramp[::-1], atol=1e-6)
-    assert np.all(faded[:, 960:-960] == 1)
+    ramp = (np.arange(1440) + 0.5) / 1440
+    np.testing.assert_allclose(faded[0, :1440], ramp, atol=1e-6)
+    np.testing.assert_allclose(faded[1, -1440:], ramp[::-1], atol=1e-6)
+    assert np.all(faded[:, 1440:-1440] == 1)
 
 
 @pytest.mark.parametrize("times", [STEADY, VARIABLE])
 def test_frames_keep_their_times_and_spans_open_with_key_frames(tmp_path, times):
     clip = write_clip(tmp_path / "clip.mp4", times, FLASHES)
-    write(clip, tmp_path / "reel.mp4", SPANS, ReelConfig())
+    write(clip, tmp_path / "reel.mp4", SPANS)
     wanted, before, joints = [], 0.0, []
     for span in SPANS:
         shown = max(t for t in times if t <= span.start_seconds)
@@ -168,9 +172,10 @@ def test_mp4_of_the_right_kind(tmp_path, media):
         ("format/testsrc2_hdr.mp4", 0.5, (180, 320)),
     ],
 )
-def test_upright_even_and_in_the_same_colours(tmp_path, media, name, start, size):
+def test_upright_even_and_in_the_same_colours(tmp_path, media, monkeypatch, name, start, size):
+    monkeypatch.setattr(reel, "CRF", "8")
     clip = media(name)
-    write(clip, tmp_path / "reel.mp4", (Shot(start, start + 0.3),), ReelConfig(preset="ultrafast", crf=8))
+    write(clip, tmp_path / "reel.mp4", (Shot(start, start + 0.3),))
     first = frames_of(tmp_path / "reel.mp4")[0]
     assert first.rotation == 0
     picture = first.to_ndarray(format="rgb24").astype(int)
@@ -204,7 +209,7 @@ def test_damaged_sound_leaves_the_rest(tmp_path, media):
 def test_damaged_video_gives_what_can_be_decoded(tmp_path, media):
     clip = media("broken/corrupted.mp4")
     with Source(clip) as source:
-        shown = write_reel(source, (Shot(0.0, 1.0), Shot(2.0, 3.0)), tmp_path / "reel.mp4", FAST)
+        shown = write_reel(source, (Shot(0.0, 1.0), Shot(2.0, 3.0)), tmp_path / "reel.mp4")
     assert shown[0] == Shot(0.0, 1.0)
     assert len(frames_of(tmp_path / "reel.mp4")) >= 10
 
@@ -217,18 +222,19 @@ def test_errors_leave_nothing(tmp_path, monkeypatch):
 
     with Source(clip) as source:
         with pytest.raises(KeyboardInterrupt):
-            write_reel(source, SPANS[:1], tmp_path / "reel.mp4", FAST, progress=interrupt)
+            write_reel(source, SPANS[:1], tmp_path / "reel.mp4", progress=interrupt)
         with pytest.raises(RenderError, match="cannot be written"):
-            write_reel(source, SPANS[:1], tmp_path / "missing" / "reel.mp4", FAST)
+            write_reel(source, SPANS[:1], tmp_path / "missing" / "reel.mp4")
+        monkeypatch.setattr(reel, "PRESET", "no such preset")
         with pytest.raises(RenderError, match="cannot be written"):
-            write_reel(source, SPANS[:1], tmp_path / "reel.mp4", ReelConfig(preset="no such preset"))
+            write_reel(source, SPANS[:1], tmp_path / "reel.mp4")
 
         def missing(name, mode):
             raise av.codec.codec.UnknownCodecError(name)
 
         monkeypatch.setattr(av.codec, "Codec", missing)
         with pytest.raises(RenderError, match=r"libx264(.|\n)*pip install"):
-            write_reel(source, SPANS[:1], tmp_path / "reel.mp4", FAST)
+            write_reel(source, SPANS[:1], tmp_path / "reel.mp4")
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
 
@@ -236,7 +242,7 @@ def test_progress_rises_to_the_end(tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", STEADY, size=(32, 32))
     told: list[tuple[str, float, float | None]] = []
     with Source(clip) as source:
-        write_reel(source, SPANS, tmp_path / "reel.mp4", FAST, progress=lambda *a: told.append(a))
+        write_reel(source, SPANS, tmp_path / "reel.mp4", progress=lambda *a: told.append(a))
     total = sum(s.duration_seconds for s in SPANS)
     assert {(stage, end) for stage, _, end in told} == {("reel", total)}
     assert all(a[1] <= b[1] for a, b in itertools.pairwise(told))

@@ -78,8 +78,8 @@ def source(tmp_path_factory):
         yield source
 
 
-def page_of(summary, **options):
-    pictures = [shrink(p, 160) for p in keyframe_pictures(summary.source, summary.keyframes, 1080)]
+def page_of(source, summary, **options):
+    pictures = [shrink(p, 160) for p in keyframe_pictures(source, summary.keyframes, 1080)]
     given = {
         "pictures": pictures,
         "files": [f"keyframes/{n}.jpg" for n in range(len(pictures))],
@@ -92,7 +92,7 @@ def page_of(summary, **options):
 
 
 def test_page_shows_what_the_summary_says(source):
-    page = Page(page_of(make_summary(source, keyframes=5, shots=[4.0, 8.0])))
+    page = Page(page_of(source, make_summary(source, keyframes=5, shots=[4.0, 8.0])))
     assert_harmless(page)
     seeks = [float(b["data-seek"]) for b in page.all("button") if b.get("class") == "picture"]
     assert seeks == pytest.approx([k.pts_seconds for k in make_summary(source, keyframes=5).keyframes])
@@ -119,7 +119,7 @@ def test_everything_is_escaped(source):
         device_reason=HOSTILE,
         config={HOSTILE: HOSTILE},
     )
-    text = page_of(summary, video_link=link_to(Path("/tmp") / HOSTILE.replace("/", "_"), Path("/tmp/out")))
+    text = page_of(source, summary, video_link=link_to(Path("/tmp") / HOSTILE.replace("/", "_"), Path("/tmp/out")))
     page = Page(text)
     assert_harmless(page)
     assert len(page.all("script")) == 1
@@ -140,7 +140,7 @@ def test_curve_of_many_and_of_one_sample(source):
             shown = dataclasses.replace(
                 summary, importance=importance[:1], embedding=dataclasses.replace(e, **cut), keyframes=(key,)
             )
-        page = Page(page_of(shown))
+        page = Page(page_of(source, shown))
         edge = next(p["d"] for p in page.all("path") if p["class"] == "edge" and " 8L" not in p["d"])
         points = [tuple(map(float, p.split())) for p in edge[1:].split("L")]
         assert len(points) == max(2, rows)
@@ -221,7 +221,7 @@ document.body.dataset.result = result.join(" ");
 
 def test_page_in_a_browser(source, tmp_path, browser):
     summary = make_summary(source, keyframes=3, shots=[4.0])
-    save_summary(summary, tmp_path / "out", OutputConfig(reel_seconds=3.0, thumbnails=False))
+    save_summary(summary, source, tmp_path / "out", OutputConfig(reel_seconds=3.0, thumbnails=False))
     page = tmp_path / "out" / "storyboard.html"
     dom, log = browser(page, "--dump-dom", "--window-size=500,900")
     assert 'data-ready="3"' in dom
@@ -250,7 +250,7 @@ def test_page_in_a_browser(source, tmp_path, browser):
 
 def test_page_without_a_video_says_so(source, tmp_path, browser):
     page = tmp_path / "page.html"
-    page.write_text(page_of(make_summary(source, keyframes=2), video_link="./gone.mp4", reel=None))
+    page.write_text(page_of(source, make_summary(source, keyframes=2), video_link="./gone.mp4", reel=None))
     dom, _ = browser(page, "--dump-dom")
     assert 'class="no-video"' in dom
     assert 'data-ready="2"' in dom

@@ -74,14 +74,13 @@ def test_key_frames_of_concatenated_real_clips_cover_them(parts: list[np.ndarray
 @given(
     times=st.lists(st.floats(0, 100), max_size=30),
     stop=st.floats(0.01, 100),
-    shortest=st.floats(0, 5),
 )
-def test_shots_cover_the_video_without_a_gap(times: list[float], stop: float, shortest: float) -> None:
-    shots = shots_between(times, start_seconds=0.0, stop_seconds=stop, min_shot_seconds=shortest)
+def test_shots_cover_the_video_without_a_gap(times: list[float], stop: float) -> None:
+    shots = shots_between(times, start_seconds=0.0, stop_seconds=stop)
     assert shots[0].start_seconds == 0
     assert shots[-1].stop_seconds == stop
     assert all(a.stop_seconds == b.start_seconds for a, b in itertools.pairwise(shots))
-    assert all(shot.duration_seconds >= min(shortest, stop / 2) - 1e-9 for shot in shots)
+    assert all(shot.duration_seconds >= min(0.5, stop / 2) - 1e-9 for shot in shots)
 
 
 def test_shot_of() -> None:
@@ -127,13 +126,12 @@ def test_a_stream_that_cannot_be_entered_midway_gives_the_same(
             if packet.dts is not None:
                 packet.stream = track
                 output.mux(packet)
-    with Engine.from_pretrained(device="cpu") as engine:
+    with Engine.from_pretrained(device="cpu") as engine, Source(stream) as entered:
         one = engine.summarize(clip)
-        assert one.source.timeline() is not None
         if not planned:
             monkeypatch.setattr("keyreel.decode.source.scan", refuse)
-        other = engine.summarize(stream)
-    assert (other.source.timeline() is not None) == planned
+        other = engine.summarize(entered)
+        assert (entered.timeline() is not None) == planned
     assert len(one.shots) == len(cuts) + 1
     starts = [[shot.start_seconds for shot in summary.shots] for summary in (one, other)]
     # TS rounds times to 1/90000 s.
@@ -167,7 +165,7 @@ def test_a_group_of_pictures_is_entered_once_for_all_cuts_in_it(
         monkeypatch.setattr("keyreel.decode.reader.Cursor.frames", refuse)  # what is decoded is not what was told
     watched = dataclasses.replace(backend, open_stream=open_stream)
     with Source(clip) as source:
-        found = place_boundaries(source, embedding, candidates, watched, min_shot_seconds=0.5)
+        found = place_boundaries(source, embedding, candidates, watched)
     np.testing.assert_allclose(found, np.arange(1, 8), atol=1e-9)
     # Each packet once at most in each pass, with a plan or without.
     assert len(opened) == math.ceil(7 / together)
@@ -180,8 +178,8 @@ def test_a_window_without_frames_is_no_boundary_and_no_error(media: Callable[[st
     embedding = dataclasses.replace(embedding_of(x), pts_seconds=np.array([0.0, 1.0, 100.0, 100.5]))
     with Source(media("natural/test.mp4")) as source:
         gone = (Candidate(2, 3, "change"), Candidate(2, 3, "suspect"), Candidate(2, 3, "fade"))
-        assert place_boundaries(source, embedding, gone, resolve("cpu"), min_shot_seconds=0.5) == ()
+        assert place_boundaries(source, embedding, gone, resolve("cpu")) == ()
         real = (Candidate(0, 1, "change"), *gone)
-        times = place_boundaries(source, embedding, real, resolve("cpu"), min_shot_seconds=0.5)
+        times = place_boundaries(source, embedding, real, resolve("cpu"))
     assert len(times) == 1
     assert 0 < times[0] <= 1

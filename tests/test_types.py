@@ -9,7 +9,7 @@ import pytest
 from planted import embedding_of
 
 from keyreel import config
-from keyreel.config import DecodeLimits, EncodeConfig, ImageTransform, OutputConfig, ReelConfig, Sampling, SelectConfig
+from keyreel.config import DecodeLimits, EncodeConfig, ImageTransform, OutputConfig, Sampling, SelectConfig
 from keyreel.types import FrameBatch
 
 
@@ -65,8 +65,7 @@ def test_shapes_that_do_not_agree_are_printed() -> None:
         (SelectConfig, {"per_minute": 0}),
         (SelectConfig, {"margin": 2}),
         (SelectConfig, {"quality_floor": 1}),
-        (ReelConfig, {"seconds": 0}),
-        (ReelConfig, {"crf": 60}),
+        (OutputConfig, {"reel_seconds": 0}),
         (OutputConfig, {"jpeg_quality": 0}),
     ],
 )
@@ -77,7 +76,7 @@ def test_senseless_values_are_refused(kind: type, values: dict[str, object]) -> 
 
 def test_configs_are_frozen_and_options_have_help() -> None:
     kinds = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
-    assert {Sampling, SelectConfig, EncodeConfig, OutputConfig, ReelConfig, DecodeLimits} <= set(kinds)
+    assert {Sampling, SelectConfig, EncodeConfig, OutputConfig, DecodeLimits} <= set(kinds)
     for kind in kinds:
         assert kind.__dataclass_params__.frozen
         if kind is not ImageTransform:

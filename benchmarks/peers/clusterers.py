@@ -14,6 +14,7 @@ ROUNDS = 25
 def keyreel(x: Any, count: int, *, penalty: float | None = None) -> Cluster:
     """What a summary does for a number of key-frames: seeds from smoothed frames, spherical k-means with repulsion."""
     from keyreel import SelectConfig
+    from keyreel.select import ITERATIONS
     from keyreel_kernels import ops_for
 
     ops, config = ops_for("cpu"), SelectConfig()
@@ -22,7 +23,7 @@ def keyreel(x: Any, count: int, *, penalty: float | None = None) -> Cluster:
     options = {
         "penalty": config.penalty if penalty is None else penalty,
         "margin": config.margin,
-        "iterations": config.iterations,
+        "iterations": ITERATIONS,
     }
 
     def run() -> Any:

@@ -25,6 +25,19 @@ def _check(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _check_within(config: object, interval: str, *names: str) -> None:
+    """Raises ValueError unless each named number lies within an interval such as "(0, 1000]"; None may stand anywhere.
+
+    The interval is written as in mathematics: a square bracket includes the bound, a round one excludes it.
+    """
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    for name in names:
+        value = getattr(config, name)
+        above = value is None or (low <= value if interval[0] == "[" else low < value)
+        below = value is None or (value <= high if interval[-1] == "]" else value < high)
+        _check(above and below, f"{name} must be in {interval}, got {value}")
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Which frames are taken. The frame shown at t is the last with pts <= t."""
@@ -42,13 +55,11 @@ class Sampling:
     def __post_init__(self) -> None:
         allowed = get_args(SamplingMode)
         _check(self.mode in allowed, f"unknown sampling mode {self.mode!r}, allowed: {', '.join(allowed)}")
-        _check(0 < self.fps <= 1000, f"fps must be in (0, 1000], got {self.fps}")
-        tolerance = self.tolerance_seconds
-        _check(tolerance is None or 0 <= tolerance < 1e9, f"tolerance_seconds must be >= 0, got {tolerance}")
-        _check(self.every >= 1, f"every must be >= 1, got {self.every}")
+        _check_within(self, "(0, 1000]", "fps")
+        _check_within(self, "[1, inf)", "every")
+        _check_within(self, "[0, 1e9)", "tolerance_seconds", "start_seconds")
         _check(all(0 <= t < 1e9 for t in self.times), "times must be finite and >= 0")
         _check(self.mode != "times" or bool(self.times), "mode times needs times=(...), which only Python can give")
-        _check(0 <= self.start_seconds < 1e9, f"start_seconds must be >= 0, got {self.start_seconds}")
         stop = self.stop_seconds
         window = self.start_seconds > 0 or stop is not None
         _check(self.mode != "times" or not window, "mode times takes no start_seconds and stop_seconds")
@@ -70,9 +81,9 @@ class ImageTransform:
     fill: int = 0
 
     def __post_init__(self) -> None:
-        _check(1 <= self.height <= 16384 and 1 <= self.width <= 16384, f"bad size {self.height} x {self.width}")
-        _check(self.mode in ("shortest", "longest", "squash", "fit"), f"unknown resize mode {self.mode!r}")
-        _check(self.interpolation in ("bicubic", "bilinear", "area"), f"unknown interpolation {self.interpolation!r}")
+        _check_within(self, "[1, 16384]", "height", "width")
+        _check(self.mode in get_args(ResizeMode), f"unknown resize mode {self.mode!r}")
+        _check(self.interpolation in get_args(Interpolation), f"unknown interpolation {self.interpolation!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +109,13 @@ class EncodeConfig:
     batch_size: int | None = option(None, "frames in one inference; by default what suits the device")
 
     def __post_init__(self) -> None:
-        allowed = ("off", "fixed", "adaptive")
+        allowed = get_args(ShiftMode)
         _check(self.shift in (None, *allowed), f"unknown shift mode {self.shift!r}, allowed: {', '.join(allowed)}")
-        _check(1 <= self.shift_steps <= 32, f"shift_steps must be in 1..32, got {self.shift_steps}")
-        _check(0 < self.shift_share <= 0.5, f"shift_share must be in (0, 0.5], got {self.shift_share}")
-        _check(0 <= self.shift_threshold <= 2, f"shift_threshold must be in [0, 2], got {self.shift_threshold}")
-        strength = self.attention_strength
-        _check(strength is None or 0 <= strength <= 8, f"attention_strength must be in [0, 8], got {strength}")
-        size = self.batch_size
-        _check(size is None or 1 <= size <= 1024, f"batch_size must be in 1..1024, got {size}")
+        _check_within(self, "[1, 32]", "shift_steps")
+        _check_within(self, "(0, 0.5]", "shift_share")
+        _check_within(self, "[0, 2]", "shift_threshold")
+        _check_within(self, "[0, 8]", "attention_strength")
+        _check_within(self, "[1, 1024]", "batch_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,50 +127,19 @@ class SelectConfig:
     max_keyframes: int = option(32, "most key-frames that the automatic choice may take")
     penalty: float = option(0.1, "weight of the repulsion between centroids")
     margin: float = option(0.8, "cosine above which two centroids repel each other")
-    iterations: int = option(30, "most rounds of clustering")
     similarity_limit: float = option(0.97, "no two key-frames are more alike than this cosine")
     min_gap_seconds: float = option(0.5, "least time between two key-frames")
     quality_floor: float = option(0.2, "share of the least clean frames that are not taken as key-frames")
-    cut_threshold: float = option(0.35, "change at which a cut is seen; lower finds more")
-    min_shot_seconds: float = option(0.5, "shorter shots are joined to a neighbour")
 
     def __post_init__(self) -> None:
-        number = self.keyframes
-        _check(number is None or 1 <= number <= 10_000, f"keyframes must be in 1..10000, got {number}")
-        _check(
-            self.per_minute is None or 0 < self.per_minute <= 6000,
-            f"per_minute must be in (0, 6000], got {self.per_minute}",
-        )
         both = self.keyframes is not None and self.per_minute is not None
         _check(not both, "give keyframes or per_minute, not both")
-        _check(1 <= self.max_keyframes <= 1024, f"max_keyframes must be in 1..1024, got {self.max_keyframes}")
-        _check(self.penalty >= 0, f"penalty must be >= 0, got {self.penalty}")
-        _check(-1 <= self.margin <= 1, f"margin must be in [-1, 1], got {self.margin}")
-        _check(self.iterations >= 1, f"iterations must be >= 1, got {self.iterations}")
-        _check(-1 <= self.similarity_limit <= 1, f"similarity_limit must be in [-1, 1], got {self.similarity_limit}")
-        _check(self.min_gap_seconds >= 0, f"min_gap_seconds must be >= 0, got {self.min_gap_seconds}")
-        _check(0 <= self.quality_floor < 1, f"quality_floor must be in [0, 1), got {self.quality_floor}")
-        _check(self.min_shot_seconds >= 0, f"min_shot_seconds must be >= 0, got {self.min_shot_seconds}")
-
-
-@dataclass(frozen=True, slots=True)
-class ReelConfig:
-    """The highlight reel."""
-
-    seconds: float | None = option(None, "length of the reel; 15 % of the video, 10 to 60 s, by default")
-    query: str | None = option(None, "rank the spans by how well they answer this text")
-    span_seconds: float = option(3.0, "wished length of one span")
-    fade_seconds: float = option(0.03, "length of the sound's fades at each joint")
-    max_height: int = option(1080, "tallest reel; larger videos are scaled down")
-    crf: int = option(20, "H.264 quality, 0 best to 51 worst")
-    preset: str = option("veryfast", "x264 preset")
-
-    def __post_init__(self) -> None:
-        _check(self.seconds is None or self.seconds > 0, f"reel seconds must be > 0, got {self.seconds}")
-        _check(self.span_seconds > 0, f"span_seconds must be > 0, got {self.span_seconds}")
-        _check(self.fade_seconds >= 0, f"fade_seconds must be >= 0, got {self.fade_seconds}")
-        _check(self.max_height >= 16, f"max_height must be >= 16, got {self.max_height}")
-        _check(0 <= self.crf <= 51, f"crf must be in 0..51, got {self.crf}")
+        _check_within(self, "[1, 10000]", "keyframes")
+        _check_within(self, "(0, 6000]", "per_minute")
+        _check_within(self, "[1, 1024]", "max_keyframes")
+        _check_within(self, "[-1, 1]", "margin", "similarity_limit")
+        _check_within(self, "[0, inf)", "penalty", "min_gap_seconds")
+        _check_within(self, "[0, 1)", "quality_floor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +158,9 @@ class OutputConfig:
     overwrite: bool = option(False, "replace a folder that is there")
 
     def __post_init__(self) -> None:
-        seconds = self.reel_seconds
-        _check(seconds is None or 0 < seconds < 1e9, f"reel_seconds must be > 0, got {seconds}")
-        _check(1 <= self.jpeg_quality <= 95, f"jpeg_quality must be in 1..95, got {self.jpeg_quality}")
-        _check(self.keyframe_height >= 16, f"keyframe_height must be >= 16, got {self.keyframe_height}")
+        _check_within(self, "(0, 1e9)", "reel_seconds")
+        _check_within(self, "[1, 95]", "jpeg_quality")
+        _check_within(self, "[16, inf)", "keyframe_height")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,15 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.config import EncodeConfig, ImageTransform, OutputConfig, ReelConfig, Sampling, SelectConfig
+from keyreel.config import EncodeConfig, ImageTransform, OutputConfig, Sampling, SelectConfig
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, distinct
 from keyreel.encode import Encoded, Encoder
@@ -29,11 +30,10 @@ from keyreel.runtime.text import TextEncoder
 from keyreel.search import best_hits, moments
 from keyreel.select import select_keyframes
 from keyreel.shots import find_candidates, place_boundaries, shots_between
-from keyreel.types import F32, U8, Embedding, FrameBatch, Progress, SearchHit, Shot, Summary
+from keyreel.types import F32, U8, Embedding, FrameBatch, Progress, Query, SearchHit, Shot, Summary
 from keyreel_kernels.arrays import on_host
 
 Video: TypeAlias = Source | str | os.PathLike[str] | bytes | BinaryIO
-Query: TypeAlias = str | os.PathLike[str] | NDArray[Any]
 
 
 class Engine:
@@ -299,7 +299,6 @@ class Engine:
             duration = info.duration_seconds if stream.end_seconds is None else stream.end_seconds
         embedding = encoded.embedding
         stop = _stop_seconds(embedding, sampling, duration)
-        shortest = select.min_shot_seconds
         with self.backend.running(), span("keyreel.select"), watch("select"):
             found = select_keyframes(
                 embedding,
@@ -308,14 +307,9 @@ class Engine:
                 duration_seconds=stop - sampling.start_seconds,
                 vectors=encoded.vectors,
             )
-            candidates = find_candidates(embedding, select)
-            cuts = place_boundaries(source, embedding, candidates, self.backend, min_shot_seconds=shortest)
-        shots = shots_between(
-            cuts,
-            start_seconds=sampling.start_seconds,
-            stop_seconds=stop,
-            min_shot_seconds=shortest,
-        )
+            candidates = find_candidates(embedding)
+            cuts = place_boundaries(source, embedding, candidates, self.backend)
+        shots = shots_between(cuts, start_seconds=sampling.start_seconds, stop_seconds=stop)
         timings = {"decode": decode_seconds, **watch.seconds, "total": time.perf_counter() - began}
         record_stages(timings)
         return Summary(
@@ -338,33 +332,27 @@ class Engine:
             },
             warnings=(*warnings, *found.warnings),
             timings_seconds=timings,
-            source=source,
-            actions=self,
+            actions=_Actions(self, source),
         )
 
     def search(self, query: Query, summaries: Sequence[Summary], *, k: int = 5) -> list[SearchHit]:
         """The k best moments of several videos that answer a text or a picture, best first."""
-        vector = self._query(query)
+        vector = self._query_vector(query)
         hits: list[SearchHit] = []
         for summary in summaries:
-            hits += self._moments(summary, vector, k)
+            hits += moments(
+                self._cosines(summary, vector),
+                summary.embedding.pts_seconds,
+                summary.shots,
+                video=summary.video.path,
+                stop_seconds=summary.stop_seconds,
+                k=k,
+            )
         return best_hits(hits, k)
 
-    # --- what a Summary can do ------------------------------------------------------------------------------------
-
-    def save_summary(self, summary: Summary, folder: Path, options: Mapping[str, Any]) -> Path:
-        progress = options.get("progress")
-        config = OutputConfig(**{name: value for name, value in options.items() if name != "progress"})
-        scores = None if config.query is None else self._scores(summary, self._query(config.query))
-        return save_summary(summary, folder, config, query_scores=scores, progress=progress)
-
-    def render_summary_reel(self, summary: Summary, path: Path, options: Mapping[str, Any]) -> tuple[Shot, ...]:
-        config = ReelConfig(**options)
-        scores = None if config.query is None else self._scores(summary, self._query(config.query))
-        return write_reel(summary.source, reel_spans(summary, config, scores), path, config)
-
-    def search_summary(self, summary: Summary, query: Query, options: Mapping[str, Any]) -> list[SearchHit]:
-        return self._moments(summary, self._query(query), options["k"])
+    def scores(self, query: Query, summary: Summary) -> F32:
+        """[T] float32: how well each sampled frame of a video answers a text or a picture, as a cosine."""
+        return self._cosines(summary, self._query_vector(query))
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -387,25 +375,40 @@ class Engine:
         )
         return fitted
 
-    def _query(self, query: Query) -> F32:
+    def _query_vector(self, query: Query) -> F32:
         vector: F32 = (self.encode_text(query) if isinstance(query, str) else self.encode_image(query))[0]
         return vector
 
-    def _scores(self, summary: Summary, vector: F32) -> F32:
+    def _cosines(self, summary: Summary, vector: F32) -> F32:
         if summary.embedding.model_sha256 != self.bundle.sha256:
             raise ValueError(f"the summary was made with {summary.embedding.model!r}, this is {self.bundle.name!r}")
-        scores: F32 = summary.embedding.vectors @ vector
-        return scores
+        cosines: F32 = summary.embedding.vectors @ vector
+        return cosines
 
-    def _moments(self, summary: Summary, vector: F32, k: int) -> list[SearchHit]:
-        return moments(
-            self._scores(summary, vector),
-            summary.embedding.pts_seconds,
-            summary.shots,
-            video=summary.video.path,
-            stop_seconds=summary.shots[-1].stop_seconds,
-            k=k,
-        )
+
+@dataclass(frozen=True, slots=True)
+class _Actions:
+    """What a summary of a video can do, see `SummaryActions`."""
+
+    engine: Engine
+    source: Source
+
+    def save(self, summary: Summary, folder: Path, output: OutputConfig, progress: Progress | None) -> Path:
+        scores = self._scores(summary, output)
+        return save_summary(summary, self.source, folder, output, query_scores=scores, progress=progress)
+
+    def render_reel(self, summary: Summary, path: Path, seconds: float | None, query: str | None) -> tuple[Shot, ...]:
+        output = OutputConfig(reel_seconds=seconds, query=query)
+        return write_reel(self.source, reel_spans(summary, output, self._scores(summary, output)), path)
+
+    def search(self, summary: Summary, query: Query, k: int) -> list[SearchHit]:
+        return self.engine.search(query, [summary], k=k)
+
+    def close(self) -> None:
+        self.source.close()
+
+    def _scores(self, summary: Summary, output: OutputConfig) -> F32 | None:
+        return None if output.query is None else self.engine.scores(output.query, summary)
 
 
 def as_source(video: Video) -> Source:

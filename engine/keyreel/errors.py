@@ -28,7 +28,6 @@ import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 
 class KeyreelError(Exception):
@@ -163,10 +162,6 @@ class Failure:
         """Whatever went wrong, as an error of ours."""
         known = error if isinstance(error, KeyreelError) else KeyreelError(f"{type(error).__name__}: {error}")
         return cls(video, known)
-
-    def document(self) -> dict[str, Any]:
-        """As it stands in JSON."""
-        return {"video": self.video, "error": str(self.error), "exit_code": self.error.exit_code}
 
 
 def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:

@@ -23,6 +23,7 @@ from keyreel.types import F32, F64, I64, Embedding, KeyFrame
 from keyreel_kernels import Ops
 from keyreel_kernels.clustering import Clusters
 
+ITERATIONS = 30  # rounds of clustering, at most
 # Weight of frames that no cluster should be spent on. Not 0: a video of nothing else still has a key-frame.
 FAINT = 1e-3
 # A frame whose neighbours are less like it than the median frame's neighbours by this much is a lone flash.
@@ -151,7 +152,7 @@ def _clusters(
     to_host = ops.arrays.to_host
     seeds = to_host(ops.seed(smooth, w, np.array([0, len(x)]), min(len(x), most))[0])
     count = max(int((seeds[0] >= 0).sum()), 1)
-    weigh = {"penalty": config.penalty, "margin": config.margin, "iterations": config.iterations}
+    weigh = {"penalty": config.penalty, "margin": config.margin, "iterations": ITERATIONS}
     if wished is None:
         count = _number(x, smooth, w, count, config, ops, weigh)
     found = ops.cluster(x, w, np.array([[0, len(x)]]), np.array([count]), seeds, **weigh)

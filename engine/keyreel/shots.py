@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.config import ImageTransform, Sampling, SelectConfig
+from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.sampling import NoFrames
 from keyreel.decode.source import Source
 from keyreel.decode.stream import distinct
@@ -32,6 +32,10 @@ JUMP = 0.15
 CONTRAST = 4.0
 # and no frame before it is as like any frame after it (after a photographer's flash the picture comes back).
 STAYS = 0.15
+# Change at which a sample is a cut without a second look; lower finds more.
+CUT = 0.35
+# Shorter shots are joined to a neighbour.
+MIN_SHOT_SECONDS = 0.5
 # Seconds around the two samples that the second look covers as well, to see what is usual.
 MARGIN_SECONDS = 0.2
 # Distance (1 - cosine) of two random frames that is assumed at least: in a video of one scene a hand that moves is not
@@ -55,11 +59,11 @@ class Candidate:
     kind: Literal["suspect", "change", "fade"]  # what only looks like a cut, what is one, a run of black
 
 
-def find_candidates(embedding: Embedding, config: SelectConfig) -> tuple[Candidate, ...]:
+def find_candidates(embedding: Embedding) -> tuple[Candidate, ...]:
     """Where shots may begin, from the samples alone.
 
     A run of black between two pictures is a fade. Elsewhere the change at a sample decides, see `scene_change`: above
-    `cut_threshold` it is a boundary however it came about (cut or dissolve); where only the colours differ, the second
+    `CUT` it is a boundary however it came about (cut or dissolve); where only the colours differ, the second
     look decides.
     """
     change = scene_change(embedding)
@@ -75,7 +79,7 @@ def find_candidates(embedding: Embedding, config: SelectConfig) -> tuple[Candida
             continue
         # A dissolve reaches over several samples: only the peak counts as one.
         peak = change[t] >= change[max(t - 1, 1)] and (t + 1 == count or change[t] > change[t + 1])
-        if change[t] >= config.cut_threshold and peak:
+        if change[t] >= CUT and peak:
             found.append(Candidate(t - 1, t, "change"))
         elif embedding.pixel_change[t] >= SUSPECT:
             found.append(Candidate(t - 1, t, "suspect"))
@@ -99,12 +103,12 @@ def scene_change(embedding: Embedding) -> F32:
 
 
 def place_boundaries(
-    source: Source, embedding: Embedding, candidates: Sequence[Candidate], backend: Backend, *, min_shot_seconds: float
+    source: Source, embedding: Embedding, candidates: Sequence[Candidate], backend: Backend
 ) -> tuple[float, ...]:
     """The time of each boundary, to the frame, in rising order: all frames between the samples are looked at.
 
     A cut begins with the frame that jumps; a dissolve is placed where the change is greatest, a fade where it is
-    darkest. Candidates of kind "suspect" without a jump are dropped; of those closer than `min_shot_seconds` the
+    darkest. Candidates of kind "suspect" without a jump are dropped; of those closer than `MIN_SHOT_SECONDS` the
     strongest stays, fades before cuts: two looks at the ramps of one fade must not hide its middle.
     """
     placed: list[tuple[float, float]] = []  # (strength, time)
@@ -125,7 +129,7 @@ def place_boundaries(
             placed.append((float(change[jump - 1]), float(pts[jump])))
     kept: list[float] = []
     for _, time in sorted(placed, key=lambda place: (-place[0], place[1])):
-        if all(abs(time - other) >= min_shot_seconds for other in kept):
+        if all(abs(time - other) >= MIN_SHOT_SECONDS for other in kept):
             kept.append(time)
     return tuple(sorted(kept))
 
@@ -200,13 +204,11 @@ def _together(looks: Sequence[Look]) -> Look:
     return np.concatenate(pts), np.concatenate(histogram), np.concatenate(light)
 
 
-def shots_between(
-    times: Sequence[float], *, start_seconds: float, stop_seconds: float, min_shot_seconds: float
-) -> tuple[Shot, ...]:
+def shots_between(times: Sequence[float], *, start_seconds: float, stop_seconds: float) -> tuple[Shot, ...]:
     """Spans between the boundaries, which cover [start, stop) without a gap; too short ones join the one before."""
     edges = [start_seconds]
     for time in sorted(times):
-        if time - edges[-1] >= min_shot_seconds and stop_seconds - time >= min_shot_seconds:
+        if time - edges[-1] >= MIN_SHOT_SECONDS and stop_seconds - time >= MIN_SHOT_SECONDS:
             edges.append(time)
     edges.append(max(stop_seconds, start_seconds))
     return tuple(Shot(low, high) for low, high in itertools.pairwise(edges))

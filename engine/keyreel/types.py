@@ -6,16 +6,16 @@ of the video stream; spans are half-open, [start, stop).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from keyreel.decode.source import Source
+from keyreel.config import OutputConfig
 
 U8: TypeAlias = NDArray[np.uint8]
 F32: TypeAlias = NDArray[np.float32]
@@ -25,9 +25,13 @@ I64: TypeAlias = NDArray[np.int64]
 Progress: TypeAlias = Callable[[str, float, float | None], None]
 """progress(stage, done, total): called from the working thread, in seconds of video or in items; total may be None."""
 
+Query: TypeAlias = str | os.PathLike[str] | NDArray[Any]
+"""A text; or a picture, as the path of a file or as [H, W, 3] uint8 RGB."""
 
-def _same_length(owner: object, **arrays: Any) -> None:
-    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+
+def _check_lengths(owner: Any) -> None:
+    arrays = {own.name: getattr(owner, own.name) for own in fields(owner)}
+    shapes = {name: tuple(array.shape) for name, array in arrays.items() if hasattr(array, "shape")}
     if len({shape[:1] for shape in shapes.values()}) > 1:
         text = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"{type(owner).__name__}: leading dimensions must agree, got {text}")
@@ -63,7 +67,7 @@ class FrameBatch:
     frame_index: I64  # [T] int64, place of the frame in display order, from 0
 
     def __post_init__(self) -> None:
-        _same_length(self, data=self.data, pts_seconds=self.pts_seconds, frame_index=self.frame_index)
+        _check_lengths(self)
         if self.data.ndim != 4 or self.data.shape[-1] != 3:
             raise ValueError(f"FrameBatch.data must be [T, H, W, 3], got {tuple(self.data.shape)}")
 
@@ -97,17 +101,7 @@ class Embedding:
     model_sha256: str  # fingerprint of the bundle's manifest
 
     def __post_init__(self) -> None:
-        _same_length(
-            self,
-            vectors=self.vectors,
-            pts_seconds=self.pts_seconds,
-            frame_index=self.frame_index,
-            attention=self.attention,
-            sharpness=self.sharpness,
-            luma_mean=self.luma_mean,
-            luma_spread=self.luma_spread,
-            pixel_change=self.pixel_change,
-        )
+        _check_lengths(self)
         if self.attention.shape[1:] != (self.grid[0] * self.grid[1],):
             raise ValueError(f"Embedding.attention {self.attention.shape} does not fit the grid {self.grid}")
 
@@ -156,11 +150,14 @@ class SearchHit:
 
 
 class SummaryActions(Protocol):
-    """What a Summary can do; the Engine provides it. Keeps the values free of the stages."""
+    """What a Summary can do with its video and its model; the Engine provides it."""
 
-    def save_summary(self, summary: Summary, folder: Path, options: Mapping[str, Any]) -> Path: ...
-    def render_summary_reel(self, summary: Summary, path: Path, options: Mapping[str, Any]) -> tuple[Shot, ...]: ...
-    def search_summary(self, summary: Summary, query: Any, options: Mapping[str, Any]) -> list[SearchHit]: ...
+    def save(self, summary: Summary, folder: Path, output: OutputConfig, progress: Progress | None) -> Path: ...
+    def render_reel(
+        self, summary: Summary, path: Path, seconds: float | None, query: str | None
+    ) -> tuple[Shot, ...]: ...
+    def search(self, summary: Summary, query: Query, k: int) -> list[SearchHit]: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,19 +174,29 @@ class Summary:
     config: Mapping[str, Any]  # the options that were in force
     warnings: tuple[str, ...]
     timings_seconds: Mapping[str, float]  # decode, encode, fuse, select, total: busy time of each stage
-    source: Source = field(repr=False, compare=False)
     actions: SummaryActions = field(repr=False, compare=False)
 
-    def save(self, folder: str | Path, **options: Any) -> Path:
+    @property
+    def stop_seconds(self) -> float:
+        """End of the analysed part of the video."""
+        return self.shots[-1].stop_seconds
+
+    def save(self, folder: str | Path, output: OutputConfig | None = None, *, progress: Progress | None = None) -> Path:
         """Writes summary.json, key-frames, contact sheet, storyboard, thumbnails and reel into `folder`.
 
-        Nothing half-written is left behind: everything is made in a folder beside it, then renamed. Options are the
-        fields of `config.OutputConfig`. Returns the folder.
+        All files are made in a hidden folder beside it, which is then renamed: nothing half-written is left behind.
+
+        Args:
+            output: which files; the defaults of `config.OutputConfig`.
+            progress: called with ("pictures" | "reel" | "thumbnails", done, total).
+
+        Returns:
+            the folder.
 
         Raises:
             RenderError: an output cannot be made.
         """
-        return self.actions.save_summary(self, Path(folder), options)
+        return self.actions.save(self, Path(folder), output or OutputConfig(), progress)
 
     def render_reel(
         self, path: str | Path, *, seconds: float | None = None, query: str | None = None
@@ -199,17 +206,12 @@ class Summary:
         Raises:
             RenderError: the reel cannot be made.
         """
-        return self.actions.render_summary_reel(self, Path(path), {"seconds": seconds, "query": query})
+        return self.actions.render_reel(self, Path(path), seconds, query)
+
+    def search(self, query: Query, *, k: int = 5) -> list[SearchHit]:
+        """The k best moments of this video that answer a text or a picture, best first."""
+        return self.actions.search(self, query, k)
 
     def close(self) -> None:
-        """Removes what was spooled of a video that came as a stream; nothing can be rendered afterwards. Idempotent."""
-        self.source.close()
-
-    def search(self, query: Any, *, k: int = 5) -> list[SearchHit]:
-        """Moments of this video that answer a text or a picture, best first.
-
-        Args:
-            query: a text; a picture as a `Path` or as [H, W, 3] uint8.
-            k: how many at most.
-        """
-        return self.actions.search_summary(self, query, {"k": k})
+        """Deletes the temporary copy of a video that came as a stream; then nothing can be rendered. Idempotent."""
+        self.actions.close()

@@ -13,6 +13,7 @@ import numpy as np
 
 from keyreel.config import SamplingMode
 from keyreel.errors import Failure, KeyreelError
+from keyreel.render.documents import FailedVideo
 from keyreel.render.sidecars import DRAFT, FAILED, Json, plain
 
 BENCH = "keyreel.bench/1"
@@ -103,7 +104,7 @@ class Bench:
     def document(self) -> Json:
         """As `keyreel bench --json` prints it, `keyreel.bench/1`."""
         document = plain(dataclasses.asdict(dataclasses.replace(self, failed=())))
-        return {"schema": BENCH, **document, "failed": [failure.document() for failure in self.failed]}
+        return {"schema": BENCH, **document, "failed": [plain(FailedVideo.of(failure)) for failure in self.failed]}
 
 
 def summed(rows: Sequence[Row]) -> Row:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from keyreel.errors import Failure
 from keyreel.library.types import Added, Change, Finding, LibraryStats, Record, Status
+from keyreel.render.documents import FailedVideo
 from keyreel.render.sidecars import COUNT, DRAFT, FAILED, SECONDS, TEXT, TEXT_OR_NULL, Json, list_of, object_of, plain
 
 INDEX, VIDEOS, STATS, VERIFY, COMPACT = (
@@ -41,7 +42,7 @@ def index_document(library: str, found: Sequence[Added], failed: Sequence[Failur
         for added in found
     ]
     whole = {"schema": INDEX, "library": library, "videos": videos, "seconds": seconds}
-    return whole | {"failed": [failure.document() for failure in failed]}
+    return whole | {"failed": [plain(FailedVideo.of(failure)) for failure in failed]}
 
 
 def index_schema() -> Json:

@@ -25,10 +25,10 @@ from keyreel.cli.thumbnails import can_show, thumbnail
 from keyreel.config import ServeConfig, option
 from keyreel.errors import Damaged, LibraryError
 from keyreel.library.types import Example, Filter
-from keyreel.render.aside import aside
+from keyreel.render.documents import FoundVideo, search_document
+from keyreel.render.files import atomic_write
 from keyreel.render.pictures import short_clock
 from keyreel.render.results import save_previews
-from keyreel.render.sidecars import search_document
 from keyreel.render.storyboard import search_page
 from keyreel.runtime.bundle import BUILTIN
 from keyreel.types import U8, SearchHit
@@ -151,14 +151,15 @@ def search_library(
     found: Sequence[SearchHit] = hits if previews is None else save_previews(hits, pictures, previews)
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
-        with aside(html) as made:
+        with atomic_write(html) as made:
             made.write_text(search_page(name, hits, [_decoded(picture) for picture in pictures]), encoding="utf-8")
         say(f"wrote {html}")
     if not hits:
         say("nothing was found")
     say_weak(hits, weak)
     if as_json:
-        print_json(search_document(name, found, videos=videos, weak_score=weak))
+        entries = None if videos is None else [FoundVideo(v.video, v.video_id, v.score) for v in videos]
+        print_json(search_document(name, found, videos=entries, weak_score=weak))
     elif videos is None:
         print_hits(hits, [thumbnail(picture) for picture in pictures] if small else ())
     else:

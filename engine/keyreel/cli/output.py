@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from keyreel.cli.bench_results import Bench, Measured, Spread
 from keyreel.cli.thumbnails import cards
 from keyreel.errors import Failure
 from keyreel.library.types import VideoHit
+from keyreel.render.documents import to_json
 from keyreel.runtime.doctor import Probe
 from keyreel.types import SearchHit, Summary
 
@@ -54,7 +54,7 @@ def print_failures(failed: Sequence[Failure]) -> None:
 
 def print_json(document: Any) -> None:
     # ASCII: a file name need not be valid in the encoding of stdout.
-    print(json.dumps(document, indent=2))
+    print(to_json(document), end="")
 
 
 def out() -> Console:

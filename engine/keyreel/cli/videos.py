@@ -54,9 +54,9 @@ from keyreel.demo import SCENES, write_demo
 from keyreel.engine import Engine
 from keyreel.errors import Failure, KeyreelError, import_extra
 from keyreel.images import read_picture
-from keyreel.render.aside import aside
+from keyreel.render.documents import FailedVideo, search_document
+from keyreel.render.files import atomic_write
 from keyreel.render.results import hit_pictures, save_previews
-from keyreel.render.sidecars import search_document
 from keyreel.render.storyboard import search_page
 from keyreel.runtime.backend import resolve
 from keyreel.runtime.bundle import BUILTIN, MANIFEST, Bundle
@@ -119,7 +119,7 @@ def summarize(
             progress = bars.start(source.name)
             with source:
                 summary = engine.summarize(source, sampling=sampling, encode=encode, select=select, progress=progress)
-                summary.save(folder, progress=progress, **dataclasses.asdict(outputs))
+                summary.save(folder, outputs, progress=progress)
             bars.finish()
             documents.append(json.loads((folder / "summary.json").read_text("utf-8")))
             for warning in summary.warnings:
@@ -134,7 +134,7 @@ def summarize(
                 output.rmdir()
     if as_json:
         single = len(documents) == 1 and not failed
-        whole = {"schema": "keyreel.summaries/1", "summaries": documents, "failed": [f.document() for f in failed]}
+        whole = {"schema": "keyreel.summaries/1", "summaries": documents, "failed": [FailedVideo.of(f) for f in failed]}
         print_json(documents[0] if single else whole)
     end(failed, len(documents))
 
@@ -173,6 +173,7 @@ def search(
     query: Any = text if image is None else read_picture(image)
     sampling, encode = Sampling(**picked(Sampling, options)), EncodeConfig(**picked(EncodeConfig, options))
     summaries: list[Summary] = []
+    videos_by_name: dict[str, Source] = {}
     with (
         Engine.from_pretrained(model or BUILTIN, device=device) as engine,
         Bars(errors, quiet=quiet) as bars,
@@ -181,6 +182,7 @@ def search(
 
         def one(source: Source) -> None:
             opened.enter_context(source)
+            videos_by_name[source.probe().path] = source
             progress = bars.start(source.name)
             summaries.append(engine.summarize(source, keyframes=1, sampling=sampling, encode=encode, progress=progress))
             bars.finish()
@@ -189,13 +191,13 @@ def search(
         hits = engine.search(query, summaries, k=k) if summaries else []
         shots = sum(len(summary.shots) for summary in summaries)
         weak = engine.bundle.weak_score(shots) if image is None else None
-        pictures = hit_pictures(hits, {s.video.path: s.source for s in summaries}) if html or previews else []
+        pictures = hit_pictures(hits, videos_by_name) if html or previews else []
     if previews is not None:
         hits = save_previews(hits, pictures, previews)
     shown = text if image is None else str(image)
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
-        with aside(html) as made:
+        with atomic_write(html) as made:
             made.write_text(search_page(shown or "", hits, pictures), encoding="utf-8")
         say(f"wrote {html}")
     if as_json:
@@ -256,7 +258,7 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     clip = output / "demo.mp4"
     with Engine.from_pretrained(device=device) as engine, Bars(errors, quiet=quiet) as bars:
-        with aside(clip) as made:
+        with atomic_write(clip) as made:
             write_demo(made)
         progress = bars.start(str(clip))
         summary = engine.summarize(clip, progress=progress)

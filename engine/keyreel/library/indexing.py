@@ -24,9 +24,9 @@ from keyreel.library.batch import Halted
 from keyreel.library.files import Catalog, FileState, fingerprint, is_gone, path_of, real_name
 from keyreel.library.types import Added, Change, Extras, Preview, Record, Rows
 from keyreel.library.upkeep import Superseded
-from keyreel.render.pictures import attended_area, jpeg, keyframe_pictures, sprite, tile_times
-from keyreel.render.save import video_seconds
-from keyreel.render.sidecars import plain, webvtt
+from keyreel.render.documents import plain
+from keyreel.render.pictures import attended_area, jpeg, keyframe_pictures
+from keyreel.render.thumbnails import sprite, tile_times, webvtt
 from keyreel.shots import shot_of
 from keyreel.types import Progress, Summary
 
@@ -50,11 +50,12 @@ class _Watched(Source):
         return super().open(checkpoint)
 
 
-def contents(summary: Summary, config: LibraryConfig, progress: Progress) -> tuple[Rows, Extras]:
+def contents(summary: Summary, source: Source, config: LibraryConfig, progress: Progress) -> tuple[Rows, Extras]:
     """What a library keeps of a video; the video is decoded twice more, for key-frames and for thumbnails.
 
     Args:
-        summary: of the video; its source must still be readable.
+        summary: of the video.
+        source: the video; it must still be readable.
         config: size and quality of the pictures.
         progress: told ("keyframes" | "thumbnails", done, total).
 
@@ -64,7 +65,7 @@ def contents(summary: Summary, config: LibraryConfig, progress: Progress) -> tup
     """
     embedding, frames = summary.embedding, summary.keyframes
     previews: list[Preview] = []
-    pictures = keyframe_pictures(summary.source, frames, config.preview_height)
+    pictures = keyframe_pictures(source, frames, config.preview_height)
     for frame, picture in zip(frames, pictures, strict=True):
         progress("keyframes", float(len(previews)), float(len(frames)))
         data = jpeg(Image.fromarray(picture), config.jpeg_quality)
@@ -78,9 +79,9 @@ def contents(summary: Summary, config: LibraryConfig, progress: Progress) -> tup
         weight=summary.importance,
         previews=tuple(previews),
     )
-    duration = video_seconds(summary)
+    duration = summary.stop_seconds
     step, times = tile_times(duration)
-    sheet, boxes = sprite(summary.source, times, progress=progress)
+    sheet, boxes = sprite(source, times, progress=progress)
     overview = {
         "keyframes": [
             {
@@ -217,11 +218,11 @@ class Indexer:
             summary = self._engine.summarize(
                 source, sampling=options.sampling, encode=options.encode, select=options.select, progress=progress
             )
-            rows, extras = contents(summary, self._config, progress)
+            rows, extras = contents(summary, source, self._config, progress)
             date = recorded_at(source)
         if state is not None and FileState.of(path) != state:
             raise _changed(record.path)
-        end = video_seconds(summary)
+        end = summary.stop_seconds
         if options.sampling is not None and options.sampling.stop_seconds is not None:
             end = summary.video.duration_seconds or end
         record = dataclasses.replace(

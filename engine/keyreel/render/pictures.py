@@ -15,14 +15,10 @@ from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
 from keyreel.errors import RenderError
-from keyreel.render.aside import aside
-from keyreel.types import F32, U8, KeyFrame, Progress, VideoInfo
+from keyreel.render.files import atomic_write
+from keyreel.types import F32, U8, KeyFrame, VideoInfo
 
 CONTACT_WIDTH = 1920  # pixels, about
-TILE_EDGE = 160  # pixels, long side of a thumbnail
-MOST_TILES = 200
-TILE_COLUMNS = 10
-STEPS_SECONDS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600)
 # Ends and three stops between: dark violet, magenta, orange, pale yellow; perceived lightness rises evenly.
 HEAT = np.array([(20, 11, 52), (101, 21, 110), (187, 55, 84), (249, 142, 9), (252, 255, 164)], np.float64)
 
@@ -92,7 +88,7 @@ def jpeg(image: Image.Image, quality: int) -> bytes:
 
 def write_jpeg(picture: U8, path: Path, quality: int) -> None:
     """Writes [H, W, 3] uint8 RGB as a JPEG file; on a full disk an error, where Pillow's own save may write half."""
-    with aside(path) as made:
+    with atomic_write(path) as made:
         made.write_bytes(jpeg(Image.fromarray(picture), quality))
 
 
@@ -173,44 +169,3 @@ def overlay_png(overlay: Image.Image) -> bytes:
     buffer = io.BytesIO()
     overlay.quantize(64, method=Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
-
-
-def tile_times(duration_seconds: float) -> tuple[float, tuple[float, ...]]:
-    """(step, times): the regular times of the thumbnails, at most 200, the step a round number of seconds."""
-    least = duration_seconds / MOST_TILES
-    step = float(next((s for s in STEPS_SECONDS if s >= least), math.ceil(least)))
-    return step, tuple(step * n for n in range(max(1, math.ceil(duration_seconds / step - 1e-9))))
-
-
-def sprite(
-    source: Source, times: Sequence[float], *, progress: Progress | None = None
-) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
-    """(picture of all thumbnails, (x, y, width, height) of each); fewer boxes than times where decoding ends early.
-
-    Args:
-        progress: called with ("thumbnails", done, total).
-
-    Raises:
-        RenderError: nothing could be decoded.
-    """
-    info = source.probe()
-    scale = TILE_EDGE / max(info.width, info.height)
-    width, height = max(1, round(info.width * scale)), max(1, round(info.height * scale))
-    transform = ImageTransform(height, width, "squash", "area")
-    tiles: list[U8] = []
-    with FrameStream(source, Sampling("times", times=tuple(times)), transform=transform) as frames:
-        for batch in frames:
-            tiles.extend(batch.data)
-            if progress is not None:
-                progress("thumbnails", float(len(tiles)), float(len(times)))
-    if not tiles:
-        raise RenderError(f"{source.name}: no frame for the thumbnails could be decoded")
-    columns = min(len(tiles), TILE_COLUMNS)
-    rows = math.ceil(len(tiles) / columns)
-    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
-    boxes = []
-    for place, tile in enumerate(tiles):
-        y, x = (place // columns) * height, (place % columns) * width
-        sheet[y : y + height, x : x + width] = tile
-        boxes.append((x, y, width, height))
-    return Image.fromarray(sheet), boxes

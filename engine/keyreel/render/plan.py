@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from keyreel.config import ReelConfig
 from keyreel.types import F32, F64, KeyFrame, Shot
 
 SHARE = 0.15  # of the video, where no length is asked for
 SHORTEST_SECONDS, LONGEST_SECONDS = 10.0, 60.0
+SPAN_SECONDS = 3.0  # wished length of one span
 SNAP_SECONDS = 0.4  # an end this near to a cut or to another span moves onto it
 LEAST_SECONDS = 0.8  # a shorter piece of a shot is seen as a flicker
 EPSILON = 1e-9
@@ -32,7 +32,8 @@ def plan_reel(
     keyframes: Sequence[KeyFrame],
     importance: F32,
     pts_seconds: F64,
-    config: ReelConfig,
+    seconds: float | None = None,
+    span_seconds: float = SPAN_SECONDS,
     query_scores: F32 | None = None,
 ) -> tuple[Shot, ...]:
     """Spans around the frames that matter most, in time order, disjoint, as long together as asked.
@@ -47,7 +48,8 @@ def plan_reel(
         keyframes: any order.
         importance: [T] float32, of the sampled frames.
         pts_seconds: [T] float64, of the sampled frames.
-        config: length of reel and spans.
+        seconds: wished length of the reel.
+        span_seconds: wished length of one span.
         query_scores: [T] float32, how well each sampled frame answers the query.
 
     Raises:
@@ -58,12 +60,12 @@ def plan_reel(
     for name, values in (("importance", importance), ("query_scores", query_scores)):
         if values is not None and values.shape != pts_seconds.shape:
             raise ValueError(f"{name} {values.shape} and pts_seconds {pts_seconds.shape} must agree")
-    total = reel_seconds(config.seconds, duration_seconds)
+    total = reel_seconds(seconds, duration_seconds)
     if total > duration_seconds - EPSILON:
         return (Shot(0.0, duration_seconds),)
     cuts = sorted({0.0, duration_seconds} | {shot.start_seconds for shot in shots} | {s.stop_seconds for s in shots})
     cuts = [cut for cut in cuts if 0 <= cut <= duration_seconds]
-    wished = config.span_seconds
+    wished = span_seconds
     if query_scores is None and keyframes:
         # Few key-frames for a long reel: longer looks at them come before looks at lesser frames.
         wished = min(max(total / len(keyframes), wished), 2 * wished)

@@ -18,14 +18,17 @@ from av.container import InputContainer
 from av.stream import Discard
 from av.video.reformatter import ColorRange, Colorspace
 
-from keyreel.config import ImageTransform, ReelConfig, Sampling
+from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.describe import select_video
 from keyreel.decode.source import Source
 from keyreel.errors import RenderError
-from keyreel.render.aside import aside
+from keyreel.render.files import atomic_write
 from keyreel.types import F32, U8, FrameBatch, Progress, Shot, VideoInfo
 
+MAX_HEIGHT = 1080  # taller videos are scaled down
+CRF, PRESET = "20", "veryfast"  # of x264
+FADE_SECONDS = 0.03  # of the sound, at both ends of a span
 TICKS = 90000  # a second, of the picture's clock
 RATE = 48000  # samples a second
 SOUND_BITS = 160_000  # a second
@@ -36,7 +39,7 @@ BT709 = 1  # the code point of BT.709 in ITU-T H.273, for primaries, transfer an
 
 
 def write_reel(
-    source: Source, spans: Sequence[Shot], path: Path, config: ReelConfig, *, progress: Progress | None = None
+    source: Source, spans: Sequence[Shot], path: Path, *, progress: Progress | None = None
 ) -> tuple[Shot, ...]:
     """Writes the spans one after the other as an MP4 that starts fast; returns those that are in it.
 
@@ -48,7 +51,6 @@ def write_reel(
         source: the video.
         spans: in time order, disjoint.
         path: of the MP4; its folder must be there.
-        config: size, quality, fades.
         progress: called with ("reel", seconds done, seconds in all).
 
     Raises:
@@ -64,25 +66,23 @@ def write_reel(
                 hint="install PyAV's own wheel: pip install --force-reinstall --only-binary av av",
             ) from error
     try:
-        with aside(path) as made:
-            return _write(source, spans, made, config, progress)
+        with atomic_write(path) as made:
+            return _write(source, spans, made, progress)
     except (OSError, av.FFmpegError) as error:
         raise RenderError(
             f"{path}: the reel cannot be written: {error}", hint="is the folder there, is the disk full?"
         ) from error
 
 
-def _write(
-    source: Source, spans: Sequence[Shot], path: Path, config: ReelConfig, progress: Progress | None
-) -> tuple[Shot, ...]:
+def _write(source: Source, spans: Sequence[Shot], path: Path, progress: Progress | None) -> tuple[Shot, ...]:
     info = source.probe()
-    height, width = _even_size(info, config.max_height)
+    height, width = _even_size(info)
     # "area" also at full size: it costs half of what bicubic does where only the chroma is scaled.
     transform = ImageTransform(height, width, "squash", "area")
     total = sum(span.duration_seconds for span in spans)
     shown: list[Shot] = []
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as output:
-        video = _video_stream(output, info, height, width, config)
+        video = _video_stream(output, info, height, width)
         audio = _audio_stream(output) if info.has_audio else None
         lasting: dict[int, int] = {}  # how long the frame of a pts is shown: the encoder guesses at the last one
 
@@ -101,7 +101,7 @@ def _write(
             for picture, seconds, lasts in pictures:
                 if sound is None:
                     shown.append(span)
-                    sound = _faded(_sound(source, span.start_seconds, last - first), last - first, config.fade_seconds)
+                    sound = _faded(_sound(source, span.start_seconds, last - first), last - first)
                 now = begin + seconds - span.start_seconds
                 frame = _yuv(picture, height, width)
                 frame.pts, frame.time_base = round(now * TICKS), Fraction(1, TICKS)
@@ -128,18 +128,18 @@ def _write(
     return tuple(shown)
 
 
-def _even_size(info: VideoInfo, max_height: int) -> tuple[int, int]:
-    """(height, width), at most `max_height` tall, both even as 4:2:0 needs them."""
-    scale = min(1.0, max_height / info.height)
+def _even_size(info: VideoInfo) -> tuple[int, int]:
+    """(height, width), at most MAX_HEIGHT tall, both even as 4:2:0 needs them."""
+    scale = min(1.0, MAX_HEIGHT / info.height)
     return max(2, round(info.height * scale / 2) * 2), max(2, round(info.width * scale / 2) * 2)
 
 
-def _video_stream(output: Any, info: VideoInfo, height: int, width: int, config: ReelConfig) -> Any:
+def _video_stream(output: Any, info: VideoInfo, height: int, width: int) -> Any:
     fps = min(max(info.average_fps or 25.0, 1.0), 240.0)
     # forced-idr: a picture asked to be an I-frame is one that a player can start at.
     # bf 0: pictures are stored as they are shown, so that the picture needs no edit list, which not every player reads,
     # and the last picture's duration is that of the track's end.
-    options = {"crf": str(config.crf), "preset": config.preset, "forced-idr": "1", "bf": "0"}
+    options = {"crf": CRF, "preset": PRESET, "forced-idr": "1", "bf": "0"}
     stream = output.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
     context = stream.codec_context
     context.width, context.height, context.pix_fmt = width, height, "yuv420p"
@@ -216,9 +216,9 @@ def _write_sound(output: Any, audio: Any, sound: Iterator[F32], heard: int, unti
     return heard
 
 
-def _faded(blocks: Iterator[F32], count: int, fade_seconds: float) -> Iterator[F32]:
+def _faded(blocks: Iterator[F32], count: int) -> Iterator[F32]:
     """The blocks [2, n] float32, `count` samples in all, with a linear fade at both ends."""
-    length = max(1.0, min(fade_seconds * RATE, count / 2))
+    length = max(1.0, min(FADE_SECONDS * RATE, count / 2))
     done = 0
     for block in blocks:
         place = np.arange(done, done + block.shape[1]) + 0.5

@@ -11,7 +11,7 @@ from PIL import Image
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
-from keyreel.render.aside import aside
+from keyreel.render.files import atomic_write
 from keyreel.render.pictures import jpeg
 from keyreel.types import U8, SearchHit
 
@@ -44,7 +44,7 @@ def save_previews(hits: Sequence[SearchHit], pictures: Sequence[U8 | bytes], fol
     named = []
     for number, (hit, picture) in enumerate(zip(hits, pictures, strict=True), start=1):
         path = folder / f"hit_{number:02d}.jpg"
-        with aside(path) as made:
+        with atomic_write(path) as made:
             made.write_bytes(picture if isinstance(picture, bytes) else jpeg(Image.fromarray(picture), QUALITY))
         named.append(dataclasses.replace(hit, preview=str(path)))
     return named

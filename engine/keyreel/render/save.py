@@ -6,29 +6,29 @@ import json
 import os
 import shutil
 import time
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from PIL import Image
 
-from keyreel.config import OutputConfig, ReelConfig
+from keyreel.config import OutputConfig
+from keyreel.decode.source import Source
 from keyreel.errors import RenderError
+from keyreel.render.documents import SUMMARY, ReelEntry, SummaryDocument, summary_document, to_json
+from keyreel.render.files import hidden
+from keyreel.render.interchange import import_otio, write_edl, write_otio
 from keyreel.render.pictures import (
     contact_sheet,
     keyframe_name,
     keyframe_pictures,
     shrink,
-    sprite,
-    tile_times,
     write_jpeg,
 )
 from keyreel.render.plan import plan_reel
 from keyreel.render.reel import write_reel
-from keyreel.render.sidecars import SUMMARY, import_otio, summary_document, webvtt, write_edl, write_json, write_otio
 from keyreel.render.storyboard import link_to, picture_edge, storyboard_page
+from keyreel.render.thumbnails import sprite, tile_times, webvtt
 from keyreel.types import F32, Progress, Shot, Summary
 
 REPLACE = "replace keyreel's own files in it: --overwrite (overwrite=True)"
@@ -39,6 +39,7 @@ CONTACT_EDGE = 960
 
 def save_summary(
     summary: Summary,
+    source: Source,
     folder: Path,
     config: OutputConfig,
     *,
@@ -52,7 +53,8 @@ def save_summary(
     half-written stands beside it.
 
     Args:
-        summary: what to write; its source must still be readable.
+        summary: what to write.
+        source: the video; it must still be readable.
         folder: made with its parents where it is missing.
         config: which outputs.
         query_scores: [T] float32, how well each sampled frame answers `config.query`; ranks the reel's spans.
@@ -64,36 +66,34 @@ def save_summary(
         SourceError: the video can no longer be read.
     """
     target = folder.resolve()
-    _check_replaceable(target, summary, overwrite=config.overwrite)
+    _check_replaceable(target, source, summary.video.path, overwrite=config.overwrite)
     if config.otio or config.edl:
         import_otio(edl=config.edl)  # before the work, not after it
+    made = hidden(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _aside(target) as made:
-            _write_all(summary, made, target, config, query_scores, progress)
-            _swap(made, target)
+        made.mkdir()
+        _write_all(summary, source, made, target, config, query_scores, progress)
+        _swap(made, target)
     except OSError as error:
         raise RenderError(
             f"{folder}: cannot be written: {error}", hint="is the disk full, may you write there?"
         ) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return folder
 
 
-def video_seconds(summary: Summary) -> float:
-    """End of what can be shown: of the last shot, not of what the file claims."""
-    return max(shot.stop_seconds for shot in summary.shots)
-
-
-def reel_spans(summary: Summary, config: ReelConfig, query_scores: F32 | None = None) -> tuple[Shot, ...]:
+def reel_spans(summary: Summary, config: OutputConfig, query_scores: F32 | None = None) -> tuple[Shot, ...]:
     """The spans of a summary's reel, see `plan.plan_reel`; inside the part of the video that was looked at."""
     begin = summary.shots[0].start_seconds
     spans = plan_reel(
-        duration_seconds=video_seconds(summary) - begin,
+        duration_seconds=summary.stop_seconds - begin,
         shots=_moved(summary.shots, -begin),
         keyframes=[replace(frame, pts_seconds=frame.pts_seconds - begin) for frame in summary.keyframes],
         importance=summary.importance,
         pts_seconds=summary.embedding.pts_seconds - begin,
-        config=config,
+        seconds=config.reel_seconds,
         query_scores=query_scores,
     )
     return _moved(spans, begin)
@@ -105,6 +105,7 @@ def _moved(spans: Iterable[Shot], seconds: float) -> tuple[Shot, ...]:
 
 def _write_all(
     summary: Summary,
+    source: Source,
     made: Path,
     target: Path,
     config: OutputConfig,
@@ -112,17 +113,16 @@ def _write_all(
     progress: Progress | None,
 ) -> None:
     began = time.perf_counter()
-    source, duration = summary.source, video_seconds(summary)
-    files, contact, small = _write_keyframes(summary, made, config, progress)
+    duration = summary.stop_seconds
+    files, contact, small = _write_keyframes(summary, source, made, config, progress)
     contact_sheet(contact, [k.pts_seconds for k in summary.keyframes]).save(
         made / "contact.jpg", quality=config.jpeg_quality
     )
     spans: tuple[Shot, ...] = ()
-    options = ReelConfig(seconds=config.reel_seconds, query=config.query)
     if config.reel or config.otio or config.edl:
-        spans = reel_spans(summary, options, query_scores)
+        spans = reel_spans(summary, config, query_scores)
     if config.reel:
-        spans = write_reel(source, spans, made / "reel.mp4", options, progress=progress)
+        spans = write_reel(source, spans, made / "reel.mp4", progress=progress)
     link = link_to(source.path, target) if source.path is not None else None
     media = source.path.absolute().as_uri() if source.path is not None else summary.video.path
     if config.otio:
@@ -137,8 +137,8 @@ def _write_all(
         sheet.save(made / "thumbs.jpg", quality=config.jpeg_quality)
         (made / "thumbs.vtt").write_text(webvtt(boxes, step, duration, "thumbs.jpg"), encoding="utf-8")
 
-    def document() -> dict[str, object]:
-        reel = ("reel.mp4" if config.reel else None, spans) if spans else None
+    def document() -> SummaryDocument:
+        reel = ReelEntry("reel.mp4" if config.reel else None, spans) if spans else None
         return summary_document(summary, files=files, reel=reel, render_seconds=time.perf_counter() - began)
 
     if config.storyboard:
@@ -149,20 +149,20 @@ def _write_all(
             video_link=link,
             reel=("reel.mp4", spans) if config.reel else None,
             duration_seconds=duration,
-            timings_seconds=document()["timings_seconds"],  # type: ignore[arg-type]
+            timings_seconds=asdict(document().timings_seconds),
         )
         (made / "storyboard.html").write_text(page, encoding="utf-8")
-    write_json(document(), made / "summary.json")
+    (made / "summary.json").write_text(to_json(document()), encoding="ascii")
 
 
 def _write_keyframes(
-    summary: Summary, made: Path, config: OutputConfig, progress: Progress | None
+    summary: Summary, source: Source, made: Path, config: OutputConfig, progress: Progress | None
 ) -> tuple[list[str], list[Image.Image], list[Image.Image]]:
     """Writes the key-frames; returns their names and their pictures for contact sheet and page, small."""
     (made / "keyframes").mkdir()
     count = len(summary.keyframes)
     files, contact, small = [], [], []
-    pictures = keyframe_pictures(summary.source, summary.keyframes, config.keyframe_height)
+    pictures = keyframe_pictures(source, summary.keyframes, config.keyframe_height)
     for number, (keyframe, picture) in enumerate(zip(summary.keyframes, pictures, strict=True), 1):
         files.append(f"keyframes/{keyframe_name(number, keyframe.pts_seconds)}")
         write_jpeg(picture, made / files[-1], config.jpeg_quality)
@@ -173,7 +173,7 @@ def _write_keyframes(
     return files, contact, small
 
 
-def _check_replaceable(target: Path, summary: Summary, *, overwrite: bool) -> None:
+def _check_replaceable(target: Path, source: Source, video: str, *, overwrite: bool) -> None:
     """Raises RenderError where the target is not ours to replace."""
     if not target.exists():
         return
@@ -181,19 +181,19 @@ def _check_replaceable(target: Path, summary: Summary, *, overwrite: bool) -> No
         raise RenderError(f"{target}: is a file, the outputs need a folder", hint="give another folder")
     # Replacing means deleting: never the video itself, nor the folder that someone stands or lives in.
     precious = [Path.cwd(), Path(os.path.expanduser("~"))]
-    if summary.source.path is not None:
-        precious.append(summary.source.path.resolve())
+    if source.path is not None:
+        precious.append(source.path.resolve())
     for path in precious:
         if path.is_relative_to(target):
             raise RenderError(f"{target}: holds {path} and is not replaced", hint="give another folder, or one in it")
     names = {entry.name for entry in target.iterdir()}
     if overwrite or not names:
         return
-    video = _summarised(target / "summary.json")
-    if video is None:
+    earlier = _summarised(target / "summary.json")
+    if earlier is None:
         raise RenderError(f"{target}: is there and is no summary of keyreel", hint=f"give another folder, or {REPLACE}")
-    if os.path.abspath(video) != os.path.abspath(summary.video.path):
-        raise RenderError(f"{target}: holds the summary of {video}", hint=f"give another folder, or {REPLACE}")
+    if os.path.abspath(earlier) != os.path.abspath(video):
+        raise RenderError(f"{target}: holds the summary of {earlier}", hint=f"give another folder, or {REPLACE}")
     if foreign := sorted(names - OURS):
         raise RenderError(
             f"{target}: holds an earlier summary and also {', '.join(foreign[:5])}",
@@ -208,18 +208,6 @@ def _summarised(path: Path) -> str | None:
         return str(document["video"]["path"]) if document["schema"] == SUMMARY else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-@contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """A new hidden folder beside the target, gone afterwards unless it was renamed."""
-    # Without the target's name, which may be as long as a name can be.
-    made = target.with_name(f".keyreel-{uuid.uuid4().hex[:12]}.part")
-    made.mkdir()
-    try:
-        yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _swap(made: Path, target: Path) -> None:

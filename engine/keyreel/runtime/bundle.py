@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -29,6 +28,7 @@ import numpy as np
 
 from keyreel.config import ImageTransform, ShiftMode
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
+from keyreel.render.files import atomic_write
 
 SCHEMA = "keyreel.bundle/1"
 MANIFEST = "manifest.json"
@@ -229,16 +229,12 @@ def _weak_scores(manifest: Mapping[str, Any]) -> tuple[list[float], list[float]]
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Adds size and sha256 of every other file in `folder` to the manifest and writes it, aside first, then renamed."""
+    """Adds size and sha256 of every other file in `folder` to the manifest and writes it."""
     files = {
         path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name != MANIFEST
     }
     document = json.dumps({"schema": SCHEMA, **manifest, "files": files}, indent=2, ensure_ascii=False) + "\n"
-    handle, aside = tempfile.mkstemp(dir=folder, prefix=".manifest-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(document)
-    # mkstemp makes the file private; a bundle is meant to be read by whoever may read its folder.
-    Path(aside).chmod(0o644)
-    Path(aside).replace(folder / MANIFEST)
+    with atomic_write(folder / MANIFEST) as made:
+        made.write_text(document, encoding="utf-8")

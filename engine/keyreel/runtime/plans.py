@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyreel.errors import ModelError, PlanStale
-from keyreel.render.aside import aside
+from keyreel.render.files import atomic_write
 from keyreel.runtime.bundle import MANIFEST, cache_root, sha256_of
 from keyreel.runtime.sessions import OnnxRuntimeSession
 from keyreel.runtime.tensorrt_build import Profile, library
@@ -113,10 +113,10 @@ def read_plan(key: PlanKey) -> bytes:
 
 def write_plan(key: PlanKey, plan: bytes, cosines: Mapping[str, float]) -> None:
     """Keeps a plan that has passed its check. A reader sees it whole or not at all."""
-    with aside(key.file(".plan")) as made:
+    with atomic_write(key.file(".plan")) as made:
         made.write_bytes(plan)
     entry = {"schema": SCHEMA, **asdict(key), "sha256": hashlib.sha256(plan).hexdigest(), "cosine": dict(cosines)}
-    with aside(key.file(".json")) as made:
+    with atomic_write(key.file(".json")) as made:
         made.write_text(json.dumps(entry, indent=2) + "\n", "utf-8")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from keyreel.errors import BackendUnavailable, MissingExtra, ModelError
-from keyreel.render.aside import aside
+from keyreel.render.files import atomic_write
 from keyreel.types import Progress
 
 # TensorRT-RTX is installed under the second name, or, without the package that only renames it, under the third.
@@ -165,7 +165,7 @@ def build_plan(
     if plan is None:
         raise ModelError(f"TensorRT cannot build {path.name}: {found.reason()}", hint="use --device cpu")
     if measured is not None and times is not None:
-        with contextlib.suppress(OSError), aside(measured) as made:  # lost, it costs time
+        with contextlib.suppress(OSError), atomic_write(measured) as made:  # lost, it costs time
             made.write_bytes(bytes(times.serialize()))
     return bytes(plan)
 

@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def hidden(path: Path, suffix: str = "") -> Path:
+    """A new hidden name beside `path`, without its name, which may be as long as a name can be."""
+    return path.with_name(f".keyreel-{uuid.uuid4().hex[:12]}.part{suffix}")
+
+
 @contextmanager
-def aside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A hidden name beside `path` to write to: renamed to it at the end, removed after an error or Ctrl-C."""
-    # Without the target's own name, which may be as long as a name can be; its suffix names the format to writers.
-    made = path.with_name(f".keyreel-{uuid.uuid4().hex[:12]}.part{path.suffix}")
+    made = hidden(path, path.suffix)  # the suffix names the format to writers
     try:
         yield made
         made.replace(path)

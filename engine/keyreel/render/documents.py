@@ -1,0 +1,235 @@
+"""JSON documents: dataclasses, which msgspec encodes and describes. summary.json and search results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+from msgspec import UNSET, Meta, UnsetType
+
+from keyreel.errors import Failure
+from keyreel.types import SearchHit, Shot, Summary
+
+SUMMARY: Final = "keyreel.summary/1"
+
+Json: TypeAlias = dict[str, Any]
+Seconds: TypeAlias = Annotated[float, Meta(ge=0)]
+Cosine: TypeAlias = Annotated[float, Meta(ge=-1.001, le=1.001)]
+Fraction: TypeAlias = Annotated[float, Meta(ge=0, le=1.001)]
+Count: TypeAlias = Annotated[int, Meta(ge=0)]
+Size: TypeAlias = Annotated[int, Meta(ge=1)]
+
+
+def to_json(document: Any) -> str:
+    """A document as text: indented, ASCII, ends with a newline. Fields that are UNSET are left out.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    content = msgspec.to_builtins(document, enc_hook=_plain_value, str_keys=True)
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def _plain_value(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, NumPy numbers, tuples and paths as JSON's own types."""
+    return json.loads(to_json(value))
+
+
+def schema_of(document: type) -> Json:
+    """JSON Schema (draft 2020-12) of a document: only fields whose default is UNSET may be missing."""
+    schema = msgspec.json.schema(document)
+    for described in schema["$defs"].values():
+        own = described["properties"]
+        fixed = [name for name, field in own.items() if field.pop("default", None) is not None]
+        described["required"] = [name for name in own if name in fixed or name in described["required"]]
+        described["additionalProperties"] = False
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+@dataclass(frozen=True, slots=True)
+class FailedVideo:
+    """One of several videos that could not be processed."""
+
+    video: str
+    error: str
+    exit_code: Size
+
+    @classmethod
+    def of(cls, failure: Failure) -> FailedVideo:
+        return cls(failure.video, str(failure.error), failure.error.exit_code)
+
+
+@dataclass(frozen=True, slots=True)
+class VideoEntry:
+    path: str
+    duration_seconds: Seconds | None
+    width: Size
+    height: Size
+    codec: str
+    rotation_degrees: Annotated[int, Meta(ge=0, le=270, multiple_of=90)]
+    frames_sampled: Count
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEntry:
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFrameEntry:
+    pts_seconds: Seconds
+    frame_index: Count
+    cluster: Count
+    weight: Fraction
+    score: Cosine
+    quality: Fraction
+    file: str | None  # path of its picture, relative to summary.json
+
+
+@dataclass(frozen=True, slots=True)
+class ReelEntry:
+    file: str | None
+    spans: tuple[Shot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    decode: Seconds
+    encode: Seconds
+    fuse: Seconds
+    select: Seconds
+    render: Seconds
+    total: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SummaryDocument:
+    """The content of summary.json."""
+
+    schema: Literal["keyreel.summary/1"] = SUMMARY
+    video: VideoEntry
+    model: ModelEntry
+    device: DeviceEntry
+    config: Mapping[str, Any]
+    keyframes: Annotated[tuple[KeyFrameEntry, ...], Meta(min_length=1)]
+    shots: tuple[Shot, ...]
+    reel: ReelEntry | None
+    warnings: tuple[str, ...]
+    timings_seconds: StageSeconds
+
+
+def summary_document(
+    summary: Summary,
+    *,
+    files: Sequence[str | None] | None = None,
+    reel: ReelEntry | None = None,
+    render_seconds: float = 0.0,
+) -> SummaryDocument:
+    """A summary as a document.
+
+    Args:
+        files: path of each key-frame's picture, relative to summary.json; None where none was written.
+        reel: file and spans of the reel.
+        render_seconds: time that writing the outputs took; it is added to the total.
+    """
+    video, spent = summary.video, summary.timings_seconds
+    names = files if files is not None else [None] * len(summary.keyframes)
+    keyframes = [
+        KeyFrameEntry(k.pts_seconds, k.frame_index, k.cluster, k.weight, k.score, k.quality, name)
+        for k, name in zip(summary.keyframes, names, strict=True)
+    ]
+    timings = StageSeconds(
+        **{stage: spent.get(stage, 0.0) for stage in ("decode", "encode", "fuse", "select")},
+        render=spent.get("render", 0.0) + render_seconds,
+        total=spent.get("total", 0.0) + render_seconds,
+    )
+    return SummaryDocument(
+        video=VideoEntry(
+            path=video.path,
+            duration_seconds=video.duration_seconds,
+            width=video.width,
+            height=video.height,
+            codec=video.codec,
+            rotation_degrees=video.rotation_degrees,
+            frames_sampled=len(summary.embedding),
+        ),
+        model=ModelEntry(summary.embedding.model, summary.embedding.model_sha256),
+        device=DeviceEntry(summary.device, summary.device_reason),
+        config=summary.config,
+        keyframes=tuple(sorted(keyframes, key=lambda k: k.pts_seconds)),
+        shots=summary.shots,
+        reel=reel,
+        warnings=summary.warnings,
+        timings_seconds=timings,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HitEntry:
+    """A moment; the fields with a default are set for moments of a library."""
+
+    video: str
+    start_seconds: Seconds
+    stop_seconds: Seconds
+    pts_seconds: Seconds
+    score: Cosine
+    preview: str | None
+    video_id: str | UnsetType = UNSET
+    keyframe_seconds: Seconds | UnsetType = UNSET
+    video_score: Cosine | UnsetType = UNSET
+    folded: Count | UnsetType = UNSET
+
+
+@dataclass(frozen=True, slots=True)
+class FoundVideo:
+    """A video of a library that answers a query."""
+
+    video: str
+    video_id: str
+    score: Cosine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchDocument:
+    """What `keyreel search --json` prints."""
+
+    schema: Literal["keyreel.search/1"] = "keyreel.search/1"
+    query: str
+    hits: tuple[HitEntry, ...]  # best first
+    failed: tuple[FailedVideo, ...]
+    videos: tuple[FoundVideo, ...] | UnsetType = UNSET  # where videos of a library were asked for; the hits are theirs
+    weak_score: Cosine | UnsetType = UNSET  # hits below it hardly match a text, see `Bundle.weak_score`
+
+
+def search_document(
+    query: str,
+    hits: Sequence[SearchHit],
+    failed: Sequence[Failure] = (),
+    *,
+    videos: Sequence[FoundVideo] | None = None,
+    weak_score: float | None = None,
+) -> SearchDocument:
+    """Search results as a document, best hit first, with the videos that failed."""
+    return SearchDocument(
+        query=query,
+        hits=tuple(HitEntry(**dataclasses.asdict(hit)) for hit in sorted(hits, key=lambda hit: -hit.score)),
+        failed=tuple(FailedVideo.of(failure) for failure in failed),
+        videos=UNSET if videos is None else tuple(videos),
+        weak_score=UNSET if weak_score is None else weak_score,
+    )
