@@ -35,11 +35,10 @@ from keyreel.config import ServeConfig
 from keyreel.errors import LibraryError, RenderError
 from keyreel.library.types import Example, Filter, LibraryHit
 from keyreel.runtime.bundle import Bundle
-from keyreel.serve import app, router, run
-from keyreel.serve.paths import Roots
-from keyreel.serve.refusals import Refused, shortened
+from keyreel.serve import app, router, run, workers
+from keyreel.serve.files import Roots, safe_name
+from keyreel.serve.security import ApiError, redact_paths
 from keyreel.serve.service import Service
-from keyreel.serve.uploads import safe_name
 
 UPLOAD_BYTES = 300_000
 
@@ -68,7 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(place: Path) -> Iterator[Served]:
-    options = {"roots": [str(place / "videos")], "upload_bytes": UPLOAD_BYTES, "image_pixels": 10_000_000}
+    options = {"roots": [str(place / "videos")], "upload_bytes": UPLOAD_BYTES}
     with served(place / "library", **options) as running:
         jobs = running.index(*(place / "videos" / name for name in ("a.mp4", "b.mp4", "more/c.mp4")))
         assert [job["state"] for job in jobs] == ["done"] * 3
@@ -534,7 +533,7 @@ def test_an_upload_that_is_no_video_leaves_nothing(service: Served, place: Path)
 
 
 def test_an_upload_that_stands_still_is_ended(library: Library, tmp_path: Path) -> None:
-    made = app(library, ServeConfig(folder=str(tmp_path), timeout_seconds=0.2, upload_seconds=20))
+    made = app(library, ServeConfig(folder=str(tmp_path), timeout_seconds=0.2))
 
     async def body() -> AsyncIterator[bytes]:
         yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\nhalf'
@@ -691,7 +690,7 @@ async def _until(holds: Callable[[], bool]) -> None:
 
 
 def test_queries_that_come_together_share_a_pass(gated: Gated, library: Library, tmp_path: Path) -> None:
-    made = app(gated, ServeConfig(folder=str(tmp_path), batch_window_seconds=0))  # type: ignore[arg-type]
+    made = app(gated, ServeConfig(folder=str(tmp_path)))  # type: ignore[arg-type]
     texts = ["a red car", "a dog", "the sea", "night", "a face", "unlucky", "a red car"]
 
     async def run() -> list[httpx.Response]:
@@ -731,14 +730,17 @@ def test_a_batch_answers_as_each_text_alone(service: Served) -> None:
         np.testing.assert_allclose(scores(answer), scores(alone), atol=1e-5)
 
 
-def test_who_comes_when_the_queue_is_full_is_told_when_to_come_back(gated: Gated, tmp_path: Path) -> None:
-    config = ServeConfig(folder=str(tmp_path), threads=1, queue=2, batch_window_seconds=0)
+def test_who_comes_when_the_queue_is_full_is_told_when_to_come_back(
+    gated: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "MAX_WAITING", 2)
+    config = ServeConfig(folder=str(tmp_path), threads=1)
     made = app(gated, config)  # type: ignore[arg-type]
 
     async def run() -> tuple[list[int], httpx.Response, httpx.Response]:
         text = asyncio.create_task(_ask(made, "/api/v1/search?q=0"))
         await _until(lambda: len(gated.asked) == 1)
-        waiting = [asyncio.create_task(_ask(made, f"/api/v1/search?q={n}")) for n in range(3)]
+        waiting = [asyncio.create_task(_ask(made, f"/api/v1/search?q={n}")) for n in range(2)]
         await asyncio.sleep(0.1)
         refused = await _ask(made, "/api/v1/search?q=late")
         body = {"json": {"like": {"video_id": gated.list()[0].id, "seconds": 0.0}}}
@@ -750,7 +752,7 @@ def test_who_comes_when_the_queue_is_full_is_told_when_to_come_back(gated: Gated
         return [(await task).status_code for task in (text, *waiting, *frames)], refused, refused_frame
 
     statuses, *refused = asyncio.run(run())
-    assert statuses == [200] * 7
+    assert statuses == [200] * 6
     for answer in refused:
         assert (answer.status_code, error(answer)["kind"]) == (429, "busy")
         assert int(answer.headers["retry-after"]) >= 1
@@ -771,7 +773,7 @@ def test_what_takes_too_long_is_given_up(gated: Gated, tmp_path: Path) -> None:
 
 def test_nobody_works_for_a_caller_who_left(gated: Gated, tmp_path: Path) -> None:
     """As a page that searches while one types: all but the last request are given up."""
-    made = app(gated, ServeConfig(folder=str(tmp_path), batch_window_seconds=0))  # type: ignore[arg-type]
+    made = app(gated, ServeConfig(folder=str(tmp_path)))  # type: ignore[arg-type]
 
     async def run() -> None:
         first = asyncio.create_task(_ask(made, "/api/v1/search?q=first"))
@@ -852,7 +854,7 @@ def test_what_keeps_it_from_starting_is_said(library: Library, tmp_path: Path) -
     with pytest.raises(RenderError, match="cannot listen there"):
         run(library, ServeConfig(host="nowhere.invalid", port=0, folder=str(tmp_path)), listening=told.append)
     first = Service(library, config)
-    first.start()
+    first.jobs.start()
     try:
         with pytest.raises(LibraryError, match="another server works here"):
             run(library, config, listening=told.append)
@@ -893,7 +895,7 @@ def test_a_job_that_outlived_its_folder_is_refused(library: Library, place: Path
     """The queue is older than the options of this start; and a link may have been put in the file's place."""
     service = Service(library, ServeConfig(folder=str(tmp_path), roots=(str(place / "videos"),)))
     for path in (place / "outside" / "secret.mp4", place / "videos" / "link.mp4"):
-        with pytest.raises(Refused, match="not under a folder"):
+        with pytest.raises(ApiError, match="not under a folder"):
             service._add(path, lambda *_: None, lambda: False)
     assert not [record for record in library.list() if record.path.endswith(("secret.mp4", "link.mp4"))]
     service.close()
@@ -921,18 +923,18 @@ def test_what_is_no_id_is_not_looked_for_on_the_disk(
     asked: list[str] = []
     monkeypatch.setattr(library, "record", asked.append)
     for id in (path, os.path.relpath(path), "../x", "", "A" * 32, "0" * 33):
-        with pytest.raises(Refused, match="no such video"):
+        with pytest.raises(ApiError, match="no such video"):
             service.record(id)
     assert asked == []
     service.close()
 
 
 def test_messages_tell_no_folders() -> None:
-    assert shortened("/a b/c/d.mp4: damaged, see /a b/c/d.mp4", "/a b/c/d.mp4") == "d.mp4: damaged, see d.mp4"
-    assert shortened("/a/library: full", "/x/y", "/a/library") == "library: full"
-    assert shortened("/a\\udcff/d.mp4: bad", "file:///a%FF/d.mp4") == "d.mp4: bad"
-    assert shortened("/a\udcff/d.mp4: bad", "file:///a%FF/d.mp4") == "d.mp4: bad"
-    assert shortened("1/2 of it", "/d.mp4", "", "s3://bucket/library") == "1/2 of it"
+    assert redact_paths("/a b/c/d.mp4: damaged, see /a b/c/d.mp4", "/a b/c/d.mp4") == "d.mp4: damaged, see d.mp4"
+    assert redact_paths("/a/library: full", "/x/y", "/a/library") == "library: full"
+    assert redact_paths("/a\\udcff/d.mp4: bad", "file:///a%FF/d.mp4") == "d.mp4: bad"
+    assert redact_paths("/a\udcff/d.mp4: bad", "file:///a%FF/d.mp4") == "d.mp4: bad"
+    assert redact_paths("1/2 of it", "/d.mp4", "", "s3://bucket/library") == "1/2 of it"
 
 
 def test_a_file_that_nobody_takes_is_closed(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ from keyreel import Engine, Library
 from keyreel.config import ServeConfig
 from keyreel.errors import LibraryError, SourceError
 from keyreel.library.types import Added
+from keyreel.serve import jobs as jobs_module
 from keyreel.serve.jobs import Job, Jobs
 from keyreel.serve.metrics import Metrics
-from keyreel.serve.refusals import Refused, refusal
+from keyreel.serve.security import ApiError, to_api_error
 
 VIDEOS = int(os.environ.get("KEYREEL_SERVE_JOBS", "8"))
 
@@ -124,7 +125,7 @@ def test_cancelled_before_and_while_it_is_worked_on(jobs: Jobs, work: Work) -> N
     until(lambda: jobs.get(third.id).state == "done")
     assert jobs.cancel(third.id).state == "done"
     assert (work.begun, work.done) == (["a", "c"], ["c"])
-    with pytest.raises(Refused, match="no such job"):
+    with pytest.raises(ApiError, match="no such job"):
         jobs.cancel("nobody")
 
 
@@ -134,7 +135,7 @@ def test_a_full_queue_refuses_and_takes_again(jobs: Jobs, work: Work) -> None:
     jobs.reserve()  # an upload that is on its way counts
     submit(jobs, "b")
     submit(jobs, "c")
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ApiError) as refused:
         jobs.reserve()
     assert (refused.value.status, refused.value.headers) == (429, {"Retry-After": "10"})
     jobs.release()
@@ -167,7 +168,7 @@ def test_the_end_puts_back_what_it_interrupts(tmp_path: Path, work: Work) -> Non
     made = [submit(first, name) for name in ("a", "b")]
     until(lambda: work.begun == ["a"])
     first.drain(0)
-    with pytest.raises(Refused, match="ending"):
+    with pytest.raises(ApiError, match="ending"):
         first.reserve()
     assert work.done == []
     second = make(tmp_path, work)
@@ -340,7 +341,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, work: Work) -> None:
 
     with pytest.raises(sqlite3.OperationalError, match="full") as full:
         fill()
-    refused = refusal(full.value)
+    refused = to_api_error(full.value)
     assert refused is not None
     assert (refused.status, refused.kind) == (507, "storage")
     accepted = [job.id for job in jobs.latest()]
@@ -361,8 +362,11 @@ def test_one_server_a_folder(jobs: Jobs, tmp_path: Path, work: Work) -> None:
         make(tmp_path, work).start()
 
 
-def test_old_jobs_are_forgotten_and_open_ones_are_not(tmp_path: Path, work: Work) -> None:
-    jobs = make(tmp_path, work, kept_jobs=2, max_jobs=2)
+def test_old_jobs_are_forgotten_and_open_ones_are_not(
+    tmp_path: Path, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "KEPT", 4)
+    jobs = make(tmp_path, work)
     jobs.start()
     names = [f"{n}" for n in range(9)]
     for name in names:

@@ -238,20 +238,10 @@ class ServeConfig:
     token: str | None = field(default=None, repr=False, metadata={"help": "what callers must send as bearer token"})
     hosts: tuple[str, ...] = option((), "names in the Host header that are answered; on loopback its own by default")
     threads: int = option(4, "requests that are worked on at a time")
-    queue: int = option(64, "requests that may wait; more are told to come back (429)")
-    batch_size: int = option(32, "most text queries that are answered in one pass")
-    batch_window_seconds: float = option(0.002, "how long a text query waits for others to share its pass")
     timeout_seconds: float = option(30.0, "longest work on one request (504)")
-    max_results: int = option(100, "most results of one search")
-    max_query: int = option(1000, "longest text of a query, in characters")
     job_threads: int = option(1, "videos indexed at a time")
     max_jobs: int = option(256, "jobs that may wait; more are told to come back (429)")
-    kept_jobs: int = option(1000, "finished jobs that are remembered")
-    uploads: int = option(4, "uploads at a time")
     upload_bytes: int = option(4 << 30, "largest upload, in bytes")
-    upload_seconds: float = option(3600.0, "longest upload; one that stands still for timeout_seconds ends then")
-    image_bytes: int = option(32 << 20, "largest picture of a query, in bytes")
-    image_pixels: int = option(64_000_000, "largest picture of a query, in pixels")
     drain_seconds: float = option(10.0, "how long requests, and then the jobs at work, may go on after SIGTERM")
 
     @property
@@ -267,10 +257,7 @@ class ServeConfig:
         token = self.token
         sound = token is None or (len(token) >= 8 and token.isascii() and token.isprintable())
         _check(sound, "a token must have 8 characters or more, all of them printable ASCII")
-        least = {"queue": 0, "batch_window_seconds": 0, "drain_seconds": 0, "kept_jobs": 0}
-        whole = ("threads", "batch_size", "max_results", "max_query", "job_threads", "max_jobs", "uploads")
-        least |= dict.fromkeys((*whole, "upload_bytes", "image_bytes", "image_pixels"), 1)
-        for name, bound in least.items():
-            _check(getattr(self, name) >= bound, f"{name} must be >= {bound}, got {getattr(self, name)}")
-        for name in ("timeout_seconds", "upload_seconds"):
-            _check(getattr(self, name) > 0, f"{name} must be > 0, got {getattr(self, name)}")
+        for name in ("threads", "job_threads", "max_jobs", "upload_bytes"):
+            _check(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        _check(self.drain_seconds >= 0, f"drain_seconds must be >= 0, got {self.drain_seconds}")
+        _check(self.timeout_seconds > 0, f"timeout_seconds must be > 0, got {self.timeout_seconds}")

@@ -8,9 +8,9 @@ Put a search box into a FastAPI application of your own:
     app = FastAPI()
     app.include_router(router(library), prefix="/video")
 
-Routes are listed in `routes.py`. With a token every request but those for /healthz and for the page's own files must
-carry `Authorization: Bearer TOKEN`; for what a page cannot ask for with a header (pictures, the video) GET and HEAD
-also take the cookie `keyreel_token=TOKEN` (URL-encoded), which the page sets itself, with SameSite=Strict.
+The routes are in `app.py`. With a token, every request except those for /healthz and the page's own files must carry
+`Authorization: Bearer TOKEN`. A browser fetches pictures and videos without that header, so GET and HEAD also take the
+cookie `keyreel_token=TOKEN` (URL-encoded), which the page sets itself, with SameSite=Strict.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 
 def router(library: Library, config: ServeConfig | None = None) -> APIRouter:
-    """All routes of the service, to be included into an application; its lifespan starts and drains the jobs.
+    """All routes of the service, for another application; its lifespan starts and drains the jobs.
 
     Args:
-        library: with an engine, without which nothing can be searched by text or indexed.
+        library: with an engine; without one nothing can be searched by text or indexed.
 
     Raises:
         MissingExtra: FastAPI or what it needs is not installed.
     """
     _require()
-    from keyreel.serve.routes import make_router
+    from keyreel.serve.app import make_router
     from keyreel.serve.service import Service
 
     return make_router(Service(library, config or ServeConfig()))
 
 
 def app(library: Library, config: ServeConfig | None = None) -> FastAPI:
-    """The service as an application of its own: `router` at the root, and /openapi.json.
+    """The service as an application: `router` at the root, and /openapi.json.
 
     Raises:
         MissingExtra: FastAPI or what it needs is not installed.
@@ -59,16 +59,17 @@ def app(library: Library, config: ServeConfig | None = None) -> FastAPI:
 def run(
     library: Library, config: ServeConfig | None = None, *, listening: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then drains: open requests end, the job at work has `drain_seconds` to end.
-    What was accepted and did not end is resumed at the next start.
+    """Serves until SIGTERM or SIGINT, then finishes open requests and gives running jobs `drain_seconds`.
+
+    Jobs that were accepted and not finished are resumed at the next start.
 
     Args:
-        listening: told the address, http://HOST:PORT, once connections to it are taken.
+        listening: called with the address, http://HOST:PORT, once the service takes connections.
 
     Raises:
         MissingExtra: uvicorn, FastAPI or what they need is not installed.
-        RenderError: the port is taken, or the host is no address of this machine.
-        LibraryError: another server works in the same folder, or it cannot be written.
+        RenderError: the port is taken, or the host is not an address of this machine.
+        LibraryError: another server works in the same folder, or the folder cannot be written.
     """
     _require()
     import_extra("uvicorn", extra="serve", purpose="keyreel serve")

@@ -1,7 +1,7 @@
 """Videos to be indexed, one after another: a queue on disk that outlives the process.
 
-A job is accepted when its row is on disk. Jobs that were queued or at work when the process ended, in order or not,
-are queued again at the next start; adding a video twice is harmless, since the library knows what it has.
+A job is accepted when its row is on disk. Jobs that were queued or running when the process ended, however it ended,
+are queued again at the next start. Adding a video twice is harmless: the library knows what it has.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from keyreel.config import ServeConfig
 from keyreel.errors import Failure, LibraryError
 from keyreel.library.types import Added
 from keyreel.runtime.telemetry import span
+from keyreel.serve.files import discard
 from keyreel.serve.metrics import Metrics
-from keyreel.serve.refusals import Refused, refusal, too_busy
-from keyreel.serve.uploads import discard
+from keyreel.serve.security import ApiError, to_api_error, too_busy
 from keyreel.types import Progress
 
 _log = logging.getLogger(__name__)
@@ -33,8 +33,9 @@ _log = logging.getLogger(__name__)
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 Work = Callable[[Path, Progress, Callable[[], bool]], Added | None]
 
-STOP_SECONDS = 5.0  # that a job may take to notice that it is to stop
-MOST_TRIES = 3  # a video that takes the process with it must not do so at every start
+KEPT = 1000  # finished jobs that are remembered
+STOP_SECONDS = 5.0  # in which a job should notice that it is to stop
+MAX_TRIES = 3  # a video that crashes the process must not do so at every start
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -63,18 +64,18 @@ class Job:
     error: Mapping[str, Any] | None  # kind, message, hint
 
 
-class _Live:
-    """What is known of a job at work and not kept on disk."""
+class _Running:
+    """What is known of a running job and not kept on disk."""
 
     def __init__(self) -> None:
         self.progress = 0.0
-        self.cancelled = self.ended = False  # by a caller; by the end of the service
+        self.cancelled = self.interrupted = False  # by a caller; by the end of the service
 
     def stopped(self) -> bool:
-        return self.cancelled or self.ended
+        return self.cancelled or self.interrupted
 
-    def tell(self, stage: str, done: float, total: float | None) -> None:
-        """Progress of the frames; the cuts and the pictures that follow take little more."""
+    def report(self, stage: str, done: float, total: float | None) -> None:
+        """Progress of the frames; the shots and pictures that follow take little more time."""
         if stage == "encode" and total:
             self.progress = max(self.progress, min(done / total, 1.0) * 0.9)
         elif stage != "encode":
@@ -85,10 +86,10 @@ class Jobs:
     """The queue and the threads that work on it.
 
     Args:
-        folder: of the queue and of the uploads; made at the start. One process at a time may use it.
-        work: adds one video to the library; told how to report and whether to stop. None where it stopped.
-        forget: takes a video that failed out of the library again, by path.
-        private: paths of which errors tell no more than the last part.
+        folder: of the queue and the uploads; made at the start. One process at a time may use it.
+        work: adds one video to the library; reports progress, and asks whether to stop. None if it stopped.
+        forget: removes a failed video from the library, by path.
+        private: paths to redact in errors.
     """
 
     def __init__(
@@ -105,14 +106,15 @@ class Jobs:
         self._private = tuple(private)
         self._changed = threading.Condition(threading.RLock())
         self._base: sqlite3.Connection | None = None
-        self._live: dict[str, _Live] = {}
+        self._lock: BinaryIO | None = None
+        self._running: dict[str, _Running] = {}
         self._threads: list[threading.Thread] = []
         self._reserved = 0
         self._ending = False
         metrics.watch_jobs(self.counts)
 
     def start(self) -> None:
-        """Takes up what the last process left. Idempotent.
+        """Resumes what the last process left. Idempotent.
 
         Raises:
             LibraryError: another process works in this folder, or it cannot be written.
@@ -122,19 +124,12 @@ class Jobs:
                 return
             try:
                 self.uploads.mkdir(parents=True, exist_ok=True)
-                self._lock = (self.folder / "lock").open("w")
+                self._lock = (self.folder / "lock").open("wb")
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._base = self._opened()
-                for job in self._read("WHERE state = 'running' AND tries >= ?", (MOST_TRIES,)):
-                    self._discard(job)
-                    message = f"the service ended {MOST_TRIES} times while at work on it"
-                    self._end(job, "failed", error={"kind": "crashed", "message": message, "hint": None})
-                self._write("UPDATE jobs SET state = 'queued' WHERE state = 'running'", ())
-                for part in self.uploads.glob("*.part"):
-                    accepted = self._read("WHERE id = ?", (part.stem,))
-                    _put(part, accepted[0].path) if accepted else part.unlink()
+                self._open()
             except BlockingIOError as error:
-                self._lock.close()
+                if self._lock:
+                    self._lock.close()
                 hint = "stop it, or give this one another folder"
                 raise LibraryError(f"{self.folder}: another server works here", hint=hint) from error
             except (OSError, sqlite3.Error) as error:
@@ -148,14 +143,14 @@ class Jobs:
                 thread.start()
 
     def reserve(self) -> None:
-        """Keeps a place in the queue for what is still on its way, until `release`.
+        """Keeps a place in the queue for a request, until `release`.
 
         Raises:
-            Refused: 429, the queue is full; 503, the service is ending.
+            ApiError: 429 the queue is full, 503 the service is ending.
         """
         with self._changed:
             if self._ending:
-                raise Refused(503, "ending", "the service is ending", headers={"Retry-After": "10"})
+                raise _ending()
             self.start()
             if self.counts()["queued"] + self._reserved >= self._config.max_jobs:
                 raise too_busy("jobs", 10)
@@ -167,10 +162,10 @@ class Jobs:
             self._reserved -= 1
 
     def submit(self, path: Path, *, id: str | None = None, part: Path | None = None) -> Job:
-        """Accepts a job, into a place that was reserved: when this returns it is on disk.
+        """Accepts a job, into a reserved place: when this returns it is on disk.
 
         Args:
-            part: an upload, whole and on disk, which becomes `path`; named after the id.
+            part: an upload, whole and on disk, which is renamed to `path`; called after the id.
         """
         id = id or uuid.uuid4().hex
         with self._changed:
@@ -178,12 +173,12 @@ class Jobs:
                 "INSERT INTO jobs (id, state, path, uploaded, created) VALUES (?, 'queued', ?, ?, ?)",
                 (id, str(path).encode("utf-8", "surrogateescape"), part is not None, time.time()),
             )
-            if part is not None:  # a process that ends before this does it at the next start
-                _put(part, path)
+            if part is not None:  # if the process ends before this, the next start does it
+                _rename(part, path)
             self._write(
                 "DELETE FROM jobs WHERE state IN ('done', 'failed', 'cancelled') AND number <= "
                 "(SELECT max(number) FROM jobs) - ?",
-                (self._config.kept_jobs + self._config.max_jobs,),
+                (KEPT,),
             )
             self._changed.notify_all()
             return self.get(id)
@@ -192,68 +187,80 @@ class Jobs:
         """One job.
 
         Raises:
-            Refused: 404.
+            ApiError: 404.
         """
         found = self._read("WHERE id = ?", (id,))
         if not found:
-            raise Refused(404, "not_found", "there is no such job")
+            raise ApiError(404, "not_found", "there is no such job")
         return found[0]
 
     def latest(self) -> list[Job]:
         """All that are remembered, the latest first."""
-        return self._read("ORDER BY number DESC LIMIT ?", (self._config.kept_jobs + self._config.max_jobs,))
+        return self._read("ORDER BY number DESC")
 
     def counts(self) -> dict[str, int]:
-        """How many are in each state."""
+        """The number of jobs in each state."""
         with self._changed:
             rows = [] if self._base is None else self._base.execute("SELECT state, count(*) FROM jobs GROUP BY state")
             return {"queued": 0, "running": 0, **dict(rows)}
 
     def cancel(self, id: str) -> Job:
-        """Takes a job out of the queue, or asks the one at work to stop; one that is over stays as it is.
+        """Takes a job out of the queue, or asks a running one to stop; one that is over stays as it is.
 
         Raises:
-            Refused: 404.
+            ApiError: 404.
         """
         with self._changed:
             job = self.get(id)
             if job.state == "queued":
                 self._end(job, "cancelled")
-            elif id in self._live:
-                self._live[id].cancelled = True
+            elif id in self._running:
+                self._running[id].cancelled = True
         if job.state == "queued":
             self._discard(job)
         return self.get(id)
 
     def drain(self, seconds: float) -> None:
-        """Takes nothing more, waits for what is at work, then has it stop; it is queued again. Blocks. Idempotent."""
-        until = time.monotonic() + seconds
+        """Waits for running jobs, then stops them and queues them again. Blocks. Idempotent."""
         with self._changed:
             if self._ending:
                 return
             self._ending = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._live, timeout=max(0.0, until - time.monotonic()))
-            for live in self._live.values():
-                live.ended = True
-        # It stops between two batches of frames. One that does not is left: its row says that it was at work.
+            self._changed.wait_for(lambda: not self._running, timeout=seconds)
+            for running in self._running.values():
+                running.interrupted = True
+        # Jobs stop between two batches of frames. One that does not is left behind: its row says that it was running.
         until = time.monotonic() + STOP_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         with self._changed:
-            if self._base is not None and not any(thread.is_alive() for thread in self._threads):
+            if self._base and self._lock and not any(thread.is_alive() for thread in self._threads):
                 self._base.close()
                 self._base = None
                 self._threads.clear()
                 self._lock.close()
 
-    # --- inside ---------------------------------------------------------------------------------------------------
+    def _open(self) -> None:
+        base = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
+        base.execute("PRAGMA journal_mode = WAL")
+        base.execute("PRAGMA synchronous = FULL")
+        base.execute(_SCHEMA)
+        self._base = base
+        for job in self._read("WHERE state = 'running' AND tries >= ?", (MAX_TRIES,)):
+            self._discard(job)
+            message = f"the service ended {MAX_TRIES} times while at work on it"
+            self._end(job, "failed", error={"kind": "crashed", "message": message, "hint": None})
+        self._write("UPDATE jobs SET state = 'queued' WHERE state = 'running'")
+        for part in self.uploads.glob("*.part"):
+            accepted = self._read("WHERE id = ?", (part.stem,))
+            _rename(part, accepted[0].path) if accepted else part.unlink()
 
     def _run(self) -> None:
         while not self._ending:
             try:
                 self._next()
-            except sqlite3.Error:  # a full disk: what is on it stays, and is taken up later or at the next start
+            except sqlite3.Error:  # a full disk: the rows stay, and are tried again
                 _log.exception("the queue of jobs cannot be written")
                 time.sleep(1)
 
@@ -262,43 +269,44 @@ class Jobs:
             self._changed.wait_for(lambda: self._ending or self.counts()["queued"])
             if self._ending:
                 return
-            job = self._read("WHERE state = 'queued' ORDER BY number LIMIT 1", ())[0]
+            job = self._read("WHERE state = 'queued' ORDER BY number LIMIT 1")[0]
             self._write("UPDATE jobs SET state = 'running', tries = tries + 1 WHERE id = ?", (job.id,))
-            live = self._live[job.id] = _Live()
+            running = self._running[job.id] = _Running()
         began = time.perf_counter()
         added, error = None, None
         try:
             with span("keyreel.job"):
-                added = self._work(job.path, live.tell, live.stopped)
-        except Exception as caught:  # noqa: BLE001 - whatever it is, it is this job's end and not the thread's
+                added = self._work(job.path, running.report, running.stopped)
+        except Exception as caught:  # noqa: BLE001 - the job ends, the thread goes on
             error = caught
-        if error is None and added is not None and added.failure is not None:
+        if added is not None and added.failure is not None:
             error = added.failure.error
         state: State = "failed"
         if error is None and added is not None:
             state = "done"
-        elif live.stopped():
-            state = "cancelled" if live.cancelled else "queued"
-        document = None
-        if state == "failed":
-            error = error or LibraryError("the file is gone")
-            names = (str(job.path), "" if added is None else added.path, *self._private)
-            refused = refusal(error, *names) or refusal(Failure.of(job.path.name, error).error, *names)
-            document = None if refused is None else refused.document()
+        elif running.stopped():
+            state = "cancelled" if running.cancelled else "queued"
         if state in ("failed", "cancelled"):
             self._discard(job)
         with self._changed:
-            del self._live[job.id]
+            del self._running[job.id]
             self._changed.notify_all()
             self._metrics.job_seconds.observe(time.perf_counter() - began)
-            if state == "queued":  # stopped by the end of the service
+            if state == "queued":  # interrupted by the end of the service
                 self._write("UPDATE jobs SET state = 'queued', tries = tries - 1 WHERE id = ?", (job.id,))
+            elif state == "failed":
+                self._end(job, state, error=self._document(job, added, error or LibraryError("the file is gone")))
             else:
-                video = None if added is None or added.record is None else added.record.id
-                self._end(job, state, video=video if state == "done" else None, error=document)
+                record = added.record if added else None
+                self._end(job, state, video=record.id if record and state == "done" else None)
+
+    def _document(self, job: Job, added: Added | None, error: Exception) -> Mapping[str, Any] | None:
+        names = (str(job.path), added.path if added else "", *self._private)
+        answer = to_api_error(error, *names) or to_api_error(Failure.of(job.path.name, error).error, *names)
+        return answer.document() if answer else None
 
     def _discard(self, job: Job) -> None:
-        """Nothing stays of an upload that did not become a video: nobody could see it, and it would fill the disk.
+        """Removes an upload that did not become a video, since nobody could see it and it would fill the disk.
 
         Not under the lock: the library may take its time.
         """
@@ -306,55 +314,51 @@ class Jobs:
             try:
                 self._forget(job.path)
                 discard(job.path)
-            except Exception:  # noqa: BLE001 - the job is over all the same, and the next one waits
+            except Exception:  # noqa: BLE001 - the job is over all the same
                 _log.exception("%s cannot be removed", job.path.name)
 
     def _end(self, job: Job, state: State, *, video: str | None = None, error: Mapping[str, Any] | None = None) -> None:
         self._write(
             "UPDATE jobs SET state = ?, video = ?, error = ? WHERE id = ?",
-            (state, video, None if error is None else json.dumps(error), job.id),
+            (state, video, error and json.dumps(error), job.id),
         )
         self._metrics.jobs_ended.labels(state).inc()
 
-    def _opened(self) -> sqlite3.Connection:
-        base = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
-        base.execute("PRAGMA journal_mode = WAL")
-        base.execute("PRAGMA synchronous = FULL")
-        base.execute(_SCHEMA)
-        return base
-
-    def _write(self, statement: str, values: tuple[Any, ...]) -> None:
+    def _write(self, statement: str, values: tuple[Any, ...] = ()) -> None:
         if self._base is None:
-            raise Refused(503, "ending", "the service is ending", headers={"Retry-After": "10"})
+            raise _ending()
         self._base.execute(statement, values)
 
-    def _read(self, rest: str, values: tuple[Any, ...]) -> list[Job]:
+    def _read(self, rest: str, values: tuple[Any, ...] = ()) -> list[Job]:
         with self._changed:
             if self._base is None:
                 return []
             columns = "id, state, path, uploaded, created, video, error"
             rows = self._base.execute(f"SELECT {columns} FROM jobs {rest}", values).fetchall()
-            jobs = []
-            for id, state, path, uploaded, created, video, error in rows:
-                live = self._live.get(id)
-                progress = live.progress if live is not None else float(state == "done")
-                jobs.append(
-                    Job(
-                        id=id,
-                        state=state,
-                        path=Path(path.decode("utf-8", "surrogateescape")),
-                        uploaded=bool(uploaded),
-                        created=created,
-                        progress=progress,
-                        video=video,
-                        error=None if error is None else json.loads(error),
-                    )
-                )
-            return jobs
+            return [self._job(*row) for row in rows]
+
+    def _job(
+        self, id: str, state: State, path: bytes, uploaded: int, created: float, video: str | None, error: str | None
+    ) -> Job:
+        running = self._running.get(id)
+        return Job(
+            id=id,
+            state=state,
+            path=Path(path.decode("utf-8", "surrogateescape")),
+            uploaded=bool(uploaded),
+            created=created,
+            progress=running.progress if running else float(state == "done"),
+            video=video,
+            error=json.loads(error) if error else None,
+        )
 
 
-def _put(part: Path, path: Path) -> None:
-    """Gives an upload its name, for good."""
+def _ending() -> ApiError:
+    return ApiError(503, "ending", "the service is ending", headers={"Retry-After": "10"})
+
+
+def _rename(part: Path, path: Path) -> None:
+    """Gives an upload its name, durably."""
     path.parent.mkdir(exist_ok=True)
     part.rename(path)
     for folder in (path.parent, path.parent.parent):

@@ -7,33 +7,29 @@ from collections.abc import Callable, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_BATCHES, _SECONDS = (1, 2, 4, 8, 16, 32, 64), (0.1, 1, 10, 60, 600, 3600)
 
 
 class Metrics:
-    """One registry for one service, so that two in a process do not mix."""
+    """One registry a service, so that two services in one process do not mix."""
 
     def __init__(self) -> None:
         self._registry = own = CollectorRegistry()
         self.requests = Counter("keyreel_requests", "Requests answered", ("method", "route", "status"), registry=own)
-        self.request_seconds = Histogram(
-            "keyreel_request_seconds", "Time from request to answer", ("route",), registry=own
-        )
-        self.at_work = Gauge("keyreel_requests_at_work", "Requests that are being answered", registry=own)
+        self.request_seconds = Histogram("keyreel_request_seconds", "Time of a request", ("route",), registry=own)
+        self.at_work = Gauge("keyreel_requests_at_work", "Requests being answered", registry=own)
         self.batch_queries = Histogram(
-            "keyreel_batch_queries", "Text queries that shared a pass", buckets=(1, 2, 4, 8, 16, 32, 64), registry=own
+            "keyreel_batch_queries", "Text queries answered in one pass", buckets=_BATCHES, registry=own
         )
         self.jobs_ended = Counter("keyreel_jobs_ended", "Jobs that ended", ("state",), registry=own)
-        self.job_seconds = Histogram(
-            "keyreel_job_seconds", "Time at work on a job", buckets=(0.1, 1, 10, 60, 600, 3600), registry=own
-        )
+        self.job_seconds = Histogram("keyreel_job_seconds", "Time of a job", buckets=_SECONDS, registry=own)
         self.upload_bytes = Counter("keyreel_upload_bytes", "Bytes of uploads written", registry=own)
         self._jobs = Gauge("keyreel_jobs", "Jobs that are not over", ("state",), registry=own)
 
     def watch_jobs(self, counts: Callable[[], Mapping[str, int]]) -> None:
-        """Reads the number of jobs queued and running when it is asked for."""
-        self._jobs.labels("queued").set_function(lambda: counts().get("queued", 0))
-        self._jobs.labels("running").set_function(lambda: counts().get("running", 0))
+        """Reads the number of queued and running jobs whenever the metrics are read."""
+        self._jobs.labels("queued").set_function(lambda: counts()["queued"])
+        self._jobs.labels("running").set_function(lambda: counts()["running"])
 
     def text(self) -> bytes:
-        """All of it, in Prometheus's text format."""
         return generate_latest(self._registry)

@@ -16,28 +16,26 @@ from starlette.exceptions import HTTPException
 from keyreel import Library
 from keyreel.config import ServeConfig
 from keyreel.errors import RenderError
-from keyreel.serve.guard import LOOPBACK, secure
-from keyreel.serve.refusals import refusal
-from keyreel.serve.routes import make_router
+from keyreel.serve.app import make_router
+from keyreel.serve.security import LOOPBACK, to_api_error
 from keyreel.serve.service import Service
 
 
 def make_app(service: Service) -> FastAPI:
     """See `keyreel.serve.app`."""
-    # The usual pages of documentation load scripts from elsewhere.
-    # Redirects to a path with or without a slash would lead to whatever the Host header says.
-    made = FastAPI(title="keyreel", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    # FastAPI's own documentation pages load scripts from other hosts; redirects would trust the Host header.
+    app = FastAPI(title="keyreel", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     config = service.config
     own = (*LOOPBACK, config.host) if config.loopback and not config.hosts else ()
-    made.include_router(make_router(service, hosts=own, alone=True))
+    app.include_router(make_router(service, hosts=own, alone=True))
 
-    @made.exception_handler(HTTPException)
-    async def unknown(_: Request, error: Any) -> Response:
-        refused = refusal(error)
-        assert refused is not None
-        return secure(refused.response())
+    @app.exception_handler(HTTPException)
+    async def no_route(_: Request, error: Any) -> Response:
+        answer = to_api_error(error)
+        assert answer is not None
+        return answer.response()
 
-    return made
+    return app
 
 
 def serve(library: Library, config: ServeConfig, listening: Callable[[str], None]) -> None:
@@ -53,20 +51,20 @@ def serve(library: Library, config: ServeConfig, listening: Callable[[str], None
         )
     )
     main = threading.current_thread() is threading.main_thread()
-    # uvicorn drains, then raises the signal again: whoever asked for an orderly end gets one, with exit status 0.
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if main else None
+    # uvicorn raises the signal again after it has drained; ignored here, so that the exit status is 0.
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN) if main else None
     try:
-        with _listening(config) as there:
-            # uvicorn would log what goes wrong here, and end the process.
-            service.start()
+        with _listening(config) as listener:
+            # Here and not in uvicorn, which would log an error and end the process.
+            service.jobs.start()
             host = f"[{config.host}]" if ":" in config.host else config.host
-            listening(f"http://{host}:{there.getsockname()[1]}")
+            listening(f"http://{host}:{listener.getsockname()[1]}")
             with suppress(KeyboardInterrupt):  # raised again after the drain
-                server.run(sockets=[there])
+                server.run(sockets=[listener])
     finally:
         service.close()
         if main:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _listening(config: ServeConfig) -> socket.socket:

@@ -1,195 +1,132 @@
-"""What callers send: a multipart body whose one file goes to disk as it comes, pictures, small JSON."""
+"""Bodies of requests: a file that goes to disk as it arrives, a picture, or small JSON."""
 
 from __future__ import annotations
 
 import asyncio
-import io
 import json
-import os
-import re
-from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import AsyncGenerator
+from io import BytesIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
+from fastapi.exceptions import RequestValidationError
 from PIL import Image, ImageOps
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from keyreel.serve.refusals import Refused
+from keyreel.serve.security import ApiError
 from keyreel.types import U8
 
-FIELD = "file"
+M = TypeVar("M", bound=BaseModel)
+
+IMAGE_BYTES = 32 << 20
+IMAGE_PIXELS = 64_000_000
 _JSON_BYTES = 64 << 10
 _FRAMING_BYTES = 16 << 10  # headers and boundaries around the file
-_HELD_BYTES = 1 << 20  # gathered before a thread writes them
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
-def kind_of(request: Request) -> str:
-    """The media type of the body, without parameters."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+def is_upload(request: Request) -> bool:
+    """Whether the body is multipart/form-data."""
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    return kind.strip().lower() == "multipart/form-data"
 
 
-async def read_json(request: Request, *, idle_seconds: float) -> Any:
-    """The body as JSON.
+async def read_json(request: Request, model: type[M], *, idle_seconds: float) -> M:
+    """The body as JSON of this model.
 
     Raises:
-        Refused: 408, 413, 422.
+        ApiError: 408, 413, 422. RequestValidationError: it is not of the model.
     """
-    body = io.BytesIO()
-    async for chunk in _chunks(request, _JSON_BYTES, idle_seconds):
-        body.write(chunk)
+    body = b"".join([chunk async for chunk in _body(request, _JSON_BYTES, idle_seconds)])
     try:
-        return json.loads(body.getvalue())
+        return model.model_validate(json.loads(body))
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
     except (ValueError, RecursionError) as error:
-        raise Refused(422, "invalid", f"the body is not JSON: {type(error).__name__}") from error
+        raise ApiError(422, "invalid", f"the body is not JSON: {type(error).__name__}") from error
 
 
-async def read_file(request: Request, target: BinaryIO, *, most_bytes: int, idle_seconds: float) -> str:
+async def read_file(request: Request, target: BinaryIO, *, max_bytes: int, idle_seconds: float) -> str:
     """Writes the file of a multipart body into `target` as it arrives, and returns the name that came with it.
 
     Raises:
-        Refused: 400 malformed or cut off, 408 nothing came for `idle_seconds`, 413 larger than `most_bytes`, 415 not
-            multipart, 422 without a part named "file".
+        ApiError: 400 malformed or cut off, 408 nothing came for `idle_seconds`, 413 larger than `max_bytes`, 422
+            without a part named "file".
     """
-    kind, options = parse_options_header(request.headers.get("content-type", ""))
-    boundary = options.get(b"boundary")
-    if kind != b"multipart/form-data" or not boundary:
-        raise Refused(415, "invalid", "the body must be multipart/form-data with a part named 'file'")
-    part = _Part()
+    parser = _Parser(request.headers, _body(request, max_bytes + _FRAMING_BYTES, idle_seconds), target)
     try:
-        parser = MultipartParser(boundary, part.callbacks())
-        async for chunk in _chunks(request, most_bytes + _FRAMING_BYTES, idle_seconds):
-            parser.write(chunk)
-            if part.size > most_bytes:
-                raise _too_large(most_bytes)
-            if len(part.held) >= _HELD_BYTES:
-                await asyncio.to_thread(target.write, part.take())
-        parser.finalize()
-    except (FormParserError, ValueError, UnicodeError) as error:
-        raise Refused(400, "invalid", f"the multipart body is malformed: {error}") from error
-    if part.name is None:
-        raise Refused(422, "invalid", "the body has no part named 'file'")
-    if not part.ended:
-        raise Refused(400, "invalid", "the multipart body ends too early")
-    await asyncio.to_thread(target.write, part.take())
-    return part.name
+        form = await parser.parse()
+    except (MultiPartException, ValueError) as error:
+        raise ApiError(400, "invalid", f"the multipart body is malformed: {error}") from error
+    file = form.get("file")
+    if file is None or isinstance(file, str):
+        # Starlette leaves out a part that did not end.
+        raise ApiError(422 if form else 400, "invalid", "the body has no file named 'file', or ends too early")
+    if (file.size or 0) > max_bytes:
+        raise _too_large(max_bytes)
+    return file.filename or ""
 
 
-def safe_name(name: str) -> str:
-    """A file name that means nothing to any file system or shell; the ending stays."""
-    base = re.split(r"[/\\]", name)[-1]
-    base = re.sub(r"[^\w .,()+=@-]", "_", base).strip(" .-") or "video"
-    stem, ending = os.path.splitext(base)
-    return _cut(stem, 120) + _cut(ending, 16)
-
-
-def picture(data: bytes, *, most_pixels: int) -> U8:
+def picture(data: bytes) -> U8:
     """[H, W, 3] uint8 RGB, upright.
 
     Raises:
-        Refused: 413 more pixels than allowed, 422 no picture.
+        ApiError: 413 more pixels than allowed, 422 no picture.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            # The header says the size: nothing was unpacked yet.
-            if image.width * image.height > most_pixels:
-                raise Refused(413, "too_large", f"{image.width} x {image.height} pixels, allowed are {most_pixels}")
+        with Image.open(BytesIO(data), formats=_FORMATS) as image:
+            # Pillow knows the size from the header and has not unpacked anything yet.
+            if image.width * image.height > IMAGE_PIXELS:
+                raise ApiError(413, "too_large", f"{image.width} x {image.height} pixels, allowed are {IMAGE_PIXELS}")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except Refused:
+    except ApiError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Refused(413, "too_large", f"more pixels than the {most_pixels} allowed") from error
-    except Exception as error:  # its many decoders raise whatever they like
-        raise Refused(422, "source", f"the file cannot be read as a picture: {type(error).__name__}") from error
+        raise ApiError(413, "too_large", f"more pixels than the {IMAGE_PIXELS} allowed") from error
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise ApiError(422, "source", f"the file cannot be read as a picture: {type(error).__name__}") from error
 
 
-def settle(file: BinaryIO) -> int:
-    """Makes sure that what was written is on disk; returns its size in bytes."""
-    file.flush()
-    os.fsync(file.fileno())
-    return file.tell()
+class _Parser(MultiPartParser):
+    """Starlette's parser, with the one file written to `target`: its own place is /tmp, which may be memory."""
+
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], target: BinaryIO) -> None:
+        super().__init__(headers, stream, max_files=1, max_fields=16, max_part_size=_JSON_BYTES)
+        self._target = target
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        if (part := self._current_part.file) is not None:
+            part.file.close()
+            part.file = self._target
 
 
-def discard(path: Path) -> None:
-    """Removes an upload with its folder."""
-    path.unlink(missing_ok=True)
-    if path.parent.is_dir():
-        path.parent.rmdir()
-
-
-def _cut(text: str, most: int) -> str:
-    return text.encode("utf-8", "replace")[:most].decode("utf-8", "ignore")
-
-
-class _Part:
-    """Gathers the part named "file"; other parts are read over."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self.ended = False
-        self.size = 0
-        self.held = bytearray()
-        self._field, self._value = bytearray(), bytearray()
-        self._wanted = False  # the part that is being read is the file
-
-    def callbacks(self) -> Any:
-        return {
-            "on_header_field": lambda data, start, end: self._field.extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
-            "on_header_end": self._header,
-            "on_part_data": self._data,
-            "on_part_end": self._end,
-        }
-
-    def take(self) -> bytes:
-        data = bytes(self.held)
-        self.held.clear()
-        return data
-
-    def _header(self) -> None:
-        if self._field.lower() == b"content-disposition" and self.name is None:
-            _, options = parse_options_header(bytes(self._value))
-            if options.get(b"name") == FIELD.encode():
-                self.name = options.get(b"filename", b"").decode("utf-8", "replace")
-                self._wanted = True
-        self._field.clear()
-        self._value.clear()
-
-    def _data(self, data: bytes, start: int, end: int) -> None:
-        if self._wanted:
-            self.size += end - start
-            self.held += data[start:end]
-
-    def _end(self) -> None:
-        self.ended |= self._wanted
-        self._wanted = False
-
-
-async def _chunks(request: Request, most_bytes: int, idle_seconds: float) -> AsyncIterator[bytes]:
-    """The body, as long as it is not larger than allowed."""
-    said = request.headers.get("content-length", "")
-    if said.isdecimal() and int(said) > most_bytes:
-        raise _too_large(most_bytes)
+async def _body(request: Request, max_bytes: int, idle_seconds: float) -> AsyncGenerator[bytes, None]:
+    """The body in pieces; ends with an error as soon as it is larger than allowed."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > max_bytes:
+        raise _too_large(max_bytes)
     size, body = 0, aiter(request.stream())
     try:
         while True:
             async with asyncio.timeout(idle_seconds):
                 chunk = await anext(body)
             size += len(chunk)
-            if size > most_bytes:
-                raise _too_large(most_bytes)
+            if size > max_bytes:
+                raise _too_large(max_bytes)
             yield chunk
     except StopAsyncIteration:
         return
     except TimeoutError as error:
-        raise Refused(408, "timeout", f"nothing came for {idle_seconds} s", headers={"Connection": "close"}) from error
+        headers = {"Connection": "close"}
+        raise ApiError(408, "timeout", f"nothing came for {idle_seconds} s", headers=headers) from error
     except ClientDisconnect as error:
-        raise Refused(400, "invalid", "the caller left before the body ended") from error
+        raise ApiError(400, "invalid", "the caller left before the body ended") from error
 
 
-def _too_large(most_bytes: int) -> Refused:
-    # What is still on its way is not read: the connection cannot be used again.
-    return Refused(413, "too_large", f"larger than the {most_bytes} bytes allowed", headers={"Connection": "close"})
+def _too_large(max_bytes: int) -> ApiError:
+    # The rest of the body is not read, so the connection cannot be used again.
+    return ApiError(413, "too_large", f"larger than the {max_bytes} bytes allowed", headers={"Connection": "close"})

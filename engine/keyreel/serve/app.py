@@ -1,42 +1,42 @@
-"""The routes of the service; what they do stands in `service.py`, what goes in and out in `schemas.py`."""
+"""The routes of the service."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
-from pydantic import BaseModel, ValidationError
 from starlette.responses import FileResponse
 
 from keyreel.library.types import Example, Filter
-from keyreel.serve import schemas, uploads
-from keyreel.serve.guard import Guard
+from keyreel.serve import models, uploads
+from keyreel.serve.files import OpenFile, safe_name
 from keyreel.serve.metrics import CONTENT_TYPE
-from keyreel.serve.paths import OpenFile
-from keyreel.serve.refusals import Refused, too_busy
-from keyreel.serve.service import Service, job_state
-
-M = TypeVar("M", bound=BaseModel)
+from keyreel.serve.security import ApiError, Security, too_busy
+from keyreel.serve.service import Service
 
 PAGE = Path(__file__).with_name("page")
-# Nothing but the page's own files and answers of this service: no inline script or style, no other host.
+# Only the page's own files and answers of this service: no inline script or style, no other host.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
+MAX_QUERY = 1000  # characters
+MAX_UPLOADS = 4  # at a time
+UPLOAD_SECONDS = 3600.0  # of one upload; one that stands still ends after the config's timeout_seconds
 _STATIC_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-# A picture under an address is that of one generation only until its video is indexed again.
+# A picture changes when its video is indexed again.
 _SHORT = {"Cache-Control": "private, max-age=60"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": schemas.Refusal, "description": "refused"},
-    422: {"model": schemas.Refusal, "description": "not a valid request"},
+    "4XX": {"model": models.Refusal, "description": "refused"},
+    422: {"model": models.Refusal, "description": "not a valid request"},
 }
 
 
@@ -45,24 +45,21 @@ def make_router(service: Service, *, hosts: tuple[str, ...] = (), alone: bool = 
 
     Args:
         hosts: names in the Host header that are answered, besides the config's.
-        alone: the application is the service and nothing else, so that its OpenAPI document is given out.
+        alone: the application is the service and nothing else, so that its OpenAPI document is served.
     """
-    config = service.config
-    guard = Guard(config, service.metrics, (*config.hosts, *hosts), service.private)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(service.start)
+        await asyncio.to_thread(service.jobs.start)
         try:
             yield
         finally:
             await asyncio.to_thread(service.close)
 
-    whole = APIRouter(lifespan=lifespan)
-    public = APIRouter(route_class=guard.route(public=True), responses=_ERRORS)
-    closed = APIRouter(route_class=guard.route(), responses=_ERRORS)
-    # An upload may take long, the next part of it may not.
-    slow = APIRouter(route_class=guard.route(timeout_seconds=config.upload_seconds), responses=_ERRORS)
+    security = Security(service.config, service.metrics, (*service.config.hosts, *hosts), service.private)
+    public = APIRouter(route_class=security.route(public=True), responses=_ERRORS)
+    closed = APIRouter(route_class=security.route(), responses=_ERRORS)
+    slow = APIRouter(route_class=security.route(timeout_seconds=UPLOAD_SECONDS), responses=_ERRORS)
     _add_page(public)
     _add_health(public, closed, service)
     if alone:
@@ -74,8 +71,8 @@ def make_router(service: Service, *, hosts: tuple[str, ...] = (), alone: bool = 
 
     _add_search(closed, service)
     _add_videos(closed, service)
-    _add_files(closed, service)
     _add_jobs(closed, slow, service)
+    whole = APIRouter(lifespan=lifespan)
     for part in (public, closed, slow):
         whole.include_router(part)
     return whole
@@ -90,19 +87,16 @@ def _base(request: Request) -> str:
 def _add_page(router: APIRouter) -> None:
     files = {path.name: path for path in PAGE.iterdir() if path.suffix in _STATIC_TYPES}
 
-    def page_file(name: str) -> Response:
+    @router.get("/static/{name}", include_in_schema=False)
+    async def static(name: str) -> Response:
         if name not in files:
-            raise Refused(404, "not_found", "there is no such file")
+            raise ApiError(404, "not_found", "there is no such file")
         headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
         return FileResponse(files[name], media_type=_STATIC_TYPES[files[name].suffix], headers=headers)
 
     @router.get("/", include_in_schema=False)
     async def page() -> Response:
-        return page_file("index.html")
-
-    @router.get("/static/{name}", include_in_schema=False)
-    async def static(name: str) -> Response:
-        return page_file(name)
+        return await static("index.html")
 
 
 def _add_health(public: APIRouter, closed: APIRouter, service: Service) -> None:
@@ -125,58 +119,55 @@ def _add_health(public: APIRouter, closed: APIRouter, service: Service) -> None:
 
 def _add_search(router: APIRouter, service: Service) -> None:
     idle = service.config.timeout_seconds
-    # Pictures are held in memory: the next is not read before one is done with.
+    # Pictures are held in memory: the next one is not read before one is done.
     pictures = asyncio.Semaphore(service.config.threads)
 
-    async def by_text(text: str, k: int, where: Filter, base: str) -> schemas.Hits:
+    async def by_text(text: str, k: int, where: Filter, base: str) -> models.Hits:
         began = time.perf_counter()
-        if not text.strip() or len(text) > service.config.max_query:
-            raise Refused(422, "invalid", f"q must have 1 to {service.config.max_query} characters, got {len(text)}")
+        if not text.strip() or len(text) > MAX_QUERY:
+            raise ApiError(422, "invalid", f"q must have 1 to {MAX_QUERY} characters, got {len(text)}")
         hits, weak = await service.batcher.search(text, k, where)
         seconds = time.perf_counter() - began
-        found = service.moments(hits, base)
-        return schemas.Hits(query=text, seconds=seconds, weak_score=weak, hits=found)
+        return models.Hits(query=text, seconds=seconds, weak_score=weak, hits=models.moments(hits, base))
 
     @router.get("/api/v1/search", tags=["search"])
-    async def search(request: Request, query: Annotated[schemas.TextSearch, Query()]) -> schemas.Hits:
+    async def search(request: Request, query: Annotated[models.TextSearch, Query()]) -> models.Hits:
         """The best moments of all videos for a text. Queries that come together share one pass."""
         return await by_text(query.q, query.k, query.where(), _base(request))
 
-    @router.post("/api/v1/search", tags=["search"], openapi_extra=schemas.body(schemas.LikeRequest))
-    async def search_picture(request: Request, query: Annotated[schemas.Search, Query()]) -> schemas.Hits:
+    @router.post("/api/v1/search", tags=["search"], openapi_extra=models.body(models.LikeRequest))
+    async def search_picture(request: Request, query: Annotated[models.Search, Query()]) -> models.Hits:
         """The best moments for a picture, or for a frame of the library."""
         began = time.perf_counter()
-        if uploads.kind_of(request) == "multipart/form-data":
-            body, config = BytesIO(), service.config
+        if uploads.is_upload(request):
+            body = BytesIO()
             async with pictures:
-                name = await uploads.read_file(request, body, most_bytes=config.image_bytes, idle_seconds=idle)
-                pixels = config.image_pixels
-                example: Any = await service.pool.run(uploads.picture, body.getvalue(), most_pixels=pixels)
-                hits = await service.pool.run(service.search_picture, example, query.k, query.where())
+                name = await uploads.read_file(request, body, max_bytes=uploads.IMAGE_BYTES, idle_seconds=idle)
+                picture = await service.pool.run(uploads.picture, body.getvalue())
+                hits = await service.pool.run(service.search, picture, query.k, query.where())
         else:
-            document = await uploads.read_json(request, idle_seconds=idle)
-            like = _parsed(schemas.LikeRequest, document).like
-            name, example = None, Example(like.video_id, like.seconds)
-            hits = await service.pool.run(service.search_picture, example, query.k, query.where())
+            name, like = None, (await uploads.read_json(request, models.LikeRequest, idle_seconds=idle)).like
+            example = Example(like.video_id, like.seconds)
+            hits = await service.pool.run(service.search, example, query.k, query.where())
         seconds = time.perf_counter() - began
-        return schemas.Hits(query=name, seconds=seconds, hits=service.moments(hits, _base(request)))
+        return models.Hits(query=name, seconds=seconds, hits=models.moments(hits, _base(request)))
 
     @router.get("/api/v1/videos/{id}/moments", tags=["search"])
     async def moments(
         request: Request, id: str, q: Annotated[str, Query(min_length=1)], k: Annotated[int, Query(ge=1)] = 10
-    ) -> schemas.Hits:
+    ) -> models.Hits:
         """The best moments of one video for a text."""
         return await by_text(q, k, Filter(videos=(id,)), _base(request))
 
 
 def _add_videos(router: APIRouter, service: Service) -> None:
     @router.get("/api/v1/videos", tags=["videos"])
-    async def videos(request: Request, page: Annotated[schemas.Page, Query()]) -> schemas.Videos:
+    async def videos(request: Request, page: Annotated[models.Page, Query()]) -> models.Videos:
         """The videos of the library, in order of path."""
-        return await service.pool.run(service.page, page.where(), page.offset, page.limit, _base(request))
+        return await service.pool.run(service.videos, page, _base(request))
 
     @router.get("/api/v1/videos/{id}", tags=["videos"])
-    async def video(request: Request, id: str) -> schemas.VideoDetail:
+    async def video(request: Request, id: str) -> models.VideoDetail:
         """All that is known of one video."""
         return await service.pool.run(service.detail, id, _base(request))
 
@@ -185,39 +176,36 @@ def _add_videos(router: APIRouter, service: Service) -> None:
         """Takes a video out of the library. Its file stays, unless it was uploaded here."""
         await service.pool.run(service.remove, id)
 
-
-def _add_files(router: APIRouter, service: Service) -> None:
     @router.get("/api/v1/videos/{id}/previews/{seconds}.jpg", tags=["videos"], response_class=Response)
-    async def preview(id: str, seconds: schemas.Seconds) -> Response:
+    async def preview(id: str, seconds: models.Seconds) -> Response:
         """The key-frame that is nearest to a time, as a JPEG picture."""
-        data = await service.pool.run(service.picture, id, seconds)
+        data = await service.pool.run(service.preview, id, seconds)
         return Response(data, media_type="image/jpeg", headers=_SHORT)
 
     @router.get("/api/v1/videos/{id}/sprite.jpg", tags=["videos"], response_class=Response)
     async def sprite(id: str) -> Response:
         """Small pictures of the whole video in one JPEG picture."""
-        return Response(await service.pool.run(service.picture, id, None), media_type="image/jpeg", headers=_SHORT)
+        return Response(await service.pool.run(service.sprite, id), media_type="image/jpeg", headers=_SHORT)
 
     @router.get("/api/v1/videos/{id}/thumbs.vtt", tags=["videos"], response_class=Response)
     async def thumbs(id: str) -> Response:
         """A WebVTT track that says which part of sprite.jpg shows which second."""
-        return Response(await service.pool.run(service.track, id), media_type="text/vtt", headers=_SHORT)
+        return Response(await service.pool.run(service.thumbs, id), media_type="text/vtt", headers=_SHORT)
 
     @router.get("/api/v1/videos/{id}/file", tags=["videos"], response_class=Response)
     async def file(id: str) -> Response:
         """The video itself, whole or in ranges; only where it lies under an allowed folder or was uploaded here."""
-        opened, name = await service.pool.run(service.open, id)
-        return OpenFile(opened, name)
+        return OpenFile(*await service.pool.run(service.open, id))
 
     router.add_api_route("/api/v1/videos/{id}/file", file, methods=["HEAD"], include_in_schema=False)
 
 
 def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:
-    jobs, uploading = service.jobs, asyncio.Semaphore(service.config.uploads)
-    idle = service.config.timeout_seconds
+    jobs, config, uploading = service.jobs, service.config, asyncio.Semaphore(MAX_UPLOADS)
+    idle = config.timeout_seconds
 
-    async def receive(request: Request) -> schemas.JobState:
-        """Streams an upload to disk; what is not whole leaves nothing."""
+    async def receive(request: Request) -> models.JobState:
+        """Streams an upload to disk; one that is not whole leaves nothing."""
         if uploading.locked():
             raise too_busy("uploads", 10)
         id = uuid.uuid4().hex
@@ -225,51 +213,39 @@ def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:
         async with uploading:
             try:
                 with await asyncio.to_thread(part.open, "xb") as file:
-                    name = await uploads.read_file(
-                        request,
-                        file,
-                        most_bytes=service.config.upload_bytes,
-                        idle_seconds=idle,
-                    )
-                    service.metrics.upload_bytes.inc(await asyncio.to_thread(uploads.settle, file))
-                path = jobs.uploads / id / uploads.safe_name(name)
-                return job_state(await asyncio.to_thread(jobs.submit, path, id=id, part=part))
+                    name = await uploads.read_file(request, file, max_bytes=config.upload_bytes, idle_seconds=idle)
+                    await asyncio.to_thread(file.flush)
+                    await asyncio.to_thread(os.fsync, file.fileno())
+                service.metrics.upload_bytes.inc(part.stat().st_size)
+                path = jobs.uploads / id / safe_name(name)
+                return models.job_state(await asyncio.to_thread(jobs.submit, path, id=id, part=part))
             finally:
                 await asyncio.to_thread(part.unlink, missing_ok=True)
 
-    @slow.post("/api/v1/jobs", tags=["jobs"], status_code=202, openapi_extra=schemas.body(schemas.JobRequest))
-    async def submit(request: Request) -> schemas.JobState:
+    @slow.post("/api/v1/jobs", tags=["jobs"], status_code=202, openapi_extra=models.body(models.JobRequest))
+    async def submit(request: Request) -> models.JobState:
         """Accepts a video to be indexed: a path under an allowed folder, or an upload. Accepted jobs are on disk."""
         await asyncio.to_thread(jobs.reserve)
         try:
-            if uploads.kind_of(request) == "multipart/form-data":
+            if uploads.is_upload(request):
                 return await receive(request)
-            asked = _parsed(schemas.JobRequest, await uploads.read_json(request, idle_seconds=idle))
+            asked = await uploads.read_json(request, models.JobRequest, idle_seconds=idle)
             path = await service.pool.run(service.roots.find, asked.path)
-            return job_state(await asyncio.to_thread(jobs.submit, path))
+            return models.job_state(await asyncio.to_thread(jobs.submit, path))
         finally:
             jobs.release()
 
     @router.get("/api/v1/jobs", tags=["jobs"])
-    async def all_jobs() -> schemas.JobList:
+    async def all_jobs() -> models.JobList:
         """The jobs, the latest first."""
-        found = await service.pool.run(jobs.latest)
-        return schemas.JobList(jobs=[job_state(job) for job in found])
+        return models.JobList(jobs=[models.job_state(job) for job in await service.pool.run(jobs.latest)])
 
     @router.get("/api/v1/jobs/{id}", tags=["jobs"])
-    async def job(id: str) -> schemas.JobState:
+    async def job(id: str) -> models.JobState:
         """One job."""
-        return job_state(await service.pool.run(jobs.get, id))
+        return models.job_state(await service.pool.run(jobs.get, id))
 
     @router.delete("/api/v1/jobs/{id}", tags=["jobs"])
-    async def cancel(id: str) -> schemas.JobState:
+    async def cancel(id: str) -> models.JobState:
         """Cancels a job; one that is over stays as it is."""
-        return job_state(await service.pool.run(jobs.cancel, id))
-
-
-def _parsed(model: type[M], document: Any) -> M:
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        parts = (f"{'.'.join(str(place) for place in one['loc'])}: {one['msg']}" for one in error.errors())
-        raise Refused(422, "invalid", "; ".join(parts), hint="see /openapi.json") from error
+        return models.job_state(await service.pool.run(jobs.cancel, id))

@@ -1,13 +1,20 @@
-"""What comes in and goes out as JSON. Times are seconds; addresses are paths on this server."""
+"""The JSON of requests and answers. Times are seconds; addresses are paths on this server."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from keyreel.library.types import Filter
+from keyreel.library.types import Extras, Filter, LibraryHit, Preview, Record
+from keyreel.serve.files import file_name
+from keyreel.serve.jobs import Job
+from keyreel.serve.security import redact_paths
 
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=1000)]
@@ -27,7 +34,7 @@ class Filters(BaseModel):
     stop: Annotated[Seconds | None, Field(description="frames before this second of their video")] = None
 
     def where(self) -> Filter:
-        """As the library takes it; hashable."""
+        """For the library; hashable."""
         return Filter(
             videos=tuple(self.video),
             path=self.path,
@@ -208,6 +215,81 @@ def body(model: type[BaseModel]) -> dict[str, Any]:
         "multipart/form-data": {"schema": multipart},
     }
     return {"requestBody": {"required": True, "content": content}}
+
+
+def moments(hits: Sequence[LibraryHit], base: str) -> list[Moment]:
+    """Hits of the library, with addresses under `base`."""
+    found = []
+    for hit in hits:
+        preview = _preview(base, hit.video_id, hit.keyframe_seconds)
+        found.append(Moment(**asdict(hit) | {"video": file_name(hit.video), "preview": preview}))
+    return found
+
+
+def video(record: Record, base: str) -> Video:
+    """A record of the library, with addresses under `base`."""
+    return Video(**_facts(record, base))
+
+
+def video_detail(
+    record: Record, extras: Extras | None, previews: Sequence[Preview], base: str, *, playable: bool
+) -> VideoDetail:
+    """A record with its key-frames and pictures; extras are None for a video that failed."""
+    own = f"{base}/api/v1/videos/{quote(record.id, safe='')}"
+    overview = extras.overview if extras else {"keyframes": []}
+    frames = {frame["pts_seconds"]: frame for frame in overview["keyframes"]}
+    keyframes = [
+        KeyFrame(
+            pts_seconds=preview.pts_seconds,
+            shot=frame["shot"],
+            weight=frame["weight"],
+            preview=_preview(base, record.id, preview.pts_seconds),
+            attention=np.asarray(preview.attention, np.float64).round(6).tolist(),
+        )
+        for preview in previews
+        if (frame := frames.get(preview.pts_seconds))  # without one, the video was indexed again meanwhile
+    ]
+    sprite = Sprite(image=f"{own}/sprite.jpg", vtt=f"{own}/thumbs.vtt", **overview["sprite"]) if extras else None
+    return VideoDetail(
+        **_facts(record, base),
+        indexed_at=record.indexed_at,
+        codec=record.probe.get("codec"),
+        average_fps=record.probe.get("average_fps"),
+        has_audio=record.probe.get("has_audio"),
+        file=f"{own}/file" if playable else None,
+        keyframes=keyframes,
+        grid=record.grid,
+        attended_area=overview.get("attended_area"),
+        shots=list(record.shots),
+        sprite=sprite,
+    )
+
+
+def job_state(job: Job) -> JobState:
+    """A job without its path."""
+    return JobState(**asdict(job), name=file_name(str(job.path)))
+
+
+def _facts(record: Record, base: str) -> dict[str, Any]:
+    third = (record.duration_seconds or 0.0) / 3  # the first key-frame is often a title or black
+    return {
+        "id": record.id,
+        "name": file_name(record.path),
+        "status": record.status,
+        "error": record.error and redact_paths(record.error, record.path),
+        "hint": record.hint,
+        "duration_seconds": record.duration_seconds,
+        "width": record.probe.get("width"),
+        "height": record.probe.get("height"),
+        "frames": record.frames,
+        "tags": list(record.tags),
+        "date": record.date,
+        "poster": _preview(base, record.id, round(third, 3)) if record.status == "ok" else None,
+    }
+
+
+def _preview(base: str, id: str, seconds: float) -> str:
+    return f"{base}/api/v1/videos/{quote(id, safe='')}/previews/{float(seconds)!r}.jpg"
 
 
 def _timestamp(moment: datetime | None) -> float | None:

@@ -1,0 +1,228 @@
+"""Who may ask, what each answer carries, and the errors that the service answers with."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import secrets
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from keyreel.config import ServeConfig
+from keyreel.errors import KeyreelError, LibraryError, SourceError, SourceNotFound
+from keyreel.library.files import path_of
+from keyreel.runtime.telemetry import span
+from keyreel.serve.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+COOKIE = "keyreel_token"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+READS = ("GET", "HEAD")
+CALLER_LEFT = 499  # as in nginx's log
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+    # The page comes with a policy of its own.
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
+    "Cache-Control": "no-store",
+}
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_bearer = HTTPBearer(auto_error=False)
+
+
+class ApiError(Exception):
+    """An error that is the caller's answer: {"error": {"kind", "message", "hint"}}.
+
+    Args:
+        status: of HTTP. kind: one word for programs. message, hint: for people.
+    """
+
+    def __init__(
+        self, status: int, kind: str, message: str, *, hint: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.message, self.hint = status, kind, message, hint
+        self.headers = dict(headers or {})
+
+    def document(self) -> dict[str, Any]:
+        return {"kind": self.kind, "message": self.message, "hint": self.hint}
+
+    def response(self) -> Response:
+        # ASCII: a message may quote characters that UTF-8 cannot encode.
+        body = json.dumps({"error": self.document()}).encode("ascii")
+        return add_headers(Response(body, self.status, headers=self.headers, media_type="application/json"))
+
+
+def too_busy(what: str, seconds: int) -> ApiError:
+    """429, with the time after which to try again."""
+    headers = {"Retry-After": str(seconds)}
+    return ApiError(429, "busy", f"too many {what} wait already", hint=f"try again in {seconds} s", headers=headers)
+
+
+def add_headers(response: Response) -> Response:
+    """Adds the headers that limit what a browser may do with the answer."""
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
+    return response
+
+
+def redact_paths(text: str, *names: str) -> str:
+    """The message with these paths cut to their last part: callers must not learn where files are."""
+    for path in filter(None, map(path_of, names)):
+        if path.parent != path.parent.parent:
+            folder = f"{path.parent}/"
+            # Records spell bytes that are no text with backslashes.
+            text = text.replace(folder, "").replace(folder.encode("utf-8", "backslashreplace").decode(), "")
+    return text
+
+
+def to_api_error(error: Exception, *private: str) -> ApiError | None:
+    """The answer to an exception; None for one that is a bug.
+
+    Args:
+        private: paths to redact.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        parts = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        return ApiError(422, "invalid", "; ".join(parts), hint="see /openapi.json")
+    if isinstance(error, HTTPException):
+        kind = {404: "not_found", 405: "method", 400: "invalid"}.get(error.status_code, "http")
+        return ApiError(error.status_code, kind, str(error.detail), headers=error.headers)
+    if isinstance(error, TimeoutError):
+        return ApiError(504, "timeout", "it took too long", hint="ask for less, or try again when the service is idle")
+    if isinstance(error, sqlite3.OperationalError) or (isinstance(error, OSError) and error.errno in _DISK_FULL):
+        return ApiError(507, "storage", "the disk of the service is full or cannot be written")
+    if isinstance(error, KeyreelError):
+        status, kind = 500, "failed"
+        if isinstance(error, SourceError):
+            status, kind = (404, "not_found") if isinstance(error, SourceNotFound) else (422, "source")
+        elif isinstance(error, LibraryError):
+            status, kind = 503, "library"
+        return ApiError(status, kind, redact_paths(error.args[0], *private), hint=error.hint)
+    return None
+
+
+class Security:
+    """The rules that every request passes.
+
+    They are routes of their own class and no middleware, so that they hold inside another application as well.
+
+    Args:
+        hosts: names in the Host header that are answered; () for all. Without this, any web page could point its own
+            name at this machine and read a service that listens on loopback only.
+        private: paths to redact in errors.
+    """
+
+    def __init__(self, config: ServeConfig, metrics: Metrics, hosts: Sequence[str], private: Sequence[str]) -> None:
+        self._config, self._metrics, self._private = config, metrics, private
+        self._hosts = {host.lower() for host in hosts}
+
+    def route(self, *, public: bool = False, timeout_seconds: float | None = None) -> type[APIRoute]:
+        """A class of routes under these rules.
+
+        Args:
+            public: needs no token. timeout_seconds: the config's by default.
+        """
+        security, seconds = self, timeout_seconds or self._config.timeout_seconds
+
+        class Route(APIRoute):
+            def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+                handler, path = super().get_route_handler(), self.path
+
+                async def checked(request: Request) -> Response:
+                    await security.check(request, public=public)
+                    async with asyncio.timeout(seconds):
+                        return await _unless_caller_leaves(handler, request)
+
+                async def handle(request: Request) -> Response:
+                    return await security.answer(checked, request, path)
+
+                return handle
+
+        return Route
+
+    async def answer(self, handler: Callable[[Request], Awaitable[Response]], request: Request, path: str) -> Response:
+        """The handler's answer or its error, with headers; counted."""
+        began = time.perf_counter()
+        with self._metrics.at_work.track_inprogress():
+            try:
+                with span(f"{request.method} {path}"):
+                    response = add_headers(await handler(request))
+            except Exception as error:  # noqa: BLE001 - a service answers in any case
+                answer = to_api_error(error, *self._private)
+                if answer is None:
+                    _log.exception("%s %s failed", request.method, path)
+                    answer = ApiError(500, "internal", type(error).__name__, hint="the log of the server says more")
+                response = answer.response()
+        self._metrics.requests.labels(request.method, path, str(response.status_code)).inc()
+        self._metrics.request_seconds.labels(path).observe(time.perf_counter() - began)
+        return response
+
+    async def check(self, request: Request, *, public: bool) -> None:
+        """Host, origin and token, before anything of the body is read.
+
+        Raises:
+            ApiError: 403, 401.
+        """
+        host = request.headers.get("host", "")
+        if self._hosts and _hostname(host) not in self._hosts:
+            hint = "name it in the option hosts"
+            raise ApiError(403, "host", f"this service does not answer to the name {host!r}", hint=hint)
+        if public:
+            return
+        origin = request.headers.get("origin")
+        if request.method not in READS and origin is not None and origin.partition("://")[2] != host:
+            raise ApiError(403, "origin", "a page of another site must not change anything here")
+        if self._config.token is None:
+            return
+        # A page cannot send a header with a picture or a video.
+        given = unquote(request.cookies.get(COOKIE, "")) if request.method in READS else ""
+        if credentials := await _bearer(request):
+            given = credentials.credentials.strip()
+        if not secrets.compare_digest(given.encode(), self._config.token.encode()):
+            headers = {"WWW-Authenticate": "Bearer"}
+            raise ApiError(401, "token", "a token is needed", hint="send Authorization: Bearer TOKEN", headers=headers)
+
+
+def _hostname(host: str) -> str:
+    name = host.strip().lower()
+    return name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+
+
+async def _unless_caller_leaves(handler: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+    """Gives up when the caller disconnects, as a page does that searches while someone types.
+
+    Only for requests without a body: nothing else reads from the connection then.
+    """
+    if request.method not in READS or request.headers.get("content-length", "0") != "0":
+        return await handler(request)
+    work, gone = asyncio.ensure_future(handler(request)), asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else Response(status_code=CALLER_LEFT)
+    finally:
+        work.cancel()
+        gone.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
