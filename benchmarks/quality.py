@@ -125,7 +125,7 @@ class Told:
     calibrated: bool = True
 
     def ask(self, engine: Engine, videos: list[Summary], present: list[str], absent: list[str]) -> None:
-        weak = engine.bundle.weak_score(sum(len(video.shots) for video in videos))
+        weak = engine.bundle.match_threshold(sum(len(video.shots) for video in videos))
         self.calibrated = weak is not None
         for texts, scores in ((present, self.present), (absent, self.absent)):
             scores.extend(engine.search(text, videos, k=1)[0].score - (weak or 0.0) for text in texts)

@@ -21,7 +21,9 @@ import numpy as np
 import onnxruntime
 from cuda_on_host import host_cuda
 
-from keyreel.runtime.tensorrt_build import Library, _logger
+from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.plans import Signature
+from keyreel.runtime.tensorrt_build import TensorRT, _logger
 from keyreel_kernels.cuda import Cuda
 
 NUMPY = {"tensor(uint8)": np.uint8, "tensor(int64)": np.int64, "tensor(float)": np.float32}
@@ -57,12 +59,12 @@ class Recording:
         self.streams: dict[int, Stream] = {}
         self.numbers = itertools.count()  # of the contexts
         complaints: Any = []
-        self.library = Library(self, "tensorrt", self.__version__, _logger(self, complaints), complaints)
+        self.installed = TensorRT(self, "tensorrt", self.__version__, _logger(self, complaints), complaints)
 
     def note(self, name: str, *arguments: Any) -> bool:
         self.calls.append((name, *arguments))
         if name in self.refused:
-            self.library.logger.log(Severity.ERROR, f"{name} is out of order")
+            self.installed.logger.log(Severity.ERROR, f"{name} is out of order")
         return name not in self.refused
 
     def noted(self, name: str) -> list[tuple[Any, ...]]:
@@ -242,6 +244,9 @@ def _shape(node: Any) -> tuple[int, ...]:
 
 
 def builtin(graph: str) -> Path:
-    import keyreel
+    return Bundle.find("builtin").file(f"{graph}.onnx")
 
-    return Path(keyreel.__file__).parent / "models" / "builtin" / f"{graph}.onnx"
+
+def signature(session: onnxruntime.InferenceSession) -> Signature:
+    nodes = session.get_inputs()
+    return {n.name: (np.dtype(NUMPY[n.type]), tuple(n.shape[1:]) if n.shape else None) for n in nodes}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,15 @@ from cuda_on_host import host_cuda
 from hosted_session import HostedSession
 
 from keyreel.errors import BackendUnavailable, MissingExtra, ModelError, import_extra
-from keyreel.runtime import doctor as probes
-from keyreel.runtime.backend import resolve
-from keyreel.runtime.doctor import Probe, probe_codec, probe_cuda_driver
-from keyreel.runtime.sessions import OnnxRuntimeSession
+from keyreel.runtime import backend
+from keyreel.runtime.backend import Probe, probe_cuda, probe_driver, resolve
+from keyreel.runtime.doctor import probe_codec, probes
 from keyreel_kernels import Ops, ops_for
 from keyreel_kernels.ops import ops_on
 
 
 def test_auto_falls_back_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "probe_cuda_driver", lambda _: Probe("cuda driver", False, "no CUDA driver"))
+    monkeypatch.setattr(backend, "probe_driver", lambda _: Probe("cuda driver", False, "no CUDA driver"))
     chosen = resolve("auto")
     assert chosen.device == "cpu"
     assert "no CUDA driver" in chosen.reason
@@ -41,9 +39,9 @@ def test_an_explicit_device_never_falls_back(device: str) -> None:
 def device(monkeypatch: pytest.MonkeyPatch) -> Ops:
     """A machine with a CUDA device, emulated."""
     ops = ops_on(host_cuda())
-    monkeypatch.setattr(probes, "probe_cuda_driver", lambda _: Probe("cuda driver", True, "1 CUDA device(s)"))
-    monkeypatch.setattr(probes, "ops_for", lambda name: ops_for(name) if name == "cpu" else ops)
-    monkeypatch.setattr(probes, "open_cuda_session", lambda path, cuda, batch_size: HostedSession(path))
+    monkeypatch.setattr(backend, "probe_driver", lambda _: Probe("cuda driver", True, "1 CUDA device(s)"))
+    monkeypatch.setattr(backend, "ops_for", lambda name: ops_for(name) if name == "cpu" else ops)
+    monkeypatch.setattr(backend, "open_cuda_session", lambda path, cuda, batch_size: HostedSession(path))
     return ops
 
 
@@ -54,31 +52,29 @@ def test_a_device_that_passes_every_check_is_taken(device: Ops) -> None:
     assert "HostedSession" in found.reason
     assert found.batch_size > resolve("cpu").batch_size
     assert resolve("cuda").reason == "asked for"
-    names = [probe.name for probe in probes.probe_cuda(0)[0]]
+    names = [probe.name for probe in probe_cuda(0)[0]]
     assert names == ["cuda driver", "cupy", "cuda kernels", "cuda inference"]
 
 
-def failing(error: Exception) -> Any:
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    return fail
-
-
 @pytest.mark.parametrize(
-    ("target", "value", "probe"),
+    ("target", "error", "probe"),
     [
-        ("ops_for", failing(RuntimeError("cudaErrorNoDevice")), "cupy"),
-        ("ops_for", failing(ImportError("no CuPy")), "cupy"),
-        ("open_cuda_session", failing(MissingExtra("tensorrt", "gpu", "this")), "cuda inference"),
-        ("open_cuda_session", failing(ModelError("wrong", hint="mend")), "cuda inference"),
-        ("open_cuda_session", failing(PermissionError(13, "no cache")), "cuda inference"),
+        ("ops_for", RuntimeError("cudaErrorNoDevice"), "cupy"),
+        ("ops_for", ImportError("no CuPy"), "cupy"),
+        ("open_cuda_session", MissingExtra("tensorrt", "gpu", "this"), "cuda inference"),
+        ("open_cuda_session", ModelError("wrong", hint="mend"), "cuda inference"),
+        ("open_cuda_session", PermissionError(13, "no cache"), "cuda inference"),
     ],
 )
 def test_each_check_can_fail_and_is_named(
-    device: Ops, monkeypatch: pytest.MonkeyPatch, target: str, value: object, probe: str
+    device: Ops, monkeypatch: pytest.MonkeyPatch, target: str, error: Exception, probe: str
 ) -> None:
-    monkeypatch.setattr(probes, target, value)
+    def fail(name: object, *_: object, **__: object) -> Ops:
+        if name == "cpu":
+            return ops_for("cpu")
+        raise error
+
+    monkeypatch.setattr(backend, target, fail)
     with pytest.raises(BackendUnavailable) as caught:
         resolve("cuda:0")
     assert caught.value.probe == probe
@@ -90,7 +86,7 @@ def test_each_check_can_fail_and_is_named(
 
 def test_a_kernel_that_computes_something_else_is_no_device(device: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = dataclasses.replace(device, histogram_distance=lambda one, other: one[:, 0])
-    monkeypatch.setattr(probes, "ops_for", lambda name: ops_for(name) if name == "cpu" else wrong)
+    monkeypatch.setattr(backend, "ops_for", lambda name: ops_for(name) if name == "cpu" else wrong)
     with pytest.raises(BackendUnavailable, match="something else than NumPy") as caught:
         resolve("cuda:0")
     assert caught.value.probe == "cuda kernels"
@@ -101,7 +97,7 @@ def test_a_model_that_computes_something_else_is_no_device(device: Ops, monkeypa
         def run(self, feeds: Any) -> Any:
             return {name: array * 2 for name, array in super().run(feeds).items()}
 
-    monkeypatch.setattr(probes, "open_cuda_session", lambda path, cuda, batch_size: Wrong(path))
+    monkeypatch.setattr(backend, "open_cuda_session", lambda path, cuda, batch_size: Wrong(path))
     assert "length 2.000" in resolve("auto").reason
 
 
@@ -120,7 +116,7 @@ def test_threads_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_probes_pass_on_a_sound_installation() -> None:
-    found = probes.probes()
+    found = probes()
     assert [p.name for p in found if p.required and not p.passed] == []
     assert len({p.name for p in found}) == len(found)
 
@@ -129,14 +125,7 @@ def test_a_missing_codec_is_told() -> None:
     probe = probe_codec("no-such-codec", "r", required=True)
     assert not probe.passed
     assert probe.fix
-    assert not probe_cuda_driver().required
-
-
-def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'keyreel\[cpu\]'"):
-        OnnxRuntimeSession(Path("x.onnx"))
-    assert issubclass(MissingExtra, ImportError)
+    assert not probe_driver().required
 
 
 def test_a_package_that_is_there_but_broken_is_no_missing_extra(
@@ -147,9 +136,3 @@ def test_a_package_that_is_there_but_broken_is_no_missing_extra(
     with pytest.raises(ModuleNotFoundError) as caught:
         import_extra("broken_package", extra="x", purpose="this")
     assert not isinstance(caught.value, MissingExtra)
-
-
-def test_a_graph_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
-    (tmp_path / "x.onnx").write_bytes(b"no graph")
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        OnnxRuntimeSession(tmp_path / "x.onnx")

@@ -72,39 +72,30 @@ def test_a_bad_manifest_is_refused(copy: Path, change: dict[str, object], messag
         Bundle.load(copy)
 
 
-def with_weak_scores(folder: Path, scores: object) -> Bundle:
+def with_thresholds(folder: Path, table: object) -> Bundle:
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["text"]["weak_scores"] = scores
+    manifest["text"]["weak_scores"] = table
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return Bundle.load(folder)
 
 
-def test_the_weak_score_rises_with_what_was_looked_at(copy: Path) -> None:
-    bundle = with_weak_scores(copy, [[1, 0.25], [10, 0.5], [1000, 0.75]])
-    asked = {0: 0.25, 1: 0.25, 10: 0.5, 100: 0.625, 1000: 0.75, 10**6: 0.75}
-    assert {moments: bundle.weak_score(moments) for moments in asked} == pytest.approx(asked)
-    assert 0.25 < (bundle.weak_score(3) or 0) < 0.5
-    assert with_weak_scores(copy, [["1", "0.5"]]).weak_score(3) == 0.5
-    assert with_weak_scores(copy, None).weak_score(3) is None
+def test_the_match_threshold_rises_with_what_was_searched(copy: Path) -> None:
+    bundle = with_thresholds(copy, [[1, 0.25], [10, 0.5], [1000, 0.75]])
+    expected = {0: 0.25, 1: 0.25, 10: 0.5, 100: 0.625, 1000: 0.75, 10**6: 0.75}
+    assert {moments: bundle.match_threshold(moments) for moments in expected} == pytest.approx(expected)
+    assert with_thresholds(copy, None).match_threshold(3) is None
 
 
-@pytest.mark.parametrize(
-    "scores",
-    [
-        [],
-        0.4,
-        [[1, 2]],
-        [[2, 0.1], [1, 0.2]],
-        [[1, 0.2], [2, 0.1]],
-        [[0, 0.1]],
-        [[1]],
-        [[1, float("nan")]],
-        [[1, 0.1], [float("inf"), 0.2]],
-    ],
-)
-def test_bad_weak_scores_are_refused(copy: Path, scores: object) -> None:
+BAD_TABLES = (
+    [], 0.4, [1, 2], [[1, 2]], [[2, 0.1], [1, 0.2]], [[1, 0.2], [2, 0.1]], [[0, 0.1]], [[1]], [[1, float("nan")]],
+    [[1, 0.1], [float("inf"), 0.2]],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("table", BAD_TABLES)
+def test_bad_thresholds_are_refused(copy: Path, table: object) -> None:
     with pytest.raises(ModelError, match="bad or missing entry"):
-        with_weak_scores(copy, scores)
+        with_thresholds(copy, table)
 
 
 def test_a_manifest_cannot_name_files_elsewhere(copy: Path) -> None:
@@ -131,6 +122,6 @@ def test_write_manifest_lists_every_file(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["schema"] == "keyreel.bundle/1"
     assert manifest["files"] == {"a.bin": {"sha256": sha256_of(tmp_path / "a.bin"), "bytes": 3}}
-    # The digest of "abc" as FIPS 180-2 prints it.
+    # SHA-256 of "abc" in FIPS 180-2
     assert sha256_of(tmp_path / "a.bin").startswith("ba7816bf8f01cfea414140de5dae2223")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []

@@ -157,7 +157,7 @@ def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
     jsonschema.validate(document, schema_of(SearchDocument))
     assert document["query"] == "a dog"
     assert all(Path(hit["preview"]).is_file() for hit in document["hits"])
-    assert document["weak_score"] == Bundle.find("builtin").weak_score(1)  # one shot
+    assert document["weak_score"] == Bundle.find("builtin").match_threshold(1)  # one shot
     assert "data:image/jpeg" in (tmp_path / "hits.html").read_text()
     done = run("search", "--image", document["hits"][0]["preview"], clip, "--json", "-k", 1)
     assert done.returncode == 0, done.stderr.decode()

@@ -116,10 +116,10 @@ def test_search_says_what_the_library_says(folder: Path, library: Path, tmp_path
         assert page.count("data:image/jpeg") == len(hits)
         weak = there.weak_score()
         shots = sum(len(record.shots) for record in there.list())
-        assert found["weak_score"] == weak == engine.bundle.weak_score(shots)
+        assert found["weak_score"] == weak == engine.bundle.match_threshold(shots)
         for where in (Filter(start_seconds=1.0), Filter(path="*/trip/*"), None):
             shots = sum(len(record.shots) for record in there.list(where))
-            assert there.weak_score(where) == engine.bundle.weak_score(shots), where
+            assert there.weak_score(where) == engine.bundle.match_threshold(shots), where
         with pytest.raises(LibraryError, match="no-such"):
             there.weak_score(Filter(videos=["no-such.mp4"]))
         with keyreel.Library(library) as without:

@@ -1,255 +1,505 @@
-"""Every exported graph builds under TensorRT-RTX, which needs no GPU to build, with the product's own code."""
+"""TensorRT sessions and plans, against a stand-in that records and computes; and on a real device."""
 
 from __future__ import annotations
 
-import multiprocessing
-import warnings
-from concurrent.futures import ProcessPoolExecutor
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
+from cuda_on_host import HostedArray
+from recording_tensorrt import Recording, builtin, recording_cuda, signature
+from typer.testing import CliRunner
 
-pytest.importorskip("torch", reason="the extra export is not installed")
-pytest.importorskip("onnxscript", reason="the extra export is not installed")
-pytest.importorskip("onnxruntime", reason="no onnxruntime to check what is exported")
-pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed (Linux on x86_64 has it)")
-
-import onnx
-import tensorrt_rtx_bindings as trt
-import tiny_models
-import torch
-from cuda_on_host import host_cuda
-from onnx import TensorProto, helper
-
-from keyreel.errors import BackendUnavailable, ModelError, PlanStale
-from keyreel.runtime.bundle import GRAPHS, Bundle
-from keyreel.runtime.plans import REFERENCE, PlanKey, reference, sample_feeds
+from keyreel.cli.videos import app
+from keyreel.errors import BackendError, BackendUnavailable, MissingExtra, ModelError, OutOfMemory, PlanStale
+from keyreel.runtime import plans, tensorrt_build
+from keyreel.runtime import tensorrt as session_tensorrt
+from keyreel.runtime.backend import open_cuda_session
+from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.plans import PlanKey, building, read_plan, sample_feeds
 from keyreel.runtime.sessions import OnnxRuntimeSession
-from keyreel.runtime.tensorrt import TensorRTSession, open_tensorrt
-from keyreel.runtime.tensorrt_build import Profile, build_plan, library, profile_for
-from keyreel_export.attention import DEFAULT_NETWORK
-from keyreel_export.bundle import export_model
+from keyreel.runtime.tensorrt import build_plans, open_tensorrt
+from keyreel.runtime.tensorrt_build import Profile, TensorRT, build_plan, profile_for
+from keyreel_kernels.cuda import Cuda
 
-FAMILIES = {  # model, network of the spatial attention
-    "cls": ("keyreel-tiny-vit", DEFAULT_NETWORK),
-    "attention_pool": ("keyreel-tiny-rn", "uniform"),
-    "map": ("keyreel-tiny-map", "test_resnet"),
-    "average": ("keyreel-tiny-avg", DEFAULT_NETWORK),
-}
-CASES = [(family, precision) for family in FAMILIES for precision in ("fp32", "fp16")]
-BATCH = 16
-AMPERE = (8, 6)
+pytestmark = pytest.mark.full
+
+FUSION = builtin("fusion")
+BATCH = 4
 
 
-def _export(family: str, precision: str, folder: Path) -> Path:
-    """In a process of its own, one a core."""
-    torch.set_num_threads(1)
-    (folder / "configs").mkdir(parents=True)
-    tiny_models.register(folder / "configs")
-    name, network = FAMILIES[family]
-    return export_model(name, folder / "bundle", precision=precision, attention=network, random_weights=True, seed=7)
+@pytest.fixture
+def trt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recording:
+    made = Recording()
+    for module in (tensorrt_build, session_tensorrt, plans):
+        monkeypatch.setattr(module, "load_tensorrt", lambda: made.installed)
+    monkeypatch.setenv("KEYREEL_CACHE", str(tmp_path / "cache"))
+    return made
+
+
+@pytest.fixture
+def recorded(trt: Recording) -> Cuda:
+    return recording_cuda(trt, capability=(9, 0))
+
+
+def feeds(rows: int, seed: int = 0) -> dict[str, Any]:
+    random = np.random.default_rng(seed)
+    energy = random.random((rows, 49), np.float32) + 1e-3
+    return {
+        "tokens": random.standard_normal((rows, 49, 512), np.float32),
+        "attention": energy / energy.sum(1, keepdims=True),
+        "strength": np.array(1.5, np.float32),
+    }
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    folder = tmp_path_factory.mktemp("families")
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        made = {
-            (family, precision): pool.submit(_export, family, precision, folder / family / precision)
-            for family, precision in CASES
-        }
-        return {case: future.result() for case, future in made.items()}
+def expected() -> Callable[[dict[str, Any]], Any]:
+    session = onnxruntime.InferenceSession(str(FUSION), providers=["CPUExecutionProvider"])
+    return lambda given: session.run(None, given)[0]
 
 
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("KEYREEL_CACHE", str(tmp_path))
+def files(folder: Path) -> list[str]:
+    return sorted(path.suffix for path in (folder / "cache" / "plans").iterdir())
 
 
-@pytest.mark.parametrize(("family", "precision"), CASES)
-def test_every_graph_builds(exported: dict[tuple[str, str], Path], family: str, precision: str) -> None:
-    bundle = Bundle.load(exported[family, precision])
-    assert (bundle.family, bundle.manifest["precision"]) == (family, precision)
-    sizes = {}
-    for graph in GRAPHS:
-        path = bundle.file(graph)
-        seen: list[float] = []
-
-        def progress(stage: str, done: float, total: float | None, seen: list[float] = seen, path: Path = path) -> None:
-            assert (stage, total) == (f"plan {path.stem}", 1.0)
-            seen.append(done)
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            plan = build_plan(path, profile_for(path.stem, BATCH), capability=AMPERE, progress=progress)
-        sizes[graph] = len(plan)
-        assert len(seen) > 10
-        assert seen == sorted(seen)
-        assert 0 < seen[0] < seen[-1] <= 1
-        weights = sum(w.ByteSize() for w in onnx.load(str(path)).graph.initializer)
-        assert len(plan) > 0.9 * weights
-        assert library().reason() == "it gave no reason"
-    if precision == "fp32":
-        half = Bundle.load(exported[family, "fp16"])
-        smaller = build_plan(half.file("text.onnx"), profile_for("text", BATCH), capability=AMPERE)
-        # Nothing was widened on the way: a strongly typed plan has the weights as the graph has them.
-        assert len(smaller) < 0.7 * sizes["text.onnx"]
+# --- what runs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
-def test_other_devices(exported: dict[tuple[str, str], Path], capability: tuple[int, int]) -> None:
-    for graph in GRAPHS:
-        path = exported["cls", "fp16"] / graph
-        assert len(build_plan(path, profile_for(path.stem, 64), capability=capability)) > 10_000
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 11, 0])
+def test_any_number_of_rows(trt: Recording, recorded: Cuda, expected: Any, rows: int) -> None:
+    session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    assert (session.inputs, session.outputs) == (("tokens", "attention", "strength"), ("vectors",))
+    given = feeds(rows)
+    trt.calls.clear()
+    found = session.run({name: recorded.to_device(array) for name, array in given.items()})
+    assert isinstance(found["vectors"], HostedArray)
+    np.testing.assert_allclose(found["vectors"].get(), expected(given) if rows else np.empty((0, 256)), atol=1e-6)
+    # Whole batches, then the tail at the next power of two.
+    sizes = [size for _, size in trt.noted("rows")]
+    assert sizes == [BATCH] * (rows // BATCH) + [{0: [], 1: [1], 3: [4]}[rows % BATCH]][0]
+    if rows == 11:
+        tail = trt.noted("fed")[-1][1]
+        np.testing.assert_array_equal(tail["tokens"][3], given["tokens"][10])
+        np.testing.assert_array_equal(tail["attention"][3], given["attention"][10])
 
 
-def test_the_builtin_model_builds() -> None:
-    bundle = Bundle.find("builtin")
-    for graph in GRAPHS:
-        path = bundle.file(graph)
-        assert len(build_plan(path, profile_for(path.stem, 64), capability=AMPERE)) > path.stat().st_size // 2
+def test_everything_goes_to_the_stream_of_the_device(trt: Recording, recorded: Cuda) -> None:
+    session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    session.run(feeds(3))
+    assert {stream for _, stream in trt.noted("execute")} == {recorded.stream.ptr}
+    assert {stream for (stream,) in trt.noted("launch")} == {recorded.stream.ptr}
+    # Each buffer has its address once and for all, none is that of what was fed or given back.
+    addresses = trt.noted("set_tensor_address")
+    assert len({(context, name) for context, name, _ in addresses}) == len(addresses)
+    assert len({address for *_, address in addresses}) == len(addresses)
 
 
-def test_the_profile_is_the_one_that_was_asked_for(
-    exported: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The dimensions that the library itself accepts and keeps for each input."""
-    made: list[Any] = []
-    builder = trt.Builder
+def test_whole_batches_are_captured_once_and_replayed(trt: Recording, recorded: Cuda, expected: Any) -> None:
+    session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    session.close()
+    trt.calls.clear()
+    session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    for seed, rows in enumerate((4, 2, 4, 1, 4, 8)):
+        given = feeds(rows, seed)
+        np.testing.assert_allclose(session.run_on_host(given)["vectors"], expected(given), atol=1e-6)
+    whole, tail = (next(n for n, _name, shape in trt.noted("set_input_shape") if shape[0] == k) for k in (4, 2))
+    assert whole != tail
+    # Warm-up, then the capture on a stream of its own, then only replays.
+    assert trt.noted("execute").count([whole, recorded.stream.ptr]) == 1
+    assert trt.noted("capture") == [[whole]]
+    ((stream, mode),) = trt.noted("begin_capture")
+    assert (stream != recorded.stream.ptr, mode) == (True, 1)
+    assert len(trt.noted("launch")) == 4
+    order = [name for name, *_ in trt.calls if name in ("execute", "synchronize", "begin_capture", "capture", "launch")]
+    assert order[:6] == ["execute", "synchronize", "begin_capture", "capture", "execute", "launch"]
+    # A captured context keeps its shape; shapes are set only where they change.
+    assert [shape[0] for n, name, shape in trt.noted("set_input_shape") if (n, name) == (whole, "tokens")] == [4]
+    assert [shape[0] for n, name, shape in trt.noted("set_input_shape") if (n, name) == (tail, "tokens")] == [2, 1]
 
-    class Watched:
-        def __init__(self, logger: Any) -> None:
-            self._builder = builder(logger)
 
-        def create_optimization_profile(self) -> Any:
-            made.append(self._builder.create_optimization_profile())
-            return made[-1]
+@pytest.mark.parametrize("refused", ["end_capture", "capture"])
+def test_without_a_graph_it_runs_all_the_same(trt: Recording, recorded: Cuda, expected: Any, refused: str) -> None:
+    trt.refused = {refused}
+    session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    trt.calls.clear()
+    for seed in range(3):
+        given = feeds(BATCH, seed)
+        np.testing.assert_allclose(session.run_on_host(given)["vectors"], expected(given), atol=1e-6)
+    assert (trt.noted("launch"), trt.noted("begin_capture"), len(trt.noted("execute"))) == ([], [], 3)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._builder, name)
 
-    monkeypatch.setattr(trt, "Builder", Watched)
-    if library().module is not trt:
-        monkeypatch.setattr(library().module, "Builder", Watched)
-    folder = exported["cls", "fp32"]
-    for graph, name, dims in (
-        ("backbone", "frames", (64, 64, 3)),
-        ("fusion", "tokens", (17, 64)),
-        ("fusion", "attention", (16,)),
-        ("text", "token_ids", (77,)),
+def test_contexts_are_lent_to_one_thread_at_a_time(trt: Recording, recorded: Cuda, expected: Any) -> None:
+    session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    trt.calls.clear()
+    trt.spoil = lambda array, _replayed: (time.sleep(0.01), array)[1]  # so that they do meet
+    start = threading.Barrier(8)
+
+    def work(seed: int) -> None:
+        start.wait()
+        for rows in (4, 3, 9):
+            given = feeds(rows, 10 * seed + rows)
+            np.testing.assert_allclose(session.run_on_host(given)["vectors"], expected(given), atol=1e-6)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    # The check of the plan has made one of each kind.
+    assert len(trt.noted("context")) <= 2
+    assert len({number for number, *_ in trt.noted("rows")}) == 4
+
+
+def test_an_inference_that_fails_is_told(trt: Recording, recorded: Cuda, expected: Any) -> None:
+    session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    trt.refused = {"execute"}
+    with pytest.raises(BackendError, match="an inference failed: execute is out of order") as caught:
+        session.run(feeds(3))
+    assert caught.value.exit_code == 5
+    trt.refused = set()
+    trt.calls.clear()
+    given = feeds(3)
+    np.testing.assert_allclose(session.run_on_host(given)["vectors"], expected(given), atol=1e-6)
+    assert len(trt.noted("context")) == 1  # the one that failed is not used again
+    trt.refused = {"set_input_shape"}
+    with pytest.raises(BackendError, match="tokens may not be"):
+        session.run(feeds(1))
+
+
+def test_no_room_for_a_context(trt: Recording, recorded: Cuda) -> None:
+    session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    session.close()
+    session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    trt.refused = {"context"}
+    with pytest.raises(OutOfMemory, match="memory free"):
+        session.run(feeds(1))
+
+
+def test_feeds_that_do_not_fit(trt: Recording, recorded: Cuda) -> None:
+    session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    good = feeds(2)
+    for wrong in (
+        {"tokens": good["tokens"]},
+        {**good, "tokens": good["tokens"][:1]},
+        {**good, "tokens": good["tokens"][:, :5]},
+        {**good, "tokens": good["tokens"].astype(np.float64)},
+        {**good, "strength": np.ones(2, np.float32)},
+        {**good, "attention": np.array(1, np.float32)},
+        {**good, "more": good["tokens"]},
     ):
-        profile = profile_for(graph, 24)
-        build_plan(folder / f"{graph}.onnx", profile, capability=AMPERE)
-        shapes = [tuple(shape) for shape in made[-1].get_shape(name)]
-        assert shapes == [(size, *dims) for size in (profile.least, profile.usual, profile.most)]
-        assert bool(made[-1])  # consistent, says the library
+        with pytest.raises(ModelError, match=r"fusion\.onnx takes"):
+            session.run(wrong)
+    session.close()
+    session.close()
+    with pytest.raises(ValueError, match="closed"):
+        session.run(good)
 
 
-def test_devices_that_it_has_no_plans_for(exported: dict[tuple[str, str], Path]) -> None:
-    path = exported["cls", "fp16"] / "fusion.onnx"
-    assert library().flavour == "tensorrt_rtx"
-    assert (library().supports(AMPERE), library().supports((9, 0))) == (True, False)
-    with pytest.raises(BackendUnavailable, match=r"does not build for compute capability 9\.0"):
-        build_plan(path, profile_for("fusion", BATCH), capability=(9, 0))
+# --- plans ----------------------------------------------------------------------------------------------------------
 
 
-def _graph(path: Path, nodes: list[Any], inputs: list[Any], outputs: list[Any]) -> Path:
-    graph = helper.make_graph(nodes, "graph", inputs, outputs)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), str(path))
-    return path
+def test_profiles() -> None:
+    assert [profile_for("backbone", 24).padded(rows) for rows in (1, 2, 3, 5, 9, 16, 17, 24)] == [
+        1, 2, 4, 8, 16, 16, 24, 24,
+    ]  # fmt: skip
+    assert profile_for("text", 24) == Profile(1, 1, 64)
+    assert Profile(4, 4, 8).padded(1) == 4
 
 
-def test_graphs_that_cannot_be_built(tmp_path: Path) -> None:
-    frames = helper.make_tensor_value_info("frames", TensorProto.UINT8, ["n", 8, 8, 3])
-    result = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["n", 3, 8, 8])
-    # What the export avoids: a uint8 input that is permuted before it is cast.
-    nodes = [
-        helper.make_node("Transpose", ["frames"], ["moved"], perm=[0, 3, 1, 2]),
-        helper.make_node("Cast", ["moved"], ["out"], to=TensorProto.FLOAT),
+def test_a_plan_is_built_for_the_batches_of_the_engine(trt: Recording, recorded: Cuda) -> None:
+    build_plans(Bundle.find("builtin"), recorded, batch_size=BATCH)
+    assert [Path(path).name for (path,) in trt.noted("parse")] == [
+        "backbone.onnx", "attention.onnx", "fusion.onnx", "text.onnx",
+    ]  # fmt: skip
+    frames = tuple((n, 112, 112, 3) for n in (1, 4, 4))
+    tokens = tuple((n, 49, 512) for n in (1, 4, 4))
+    assert [(name, tuple(shapes)) for name, *shapes in trt.noted("set_shape")] == [
+        ("frames", frames),
+        ("tokens", tokens),
+        ("tokens", tokens),
+        ("attention", ((1, 49), (4, 49), (4, 49))),
+        ("token_ids", ((1, 32), (1, 32), (64, 32))),
     ]
-    path = _graph(tmp_path / "late.onnx", nodes, [frames], [result])
-    with pytest.raises(ModelError, match=r"(?s)late\.onnx: .*UInt8"):
-        build_plan(path, Profile(1, 2, 2), capability=AMPERE)
-    path = _graph(tmp_path / "odd.onnx", [helper.make_node("NoSuchOperator", ["frames"], ["out"])], [frames], [result])
-    with pytest.raises(ModelError, match=r"(?s)cannot parse odd\.onnx: .*NoSuchOperator"):
-        build_plan(path, Profile(1, 2, 2), capability=AMPERE)
-    wide = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "m"])
-    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", "m"])
-    path = _graph(tmp_path / "wide.onnx", [helper.make_node("Neg", ["x"], ["y"])], [wide], [out])
-    with pytest.raises(ModelError, match=r"x is \(-1, -1\), only the first dimension may vary"):
-        build_plan(path, Profile(1, 2, 2), capability=AMPERE)
-    (tmp_path / "none.onnx").write_bytes(b"not a graph")
-    with pytest.raises(ModelError, match=r"cannot parse none\.onnx"):
-        build_plan(tmp_path / "none.onnx", Profile(1, 2, 2), capability=AMPERE)
+    trt.calls.clear()
+    build_plans(Bundle.find("builtin"), recorded, batch_size=BATCH)
+    assert trt.noted("build") == []
 
 
-def test_a_build_can_be_stopped(exported: dict[tuple[str, str], Path]) -> None:
-    steps = 0
+def test_a_plan_is_kept_with_all_that_it_depends_on(trt: Recording, recorded: Cuda, tmp_path: Path) -> None:
+    seen: list[tuple[Any, ...]] = []
+    open_tensorrt(FUSION, recorded, batch_size=BATCH, progress=lambda *step: seen.append(step)).close()
+    assert seen == [("plan fusion", 0.5, 1.0), ("plan fusion", 1.0, 1.0), ("plan fusion", 1.0, 1.0)]
+    assert files(tmp_path) == [".json", ".lock", ".plan", ".timings"]
+    (sidecar,) = (tmp_path / "cache" / "plans").glob("*.json")
+    entry = json.loads(sidecar.read_text())
+    assert entry["tensorrt"] == "tensorrt 11.1.0"
+    assert (entry["device"], entry["capability"], entry["precision"]) == ("emulated", "9.0", "fp32")
+    assert (entry["profile"], entry["flags"]) == ([1, 4, 4], ["strongly typed", "tf32"])
+    assert entry["onnx_sha256"] == json.loads(FUSION.with_name("manifest.json").read_text())["files"]["fusion.onnx"][
+        "sha256"
+    ]  # fmt: skip
+    assert entry["cosine"]["vectors"] > 0.99999
+    assert open_tensorrt(FUSION, recorded, batch_size=BATCH, build=False).outputs == ("vectors",)
+
+
+def test_another_key_is_another_plan(trt: Recording, recorded: Cuda, tmp_path: Path) -> None:
+    profile = profile_for("fusion", BATCH)
+    key = PlanKey.of(FUSION, "A", (9, 0), profile)
+    beside = tmp_path / "bundle"
+    beside.mkdir()
+    shutil.copy(FUSION, beside / "fusion.onnx")
+    assert PlanKey.of(beside / "fusion.onnx", "A", (9, 0), profile) == key
+    others = [
+        PlanKey.of(FUSION, "B", (9, 0), profile),
+        PlanKey.of(FUSION, "A", (10, 0), profile),
+        PlanKey.of(FUSION, "A", (9, 0), profile_for("fusion", 8)),
+        PlanKey.of(builtin("attention"), "A", (9, 0), profile),
+    ]
+    (beside / "fusion.onnx.data").write_bytes(b"weights")
+    others.append(PlanKey.of(beside / "fusion.onnx", "A", (9, 0), profile))
+    (beside / "fusion.onnx.data").write_bytes(b"other weights")
+    others.append(PlanKey.of(beside / "fusion.onnx", "A", (9, 0), profile))
+    trt.installed = TensorRT(trt, "tensorrt_rtx", "11.1.0", None, trt.installed.complaints)
+    others.append(PlanKey.of(FUSION, "A", (9, 0), profile))
+    assert len({k.file(".plan") for k in (key, *others)}) == 8
+    with pytest.raises(PlanStale, match="no TensorRT plan for emulated yet"):
+        open_tensorrt(FUSION, recorded, batch_size=BATCH, build=False)
+
+
+def _cut(folder: Path) -> None:
+    path = next(folder.glob("*.plan"))
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def _sidecar(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = next(folder.glob("*.json"))
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def _unknown(folder: Path) -> None:
+    """A plan that fits its sidecar, and that TensorRT does not take."""
+    next(folder.glob("*.plan")).write_bytes(b"of another TensorRT")
+    _sidecar(sha256=hashlib.sha256(b"of another TensorRT").hexdigest())(folder)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        _cut,
+        _unknown,
+        _sidecar(capability="8.6"),
+        _sidecar(tensorrt="tensorrt 10.9.0"),
+        _sidecar(profile=[1, 16, 16]),
+        lambda folder: next(folder.glob("*.json")).write_text("{"),
+        lambda folder: next(folder.glob("*.json")).write_text("[]"),
+        lambda folder: next(folder.glob("*.json")).unlink(),
+        lambda folder: next(folder.glob("*.plan")).unlink(),
+    ],
+)
+def test_what_does_not_fit_is_built_again(
+    trt: Recording, recorded: Cuda, expected: Any, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    open_tensorrt(FUSION, recorded, batch_size=BATCH).close()
+    harm(tmp_path / "cache" / "plans")
+    with pytest.raises(PlanStale) as caught:
+        open_tensorrt(FUSION, recorded, batch_size=BATCH, build=False)
+    assert caught.value.exit_code == 4
+    session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    assert len(trt.noted("build")) == 2
+    given = feeds(5)
+    np.testing.assert_allclose(session.run_on_host(given)["vectors"], expected(given), atol=1e-6)
+    open_tensorrt(FUSION, recorded, batch_size=BATCH, build=False)
+
+
+def _across(array: Any) -> Any:
+    """Unit vectors at right angles to those given."""
+    other = np.roll(array, 1, axis=1) - (np.roll(array, 1, axis=1) * array).sum(1, keepdims=True) * array
+    return other / np.linalg.norm(other, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda array, _replayed: -array,
+        lambda array, _replayed: array * np.float32(np.nan),
+        lambda array, _replayed: array + np.float32(0.01) * np.arange(array.shape[1], dtype=np.float32) % 1,
+        lambda array, replayed: array[::-1] if replayed else array,
+        lambda array, _replayed: array[::-1] if len(array) == 4 else array,
+        lambda array, _replayed: np.where(np.arange(len(array))[:, None] == 2, 0, array),
+        # One row of three has a cosine of 0.998: the mean of the three would pass.
+        lambda array, _replayed: array + np.float32(0.0633) * _across(array) * (np.arange(len(array))[:, None] == 1),
+    ],
+)
+def test_a_plan_that_computes_something_else_is_refused(
+    trt: Recording, recorded: Cuda, tmp_path: Path, spoil: Callable[[Any, bool], Any]
+) -> None:
+    trt.spoil = spoil
+    with pytest.raises(ModelError, match=r"fusion.onnx is refused: vectors of \d rows has cosine") as caught:
+        open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    assert "0.999" in str(caught.value)
+    assert caught.value.hint
+    assert files(tmp_path) == [".lock", ".timings"]
+    trt.spoil = lambda array, _replayed: array * np.float32(1.5)  # cosines do not see lengths
+    open_tensorrt(FUSION, recorded, batch_size=BATCH)
+
+
+def test_half_precision_is_checked_against_what_the_export_wrote(
+    trt: Recording, recorded: Cuda, expected: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "fusion.onnx"
+    shutil.copy(FUSION, path)
+    (tmp_path / "manifest.json").write_text('{"precision": "fp16"}')
+    with pytest.raises(ModelError, match=r"reference\.npz cannot be read"):
+        open_tensorrt(path, recorded, batch_size=BATCH)
+    given = feeds(3)
+    known = {f"fusion.{name}": array for name, array in given.items()}
+    other = {"text.token_ids": np.ones((3, 32), np.int64), "text.vectors": np.ones((3, 256), np.float32)}
+    np.savez(tmp_path / "reference.npz", **known, **other, **{"fusion.vectors": expected(feeds(3, 1))})
+    with pytest.raises(ModelError, match="refused"):
+        open_tensorrt(path, recorded, batch_size=BATCH)
+    np.savez(tmp_path / "reference.npz", **known, **other, **{"fusion.vectors": expected(given)})
+    trt.calls.clear()
+    open_tensorrt(path, recorded, batch_size=BATCH)
+    np.testing.assert_array_equal(trt.noted("fed")[0][1]["tokens"][:3], given["tokens"])
+    (sidecar,) = (tmp_path / "cache" / "plans").glob("*.json")
+    assert json.loads(sidecar.read_text())["precision"] == "fp16"
+
+
+def test_what_cannot_be_built_is_told(trt: Recording, recorded: Cuda, tmp_path: Path) -> None:
+    trt.refused = {"parse"}
+    with pytest.raises(ModelError, match=r"cannot parse fusion\.onnx: no importer \(in Odd 'the_node'\)"):
+        open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    trt.refused = {"build"}
+    with pytest.raises(ModelError, match=r"cannot build fusion\.onnx: build is out of order"):
+        open_tensorrt(FUSION, recorded, batch_size=BATCH)
+    trt.refused = set()
 
     def stop(*_: Any) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == 5:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
+    trt.calls.clear()
     with pytest.raises(KeyboardInterrupt):
-        build_plan(exported["map", "fp32"] / "backbone.onnx", Profile(1, 4, 4), capability=AMPERE, progress=stop)
-    assert steps == 5
+        open_tensorrt(FUSION, recorded, batch_size=BATCH, progress=stop)
+    assert trt.noted("build") == []
+    assert files(tmp_path) == [".lock"]
 
 
-@pytest.mark.parametrize("graph", ["backbone", "attention", "fusion", "text"])
-def test_half_precision_brings_its_reference(exported: dict[tuple[str, str], Path], graph: str) -> None:
-    half, full = (exported["cls", precision] / f"{graph}.onnx" for precision in ("fp16", "fp32"))
-    inputs = {node.name: node for node in onnx.load(str(half)).graph.input}
-    signature = {name: (np.dtype(np.float32), ()) for name in inputs}
-    feeds, expected = reference(half, signature)
-    assert feeds.keys() == inputs.keys()
-    assert {array.shape[0] for array in feeds.values() if array.ndim} == {3}
-    # The graph of single precision, from the same seed, gives what is written down.
-    found = OnnxRuntimeSession(full).run(feeds)
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert array.dtype == np.float32
-        np.testing.assert_allclose(found[name], array, atol=1e-4)
-    assert REFERENCE in Bundle.load(half.parent).manifest["files"]
-    assert not (full.parent / REFERENCE).exists()
+def test_measurements_are_kept(trt: Recording, tmp_path: Path) -> None:
+    timings = tmp_path / "x.timings"
+    for content, taken in ((None, b""), (b"timed", b"timed"), (b"damaged", b"")):
+        if content is not None:
+            timings.write_bytes(content)
+        trt.calls.clear()
+        build_plan(FUSION, Profile(1, 1, 1), capability=(9, 0), timing_cache=timings)
+        assert trt.noted("set_timing_cache") == [[taken, False]]
+        assert timings.read_bytes() == b"timed"
+    assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["x.timings"]
 
 
-def test_without_a_device_a_plan_is_stale_and_nothing_is_kept(
-    exported: dict[tuple[str, str], Path], tmp_path: Path
+def test_one_thread_builds_and_the_others_wait(trt: Recording, recorded: Cuda) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        sessions = list(pool.map(lambda _: open_tensorrt(FUSION, recorded, batch_size=BATCH), range(6)))
+    assert len(trt.noted("build")) == 1
+    assert len(sessions) == 6
+
+
+_WRITER = """
+import sys
+from keyreel.runtime.plans import PlanKey, building, write_plan
+key = PlanKey("0", "tensorrt 11", "A", "9.0", "fp32", (1, 4, 4))
+for round in range(40):
+    with building(key):
+        write_plan(key, (sys.argv[1] + str(round)).encode() * 10000, {"vectors": 1.0})
+"""
+
+
+def test_processes_do_not_harm_each_others_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KEYREEL_CACHE", str(tmp_path))
+    writers = [subprocess.Popen([sys.executable, "-c", _WRITER, name]) for name in "ab"]
+    key = PlanKey("0", "tensorrt 11", "A", "9.0", "fp32", (1, 4, 4))
+    whole = 0
+    while any(writer.poll() is None for writer in writers):
+        with building(key):
+            try:
+                plan = read_plan(key)
+            except PlanStale:
+                assert whole == 0  # only before the first is there
+                continue
+        word = plan[: len(plan) // 10000]
+        assert plan == word * 10000
+        assert word[:1] in b"ab"
+        whole += 1
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert read_plan(key)[1:3].isdigit()
+    assert sorted(path.suffix for path in (tmp_path / "plans").iterdir()) == [".json", ".lock", ".plan"]
+
+
+def test_the_export_command_builds_plans_for_the_device_at_hand(
+    trt: Recording, recorded: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As far as the library goes here: it builds, and says that there is no device when the plan is to be run."""
-    path = exported["average", "fp32"] / "fusion.onnx"
-    cuda = host_cuda(capability=AMPERE)
-    profile = profile_for("fusion", BATCH)
-    plan = build_plan(path, profile, capability=AMPERE)
-    with pytest.raises(PlanStale, match=r"cudaErr|CUDA"):
-        TensorRTSession(plan, cuda, profile, name="fusion.onnx")
-    with pytest.raises(PlanStale, match="no TensorRT plan for emulated"):
-        open_tensorrt(path, cuda, batch_size=BATCH, build=False)
-    with pytest.raises(PlanStale, match="does not take"):
-        open_tensorrt(path, cuda, batch_size=BATCH)
-    assert [file.suffix for file in (tmp_path / "plans").iterdir()] == [".lock"]
-    key = PlanKey.of(path, cuda.name, cuda.capability, profile)
-    assert key.tensorrt == f"tensorrt_rtx {trt.__version__}"
-    with pytest.raises(PlanStale, match="does not take"):
-        TensorRTSession(b"not a plan", cuda, profile, name="fusion.onnx")
+    pytest.importorskip("torch", reason="the extra export is not installed")
+    backend = SimpleNamespace(ops=SimpleNamespace(arrays=recorded), batch_size=BATCH)
+    monkeypatch.setattr("keyreel.cli.videos.resolve", lambda device: backend if device == "cuda" else None)
+    done = CliRunner().invoke(app, ["export", "builtin", "--tensorrt"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == str(FUSION.parent)
+    assert len(trt.noted("build")) == 4
 
 
-def test_sample_feeds_are_taken_by_every_graph(exported: dict[tuple[str, str], Path]) -> None:
-    kinds = {TensorProto.UINT8: np.uint8, TensorProto.INT64: np.int64, TensorProto.FLOAT: np.float32}
-    for family in FAMILIES:
-        for graph in GRAPHS:
-            path = exported[family, "fp32"] / graph
-            signature = {}
-            for node in onnx.load(str(path)).graph.input:
-                tensor = node.type.tensor_type
-                dims = [d.dim_value for d in tensor.shape.dim]
-                signature[node.name] = (np.dtype(kinds[tensor.elem_type]), tuple(dims[1:]) if dims else None)
-            feeds, expected = reference(path, signature)
-            assert all((feeds[name] == array).all() for name, array in sample_feeds(signature).items())
-            (array,) = expected.values()
-            assert np.isfinite(array).all()
-            assert np.ptp(array) > 0 or (graph, FAMILIES[family][1]) == ("attention.onnx", "uniform")
+def test_the_export_command_looks_for_the_device_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: str) -> None:
+        raise BackendUnavailable(f"{device} was asked for", probe="cuda driver")
+
+    monkeypatch.setattr("keyreel.cli.videos.resolve", refuse)
+    monkeypatch.setattr("keyreel.cli.videos.load_tensorrt", lambda: None)
+    done = CliRunner().invoke(app, ["export", "no-such-model", "--tensorrt"])
+    assert (done.exit_code, done.stdout) == (5, ""), done.output
+
+
+def test_a_bundle_is_not_exported_again(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the extra export is not installed")
+    done = CliRunner().invoke(app, ["export", "builtin", "--triton", str(tmp_path / "served"), "--precision", "fp16"])
+    assert (done.exit_code, done.stdout) == (2, ""), done.output
+    assert "only --triton and --tensorrt go with it" in done.stderr
+    assert not (tmp_path / "served").exists()
+
+
+def test_without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_build, "_MODULES", {"keyreel_has_no_such_module": "tensorrt"})
+    tensorrt_build.load_tensorrt.cache_clear()
+    with pytest.raises(MissingExtra, match=r"keyreel\[gpu\]"):
+        tensorrt_build.load_tensorrt()
+
+
+# --- a real device --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuda", [pytest.param("cuda", marks=pytest.mark.needs_cuda)], indirect=True)
+@pytest.mark.parametrize("graph", ["backbone", "attention", "fusion", "text"])
+def test_the_device_computes_what_the_cpu_does(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, graph: str
+) -> None:
+    monkeypatch.setenv("KEYREEL_CACHE", str(tmp_path))
+    session, reference = open_cuda_session(builtin(graph), cuda, batch_size=8), OnnxRuntimeSession(builtin(graph))
+    feeds = sample_feeds(signature(reference._session))
+    given = {
+        name: array if array.ndim == 0 else np.resize(array, (19, *array.shape[1:])) for name, array in feeds.items()
+    }
+    expected = reference.run(given)
+    for _ in range(3):
+        (output,) = session.outputs
+        result = cuda.to_host(session.run({name: cuda.to_device(array) for name, array in given.items()})[output])
+        np.testing.assert_allclose(result, expected[output], atol=2e-2 * float(np.abs(expected[output]).max()))
+    session.close()

@@ -223,7 +223,7 @@ def _torch_case(make: Any, batch: int) -> Any:
 
 def _installed_case(bench: Bench, bundle: Any) -> Row:
     from keyreel.errors import BackendUnavailable, MissingExtra
-    from keyreel.runtime.session_cuda import open_cuda_session
+    from keyreel.runtime.backend import open_cuda_session
 
     opened: dict[str, Any] = {}
     with contextlib.ExitStack() as closed:
@@ -247,8 +247,8 @@ def installed_vit(bench: Bench) -> Row:
     """Exports ViT-B-32 with random weights first, which takes most of the time."""
     _need_open_clip()
     from keyreel.errors import BackendUnavailable, MissingExtra
+    from keyreel.runtime.backend import open_cuda_session
     from keyreel.runtime.bundle import Bundle
-    from keyreel.runtime.session_cuda import open_cuda_session
     from keyreel_export.bundle import export_model
 
     try:

@@ -62,7 +62,7 @@ from keyreel.runtime.backend import resolve
 from keyreel.runtime.bundle import BUILTIN, MANIFEST, Bundle
 from keyreel.runtime.doctor import probes
 from keyreel.runtime.tensorrt import build_plans
-from keyreel.runtime.tensorrt_build import library
+from keyreel.runtime.tensorrt_build import load_tensorrt
 from keyreel.types import Summary
 
 Videos = Annotated[list[str], typer.Argument(metavar="VIDEO...", help="files, folders, or - for standard input")]
@@ -190,7 +190,7 @@ def search(
         failed = for_each(_sources(names, options), one, _told(bars))
         hits = engine.search(query, summaries, k=k) if summaries else []
         shots = sum(len(summary.shots) for summary in summaries)
-        weak = engine.bundle.weak_score(shots) if image is None else None
+        weak = engine.bundle.match_threshold(shots) if image is None else None
         pictures = hit_pictures(hits, videos_by_name) if html or previews else []
     if previews is not None:
         hits = save_previews(hits, pictures, previews)
@@ -304,7 +304,7 @@ def export(
     if (triton is not None or tensorrt) and precision == "int8":
         raise ValueError("int8 is for CPUs: --triton and --tensorrt take fp32 or fp16")
     if tensorrt:  # looked at first: an export takes minutes
-        library()
+        load_tensorrt()
         device = resolve("cuda")
     import_extra("torch", extra="export", purpose="exporting a model")
     from keyreel_export.bundle import export_model

@@ -253,7 +253,7 @@ class Library:
         return self._search().videos(vectors, k, moments, self._where(where), own)[0]
 
     def weak_score(self, where: Filter | None = None) -> float | None:
-        """A best score of a text under this says that nothing matches it well, see `Bundle.weak_score`.
+        """A best score of a text under this says that nothing matches it well, see `Bundle.match_threshold`.
 
         Args:
             where: as for `search`; of its times nothing is taken into account.
@@ -270,7 +270,7 @@ class Library:
         known = self._shots
         if known[:2] != (version, where):  # one query comes after the other; the videos hardly change
             self._shots = known = (version, where, sum(len(record.shots) for record in self.list(where)))
-        return self.engine.bundle.weak_score(known[2])
+        return self.engine.bundle.match_threshold(known[2])
 
     # --- what is in it --------------------------------------------------------------------------------------------
 

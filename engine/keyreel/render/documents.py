@@ -214,7 +214,7 @@ class SearchDocument:
     hits: tuple[HitEntry, ...]  # best first
     failed: tuple[FailedVideo, ...]
     videos: tuple[FoundVideo, ...] | UnsetType = UNSET  # where videos of a library were asked for; the hits are theirs
-    weak_score: Cosine | UnsetType = UNSET  # hits below it hardly match a text, see `Bundle.weak_score`
+    weak_score: Cosine | UnsetType = UNSET  # hits below it hardly match a text, see `Bundle.match_threshold`
 
 
 def search_document(

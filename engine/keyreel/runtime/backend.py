@@ -1,17 +1,20 @@
-"""The one place where the device is decided, and what runs on it.
+"""Decides the device once, and what runs on it.
 
-An explicit device never falls back. `auto` falls back once, when an engine is made, and the reason stands in every
-result. The checks that decide are in probes.py; `keyreel doctor` prints them.
+An explicit device never falls back. `auto` falls back once, when an engine is made, and the reason is part of every
+result. `keyreel doctor` prints the checks that decide.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
@@ -19,15 +22,20 @@ from keyreel.decode.nvdec import open_stream, pool_of
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream
 from keyreel.errors import BackendUnavailable, MissingExtra, OutOfMemory
-from keyreel.runtime.doctor import probe_cuda
-from keyreel.runtime.openvino import image_precision, open_openvino
-from keyreel.runtime.session_cuda import open_cuda_session
-from keyreel.runtime.sessions import OnnxRuntimeSession, Session, import_runtime
+from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.openvino import OpenVINOSession, image_precision
+from keyreel.runtime.sessions import OnnxRuntimeCudaSession, OnnxRuntimeSession, Session, import_runtime
+from keyreel.runtime.tensorrt import open_tensorrt
+from keyreel.runtime.tensorrt_build import load_tensorrt
 from keyreel_kernels import Ops, ops_for
 
-# Frames in one inference. A GPU is idle with fewer. On a CPU 16 cost up to 20 % less time each than one alone, and 8 or
-# 32 what 16 cost within the noise, on both runtimes and for each tower tried: a measurement at the start would not pay.
+if TYPE_CHECKING:
+    from keyreel_kernels.cuda import Cuda
+
+# Frames in one inference. A smaller batch leaves a GPU idle; on a CPU 16 cost up to 20 % less per frame than 1, and
+# neither 8 nor 32 differed from 16, on both runtimes and for each tower tried.
 CPU_BATCH, CUDA_BATCH = 16, 64
+_GPU_EXTRA = "pip install 'keyreel[gpu]'"
 
 
 class OpenStream(Protocol):
@@ -38,20 +46,20 @@ class OpenStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A device, why it was taken, and what runs on it."""
+    """A device, the reason for its choice, and what runs on it."""
 
     device: str  # "cpu", "cuda:0"
     reason: str
     ops: Ops
     open_session: Callable[[Path], Session]  # takes and gives arrays of `ops.arrays`
     open_stream: OpenStream  # gives batches whose data is on the device
-    batch_size: int  # frames in one inference, where the caller does not say
+    batch_size: int  # default number of frames in one inference
     precisions: tuple[str, ...] = ("fp32", "fp16")  # of bundles that run here
-    release: Callable[[], None] = lambda: None  # gives back what is kept for the next call
+    release: Callable[[], None] = lambda: None  # frees what is kept for the next call
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Makes the device current in this thread, and says in our words when its memory is full."""
+        """Activates the device in this thread; turns out-of-memory into `OutOfMemory`."""
         try:
             with self.ops.arrays.scope():
                 yield
@@ -63,19 +71,15 @@ class Backend:
 def resolve(device: str = "auto", *, threads: int | None = None, precision: str = "fp32") -> Backend:
     """Decides where to compute.
 
-    On a CPU, OpenVINO runs the model where it is installed, else onnxruntime; where OpenVINO is there but broken, the
-    reason says so. KEYREEL_CPU_RUNTIME names one of them, and then the other is never taken in its place.
-
     Args:
         device: "auto", "cpu", "cuda" (the first one) or "cuda:N".
-        threads: threads inside one operator on a CPU; KEYREEL_THREADS, else what the runtime finds.
-        precision: of the bundle that is to run: int8 is run by onnxruntime where both are there.
+        threads: threads inside one operator on a CPU; by default KEYREEL_THREADS, else the runtime's choice.
+        precision: of the bundle that is to run, see `cpu_runtime`.
 
     Raises:
         ValueError: not the name of a device, or of a runtime.
         MissingExtra: no runtime is installed.
-        BackendUnavailable: the device or the runtime that was asked for does not work; `probe` names the check that
-            failed.
+        BackendUnavailable: the device or runtime that was asked for does not work; `probe` names the failed check.
     """
     kind, _, index = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
@@ -84,24 +88,31 @@ def resolve(device: str = "auto", *, threads: int | None = None, precision: str 
     if kind == "cpu":
         return _cpu("asked for", count, precision)
     found, ops = probe_cuda(int(index or 0))
+    last = found[-1]
     if ops is not None:
-        return _cuda(ops, "asked for" if kind == "cuda" else f"auto: {found[-1].found}", strict=kind == "cuda")
-    failed = found[-1]
+        return _cuda(ops, "asked for" if kind == "cuda" else f"auto: {last.found}", strict=kind == "cuda")
     if kind == "cuda":
-        hint = failed.fix or "use device='cpu' or 'auto' (--device cpu)"
-        raise BackendUnavailable(f"{device} was asked for: {failed.found}", probe=failed.name, hint=hint)
-    return _cpu(f"auto: {failed.found}", count, precision)
+        hint = last.fix or "use device='cpu' or 'auto' (--device cpu)"
+        raise BackendUnavailable(f"{device} was asked for: {last.found}", probe=last.name, hint=hint)
+    return _cpu(f"auto: {last.found}", count, precision)
+
+
+def _threads() -> int:
+    text = os.environ.get("KEYREEL_THREADS", "0")
+    if not text.isdigit():
+        raise ValueError(f"KEYREEL_THREADS must be a whole number, got {text!r}")
+    return int(text)
 
 
 def _cpu(reason: str, threads: int, precision: str) -> Backend:
-    runtime, said = cpu_runtime(precision)
+    runtime, description = cpu_runtime(precision)
     opens: dict[str, Callable[[Path], Session]] = {
-        "openvino": lambda path: open_openvino(path, threads=threads),
+        "openvino": lambda path: OpenVINOSession(path, threads=threads),
         "onnxruntime": lambda path: OnnxRuntimeSession(path, threads=threads),
     }
     return Backend(
         device="cpu",
-        reason=f"{reason}; inference by {said}",
+        reason=f"{reason}; inference by {description}",
         ops=ops_for("cpu"),
         open_session=opens[runtime],
         open_stream=FrameStream,
@@ -111,39 +122,43 @@ def _cpu(reason: str, threads: int, precision: str) -> Backend:
 
 
 def cpu_runtime(precision: str = "fp32") -> tuple[str, str]:
-    """Which package runs graphs on the CPU: the one that is asked for, else the faster one of those that work.
+    """The package that runs graphs on the CPU: the one that KEYREEL_CPU_RUNTIME names, else the fastest that works.
 
     Returns:
-        its name; and that with what it computes in, whether it was asked for, and what is wrong with a faster one.
+        Its name, and a description: precision, who chose it, and what is wrong with a faster one.
 
     Raises:
         ValueError: KEYREEL_CPU_RUNTIME names no runtime.
-        MissingExtra, BackendUnavailable: the one that is asked for, or each of them, is missing or broken.
+        MissingExtra, BackendUnavailable: the chosen one, or each of them, is missing or broken.
     """
-    extras = {"openvino": "openvino", "onnxruntime": "cpu"}
     chosen = os.environ.get("KEYREEL_CPU_RUNTIME", "auto")
-    if chosen not in ("auto", *extras):
-        raise ValueError(f"KEYREEL_CPU_RUNTIME must be auto, {' or '.join(extras)}, got {chosen!r}")
-    # OpenVINO computes products of 8 bits that are quantised on the way in float32: ViT-B/32 took 2.6 times as long.
-    order = list(extras) if precision != "int8" else list(reversed(extras))
+    order = ["openvino", "onnxruntime"]
+    if chosen not in ("auto", *order):
+        raise ValueError(f"KEYREEL_CPU_RUNTIME must be auto, {' or '.join(order)}, got {chosen!r}")
+    if precision == "int8":  # OpenVINO runs these products in float32, which took ViT-B/32 2.6 times as long
+        order.reverse()
     broken: list[BackendUnavailable] = []
     for name in order if chosen == "auto" else [chosen]:
-        said = name if chosen == "auto" else f"{name}, as KEYREEL_CPU_RUNTIME says"
         try:
-            if name == "openvino":
-                said = said.replace(name, f"{name} in {image_precision()}", 1)
-            else:
-                import_runtime("cpu")
+            description = _described(name)
         except MissingExtra:
             if chosen != "auto":
                 raise
         except BackendUnavailable as error:
             broken.append(error)
         else:
-            return name, "; ".join([said, *(error.args[0] for error in broken)])
+            asked = "" if chosen == "auto" else ", as KEYREEL_CPU_RUNTIME says"
+            return name, "; ".join([description + asked, *(error.args[0] for error in broken)])
     if broken:
         raise broken[0]
     raise MissingExtra("onnxruntime", "cpu", "running a model on a CPU", others={"openvino": "openvino"})
+
+
+def _described(runtime: str) -> str:
+    if runtime == "openvino":
+        return f"openvino in {image_precision()}"
+    import_runtime("cpu")
+    return runtime
 
 
 def _cuda(ops: Ops, reason: str, *, strict: bool) -> Backend:
@@ -151,7 +166,7 @@ def _cuda(ops: Ops, reason: str, *, strict: bool) -> Backend:
 
     def release() -> None:
         pool_of(cuda).close()
-        with cuda.scope():  # a pool keeps the blocks of each device apart
+        with cuda.scope():  # CuPy's pool keeps the blocks of each device apart
             cuda.pool.free_all_blocks()
 
     def stream(
@@ -172,8 +187,112 @@ def _cuda(ops: Ops, reason: str, *, strict: bool) -> Backend:
     )
 
 
-def _threads() -> int:
-    text = os.environ.get("KEYREEL_THREADS", "0")
-    if not text.isdigit():
-        raise ValueError(f"KEYREEL_THREADS must be a whole number, got {text!r}")
-    return int(text)
+def open_cuda_session(path: Path, cuda: Cuda, *, batch_size: int) -> Session:
+    """A graph on the device: on TensorRT where one is installed that supports it, else on onnxruntime's CUDA provider.
+
+    Raises:
+        MissingExtra: neither is installed.
+        BackendUnavailable: the graph does not run on the device.
+        ModelError: TensorRT cannot build it, or its results differ from the graph's.
+    """
+    try:
+        supported = load_tensorrt().supports(cuda.capability)
+    except MissingExtra:
+        supported = False
+    return open_tensorrt(path, cuda, batch_size=batch_size) if supported else OnnxRuntimeCudaSession(path, cuda)
+
+
+# --- the checks of a CUDA device --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The outcome of one check."""
+
+    name: str
+    passed: bool
+    found: str
+    fix: str | None = None
+    required: bool = True  # keyreel does not work without it
+
+
+def probe_cuda(index: int) -> tuple[tuple[Probe, ...], Ops | None]:
+    """Checks a CUDA device: driver, device, CuPy, a kernel, an inference, each on top of the one before.
+
+    Returns:
+        The checks up to the first that failed, and the operations on the device, None where one failed.
+    """
+    found = [probe_driver(index)]
+    ops: Ops | None = None
+    if found[-1].passed:
+        probe, ops = _probe_cupy(index)
+        found.append(probe)
+    if ops is not None:
+        found.append(_probe_kernels(ops))
+        if found[-1].passed:
+            found.append(_probe_session(ops))
+    return tuple(found), ops if found[-1].passed else None
+
+
+def probe_driver(index: int = 0) -> Probe:
+    """Whether the CUDA driver loads, starts and sees the device."""
+    name = "cuda driver"
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Probe(name, False, "no CUDA driver (libcuda.so.1 cannot be loaded)", required=False)
+    status = int(driver.cuInit(0))
+    if status:
+        fix = "check `nvidia-smi`; in a container, start it with --gpus all"
+        return Probe(name, False, f"the CUDA driver does not start (cuInit gives {status})", fix, required=False)
+    count = ctypes.c_int(0)
+    if driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return Probe(name, False, "the CUDA driver sees no device", "check CUDA_VISIBLE_DEVICES", required=False)
+    if index >= count.value:
+        return Probe(name, False, f"there is no device {index}, the driver sees {count.value}", required=False)
+    return Probe(name, True, f"{count.value} CUDA device(s)", required=False)
+
+
+def _probe_cupy(index: int) -> tuple[Probe, Ops | None]:
+    name = "cupy"
+    try:
+        ops = ops_for(f"cuda:{index}")
+        array = ops.arrays.to_device(np.arange(5))
+        if ops.arrays.to_host(array + array).tolist() != [0, 2, 4, 6, 8]:
+            return Probe(name, False, "arrays come back from the device changed", required=False), None
+    except ImportError as error:
+        return Probe(name, False, f"CuPy cannot be imported: {error}", _GPU_EXTRA, required=False), None
+    except Exception as error:  # noqa: BLE001  CuPy's own errors have no common public base
+        found = f"CuPy does not work on the device: {type(error).__name__}: {error}"
+        fix = f"{_GPU_EXTRA}; where the home folder cannot be written, set CUPY_CACHE_DIR"
+        return Probe(name, False, found, fix, required=False), None
+    return Probe(name, True, f"{ops.arrays!r}", required=False), ops
+
+
+def _probe_kernels(ops: Ops) -> Probe:
+    name = "cuda kernels"
+    rows = np.random.default_rng(0).random((3, 512), np.float32)
+    try:
+        one, other = ops.arrays.to_device(rows), ops.arrays.to_device(rows[::-1].copy())
+        got = ops.arrays.to_host(ops.histogram_distance(one, other))
+    except Exception as error:  # noqa: BLE001  CuPy's own errors have no common public base
+        found = f"kernels do not compile or start: {type(error).__name__}: {str(error)[:500]}"
+        return Probe(name, False, found, "pip install 'cupy-cuda13x[ctk]'", required=False)
+    if not np.allclose(got, ops_for("cpu").histogram_distance(rows, rows[::-1]), atol=1e-5):
+        return Probe(name, False, "a kernel computes something else than NumPy", required=False)
+    return Probe(name, True, "compiled by NVRTC, equal to NumPy", required=False)
+
+
+def _probe_session(ops: Ops) -> Probe:
+    name = "cuda inference"
+    device: Any = ops.arrays
+    try:
+        bundle = Bundle.find("builtin")
+        ids = ops.arrays.to_device(np.zeros((1, bundle.context_length), np.int64))
+        with closing(open_cuda_session(bundle.file("text.onnx"), device, batch_size=1)) as session:
+            norm = float(np.linalg.norm(ops.arrays.to_host(session.run({"token_ids": ids})["vectors"])))
+    except Exception as error:  # noqa: BLE001  whatever goes wrong, a cache that cannot be written too, `auto` falls back
+        return Probe(name, False, str(error), getattr(error, "hint", None) or _GPU_EXTRA, required=False)
+    if not 0.99 < norm < 1.01:
+        return Probe(name, False, f"a unit vector came out with length {norm:.3f}", required=False)
+    return Probe(name, True, f"{type(session).__name__} on {ops.arrays!r}", required=False)

@@ -1,26 +1,24 @@
-"""A model on disk: a folder with ONNX graphs, a tokenizer and a manifest that names the sha256 of each file.
+"""A model on disk: a folder with ONNX graphs, a tokenizer and a manifest with the sha256 of each file.
 
     backbone.onnx   frames u8 [N, H, W, 3]                    -> tokens f32 [N, R+P, C]
     attention.onnx  frames u8 [N, H, W, 3] or tokens          -> attention f32 [N, P], rows sum to 1
     fusion.onnx     tokens, attention, strength f32 []        -> vectors f32 [N, D], unit length
     text.onnx       token_ids i64 [Q, L]                      -> vectors f32 [Q, D], unit length
     tokenizer.json  read by the package tokenizers
-    reference.npz   in half precision: a few feeds and torch's float32 results, which TensorRT plans are checked against
+    reference.npz   in half precision: a few feeds and torch's float32 results, to check TensorRT plans against
 
-R prefix tokens (a class token) come before the P patches. Models are found by name in the user's cache folder, which
-KEYREEL_CACHE moves; `builtin` lies in the package.
+R prefix tokens (a class token) come before the P patches. Models are found by name in the user's cache folder
+(KEYREEL_CACHE); `builtin` is in the package.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -29,6 +27,7 @@ import numpy as np
 from keyreel.config import ImageTransform, ShiftMode
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 from keyreel.render.files import atomic_write
+from keyreel.types import F64
 
 SCHEMA = "keyreel.bundle/1"
 MANIFEST = "manifest.json"
@@ -46,7 +45,7 @@ def cache_root() -> Path:
 
 
 def bundle_folder(name: str) -> Path:
-    """Where the bundle of a model lies in the cache: 'ViT-B-32/openai' -> <cache>/models/ViT-B-32--openai."""
+    """The folder of a model in the cache: 'ViT-B-32/openai' -> <cache>/models/ViT-B-32--openai."""
     safe = re.sub(r"[^A-Za-z0-9._+-]", "--", name.strip("/"))
     if not safe.strip("."):
         raise ValueError(f"not a model name: {name!r}")
@@ -54,13 +53,13 @@ def bundle_folder(name: str) -> Path:
 
 
 def cached_names() -> tuple[str, ...]:
-    """Names of the models that can be loaded at once: the built-in one and those in the cache."""
+    """Names of the models that are on this machine: the built-in one and those in the cache."""
     names = [BUILTIN]
     for manifest in sorted((cache_root() / "models").glob(f"*/{MANIFEST}")):
         try:
             names.append(str(json.loads(manifest.read_text("utf-8"))["name"]))
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # a damaged neighbour must not hide the sound ones; loading it by name says what is wrong
+            continue  # damaged: loading it by name says what is wrong
     return tuple(names)
 
 
@@ -83,7 +82,7 @@ class Bundle:
     token_width: int  # C
     embedding_width: int  # D
     context_length: int  # L
-    clean: str  # how a text is cleaned before the tokenizer
+    clean: str  # how texts are cleaned before the tokenizer, see `text.clean_text`
     attention_input: AttentionInput
     strength_default: float
     shift_default: ShiftMode
@@ -92,11 +91,11 @@ class Bundle:
 
     @classmethod
     def find(cls, name: str | os.PathLike[str]) -> Bundle:
-        """The bundle called `name`: 'builtin', a folder, or a model that was exported into the cache.
+        """The bundle called `name`: 'builtin', a folder, or a model in the cache.
 
         Raises:
-            ModelNotFound: there is none; the hint says how to make it.
-            CheckpointMismatch: a file is not the one that the manifest names.
+            ModelNotFound: there is none.
+            CheckpointMismatch: a file differs from the manifest.
             ModelError: the folder holds no usable bundle.
         """
         text = os.fspath(name)
@@ -117,8 +116,8 @@ class Bundle:
         """Reads the manifest and checks every file against it.
 
         Raises:
-            CheckpointMismatch: a file is missing or is not the one that the manifest names.
-            ModelError: the manifest cannot be read or is not ours.
+            CheckpointMismatch: a file is missing or differs from the manifest.
+            ModelError: the manifest cannot be read or is not keyreel's.
         """
         folder = Path(folder)
         try:
@@ -157,21 +156,17 @@ class Bundle:
         """Of the graphs' weights: "fp32", "fp16", or "int8" for a backbone whose matrix products are in 8 bits."""
         return str(self.manifest.get("precision", "fp32"))
 
-    def weak_score(self, moments: int) -> float | None:
-        """A best cosine under this says that nothing matches a text well; None where the model was not calibrated.
+    def match_threshold(self, moments: int) -> float | None:
+        """The best cosine below which nothing matches a text well; None if the model was not calibrated.
 
-        Among more pictures something comes nearer to any text by chance: the score rises with their number, up to the
-        largest that it was measured for. Of the built-in model: what is there reaches it nine times in ten in
-        photographs, less often in video.
+        It rises with the number of pictures, since among more of them some come near any text by chance. For the
+        built-in model, nine in ten labels that are present reach it in photographs, fewer in video.
 
         Args:
-            moments: different pictures that were looked at, such as the shots of all videos searched.
+            moments: different pictures that were searched, such as the shots of all videos.
         """
-        known = _weak_scores(self.manifest)
-        if known is None:
-            return None
-        sizes, scores = known
-        return float(np.interp(np.log(max(moments, 1)), np.log(sizes), scores))
+        table = _thresholds(self.manifest)
+        return None if table is None else float(np.interp(np.log(max(moments, 1)), np.log(table[:, 0]), table[:, 1]))
 
     def file(self, name: str) -> Path:
         return self.folder / name
@@ -197,7 +192,7 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_values(manifest: Mapping[str, Any]) -> None:
-    """Raises ValueError for a value that is not one of those allowed."""
+    """Raises ValueError for a value that is not allowed."""
     for part, key, allowed in (
         ("attention", "input", get_args(AttentionInput)),
         ("fusion", "shift_default", get_args(ShiftMode)),
@@ -205,27 +200,21 @@ def _check_values(manifest: Mapping[str, Any]) -> None:
     ):
         if manifest[part][key] not in allowed:
             raise ValueError(f"{part}.{key} is {manifest[part][key]!r}, allowed: {', '.join(allowed)}")
-    _weak_scores(manifest)
+    _thresholds(manifest)
     if len(manifest["grid"]) != 2 or min(manifest["grid"]) < 1:
         raise ValueError(f"grid is {manifest['grid']!r}, expected [rows, columns]")
 
 
-def _weak_scores(manifest: Mapping[str, Any]) -> tuple[list[float], list[float]] | None:
-    """Numbers of moments, rising from 1, and the score for each.
-
-    Raises:
-        TypeError, ValueError: they are no such numbers.
-    """
+def _thresholds(manifest: Mapping[str, Any]) -> F64 | None:
+    """`text.weak_scores`: [n, 2], numbers of moments from 1 and the threshold for each, both rising."""
     known = manifest["text"].get("weak_scores")
     if known is None:
         return None
-    rows = [(float(size), float(score)) for size, score in known]
-    sizes, scores = [size for size, _ in rows], [score for _, score in rows]
-    rising = all(low < high for low, high in pairwise(sizes)) and all(low <= high for low, high in pairwise(scores))
-    finite = all(math.isfinite(value) for value in (*sizes, *scores))
-    if not rows or not rising or not finite or sizes[0] < 1 or scores[0] < -1 or scores[-1] > 1:
+    table = np.array(known, np.float64)
+    sound = table.ndim == 2 and table.shape[1] == 2 and len(table) and np.isfinite(table).all() and table[0, 0] >= 1
+    if not sound or (np.diff(table[:, 0]) <= 0).any() or (np.diff(table[:, 1]) < 0).any() or abs(table[:, 1]).max() > 1:
         raise ValueError(f"text.weak_scores is {known!r}, expected rising [moments, score] from 1, within -1 to 1")
-    return sizes, scores
+    return table
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -235,6 +224,6 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name != MANIFEST
     }
-    document = json.dumps({"schema": SCHEMA, **manifest, "files": files}, indent=2, ensure_ascii=False) + "\n"
-    with atomic_write(folder / MANIFEST) as made:
-        made.write_text(document, encoding="utf-8")
+    document = {"schema": SCHEMA, **manifest, "files": files}
+    with atomic_write(folder / MANIFEST) as part:
+        part.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")

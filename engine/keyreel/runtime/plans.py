@@ -1,12 +1,12 @@
 """TensorRT plans on disk, and the check that a plan passes before it is kept.
 
-    <cache>/plans/<key>.plan     what TensorRT made
-    <cache>/plans/<key>.json     all that the plan depends on, its sha256, the cosines that were measured; written last
-    <cache>/plans/<key>.lock     held while one process builds and others wait for it
-    <cache>/plans/*.timings      what TensorRT measured on this device
+    <cache>/plans/<key>.plan     the plan
+    <cache>/plans/<key>.json     what it depends on, its sha256, the measured cosines; written last
+    <cache>/plans/<key>.lock     held by the process that builds, so that others wait
+    <cache>/plans/*.timings      TensorRT's measurements on this device
 
-A plan computes wrong answers, or crashes, on another device or with another TensorRT, and says so only sometimes:
-nothing is used whose key, sidecar and content do not agree.
+On another device or with another TensorRT a plan may compute wrong answers or crash, not always with an error: a plan
+is used only if key, sidecar and content agree.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,17 +27,16 @@ from keyreel.errors import ModelError, PlanStale
 from keyreel.render.files import atomic_write
 from keyreel.runtime.bundle import MANIFEST, cache_root, sha256_of
 from keyreel.runtime.sessions import OnnxRuntimeSession
-from keyreel.runtime.tensorrt_build import Profile, library
+from keyreel.runtime.tensorrt_build import Profile, load_tensorrt
 
 SCHEMA = "keyreel.plan/1"
-LEAST_COSINE = 0.999
-REFERENCE = "reference.npz"  # of bundles in half precision: "<graph>.<input or output>" float32 results of torch
+MIN_COSINE = 0.999
+REFERENCE = "reference.npz"  # in half precision bundles: torch's float32 results, as "<graph>.<input or output>"
 _ROWS = 3
-_SEED = 20
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 Signature: TypeAlias = Mapping[str, tuple[np.dtype[Any], tuple[int, ...] | None]]
-"""Of each tensor: its dtype, and its dimensions after the first; None where it is a scalar."""
+"""The dtype of each tensor and its dimensions after the first; None for a scalar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +45,11 @@ class PlanKey:
 
     onnx_sha256: str
     tensorrt: str  # flavour and version
-    device: str  # its name: plans are tuned for the number of multiprocessors, not only for the capability
+    device: str  # its name: plans are tuned to the number of multiprocessors, not only to the capability
     capability: str  # "9.0"
-    precision: str  # "fp32" or "fp16", that of the graph
-    profile: tuple[int, int, int]  # least, usual, most rows
-    flags: tuple[str, ...] = ("strongly typed", "tf32")  # TensorRT's own defaults
+    precision: str  # "fp32" or "fp16", of the graph
+    profile: tuple[int, int, int]  # rows: smallest, typical, largest
+    flags: tuple[str, ...] = ("strongly typed", "tf32")  # TensorRT's defaults
 
     @classmethod
     def of(cls, path: Path, device: str, capability: tuple[int, int], profile: Profile) -> PlanKey:
@@ -63,11 +62,11 @@ class PlanKey:
         digests = [sha256_of(file) for file in (path, weights) if file.is_file()]
         return cls(
             onnx_sha256=digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
-            tensorrt=f"{library().flavour} {library().version}",
+            tensorrt=f"{load_tensorrt().flavour} {load_tensorrt().version}",
             device=device,
             capability=f"{capability[0]}.{capability[1]}",
             precision=_precision(path),
-            profile=(profile.least, profile.usual, profile.most),
+            profile=(profile.smallest, profile.typical, profile.largest),
         )
 
     def file(self, suffix: str) -> Path:
@@ -75,9 +74,9 @@ class PlanKey:
         return cache_root() / "plans" / f"{_digest(asdict(self))}{suffix}"
 
     def timings(self) -> Path:
-        """The timing cache: one for all plans of a device and a TensorRT."""
-        same = {"device": self.device, "capability": self.capability, "tensorrt": self.tensorrt}
-        return cache_root() / "plans" / f"{_digest(same)}.timings"
+        """The timing cache, shared by all plans of a device and a TensorRT."""
+        shared = {"device": self.device, "capability": self.capability, "tensorrt": self.tensorrt}
+        return cache_root() / "plans" / f"{_digest(shared)}.timings"
 
 
 def _digest(values: Mapping[str, Any]) -> str:
@@ -93,7 +92,7 @@ def read_plan(key: PlanKey) -> bytes:
     """The plan of a key.
 
     Raises:
-        PlanStale: there is none, or it is not what its sidecar says.
+        PlanStale: there is none, or it does not agree with its sidecar.
     """
     hint = "`keyreel export MODEL --tensorrt` builds it"
     try:
@@ -113,11 +112,11 @@ def read_plan(key: PlanKey) -> bytes:
 
 def write_plan(key: PlanKey, plan: bytes, cosines: Mapping[str, float]) -> None:
     """Keeps a plan that has passed its check. A reader sees it whole or not at all."""
-    with atomic_write(key.file(".plan")) as made:
-        made.write_bytes(plan)
+    with atomic_write(key.file(".plan")) as part:
+        part.write_bytes(plan)
     entry = {"schema": SCHEMA, **asdict(key), "sha256": hashlib.sha256(plan).hexdigest(), "cosine": dict(cosines)}
-    with atomic_write(key.file(".json")) as made:
-        made.write_text(json.dumps(entry, indent=2) + "\n", "utf-8")
+    with atomic_write(key.file(".json")) as part:
+        part.write_text(json.dumps(entry, indent=2) + "\n", "utf-8")
 
 
 @contextmanager
@@ -125,48 +124,50 @@ def building(key: PlanKey) -> Iterator[None]:
     """One process and thread at a time builds the plan of a key."""
     key.file(".lock").parent.mkdir(parents=True, exist_ok=True)
     with key.file(".lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, also when the process is killed
+        fcntl.flock(file, fcntl.LOCK_EX)  # released with the file, also when the process is killed
         yield
 
 
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-def check_plan(path: Path, signature: Signature, most: int, run: Callable[[Arrays], Arrays]) -> dict[str, float]:
-    """Compares what a plan computes with the float32 reference: a padded batch, then the largest one, twice, since the
+def check_plan(path: Path, signature: Signature, largest: int, run: Callable[[Arrays], Arrays]) -> dict[str, float]:
+    """Compares a plan's results with the float32 reference: a padded batch, then the largest one twice, since the
     second may be a replay of the first.
 
     Args:
         path: the .onnx file.
         signature: of the graph's inputs.
-        most: rows of the largest batch.
+        largest: rows of the largest batch.
         run: NumPy arrays in, NumPy arrays out, through the plan.
 
     Returns:
-        The least cosine of each output, over rows.
+        The lowest cosine of each output, over rows.
 
     Raises:
-        ModelError: a cosine is below LEAST_COSINE.
+        ModelError: a cosine is below MIN_COSINE.
     """
     feeds, expected = reference(path, signature)
-    least: dict[str, float] = {}
-    for rows in (min(_ROWS, most), most, most):
+    lowest = dict.fromkeys(expected, 1.0)
+    for rows in (min(_ROWS, largest), largest, largest):
         found = run({name: array if array.ndim == 0 else _repeated(array, rows) for name, array in feeds.items()})
         for name, array in expected.items():
-            cosine = _least_cosine(found[name], _repeated(array, rows))
-            least[name] = min(least.get(name, 1.0), cosine)
-            if not cosine >= LEAST_COSINE:  # written so that a NaN is refused
+            cosine = _lowest_cosine(found[name], _repeated(array, rows))
+            lowest[name] = min(lowest[name], cosine)
+            if not cosine >= MIN_COSINE:  # refuses NaN too
                 raise ModelError(
                     f"the TensorRT plan of {path.name} is refused: {name} of {rows} rows has cosine {cosine:.6f} to "
-                    f"the float32 reference, at least {LEAST_COSINE} is wanted",
+                    f"the float32 reference, at least {MIN_COSINE} is wanted",
                     hint="export with --precision fp32, or run on onnxruntime",
                 )
-    return least
+    return lowest
 
 
 def reference(path: Path, signature: Signature) -> tuple[Arrays, Arrays]:
-    """Feeds of a graph and its outputs in float32: computed here by onnxruntime, or, for a graph in half precision,
-    those of torch that the export wrote down, since onnxruntime's CPU cannot be trusted with half precision.
+    """Feeds of a graph and its outputs in float32.
+
+    onnxruntime computes them here, but for a graph in half precision, which its CPU provider may not run: there the
+    export stored those of torch.
 
     Raises:
         ModelError: a bundle in half precision without them.
@@ -174,11 +175,8 @@ def reference(path: Path, signature: Signature) -> tuple[Arrays, Arrays]:
     """
     if _precision(path) == "fp32":
         feeds = sample_feeds(signature)
-        session = OnnxRuntimeSession(path)
-        try:
+        with closing(OnnxRuntimeSession(path)) as session:
             return feeds, session.run(feeds)
-        finally:
-            session.close()
     try:
         with np.load(path.with_name(REFERENCE), allow_pickle=False) as file:
             known = {name.split(".", 1)[1]: file[name] for name in file.files if name.startswith(f"{path.stem}.")}
@@ -193,13 +191,12 @@ def reference(path: Path, signature: Signature) -> tuple[Arrays, Arrays]:
 
 def sample_feeds(signature: Signature) -> dict[str, NDArray[Any]]:
     """Three rows of pseudo-random values, always the same: noise for frames and tokens, maps whose rows sum to 1."""
-    random = np.random.default_rng(_SEED)
+    random = np.random.default_rng(20)
     feeds: dict[str, NDArray[Any]] = {}
     for name, (dtype, dims) in signature.items():
         if dims is None:
             feeds[name] = np.asarray(1.5, dtype)
-        elif dtype.kind in "iu":
-            # Ids of tokens that any vocabulary has.
+        elif dtype.kind in "iu":  # any vocabulary has the first 100 tokens
             feeds[name] = random.integers(1, 256 if dtype == np.uint8 else 100, (_ROWS, *dims)).astype(dtype)
         elif name == "attention":
             energy = random.random((_ROWS, *dims)) ** 3 + 1e-4
@@ -213,7 +210,7 @@ def _repeated(array: NDArray[Any], rows: int) -> NDArray[Any]:
     return np.resize(array, (rows, *array.shape[1:]))
 
 
-def _least_cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:
+def _lowest_cosine(found: NDArray[Any], expected: NDArray[Any]) -> float:
     if found.shape != expected.shape:
         raise ModelError(f"the TensorRT plan gives {found.shape}, the reference is {expected.shape}")
     a, b = (array.reshape(len(array), -1).astype(np.float64) for array in (found, expected))

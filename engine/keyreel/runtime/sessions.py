@@ -1,6 +1,6 @@
-"""Runs ONNX graphs: one Session a graph, arrays in, arrays out.
+"""Runs ONNX graphs with onnxruntime: one session per graph, arrays in, arrays out.
 
-`keyreel.runtime.tensorrt` has the session for TensorRT, `keyreel.runtime.openvino` the one for OpenVINO.
+`openvino.py` and `tensorrt.py` have sessions of the same interface.
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from keyreel.errors import BackendUnavailable, MissingExtra, ModelError, import_
 if TYPE_CHECKING:
     from keyreel_kernels.cuda import Cuda
 
-# onnxruntime's names of the element types that a bundle's graphs give.
-_DTYPES = {"tensor(float)": np.float32}
-
 
 class Session(Protocol):
     """A loaded graph. `run` is safe to call from several threads at once.
 
-    The arrays are NumPy's on a CPU, CuPy's on a CUDA device.
+    Arrays are NumPy's on a CPU, CuPy's on a CUDA device.
     """
 
     inputs: tuple[str, ...]
@@ -42,22 +39,20 @@ class OnnxRuntimeSession:
 
     Args:
         path: the .onnx file.
-        threads: threads inside one operator; 0 takes what onnxruntime finds.
+        threads: threads inside one operator; 0 leaves the choice to onnxruntime.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
         ModelError: the graph cannot be loaded.
-        BackendUnavailable: the session runs elsewhere than asked.
+        BackendUnavailable: the session does not run on the CPU.
     """
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
         runtime = import_runtime("cpu")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Threads that wait for the next operator by spinning take the cores that decoding needs: on two cores beside
-        # other work they made an inference of one frame cost up to 1.8 times the CPU time, and gained 6 % of the wall
-        # time when nothing else ran. Memory arena, memory pattern, denormals as zero and lower levels of optimisation
-        # were tried and gained nothing.
+        # Threads that spin while they wait take cores from decoding: on two busy cores they made an inference cost up
+        # to 1.8 times the CPU time, and on idle ones they gained 6 % of the wall time.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
@@ -71,15 +66,18 @@ class OnnxRuntimeSession:
         self.outputs: tuple[str, ...] = tuple(node.name for node in self._session.get_outputs())
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """One inference. Feeds must have the graph's names, dtypes and shapes."""
+        """One inference. Feeds must have the graph's names, dtypes and shapes.
+
+        Raises:
+            ModelError: the graph does not take such feeds.
+        """
         if self._session is None:
             raise ValueError("the session is closed")
         contiguous = {name: np.asarray(array, order="C") for name, array in feeds.items()}
         try:
             found = self._session.run(None, contiguous)
         except Exception as error:  # onnxruntime's own errors have no common public base
-            shapes = {name: (array.dtype.name, array.shape) for name, array in contiguous.items()}
-            raise ModelError(f"the graph does not take {shapes}: {error}", hint="export the model again") from error
+            raise _refused(contiguous, error) from error
         return dict(zip(self.outputs, found, strict=True))
 
     def close(self) -> None:
@@ -88,7 +86,7 @@ class OnnxRuntimeSession:
 
 
 class OnnxRuntimeCudaSession:
-    """A graph on onnxruntime's CUDA provider, on the device's stream; arrays are CuPy's and stay where they are.
+    """A graph on onnxruntime's CUDA provider, on the device's stream; arrays are CuPy's and stay on the device.
 
     Args:
         path: the .onnx file.
@@ -106,30 +104,30 @@ class OnnxRuntimeCudaSession:
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         settings = {"device_id": str(cuda.index), "user_compute_stream": str(cuda.stream.ptr)}
-        hint = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'keyreel[gpu]'"
+        probe, hint = "onnxruntime on cuda", _reinstall("gpu")
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints what it cannot load
-                runtime.preload_dlls()  # CUDA's libraries and cuDNN, from the wheels beside it
+                runtime.preload_dlls()  # CUDA's libraries and cuDNN, from their wheels
             with cuda.scope():
-                # By default it prints that the provider fails, and takes the CPU.
+                # With fallback, a provider that fails would be replaced by the CPU.
                 self._session = runtime.InferenceSession(
                     str(path), options, providers=[(self._provider, settings)], enable_fallback=0
                 )
         except Exception as error:  # onnxruntime's own errors have no common public base
             message = f"{path.name} does not run on {self._provider}: {error}"
-            raise BackendUnavailable(message, probe="onnxruntime on cuda", hint=hint) from error
-        # It holds what the session runs on, in order; the CPU always stands last, for what computes shapes.
+            raise BackendUnavailable(message, probe=probe, hint=hint) from error
+        # Providers in order of preference; the CPU is always the last, for shape computations.
         if self._session.get_providers()[0] != self._provider:
             message = f"asked for {self._provider}, the session runs on {', '.join(self._session.get_providers())}"
-            raise BackendUnavailable(message, probe="onnxruntime on cuda", hint=hint)
+            raise BackendUnavailable(message, probe=probe, hint=hint)
         self._cuda = cuda
         self._lock = threading.Lock()
         # The stream keeps the order: onnxruntime need not wait for it at the end of each run.
         self._options = runtime.RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.inputs: tuple[str, ...] = tuple(node.name for node in self._session.get_inputs())
-        self._results = {node.name: (_DTYPES[node.type], node.shape[1:]) for node in self._session.get_outputs()}
-        self.outputs: tuple[str, ...] = tuple(self._results)
+        self._dims = {node.name: node.shape[1:] for node in self._session.get_outputs()}
+        self.outputs: tuple[str, ...] = tuple(self._dims)
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """One inference. Feeds must have the graph's names, dtypes and shapes; NumPy arrays are copied to the device.
@@ -142,10 +140,10 @@ class OnnxRuntimeCudaSession:
             raise ValueError("the session is closed")
         with cuda.scope():
             arrays = {name: cuda.to_device(array) for name, array in feeds.items()}
-            # A scalar stays as it is: made contiguous it would become a vector.
+            # `ascontiguousarray` would make a scalar a vector.
             arrays = {name: cuda.cupy.ascontiguousarray(a) if a.ndim else a for name, a in arrays.items()}
             rows = max((len(array) for array in arrays.values() if array.ndim), default=0)
-            found = {name: cuda.cupy.empty((rows, *dims), dtype) for name, (dtype, dims) in self._results.items()}
+            found = {name: cuda.cupy.empty((rows, *dims), np.float32) for name, dims in self._dims.items()}
             binding = session.io_binding()
             try:
                 for bind, bound in ((binding.bind_input, arrays), (binding.bind_output, found)):
@@ -154,15 +152,19 @@ class OnnxRuntimeCudaSession:
                 with self._lock:
                     session.run_with_iobinding(binding, self._options)
             except Exception as error:  # onnxruntime's own errors have no common public base
-                shapes = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
-                raise ModelError(f"the graph does not take {shapes}: {error}", hint="export the model again") from error
+                raise _refused(arrays, error) from error
             return found
 
     def close(self) -> None:
-        """Frees the graph, when all that was put on the stream is done. Idempotent."""
+        """Frees the graph, after all work on the stream is done. Idempotent."""
         if self._session is not None:
             self._cuda.synchronize()
         self._session = None
+
+
+def _refused(feeds: Mapping[str, Any], error: Exception) -> ModelError:
+    shapes = {name: (array.dtype.name, array.shape) for name, array in feeds.items()}
+    return ModelError(f"the graph does not take {shapes}: {error}", hint="export the model again")
 
 
 def import_runtime(extra: str) -> Any:
@@ -170,9 +172,9 @@ def import_runtime(extra: str) -> Any:
 
     Raises:
         MissingExtra: it is not installed.
-        BackendUnavailable: it is there but broken.
+        BackendUnavailable: it is installed but broken.
     """
-    found = "it has no InferenceSession"  # what is left when one of its two wheels is removed after both were installed
+    found = "it has no InferenceSession"  # what is left after one of its two wheels was uninstalled
     try:
         runtime = import_extra("onnxruntime", extra=extra, purpose="running a model")
         if hasattr(runtime, "InferenceSession"):
@@ -181,5 +183,9 @@ def import_runtime(extra: str) -> Any:
         raise
     except ImportError as error:
         found = str(error)
-    hint = f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'keyreel[{extra}]'"
-    raise BackendUnavailable(f"the package onnxruntime is there but broken: {found}", probe="onnxruntime", hint=hint)
+    message = f"the package onnxruntime is there but broken: {found}"
+    raise BackendUnavailable(message, probe="onnxruntime", hint=_reinstall(extra))
+
+
+def _reinstall(extra: str) -> str:
+    return f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'keyreel[{extra}]'"

@@ -1,4 +1,4 @@
-"""How long each stage of a job is at work."""
+"""The time that each stage of a job takes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ class Stopwatch:
     """Adds up the time of stages, one job in one thread.
 
     Args:
-        settle: called before a stage's end is read; waits for the device, so that what a stage has only launched is
-            counted as its own. Nothing by default: a job that is not measured need not wait.
+        settle: called at the end of a stage, to wait for what it has launched on the device; nothing by default.
     """
 
     def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
         self._settle = settle
         self.seconds: dict[str, float] = {}
-        self.cpu_seconds: dict[str, float] = {}  # of the whole process: a stage's own where nothing else runs
+        self.cpu_seconds: dict[str, float] = {}  # of the whole process
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:

@@ -1,6 +1,6 @@
-"""Spans and histograms through opentelemetry-api, where that is installed; nothing at all where it is not.
+"""Spans and histograms through opentelemetry-api, where that is installed.
 
-Which exporter gets them, and whether any does, is the application's business: the API alone does nothing.
+The application chooses the exporter; the API alone does nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def span(name: str, **attributes: str | int | float) -> AbstractContextManager[Any]:
-    """A span around a block; an exception that leaves the block is written into it."""
+    """A span around a block; it records an exception that leaves the block."""
     api = _api()
     return nullcontext() if api is None else _open(api, name, attributes)
 

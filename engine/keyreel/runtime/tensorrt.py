@@ -1,17 +1,18 @@
 """Runs TensorRT plans: CuPy arrays in, CuPy arrays out, nothing leaves the device.
 
-A plan is run in execution contexts of two kinds, lent to one thread at a time. Those for whole batches keep one shape
-for ever, so that what they do is captured once as a CUDA graph and replayed; those for the tail of a batch change
-shape, after which a captured graph must not be replayed. Each has buffers of its own at fixed addresses; all work is
-put on the device's one stream, which keeps the order also when a context goes from thread to thread.
+A plan runs in execution contexts of two kinds, each used by one thread at a time. Those for whole batches never change
+shape, so that their work is captured once as a CUDA graph and replayed; those for the tail of a batch change shape,
+which a captured graph does not allow. Each has its own buffers at fixed addresses. All work is put on the device's one
+stream, which keeps the order when a context goes from thread to thread.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,14 @@ from numpy.typing import NDArray
 from keyreel.errors import BackendError, ModelError, OutOfMemory, PlanStale
 from keyreel.runtime.bundle import GRAPHS, Bundle
 from keyreel.runtime.plans import Arrays, PlanKey, Signature, building, check_plan, read_plan, write_plan
-from keyreel.runtime.tensorrt_build import Library, Profile, build_plan, library, profile_for
+from keyreel.runtime.tensorrt_build import Profile, build_plan, load_tensorrt, profile_for
 from keyreel.types import Progress
 
 if TYPE_CHECKING:
     from keyreel_kernels.cuda import Cuda
 
-# More threads wait: putting a batch on the stream takes far less time than computing it.
-_MOST_CONTEXTS = 2
+# Of each kind. More threads wait: putting a batch on the stream takes far less time than computing it.
+_MAX_CONTEXTS = 2
 _log = logging.getLogger("keyreel.tensorrt")
 
 
@@ -39,14 +40,15 @@ def open_tensorrt(
 
     Args:
         path: one of a bundle's graphs.
+        cuda: the device.
         batch_size: frames in one inference.
-        build: make the plan where there is none that fits: seconds to minutes. Without it PlanStale is raised.
-        progress: called while a plan is built, as progress("plan backbone", done, 1.0).
+        build: build the plan if none fits, in seconds to minutes; without it PlanStale is raised.
+        progress: called during a build, as progress("plan backbone", done, 1.0).
 
     Raises:
         MissingExtra: TensorRT is not installed.
         PlanStale: `build` is off and no plan fits.
-        ModelError: the plan cannot be built, or what it computes is not what the graph says.
+        ModelError: the plan cannot be built, or its results differ from the graph's.
         BackendError: the device cannot run it.
     """
     profile = profile_for(path.stem, batch_size)
@@ -58,12 +60,12 @@ def open_tensorrt(
             raise
         _log.info("%s: %s", path.name, error)
     with building(key):
-        with contextlib.suppress(PlanStale):  # another process may have built it while this one waited
+        with contextlib.suppress(PlanStale):  # another process may have built it meanwhile
             return TensorRTSession(read_plan(key), cuda, profile, name=path.name)
         plan = build_plan(path, profile, capability=cuda.capability, timing_cache=key.timings(), progress=progress)
         session = TensorRTSession(plan, cuda, profile, name=path.name)
         try:
-            cosines = check_plan(path, session.signature, profile.most, session.run_on_host)
+            cosines = check_plan(path, session.signature, profile.largest, session.run_on_host)
             write_plan(key, plan, cosines)
         except BaseException:
             session.close()
@@ -74,7 +76,7 @@ def open_tensorrt(
 
 
 def build_plans(bundle: Bundle, cuda: Cuda, *, batch_size: int, progress: Progress | None = None) -> None:
-    """Makes the plans of all graphs of a bundle that are not there yet, see `open_tensorrt`."""
+    """Builds the missing plans of a bundle's graphs, see `open_tensorrt`."""
     if bundle.precision == "int8":
         raise ModelError(f"{bundle.name} is in int8, which is for CPUs", hint="take its fp32 or fp16")
     for graph in GRAPHS:
@@ -85,38 +87,45 @@ class TensorRTSession:
     """A plan on a device. `run` is safe to call from several threads at once.
 
     Args:
-        plan: what `build_plan` made.
+        plan: made by `build_plan`.
         cuda: the device that it was made for.
         profile: the batch sizes that it was made for.
         name: of the graph, for messages.
 
     Raises:
-        PlanStale: TensorRT does not take the plan here.
+        PlanStale: TensorRT does not accept the plan here.
     """
 
     def __init__(self, plan: bytes, cuda: Cuda, profile: Profile, *, name: str) -> None:
         self.profile, self._cuda, self._name = profile, cuda, name
-        self._library = library()
-        trt = self._library.module
-        self._library.complaints.clear()
+        found = load_tensorrt()
+        found.complaints.clear()
         with cuda.scope():
-            self._runtime = trt.Runtime(self._library.logger)
+            self._runtime = found.module.Runtime(found.logger)
             engine = self._engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            reason = self._library.reason()
-            raise PlanStale(f"TensorRT does not take the plan of {name}: {reason}", hint="build it again")
+            raise PlanStale(f"TensorRT does not take the plan of {name}: {found.reason()}", hint="build it again")
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
         self._tensors: Signature = {
-            name: (np.dtype(trt.nptype(engine.get_tensor_dtype(name))), shapes[name][1:] if shapes[name] else None)
+            name: (
+                np.dtype(found.module.nptype(engine.get_tensor_dtype(name))),
+                shapes[name][1:] if shapes[name] else None,
+            )
             for name in names
         }
-        given = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        self.inputs: tuple[str, ...] = tuple(given)
-        self.outputs: tuple[str, ...] = tuple(name for name in names if name not in given)
+        mode = found.module.TensorIOMode.INPUT
+        self.inputs: tuple[str, ...] = tuple(name for name in names if engine.get_tensor_mode(name) == mode)
+        self.outputs: tuple[str, ...] = tuple(name for name in names if name not in self.inputs)
         self._lock = threading.Lock()
-        self._room = {whole: threading.BoundedSemaphore(_MOST_CONTEXTS) for whole in (True, False)}
-        self._idle: dict[bool, list[_Context]] = {True: [], False: []}
+        # None where a context is still to be made. Last in, first out, so that few are made.
+        self._contexts: dict[bool, queue.LifoQueue[_Context | None]] = {
+            True: queue.LifoQueue(),
+            False: queue.LifoQueue(),
+        }
+        for contexts in self._contexts.values():
+            for _ in range(_MAX_CONTEXTS):
+                contexts.put(None)
 
     @property
     def signature(self) -> Signature:
@@ -139,11 +148,11 @@ class TensorRTSession:
             raise ValueError("the session is closed")
         with self._cuda.scope():
             arrays = {name: self._cuda.to_device(array) for name, array in feeds.items()}
-            rows, most = self._rows(arrays), self.profile.most
-            found = {name: self._array(name, rows) for name in self.outputs}
-            for start in range(0, rows, most):
-                stop = min(start + most, rows)
-                with self._lent(whole=stop - start == most) as context:
+            rows, largest = self._rows(arrays), self.profile.largest
+            found = {name: self.empty(name, rows) for name in self.outputs}
+            for start in range(0, rows, largest):
+                stop = min(start + largest, rows)
+                with self._context(whole=stop - start == largest) as context:
                     context.run(arrays, found, slice(start, stop))
             return found
 
@@ -152,15 +161,18 @@ class TensorRTSession:
         return {name: self._cuda.to_host(array) for name, array in self.run(feeds).items()}
 
     def close(self) -> None:
-        """Frees the plan and its contexts; calls that are under way must have ended. Idempotent."""
+        """Frees the plan and its contexts; calls in progress must have ended. Idempotent."""
         if self._engine is not None:
-            self._cuda.synchronize()  # what was put on the stream must not run in contexts that are gone
-        for idle in self._idle.values():
-            idle.clear()
+            self._cuda.synchronize()  # work on the stream must not outlive its contexts
+        self._contexts = {}
         self._engine = self._runtime = None
 
+    def empty(self, name: str, rows: int) -> Any:
+        """An array for a tensor, on the device."""
+        dtype, dims = self._tensors[name]
+        return self._cuda.cupy.empty(() if dims is None else (rows, *dims), dtype)
+
     def _rows(self, arrays: Mapping[str, Any]) -> int:
-        """How many rows the feeds have."""
         expected = self.signature
         shapes = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
         sizes = {shapes[name][1][:1] for name, (_, dims) in expected.items() if dims is not None and name in shapes}
@@ -175,51 +187,38 @@ class TensorRTSession:
             raise ModelError(f"{self._name} takes {expected}, got {got}", hint="export the model again")
         return int(sizes.pop()[0])
 
-    def _array(self, name: str, rows: int) -> Any:
-        dtype, dims = self._tensors[name]
-        return self._cuda.cupy.empty(() if dims is None else (rows, *dims), dtype)
-
     @contextlib.contextmanager
-    def _lent(self, *, whole: bool) -> Iterator[_Context]:
-        """A context that no other thread has; thrown away after an error."""
-        with self._room[whole]:
-            with self._lock:
-                context = self._idle[whole].pop() if self._idle[whole] else None
-                if context is None:
-                    context = _Context(self._library, self._engine, self._cuda, self.profile, self._array, whole=whole)
+    def _context(self, *, whole: bool) -> Iterator[_Context]:
+        """A context that no other thread uses; not used again after an error."""
+        contexts, kept = self._contexts[whole], None
+        context = contexts.get()
+        try:
+            if context is None:
+                with self._lock:
+                    context = _Context(self, self._engine, self._cuda, whole=whole)
             yield context
-            with self._lock:
-                self._idle[whole].append(context)
+            kept = context
+        finally:
+            contexts.put(kept)
 
 
 class _Context:
     """An execution context with its buffers. One thread at a time."""
 
-    def __init__(
-        self,
-        found: Library,
-        engine: Any,
-        cuda: Cuda,
-        profile: Profile,
-        array: Callable[[str, int], Any],
-        *,
-        whole: bool,
-    ) -> None:
-        self._library, self._cuda, self._profile = found, cuda, profile
+    def __init__(self, session: TensorRTSession, engine: Any, cuda: Cuda, *, whole: bool) -> None:
+        self._profile, self._inputs, self._cuda = session.profile, session.inputs, cuda
         self._graph: Any = None
         self._may_capture = whole
+        self._rows = 0
         hint = "leave more of the device's memory free"
         try:
             self._context = engine.create_execution_context()
-            names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-            self._buffers = {name: array(name, profile.most) for name in names}
+            names = (*session.inputs, *session.outputs)
+            self._buffers = {name: session.empty(name, session.profile.largest) for name in names}
         except MemoryError as error:  # CuPy's is one
             raise OutOfMemory(f"{cuda.name}: no memory for an execution context", hint=hint) from error
         if self._context is None:
-            raise OutOfMemory(f"{cuda.name}: no execution context: {found.reason()}", hint=hint)
-        mode = found.module.TensorIOMode.INPUT
-        self._inputs = [name for name in names if engine.get_tensor_mode(name) == mode]
-        self._rows = 0
+            raise OutOfMemory(f"{cuda.name}: no execution context: {load_tensorrt().reason()}", hint=hint)
         for name, buffer in self._buffers.items():
             self._demand(self._context.set_tensor_address(name, buffer.data.ptr), f"no address for {name}")
 
@@ -233,8 +232,7 @@ class _Context:
                 buffer[...] = feed
                 continue
             buffer[:count] = feed[rows]
-            if size > count:
-                # Padded with a row that was fed: what else lies there might be a token that no vocabulary has.
+            if size > count:  # padded with a row of the feed: an old token id may be outside the vocabulary
                 buffer[count:size] = buffer[count - 1 : count]
         if size != self._rows:
             self._rows = 0
@@ -257,9 +255,9 @@ class _Context:
             self._capture()
 
     def _capture(self) -> None:
-        """Records an inference as a CUDA graph; without one, inferences are put on the stream one by one."""
+        """Records an inference as a CUDA graph. If that fails, each inference is put on the stream by itself."""
         runtime = self._cuda.cupy.cuda.runtime
-        # On a stream of its own, so that what other threads put on the device's stream meanwhile is not recorded.
+        # On its own stream: what other threads put on the device's stream meanwhile is not recorded.
         stream = self._cuda.cupy.cuda.Stream(non_blocking=True)
         self._cuda.synchronize()
         try:
@@ -275,4 +273,4 @@ class _Context:
 
     def _demand(self, accepted: bool, complaint: str) -> None:
         if not accepted:
-            raise BackendError(f"TensorRT: {complaint}: {self._library.reason()}", hint="use --device cpu")
+            raise BackendError(f"TensorRT: {complaint}: {load_tensorrt().reason()}", hint="use --device cpu")

@@ -1,7 +1,7 @@
-"""ONNX graphs to TensorRT plans, with TensorRT 11 or TensorRT-RTX.
+"""Compiles ONNX graphs to plans with TensorRT 11 or TensorRT-RTX.
 
-Both are strongly typed: a plan computes in the precision that the graph is written in. TensorRT-RTX needs no GPU to
-build, but names the compute capabilities that it can build for.
+Both are strongly typed: a plan computes in the precision of the graph. TensorRT-RTX builds without a GPU, for the
+compute capabilities that it lists.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import importlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,35 +20,35 @@ from keyreel.errors import BackendUnavailable, MissingExtra, ModelError
 from keyreel.render.files import atomic_write
 from keyreel.types import Progress
 
-# TensorRT-RTX is installed under the second name, or, without the package that only renames it, under the third.
+# TensorRT-RTX has the second name, or, without the package that only renames it, the third.
 _MODULES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx", "tensorrt_rtx_bindings": "tensorrt_rtx"}
-_MOST_TEXTS = 64
+_MAX_TEXTS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Library:
-    """TensorRT as it is installed here."""
+class TensorRT:
+    """The installed TensorRT."""
 
     module: Any
     flavour: str  # "tensorrt" or "tensorrt_rtx"
     version: str
-    logger: Any  # there is one a process: TensorRT ignores all but the first
+    logger: Any  # one per process: TensorRT ignores all but the first
     complaints: deque[str]
 
     def supports(self, capability: tuple[int, int]) -> bool:
-        """Whether it has plans for such devices. TensorRT says so when it builds, TensorRT-RTX has a list."""
+        """Whether it builds plans for such devices. TensorRT-RTX has a list, TensorRT fails when it builds."""
         known = getattr(self.module, "ComputeCapability", None)
         return self.flavour == "tensorrt" or hasattr(known, "SM{}{}".format(*capability))
 
     def reason(self) -> str:
-        """What it complained of since this was last asked, in its own words."""
-        said = "; ".join(self.complaints)
+        """What it logged as errors since the last call."""
+        logged = "; ".join(self.complaints)
         self.complaints.clear()
-        return said or "it gave no reason"
+        return logged or "it gave no reason"
 
 
 @functools.cache
-def library() -> Library:
+def load_tensorrt() -> TensorRT:
     """TensorRT, or TensorRT-RTX where only that is installed.
 
     Raises:
@@ -59,10 +58,10 @@ def library() -> Library:
         try:
             module = importlib.import_module(name)
         except (ImportError, OSError, RuntimeError):
-            continue  # missing, or there without the library beneath it
+            continue  # missing, or without its native library
         if hasattr(module, "Builder"):
             complaints: deque[str] = deque(maxlen=4)
-            return Library(module, flavour, str(module.__version__), _logger(module, complaints), complaints)
+            return TensorRT(module, flavour, str(module.__version__), _logger(module, complaints), complaints)
     raise MissingExtra("tensorrt", "gpu", "running a model with TensorRT")
 
 
@@ -71,7 +70,7 @@ def _logger(module: Any, complaints: deque[str]) -> Any:
     levels = {
         severity.INTERNAL_ERROR: logging.ERROR,
         severity.ERROR: logging.ERROR,
-        severity.WARNING: logging.INFO,  # what it warns of is for who exports, not for who watches videos
+        severity.WARNING: logging.INFO,  # its warnings are for those who export models
         severity.INFO: logging.DEBUG,
     }
     log = logging.getLogger("keyreel.tensorrt")
@@ -92,30 +91,21 @@ def _logger(module: Any, complaints: deque[str]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Batch sizes that a plan is made for, in rows; every other dimension is the graph's own."""
+    """Batch sizes of a plan, in rows."""
 
-    least: int
-    usual: int  # what it is tuned for
-    most: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.usual <= self.most:
-            raise ValueError(f"a profile rises from 1, got {self.least}, {self.usual}, {self.most}")
+    smallest: int
+    typical: int  # the plan is tuned for it
+    largest: int
 
     def padded(self, rows: int) -> int:
-        """The size at which a batch of `rows` <= most is run: few sizes, so that few have to be prepared."""
-        power = 1 << (rows - 1).bit_length()
-        return min(max(power, self.least), self.most)
+        """The size at which a batch of `rows` <= `largest` runs: a power of two, so that few sizes are prepared."""
+        return min(max(1 << (rows - 1).bit_length(), self.smallest), self.largest)
 
 
 def profile_for(graph: str, batch_size: int) -> Profile:
-    """The profile of one of a bundle's graphs: "backbone", "attention", "fusion" or "text".
-
-    Args:
-        batch_size: frames in one inference.
-    """
+    """The profile of one of a bundle's graphs ("backbone", "attention", "fusion", "text") for batches of frames."""
     if graph == "text":
-        return Profile(1, 1, _MOST_TEXTS)  # queries come one by one, labels of a library many at once
+        return Profile(1, 1, _MAX_TEXTS)  # queries come one at a time, the labels of a library many at once
     return Profile(1, batch_size, batch_size)
 
 
@@ -131,51 +121,51 @@ def build_plan(
 
     Args:
         path: the .onnx file; only the first dimension of its inputs and outputs may be dynamic.
-        capability: the device's compute capability. TensorRT builds for the device at hand, TensorRT-RTX for this one.
-        timing_cache: what TensorRT measured in earlier builds, read and written; TensorRT-RTX measures nothing.
-        progress: called as progress("plan <graph>", done, 1.0), from threads of TensorRT's.
+        profile: the batch sizes.
+        capability: the compute capability to build for. TensorRT builds for the device it runs on.
+        timing_cache: measurements of earlier builds, read and written; TensorRT-RTX measures nothing.
+        progress: called as progress("plan <graph>", done, 1.0), from TensorRT's threads.
 
     Raises:
         MissingExtra: TensorRT is not installed.
         BackendUnavailable: TensorRT-RTX does not build for such a device.
         ModelError: the graph cannot be parsed or built.
     """
-    found = library()
+    found = load_tensorrt()
     trt = found.module
     found.complaints.clear()
     builder = trt.Builder(found.logger)
     network = builder.create_network()
     parser = trt.OnnxParser(network, found.logger)
     if not parser.parse_from_file(str(path)):
-        errors = "; ".join(_told(parser.get_error(index)) for index in range(parser.num_errors))
+        errors = "; ".join(_described(parser.get_error(index)) for index in range(parser.num_errors))
         raise ModelError(f"TensorRT cannot parse {path.name}: {errors}", hint="export the model again")
     config = builder.create_builder_config()
     if found.flavour == "tensorrt_rtx":
-        _aim(found, config, capability)
-    config.add_optimization_profile(_profile(builder, network, profile, path.name))
+        _set_capability(found, config, capability)
+        timing_cache = None  # TensorRT-RTX warns that it measures nothing
+    config.add_optimization_profile(_optimization_profile(builder, network, profile, path.name))
     monitor = None if progress is None else _monitor(trt, f"plan {path.stem}", progress)
     if monitor is not None:
         config.progress_monitor = monitor
-    # TensorRT-RTX has this for show: it measures nothing, and warns that it does not.
-    measured = timing_cache if found.flavour == "tensorrt" else None
-    times = None if measured is None else _read_timings(config, measured)
+    timings = None if timing_cache is None else _set_timings(config, timing_cache)
     plan = builder.build_serialized_network(network, config)
     if monitor is not None and monitor.failure is not None:
         raise monitor.failure
     if plan is None:
         raise ModelError(f"TensorRT cannot build {path.name}: {found.reason()}", hint="use --device cpu")
-    if measured is not None and times is not None:
-        with contextlib.suppress(OSError), atomic_write(measured) as made:  # lost, it costs time
-            made.write_bytes(bytes(times.serialize()))
+    if timing_cache is not None and timings is not None:
+        with contextlib.suppress(OSError), atomic_write(timing_cache) as part:
+            part.write_bytes(bytes(timings.serialize()))
     return bytes(plan)
 
 
-def _told(error: Any) -> str:
+def _described(error: Any) -> str:
     operator = error.node_operator()
     return f"{error.desc()}{f' (in {operator} {error.node_name()!r})' if operator else ''}"
 
 
-def _aim(found: Library, config: Any, capability: tuple[int, int]) -> None:
+def _set_capability(found: TensorRT, config: Any, capability: tuple[int, int]) -> None:
     if not found.supports(capability):
         raise BackendUnavailable(
             f"TensorRT-RTX {found.version} does not build for compute capability {capability[0]}.{capability[1]}",
@@ -186,7 +176,7 @@ def _aim(found: Library, config: Any, capability: tuple[int, int]) -> None:
     config.set_compute_capability(getattr(found.module.ComputeCapability, "SM{}{}".format(*capability)), 0)
 
 
-def _profile(builder: Any, network: Any, profile: Profile, name: str) -> Any:
+def _optimization_profile(builder: Any, network: Any, profile: Profile, name: str) -> Any:
     made = builder.create_optimization_profile()
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     for tensor in (*inputs, *(network.get_output(index) for index in range(network.num_outputs))):
@@ -195,29 +185,30 @@ def _profile(builder: Any, network: Any, profile: Profile, name: str) -> Any:
     for tensor in inputs:
         first, *rest = tuple(tensor.shape) or (0,)
         if first == -1:
-            made.set_shape(tensor.name, *((size, *rest) for size in (profile.least, profile.usual, profile.most)))
+            sizes = (profile.smallest, profile.typical, profile.largest)
+            made.set_shape(tensor.name, *((size, *rest) for size in sizes))
     return made
 
 
-def _read_timings(config: Any, path: Path) -> Any:
-    """The timing cache that the build uses: what is on disk, or an empty one where that is missing or of no use."""
+def _set_timings(config: Any, path: Path) -> Any:
+    """Gives the build the timing cache on disk, or an empty one where that is missing or damaged."""
     for content in (path.read_bytes() if path.is_file() else b"", b""):
-        times = config.create_timing_cache(content)
-        if times is not None and config.set_timing_cache(times, False):
-            return times
+        timings = config.create_timing_cache(content)
+        if timings is not None and config.set_timing_cache(timings, False):
+            return timings
     return None
 
 
 def _monitor(trt: Any, stage: str, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Turns TensorRT's nested phases into one share of the whole that only rises."""
+        """Turns TensorRT's nested phases into one fraction that only rises."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.failure: BaseException | None = None
             self._lock = threading.Lock()
             self._phases: dict[str, tuple[str | None, int, int]] = {}  # parent, steps, done
-            self._shown = 0.0
+            self._fraction = 0.0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             with self._lock:
@@ -227,25 +218,22 @@ def _monitor(trt: Any, stage: str, progress: Progress) -> Any:
             with self._lock:
                 parent, steps, _ = self._phases.get(phase_name, (None, step + 1, 0))
                 self._phases[phase_name] = (parent, steps, step + 1)
-                share = max((self._share(name) for name, found in self._phases.items() if not found[0]), default=0.0)
-                if self.failure is None and share > self._shown:
-                    self._shown = share
-                    self._tell(lambda: progress(stage, share, 1.0))
+                fraction = max((self._done(n) for n, phase in self._phases.items() if not phase[0]), default=0.0)
+                if self.failure is None and fraction > self._fraction:
+                    self._fraction = fraction
+                    try:
+                        progress(stage, fraction, 1.0)
+                    except BaseException as error:  # noqa: BLE001  it must not pass through TensorRT; build_plan raises it
+                        self.failure = error
                 return self.failure is None  # False ends the build
 
         def phase_finish(self, phase_name: str) -> None:
             with self._lock:
                 self._phases.pop(phase_name, None)
 
-        def _share(self, name: str) -> float:
+        def _done(self, name: str) -> float:
             _, steps, done = self._phases[name]
-            inner = (self._share(other) for other, found in self._phases.items() if found[0] == name)
+            inner = (self._done(other) for other, phase in self._phases.items() if phase[0] == name)
             return min((done + max(inner, default=0.0)) / steps, 1.0)
-
-        def _tell(self, call: Callable[[], None]) -> None:
-            try:
-                call()
-            except BaseException as error:  # noqa: BLE001  it may not pass through TensorRT; build_plan raises it
-                self.failure = error
 
     return Monitor()

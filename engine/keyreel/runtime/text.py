@@ -20,8 +20,8 @@ from keyreel_kernels.arrays import Arrays
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def _mended(text: str) -> str:
-    # Unescaped twice, as open_clip does: captions from the web are often escaped twice.
+def _fixed(text: str) -> str:
+    # Unescaped twice, as in open_clip: captions from the web are often escaped twice.
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
@@ -31,22 +31,21 @@ def _canonical(text: str) -> str:
 
 _CLEANERS: dict[str, Callable[[str], str]] = {
     "none": lambda text: text,
-    "whitespace": lambda text: " ".join(_mended(text).split()),
-    "lower": lambda text: " ".join(_mended(text).split()).lower(),
-    "canonicalize": lambda text: _canonical(_mended(text)),
+    "whitespace": lambda text: " ".join(_fixed(text).split()),
+    "lower": lambda text: " ".join(_fixed(text).split()).lower(),
+    "canonicalize": lambda text: _canonical(_fixed(text)),
 }
 
 
 def clean_text(text: str, how: str) -> str:
-    """Mends a text before it is cut into tokens. `how` has open_clip's names: none, whitespace, lower, canonicalize."""
-    try:
-        return _CLEANERS[how](text)
-    except KeyError:
-        raise ValueError(f"unknown way of cleaning {how!r}, allowed: {', '.join(_CLEANERS)}") from None
+    """Cleans a text for the tokenizer. `how` is one of open_clip's: none, whitespace, lower, canonicalize."""
+    if how not in _CLEANERS:
+        raise ValueError(f"unknown way of cleaning {how!r}, allowed: {', '.join(_CLEANERS)}")
+    return _CLEANERS[how](text)
 
 
 class Tokenizer:
-    """Text -> token ids, [Q, L] int64, padded and cut as tokenizer.json says."""
+    """Texts -> token ids, padded and cut as in tokenizer.json."""
 
     def __init__(self, path: Path, *, clean: str, context_length: int) -> None:
         try:

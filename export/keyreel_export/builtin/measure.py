@@ -227,7 +227,7 @@ def measure_absent(towers: Towers, shown: Shown, strength: float, *, libraries: 
         row["auc"] = round(float((present[:, None] > absent).mean()), 4)
         equal = equal_error(present, absent)
         row["equal_right"] = round(float((present >= equal).mean() + (absent < equal).mean()) / 2, 6)
-        weak = towers.bundle.weak_score(size)
+        weak = towers.bundle.match_threshold(size)
         if weak is not None:
             row |= {"weak_score": round(weak, 4), "present_kept": round(float((present >= weak).mean()), 6)}
             row["absent_told"] = round(float((absent < weak).mean()), 6)
