@@ -29,7 +29,7 @@ from keyreel.demo import HEIGHT, SCENES, WIDTH
 from keyreel.errors import LibraryError, ModelMismatch, SourceError, SourceNotFound
 from keyreel.library import files
 from keyreel.library.types import Added, Example, Filter, Record
-from keyreel.render.pictures import keyframe_pictures
+from keyreel.render.pictures import at_most, pictures_at
 
 pytest.importorskip("lancedb", reason="needs the extra `library`")
 
@@ -163,7 +163,8 @@ def test_rows_are_those_of_summarize(full: Library, engine: Engine, demo: Path, 
 
 def test_pictures_are_those_of_the_key_frames(tmp_path: Path, full: Library, demo: Path, summary: Summary) -> None:
     summary.save(tmp_path / "out", OutputConfig(reel=False, storyboard=False, jpeg_quality=95))
-    pictures = list(keyframe_pictures(Source(demo), summary.keyframes, 90))
+    times = [keyframe.pts_seconds for keyframe in summary.keyframes]
+    pictures = [picture for _, picture in pictures_at(Source(demo), times, at_most(summary.video, 90))]
     previews = full.previews(demo)
     assert len(previews) == len(pictures) > 3
     for preview, picture, keyframe in zip(previews, pictures, summary.keyframes, strict=True):
@@ -667,7 +668,7 @@ def test_every_kind_of_query(
     full: Library, engine: Engine, demo: Path, summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(demo.parent)
-    (picture,) = keyframe_pictures(Source(demo), summary.keyframes[2:3], 1080)
+    ((_, picture),) = pictures_at(Source(demo), [summary.keyframes[2].pts_seconds])
     Image.fromarray(picture).save(tmp_path / "picture.png")
     at, text = summary.keyframes[2].pts_seconds, SCENES[0].caption
     example = Example("demo.mp4", at + 0.01)
@@ -874,8 +875,8 @@ def test_progress_of_each_and_of_all(library: Library, clips: list[Path], worker
     assert done == sorted(done)
     assert done[-1] == 4.0
     assert len({value for value in done if value % 1}) > 5  # in part, too
-    assert list(dict.fromkeys(stage for stage, *_ in own[str(clips[0])])) == ["encode", "keyframes", "thumbnails"]
-    for stage in ("encode", "keyframes", "thumbnails"):
+    assert list(dict.fromkeys(stage for stage, *_ in own[str(clips[0])])) == ["encode", "pictures"]
+    for stage in ("encode", "pictures"):
         steps = [(value, total) for name, value, total in own[str(clips[0])] if name == stage]
         assert steps == sorted(steps)
         assert all(total is not None and value <= total for value, total in steps)

@@ -40,7 +40,7 @@ def fast(monkeypatch):
 
 def write(path: Path, out: Path, spans):
     with Source(path) as source:
-        return write_reel(source, spans, out)
+        write_reel(source, spans, out)
 
 
 def frames_of(path: Path):
@@ -61,7 +61,7 @@ def frames_of(path: Path):
 )
 def test_sound_and_picture_stay_together(tmp_path, name, times, options):
     clip = write_clip(tmp_path / name, times, FLASHES, **options)
-    assert write(clip, tmp_path / "reel.mp4", SPANS) == SPANS
+    write(clip, tmp_path / "reel.mp4", SPANS)
     flashes, beeps = onsets(tmp_path / "reel.mp4")
     silent = options.get("silent", (0.0, options.get("sound_starts", 0.0)))
     heard = [t for t in FLASHES if not silent[0] <= t < silent[1]]
@@ -94,7 +94,7 @@ def test_samples_are_cut_exactly(tmp_path):
     original = decode_sound(clip)[0].reshape(-1, 2).T.astype(np.float32) / 32768
     for start in (0.0, 0.123, 2.6, 7.9):
         with Source(clip) as source:
-            blocks = list(reel._sound(source, start, 40000))
+            blocks = list(reel._sound(reel._SoundReader(source), start, 40000))
         first = round(start * 48000)
         expected = np.zeros((2, 40000), np.float32)
         expected[:, : original.shape[1] - first] = original[:, first : first + 40000]
@@ -200,7 +200,7 @@ def test_silent_source_gives_no_sound_track(tmp_path, media):
 
 def test_damaged_sound_leaves_the_rest(tmp_path, media):
     spans = (Shot(0.0, 2.0), Shot(9.0, 11.0))
-    assert write(media("broken/video_with_failing_audio.mp4"), tmp_path / "reel.mp4", spans) == spans
+    write(media("broken/video_with_failing_audio.mp4"), tmp_path / "reel.mp4", spans)
     samples, _ = decode_sound(tmp_path / "reel.mp4")
     assert samples.shape[1] / 48000 == pytest.approx(4.0, abs=0.05)
     assert np.abs(samples[:, :90000]).max() > 0.01
@@ -208,9 +208,7 @@ def test_damaged_sound_leaves_the_rest(tmp_path, media):
 
 def test_damaged_video_gives_what_can_be_decoded(tmp_path, media):
     clip = media("broken/corrupted.mp4")
-    with Source(clip) as source:
-        shown = write_reel(source, (Shot(0.0, 1.0), Shot(2.0, 3.0)), tmp_path / "reel.mp4")
-    assert shown[0] == Shot(0.0, 1.0)
+    write(clip, tmp_path / "reel.mp4", (Shot(0.0, 1.0), Shot(2.0, 3.0)))
     assert len(frames_of(tmp_path / "reel.mp4")) >= 10
 
 

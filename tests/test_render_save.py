@@ -58,7 +58,7 @@ def test_all_files_are_there_and_agree(summary, source, tmp_path):
     assert cues.count("-->") == 12
     page = (folder / "storyboard.html").read_text()
     assert f'src="./{os.path.relpath(source.path, folder)}"' in page
-    assert {stage for stage, *_ in told} == {"pictures", "reel", "thumbnails"}
+    assert {stage for stage, *_ in told} == {"pictures", "reel"}
     assert 'href="keyframes/keyframe_0001' in page
 
 

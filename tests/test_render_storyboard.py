@@ -14,12 +14,14 @@ from render_clips import make_summary, write_clip
 
 from keyreel.config import OutputConfig
 from keyreel.decode.source import Source
-from keyreel.render.pictures import keyframe_pictures, shrink
+from keyreel.render.documents import ReelEntry, summary_document
+from keyreel.render.pictures import pictures_at, shrink
 from keyreel.render.save import save_summary
 from keyreel.render.storyboard import link_to, picture_edge, search_page, storyboard_page
 from keyreel.types import SearchHit, Shot
 
 HOSTILE = """<script>alert(1)</script>"' onload=x &amp; \udcff.mp4"""
+REEL = ReelEntry("reel.mp4", (Shot(1.0, 2.0), Shot(4.0, 6.0)))
 VOID = {"meta", "img", "source", "input", "br", "link"}
 
 
@@ -78,17 +80,11 @@ def source(tmp_path_factory):
         yield source
 
 
-def page_of(source, summary, **options):
-    pictures = [shrink(p, 160) for p in keyframe_pictures(source, summary.keyframes, 1080)]
-    given = {
-        "pictures": pictures,
-        "files": [f"keyframes/{n}.jpg" for n in range(len(pictures))],
-        "video_link": "./clip.mp4",
-        "reel": ("reel.mp4", (Shot(1.0, 2.0), Shot(4.0, 6.0))),
-        "duration_seconds": 12.0,
-        "timings_seconds": {"render": 1.0},
-    }
-    return storyboard_page(summary, **(given | options))
+def page_of(source, summary, *, video_link="./clip.mp4", reel=REEL):
+    pictures = [shrink(picture, 160) for _, picture in pictures_at(source, [k.pts_seconds for k in summary.keyframes])]
+    files = [f"keyframes/{n}.jpg" for n in range(len(pictures))]
+    document = summary_document(summary, files=files, reel=reel)
+    return storyboard_page(summary, document, pictures=pictures, video_link=video_link)
 
 
 def test_page_shows_what_the_summary_says(source):
@@ -99,9 +95,9 @@ def test_page_shows_what_the_summary_says(source):
     assert [s["src"] for s in page.all("source")] == ["./clip.mp4", "reel.mp4"]
     timeline = next(d for d in page.all("div") if d.get("class") == "timeline")
     assert json.loads(timeline["data-reel"]) == [[1.0, 2.0], [4.0, 6.0]]
-    assert (timeline["role"], timeline["tabindex"], timeline["aria-valuemax"]) == ("slider", "0", "12.000")
+    assert (timeline["role"], timeline["tabindex"], timeline["aria-valuemax"]) == ("slider", "0", "11.940")
     circles = [c["cx"] for c in page.all("circle") if c["cx"].endswith("%")]
-    assert [float(c[:-1]) / 100 * 12 for c in circles] == pytest.approx(seeks, abs=1e-3)
+    assert [float(c[:-1]) / 100 * 11.94 for c in circles] == pytest.approx(seeks, abs=1e-3)
     assert len([r for r in page.all("rect") if r.get("height") == "16"]) == 3
     assert len([i for i in page.all("img") if i.get("class") == "heat"]) == 5
     # Light and dark, phones, no motion for those who do not want it.

@@ -399,7 +399,9 @@ class _Actions:
 
     def render_reel(self, summary: Summary, path: Path, seconds: float | None, query: str | None) -> tuple[Shot, ...]:
         output = OutputConfig(reel_seconds=seconds, query=query)
-        return write_reel(self.source, reel_spans(summary, output, self._scores(summary, output)), path)
+        spans = reel_spans(summary, output, self._scores(summary, output))
+        write_reel(self.source, spans, path)
+        return spans
 
     def search(self, summary: Summary, query: Query, k: int) -> list[SearchHit]:
         return self.engine.search(query, [summary], k=k)

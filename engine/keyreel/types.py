@@ -188,7 +188,7 @@ class Summary:
 
         Args:
             output: which files; the defaults of `config.OutputConfig`.
-            progress: called with ("pictures" | "reel" | "thumbnails", done, total).
+            progress: called with ("pictures" | "reel", done, total).
 
         Returns:
             the folder.

@@ -13,7 +13,7 @@ from keyreel.types import Progress
 T = TypeVar("T")
 
 # How much of a video's work lies behind when a stage begins, and how much the stage is: about what was measured.
-_SHARES = {"encode": (0.0, 0.8), "keyframes": (0.8, 0.1), "thumbnails": (0.9, 0.1)}
+_SHARES = {"encode": (0.0, 0.8), "pictures": (0.8, 0.2)}
 
 
 class Halted(Exception):

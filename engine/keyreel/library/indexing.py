@@ -25,8 +25,8 @@ from keyreel.library.files import Catalog, FileState, fingerprint, is_gone, path
 from keyreel.library.types import Added, Change, Extras, Preview, Record, Rows
 from keyreel.library.upkeep import Superseded
 from keyreel.render.documents import plain
-from keyreel.render.pictures import attended_area, jpeg, keyframe_pictures
-from keyreel.render.thumbnails import sprite, tile_times, webvtt
+from keyreel.render.pictures import at_most, attended_area, jpeg, pictures_at
+from keyreel.render.thumbnails import sprite, tile, tile_times, webvtt
 from keyreel.shots import shot_of
 from keyreel.types import Progress, Summary
 
@@ -51,25 +51,30 @@ class _Watched(Source):
 
 
 def contents(summary: Summary, source: Source, config: LibraryConfig, progress: Progress) -> tuple[Rows, Extras]:
-    """What a library keeps of a video; the video is decoded twice more, for key-frames and for thumbnails.
+    """What a library keeps of a video; one more pass decodes the pictures.
 
     Args:
         summary: of the video.
         source: the video; it must still be readable.
         config: size and quality of the pictures.
-        progress: told ("keyframes" | "thumbnails", done, total).
+        progress: called with ("pictures", done, total).
 
     Raises:
         RenderError: a picture cannot be made.
         SourceError: the video can no longer be read.
     """
     embedding, frames = summary.embedding, summary.keyframes
+    step, tile_seconds = tile_times(summary.stop_seconds)
+    times = [*(frame.pts_seconds for frame in frames), *tile_seconds]
     previews: list[Preview] = []
-    pictures = keyframe_pictures(source, frames, config.preview_height)
-    for frame, picture in zip(frames, pictures, strict=True):
-        progress("keyframes", float(len(previews)), float(len(frames)))
-        data = jpeg(Image.fromarray(picture), config.jpeg_quality)
-        previews.append(Preview(frame.pts_seconds, data, embedding.attention[frame.sample]))
+    tiles: list[Image.Image] = []
+    for done, (place, picture) in enumerate(pictures_at(source, times, at_most(summary.video, config.preview_height))):
+        progress("pictures", float(done), float(len(times)))
+        if place < len(frames):
+            data, frame = jpeg(Image.fromarray(picture), config.jpeg_quality), frames[place]
+            previews.append(Preview(frame.pts_seconds, data, embedding.attention[frame.sample]))
+        else:
+            tiles.append(tile(picture))
     shot = shot_of(summary.shots, embedding.pts_seconds)
     rows = Rows(
         pts_seconds=embedding.pts_seconds,
@@ -79,9 +84,7 @@ def contents(summary: Summary, source: Source, config: LibraryConfig, progress: 
         weight=summary.importance,
         previews=tuple(previews),
     )
-    duration = summary.stop_seconds
-    step, times = tile_times(duration)
-    sheet, boxes = sprite(source, times, progress=progress)
+    sheet, boxes = sprite(tiles)
     overview = {
         "keyframes": [
             {
@@ -100,7 +103,9 @@ def contents(summary: Summary, source: Source, config: LibraryConfig, progress: 
         "config": summary.config,
         "warnings": summary.warnings,
     }
-    extras = Extras(jpeg(sheet, config.jpeg_quality), webvtt(boxes, step, duration, SPRITE), plain(overview))
+    extras = Extras(
+        jpeg(sheet, config.jpeg_quality), webvtt(boxes, step, summary.stop_seconds, SPRITE), plain(overview)
+    )
     return rows, extras
 
 

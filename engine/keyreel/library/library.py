@@ -130,7 +130,7 @@ class Library:
             config: how. Its tags are added to those that a video has; its workers are threads that share the engine.
             progress: told ("videos", done, total) for all together; videos under way count in part.
             begin: called with a video's name when its turn comes; gives what is told its own stages, "encode" in
-                seconds of video, "keyframes" and "thumbnails" in pictures.
+                seconds of video, "pictures" in pictures.
             tell: called with what became of each video, as they end. Callbacks come from the threads that work, never
                 two at a time; an error in one ends the run and is raised.
             stop: asked often; once it says True, what is under way is given up and the rest left.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
 from keyreel.errors import RenderError
-from keyreel.render.files import atomic_write
-from keyreel.types import F32, U8, KeyFrame, VideoInfo
+from keyreel.types import F32, U8, VideoInfo
 
 CONTACT_WIDTH = 1920  # pixels, about
 # Ends and three stops between: dark violet, magenta, orange, pale yellow; perceived lightness rises evenly.
@@ -45,29 +43,35 @@ def keyframe_name(number: int, pts_seconds: float) -> str:
     return f"keyframe_{number:04d}_{clock(pts_seconds, '-')}.jpg"
 
 
-def keyframe_pictures(source: Source, keyframes: Sequence[KeyFrame], max_height: int) -> Iterator[U8]:
-    """The key-frames' pictures, [H, W, 3] uint8 RGB, upright, in the order given, at most `max_height` tall.
+def pictures_at(
+    source: Source, times: Sequence[float], transform: ImageTransform | None = None
+) -> Iterator[tuple[int, U8]]:
+    """The frames that are shown at these times, in one pass over the file.
+
+    Yields:
+        (place in `times`, [H, W, 3] uint8 RGB, upright), in order of time.
 
     Raises:
-        RenderError: a key-frame cannot be decoded again.
+        RenderError: a frame that was there before cannot be decoded again.
     """
-    info = source.probe()
-    transform = None
-    if info.height > max_height:
-        width = max(1, round(info.width * max_height / info.height))
-        transform = ImageTransform(max_height, width, "squash", "area")
-    sampling = Sampling("times", times=tuple(max(0.0, k.pts_seconds) for k in keyframes))
-    found = 0
+    order = sorted(range(len(times)), key=times.__getitem__)
+    sampling = Sampling("times", times=tuple(max(0.0, times[place]) for place in order))
     with FrameStream(source, sampling, transform=transform, batch_size=1) as frames:
-        for batch in frames:
-            for picture in batch.data:
-                found += 1
-                yield picture
-    if found < len(keyframes):
-        raise RenderError(
-            f"{source.name}: only {found} of {len(keyframes)} key-frames could be decoded again",
-            hint="the file changed or is damaged; summarize it again",
-        )
+        for place in order:
+            batch = next(frames, None)
+            if batch is None:
+                raise RenderError(
+                    f"{source.name}: the frame at {times[place]:.3f} s cannot be decoded again",
+                    hint="the file changed or is damaged; summarize it again",
+                )
+            yield place, batch.data[0]
+
+
+def at_most(video: VideoInfo, max_height: int) -> ImageTransform | None:
+    """Scales a taller video down to `max_height`."""
+    if video.height <= max_height:
+        return None
+    return ImageTransform(max_height, max(1, round(video.width * max_height / video.height)), "squash", "area")
 
 
 def shrink(picture: U8, edge: int) -> Image.Image:
@@ -78,18 +82,12 @@ def shrink(picture: U8, edge: int) -> Image.Image:
 
 
 def jpeg(image: Image.Image, quality: int) -> bytes:
-    """The image as a JPEG file."""
+    """The image as the content of a JPEG file."""
     buffer = io.BytesIO()
     # Without chroma subsampling at high quality.
     subsampling = "4:4:4" if quality >= 90 else "4:2:0"
     image.save(buffer, "JPEG", quality=quality, subsampling=subsampling, optimize=True, progressive=True)
     return buffer.getvalue()
-
-
-def write_jpeg(picture: U8, path: Path, quality: int) -> None:
-    """Writes [H, W, 3] uint8 RGB as a JPEG file; on a full disk an error, where Pillow's own save may write half."""
-    with atomic_write(path) as made:
-        made.write_bytes(jpeg(Image.fromarray(picture), quality))
 
 
 def contact_sheet(pictures: Sequence[Image.Image], times_seconds: Sequence[float]) -> Image.Image:

@@ -6,10 +6,12 @@ Both clocks are pts. The output's time is the sum of the spans before plus the t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -21,10 +23,12 @@ from av.video.reformatter import ColorRange, Colorspace
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.describe import select_video
+from keyreel.decode.sampling import NoFrames
 from keyreel.decode.source import Source
+from keyreel.decode.stream import distinct
 from keyreel.errors import RenderError
 from keyreel.render.files import atomic_write
-from keyreel.types import F32, U8, FrameBatch, Progress, Shot, VideoInfo
+from keyreel.types import F32, U8, Progress, Shot, VideoInfo
 
 MAX_HEIGHT = 1080  # taller videos are scaled down
 CRF, PRESET = "20", "veryfast"  # of x264
@@ -38,17 +42,14 @@ BATCH_BYTES = 16 << 20
 BT709 = 1  # the code point of BT.709 in ITU-T H.273, for primaries, transfer and matrix alike
 
 
-def write_reel(
-    source: Source, spans: Sequence[Shot], path: Path, *, progress: Progress | None = None
-) -> tuple[Shot, ...]:
-    """Writes the spans one after the other as an MP4 that starts fast; returns those that are in it.
+def write_reel(source: Source, spans: Sequence[Shot], path: Path, *, progress: Progress | None = None) -> None:
+    """Writes the spans one after the other as an MP4 that starts fast.
 
-    Pictures keep their pts (a variable rate stays variable), are upright with square pixels and even sides, and each
-    span opens with a key frame. Sound is 48 kHz stereo, silence where the source has a gap, no track where the source
-    has none. A span of which nothing can be decoded is left out. The file is made aside, then renamed.
+    Frames keep their pts (a variable rate stays variable), are upright with square pixels and even sides, and each span
+    opens with a key frame. Sound is 48 kHz stereo, silence where the source has a gap, no track where the source has
+    none. The video is read once, its sound beside it.
 
     Args:
-        source: the video.
         spans: in time order, disjoint.
         path: of the MP4; its folder must be there.
         progress: called with ("reel", seconds done, seconds in all).
@@ -66,21 +67,18 @@ def write_reel(
                 hint="install PyAV's own wheel: pip install --force-reinstall --only-binary av av",
             ) from error
     try:
-        with atomic_write(path) as made:
-            return _write(source, spans, made, progress)
+        with atomic_write(path) as made, closing(_SoundReader(source)) as sound:
+            _write(source, sound, spans, made, progress)
     except (OSError, av.FFmpegError) as error:
         raise RenderError(
             f"{path}: the reel cannot be written: {error}", hint="is the folder there, is the disk full?"
         ) from error
 
 
-def _write(source: Source, spans: Sequence[Shot], path: Path, progress: Progress | None) -> tuple[Shot, ...]:
+def _write(source: Source, sound: _SoundReader, spans: Sequence[Shot], path: Path, progress: Progress | None) -> None:
     info = source.probe()
     height, width = _even_size(info)
-    # "area" also at full size: it costs half of what bicubic does where only the chroma is scaled.
-    transform = ImageTransform(height, width, "squash", "area")
     total = sum(span.duration_seconds for span in spans)
-    shown: list[Shot] = []
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as output:
         video = _video_stream(output, info, height, width)
         audio = _audio_stream(output) if info.has_audio else None
@@ -93,39 +91,33 @@ def _write(source: Source, spans: Sequence[Shot], path: Path, progress: Progress
             return packets
 
         begin = 0.0  # of this span, in the output's seconds
-        for span in spans:
-            sound: Iterator[F32] | None = None
-            heard = first = round(begin * RATE)
-            last = round((begin + span.duration_seconds) * RATE)
-            pictures = _pictures(source, span, transform, info)
-            for picture, seconds, lasts in pictures:
-                if sound is None:
-                    shown.append(span)
-                    sound = _faded(_sound(source, span.start_seconds, last - first), last - first)
-                now = begin + seconds - span.start_seconds
-                frame = _yuv(picture, height, width)
+        # "area" also at full size: it costs half of what bicubic does where only the chroma is scaled.
+        frames = _frames(source, spans, ImageTransform(height, width, "squash", "area"), info)
+        for span, shown in itertools.groupby(_shown(frames, spans), key=lambda frame: frame.span):
+            heard, last = round(begin * RATE), round((begin + span.duration_seconds) * RATE)
+            blocks = _faded(_sound(sound, span.start_seconds, last - heard), last - heard)
+            for number, picture in enumerate(shown):
+                now = begin + picture.seconds - span.start_seconds
+                frame = _yuv(picture.data, height, width)
                 frame.pts, frame.time_base = round(now * TICKS), Fraction(1, TICKS)
-                lasting[frame.pts] = max(1, round((now + lasts) * TICKS) - frame.pts)
-                if seconds <= span.start_seconds:
+                lasting[frame.pts] = max(1, round((now + picture.lasts) * TICKS) - frame.pts)
+                if number == 0:
                     frame.pict_type = av.video.frame.PictureType.I
                 output.mux(coded(frame))
                 if audio is not None:
-                    heard = _write_sound(output, audio, sound, heard, round(now * RATE))
+                    heard = _write_sound(output, audio, blocks, heard, round(now * RATE))
                 if progress is not None:
                     progress("reel", now, total)
-            if sound is None:
-                continue
             if audio is not None:
-                _write_sound(output, audio, sound, heard, last)
+                _write_sound(output, audio, blocks, heard, last)
             begin += span.duration_seconds
-        if not shown:
+        if not begin:
             raise RenderError(f"{source.name}: no frame of the reel's spans could be decoded")
         output.mux(coded(None))
         if audio is not None:
             output.mux(audio.encode(None))
     if progress is not None:
         progress("reel", total, total)
-    return tuple(shown)
 
 
 def _even_size(info: VideoInfo) -> tuple[int, int]:
@@ -169,41 +161,52 @@ def _yuv(picture: U8, height: int, width: int) -> av.VideoFrame:
     )
 
 
-def _pictures(
-    source: Source, span: Shot, transform: ImageTransform, info: VideoInfo
-) -> Iterator[tuple[U8, float, float]]:
-    """(picture, time, how long it is shown); the first is the one shown at the span's start, its time that start."""
+class _Shown(NamedTuple):
+    """A frame in the reel."""
+
+    span: Shot
+    data: U8
+    seconds: float  # of the source, when it begins to be shown
+    lasts: float  # seconds
+
+
+def _shown(frames: Iterator[tuple[U8, float]], spans: Sequence[Shot]) -> Iterator[_Shown]:
+    """The frames of each span in turn; the first is the one that is shown at its start."""
+    held: tuple[U8, float] | None = None  # the last frame before `ahead`
+    ahead = next(frames, None)
+    for span in spans:
+        # Before the first frame of a video, that frame is shown.
+        while ahead is not None and (held is None or ahead[1] <= span.start_seconds + 1 / TICKS):
+            held, ahead = ahead, next(frames, None)
+        if held is None:
+            return
+        seconds = span.start_seconds
+        while ahead is not None and ahead[1] < span.stop_seconds:
+            yield _Shown(span, held[0], seconds, ahead[1] - seconds)
+            seconds = ahead[1]
+            held, ahead = ahead, next(frames, None)
+        yield _Shown(span, held[0], seconds, span.stop_seconds - seconds)
+
+
+def _frames(
+    source: Source, spans: Sequence[Shot], transform: ImageTransform, info: VideoInfo
+) -> Iterator[tuple[U8, float]]:
+    """(picture, time) of each frame of the spans and of those shown at their starts, in one pass over the file."""
+    timeline = source.timeline()
+    if timeline is None:
+        sampling = Sampling("all", stop_seconds=spans[-1].stop_seconds)
+    else:
+        starts = timeline.starts
+        inside = [starts[(starts > span.start_seconds) & (starts < span.stop_seconds)] for span in spans]
+        times = np.concatenate([[span.start_seconds for span in spans], *inside])
+        sampling = Sampling("times", times=tuple(np.sort(times).tolist()))
     batch_size = max(1, min(16, BATCH_BYTES // (transform.height * transform.width * 3)))
-    start, stop = span.start_seconds, span.stop_seconds
-    # The frame shown at the start began before it: most often within a frame's time, else it is looked for.
-    lead = 1.5 / max(info.average_fps or 25.0, 1.0)
-    sampling = Sampling("all", start_seconds=max(0.0, start - lead), stop_seconds=stop)
-    held: tuple[U8, float] | None = None
-    with FrameStream(source, sampling, transform=transform, batch_size=batch_size) as frames:
-        for batch in _any(frames):
-            for picture, pts in zip(batch.data, batch.pts_seconds, strict=True):
-                seconds = max(float(pts), start)
-                if seconds - start > 1 / TICKS:
-                    held = held or _shown_at(source, start, transform) or (picture, start)
-                    if seconds > held[1]:
-                        yield *held, seconds - held[1]
-                held = picture, max(seconds, held[1] if held is not None else start)
-    held = held or _shown_at(source, start, transform)
-    if held is not None:
-        yield *held, stop - held[1]
-
-
-def _any(frames: FrameStream) -> Iterator[FrameBatch]:
-    """The batches; none where the stream has no frame in the span, as between two slides of a talk."""
-    try:
-        yield from frames
-    except ValueError:
-        return
-
-
-def _shown_at(source: Source, seconds: float, transform: ImageTransform) -> tuple[U8, float] | None:
-    with FrameStream(source, Sampling("times", times=(seconds,)), transform=transform, batch_size=1) as frames:
-        return next(((batch.data[0], seconds) for batch in frames), None)
+    with (
+        FrameStream(source, sampling, transform=transform, batch_size=batch_size) as stream,
+        suppress(NoFrames),
+    ):
+        for batch in distinct(stream):
+            yield from zip(batch.data, batch.pts_seconds.tolist(), strict=True)
 
 
 def _write_sound(output: Any, audio: Any, sound: Iterator[F32], heard: int, until: int) -> int:
@@ -227,10 +230,10 @@ def _faded(blocks: Iterator[F32], count: int) -> Iterator[F32]:
         done += block.shape[1]
 
 
-def _sound(source: Source, start_seconds: float, count: int) -> Iterator[F32]:
+def _sound(reader: _SoundReader, start_seconds: float, count: int) -> Iterator[F32]:
     """`count` samples [2, n] float32 at 48 kHz from `start_seconds` on, each at its time, silence in the gaps."""
     done = 0
-    for position, block in _placed(source, start_seconds):
+    for position, block in _placed(reader, start_seconds):
         if position >= count:
             break
         while position > done:
@@ -247,13 +250,13 @@ def _sound(source: Source, start_seconds: float, count: int) -> Iterator[F32]:
         done += silence
 
 
-def _placed(source: Source, start_seconds: float) -> Iterator[tuple[int, F32]]:
+def _placed(reader: _SoundReader, start_seconds: float) -> Iterator[tuple[int, F32]]:
     """(place of the first sample counted from `start_seconds`, block [2, n]); places may be negative or overlap."""
     resampler = AudioResampler(format="fltp", layout="stereo", rate=RATE)
     kind: tuple[str, str, int] | None = None
     due = position = 0.0  # when the next frame is expected, in seconds; where its first sample goes
 
-    for frame, seconds in _audio_frames(source, start_seconds):
+    for frame, seconds in reader.frames(start_seconds):
         arrived = (frame.format.name, frame.layout.name, frame.sample_rate)
         if kind != arrived or (seconds is not None and abs(seconds - due) > SLACK_SECONDS):
             if kind is not None:
@@ -277,10 +280,25 @@ def _blocks(resampler: AudioResampler, frame: av.AudioFrame | None) -> Iterator[
         yield resampled.to_ndarray().astype(np.float32, copy=False)
 
 
-def _audio_frames(source: Source, start_seconds: float) -> Iterator[tuple[av.AudioFrame, float | None]]:
-    """Decoded frames from a little before `start_seconds` on, with their time from the video stream's start."""
-    for seek in (True, False):
-        with source.open() as container:
+class _SoundReader:
+    """Decodes the sound of a source from any time on; the file is opened once."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._container: InputContainer | None = None
+
+    def close(self) -> None:
+        if self._container is not None:
+            self._container.close()
+        self._container = None
+
+    def frames(self, start_seconds: float) -> Iterator[tuple[av.AudioFrame, float | None]]:
+        """Frames from a little before `start_seconds` on, with their time from the video stream's start."""
+        for again in (False, True):
+            if again:
+                self.close()  # the index led too far, or there is none: read from the beginning
+            opened = self._container is None
+            container = self._container = self._container or self._source.open()
             stream = container.streams.audio[0]
             base = float(stream.time_base or 1.0)
             origin = _origin(container)
@@ -288,16 +306,17 @@ def _audio_frames(source: Source, start_seconds: float) -> Iterator[tuple[av.Aud
                 if other.index != stream.index:
                     other.discard = Discard.all
             target = start_seconds - PREROLL_SECONDS + origin
-            if seek and target > 0:
+            from_start = opened and (again or target <= 0)
+            if not from_start:
                 try:
-                    container.seek(int(target / base), stream=stream)
+                    container.seek(max(0, int(target / base)), stream=stream)
                 except av.FFmpegError:
                     continue
-            landed = not seek or target <= 0
+            landed = from_start
             for frame in _decoded(container, stream):
                 seconds = None if frame.pts is None else frame.pts * base - origin
                 if not landed and (seconds is None or seconds > start_seconds):
-                    break  # the index led too far: read from the beginning
+                    break
                 landed = True
                 yield frame, seconds
             if landed:

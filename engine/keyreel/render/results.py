@@ -8,11 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from keyreel.config import ImageTransform, Sampling
-from keyreel.decode.cpu import FrameStream
+from keyreel.config import ImageTransform
 from keyreel.decode.source import Source
 from keyreel.render.files import atomic_write
-from keyreel.render.pictures import jpeg
+from keyreel.render.pictures import jpeg, pictures_at
 from keyreel.types import U8, SearchHit
 
 PREVIEW = ImageTransform(360, 640, mode="fit", interpolation="area")
@@ -28,13 +27,8 @@ def hit_pictures(hits: Sequence[SearchHit], sources: Mapping[str, Source]) -> li
     pictures: dict[int, U8] = {}
     for video in dict.fromkeys(hit.video for hit in hits):
         own = [n for n, hit in enumerate(hits) if hit.video == video]
-        own.sort(key=lambda n: hits[n].pts_seconds)
-        sampling = Sampling(mode="times", times=tuple(hits[n].pts_seconds for n in own))
-        with FrameStream(sources[video], sampling, transform=PREVIEW) as stream:
-            rows = iter(own)
-            for batch in stream:
-                for picture in batch.data:
-                    pictures[next(rows)] = picture
+        for place, picture in pictures_at(sources[video], [hits[n].pts_seconds for n in own], PREVIEW):
+            pictures[own[place]] = picture
     return [pictures[n] for n in range(len(hits))]
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -18,17 +18,11 @@ from keyreel.errors import RenderError
 from keyreel.render.documents import SUMMARY, ReelEntry, SummaryDocument, summary_document, to_json
 from keyreel.render.files import hidden
 from keyreel.render.interchange import import_otio, write_edl, write_otio
-from keyreel.render.pictures import (
-    contact_sheet,
-    keyframe_name,
-    keyframe_pictures,
-    shrink,
-    write_jpeg,
-)
+from keyreel.render.pictures import at_most, contact_sheet, jpeg, keyframe_name, pictures_at, shrink
 from keyreel.render.plan import plan_reel
 from keyreel.render.reel import write_reel
 from keyreel.render.storyboard import link_to, picture_edge, storyboard_page
-from keyreel.render.thumbnails import sprite, tile_times, webvtt
+from keyreel.render.thumbnails import sprite, tile, tile_times, webvtt
 from keyreel.types import F32, Progress, Shot, Summary
 
 REPLACE = "replace keyreel's own files in it: --overwrite (overwrite=True)"
@@ -58,7 +52,7 @@ def save_summary(
         folder: made with its parents where it is missing.
         config: which outputs.
         query_scores: [T] float32, how well each sampled frame answers `config.query`; ranks the reel's spans.
-        progress: called with ("pictures" | "reel" | "thumbnails", done, total).
+        progress: called with ("pictures" | "reel", done, total).
 
     Raises:
         RenderError: the folder holds other things, or an output cannot be made.
@@ -113,64 +107,63 @@ def _write_all(
     progress: Progress | None,
 ) -> None:
     began = time.perf_counter()
-    duration = summary.stop_seconds
-    files, contact, small = _write_keyframes(summary, source, made, config, progress)
-    contact_sheet(contact, [k.pts_seconds for k in summary.keyframes]).save(
-        made / "contact.jpg", quality=config.jpeg_quality
-    )
+    files, small = _write_pictures(summary, source, made, config, progress)
     spans: tuple[Shot, ...] = ()
     if config.reel or config.otio or config.edl:
         spans = reel_spans(summary, config, query_scores)
     if config.reel:
-        spans = write_reel(source, spans, made / "reel.mp4", progress=progress)
-    link = link_to(source.path, target) if source.path is not None else None
+        write_reel(source, spans, made / "reel.mp4", progress=progress)
     media = source.path.absolute().as_uri() if source.path is not None else summary.video.path
     if config.otio:
         write_otio(summary.video, media, spans, made / "reel.otio")
     if config.edl:
         write_edl(summary.video, media, spans, made / "reel.edl")
-    if config.thumbnails:
-        if progress is not None:
-            progress("thumbnails", 0, None)
-        step, times = tile_times(duration)
-        sheet, boxes = sprite(source, times)
-        sheet.save(made / "thumbs.jpg", quality=config.jpeg_quality)
-        (made / "thumbs.vtt").write_text(webvtt(boxes, step, duration, "thumbs.jpg"), encoding="utf-8")
+    reel = ReelEntry("reel.mp4" if config.reel else None, spans) if spans else None
 
     def document() -> SummaryDocument:
-        reel = ReelEntry("reel.mp4" if config.reel else None, spans) if spans else None
         return summary_document(summary, files=files, reel=reel, render_seconds=time.perf_counter() - began)
 
     if config.storyboard:
-        page = storyboard_page(
-            summary,
-            pictures=small,
-            files=files,
-            video_link=link,
-            reel=("reel.mp4", spans) if config.reel else None,
-            duration_seconds=duration,
-            timings_seconds=asdict(document().timings_seconds),
-        )
+        link = link_to(source.path, target) if source.path is not None else None
+        page = storyboard_page(summary, document(), pictures=small, video_link=link)
         (made / "storyboard.html").write_text(page, encoding="utf-8")
     (made / "summary.json").write_text(to_json(document()), encoding="ascii")
 
 
-def _write_keyframes(
+def _write_pictures(
     summary: Summary, source: Source, made: Path, config: OutputConfig, progress: Progress | None
-) -> tuple[list[str], list[Image.Image], list[Image.Image]]:
-    """Writes the key-frames; returns their names and their pictures for contact sheet and page, small."""
+) -> tuple[list[str], list[Image.Image]]:
+    """Writes key-frames, contact sheet and thumbnails from one pass over the file.
+
+    Returns:
+        the names of the key-frames' files; their pictures for the storyboard, small.
+    """
     (made / "keyframes").mkdir()
-    count = len(summary.keyframes)
-    files, contact, small = [], [], []
-    pictures = keyframe_pictures(source, summary.keyframes, config.keyframe_height)
-    for number, (keyframe, picture) in enumerate(zip(summary.keyframes, pictures, strict=True), 1):
-        files.append(f"keyframes/{keyframe_name(number, keyframe.pts_seconds)}")
-        write_jpeg(picture, made / files[-1], config.jpeg_quality)
-        contact.append(shrink(picture, CONTACT_EDGE if count <= 4 else CONTACT_EDGE // 2))
-        small.append(shrink(picture, picture_edge(count)))
+    keyframes, quality, duration = summary.keyframes, config.jpeg_quality, summary.stop_seconds
+    step, tile_seconds = tile_times(duration) if config.thumbnails else (0.0, ())
+    times = [*(k.pts_seconds for k in keyframes), *tile_seconds]
+    files: list[str] = []
+    contact: list[Image.Image] = []
+    small: list[Image.Image] = []
+    tiles: list[Image.Image] = []
+    pictures = pictures_at(source, times, at_most(summary.video, config.keyframe_height))
+    for done, (place, picture) in enumerate(pictures, 1):
+        if place < len(keyframes):
+            files.append(f"keyframes/{keyframe_name(place + 1, times[place])}")
+            (made / files[-1]).write_bytes(jpeg(Image.fromarray(picture), quality))
+            contact.append(shrink(picture, CONTACT_EDGE if len(keyframes) <= 4 else CONTACT_EDGE // 2))
+            small.append(shrink(picture, picture_edge(len(keyframes))))
+        else:
+            tiles.append(tile(picture))
         if progress is not None:
-            progress("pictures", number, count)
-    return files, contact, small
+            progress("pictures", done, len(times))
+    sheet = contact_sheet(contact, [k.pts_seconds for k in keyframes])
+    (made / "contact.jpg").write_bytes(jpeg(sheet, quality))
+    if tiles:
+        sheet, boxes = sprite(tiles)
+        (made / "thumbs.jpg").write_bytes(jpeg(sheet, quality))
+        (made / "thumbs.vtt").write_text(webvtt(boxes, step, duration, "thumbs.jpg"), encoding="utf-8")
+    return files, small
 
 
 def _check_replaceable(target: Path, source: Source, video: str, *, overwrite: bool) -> None:

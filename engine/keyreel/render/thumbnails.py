@@ -5,15 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 from PIL import Image
 
-from keyreel.config import ImageTransform, Sampling
-from keyreel.decode.cpu import FrameStream
-from keyreel.decode.source import Source
-from keyreel.errors import RenderError
 from keyreel.render.pictures import clock
-from keyreel.types import U8, Progress
+from keyreel.types import U8
 
 TILE_EDGE = 160  # pixels, long side of a thumbnail
 MOST_TILES = 200
@@ -28,38 +23,23 @@ def tile_times(duration_seconds: float) -> tuple[float, tuple[float, ...]]:
     return step, tuple(step * n for n in range(max(1, math.ceil(duration_seconds / step - 1e-9))))
 
 
-def sprite(
-    source: Source, times: Sequence[float], *, progress: Progress | None = None
-) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
-    """(picture of all thumbnails, (x, y, width, height) of each); fewer boxes than times where decoding ends early.
+def tile(picture: U8) -> Image.Image:
+    """A picture of a video as a thumbnail."""
+    height, width = picture.shape[:2]
+    scale = TILE_EDGE / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return Image.fromarray(picture).resize(size, Image.Resampling.BOX)
 
-    Args:
-        progress: called with ("thumbnails", done, total).
 
-    Raises:
-        RenderError: nothing could be decoded.
-    """
-    info = source.probe()
-    scale = TILE_EDGE / max(info.width, info.height)
-    width, height = max(1, round(info.width * scale)), max(1, round(info.height * scale))
-    transform = ImageTransform(height, width, "squash", "area")
-    tiles: list[U8] = []
-    with FrameStream(source, Sampling("times", times=tuple(times)), transform=transform) as frames:
-        for batch in frames:
-            tiles.extend(batch.data)
-            if progress is not None:
-                progress("thumbnails", float(len(tiles)), float(len(times)))
-    if not tiles:
-        raise RenderError(f"{source.name}: no frame for the thumbnails could be decoded")
+def sprite(tiles: Sequence[Image.Image]) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
+    """(picture of all thumbnails, (x, y, width, height) of each)."""
+    width, height = tiles[0].size
     columns = min(len(tiles), TILE_COLUMNS)
-    rows = math.ceil(len(tiles) / columns)
-    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
-    boxes = []
-    for place, tile in enumerate(tiles):
-        y, x = (place // columns) * height, (place % columns) * width
-        sheet[y : y + height, x : x + width] = tile
-        boxes.append((x, y, width, height))
-    return Image.fromarray(sheet), boxes
+    boxes = [(n % columns * width, n // columns * height, width, height) for n in range(len(tiles))]
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height))
+    for own, (x, y, _, _) in zip(tiles, boxes, strict=True):
+        sheet.paste(own, (x, y))
+    return sheet, boxes
 
 
 def webvtt(boxes: Sequence[tuple[int, int, int, int]], step_seconds: float, duration_seconds: float, image: str) -> str:
