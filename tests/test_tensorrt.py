@@ -22,7 +22,7 @@ from cuda_on_host import HostedArray
 from recording_tensorrt import Recording, builtin, recording_cuda, signature
 from typer.testing import CliRunner
 
-from keyreel.cli.videos import app
+from keyreel.cli.app import app
 from keyreel.errors import BackendError, BackendUnavailable, MissingExtra, ModelError, OutOfMemory, PlanStale
 from keyreel.runtime import plans, tensorrt_build
 from keyreel.runtime import tensorrt as session_tensorrt
@@ -451,7 +451,7 @@ def test_the_export_command_builds_plans_for_the_device_at_hand(
 ) -> None:
     pytest.importorskip("torch", reason="the extra export is not installed")
     backend = SimpleNamespace(ops=SimpleNamespace(arrays=recorded), batch_size=BATCH)
-    monkeypatch.setattr("keyreel.cli.videos.resolve", lambda device: backend if device == "cuda" else None)
+    monkeypatch.setattr("keyreel.runtime.backend.resolve", lambda device: backend if device == "cuda" else None)
     done = CliRunner().invoke(app, ["export", "builtin", "--tensorrt"])
     assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(FUSION.parent)
@@ -462,8 +462,8 @@ def test_the_export_command_looks_for_the_device_first(monkeypatch: pytest.Monke
     def refuse(device: str) -> None:
         raise BackendUnavailable(f"{device} was asked for", probe="cuda driver")
 
-    monkeypatch.setattr("keyreel.cli.videos.resolve", refuse)
-    monkeypatch.setattr("keyreel.cli.videos.load_tensorrt", lambda: None)
+    monkeypatch.setattr("keyreel.runtime.backend.resolve", refuse)
+    monkeypatch.setattr("keyreel.runtime.tensorrt_build.load_tensorrt", lambda: None)
     done = CliRunner().invoke(app, ["export", "no-such-model", "--tensorrt"])
     assert (done.exit_code, done.stdout) == (5, ""), done.output
 

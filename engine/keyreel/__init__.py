@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
 from keyreel.config import EncodeConfig, Sampling, SelectConfig
-from keyreel.engine import Engine
 from keyreel.errors import KeyreelError
-from keyreel.library.library import Library
-from keyreel.library.types import Example, Filter
-from keyreel.types import Embedding, FrameBatch, KeyFrame, SearchHit, Shot, Summary, VideoInfo
+
+if TYPE_CHECKING:
+    from keyreel.engine import Engine
+    from keyreel.library.library import Library
+    from keyreel.library.types import Example, Filter
+    from keyreel.types import Embedding, FrameBatch, KeyFrame, SearchHit, Shot, Summary, VideoInfo
+else:
+    _MODULES = {
+        "keyreel.engine": ("Engine",),
+        "keyreel.library.library": ("Library",),
+        "keyreel.library.types": ("Example", "Filter"),
+        "keyreel.types": ("Embedding", "FrameBatch", "KeyFrame", "SearchHit", "Shot", "Summary", "VideoInfo"),
+    }
+
+    def __getattr__(name: str) -> Any:
+        """Imports NumPy and FFmpeg on first use, so that `keyreel --help` need not wait for them."""
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(importlib.import_module(module), name)
+        raise AttributeError(f"module 'keyreel' has no attribute {name!r}")
+
 
 __version__ = metadata.version("keyreel")
 __all__ = [

@@ -1,5 +1,5 @@
 """`python -m keyreel`."""
 
-from keyreel.cli.videos import main
+from keyreel.cli import main
 
 main()

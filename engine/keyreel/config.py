@@ -164,18 +164,6 @@ class OutputConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class BenchConfig:
-    """How the user's own videos are measured."""
-
-    runs: int = option(3, "measured runs over all videos, after one that warms up")
-    held_frames: int = option(256, "most frames of a video that are kept to measure the encoder alone")
-
-    def __post_init__(self) -> None:
-        _check(1 <= self.runs <= 1000, f"runs must be in 1..1000, got {self.runs}")
-        _check(1 <= self.held_frames <= 100_000, f"held_frames must be in 1..100000, got {self.held_frames}")
-
-
-@dataclass(frozen=True, slots=True)
 class LibraryConfig:
     """How a library keeps and searches its videos."""
 

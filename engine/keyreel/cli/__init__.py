@@ -1,5 +1,26 @@
-"""The command line: commands whose options are fields of config. Data goes to stdout, everything else to stderr."""
+"""The command line. Data goes to stdout, everything else to stderr."""
 
-from keyreel.cli.videos import main
+from __future__ import annotations
 
-__all__ = ["main"]
+import contextlib
+import os
+import sys
+
+
+def main() -> None:
+    """Runs the command line.
+
+    Native libraries write to the file descriptor of stdout, as PyNvVideoCodec does for damaged videos. It is turned
+    into stderr; our own data goes to a copy of it.
+    """
+    try:
+        with contextlib.suppress(OSError, AttributeError):  # the caller closed stdout or stderr
+            sys.stdout.flush()
+            own = os.dup(1)
+            os.dup2(2, 1)
+            sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False)
+        from keyreel.cli.app import app
+
+        app()
+    except KeyboardInterrupt:  # while modules are imported; commands handle it themselves
+        sys.exit(130)

@@ -1,120 +1,173 @@
-"""What the commands of a library print with --json, and the JSON Schemas of it."""
+"""What the commands print with --json."""
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from keyreel.errors import Failure
-from keyreel.library.types import Added, Change, Finding, LibraryStats, Record, Status
-from keyreel.render.documents import FailedVideo
-from keyreel.render.sidecars import COUNT, DRAFT, FAILED, SECONDS, TEXT, TEXT_OR_NULL, Json, list_of, object_of, plain
-
-INDEX, VIDEOS, STATS, VERIFY, COMPACT = (
-    f"keyreel.{name}/1" for name in ("index", "videos", "library", "verify", "compact")
-)
-SECONDS_OR_NULL: Json = {"type": ["number", "null"], "minimum": 0}
-DATE_OR_NULL: Json = {"type": ["number", "null"]}
-COUNT_OR_NULL: Json = {"type": ["integer", "null"], "minimum": 0}
+from keyreel.library.types import Added, Change, Finding, Record, Status
+from keyreel.render.documents import Count, FailedVideo, Seconds
+from keyreel.runtime.backend import Probe
 
 
-def change_of(added: Added) -> str:
-    """What became of a video: as the library says, but "removed" where what was missing is no longer recorded."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summaries:
+    """`keyreel summarize --json` of several videos."""
+
+    schema: Literal["keyreel.summaries/1"] = "keyreel.summaries/1"
+    summaries: Sequence[Mapping[str, Any]]  # as in summary.json
+    failed: Sequence[FailedVideo]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedVideo:
+    video: str
+    change: Change | Literal["removed"]
+    video_id: str | None
+    frames: Count | None  # None for videos that Ray indexed
+    duration_seconds: Seconds | None
+    seconds: Seconds  # that it took
+
+    @classmethod
+    def of(cls, added: Added) -> IndexedVideo:
+        record = added.record
+        id, frames, duration = (record.id, record.frames, record.duration_seconds) if record else (None, None, None)
+        return cls(added.path, change_of(added), id, frames, duration, added.seconds)
+
+
+def change_of(added: Added) -> Change | Literal["removed"]:
+    """The change of a video; "removed" if it was missing and its record is deleted."""
     return "removed" if added.change == "missing" and added.record is None else added.change
 
 
-def index_document(library: str, found: Sequence[Added], failed: Sequence[Failure], seconds: float) -> Json:
-    """What `keyreel index` and `keyreel library update` did, `keyreel.index/1`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Index:
+    """`keyreel index --json` and `keyreel library update --json`."""
 
-    Args:
-        failed: with what is no video at all, such as a folder without any.
-    """
-    videos = [
-        {
-            "video": added.path,
-            "change": change_of(added),
-            "video_id": added.record.id if added.record else None,
-            "frames": added.record.frames if added.record else None,
-            "duration_seconds": added.record.duration_seconds if added.record else None,
-            "seconds": added.seconds,
-        }
-        for added in found
-    ]
-    whole = {"schema": INDEX, "library": library, "videos": videos, "seconds": seconds}
-    return whole | {"failed": [plain(FailedVideo.of(failure)) for failure in failed]}
+    schema: Literal["keyreel.index/1"] = "keyreel.index/1"
+    library: str
+    videos: Sequence[IndexedVideo]
+    failed: Sequence[FailedVideo]  # also names without any video, such as an empty folder
+    seconds: Seconds
 
 
-def index_schema() -> Json:
-    """JSON Schema (draft 2020-12) of `keyreel index --json`; the number of frames is not known of what Ray indexed."""
-    video = {"video": TEXT, "change": {"enum": [*typing.get_args(Change), "removed"]}, "video_id": TEXT_OR_NULL}
-    video |= {"frames": COUNT_OR_NULL, "duration_seconds": SECONDS_OR_NULL, "seconds": SECONDS}
-    return _schema(INDEX, {"library": TEXT, "videos": list_of(object_of(video)), "seconds": SECONDS, "failed": FAILED})
+@dataclass(frozen=True, slots=True)
+class Video:
+    video: str
+    video_id: str
+    status: Status
+    error: str | None
+    tags: tuple[str, ...]
+    date: float | None  # seconds since 1970
+    duration_seconds: Seconds | None
+    frames: Count
+    shots: Count
+    size: Count  # bytes
+    indexed_at: Seconds  # since 1970
+    probe: Mapping[str, Any]
 
 
-def videos_document(library: str, records: Sequence[Record]) -> Json:
-    """The videos of a library, `keyreel.videos/1`."""
-    videos = [
-        {
-            "video": record.path,
-            "video_id": record.id,
-            "status": record.status,
-            "error": record.error,
-            "tags": list(record.tags),
-            "date": record.date,
-            "duration_seconds": record.duration_seconds,
-            "frames": record.frames,
-            "shots": len(record.shots),
-            "size": record.size,
-            "indexed_at": record.indexed_at,
-            "probe": plain(record.probe),
-        }
-        for record in records
-    ]
-    return {"schema": VIDEOS, "library": library, "videos": videos}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Videos:
+    """`keyreel library list --json` and `keyreel library remove --json`."""
+
+    schema: Literal["keyreel.videos/1"] = "keyreel.videos/1"
+    library: str
+    videos: Sequence[Video]
+
+    @classmethod
+    def of(cls, library: str, records: Sequence[Record]) -> Videos:
+        videos = [
+            Video(
+                video=record.path,
+                video_id=record.id,
+                status=record.status,
+                error=record.error,
+                tags=record.tags,
+                date=record.date,
+                duration_seconds=record.duration_seconds,
+                frames=record.frames,
+                shots=len(record.shots),
+                size=record.size,
+                indexed_at=record.indexed_at,
+                probe=record.probe,
+            )
+            for record in records
+        ]
+        return cls(library=library, videos=videos)
 
 
-def videos_schema() -> Json:
-    """JSON Schema of `keyreel library list --json` and `remove --json`; dates are seconds since 1970."""
-    video = {"video": TEXT, "video_id": TEXT, "status": {"enum": list(typing.get_args(Status))}, "error": TEXT_OR_NULL}
-    video |= {"tags": list_of(TEXT), "date": DATE_OR_NULL, "duration_seconds": SECONDS_OR_NULL, "frames": COUNT}
-    video |= {"shots": COUNT, "size": COUNT, "indexed_at": SECONDS, "probe": {"type": "object"}}
-    return _schema(VIDEOS, {"library": TEXT, "videos": list_of(object_of(video))})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """`keyreel library stats --json`."""
+
+    schema: Literal["keyreel.library/1"] = "keyreel.library/1"
+    library: str
+    videos: Count
+    failed: Count
+    frames: Count
+    hours: Seconds  # of video, in hours
+    bytes: Count | None
+    model: str
+    model_sha256: str
+    width: Count
 
 
-def stats_document(library: str, stats: LibraryStats) -> Json:
-    """The sizes of a library, `keyreel.library/1`."""
-    return {"schema": STATS, "library": library, **dataclasses.asdict(stats)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verify:
+    """`keyreel library verify --json`."""
+
+    schema: Literal["keyreel.verify/1"] = "keyreel.verify/1"
+    library: str
+    findings: Sequence[Finding]
 
 
-def stats_schema() -> Json:
-    """JSON Schema of `keyreel library stats --json`."""
-    numbers = dict.fromkeys(("videos", "failed", "frames", "width"), COUNT)
-    properties = {"library": TEXT, **numbers, "hours": SECONDS, "bytes": COUNT_OR_NULL}
-    return _schema(STATS, properties | {"model": TEXT, "model_sha256": TEXT})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compact:
+    """`keyreel library compact --json`."""
+
+    schema: Literal["keyreel.compact/1"] = "keyreel.compact/1"
+    library: str
+    bytes: int  # given back; negative if the library grew
 
 
-def verify_document(library: str, findings: Sequence[Finding]) -> Json:
-    """What is wrong with a library, `keyreel.verify/1`."""
-    found = [{**dataclasses.asdict(finding), "videos": list(finding.videos)} for finding in findings]
-    return {"schema": VERIFY, "library": library, "findings": found}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Doctor:
+    """`keyreel doctor --json`."""
+
+    schema: Literal["keyreel.doctor/1"] = "keyreel.doctor/1"
+    version: str
+    probes: Sequence[Probe]
 
 
-def verify_schema() -> Json:
-    """JSON Schema of `keyreel library verify --json`."""
-    finding = {"kind": TEXT, "what": TEXT, "videos": list_of(TEXT), "repaired": {"type": "boolean"}}
-    return _schema(VERIFY, {"library": TEXT, "findings": list_of(object_of(finding))})
+@dataclass(frozen=True, slots=True)
+class BenchVideo:
+    """Medians over the runs."""
+
+    video: str
+    video_seconds: Seconds
+    frames: Count  # sampled
+    seconds: Seconds  # from opening the file to the summary
+    cpu_seconds: Seconds  # of all cores
+    times_real_time: Seconds  # seconds of video a second
+    stage_seconds: Mapping[str, Seconds]  # decode, encode, fuse, select; decode runs beside encode and fuse
 
 
-def compact_document(library: str, given_back: int) -> Json:
-    """What `compact` gave back, `keyreel.compact/1`."""
-    return {"schema": COMPACT, "library": library, "bytes": given_back}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """`keyreel bench --json`."""
 
-
-def compact_schema() -> Json:
-    """JSON Schema of `keyreel library compact --json`; negative where putting together took more than it gave."""
-    return _schema(COMPACT, {"library": TEXT, "bytes": {"type": "integer"}})
-
-
-def _schema(name: str, properties: Json) -> Json:
-    return {"$schema": DRAFT, "title": name, **object_of({"schema": {"const": name}, **properties})}
+    schema: Literal["keyreel.bench/2"] = "keyreel.bench/2"
+    model: str
+    model_sha256: str
+    device: str
+    device_reason: str
+    machine: str
+    versions: Mapping[str, str]
+    config: Mapping[str, Any]
+    runs: Count
+    warmup_seconds: Seconds  # the first run over all videos, not counted
+    peak_memory_bytes: Count  # of the process
+    videos: Sequence[BenchVideo]
+    failed: Sequence[FailedVideo]

@@ -1,31 +1,38 @@
-"""What the command line is given: videos, folders of videos, standard input; and how it goes through them."""
+"""The videos that a command is given: files, folders, standard input; and how it goes through them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
 
 from keyreel.config import DecodeLimits
-from keyreel.decode.source import Source
 from keyreel.errors import Failure, KeyreelError, MissingExtra, SourceNotFound
 
-VIDEO_SUFFIXES = frozenset(
-    f".{end}"
-    for end in (
-        *("mp4", "m4v", "mov", "mkv", "webm", "avi", "ts", "m2ts", "mts", "mpg", "mpeg"),
-        *("flv", "wmv", "ogv", "3gp", "mxf", "ivf", "vob", "y4m"),
-    )
+if TYPE_CHECKING:
+    from keyreel.decode.source import Source
+
+# fmt: off
+VIDEO_SUFFIXES = (
+    ".3gp", ".avi", ".flv", ".ivf", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv",
+    ".ts", ".vob", ".webm", ".wmv", ".y4m",
 )
+# fmt: on
 SOME_FAILED = 8
 
 
-def sources(names: Sequence[str], limits: DecodeLimits) -> list[Source | KeyreelError]:
-    """One entry a video; folders stand for the videos in them, an error for a folder without any.
+def sources(names: Sequence[str], *, allow_network: bool) -> list[Source | KeyreelError]:
+    """One entry a video: itself, those in a folder, or an error for a folder without any.
 
     Raises:
         ValueError: an empty name.
     """
+    from keyreel.decode.source import Source
+
+    limits = DecodeLimits(allow_network=allow_network)
     return [found if isinstance(found, KeyreelError) else Source(found, limits=limits) for _, found in within(names)]
 
 
@@ -38,14 +45,13 @@ def within(names: Sequence[str]) -> Iterator[tuple[str, str | Path | KeyreelErro
     for name in names:
         if not name:
             raise ValueError("an empty name is no video")
-        path = Path(name)
-        if name == "-" or not path.is_dir():
+        if name == "-" or not os.path.isdir(name):
             yield name, name
             continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+        inside = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
         inside = [p for p in inside if not (p.name == "reel.mp4" and (p.parent / "summary.json").is_file())]
-        hint = f"files that end in one of: {' '.join(sorted(VIDEO_SUFFIXES))}"
         if not inside:
+            hint = f"files that end in one of: {' '.join(VIDEO_SUFFIXES)}"
             yield name, SourceNotFound(f"there is no video in the folder {name!r}", hint=hint)
         for found in inside:
             yield name, found
@@ -58,10 +64,10 @@ def listed(text: bytes) -> list[str]:
 
 
 def for_each(
-    videos: Sequence[Source | KeyreelError], work: Callable[[Source], None], tell: Callable[[Failure], None]
+    videos: Sequence[Source | KeyreelError], work: Callable[[Source], None], failed: Callable[[Failure], None]
 ) -> list[Failure]:
-    """Goes on past videos that fail, and tells at once which and why."""
-    failed = []
+    """Works on each video; calls `failed` for those that fail, goes on with the others, and returns the failures."""
+    failures = []
     for video in videos:
         try:
             if isinstance(video, KeyreelError):
@@ -69,23 +75,27 @@ def for_each(
             work(video)
         except MissingExtra:
             raise  # it would be missing for every video
-        except Exception as error:  # noqa: BLE001 - one video must not take the others with it, whatever is wrong with it
-            failed.append(Failure.of(video.name if isinstance(video, Source) else "", error))
-            tell(failed[-1])
-    return failed
+        except Exception as error:  # noqa: BLE001 - a video that fails must not stop the others
+            failures.append(Failure.of("" if isinstance(video, KeyreelError) else video.name, error))
+            failed(failures[-1])
+    return failures
 
 
-def exit_code(failed: Sequence[Failure], succeeded: int) -> int:
-    """0; the code that all failures share where nothing succeeded; else that of some of many."""
+def exit_for(failed: Sequence[Failure], succeeded: int) -> None:
+    """Exits with the code that all failures share if nothing succeeded, else with that of some of many.
+
+    Raises:
+        typer.Exit: something failed.
+    """
     codes = {failure.error.exit_code for failure in failed}
-    return 0 if not failed else codes.pop() if not succeeded and len(codes) == 1 else SOME_FAILED
+    if codes:
+        raise typer.Exit(codes.pop() if not succeeded and len(codes) == 1 else SOME_FAILED)
 
 
 def folder_name(source: Source, used: set[str]) -> str:
-    """The video's stem; two videos of one stem get folders of their own."""
+    """The video's stem, numbered if it is used already."""
     stem = source.path.stem if source.path is not None else source.name.strip("<>").replace("/", "-")
-    # The stem of "...mp4" is "..", which is another folder altogether.
-    stem = stem if stem.strip(".") else "video"
+    stem = stem if stem.strip(".") else "video"  # the stem of "...mp4" is ".."
     name, number = stem, 2
     while name in used:
         name, number = f"{stem}-{number}", number + 1

@@ -1,29 +1,22 @@
-"""Progress bars on stderr, with rates and remaining time; silent where stderr is no terminal."""
+"""Progress bars on stderr, with rates and remaining time; silent unless stderr is a terminal."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from keyreel.types import Progress as Callback
-
-STAGES = {
-    "encode": "looking",
-    "keyframes": "key-frames",
-    "reel": "reel",
-    "thumbnails": "thumbnails",
-    "storyboard": "storyboard",
-}
-
+from keyreel.cli.output import log_failure, printable
+from keyreel.errors import Failure
 
 LONGEST = 40  # characters of a name; its end says more than its beginning
 
 
 class _Rate(ProgressColumn):
-    """Seconds of video a second; of the bar of all videos how many are done."""
+    """Seconds of video a second; for the bar of all videos, how many are done."""
 
     def render(self, task: Task) -> Text:
         text = f"{task.speed:.1f}x" if task.speed and task.fields.get("seconds") else ""
@@ -33,7 +26,7 @@ class _Rate(ProgressColumn):
 
 
 class Bars:
-    """A bar for the video that each thread has at hand, and one for all videos; a context manager."""
+    """A bar for the current video of each thread, and one for all videos; a context manager."""
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), _Rate(), TimeRemainingColumn())
@@ -49,33 +42,37 @@ class Bars:
         self.stop()
 
     def stop(self) -> None:
-        """Takes all of them away, for good. Idempotent."""
+        """Removes all bars. Idempotent."""
         self._bars.stop()
 
-    def start(self, name: str) -> Callback:
-        """Begins the bar of one video; returns what the stages call."""
+    def start(self, name: str) -> Callable[[str, float, float | None], None]:
+        """Adds the bar of a video; returns its progress callback."""
         self.finish()
-        label = name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"
+        label = printable(name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}")
         task = self._tasks[threading.get_ident()] = self._bars.add_task(label, total=None, seconds=True)
         current = ""
 
         def progress(stage: str, done: float, total: float | None) -> None:
             nonlocal current
-            if stage != current:
-                # A stage counts in its own unit: rate and remaining time begin anew with it.
+            if stage != current:  # each stage counts in its own unit, so rate and remaining time start anew
                 current = stage
-                self._bars.reset(task, description=f"{label}: {STAGES.get(stage, stage)}", seconds=stage == "encode")
+                self._bars.reset(task, description=f"{label}: {stage}", seconds=stage == "encode")
             self._bars.update(task, completed=done, total=total)
 
         return progress
 
     def finish(self) -> None:
-        """Takes the bar of this thread's video away."""
+        """Removes the bar of this thread's video."""
         if (task := self._tasks.pop(threading.get_ident(), None)) is not None:
             self._bars.remove_task(task)
 
+    def failed(self, failure: Failure) -> None:
+        """Removes the bar of this thread's video, and prints why it failed."""
+        self.finish()
+        log_failure(failure)
+
     def whole(self, stage: str, done: float, total: float | None) -> None:
-        """Moves the bar of all videos; may be given as a progress callback."""
+        """Moves the bar of all videos; a progress callback."""
         if self._whole is None:
             self._whole = self._bars.add_task(f"all {stage}", whole=True)
         self._bars.update(self._whole, completed=done, total=total)

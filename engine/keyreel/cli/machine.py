@@ -1,0 +1,252 @@
+"""Commands about this machine and its models: doctor, bench, export, version."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import keyreel
+from keyreel.cli import options
+from keyreel.cli.inputs import exit_for, for_each, sources
+from keyreel.cli.output import errors, log, plural, print_json, print_line, print_table
+from keyreel.cli.progress import Bars
+from keyreel.config import EncodeConfig, Sampling
+from keyreel.errors import BackendError, import_extra
+
+if TYPE_CHECKING:
+    from keyreel import Engine
+    from keyreel.cli.documents import Bench, BenchVideo
+    from keyreel.decode.source import Source
+    from keyreel.types import Progress
+
+STAGES = ("decode", "encode", "fuse", "select")
+PACKAGES = ("keyreel", "av", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-cu13")
+
+
+def version() -> None:
+    """Prints the version."""
+    print(keyreel.__version__)
+
+
+def doctor(as_json: options.Json = False) -> None:
+    """Checks what keyreel needs on this machine, and says how to mend what is missing."""
+    from keyreel.cli.documents import Doctor
+    from keyreel.runtime.doctor import probes
+
+    found = probes()
+    if as_json:
+        print_json(Doctor(version=keyreel.__version__, probes=found))
+    for probe in found if not as_json else ():
+        mark = "ok  " if probe.passed else ("FAIL" if probe.required else "no  ")
+        print_line(f"{mark} {probe.name}: {probe.found}")
+        if probe.fix:
+            print_line(f"       fix: {probe.fix}")
+    if any(probe.required and not probe.passed for probe in found):
+        raise typer.Exit(BackendError.exit_code)
+
+
+def bench(
+    videos: options.Videos,
+    model: options.Model = "builtin",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    runs: Annotated[
+        int, typer.Option(min=1, max=1000, help="measured runs over all videos, after one that warms up")
+    ] = 3,
+    sampling: options.Mode = options.SAMPLING.mode,
+    fps: options.Fps = options.SAMPLING.fps,
+    tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
+    every: options.Every = options.SAMPLING.every,
+    stop_seconds: Annotated[
+        float | None, typer.Option(help="end of what counts, exclusive; the video's end by default")
+    ] = options.SAMPLING.stop_seconds,
+    shift: options.Shift = options.ENCODING.shift,
+    attention_strength: options.AttentionStrength = options.ENCODING.attention_strength,
+    batch_size: options.BatchSize = options.ENCODING.batch_size,
+    allow_network: options.AllowNetwork = False,
+) -> None:
+    """Measures how fast your own videos are summarised on this machine, stage by stage; writes nothing."""
+    from keyreel.cli.documents import Bench
+    from keyreel.decode.source import Source
+    from keyreel.render.documents import FailedVideo
+
+    frames = Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every, stop_seconds=stop_seconds)
+    encode = EncodeConfig(shift=shift, attention_strength=attention_strength, batch_size=batch_size)
+    measured: dict[str, list[BenchVideo]] = {}
+    began = time.perf_counter()
+    with (
+        keyreel.Engine.from_pretrained(model, device=device) as engine,
+        Bars(errors, quiet=quiet) as bars,
+        contextlib.ExitStack() as opened,
+    ):
+
+        def measure(source: Source) -> None:
+            source.forget()
+            run = _measure(engine, source, frames, encode, bars.start(source.name))
+            measured.setdefault(source.name, []).append(run)
+            bars.finish()
+
+        engine.warmup()
+        found = sources(videos, allow_network=allow_network)
+        for source in found:
+            if isinstance(source, Source):
+                opened.enter_context(source)
+        failed = for_each(found, measure, bars.failed)  # warms up
+        good = [source for source in found if isinstance(source, Source) and source.name in measured]
+        measured.clear()
+        warmup_seconds = time.perf_counter() - began
+        for number in range(runs):  # the videos take turns: what disturbs the machine for a while disturbs all
+            bars.whole("runs", number, runs)
+            failed += for_each(good, measure, bars.failed)
+        result = Bench(
+            model=engine.bundle.name,
+            model_sha256=engine.bundle.sha256,
+            device=engine.backend.device,
+            device_reason=engine.backend.reason,
+            machine=f"{platform.machine()}, {os.cpu_count()} cores, {platform.platform()}",
+            versions=_versions(),
+            config={"sampling": dataclasses.asdict(frames), "encode": dataclasses.asdict(encode)},
+            runs=runs,
+            warmup_seconds=warmup_seconds,
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            videos=list(map(_medians, measured.values())),
+            failed=list(map(FailedVideo.of, failed)),
+        )
+    if as_json:
+        print_json(result)
+    elif result.videos:
+        _print_bench(result)
+    exit_for(failed, len(result.videos))
+
+
+def _measure(
+    engine: Engine, source: Source, sampling: Sampling, encode: EncodeConfig, progress: Progress
+) -> BenchVideo:
+    """One run over one video."""
+    from keyreel.cli.documents import BenchVideo
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    summary = engine.summarize(source, sampling=sampling, encode=encode, progress=progress)
+    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+    length = summary.shots[-1].stop_seconds
+    stages = {stage: summary.timings_seconds[stage] for stage in STAGES}
+    return BenchVideo(source.name, length, len(summary.embedding), seconds, cpu_seconds, length / seconds, stages)
+
+
+def _medians(runs: Sequence[BenchVideo]) -> BenchVideo:
+    return dataclasses.replace(
+        runs[0],
+        seconds=statistics.median(run.seconds for run in runs),
+        cpu_seconds=statistics.median(run.cpu_seconds for run in runs),
+        times_real_time=statistics.median(run.times_real_time for run in runs),
+        stage_seconds={stage: statistics.median(run.stage_seconds[stage] for run in runs) for stage in STAGES},
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _print_bench(result: Bench) -> None:
+    heads = *(f"{stage}, s" for stage in STAGES), "all, s", "CPU-s", "x time", "frames", "video"
+    rows = []
+    for video in result.videos:
+        times = *(video.stage_seconds[stage] for stage in STAGES), video.seconds, video.cpu_seconds
+        numbers = *(f"{seconds:.3f}" for seconds in times), f"{video.times_real_time:.1f}", str(video.frames)
+        rows.append((*numbers, video.video))
+    print_table(heads, rows, right=len(heads) - 1)
+    print_line(f"{result.model} on {result.device} ({result.device_reason}); {result.machine}")
+    print_line(", ".join(f"{name} {number}" for name, number in result.versions.items()))
+    memory = f"peak memory {result.peak_memory_bytes / 1e6:.0f} MB"
+    warmup = f"a warm-up of {result.warmup_seconds:.1f} s"
+    print_line(f"medians of {plural(result.runs, 'run')} after {warmup}; {memory}; decode runs beside encode and fuse")
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(help="ARCH/PRETRAINED or ARCH/CHECKPOINT as open_clip spells it, hf-hub:ORG/REPO")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder; the cache by default")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 for GPUs, or int8 for CPUs")] = "fp32",
+    verify_video: Annotated[Path | None, typer.Option(help="measures an int8 model on frames of this video")] = None,
+    attention: Annotated[
+        str, typer.Option(help="timm network of the spatial attention, or uniform")
+    ] = "mobilenetv3_small_100",
+    attention_weights: Annotated[Path | None, typer.Option(help="its weights, a local file")] = None,
+    projection: Annotated[Path | None, typer.Option(help="trained projection, safetensors")] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="for tests: weights that know nothing")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="of the random weights")] = 0,
+    triton: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="a Triton model repository; MODEL may then be builtin or a bundle's folder"),
+    ] = None,
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help="build TensorRT plans for this GPU; MODEL may be builtin or a folder too")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Turns an open_clip model into a bundle that keyreel runs; needs the extra `export`."""
+    from keyreel.runtime.backend import resolve
+    from keyreel.runtime.bundle import BUILTIN, MANIFEST, Bundle
+    from keyreel.runtime.tensorrt import build_plans
+    from keyreel.runtime.tensorrt_build import load_tensorrt
+
+    if (triton is not None or tensorrt) and precision == "int8":
+        raise ValueError("int8 is for CPUs: --triton and --tensorrt take fp32 or fp16")
+    backend = None
+    if tensorrt:  # checked first: an export takes minutes
+        load_tensorrt()
+        backend = resolve("cuda")
+    import_extra("torch", extra="export", purpose="exporting a model")
+    from keyreel_export.bundle import export_model
+    from keyreel_export.triton import export_triton
+
+    if (triton is not None or tensorrt) and (model == BUILTIN or (Path(model) / MANIFEST).is_file()):
+        if output or attention_weights or projection or random_weights or seed or precision != "fp32" or verify_video:
+            raise ValueError(f"{model} is a bundle already: only --triton and --tensorrt go with it")
+        folder = Bundle.find(model).folder
+    else:
+        folder = export_model(
+            model,
+            output,
+            precision=precision,
+            attention=attention,
+            attention_weights=attention_weights,
+            projection=projection,
+            random_weights=random_weights,
+            seed=seed,
+            verify_video=verify_video,
+            progress=lambda stage, done, total: log(f"{stage} ..."),
+        )
+    if triton is not None:
+        export_triton(Bundle.load(folder), triton)
+        log(f"wrote {triton}")
+    if backend is not None:
+        with Bars(errors) as bars:
+            arrays: Any = backend.ops.arrays
+            progress = bars.start(model)
+            build_plans(Bundle.load(folder), arrays, batch_size=backend.batch_size, progress=progress)
+    if as_json:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        print_json({"folder": str(folder), "manifest": manifest})
+    else:
+        print(folder)

@@ -1,0 +1,110 @@
+"""Options that several commands share, with their help texts. Their defaults are those of config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keyreel.config import EncodeConfig, Sampling, SamplingMode, ShiftMode
+
+if TYPE_CHECKING:
+    from keyreel.library.types import Filter
+
+SAMPLING, ENCODING = Sampling(), EncodeConfig()  # defaults
+
+Videos = Annotated[list[str], typer.Argument(metavar="VIDEO...", help="files, folders, or - for standard input")]
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="the library's folder or s3:// address")]
+Model = Annotated[str, typer.Option(help="builtin, a bundle's folder, or the name of an exported model")]
+OwnModel = Annotated[
+    str | None, typer.Option(help="builtin, a bundle's folder, or a name; a library's own model, else builtin")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N; an explicit device never falls back")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+
+# Config checks the modes: it knows one that only Python can give.
+Mode = Annotated[
+    SamplingMode,
+    typer.Option("--sampling", parser=str, metavar="<str>", help="which frames: fps, near, every, keyframes or all"),
+]
+Fps = Annotated[float, typer.Option(help="frames a second of video, for modes fps and near")]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        help="how far from its time a frame may lie that is cheap to decode, for mode near; by default half a step"
+    ),
+]
+Every = Annotated[int, typer.Option(help="take each n-th frame, for mode every")]
+Shift = Annotated[
+    ShiftMode | None,
+    typer.Option(parser=str, metavar="<str>", help="temporal shift: off, fixed or adaptive; the model's own default"),
+]
+AttentionStrength = Annotated[float | None, typer.Option(help="exponent on the attention map; 0 is stock CLIP pooling")]
+BatchSize = Annotated[int | None, typer.Option(help="frames in one inference; by default what suits the device")]
+AllowNetwork = Annotated[bool, typer.Option("--allow-network", help="allow http and https URLs")]
+
+PathGlob = Annotated[str | None, typer.Option(help="glob over the whole path, '*/holiday/*.mp4'")]
+Tag = Annotated[list[str] | None, typer.Option(help="a word given at indexing; repeatable, all must fit")]
+After = Annotated[str | None, typer.Option(help="recorded at this date or later, 2024-12-31 or 2024-12-31T18:00")]
+Before = Annotated[str | None, typer.Option(help="recorded before this date")]
+MinDuration = Annotated[float | None, typer.Option(help="seconds, videos as long or longer")]
+MaxDuration = Annotated[float | None, typer.Option(help="seconds, videos as long or shorter")]
+
+
+def library_filter(
+    path: str | None,
+    tag: list[str] | None,
+    after: str | None,
+    before: str | None,
+    min_duration: float | None,
+    max_duration: float | None,
+    *,
+    videos: Iterable[str] = (),
+    start_seconds: float | None = None,
+    stop_seconds: float | None = None,
+) -> Filter:
+    """The filter that these options describe.
+
+    Raises:
+        ValueError: not a date.
+    """
+    from keyreel.library.types import Filter
+
+    return Filter(
+        videos=tuple(videos),
+        path=path,
+        tags=tuple(tag or ()),
+        start_seconds=start_seconds,
+        stop_seconds=stop_seconds,
+        min_duration_seconds=min_duration,
+        max_duration_seconds=max_duration,
+        after=_timestamp(after),
+        before=_timestamp(before),
+    )
+
+
+def _timestamp(date: str | None) -> float | None:
+    """Seconds since 1970; a date without a time zone is local."""
+    try:
+        return None if date is None else datetime.fromisoformat(date).timestamp()
+    except (ValueError, OverflowError, OSError) as error:
+        raise ValueError(f"{date!r} is no date, write 2024-12-31 or 2024-12-31T18:00") from error
+
+
+def reject(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """Refuses options that have no meaning here.
+
+    Args:
+        names: of the command's parameters.
+
+    Raises:
+        ValueError: one of them was given.
+    """
+    flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"{flags[name]} {reason}")

@@ -1,0 +1,212 @@
+"""`keyreel search`: the moments of videos, or of a library, that answer a text or a picture."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import keyreel
+from keyreel.cli import options
+from keyreel.cli.inputs import exit_for, for_each, sources
+from keyreel.cli.library import open_library
+from keyreel.cli.output import errors, log, print_hits, print_json, print_videos
+from keyreel.cli.progress import Bars
+from keyreel.config import EncodeConfig, Sampling
+from keyreel.errors import Failure, KeyreelError
+
+if TYPE_CHECKING:
+    from keyreel import Engine, Filter, Library
+    from keyreel.decode.source import Source
+    from keyreel.library.types import VideoHit
+    from keyreel.types import U8, SearchHit, Summary
+
+_OF_VIDEOS = ["sampling", "fps", "tolerance", "every", "shift", "attention_strength", "batch_size", "allow_network"]
+_OF_LIBRARY = ["within", "like", "start", "stop", "whole", "path", "tag", "after", "before"]
+_OF_LIBRARY += ["min_duration", "max_duration"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The answers to a query."""
+
+    query: str
+    hits: Sequence[SearchHit]  # best first
+    pictures: Sequence[U8 | bytes]  # of the hits: pixels or JPEG files; empty unless wanted
+    weak_score: float | None  # lower scores are no match
+    videos: Sequence[VideoHit] | None = None  # where videos were asked for
+    failed: Sequence[Failure] = ()
+    searched: int = 1  # videos
+
+
+def search(
+    context: typer.Context,
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="what to look for")] = None,
+    videos: Annotated[list[str] | None, typer.Argument(metavar="VIDEO...", help="files, folders, or -")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="look for this picture instead; then every argument is a video")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="how many moments, or videos")] = 5,
+    model: options.OwnModel = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    html: Annotated[Path | None, typer.Option(help="write a page with pictures of the moments")] = None,
+    previews: Annotated[Path | None, typer.Option(help="write a picture of each moment into this folder")] = None,
+    quiet: options.Quiet = False,
+    sampling: options.Mode = options.SAMPLING.mode,
+    fps: options.Fps = options.SAMPLING.fps,
+    tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
+    every: options.Every = options.SAMPLING.every,
+    shift: options.Shift = options.ENCODING.shift,
+    attention_strength: options.AttentionStrength = options.ENCODING.attention_strength,
+    batch_size: options.BatchSize = options.ENCODING.batch_size,
+    allow_network: options.AllowNetwork = False,
+    library: Annotated[str | None, typer.Option(help="search this library instead of VIDEO...")] = None,
+    within: Annotated[
+        list[str] | None, typer.Option("--in", help="search in this video only, by path or id; repeatable")
+    ] = None,
+    like: Annotated[
+        str | None, typer.Option(help="look for what is like this moment, VIDEO@SECONDS, instead of a text")
+    ] = None,
+    start: Annotated[float | None, typer.Option(help="seconds, from here on in each video")] = None,
+    stop: Annotated[float | None, typer.Option(help="seconds, up to here in each video")] = None,
+    whole: Annotated[bool, typer.Option("--videos", help="rank videos, not moments")] = False,
+    path: options.PathGlob = None,
+    tag: options.Tag = None,
+    after: options.After = None,
+    before: options.Before = None,
+    min_duration: options.MinDuration = None,
+    max_duration: options.MaxDuration = None,
+) -> None:
+    """Finds the moments of videos, or of a whole library, that answer a text or a picture."""
+    from keyreel.images import read_picture
+
+    names, pictures = list(videos or []), html is not None or previews is not None
+    if library is not None:
+        if names:
+            raise ValueError("videos of a library are chosen with --in and --path")
+        options.reject(context, _OF_VIDEOS, "goes with videos, not with --library")
+        times: Any = {"start_seconds": start, "stop_seconds": stop}
+        where = options.library_filter(
+            path, tag, after, before, min_duration, max_duration, videos=within or (), **times
+        )
+        query, name = _library_query(text, image, like)
+        # A moment of the library as a query needs no model.
+        opened = keyreel.Library(library) if like is not None else open_library(library, model, device)
+        with opened as searched:
+            found = _search_library(searched, query, name, k, where, videos=whole, pictures=pictures)
+    else:
+        options.reject(context, _OF_LIBRARY, "goes with --library")
+        if image is not None and text is not None:
+            names.insert(0, text)
+        if not names or (image is None and not text):
+            raise ValueError("search needs a text (or --image FILE) and at least one video, or --library DIR")
+        query, name = (text, text or "") if image is None else (read_picture(image), str(image))
+        frames = Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every)
+        encode = EncodeConfig(shift=shift, attention_strength=attention_strength, batch_size=batch_size)
+        found_in = sources(names, allow_network=allow_network)
+        with (
+            keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine,
+            Bars(errors, quiet=quiet) as bars,
+        ):
+            found = _search_videos(engine, bars, query, name, k, found_in, frames, encode, pictures=pictures)
+    _show(found, html=html, previews=previews, as_json=as_json)
+    exit_for(found.failed, found.searched)
+
+
+def _search_videos(
+    engine: Engine,
+    bars: Bars,
+    query: Any,
+    name: str,
+    k: int,
+    videos: Sequence[Source | KeyreelError],
+    sampling: Sampling,
+    encode: EncodeConfig,
+    *,
+    pictures: bool,
+) -> Found:
+    from keyreel.render.results import hit_pictures
+
+    summaries: list[Summary] = []
+    by_name: dict[str, Source] = {}
+    with contextlib.ExitStack() as opened:  # pictures of the hits are taken from the videos at the end
+
+        def work(source: Source) -> None:
+            opened.enter_context(source)
+            by_name[source.probe().path] = source
+            progress = bars.start(source.name)
+            summaries.append(engine.summarize(source, keyframes=1, sampling=sampling, encode=encode, progress=progress))
+            bars.finish()
+
+        failed = for_each(videos, work, bars.failed)
+        hits = engine.search(query, summaries, k=k) if summaries else []
+        images = hit_pictures(hits, by_name) if pictures else []
+    shots = sum(len(summary.shots) for summary in summaries)
+    weak = engine.bundle.match_threshold(shots) if isinstance(query, str) else None
+    return Found(name, hits, images, weak, failed=failed, searched=len(summaries))
+
+
+def _search_library(
+    library: Library, query: Any, name: str, k: int, where: Filter, *, videos: bool, pictures: bool
+) -> Found:
+    weak = library.weak_score(where) if isinstance(query, str) else None
+    best = library.search_videos(query, k=k, where=where) if videos else None
+    hits = library.search(query, k=k, where=where) if best is None else [m for v in best for m in v.moments]
+    images = [library.preview(hit.video_id, hit.keyframe_seconds) for hit in hits] if pictures else []
+    if not hits:
+        log("nothing was found")
+    return Found(name, hits, images, weak, videos=best)
+
+
+def _library_query(text: str | None, image: Path | None, like: str | None) -> tuple[Any, str]:
+    """The query, and what it is called."""
+    if sum(given is not None for given in (text or None, image, like)) != 1:
+        raise ValueError("search in a library needs one of: a text, --image FILE, --like VIDEO@SECONDS")
+    if like is None:
+        return (text, str(text)) if image is None else (image, str(image))
+    video, _, seconds = like.rpartition("@")
+    try:
+        return keyreel.Example(video, float(seconds)), f"like {like}"
+    except ValueError as error:
+        raise ValueError(f"--like takes VIDEO@SECONDS, holiday.mp4@12.5, got {like!r}") from error
+
+
+def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bool) -> None:
+    """Writes the files that are wanted, and prints the answers."""
+    from keyreel.render.documents import FoundVideo, search_document
+    from keyreel.render.files import atomic_write
+    from keyreel.render.results import save_previews
+    from keyreel.render.storyboard import search_page
+
+    hits = found.hits if previews is None else save_previews(found.hits, found.pictures, previews)
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(html) as made:
+            made.write_text(search_page(found.query, found.hits, [_pixels(p) for p in found.pictures]), "utf-8")
+        log(f"wrote {html}")
+    weak, best = found.weak_score, max((hit.score for hit in hits), default=None)
+    if best is not None and weak is not None and best < weak:
+        most = f"most matches among so many shots have {weak:.3f} or more"
+        log(f"nothing matches well: the best score is {best:.3f}, {most}")
+    if as_json:
+        videos = None if found.videos is None else [FoundVideo(v.video, v.video_id, v.score) for v in found.videos]
+        print_json(search_document(found.query, hits, found.failed, videos=videos, weak_score=weak))
+    elif found.videos is None:
+        print_hits(hits)
+    else:
+        print_videos(found.videos)
+
+
+def _pixels(picture: U8 | bytes) -> U8:
+    if not isinstance(picture, bytes):
+        return picture
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
