@@ -1,23 +1,15 @@
-"""All defaults, in frozen dataclasses. The command line's options are generated from these fields.
-
-A field's `help` metadata is the text of its option; values are checked when a config is made.
-"""
+"""All defaults, in frozen dataclasses; values are checked when a config is made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 SamplingMode = Literal["fps", "near", "every", "times", "keyframes", "all"]
 ShiftMode = Literal["off", "fixed", "adaptive"]
 ResizeMode = Literal["shortest", "longest", "squash", "fit"]
 Interpolation = Literal["bicubic", "bilinear", "area"]
-
-
-def option(default: Any, help: str) -> Any:
-    """A field with a default and the help text of its command-line option."""
-    return field(default=default, metadata={"help": help})
 
 
 def _check(holds: bool, message: str) -> None:
@@ -42,15 +34,13 @@ def _check_within(config: object, interval: str, *names: str) -> None:
 class Sampling:
     """Which frames are taken. The frame shown at t is the last with pts <= t."""
 
-    mode: SamplingMode = option("fps", "which frames: fps, near, every, keyframes or all")
-    fps: float = option(2.0, "frames a second of video, for modes fps and near")
-    tolerance_seconds: float | None = option(
-        None, "how far from its time a frame may lie that is cheap to decode, for mode near; by default half a step"
-    )
-    every: int = option(1, "take each n-th frame, for mode every")
-    times: tuple[float, ...] = option((), "seconds, in any order, repeats allowed, for mode times")
-    start_seconds: float = option(0.0, "first second of the video that counts")
-    stop_seconds: float | None = option(None, "end of what counts, exclusive; the video's end by default")
+    mode: SamplingMode = "fps"  # which frames: fps, near, every, keyframes or all
+    fps: float = 2.0  # frames a second of video, for modes fps and near
+    tolerance_seconds: float | None = None  # for mode near: how far from its time a frame may lie; half a step
+    every: int = 1  # take each n-th frame, for mode every
+    times: tuple[float, ...] = ()  # seconds, in any order, repeats allowed, for mode times
+    start_seconds: float = 0.0  # first second of the video that counts
+    stop_seconds: float | None = None  # end of what counts, exclusive; None: the video's end
 
     def __post_init__(self) -> None:
         allowed = get_args(SamplingMode)
@@ -90,23 +80,25 @@ class ImageTransform:
 class DecodeLimits:
     """Bounds on hostile or mistaken input."""
 
-    max_pixels: int = option(16384 * 8704, "largest coded picture, in pixels")
-    max_duration_seconds: float = option(24 * 3600.0, "longest video")
-    max_frames: int = option(1_000_000, "most frames taken from one video")
-    max_spool_bytes: int = option(8 << 30, "most bytes read from a stream that cannot be rewound")
-    allow_network: bool = option(False, "allow http and https URLs")
+    max_pixels: int = 16384 * 8704  # largest coded picture, in pixels
+    max_duration_seconds: float = 24 * 3600.0  # longest video
+    max_frames: int = 1_000_000  # most frames taken from one video
+    max_spool_bytes: int = 8 << 30  # most bytes read from a stream that cannot be rewound
+    allow_network: bool = False  # allow http and https URLs
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeConfig:
     """From frames to vectors."""
 
-    shift: ShiftMode | None = option(None, "temporal shift: off, fixed or adaptive; the model's own default")
-    shift_steps: int = option(3, "how many sampled frames the shift may reach")
-    shift_share: float = option(0.25, "share of the patches that the fixed shift replaces")
-    shift_threshold: float = option(0.15, "change (1 - cosine) a patch must pass to be shifted, mode adaptive")
-    attention_strength: float | None = option(None, "exponent on the attention map; 0 is stock CLIP pooling")
-    batch_size: int | None = option(None, "frames in one inference; by default what suits the device")
+    shift: ShiftMode | None = None  # temporal shift; None: the model's own default
+    shift_steps: int = 3  # how many sampled frames the shift may reach
+    shift_share: float = 0.25  # fraction of the patches that the fixed shift replaces
+    shift_threshold: float = 0.15  # change (1 - cosine) a patch must pass to be shifted, mode adaptive
+    attention_strength: float | None = (
+        None  # exponent on the attention map; 0 is stock CLIP pooling; None: the model's own
+    )
+    batch_size: int | None = None  # frames in one inference; None: what suits the device
 
     def __post_init__(self) -> None:
         allowed = get_args(ShiftMode)
@@ -122,14 +114,14 @@ class EncodeConfig:
 class SelectConfig:
     """From vectors to key-frames and shots."""
 
-    keyframes: int | None = option(None, "how many key-frames; chosen from the video by default")
-    per_minute: float | None = option(None, "key-frames for each minute of video, instead of a number")
-    max_keyframes: int = option(32, "most key-frames that the automatic choice may take")
-    penalty: float = option(0.1, "weight of the repulsion between centroids")
-    margin: float = option(0.8, "cosine above which two centroids repel each other")
-    similarity_limit: float = option(0.97, "no two key-frames are more alike than this cosine")
-    min_gap_seconds: float = option(0.5, "least time between two key-frames")
-    quality_floor: float = option(0.2, "share of the least clean frames that are not taken as key-frames")
+    keyframes: int | None = None  # how many key-frames; None: chosen from the video
+    per_minute: float | None = None  # key-frames for each minute of video, instead of a number
+    max_keyframes: int = 32  # most key-frames that the automatic choice may take
+    penalty: float = 0.1  # weight of the repulsion between centroids
+    margin: float = 0.8  # cosine above which two centroids repel each other
+    similarity_limit: float = 0.97  # no two key-frames are more alike than this cosine
+    min_gap_seconds: float = 0.5  # least time between two key-frames
+    quality_floor: float = 0.2  # fraction of the frames, the least clean ones, that are never key-frames
 
     def __post_init__(self) -> None:
         both = self.keyframes is not None and self.per_minute is not None
@@ -146,16 +138,16 @@ class SelectConfig:
 class OutputConfig:
     """What `Summary.save` writes."""
 
-    reel: bool = option(True, "write reel.mp4")
-    reel_seconds: float | None = option(None, "length of the reel; 15 % of the video, 10 to 60 s, by default")
-    query: str | None = option(None, "rank the reel's spans by how well they answer this text")
-    storyboard: bool = option(True, "write storyboard.html")
-    thumbnails: bool = option(True, "write thumbs.vtt and thumbs.jpg")
-    otio: bool = option(False, "write reel.otio")
-    edl: bool = option(False, "write reel.edl")
-    keyframe_height: int = option(1080, "tallest key-frame picture, in pixels")
-    jpeg_quality: int = option(90, "quality of the pictures, 1 to 95")
-    overwrite: bool = option(False, "replace a folder that is there")
+    reel: bool = True  # write reel.mp4
+    reel_seconds: float | None = None  # length of the reel; None: 15 % of the video, 10 to 60 s
+    query: str | None = None  # rank the reel's spans by how well they answer this text
+    storyboard: bool = True  # write storyboard.html
+    thumbnails: bool = True  # write thumbs.vtt and thumbs.jpg
+    otio: bool = False  # write reel.otio
+    edl: bool = False  # write reel.edl
+    keyframe_height: int = 1080  # tallest key-frame picture, in pixels
+    jpeg_quality: int = 90  # quality of the pictures, 1 to 95
+    overwrite: bool = False  # replace a folder that is there
 
     def __post_init__(self) -> None:
         _check_within(self, "(0, 1e9)", "reel_seconds")
@@ -167,12 +159,12 @@ class OutputConfig:
 class LibraryConfig:
     """How a library keeps and searches its videos."""
 
-    exact_rows: int = option(2_000_000, "search exactly, from memory, up to so many frames; an index beyond")
-    pooling_temperature: float = option(0.02, "of the softmax over a video's frames that gives its score")
-    fold_similarity: float = option(0.98, "moments of different videos more alike than this are shown as one")
-    preview_height: int = option(240, "pixels of the previews")
-    jpeg_quality: int = option(82, "of the previews")
-    compact_every: int = option(256, "commits after which small files are put together")
+    exact_rows: int = 2_000_000  # search exactly, from memory, up to so many frames; an index beyond
+    pooling_temperature: float = 0.02  # of the softmax over a video's frames that gives its score
+    fold_similarity: float = 0.98  # moments of different videos more alike than this are shown as one
+    preview_height: int = 240  # pixels of the previews
+    jpeg_quality: int = 82  # of the previews
+    compact_every: int = 256  # commits after which small files are merged
 
     def __post_init__(self) -> None:
         _check(self.exact_rows >= 0, f"exact_rows must be >= 0, got {self.exact_rows}")
@@ -191,9 +183,9 @@ class IndexConfig:
     encode: EncodeConfig = EncodeConfig()
     select: SelectConfig = SelectConfig()
     limits: DecodeLimits = DecodeLimits()
-    tags: tuple[str, ...] = option((), "a word for these videos; repeatable")
-    workers: int = option(1, "videos at a time")
-    force: bool = option(False, "index again what is unchanged, too")
+    tags: tuple[str, ...] = ()  # words for these videos
+    workers: int = 1  # videos at a time
+    force: bool = False  # index unchanged videos, too
 
     def __post_init__(self) -> None:
         _check(not isinstance(self.tags, str), f"tags are several texts, got one: {self.tags!r}")
@@ -205,9 +197,9 @@ class IndexConfig:
 class RayConfig:
     """What each worker of a Ray cluster asks for."""
 
-    cpus: float = option(1.0, "CPU cores that Ray sets aside for a worker")
-    gpus: float = option(0.0, "GPUs, or a share of one, for a worker")
-    retries: int = option(2, "times that a video is begun anew after its worker has died")
+    cpus: float = 1.0  # CPU cores of a worker
+    gpus: float = 0.0  # GPUs, or a fraction of one, of a worker
+    retries: int = 2  # times that a video is begun anew after its worker has died
 
     def __post_init__(self) -> None:
         _check(self.cpus > 0, f"cpus must be > 0, got {self.cpus}")
@@ -219,18 +211,18 @@ class RayConfig:
 class ServeConfig:
     """The service."""
 
-    host: str = option("127.0.0.1", "address to listen on; this machine alone by default")
-    port: int = option(8000, "port to listen on; 0 takes a free one")
-    roots: tuple[str, ...] = option((), "folder whose videos may be indexed and played; repeatable")
-    folder: str | None = option(None, "folder of uploads and of the list of jobs; serve/ in the library by default")
-    token: str | None = field(default=None, repr=False, metadata={"help": "what callers must send as bearer token"})
-    hosts: tuple[str, ...] = option((), "names in the Host header that are answered; on loopback its own by default")
-    threads: int = option(4, "requests that are worked on at a time")
-    timeout_seconds: float = option(30.0, "longest work on one request (504)")
-    job_threads: int = option(1, "videos indexed at a time")
-    max_jobs: int = option(256, "jobs that may wait; more are told to come back (429)")
-    upload_bytes: int = option(4 << 30, "largest upload, in bytes")
-    drain_seconds: float = option(10.0, "how long requests, and then the jobs at work, may go on after SIGTERM")
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = 8000  # port to listen on; 0 takes a free one
+    roots: tuple[str, ...] = ()  # folders whose videos may be indexed and played
+    folder: str | None = None  # of uploads and of the list of jobs; None: serve/ in the library
+    token: str | None = field(default=None, repr=False)  # what callers must send as bearer token
+    hosts: tuple[str, ...] = ()  # accepted names in the Host header; on loopback its own by default
+    threads: int = 4  # requests worked on at a time
+    timeout_seconds: float = 30.0  # longest work on one request (504)
+    job_threads: int = 1  # videos indexed at a time
+    max_jobs: int = 256  # jobs that may wait; more get 429
+    upload_bytes: int = 4 << 30  # largest upload, in bytes
+    drain_seconds: float = 10.0  # how long requests, and then the jobs at work, may go on after SIGTERM
 
     @property
     def loopback(self) -> bool:
