@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the extra export is not installed")
-pytest.importorskip("onnxscript", reason="the extra export is not installed")
 
 import torch
 from hypothesis import given, settings
@@ -19,6 +18,8 @@ from safetensors.torch import save_file
 
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 from keyreel_export import attention as module
+
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_names_and_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelNotFound) as caught:
         module.build_network("mobilenetv3_smal_100")
     assert "mobilenetv3_small_100" in caught.value.near
-    timm = module.import_timm()
+    import timm
 
     def offline(*_args: Any, **_options: Any) -> None:
         raise OSError("no route to host")

@@ -45,6 +45,8 @@ from keyreel_export.builtin.scenes import KINDS, render_scene  # noqa: E402
 from keyreel_export.builtin.space import Space, contrast  # noqa: E402
 from keyreel_export.builtin.wordnet import Nouns  # noqa: E402
 
+pytestmark = pytest.mark.full
+
 
 def tiny_trainset(folder: Path) -> Path:
     (folder / "shards").mkdir(parents=True)

@@ -12,14 +12,11 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the extra export is not installed")
-pytest.importorskip("onnxscript", reason="the extra export is not installed")
-pytest.importorskip("onnxruntime", reason="no onnxruntime to run what is exported")
 
 import onnx
 import onnxruntime
 import tiny_models
 import torch
-from bounds import BF16_COSINE, F32_COSINE
 from safetensors.torch import save_file
 
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
@@ -29,6 +26,8 @@ from keyreel_export import onnx as graphs
 from keyreel_export import pretrained, verify
 from keyreel_export.fusion import TemporalSpatialFusion
 from keyreel_export.towers import split_tower
+
+pytestmark = pytest.mark.full
 
 VIT = "keyreel-tiny-vit"
 
@@ -71,29 +70,6 @@ def test_images_equal_open_clip(open_clip: Any, exported: Path, count: int) -> N
     moved = chain(exported, frames, 2.0)
     assert np.abs(moved - stock).max() > 1e-4
     np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1, atol=1e-5)
-
-
-@pytest.mark.parametrize(("precision", "least"), [("f32", F32_COSINE), ("bf16", BF16_COSINE)])
-def test_images_equal_open_clip_on_openvino(
-    open_clip: Any, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, least: float
-) -> None:
-    pytest.importorskip("openvino", reason="the extra openvino is not installed")
-    from keyreel.runtime import openvino as session_openvino
-
-    if precision == "bf16" and session_openvino.image_precision() != "bf16":
-        pytest.skip("this CPU does not multiply bf16")
-    monkeypatch.setattr(session_openvino, "image_precision", lambda: precision)
-    monkeypatch.setenv("KEYREEL_CACHE", str(tmp_path))
-    opened = {
-        name: session_openvino.open_openvino(exported / f"{name}.onnx") for name in ("backbone", "attention", "fusion")
-    }
-    frames = verify.sample_frames(64, 64, count=5, seed=3)
-    stock = tiny_models.stock_vectors(tiny_models.build(open_clip, VIT, seed=7), frames)
-    fused = {"tokens": opened["backbone"].run({"frames": frames})["tokens"]}
-    fused["attention"] = opened["attention"].run({"frames": frames})["attention"]
-    for strength, expected in ((0.0, stock), (2.0, chain(exported, frames, 2.0))):
-        found = opened["fusion"].run({**fused, "strength": np.array(strength, np.float32)})["vectors"]
-        assert (found * expected).sum(1).min() >= least
 
 
 def test_texts_equal_open_clip(open_clip: Any, exported: Path) -> None:
@@ -210,16 +186,11 @@ def test_nothing_is_left_of_an_export_that_fails(
 
 def test_other_folders_are_left_alone(open_clip: Any, tmp_path: Path) -> None:
     (tmp_path / "holiday.txt").write_text("mine")
-    with pytest.raises(ModelError, match="not empty"):
+    with pytest.raises(ModelError, match=r"holds holiday\.txt"):
         module.export_model(VIT, tmp_path, random_weights=True)
     with pytest.raises(ModelError, match="is a file"):
         module.export_model(VIT, tmp_path / "holiday.txt", random_weights=True)
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
-
-
-def test_the_default_folder_is_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KEYREEL_CACHE", str(tmp_path))
-    assert module.default_folder("ViT-B-32/openai").is_relative_to(tmp_path)
 
 
 def test_names(open_clip: Any) -> None:
@@ -308,14 +279,3 @@ def test_differences_are_refused() -> None:
             verify.check(graph, [unit * np.float32(np.nan)], [unit], bounds)
     with pytest.raises(ModelError, match="float64"):
         verify.check("fusion", [unit.astype(np.float64)], [unit], bounds)
-
-
-def test_sample_frames_are_noise_and_shapes() -> None:
-    frames = verify.sample_frames(96, 128, count=3, seed=1)
-    assert frames.shape == (3, 96, 128, 3)
-    assert frames.dtype == np.uint8
-    # Neighbours are alike in what stands for photographs, and not in white noise.
-    luma = frames.mean(-1)
-    alike = [np.corrcoef(picture[:, :-1].ravel(), picture[:, 1:].ravel())[0, 1] for picture in luma]
-    assert min(alike[0], alike[2]) > 0.5
-    assert abs(alike[1]) < 0.05

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the extra export is not installed")
-pytest.importorskip("onnxscript", reason="the extra export is not installed")
 
 import tiny_models
 import torch
@@ -19,6 +18,8 @@ from safetensors.torch import save_file
 from keyreel.errors import CheckpointMismatch, ModelError
 from keyreel_export.fusion import TemporalSpatialFusion, load_projection
 from keyreel_export.towers import Tower, split_tower
+
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the extra export is not installed")
-pytest.importorskip("onnxscript", reason="the extra export is not installed")
 
 import tokenizers
 from hypothesis import given, settings
@@ -21,6 +20,8 @@ from keyreel.errors import ModelError
 from keyreel.runtime.text import clean_text
 from keyreel_export import tokens
 from keyreel_export.torchvision_cpu import import_open_clip
+
+pytestmark = pytest.mark.full
 
 open_clip = import_open_clip()
 

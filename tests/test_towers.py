@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the extra export is not installed")
-pytest.importorskip("onnxscript", reason="the extra export is not installed")
 
 import tiny_models
 import torch
@@ -17,6 +16,8 @@ from torch.nn import functional as F
 
 from keyreel.errors import ModelError
 from keyreel_export import towers
+
+pytestmark = pytest.mark.full
 
 CASES = {
     "ViT-B-32": ("cls", (7, 7), 1, 768),
@@ -54,7 +55,7 @@ def test_identity_with_open_clip(open_clip: Any, name: str) -> None:
         assert tokens.shape == (2, prefix + patches, width)
         assert tokens.dtype == torch.float32
         pooled = [
-            F.normalize(tower.pool(tokens, attention, torch.tensor(strength)), dim=-1)
+            F.normalize(tower.projection(tower.pooled(tokens, attention, torch.tensor(strength))), dim=-1)
             for attention, strength in ((uniform, 1.0), (contrast, 0.0), (contrast, 2.0))
         ]
     for same in pooled[:2]:
@@ -139,5 +140,5 @@ def test_query_attention_against_torch_with_a_mask(open_clip: Any, name: str) ->
                 attn_mask=mask.repeat_interleave(pool.num_heads, 0), use_separate_proj_weight=True,
                 q_proj_weight=pool.q_proj.weight, k_proj_weight=pool.k_proj.weight, v_proj_weight=pool.v_proj.weight,
             )[0][0]  # fmt: skip
-        found = tower.pool(tokens, attention, torch.tensor(strength))
+        found = tower.projection(tower.pooled(tokens, attention, torch.tensor(strength)))
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=2e-5)

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the extra export is not installed")
-pytest.importorskip("onnx", reason="the extra export is not installed")
-pytest.importorskip("onnxruntime", reason="no onnxruntime to run what is exported")
 
 import onnx
 import onnxruntime
@@ -25,6 +23,8 @@ from keyreel.errors import ModelError
 from keyreel.runtime.bundle import Bundle, write_manifest
 from keyreel.runtime.text import Tokenizer
 from keyreel_export import triton, verify
+
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
@@ -162,55 +162,19 @@ def test_half_precision_stays_on_the_gpu(schema: Any, strong: Bundle) -> None:
     assert config.parameters["keyreel_bundle"].string_value == 'odd "name"'
 
 
-def test_the_client_of_the_readme_runs(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a stand-in for the server that runs the repository's own graphs."""
-
-    class Input:
-        def __init__(self, name: str, shape: list[int], kind: str) -> None:
-            self.name, self.shape, self.kind = name, shape, kind
-
-        def set_data_from_numpy(self, array: Any) -> None:
-            assert list(array.shape) == self.shape
-            assert {"UINT8": np.uint8, "INT64": np.int64}[self.kind] == array.dtype
-            self.array = array
-
-    class Client:
-        def __init__(self, address: str) -> None:
-            assert address == "localhost:8000"
-
-        def infer(self, model: str, inputs: list[Input]) -> Any:
-            found = run(repository / model / "1/model.onnx", **{given.name: given.array for given in inputs})
-            return type("Result", (), {"as_numpy": staticmethod({"vectors": found}.get)})
-
-    served = type(sys)("tritonclient.http")
-    served.InferInput, served.InferenceServerClient = Input, Client  # type: ignore[attr-defined]
-    package = type(sys)("tritonclient")
-    package.http = served  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tritonclient", package)
-    monkeypatch.setitem(sys.modules, "tritonclient.http", served)
-    monkeypatch.chdir(repository)
-    readme = (repository / "README.md").read_text("utf-8")
-    names: dict[str, Any] = {}
-    exec(compile(readme.split("```python\n")[1].split("```")[0], "README.md", "exec"), names)
-    ids = Tokenizer(repository / "keyreel_text/tokenizer.json", clean="none", context_length=32).encode(["a dog"])
-    text = run(repository / "keyreel_text/1/model.onnx", token_ids=ids)
-    image = run(repository / "keyreel_image/1/model.onnx", frames=np.zeros((1, 112, 112, 3), np.uint8))
-    np.testing.assert_allclose(names["cosines"], image @ text.T, atol=1e-5)
-
-
 def test_a_repository_is_replaced_and_nothing_else_is(strong: Bundle, repository: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(repository, tmp_path / "models")
     triton.export_triton(strong, folder, max_batch_size=16)
     assert "max_batch_size: 16" in (folder / "keyreel_image/config.pbtxt").read_text("utf-8")
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == (
-        triton.FILES - {f"keyreel_{model}/1/model.onnx.data" for model in ("image", "text")}
+        triton.FILES - {"README.md"} - {f"keyreel_{model}/1/model.onnx.data" for model in ("image", "text")}
     )
     (folder / "keyreel_image/2").mkdir()
     (folder / "keyreel_image/2/model.onnx").write_text("mine")
     with pytest.raises(ModelError, match="keyreel_image/2/model"):
         triton.export_triton(strong, folder)
     with pytest.raises(ModelError, match="is a file"):
-        triton.export_triton(strong, folder / "README.md")
+        triton.export_triton(strong, folder / "keyreel_image/config.pbtxt")
     assert (folder / "keyreel_image/2/model.onnx").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
@@ -232,19 +196,6 @@ def test_nothing_is_left_of_an_export_that_fails(
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="max_batch_size"):
         triton.export_triton(strong, tmp_path / "models", max_batch_size=0)
-
-
-def test_weights_beside_the_graph_when_too_large(
-    strong: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton, "LARGEST_INSIDE_BYTES", 1000)
-    folder = triton.export_triton(strong, tmp_path / "models")
-    assert (folder / "keyreel_image/1/model.onnx.data").stat().st_size > 5_000_000
-    frames = verify.sample_frames(112, 112, count=2, seed=3)
-    tokens = run(strong.file("backbone.onnx"), frames=frames)
-    attention = run(strong.file("attention.onnx"), tokens=tokens)
-    expected = run(strong.file("fusion.onnx"), tokens=tokens, attention=attention, strength=np.array(1.5, np.float32))
-    np.testing.assert_allclose(run(folder / "keyreel_image/1/model.onnx", frames=frames), expected, atol=1e-5)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

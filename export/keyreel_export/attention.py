@@ -1,16 +1,15 @@
 """Spatial attention: where a pre-trained CNN finds something to see.
 
-The map is the activation energy of a middle layer, A[i] = Σ_c F[c,i]², the sum of squared absolute values that
-Zagoruyko & Komodakis ("Paying More Attention to Attention", ICLR 2017, section 3.1, F²_sum) found to peak on what a
-network's decision rests on. It is averaged over the patches of the tower's grid and normalised:
+The map is the activation energy of a middle layer, A[i] = Σ_c F[c,i]² (Zagoruyko & Komodakis, "Paying More Attention to
+Attention", ICLR 2017, section 3.1, F²_sum), averaged over the patches of the tower's grid and normalised:
 
     a[i] = (1 - ε) · A[i] / Σ_j A[j] + ε / P          ε = 0.05
 
-so that rows sum to 1 and no patch's pooling weight falls below ε^γ of its own.
+Rows sum to 1, and no patch's pooling weight falls below ε^γ of its own.
 
-The layer is the last one at stride 16: at stride 8 energy still follows edges and texture, at stride 32 a map of
-7 x 7 is coarser than most towers' grids and a good part of it is padding. Frames of 384 pixels and more are first
-averaged down, so that the CNN sees between 192 and 383 pixels: what it adds must stay small beside the tower.
+The layer is the last one at stride 16: at stride 8 energy still follows edges and texture, at stride 32 a map of 7 x 7
+is coarser than most towers' grids. Frames of 384 pixels and more are first averaged down to 192 to 383 pixels, so that
+the CNN stays cheap beside the tower.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
-from keyreel_export.torchvision_cpu import import_timm
+from keyreel_export.torchvision_cpu import import_open_clip
 
 DEFAULT_NETWORK = "mobilenetv3_small_100"
 FLOOR = 0.05
 FORMULA = "a = 0.95 E/sum(E) + 0.05/P, E = area mean over the patch of the channels' summed squares"
 _STRIDE = 16
-_LEAST_PIXELS = 192
+_MIN_PIXELS = 192
 
 
 class SpatialAttention(nn.Module):
@@ -50,7 +49,7 @@ class SpatialAttention(nn.Module):
         super().__init__()
         self.network: Any = network
         self.index, self.layer = _choose_layer(network)
-        self.shrink = max(1, min(frame_size) // _LEAST_PIXELS)
+        self.shrink = max(1, min(frame_size) // _MIN_PIXELS)
         config = network.pretrained_cfg
         self.register_buffer("offset", 255.0 * torch.tensor(config["mean"]))
         self.register_buffer("factor", 1.0 / (255.0 * torch.tensor(config["std"])))
@@ -67,15 +66,15 @@ class SpatialAttention(nn.Module):
         found: list[Tensor] = self.network.forward_intermediates(
             x, indices=[self.index], stop_early=True, intermediates_only=True
         )
-        # In float32 whatever the weights are: squares leave the range of float16 early.
+        # In float32 at any precision of the weights: squares leave the range of float16.
         return found[0].float().square().sum(1)
 
     def forward(self, frames: Tensor) -> Tensor:
         energy = self.rows.float() @ self.energy(frames) @ self.columns.float().T
         flat = energy.flatten(1)
-        share = flat / flat.sum(1, keepdim=True).clamp_min(1e-12)
-        attention = (1 - FLOOR) * share + FLOOR / flat.shape[1]
-        # Exact also for a layer that is zero everywhere, where the map becomes uniform.
+        fraction = flat / flat.sum(1, keepdim=True).clamp_min(1e-12)
+        attention = (1 - FLOOR) * fraction + FLOOR / flat.shape[1]
+        # A layer that is zero everywhere gives the uniform map.
         return attention / attention.sum(1, keepdim=True)
 
 
@@ -91,9 +90,8 @@ class UniformAttention(nn.Module):
 
 
 def area_weights(source: int, target: int) -> Tensor:
-    """The matrix that resamples `source` cells to `target` cells of equal length by area: [target, source].
-
-    Each row holds the shares of its cell that the source cells cover, and sums to 1.
+    """The matrix that resamples `source` cells to `target` cells of equal length by area: [target, source]. A row
+    holds the fractions of its cell that the source cells cover.
     """
     edges = torch.arange(source + 1, dtype=torch.float64) / source
     starts, stops = edges[:-1], edges[1:]
@@ -115,7 +113,9 @@ def build_network(name: str = DEFAULT_NETWORK, weights: Path | None = None, *, r
         CheckpointMismatch: `weights` are not the weights of this network.
         ModelError: weights can neither be read nor downloaded.
     """
-    timm = import_timm()
+    import_open_clip()
+    import timm
+
     if name.split(".")[0] not in timm.list_models():
         raise ModelNotFound(name, timm.list_models(), hint="any convolutional network of timm can give the attention")
     if random_weights or weights is not None:

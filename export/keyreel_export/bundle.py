@@ -1,32 +1,33 @@
-"""From the name of an open_clip model to a bundle on disk, verified."""
+"""From the name of an open_clip model to a verified bundle on disk."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
 import json
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from keyreel.config import ImageTransform
-from keyreel.errors import ModelError
 from keyreel.runtime.bundle import MANIFEST, SCHEMA, Bundle, bundle_folder, write_manifest
 from keyreel.types import Progress
 from keyreel_export import pretrained, quantize, tokens, verify
 from keyreel_export.attention import DEFAULT_NETWORK, FORMULA, SpatialAttention, UniformAttention
+from keyreel_export.folders import check_replaceable, replacing
 from keyreel_export.fusion import TemporalSpatialFusion, load_projection
 from keyreel_export.onnx import export_graph
-from keyreel_export.tensorrt import write_reference
 from keyreel_export.towers import Tower, split_tower
 
 UNIFORM = "uniform"
 PRECISIONS = ("fp32", "fp16", "int8")
+_OUTPUTS = {"backbone": "tokens", "attention": "attention", "fusion": "vectors", "text": "vectors"}
 _PACKAGES = ("keyreel", "torch", "open_clip_torch", "timm", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 
 
@@ -39,6 +40,18 @@ class TextEncoder(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         return F.normalize(self.model.encode_text(token_ids).float(), dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A model taken apart."""
+
+    model: Any  # open_clip's
+    tower: Tower
+    modules: dict[str, nn.Module]  # of each graph
+    attention: dict[str, str]  # the manifest's entry
+    projection_sha256: str  # "" for the tower's own projection
+    sources: list[dict[str, str]]
 
 
 def default_folder(name: str) -> Path:
@@ -62,16 +75,16 @@ def export_model(
     """Writes the bundle of an open_clip model: graphs, tokenizer, manifest; verified, whole or not at all.
 
     Args:
-        name: "ARCH/tag" as `open_clip.list_pretrained()` has them, "ARCH/path/to/checkpoint", "hf-hub:org/repo".
-        folder: where to; the user's cache by default. A bundle that is there is replaced.
-        precision: "fp32", "fp16" for GPUs, or "int8" for CPUs, which makes the bundle "NAME@fp16" or "NAME@int8";
-            inputs and outputs are the same. With "int8" the backbone's matrix products are in 8 bits, see `quantize`.
-        attention: a CNN of timm's, or "uniform" for stock pooling.
+        name: "ARCH/tag" as in `open_clip.list_pretrained()`, "ARCH/path/to/checkpoint", or "hf-hub:org/repo".
+        folder: where to write; by default the user's cache. A bundle in it is replaced.
+        precision: "fp32", "fp16" for GPUs, or "int8" for CPUs (see `quantize`); the last two make the bundle
+            "NAME@fp16" or "NAME@int8".
+        attention: one of timm's CNNs, or "uniform" for stock pooling.
         attention_weights: local weights of that CNN, instead of a download.
         projection: a trained fully connected layer for the fusion, see `load_projection`.
         random_weights: leave all weights untrained; for tests.
         seed: of the random weights and of the frames that verify.
-        verify_video: a video whose frames an int8 backbone is measured on, instead of random shapes.
+        verify_video: a video to measure an int8 backbone on, instead of random shapes.
         progress: called with the stage's name, stages done, stages in all.
 
     Returns:
@@ -80,7 +93,7 @@ def export_model(
     Raises:
         ModelNotFound: no such architecture or tag; `near` has close ones.
         CheckpointMismatch: weights that do not fit.
-        ModelError: weights cannot be had, a tower that is not supported, a graph that differs from torch, an int8
+        ModelError: weights cannot be loaded, a tower that is not supported, a graph that differs from torch, an int8
             backbone that differs from its float32 or would not be faster, or a folder that holds something else.
         SourceError: `verify_video` cannot be decoded.
         MissingExtra: a package of the extra `export` is not installed.
@@ -89,104 +102,95 @@ def export_model(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if verify_video is not None and precision != "int8":
         raise ValueError(f"a video to verify with goes with precision int8, not {precision}")
+    report = progress or (lambda stage, done, total: None)
     recipe = pretrained.resolve(name, random_weights=random_weights)
     if precision != "fp32":
         name = f"{name}@{precision}"  # beside the other in the cache, not in its place
     folder = default_folder(name) if folder is None else folder
-    _refuse_other_folders(folder)
-    # What gets 8 bits is made and verified in float32 first.
-    exported = "fp32" if precision == "int8" else precision
-    report = progress or (lambda stage, done, total: None)
+    check_replaceable(folder, _foreign)
     report("load", 0, 7)
-    sources = [recipe.source]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = pretrained.load_model(recipe)
-        tower = split_tower(model)
-        spatial: nn.Module = UniformAttention(tower.grid[0] * tower.grid[1])
-        described = {"input": "tokens", "source": UNIFORM, "layer": "none", "formula": "a = 1/P"}
-        if attention != UNIFORM:
-            network, source = pretrained.load_attention(attention, attention_weights, random_weights=random_weights)
-            sources.append(source)
-            spatial = SpatialAttention(network, tower.image_size, tower.grid)
-            described = {"input": "frames", "source": f"timm {attention}", "layer": spatial.layer, "formula": FORMULA}
-    layer, digest = None, ""
-    if projection is not None:
-        layer, digest = load_projection(projection, tower.feature_width, tower.embedding_width)
+        parts = _take_apart(recipe, attention, attention_weights, projection, random_weights=random_weights)
     report("tokenizer", 1, 7)
     tokenizer, clean = tokens.export_tokenizer(pretrained.load_tokenizer(recipe.architecture))
-    context_length = int((tokenizer.truncation or {})["max_length"])
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".keyreel-export-") as aside:
-        made = Path(aside) / "bundle"
-        made.mkdir()
+    image = _image(parts)
+    with replacing(folder) as made:
         tokenizer.save(str(made / "tokenizer.json"), pretty=False)
-        graphs = {
-            "backbone": (tower, "tokens"),
-            "attention": (spatial, "attention"),
-            "fusion": (TemporalSpatialFusion(tower, layer), "vectors"),
-            "text": (TextEncoder(model), "vectors"),
-        }
-        token_ids = tokens.encode(tokenizer, clean, tokens.CORPUS)
-        report("reference", 2, 7)
-        cases = _reference({name: module for name, (module, _) in graphs.items()}, described["input"], token_ids, seed)
-        stock = None if layer is not None else _stock_vectors(model, cases["backbone"])
-        measured: dict[str, float] = {}
-        for step, (graph, (module, output)) in enumerate(graphs.items()):
-            report(graph, 3 + step, 7)
-            measured |= _export_graph(made / f"{graph}.onnx", module, output, cases[graph], exported)
-        if stock is not None:
-            measured |= _identity(made, cases, stock, exported)
-        if precision == "fp16":
-            write_reference(made, cases)
-        preprocess = model.visual.preprocess_cfg
-        image = ImageTransform(
-            height=tower.image_size[0],
-            width=tower.image_size[1],
-            mode=preprocess["resize_mode"],
-            interpolation=preprocess["interpolation"],
-            fill=int(preprocess["fill_color"]),
-        )
+        measured = _write_graphs(made, parts, tokens.encode(tokenizer, clean, tokens.CORPUS), precision, seed, report)
         if precision == "int8":
             frames = quantize.pictures(image, verify_video, seed)
-            measured = {
-                name: value for name, value in measured.items() if not name.startswith(("backbone", "identity"))
-            }
-            measured |= quantize.quantize_backbone(made, frames, tower.grid[0] * tower.grid[1])
-        manifest = {
-            "name": name,
-            "family": tower.family,
-            "precision": precision,
-            "image": dataclasses.asdict(image),
-            "grid": list(tower.grid),
-            "prefix_tokens": tower.prefix_tokens,
-            "token_width": tower.token_width,
-            "embedding_width": tower.embedding_width,
-            "text": {"context_length": context_length, "clean": clean},
-            "attention": described,
-            # Stock CLIP until a measurement speaks for more.
-            "fusion": {"strength_default": 0.0, "shift_default": "off", "projection_sha256": digest},
-            "sources": sources,
-            "versions": _versions(),
-            "verify": measured,
-        }
-        write_manifest(made, manifest)
+            measured = {graph: value for graph, value in measured.items() if not graph.startswith(("back", "ident"))}
+            measured |= quantize.quantize_backbone(made, frames, parts.tower.grid[0] * parts.tower.grid[1])
+        manifest = _manifest(name, parts, image, tokenizer, clean)
+        write_manifest(made, {**manifest, "precision": precision, "versions": _versions(), "verify": measured})
         Bundle.load(made)
-        if folder.exists():
-            folder.rename(Path(aside) / "replaced")
-        made.rename(folder)
     report("done", 7, 7)
     return folder
 
 
-def _reference(
-    modules: dict[str, nn.Module], attention_input: str, token_ids: Any, seed: int
-) -> dict[str, list[verify.Case]]:
-    """Feeds of each graph and what torch makes of them in float32."""
-    tower = modules["backbone"]
-    if not isinstance(tower, Tower):
-        raise TypeError(f"the backbone must be a Tower, got {type(tower).__name__}")
+def _take_apart(
+    recipe: pretrained.Recipe, attention: str, weights: Path | None, projection: Path | None, *, random_weights: bool
+) -> Parts:
+    sources = [recipe.source]
+    model = pretrained.load_model(recipe)
+    tower = split_tower(model)
+    spatial: nn.Module = UniformAttention(tower.grid[0] * tower.grid[1])
+    described = {"input": "tokens", "source": UNIFORM, "layer": "none", "formula": "a = 1/P"}
+    if attention != UNIFORM:
+        network, source = pretrained.load_attention(attention, weights, random_weights=random_weights)
+        sources.append(source)
+        spatial = SpatialAttention(network, tower.image_size, tower.grid)
+        described = {"input": "frames", "source": f"timm {attention}", "layer": spatial.layer, "formula": FORMULA}
+    layer, digest = None, ""
+    if projection is not None:
+        layer, digest = load_projection(projection, tower.feature_width, tower.embedding_width)
+    modules = {
+        "backbone": tower,
+        "attention": spatial,
+        "fusion": TemporalSpatialFusion(tower, layer),
+        "text": TextEncoder(model),
+    }
+    return Parts(model, tower, modules, described, digest, sources)
+
+
+def _image(parts: Parts) -> ImageTransform:
+    preprocess, (height, width) = parts.model.visual.preprocess_cfg, parts.tower.image_size
+    return ImageTransform(
+        height, width, preprocess["resize_mode"], preprocess["interpolation"], fill=int(preprocess["fill_color"])
+    )
+
+
+def _write_graphs(
+    folder: Path, parts: Parts, token_ids: Any, precision: str, seed: int, report: Progress
+) -> dict[str, float]:
+    """Writes the four graphs and returns what verifying them against torch measured."""
+    # A backbone in 8 bits is first exported and verified in float32.
+    precision = "fp32" if precision == "int8" else precision
+    report("reference", 2, 7)
+    cases = _cases(parts, token_ids, seed)
+    # The identity with stock CLIP holds with the tower's own projection.
+    stock = None if parts.projection_sha256 else _stock_vectors(parts.model, cases["backbone"])
+    measured: dict[str, float] = {}
+    for step, (graph, module) in enumerate(parts.modules.items()):
+        report(graph, 3 + step, 7)
+        path, own = folder / f"{graph}.onnx", cases[graph]
+        # The second batch has several rows, see `export_graph`.
+        inputs = {name: torch.from_numpy(array) for name, array in own[1].feeds.items()}
+        export_graph(module.half() if precision == "fp16" else module, inputs, [_OUTPUTS[graph]], path)
+        found = verify.run_graph(path, [case.feeds for case in own], precision)
+        measured |= verify.check(graph, found, [case.expected for case in own], verify.BOUNDS[precision])
+    if stock is not None:
+        fused = _stock_pooling(folder, cases, precision)
+        measured |= verify.check("identity", fused, stock, verify.BOUNDS[precision])
+    if precision == "fp16":
+        verify.write_reference(folder, {graph: (own[1], _OUTPUTS[graph]) for graph, own in cases.items()})
+    return measured
+
+
+def _cases(parts: Parts, token_ids: Any, seed: int) -> dict[str, list[verify.Case]]:
+    """Feeds of each graph and torch's results in float32."""
+    tower, modules = parts.tower, parts.modules
     frames: list[verify.Feeds] = [
         {"frames": verify.sample_frames(*tower.image_size, count=count, seed=seed + count)}
         for count in verify.BATCH_SIZES
@@ -199,11 +203,11 @@ def _reference(
         energy = random.random((len(case.expected), tower.grid[0] * tower.grid[1]), np.float32) ** 3 + 1e-4
         attention = energy / energy.sum(axis=1, keepdims=True)
         fused.append({"tokens": case.expected, "attention": attention, "strength": np.array(strength, np.float32)})
-    tokens_fed: list[verify.Feeds] = [{"tokens": case.expected} for case in backbone]
+    fed: list[verify.Feeds] = [{"tokens": case.expected} for case in backbone]
     texts: list[verify.Feeds] = [{"token_ids": token_ids[:count]} for count in (*verify.BATCH_SIZES, len(token_ids))]
     return {
         "backbone": backbone,
-        "attention": verify.cases(modules["attention"], frames if attention_input == "frames" else tokens_fed),
+        "attention": verify.cases(modules["attention"], frames if parts.attention["input"] == "frames" else fed),
         "fusion": verify.cases(modules["fusion"], fused),
         "text": verify.cases(modules["text"], texts),
     }
@@ -217,44 +221,46 @@ def _stock_vectors(model: Any, cases: list[verify.Case]) -> list[Any]:
     return [model.encode_image(image.permute(0, 3, 1, 2), normalize=True).numpy() for image in images]
 
 
-def _export_graph(
-    path: Path, module: nn.Module, output: str, cases: list[verify.Case], precision: str
-) -> dict[str, float]:
-    # The second batch is one of several rows, see `export_graph`.
-    inputs = {name: torch.from_numpy(array) for name, array in cases[1].feeds.items()}
-    export_graph(module.half() if precision == "fp16" else module, inputs, [output], path)
-    found = verify.run_graph(path, [case.feeds for case in cases], precision)
-    return verify.check(path.stem, found, [case.expected for case in cases], verify.BOUNDS[precision])
-
-
-def _identity(folder: Path, cases: dict[str, list[verify.Case]], stock: list[Any], precision: str) -> dict[str, float]:
-    """The chain of graphs at strength 0 against open_clip itself."""
-    frames = [case.feeds for case in cases["backbone"]]
-    encoded = verify.run_graph(folder / "backbone.onnx", frames, precision)
-    maps = [case.expected for case in cases["attention"]]
+def _stock_pooling(folder: Path, cases: dict[str, list[verify.Case]], precision: str) -> list[Any]:
+    """The chain of graphs at strength 0."""
+    encoded = verify.run_graph(folder / "backbone.onnx", [case.feeds for case in cases["backbone"]], precision)
     feeds: list[verify.Feeds] = [
-        {"tokens": found, "attention": attention, "strength": np.zeros((), np.float32)}
-        for found, attention in zip(encoded, maps, strict=True)
+        {"tokens": found, "attention": case.expected, "strength": np.zeros((), np.float32)}
+        for found, case in zip(encoded, cases["attention"], strict=True)
     ]
-    fused = verify.run_graph(folder / "fusion.onnx", feeds, precision)
-    return verify.check("identity", fused, stock, verify.BOUNDS[precision])
+    return verify.run_graph(folder / "fusion.onnx", feeds, precision)
+
+
+def _manifest(name: str, parts: Parts, image: ImageTransform, tokenizer: Tokenizer, clean: str) -> dict[str, Any]:
+    tower = parts.tower
+    return {
+        "name": name,
+        "family": tower.family,
+        "image": dataclasses.asdict(image),
+        "grid": list(tower.grid),
+        "prefix_tokens": tower.prefix_tokens,
+        "token_width": tower.token_width,
+        "embedding_width": tower.embedding_width,
+        "text": {"context_length": int((tokenizer.truncation or {})["max_length"]), "clean": clean},
+        "attention": parts.attention,
+        # Stock CLIP, until a measurement speaks for more.
+        "fusion": {"strength_default": 0.0, "shift_default": "off", "projection_sha256": parts.projection_sha256},
+        "sources": parts.sources,
+    }
 
 
 def _versions() -> dict[str, str]:
-    # onnxruntime is installed under one of two names; the one that is not there is left out.
+    # onnxruntime is installed under one of two names; a missing one is left out.
     installed = {distribution.name.lower(): distribution.version for distribution in importlib.metadata.distributions()}
     return {package: installed[package] for package in _PACKAGES if package in installed}
 
 
-def _refuse_other_folders(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ModelError(f"{folder} is a file", hint="name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
+def _foreign(folder: Path) -> str | None:
+    """Something in a folder that no bundle's manifest names."""
+    names = {path.name for path in folder.iterdir()}
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        ours = manifest["schema"] == SCHEMA and {p.name for p in folder.iterdir()} <= {MANIFEST, *manifest["files"]}
+        known = {MANIFEST, *manifest["files"]} if manifest["schema"] == SCHEMA else set()
     except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise ModelError(f"{folder} is not empty and holds other things than a bundle", hint="name another folder")
+        known = set()
+    return min(names - known, default=None)

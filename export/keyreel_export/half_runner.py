@@ -1,7 +1,6 @@
 """Runs an ONNX graph on the CPU with few optimisations: `python -P half_runner.py GRAPH FEEDS.npz OUT.npz`.
 
-A program of its own, started by `verify` for graphs of half precision: onnxruntime 1.31 crashes the process while it
-optimises some of them for a CPU. It imports no torch, so that it starts quickly.
+`verify` runs graphs in half precision in this process: onnxruntime 1.31 crashes while it optimises some of them.
 """
 
 from __future__ import annotations

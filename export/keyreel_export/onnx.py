@@ -22,14 +22,12 @@ LARGEST_INSIDE_BYTES = (1 << 31) - (64 << 20)
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Keeps what open_clip, timm and torch's exporter print, warn of and log away from the caller's terminal.
+    """Keeps prints, warnings and logs of open_clip, timm and torch's exporter off the terminal.
 
-    None of it is for the caller: deprecations inside torch, steps of the exporter, "initialized randomly". A logging
-    handler of the application's own still gets the log. Without the null handler, `logging.warning`, which open_clip
-    calls, would configure the application's logging.
+    The application's own logging handlers still get the log.
     """
     root = logging.getLogger()
-    handler = logging.NullHandler()
+    handler = logging.NullHandler()  # else `logging.warning`, which open_clip calls, would configure the logging
     root.addHandler(handler)
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
@@ -43,18 +41,13 @@ def contained() -> Iterator[None]:
         root.removeHandler(handler)
 
 
-def export_graph(
-    module: nn.Module,
-    inputs: Mapping[str, Tensor],
-    outputs: Sequence[str],
-    path: Path,
-) -> None:
+def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], path: Path) -> None:
     """Writes a module as an ONNX graph.
 
     Args:
-        module: takes the inputs in order; set to evaluation mode here.
-        inputs: an example of each input by its name, with two rows or more: one row would be taken for a constant.
-            The first dimension of every input is dynamic, and the same; scalars have none.
+        module: takes the inputs in order.
+        inputs: an example of each input, with two rows or more: torch takes a size of 1 for a constant. The first
+            dimension of all inputs but scalars is dynamic, and the same.
         outputs: names of the outputs.
         path: the .onnx file; weights of more than 2 GB go beside it, into `<path>.data`.
 
@@ -90,7 +83,7 @@ def export_graph(
 
 
 def _forget_origin(program: Any) -> None:
-    # The exporter notes for each node the source lines it came from, with paths of the machine that ran it.
+    # The exporter stores the source lines of each node, with paths of this machine.
     program.model.metadata_props.clear()
     for graph in (program.model.graph, *program.model.functions.values()):
         graph.metadata_props.clear()

@@ -1,4 +1,4 @@
-"""From the name of a model to open_clip's model, its tokenizer and the attention network, with their weights."""
+"""From the name of a model to open_clip's model and tokenizer, and the attention network."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def load_model(recipe: Recipe) -> Any:
     wanted = recipe.pretrained is not None or recipe.architecture.startswith(HUB)
     try:
         with contained():
-            # weights_only=True, open_clip's default, is spelt out: a checkpoint must not run code.
+            # weights_only: a checkpoint must not run code.
             model = open_clip.create_model(
                 recipe.architecture,
                 recipe.pretrained,
@@ -97,7 +97,7 @@ def load_tokenizer(architecture: str) -> Any:
     """open_clip's own tokenizer of a model.
 
     Raises:
-        ModelError: it cannot be loaded, for want of the network or of the package transformers.
+        ModelError: it cannot be loaded.
     """
     open_clip = import_open_clip()
     try:

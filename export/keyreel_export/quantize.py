@@ -1,9 +1,8 @@
-"""Matrix products in 8 bits: for CPUs, where a transformer's image tower then takes half the time or less.
+"""Matrix products in 8 bits, which halve the time of a transformer's image tower on CPUs, or more.
 
-Weights are quantised once, a scale for each column; activations on the way, a scale for each product and batch: nothing
-has to be calibrated, and a vector hangs a little on its neighbours in the batch. Convolutions stay in float32: in 8
-bits, quantised on the way, onnxruntime took 1.1 to 6 times as long for RN50 and MobileCLIP2-S0. So do attention, fusion
-and text, where next to no time is spent.
+Weights are quantised once, with a scale per column; activations at run time, with a scale per product and batch, so
+that nothing is calibrated, and a vector depends slightly on the rest of its batch. Convolutions stay in float32, since
+onnxruntime took 1.1 to 6 times as long in 8 bits for RN50 and MobileCLIP2-S0; so do the small other graphs.
 """
 
 from __future__ import annotations
@@ -22,24 +21,20 @@ from keyreel.types import U8
 from keyreel_export import verify
 from keyreel_export.onnx import LARGEST_INSIDE_BYTES, contained
 
-# Least cosine between a vector and the one in float32: two frames that are more alike than this are one picture to the
-# selection of key-frames (`similarity_limit`), and a frame must be one picture with itself.
-FLOOR = 0.97
+# Cosine between a vector and the one in float32. The selection takes two frames that are more alike for one picture
+# (`similarity_limit`), as a frame must be with itself.
+MIN_COSINE = 0.97
 FRAMES = 16
 
 
 def pictures(image: ImageTransform, video: Path | None, seed: int) -> U8:
-    """What the quantised tower is measured on: [N, H, W, 3] uint8.
-
-    Args:
-        image: what the tower takes.
-        video: frames of this one, evenly spread; by default shapes with the power spectrum of photographs.
-        seed: of the shapes.
+    """Frames to measure the quantised tower on: [N, H, W, 3] uint8, evenly spread over a video, or by default shapes
+    with the power spectrum of photographs.
 
     Raises:
         SourceError: the video cannot be decoded, or does not say how long it is.
     """
-    if video is None:  # each other one is white noise, which no video shows
+    if video is None:  # every other one is white noise, which no video shows
         return verify.sample_frames(image.height, image.width, count=2 * FRAMES, seed=seed)[::2]
     with Source(video) as source:
         seconds = source.probe().duration_seconds
@@ -51,22 +46,21 @@ def pictures(image: ImageTransform, video: Path | None, seed: int) -> U8:
 
 
 def quantize_backbone(folder: Path, frames: U8, patches: int) -> dict[str, float]:
-    """Puts matrix products by constants of a bundle's float32 backbone into 8 bits.
+    """Quantises the matrix products by constants of a bundle's float32 backbone.
 
-    The weights get 7 of the 8 bits: without VNNI, CPUs add pairs of products in 16 bits, which would overflow, and the
-    numbers in the manifest must hold there too.
+    Weights get 7 of the 8 bits: CPUs without VNNI add pairs of products in 16 bits, which would overflow.
 
     Args:
         folder: holds backbone.onnx, which is replaced, and fusion.onnx.
-        frames: [N, H, W, 3] uint8, measured on in one batch, as activations share a scale with all that is in a batch.
+        frames: [N, H, W, 3] uint8, one batch, to measure on.
         patches: P.
 
     Returns:
-        "int8_cosine", the least one between a vector and the one in float32, "int8_cosine_mean" and "int8_frames".
+        "int8_cosine", the lowest between a vector and the one in float32, "int8_cosine_mean" and "int8_frames".
 
     Raises:
         MissingExtra: onnx or onnxruntime is not installed.
-        ModelError: there is nothing to quantise, it cannot be done, or a cosine is below FLOOR.
+        ModelError: there is nothing to quantise, it cannot be done, or a cosine is below MIN_COSINE.
     """
     onnx = import_extra("onnx", extra="export", purpose="quantising a model")
     import_extra("onnxruntime", extra="cpu", purpose="quantising a model")
@@ -114,15 +108,10 @@ def vectors(folder: Path, frames: U8, patches: int) -> NDArray[np.float32]:
 
 
 def agreement(found: NDArray[np.float32], expected: NDArray[np.float32]) -> dict[str, float]:
-    """The cosines between vectors and those of float32, see `quantize_backbone`.
-
-    Raises:
-        ModelError: one is below FLOOR.
-    """
+    """The cosines between vectors and those in float32, see `quantize_backbone`."""
     cosines = (found * expected).sum(axis=1)
-    least = float(cosines.min())
-    # Written so that a NaN, which compares false, is refused.
-    if not least >= FLOOR:
+    lowest = float(cosines.min())
+    if not lowest >= MIN_COSINE:  # refuses NaN too
         hint = "export it with --precision fp32, or measure on frames of your own with --verify-video"
-        raise ModelError(f"in 8 bits vectors differ: cosine {least:.4f}, allowed >= {FLOOR}", hint=hint)
-    return {"int8_cosine": least, "int8_cosine_mean": float(cosines.mean()), "int8_frames": float(len(cosines))}
+        raise ModelError(f"in 8 bits vectors differ: cosine {lowest:.4f}, allowed >= {MIN_COSINE}", hint=hint)
+    return {"int8_cosine": lowest, "int8_cosine_mean": float(cosines.mean()), "int8_frames": float(len(cosines))}

@@ -1,4 +1,8 @@
-"""open_clip's tokenizers as tokenizer.json, which the package tokenizers reads without torch or open_clip."""
+"""open_clip's tokenizers as tokenizer.json, which the package tokenizers reads without torch or open_clip.
+
+`transformers` converts CLIP's tokenizer too, but its ids differ on two texts of the corpus: runs of punctuation after
+a URL, and special tokens inside a text.
+"""
 
 from __future__ import annotations
 
@@ -89,17 +93,16 @@ def _clean_name(function: Any) -> str:
 def _from_simple(tokenizer: Any) -> Tokenizer:
     """Byte-level BPE with </w> at the end of words.
 
-    open_clip cuts text at a regular expression whose first alternatives are the special tokens, so that one is only
-    taken as such where a match starts: "!<end_of_text>" is punctuation and words. Added tokens of the package would
-    match anywhere. Instead the special tokens become the last, otherwise unreachable, merges of the model.
+    open_clip's regular expression finds a special token only where a match starts: "!<end_of_text>" is punctuation and
+    words. The package's added tokens would match anywhere, so the special tokens become the last merges of the model,
+    which no other text reaches.
     """
     vocabulary = dict(tokenizer.encoder)
     merges: list[tuple[str, str]] = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
     specials = [tokenizer.decoder[number] for number in tokenizer.all_special_ids]
     for special in specials:
         number = vocabulary.pop(special)
-        # The cache would answer with the special token itself.
-        kept = tokenizer.cache.pop(special)
+        kept = tokenizer.cache.pop(special)  # else `bpe` returns the special token itself
         pieces = tokenizer.bpe(special).split(" ")
         tokenizer.cache[special] = kept
         whole = pieces[0]
@@ -129,7 +132,7 @@ def _from_simple(tokenizer: Any) -> Tokenizer:
 
 
 def _any_case(word: str) -> str:
-    # Spelt out instead of (?i): the engines disagree on foldings of several letters. The long s is Python's.
+    # Instead of (?i), since the engines fold several letters differently. The long s is Python's.
     variants = {letter: letter + letter.upper() for letter in word if letter.isalpha()}
     if "s" in variants:
         variants["s"] += "\u017f"
@@ -138,11 +141,10 @@ def _any_case(word: str) -> str:
 
 @functools.cache
 def _spelt_out(character_class: str) -> str:
-    """A character class of the package regex as ranges of code points.
-
-    The package tokenizers has tables of another version of Unicode, which differ in 17,000 letters.
+    """A character class of the package regex as ranges of code points: the package tokenizers has the tables of another
+    version of Unicode, with 17,000 other letters.
     """
-    # All of Unicode but the surrogates, which no text holds; a run of matches is a range.
+    # All of Unicode but the surrogates; a run of matches is a range.
     runs = regex.compile(f"{character_class}+", regex.IGNORECASE)
     ranges = [
         (start + found.start(), start + found.end() - 1)

@@ -1,4 +1,4 @@
-"""open_clip and timm on a CPU-only torch."""
+"""open_clip and timm on a CPU build of torch."""
 
 from __future__ import annotations
 
@@ -7,57 +7,43 @@ import sys
 from types import ModuleType
 from typing import Any
 
-_definitions: list[object] = []
+from keyreel.errors import import_extra
+
+_library: Any = None  # a definition lives as long as its Library
 
 
 def import_torchvision() -> ModuleType:
-    """Imports torchvision, which fails on a CPU-only torch without help.
+    """Imports torchvision, also where its native library does not load.
 
-    PyPI's torchvision for Linux is a CUDA build. Beside a CPU build of torch its native library does not load;
-    torchvision swallows that, then registers a fake kernel for `torchvision::nms` and `torchvision::qnms` all the
-    same, which raises "operator torchvision::nms does not exist"
-    (https://github.com/pytorch/vision/issues/9085). Nothing here calls either, so declaring the two schemas is enough.
+    PyPI's torchvision for Linux is a CUDA build. Beside a CPU build of torch its Python code registers fake kernels for
+    operators that do not exist (https://github.com/pytorch/vision/issues/9085). Nothing here calls them: their schemas
+    are enough.
 
     Raises:
         MissingExtra: torchvision is not installed.
     """
-    from keyreel.errors import import_extra
-
+    global _library
     try:
         return import_extra("torchvision", extra="export", purpose="exporting a model")
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        _declare_missing_operators()
-        return importlib.import_module("torchvision")
-
-
-def import_open_clip() -> ModuleType:
-    """Imports open_clip, after `import_torchvision`.
-
-    Raises:
-        MissingExtra: open_clip or torchvision is not installed.
-    """
-    from keyreel.errors import import_extra
-
-    import_torchvision()
-    return import_extra("open_clip", extra="export", purpose="exporting a model")
-
-
-def import_timm() -> ModuleType:
-    """Imports timm; it needs the same help, see `import_open_clip`."""
-    import_open_clip()
-    return importlib.import_module("timm")
-
-
-def _declare_missing_operators() -> None:
     import torch
 
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[name]
-    library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    _library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for operator in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, operator):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    # A definition lives as long as its Library object.
-    _definitions.append(library)
+            _library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return importlib.import_module("torchvision")
+
+
+def import_open_clip() -> ModuleType:
+    """Imports open_clip, and with it timm.
+
+    Raises:
+        MissingExtra: open_clip or torchvision is not installed.
+    """
+    import_torchvision()
+    return import_extra("open_clip", extra="export", purpose="exporting a model")

@@ -1,7 +1,7 @@
 """open_clip's image towers, split where they pool.
 
 Every CLIP image tower ends in a pooling with weights w[t,i] over patches, then a projection. `Tower.tokens` is all
-that comes before, `Tower.pool` the rest, with the weights multiplied by an attention map a[t,i] and renormalised:
+that comes before, `Tower.pooled` the pooling, with the weights multiplied by an attention map a[t,i] and renormalised:
 
     w'[t,i] ∝ w[t,i] · (P · a[t,i])^γ
 
@@ -38,17 +38,8 @@ def pooling_bias(attention: Tensor, strength: Tensor) -> Tensor:
 
 
 def query_attention(query: Tensor, keys: Tensor, values: Tensor, heads: int, bias: Tensor) -> Tensor:
-    """Multi-head attention of a single query with biased logits.
-
-    Args:
-        query: [N, 1, C].
-        keys: [N, L, C].
-        values: [N, L, C].
-        heads: number of heads.
-        bias: [N, L], added to the logits of every head.
-
-    Returns:
-        [N, C], before the output projection.
+    """Multi-head attention of one query [N, 1, C] over keys and values [N, L, C], with a bias [N, L] on the logits of
+    every head: [N, C], before the output projection.
     """
 
     def split(x: Tensor) -> Tensor:
@@ -63,19 +54,14 @@ def query_attention(query: Tensor, keys: Tensor, values: Tensor, heads: int, bia
 class Tower(nn.Module):
     """An image tower in two halves. Subclasses give `encode` and `features`.
 
-    Attributes:
-        family: how the tower pools.
-        image_size: (height, width) of the frames it takes, in pixels.
-        grid: (h, w) of the patches, h * w = P.
-        prefix_tokens: R, how many tokens before the patches.
-        token_width: C.
-        feature_width: F, what `projection` takes.
-        embedding_width: D.
-        projection: the fully connected layer that ends the tower; Identity where there is none.
+    `projection` is the fully connected layer that ends the tower, Identity where there is none.
     """
 
-    family: Family
-    grid: tuple[int, int]
+    family: Family  # how the tower pools
+    grid: tuple[int, int]  # (h, w), P = h * w
+    token_width: int  # C
+    feature_width: int  # F
+    embedding_width: int  # D
     offset: Tensor
     factor: Tensor
 
@@ -83,9 +69,9 @@ class Tower(nn.Module):
         super().__init__()
         self.body: Any = body
         self.projection = projection
-        self.prefix_tokens = prefix_tokens
+        self.prefix_tokens = prefix_tokens  # R
         preprocess = visual.preprocess_cfg
-        self.image_size = _pair(preprocess["size"])
+        self.image_size = _pair(preprocess["size"])  # (height, width) in pixels
         # open_clip: (x/255 - mean)/std, with both divisions made one factor.
         self.register_buffer("offset", 255.0 * torch.tensor(preprocess["mean"]))
         self.register_buffer("factor", 1.0 / (255.0 * torch.tensor(preprocess["std"])))
@@ -105,22 +91,8 @@ class Tower(nn.Module):
         return self.encode(x.permute(0, 3, 1, 2)).float()
 
     def pooled(self, tokens: Tensor, attention: Tensor, strength: Tensor) -> Tensor:
-        """What `pool` projects: [N, F]."""
+        """Tokens [N, R+P, C] pooled under an attention map [N, P], rows sum to 1, with strength γ []: [N, F]."""
         return self.features(tokens.to(self.factor.dtype), pooling_bias(attention, strength))
-
-    def pool(self, tokens: Tensor, attention: Tensor, strength: Tensor) -> Tensor:
-        """Pools tokens under an attention map.
-
-        Args:
-            tokens: [N, R+P, C] from `tokens`, patches perhaps shifted in time.
-            attention: [N, P] float32, rows sum to 1.
-            strength: [] float32, γ.
-
-        Returns:
-            [N, D], not normalised.
-        """
-        projected: Tensor = self.projection(self.pooled(tokens, attention, strength))
-        return projected
 
     def forward(self, frames: Tensor) -> Tensor:
         return self.tokens(frames)
@@ -152,8 +124,15 @@ class ClassTokenTower(Tower):
         self.grid = _pair(visual.grid_size)
 
     def encode(self, images: Tensor) -> Tensor:
-        before_last = len(self.body.transformer.resblocks) - 2
-        return _open_clip_tokens(self.body, images, before_last)
+        found = self.body.forward_intermediates(
+            images,
+            indices=[len(self.body.transformer.resblocks) - 2],
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        return torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], dim=1)
 
     def features(self, tokens: Tensor, bias: Tensor) -> Tensor:
         block = self.body.transformer.resblocks[-1]
@@ -232,7 +211,7 @@ class LatentQueryTower(Tower):
 
     def __init__(self, visual: Any) -> None:
         trunk = visual.trunk
-        # A tower that keeps its class token from the pool keeps it from the tokens too.
+        # Where the class token is not pooled, it is not among the tokens either.
         dropped = 0 if getattr(trunk, "pool_include_prefix", True) else trunk.num_prefix_tokens
         prefix_tokens = trunk.num_prefix_tokens - dropped
         super().__init__(visual, trunk, projection=_trunk_projection(visual), prefix_tokens=prefix_tokens)
@@ -289,13 +268,10 @@ class AveragePoolTower(Tower):
 
 
 def split_tower(model: Any) -> Tower:
-    """Splits the image tower of an open_clip model, which shares its weights with the result.
-
-    Args:
-        model: what `open_clip.create_model` gives, in evaluation mode.
+    """Splits the image tower of an open_clip model in evaluation mode; the result shares its weights.
 
     Raises:
-        ModelError: the tower pools in a way that is not supported; the hint says what is.
+        ModelError: the tower pools in a way that is not supported.
     """
     import_open_clip()
     from open_clip.modified_resnet import ModifiedResNet
@@ -366,18 +342,6 @@ def _as_linear(weight: Tensor | None) -> nn.Module:
     linear = nn.Linear(weight.shape[0], weight.shape[1], bias=False)
     linear.weight = nn.Parameter(weight.detach().T.contiguous())
     return linear
-
-
-def _open_clip_tokens(visual: Any, images: Tensor, block: int) -> Tensor:
-    found = visual.forward_intermediates(
-        images,
-        indices=[block],
-        stop_early=True,
-        intermediates_only=True,
-        output_fmt="NLC",
-        output_extra_tokens=True,
-    )
-    return torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], dim=1)
 
 
 def _trunk_projection(visual: Any) -> nn.Module:

@@ -4,18 +4,16 @@
     keyreel_image/1/model.onnx      backbone, attention and fusion as one graph, the bundle's strength a constant in it
     keyreel_text/config.pbtxt       token_ids i64 [Q, L]   -> vectors f32 [Q, D]
     keyreel_text/1/model.onnx
-    keyreel_text/tokenizer.json     what a client cuts its texts with
-    README.md                       how to start the server and to ask it
+    keyreel_text/tokenizer.json     for clients, who clean and tokenize texts
 
-One graph and not an ensemble: tokens never leave the session, and there is one queue that batches, not three.
+Not an ensemble: in one graph tokens never leave the session, and one queue batches, not three.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +22,30 @@ import numpy as np
 from keyreel.errors import ModelError, import_extra
 from keyreel.runtime.bundle import Bundle
 from keyreel_export import verify
+from keyreel_export.folders import check_replaceable, replacing
 from keyreel_export.onnx import LARGEST_INSIDE_BYTES
 from keyreel_export.verify import Feeds
 
 IMAGE, TEXT = "keyreel_image", "keyreel_text"
 VERSION = "1"
-# A file of the caller's own in one of these places is refused, since only these names are replaced.
+# All that is ever replaced; older exports wrote a README.md.
 FILES = frozenset(
     {"README.md", f"{TEXT}/tokenizer.json"}
     | {f"{model}/config.pbtxt" for model in (IMAGE, TEXT)}
     | {f"{model}/{VERSION}/{name}" for model in (IMAGE, TEXT) for name in ("model.onnx", "model.onnx.data")}
 )
-# How long the server may hold a request back to fill a batch: about what encoding one batch takes.
+# How long the server may wait to fill a batch: about the time to encode one.
 _QUEUE_MICROSECONDS = 2000
 
 
 def export_triton(bundle: Bundle, folder: Path, *, max_batch_size: int = 64, instances: int = 1) -> Path:
     """Writes the model repository of a bundle, verified against the bundle's own graphs, whole or not at all.
 
-    Frames are encoded one by one: a batch mixes frames of many requests, so there is no temporal shift.
+    There is no temporal shift, since a batch mixes frames of many requests.
 
     Args:
-        folder: new, empty, or a repository that this function wrote, which is replaced.
-        max_batch_size: most rows of one inference.
+        folder: new, empty, or an earlier export, which is replaced.
+        max_batch_size: rows of one inference.
         instances: sessions of each model on each device.
 
     Returns:
@@ -62,28 +61,21 @@ def export_triton(bundle: Bundle, folder: Path, *, max_batch_size: int = 64, ins
     if bundle.precision not in verify.BOUNDS:
         raise ModelError(f"{bundle.name} is in {bundle.precision}, which is for CPUs", hint="take its fp32 or fp16")
     onnx = import_extra("onnx", extra="export", purpose="exporting a model")
-    _refuse_other_folders(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".keyreel-export-") as aside:
-        made = Path(aside) / "repository"
+    check_replaceable(folder, _foreign)
+    size = (bundle.image.height, bundle.image.width, 3)
+    with replacing(folder) as made:
         for model in (IMAGE, TEXT):
             (made / model / VERSION).mkdir(parents=True)
         graph = made / IMAGE / VERSION / "model.onnx"
         _save(onnx, _merged(onnx, bundle), graph)
         _save(onnx, onnx.load(bundle.file("text.onnx")), made / TEXT / VERSION / "model.onnx")
         _verify(bundle, graph)
-        size = (bundle.image.height, bundle.image.width, 3)
-        (made / IMAGE / "config.pbtxt").write_text(
-            _config(bundle, IMAGE, ("frames", "TYPE_UINT8", size), max_batch_size, instances)
-        )
-        (made / TEXT / "config.pbtxt").write_text(
-            _config(bundle, TEXT, ("token_ids", "TYPE_INT64", (bundle.context_length,)), max_batch_size, instances)
-        )
+        for model, feed in (
+            (IMAGE, ("frames", "TYPE_UINT8", size)),
+            (TEXT, ("token_ids", "TYPE_INT64", (bundle.context_length,))),
+        ):
+            (made / model / "config.pbtxt").write_text(_config(bundle, model, feed, max_batch_size, instances))
         shutil.copyfile(bundle.file("tokenizer.json"), made / TEXT / "tokenizer.json")
-        (made / "README.md").write_text(_readme(bundle), encoding="utf-8")
-        if folder.exists():
-            folder.rename(Path(aside) / "replaced")
-        made.rename(folder)
     return folder
 
 
@@ -93,7 +85,7 @@ def _save(onnx: Any, model: Any, path: Path) -> None:
 
 
 def _merged(onnx: Any, bundle: Bundle) -> Any:
-    """Backbone, attention and fusion as one graph; they meet by the names of their inputs and outputs."""
+    """Backbone, attention and fusion as one graph, joined by the names of their inputs and outputs."""
     parts = []
     for name in ("backbone", "attention", "fusion"):
         model = onnx.load(bundle.file(f"{name}.onnx"))
@@ -116,11 +108,7 @@ def _merged(onnx: Any, bundle: Bundle) -> Any:
 
 
 def _verify(bundle: Bundle, graph: Path) -> None:
-    """Holds the merged graph against the three it was made of.
-
-    Raises:
-        ModelError: they differ.
-    """
+    """Compares the merged graph with the three it was made of."""
     precision, height, width = bundle.precision, bundle.image.height, bundle.image.width
     frames: list[Feeds] = [
         {"frames": verify.sample_frames(height, width, count=count, seed=count)} for count in verify.BATCH_SIZES
@@ -157,64 +145,7 @@ parameters {{ key: "keyreel_bundle_sha256" value {{ string_value: "{bundle.sha25
 """
 
 
-def _readme(bundle: Bundle) -> str:
-    image, length = bundle.image, bundle.context_length
-    shift = (
-        "" if bundle.shift_default == "off" else f" The bundle's own default, `{bundle.shift_default}`, is left out."
-    )
-    return f"""# {bundle.name} on Triton Inference Server
-
-Written by keyreel from the bundle {bundle.name} (sha256 {bundle.sha256[:16]}).
-
-    docker run --rm --gpus all -p 8000:8000 -v "$PWD:/models" nvcr.io/nvidia/tritonserver:VERSION-py3 \\
-        tritonserver --model-repository=/models
-
-| model | takes | gives |
-|---|---|---|
-| {IMAGE} | frames uint8 [N, {image.height}, {image.width}, 3] | vectors float32 [N, {bundle.embedding_width}] |
-| {TEXT} | token_ids int64 [Q, {length}] | vectors float32 [Q, {bundle.embedding_width}] |
-
-Vectors have unit length; the inner product of a text's and a frame's is their cosine.
-
-- **Frames** are RGB, upright, resized to {image.height} x {image.width} (`{image.mode}`, {image.interpolation}, \
-antialiased); normalising is part of the graph. The attention strength is {bundle.strength_default:g}. Frames are \
-encoded one by one, without a temporal shift.{shift}
-- **Texts** must be cut into tokens by the client with `{TEXT}/tokenizer.json`, which pads to {length}, and be cleaned \
-before that as open_clip's `{bundle.clean}` does (`keyreel.runtime.text.Tokenizer` does both).
-
-A request, with `pip install 'tritonclient[http]' tokenizers`:
-
-```python
-import numpy as np
-import tritonclient.http as triton
-from tokenizers import Tokenizer
-
-client = triton.InferenceServerClient("localhost:8000")
-
-
-def vectors(model, name, array, kind):
-    given = triton.InferInput(name, list(array.shape), kind)
-    given.set_data_from_numpy(array)
-    return client.infer(model, [given]).as_numpy("vectors")
-
-
-tokenizer = Tokenizer.from_file("{TEXT}/tokenizer.json")
-token_ids = np.array([tokenizer.encode("a dog").ids], np.int64)
-frames = np.zeros((1, {image.height}, {image.width}, 3), np.uint8)
-images, texts = vectors("{IMAGE}", "frames", frames, "UINT8"), vectors("{TEXT}", "token_ids", token_ids, "INT64")
-cosines = images @ texts.T
-```
-"""
-
-
-def _refuse_other_folders(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ModelError(f"{folder} is a file", hint="name a folder")
-    foreign = next((name for name in _files(folder) if name not in FILES), None) if folder.is_dir() else None
-    if foreign is not None:
-        raise ModelError(f"{folder} holds {foreign}, which is no part of an export", hint="name another folder")
-
-
-def _files(folder: Path) -> Iterator[str]:
-    # Links count as files wherever they lead.
-    return (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+def _foreign(folder: Path) -> str | None:
+    # Links count as files, wherever they lead.
+    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return next((name for path in files if (name := path.relative_to(folder).as_posix()) not in FILES), None)

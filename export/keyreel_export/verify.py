@@ -1,7 +1,6 @@
-"""Exported graphs against torch: how far apart, and how far apart they may be.
+"""Exported graphs against torch: how far apart they are, and may be.
 
-References are computed by torch in float32 from the stock weights, also for graphs of half precision, which run in a
-process of their own, see `keyreel_export.half_runner`.
+torch computes the references in float32 from the stock weights, also for graphs in half precision.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from keyreel.errors import ModelError, import_extra
+from keyreel.runtime.plans import REFERENCE
 from keyreel.types import U8
 
 Feeds: TypeAlias = Mapping[str, NDArray[Any]]
@@ -29,13 +29,13 @@ BATCH_SIZES = (1, 3)
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How far a graph may be from torch."""
+    """How far a graph may be from torch. Differences are the largest absolute ones."""
 
-    tokens_difference: float  # largest absolute difference over the largest absolute value
-    attention_difference: float  # largest absolute difference over 1/P, the uniform map's value
-    vectors_difference: float  # largest absolute difference of the entries of unit vectors
+    tokens_difference: float  # relative to the largest absolute value
+    attention_difference: float  # relative to 1/P, the uniform map's value
+    vectors_difference: float  # of the entries of unit vectors
     text_difference: float  # the same, of text vectors
-    cosine: float  # least cosine between a vector and its reference
+    cosine: float  # between a vector and its reference
 
 
 BOUNDS: Mapping[str, Bounds] = {
@@ -46,15 +46,15 @@ BOUNDS: Mapping[str, Bounds] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One feed of a graph and what torch makes of it."""
+    """One feed of a graph and torch's result."""
 
     feeds: Feeds
     expected: NDArray[Any]
 
 
 def sample_frames(height: int, width: int, *, count: int, seed: int) -> U8:
-    """Frames to verify with: [count, H, W, 3] uint8, by turns white noise and smooth shapes with the power spectrum
-    of photographs (amplitude ~ 1/frequency: Field, J. Opt. Soc. Am. A 4, 1987)."""
+    """[count, H, W, 3] uint8, by turns smooth shapes with the power spectrum of photographs (amplitude ~ 1/frequency:
+    Field, J. Opt. Soc. Am. A 4, 1987) and white noise."""
     random = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1.0 / max(height, width)
@@ -82,7 +82,7 @@ def run_graph(path: Path, feeds: list[Feeds], precision: str) -> list[NDArray[An
         ModelError: the graph cannot be loaded or run.
     """
     if precision == "fp16":
-        return _run_apart(path, feeds)
+        return _run_in_process(path, feeds)
     runtime = import_extra("onnxruntime", extra="cpu", purpose="verifying an exported model")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
@@ -93,13 +93,13 @@ def run_graph(path: Path, feeds: list[Feeds], precision: str) -> list[NDArray[An
         raise ModelError(f"onnxruntime cannot run {path.name}: {error}") from error
 
 
-def _run_apart(path: Path, feeds: list[Feeds]) -> list[NDArray[Any]]:
+def _run_in_process(path: Path, feeds: list[Feeds]) -> list[NDArray[Any]]:
     runner = Path(__file__).with_name("half_runner.py")
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder) / "feeds.npz", Path(folder) / "out.npz"
         arrays = {f"{index}.{name}": array for index, feed in enumerate(feeds) for name, array in feed.items()}
         np.savez(given, allow_pickle=False, **arrays)
-        # -P keeps this folder off the path, where onnx.py would hide the package onnx.
+        # Without -P, onnx.py in this folder would hide the package onnx.
         command = [sys.executable, "-P", str(runner), str(path), str(given), str(got)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -109,17 +109,26 @@ def _run_apart(path: Path, feeds: list[Feeds]) -> list[NDArray[Any]]:
             return [file[str(index)] for index in range(len(feeds))]
 
 
+def write_reference(folder: Path, cases: Mapping[str, tuple[Case, str]]) -> None:
+    """Stores what TensorRT plans in half precision are checked against: a case of each graph, and its output's name."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for graph, (case, output) in cases.items():
+        named = {**case.feeds, output: case.expected}
+        arrays |= {f"{graph}.{name}": array for name, array in named.items()}
+    np.savez(folder / REFERENCE, allow_pickle=False, **arrays)
+
+
 def check(graph: str, found: list[NDArray[Any]], expected: list[NDArray[Any]], bounds: Bounds) -> dict[str, float]:
-    """How far what a graph gives is from what torch gives.
+    """Compares a graph's results with torch's.
 
     Args:
         graph: "backbone", "attention", "fusion", "text", or "identity" for the chain against open_clip.
-        found: one array a case.
+        found: one array per case.
         expected: the same, from torch.
-        bounds: what is allowed.
+        bounds: the largest differences allowed.
 
     Returns:
-        "<graph>_difference" and, of unit vectors, "<graph>_cosine".
+        "<graph>_difference" and, for unit vectors, "<graph>_cosine".
 
     Raises:
         ModelError: a bound is exceeded, or shapes or dtypes differ.
@@ -147,7 +156,6 @@ def _difference(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 def _hold(measure: str, value: float, allowed: float) -> dict[str, float]:
-    # Written so that a NaN, which compares false, is refused.
-    if not value <= allowed:
+    if not value <= allowed:  # refuses NaN too
         raise ModelError(f"an exported graph differs from torch: {measure} {value:.3g}, allowed <= {allowed}")
     return {measure: value}
