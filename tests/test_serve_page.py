@@ -419,6 +419,10 @@ def test_videos_are_added_and_jobs_told(page: Any, site: Site, media: Callable[[
     assert page.inner_text(".job[data-state=failed] .note b") == told["hollow.mp4"]["error"]["message"]
     assert page.inner_text(".job[data-state=done] .state") == "done"
     page.wait_for_selector("nav .badge", state="hidden")
+    again = tmp_path / "again.mp4"  # another upload in the same visit
+    again.write_bytes(b"\0" * 3000)
+    page.set_input_files("#files", again)
+    _comes(page, "document.querySelectorAll('.job[data-state=failed]').length === 2")
     page.click(".job[data-state=done] a")
     page.wait_for_selector("#watch:not([hidden])")
     assert page.inner_text("#video-title") == "h265_video.mp4"

@@ -1,69 +1,59 @@
-// Adding videos: uploads with their progress, files on the server, and what becomes of them.
+// Adding videos: uploads with their progress, files on the server, and the list of jobs.
 
 import { $, API, Problem, api, askToken, authorization, complain, currentToken, forget, problem, say, stamp } from "./base.js";
 
 const OPEN = ["uploading", "queued", "running"];
-const WORDS = { uploading: "uploading", queued: "waiting", running: "indexing", done: "done", failed: "failed", cancelled: "cancelled" };
-const list = $("#list");
-const note = $("#jobs > .note");
+const WORDS = { queued: "waiting", running: "indexing" };
+const list = $("#list"), note = $("#jobs > .note");
 const rows = new Map(); // by id: {node, job}
-const waiting = []; // files that are not sent yet
 let page = null; // what page.js lends: link, changed
-let sending = null;
-let timer = null;
-let numbers = 0;
-
-function row(id) {
-  if (!rows.has(id)) {
-    const node = stamp("job");
-    node.dataset.id = id;
-    $("button", node).addEventListener("click", () => cancel(node.dataset.id));
-    list.prepend(node);
-    rows.set(id, { node, job: null });
-  }
-  return rows.get(id);
-}
+let sending = Promise.resolve(); // uploads, one after another
+let unsent = 0, numbers = 0, timer = null;
 
 function draw(job) {
-  const entry = row(job.id), { node } = entry, before = entry.job?.state, progress = $("progress", node);
-  entry.job = job;
-  const name = job.name ?? job.id, share = job.progress ?? 0, open = OPEN.includes(job.state);
+  if (!rows.has(job.id)) {
+    const node = stamp("job");
+    $("button", node).addEventListener("click", () => cancel([...rows.values()].find((row) => row.node === node).job));
+    list.prepend(node);
+    rows.set(job.id, { node, job: null });
+  }
+  const row = rows.get(job.id), { node } = row, before = row.job?.state, progress = $("progress", node), link = $("a", node);
+  const open = OPEN.includes(job.state), word = WORDS[job.state] ?? job.state, share = job.progress ?? 0;
+  row.job = job;
   node.dataset.state = job.state;
-  $(".name", node).textContent = name;
-  $(".state", node).textContent = WORDS[job.state] + (open && share > 0 ? `, ${Math.floor(100 * share)} %` : "");
-  progress.hidden = !open;
-  progress.setAttribute("aria-label", `${name}, ${WORDS[job.state]}`);
+  $(".name", node).textContent = job.name;
+  $(".state", node).textContent = word + (open && share > 0 ? `, ${Math.floor(100 * share)} %` : "");
+  progress.hidden = $("button", node).hidden = !open;
   if (share > 0) progress.value = share;
   else progress.removeAttribute("value");
-  $("button", node).hidden = !open;
-  $("button", node).setAttribute("aria-label", `Cancel ${name}`);
-  const link = $("a", node);
   link.hidden = job.state !== "done" || !job.video;
   if (!link.hidden) link.href = page.link({ view: "video", id: job.video });
-  link.setAttribute("aria-label", `Open ${name}`);
+  progress.ariaLabel = `${job.name}, ${word}`;
+  $("button", node).ariaLabel = `Cancel ${job.name}`;
+  link.ariaLabel = `Open ${job.name}`;
   complain($(".note", node), job.error ?? null);
   if (before && before !== job.state && !open) {
-    say(`${name}: ${WORDS[job.state]}`);
+    say(`${job.name}: ${word}`);
     if (job.state === "done") forget(job.video), page.changed();
   }
+  tally();
 }
 
 function tally() {
   const open = [...rows.values()].filter(({ job }) => OPEN.includes(job.state)).length, badge = $("nav [data-view=jobs] .badge");
   badge.hidden = open === 0;
   badge.textContent = open;
-  badge.setAttribute("aria-label", `${open} at work`);
+  badge.ariaLabel = `${open} at work`;
   $("#jobs > .empty").hidden = rows.size > 0;
   return open;
 }
 
-// Asks again and again while something is at work; never twice at a time.
+// Asks again as long as something is at work; never twice at a time.
 async function poll() {
   clearTimeout(timer);
   try {
-    const { jobs } = await api("jobs");
-    const there = new Set(jobs.map((job) => job.id));
-    for (const [id, { node, job }] of rows) if (!job.local && !there.has(id)) node.remove(), rows.delete(id);
+    const { jobs } = await api("jobs"), there = new Set(jobs.map((job) => job.id));
+    for (const [id, { node, job }] of rows) if (!job.file && !there.has(id)) node.remove(), rows.delete(id);
     for (const job of jobs.toReversed()) draw(job); // each new row goes on top
     complain(note, null);
   } catch (error) {
@@ -74,72 +64,61 @@ async function poll() {
   if (open > 0 || !$("#jobs").hidden) timer = setTimeout(poll, open > 0 ? 1000 : 8000);
 }
 
-async function cancel(id) {
-  const { job } = rows.get(id);
-  if (job.local) {
+async function cancel(job) {
+  if (job.file) {
     job.request?.abort();
-    const place = waiting.indexOf(job);
-    if (place >= 0) waiting.splice(place, 1);
-    draw({ ...job, state: "cancelled" });
-    return tally();
+    return draw({ ...job, state: "cancelled" });
   }
-  try {
-    await api(`jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
-  } catch (error) {
-    complain(note, error);
-  }
+  await api(`jobs/${encodeURIComponent(job.id)}`, { method: "DELETE" }).catch((error) => complain(note, error));
   poll();
 }
 
-// fetch tells no progress of what it sends, XMLHttpRequest does.
+// XMLHttpRequest, since fetch does not report the progress of what it sends.
 function send(job) {
   return new Promise((resolve, reject) => {
-    const request = (job.request = new XMLHttpRequest()), body = new FormData();
-    body.append("file", job.file, job.file.name);
+    const request = new XMLHttpRequest(), body = new FormData();
+    body.append("file", job.file, job.name);
     request.open("POST", new URL("jobs", API));
     for (const [name, value] of Object.entries(authorization())) request.setRequestHeader(name, value);
-    request.upload.onprogress = (event) => draw({ ...rows.get(job.id).job, progress: event.loaded / event.total });
+    request.upload.onprogress = (event) => draw({ ...job, request, progress: event.loaded / event.total });
     request.onload = () => (request.status < 300 ? resolve(JSON.parse(request.responseText)) : reject(problem(request.status, request.responseText)));
     request.onerror = () => reject(new Problem("The upload broke off.", { hint: "The server cannot be reached, or refused the file." }));
     request.onabort = () => resolve(null);
+    draw({ ...job, request });
     request.send(body);
   });
 }
 
-async function sendAll() {
-  while ((sending = waiting.shift())) {
-    const job = sending, used = currentToken();
-    try {
-      const accepted = await send(job);
-      if (accepted === null) continue;
-      const { node } = rows.get(job.id);
-      rows.delete(job.id);
-      // The row of the upload becomes that of the job, unless the list brought the job first.
-      if (rows.has(accepted.id)) node.remove();
-      else rows.set(accepted.id, { node, job }), node.dataset.id = accepted.id;
-      draw({ name: job.name, ...accepted });
-      poll();
-    } catch (error) {
-      if (error.status === 401) {
-        waiting.unshift(job);
-        try { await askToken(used); } catch (refused) { waiting.shift(); draw({ ...job, state: "failed", error: refused }); }
-      } else draw({ ...job, state: "failed", error });
-    }
-    tally();
+async function submit(job) {
+  if (rows.get(job.id).job.state === "cancelled") return;
+  const used = currentToken();
+  try {
+    const accepted = await send(job);
+    if (accepted === null) return;
+    const { node } = rows.get(job.id);
+    rows.delete(job.id);
+    // The row of the upload becomes that of the job, unless the list brought the job first.
+    if (rows.has(accepted.id)) node.remove();
+    else rows.set(accepted.id, { node, job });
+    draw(accepted);
+    poll();
+  } catch (error) {
+    if (error.status === 401) return askToken(used).then(() => submit(job), (refused) => draw({ ...job, state: "failed", error: refused }));
+    draw({ ...job, state: "failed", error });
   }
 }
+
 function upload(files) {
   for (const file of files) {
-    const job = { id: `upload-${(numbers += 1)}`, local: true, name: file.name, state: "uploading", progress: 0, file };
+    const job = { id: `upload-${(numbers += 1)}`, name: file.name, state: "uploading", file };
     draw(job);
-    waiting.push(job);
+    unsent += 1;
+    sending = sending.then(() => submit(job)).finally(() => { unsent -= 1; });
   }
-  tally();
-  if (sending === null) sendAll();
 }
 
 $("#files").addEventListener("change", (event) => {
-  upload([...event.target.files]);
+  upload(event.target.files);
   event.target.value = "";
 });
 $("#path").addEventListener("submit", async (event) => {
@@ -155,7 +134,7 @@ $("#path").addEventListener("submit", async (event) => {
     field.focus();
   }
 });
-addEventListener("beforeunload", (event) => { if (sending !== null) event.preventDefault(); });
+addEventListener("beforeunload", (event) => { if (unsent > 0) event.preventDefault(); });
 
 export const jobs = {
   upload,
