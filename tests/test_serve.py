@@ -1,6 +1,5 @@
 """The service as its callers see it: a process of its own, and what is sent to it over HTTP."""
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import asyncio
@@ -18,16 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from encoded_clips import encode
-from PIL import Image
-
-for needed in ("lancedb", "fastapi", "uvicorn", "httpx", "python_multipart", "prometheus_client"):
-    pytest.importorskip(needed, reason="needs the extras `library` and `serve`")
-
-import httpx
 from fastapi import FastAPI
+from PIL import Image
 from served import Served, served
 
 from keyreel import Engine, Library
@@ -37,6 +32,7 @@ from keyreel.library.types import Example, Filter, LibraryHit
 from keyreel.runtime.bundle import Bundle
 from keyreel.serve import app, router, run, workers
 from keyreel.serve.files import Roots, safe_name
+from keyreel.serve.models import video_detail
 from keyreel.serve.security import ApiError, redact_paths
 from keyreel.serve.service import Service
 
@@ -450,9 +446,10 @@ def test_hostile_bodies_are_refused(service: Served, place: Path) -> None:
     assert all(job["state"] == "done" for job in service.http.get("/api/v1/jobs").json()["jobs"])
 
 
+@pytest.mark.full
 def test_nothing_in_the_openapi_document_leads_to_an_error_of_the_server(service: Served) -> None:
     """Schemathesis makes up requests, valid ones and others, for each route of the document."""
-    schemathesis = pytest.importorskip("schemathesis")
+    import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis.errors import Unsatisfiable
 
@@ -905,32 +902,20 @@ def test_a_job_that_outlived_its_folder_is_refused(library: Library, place: Path
     service.close()
 
 
-def test_a_video_indexed_again_while_it_is_looked_at(
-    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its key-frames are read after what was found out about them."""
+def test_a_video_indexed_again_while_it_is_looked_at(library: Library) -> None:
+    """Key-frames that the older extras do not know are left out."""
     record = library.list()[0]
     first, *others = library.previews(record.id)
     later = (dataclasses.replace(first, pts_seconds=first.pts_seconds + 0.01), *others)
-    monkeypatch.setattr(library, "previews", lambda id: later)
-    service = Service(library, ServeConfig(folder=str(tmp_path)))
-    found = service.detail(record.id, "").keyframes
-    assert [frame.pts_seconds for frame in found] == [preview.pts_seconds for preview in others]
-    service.close()
+    found = video_detail(record, library.extras(record.id), later, "", playable=False)
+    assert [frame.pts_seconds for frame in found.keyframes] == [preview.pts_seconds for preview in others]
 
 
-def test_what_is_no_id_is_not_looked_for_on_the_disk(
-    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    service = Service(library, ServeConfig(folder=str(tmp_path)))
+def test_a_path_is_no_id(service: Served, library: Library) -> None:
     path = library.list()[0].path
-    asked: list[str] = []
-    monkeypatch.setattr(library, "record", asked.append)
     for id in (path, os.path.relpath(path), "../x", "", "A" * 32, "0" * 33):
-        with pytest.raises(ApiError, match="no such video"):
-            service.record(id)
-    assert asked == []
-    service.close()
+        answer = service.http.get("/api/v1/search", params={"q": "x", "video": id})
+        assert (answer.status_code, error(answer)["message"]) == (404, "there is no such video")
 
 
 def test_messages_tell_no_folders() -> None:

@@ -1,6 +1,5 @@
 """Jobs of the service: what was accepted is done, whatever happens to the process."""
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import os
@@ -12,14 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from encoded_clips import encode
-
-for needed in ("lancedb", "fastapi", "uvicorn", "httpx", "python_multipart", "prometheus_client"):
-    pytest.importorskip(needed, reason="needs the extras `library` and `serve`")
-
-import httpx
 from served import Served, served
 
 from keyreel import Engine, Library
@@ -432,6 +427,7 @@ class Load:
         assert self.failed == []
 
 
+@pytest.mark.full
 def test_no_accepted_job_is_lost(videos: Path, tmp_path: Path) -> None:
     """The process is told to end, then killed, while callers submit paths and uploads and search."""
     load, paths = Load(), sorted(videos.iterdir())
@@ -458,6 +454,7 @@ def test_no_accepted_job_is_lost(videos: Path, tmp_path: Path) -> None:
                 assert (record.frames, record.shots) == (added.record.frames, added.record.shots)
 
 
+@pytest.mark.full
 def test_a_job_at_work_tells_how_far_it_is_and_can_be_stopped(tmp_path: Path) -> None:
     folder = tmp_path.resolve()
     long = encode(folder / "long", codec="libx264", container="mp4", frames=1800, gop=250)

@@ -21,22 +21,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
+from keyreel import Engine, Library
+from keyreel.config import IndexConfig, ServeConfig
+from keyreel.serve import app, router
+
+pytestmark = pytest.mark.full
 CHROMIUM = Path("/usr/bin/chromium")
-pytest.importorskip("lancedb", reason="the extra `library` is not installed")
-pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-if not CHROMIUM.exists():
-    pytest.skip(f"there is no {CHROMIUM}", allow_module_level=True)
-
-import uvicorn  # noqa: E402
-from fastapi import FastAPI  # noqa: E402
-
-from keyreel import Engine, Library  # noqa: E402
-from keyreel.config import IndexConfig, ServeConfig  # noqa: E402
-from keyreel.serve import app, router  # noqa: E402
-
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: a test of the full ring")
 MARKUP = '<img src=x onerror="window.taken=1">.mp4'
 BROKEN = "<u src=x>broken.mp4"
 TOKEN = "a token; of 100%41 letters"  # what a cookie cannot hold as it is
