@@ -407,13 +407,15 @@ def test_hostile_queries_are_refused(service: Served) -> None:
 
 
 def test_hostile_bodies_are_refused(service: Served, place: Path) -> None:
-    bomb = io.BytesIO()
-    Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
-    assert len(bomb.getvalue()) < 200_000  # 900 million pixels in it
+    large, bomb = io.BytesIO(), io.BytesIO()
+    Image.new("1", (9_000, 9_000)).save(large, "PNG")  # more than we allow
+    Image.new("1", (20_000, 10_000)).save(bomb, "PNG")  # more than Pillow opens
+    assert len(bomb.getvalue()) < 200_000
     multipart = {"Content-Type": "multipart/form-data; boundary=x"}
     plain = {"Content-Type": "application/json"}
     start = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\n'
     cases: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
+        ("search", {"files": {"file": ("large.png", large.getvalue())}}, (413,)),
         ("search", {"files": {"file": ("bomb.png", bomb.getvalue())}}, (413,)),
         ("search", {"files": {"file": ("a.png", b"no picture")}}, (422,)),
         ("search", {"files": {"file": ("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>")}}, (422,)),
@@ -498,6 +500,7 @@ def test_an_upload_becomes_a_video_and_goes_with_it(service: Served, place: Path
     assert answer.status_code == 202, answer.text
     job = service.wait(answer.json()["id"], "done", "failed")
     assert (job["state"], job["name"], job["progress"]) == ("done", "ev\u00eel name_.mp4", 1.0)
+    assert set(job) == {"id", "state", "progress", "name", "video", "created", "error"}
     uploads = place / "library/serve/uploads"
     assert [path.relative_to(uploads).as_posix() for path in uploads.rglob("*.mp4")] == [f"{job['id']}/{job['name']}"]
     video = service.http.get(f"/api/v1/videos/{job['video']}").json()

@@ -22,8 +22,9 @@ from keyreel.config import ServeConfig
 from keyreel.errors import LibraryError, SourceError
 from keyreel.library.types import Added
 from keyreel.serve import jobs as jobs_module
-from keyreel.serve.jobs import Job, Jobs
+from keyreel.serve.jobs import Jobs
 from keyreel.serve.metrics import Metrics
+from keyreel.serve.models import Job, Problem
 from keyreel.serve.security import ApiError, to_api_error
 
 VIDEOS = int(os.environ.get("KEYREEL_SERVE_JOBS", "8"))
@@ -72,12 +73,18 @@ def make(folder: Path, work: Work, **options: Any) -> Jobs:
     return Jobs(folder / "state", work.add, work.forget, ServeConfig(**options), Metrics())
 
 
-def submit(jobs: Jobs, name: str, **more: Any) -> Job:
+def submit(jobs: Jobs, name: str | Path, **more: Any) -> Job:
     jobs.reserve()
     try:
         return jobs.submit(Path("/videos") / name, **more)
     finally:
         jobs.release()
+
+
+def upload(jobs: Jobs, name: str) -> Job:
+    part = jobs.uploads / f"{name}.part"
+    part.write_bytes(b"x")
+    return submit(jobs, jobs.uploads / name / name, id=name, part=part)
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -141,18 +148,12 @@ def test_a_full_queue_refuses_and_takes_again(jobs: Jobs, work: Work) -> None:
 
 def test_what_fails_says_why_and_an_upload_goes_with_it(jobs: Jobs, work: Work) -> None:
     work.wrong = {"a": SourceError("no video", hint="try another"), "b": RuntimeError("a bug")}
-    part = jobs.uploads / "1.part"
-    part.write_bytes(b"x")
-    first = submit(jobs, "a")
-    jobs.reserve()
-    second = jobs.submit(jobs.uploads / "1" / "b", id="1", part=part)
-    jobs.release()
-    assert (jobs.uploads / "1" / "b").read_bytes() == b"x"
-    assert not part.exists()
+    first, second = submit(jobs, "a"), upload(jobs, "b")
+    assert [one.relative_to(jobs.uploads).as_posix() for one in jobs.uploads.rglob("*")] == ["b", "b/b"]
     work.go.release(2)
     until(lambda: jobs.get(second.id).state == "failed")
-    assert jobs.get(first.id).error == {"kind": "source", "message": "no video", "hint": "try another"}
-    assert jobs.get(second.id).error == {"kind": "failed", "message": "RuntimeError: a bug", "hint": None}
+    assert jobs.get(first.id).error == Problem(kind="source", message="no video", hint="try another")
+    assert jobs.get(second.id).error == Problem(kind="failed", message="RuntimeError: a bug", hint=None)
     assert work.forgotten == ["b"]  # a path of the user's stays in the library as failed
     assert list(jobs.uploads.iterdir()) == []
 
@@ -210,7 +211,7 @@ def test_a_video_that_takes_the_process_with_it_is_given_up(tmp_path: Path, work
         idle.drain(0)
         assert found.state == state, tries
     assert found.error is not None
-    assert "3 times" in found.error["message"]
+    assert "3 times" in found.error.message
     assert work.forgotten == ["a.mp4"]
     assert list(jobs.uploads.iterdir()) == []
 
@@ -220,10 +221,7 @@ def test_a_library_that_cannot_forget_keeps_no_job_waiting(jobs: Jobs, work: Wor
         raise LibraryError("the disk is full")
 
     jobs._forget = forget
-    jobs.reserve()
-    (jobs.uploads / "1.part").write_bytes(b"x")
-    first = jobs.submit(jobs.uploads / "1" / "a", id="1", part=jobs.uploads / "1.part")
-    jobs.release()
+    first = upload(jobs, "a")
     work.wrong = {"a": SourceError("no video")}
     second = submit(jobs, "b")
     work.go.release(2)
@@ -240,9 +238,7 @@ def test_the_library_forgets_without_holding_the_others_up(jobs: Jobs, work: Wor
         assert go.wait(60)
 
     jobs._forget = forget
-    jobs.reserve()
-    (jobs.uploads / "1.part").write_bytes(b"x")
-    jobs.submit(jobs.uploads / "1" / "a", id="1", part=jobs.uploads / "1.part")
+    upload(jobs, "a")
     work.wrong = {"a": SourceError("no video")}
     work.go.release()
     assert entered.wait(60)
@@ -252,7 +248,7 @@ def test_the_library_forgets_without_holding_the_others_up(jobs: Jobs, work: Wor
     held = other.is_alive()
     go.set()
     assert not held
-    until(lambda: jobs.get("1").state == "failed")
+    until(lambda: jobs.get("a").state == "failed")
 
 
 def test_what_was_cancelled_stays_so_when_the_service_ends(tmp_path: Path, work: Work) -> None:
@@ -287,7 +283,7 @@ def test_errors_of_jobs_tell_no_folders(tmp_path: Path, work: Work) -> None:
     until(lambda: all(jobs.get(job.id).state == "failed" for job in made))
     errors = [jobs.get(job.id).error for job in made]
     jobs.drain(5)
-    assert [error and error["message"] for error in errors] == [
+    assert [error and error.message for error in errors] == [
         "a: no video",
         "OSError: [Errno 5] broken: 'b'",
         "library: cannot be written",

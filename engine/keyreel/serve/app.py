@@ -218,7 +218,7 @@ def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:
                     await asyncio.to_thread(os.fsync, file.fileno())
                 service.metrics.upload_bytes.inc(part.stat().st_size)
                 path = jobs.uploads / id / safe_name(name)
-                return models.job_state(await asyncio.to_thread(jobs.submit, path, id=id, part=part))
+                return await asyncio.to_thread(jobs.submit, path, id=id, part=part)
             finally:
                 await asyncio.to_thread(part.unlink, missing_ok=True)
 
@@ -231,21 +231,21 @@ def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:
                 return await receive(request)
             asked = await uploads.read_json(request, models.JobRequest, idle_seconds=idle)
             path = await service.pool.run(service.roots.find, asked.path)
-            return models.job_state(await asyncio.to_thread(jobs.submit, path))
+            return await asyncio.to_thread(jobs.submit, path)
         finally:
             jobs.release()
 
     @router.get("/api/v1/jobs", tags=["jobs"])
     async def all_jobs() -> models.JobList:
         """The jobs, the latest first."""
-        return models.JobList(jobs=[models.job_state(job) for job in await service.pool.run(jobs.latest)])
+        return models.JobList(jobs=[*await service.pool.run(jobs.latest)])
 
     @router.get("/api/v1/jobs/{id}", tags=["jobs"])
     async def job(id: str) -> models.JobState:
         """One job."""
-        return models.job_state(await service.pool.run(jobs.get, id))
+        return await service.pool.run(jobs.get, id)
 
     @router.delete("/api/v1/jobs/{id}", tags=["jobs"])
     async def cancel(id: str) -> models.JobState:
         """Cancels a job; one that is over stays as it is."""
-        return models.job_state(await service.pool.run(jobs.cancel, id))
+        return await service.pool.run(jobs.cancel, id)

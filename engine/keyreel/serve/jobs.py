@@ -15,22 +15,21 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from keyreel.config import ServeConfig
 from keyreel.errors import Failure, LibraryError
 from keyreel.library.types import Added
 from keyreel.runtime.telemetry import span
-from keyreel.serve.files import discard
+from keyreel.serve.files import discard, file_name
 from keyreel.serve.metrics import Metrics
+from keyreel.serve.models import Job, State
 from keyreel.serve.security import ApiError, to_api_error, too_busy
 from keyreel.types import Progress
 
 _log = logging.getLogger(__name__)
 
-State = Literal["queued", "running", "done", "failed", "cancelled"]
 Work = Callable[[Path, Progress, Callable[[], bool]], Added | None]
 
 KEPT = 1000  # finished jobs that are remembered
@@ -48,20 +47,6 @@ CREATE TABLE IF NOT EXISTS jobs (
     video TEXT,
     error TEXT
 )"""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One video that is, was or will be indexed."""
-
-    id: str
-    state: State
-    path: Path
-    uploaded: bool  # the service owns the file
-    created: float  # seconds since 1970
-    progress: float  # 0..1
-    video: str | None  # id in the library, once it is there
-    error: Mapping[str, Any] | None  # kind, message, hint
 
 
 class _Running:
@@ -335,22 +320,15 @@ class Jobs:
                 return []
             columns = "id, state, path, uploaded, created, video, error"
             rows = self._base.execute(f"SELECT {columns} FROM jobs {rest}", values).fetchall()
-            return [self._job(*row) for row in rows]
-
-    def _job(
-        self, id: str, state: State, path: bytes, uploaded: int, created: float, video: str | None, error: str | None
-    ) -> Job:
-        running = self._running.get(id)
-        return Job(
-            id=id,
-            state=state,
-            path=Path(path.decode("utf-8", "surrogateescape")),
-            uploaded=bool(uploaded),
-            created=created,
-            progress=running.progress if running else float(state == "done"),
-            video=video,
-            error=json.loads(error) if error else None,
-        )
+            jobs = []
+            for id, state, path, uploaded, created, video, error in rows:
+                place = Path(path.decode("utf-8", "surrogateescape"))
+                running = self._running.get(id)
+                progress = running.progress if running else float(state == "done")
+                row = {"id": id, "state": state, "created": created, "progress": progress, "video": video}
+                error = json.loads(error) if error else None
+                jobs.append(Job(**row, error=error, name=file_name(str(place)), path=place, uploaded=uploaded))
+            return jobs
 
 
 def _ending() -> ApiError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
@@ -13,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from keyreel.library.types import Extras, Filter, LibraryHit, Preview, Record
 from keyreel.serve.files import file_name
-from keyreel.serve.jobs import Job
 from keyreel.serve.security import redact_paths
 
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+State = Literal["queued", "running", "done", "failed", "cancelled"]
 Text = Annotated[str, Field(max_length=1000)]
 
 
@@ -168,12 +169,19 @@ class JobState(BaseModel):
     """A video that is, was or will be indexed."""
 
     id: str
-    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    state: State
     progress: float
     name: str
     video: str | None  # its id in the library, once it is there
     created: float
     error: Problem | None
+
+
+class Job(JobState):
+    """A job with what callers are not told."""
+
+    path: Path
+    uploaded: bool  # the service owns the file
 
 
 class JobList(BaseModel):
@@ -263,11 +271,6 @@ def video_detail(
         shots=list(record.shots),
         sprite=sprite,
     )
-
-
-def job_state(job: Job) -> JobState:
-    """A job without its path."""
-    return JobState(**asdict(job), name=file_name(str(job.path)))
 
 
 def _facts(record: Record, base: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from keyreel.serve.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
+Handler = Callable[[Request], Awaitable[Response]]
+
 COOKIE = "keyreel_token"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 READS = ("GET", "HEAD")
@@ -147,41 +149,34 @@ class Security:
             def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
                 handler, path = super().get_route_handler(), self.path
 
-                async def checked(request: Request) -> Response:
-                    await security.check(request, public=public)
-                    async with asyncio.timeout(seconds):
-                        return await _unless_caller_leaves(handler, request)
-
                 async def handle(request: Request) -> Response:
-                    return await security.answer(checked, request, path)
+                    return await security.answer(handler, request, path, public=public, seconds=seconds)
 
                 return handle
 
         return Route
 
-    async def answer(self, handler: Callable[[Request], Awaitable[Response]], request: Request, path: str) -> Response:
+    async def answer(self, handler: Handler, request: Request, path: str, *, public: bool, seconds: float) -> Response:
         """The handler's answer or its error, with headers; counted."""
-        began = time.perf_counter()
+        began, name = time.perf_counter(), f"{request.method} {path}"
         with self._metrics.at_work.track_inprogress():
             try:
-                with span(f"{request.method} {path}"):
-                    response = add_headers(await handler(request))
+                with span(name):
+                    await self._check(request, public=public)
+                    async with asyncio.timeout(seconds):
+                        response = add_headers(await _unless_caller_leaves(handler, request))
             except Exception as error:  # noqa: BLE001 - a service answers in any case
                 answer = to_api_error(error, *self._private)
                 if answer is None:
-                    _log.exception("%s %s failed", request.method, path)
+                    _log.exception("%s failed", name)
                     answer = ApiError(500, "internal", type(error).__name__, hint="the log of the server says more")
                 response = answer.response()
         self._metrics.requests.labels(request.method, path, str(response.status_code)).inc()
         self._metrics.request_seconds.labels(path).observe(time.perf_counter() - began)
         return response
 
-    async def check(self, request: Request, *, public: bool) -> None:
-        """Host, origin and token, before anything of the body is read.
-
-        Raises:
-            ApiError: 403, 401.
-        """
+    async def _check(self, request: Request, *, public: bool) -> None:
+        """Host, origin and token, before anything of the body is read."""
         host = request.headers.get("host", "")
         if self._hosts and _hostname(host) not in self._hosts:
             hint = "name it in the option hosts"
@@ -207,7 +202,7 @@ def _hostname(host: str) -> str:
     return name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
 
 
-async def _unless_caller_leaves(handler: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+async def _unless_caller_leaves(handler: Handler, request: Request) -> Response:
     """Gives up when the caller disconnects, as a page does that searches while someone types.
 
     Only for requests without a body: nothing else reads from the connection then.

@@ -24,6 +24,7 @@ M = TypeVar("M", bound=BaseModel)
 IMAGE_BYTES = 32 << 20
 IMAGE_PIXELS = 64_000_000
 _JSON_BYTES = 64 << 10
+_DROPPED_BYTES = 1 << 20
 _FRAMING_BYTES = 16 << 10  # headers and boundaries around the file
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
@@ -105,21 +106,26 @@ class _Parser(MultiPartParser):
 
 
 async def _body(request: Request, max_bytes: int, idle_seconds: float) -> AsyncGenerator[bytes, None]:
-    """The body in pieces; ends with an error as soon as it is larger than allowed."""
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > max_bytes:
+    """The body in pieces; an error if it is larger than allowed.
+
+    What is too much by little is read and dropped: the answer is lost if the connection is closed on unread bytes.
+    """
+    length, size = request.headers.get("content-length", ""), 0
+    if length.isdecimal() and int(length) > max_bytes + _DROPPED_BYTES:
         raise _too_large(max_bytes)
-    size, body = 0, aiter(request.stream())
+    body = aiter(request.stream())
     try:
         while True:
             async with asyncio.timeout(idle_seconds):
                 chunk = await anext(body)
             size += len(chunk)
-            if size > max_bytes:
+            if size > max_bytes + _DROPPED_BYTES:
                 raise _too_large(max_bytes)
-            yield chunk
+            if size <= max_bytes:
+                yield chunk
     except StopAsyncIteration:
-        return
+        if size > max_bytes:
+            raise _too_large(max_bytes) from None
     except TimeoutError as error:
         headers = {"Connection": "close"}
         raise ApiError(408, "timeout", f"nothing came for {idle_seconds} s", headers=headers) from error
