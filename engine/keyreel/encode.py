@@ -6,7 +6,9 @@ on both sides gives what the whole video would give, and memory does not grow wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +17,19 @@ import numpy as np
 from keyreel.config import EncodeConfig, ShiftMode
 from keyreel.runtime.backend import Backend
 from keyreel.runtime.bundle import Bundle
-from keyreel.runtime.stopwatch import Stopwatch
-from keyreel.types import Embedding, FrameBatch, Progress
+from keyreel.types import Embedding, FrameBatch
 
 # Histogram distance at which the shift sees a cut: between two frames of one scene it stays below 0.4 at 2 fps in the
 # clips that were looked at, across a cut it is mostly above 0.6. Missing a cut only mixes patches of a few frames.
 SHIFT_CUT = 0.5
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds the time that the block takes to the stage's."""
+    began = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +38,7 @@ class Encoded:
 
     embedding: Embedding
     vectors: Any  # [T, D] float32, those of the embedding, still on the device
+    seconds: Mapping[str, float]  # time of the stages "encode" (backbone) and "fuse" (the rest), as this thread sees it
 
 
 class _Window:
@@ -82,39 +92,28 @@ class Encoder:
         own = config.attention_strength
         return self.bundle.strength_default if own is None else own
 
-    def encode(
-        self,
-        batches: Iterable[FrameBatch],
-        config: EncodeConfig,
-        *,
-        progress: Progress | None = None,
-        watch: Stopwatch | None = None,
-    ) -> Encoded:
+    def encode(self, batches: Iterable[FrameBatch], config: EncodeConfig) -> Encoded:
         """Encodes a stream of frames of the model's size. What leaves the device is the embedding, once, at the end.
-
-        Args:
-            watch: gets the time of the stages "encode" (backbone) and "fuse" (the rest), as this thread sees it.
 
         Raises:
             ValueError: the frames have another size than the model takes, or there are none.
         """
         with self._arrays.scope():
-            return self._encode(batches, config, progress, watch or Stopwatch())
+            return self._encode(batches, config)
 
-    def _encode(
-        self, batches: Iterable[FrameBatch], config: EncodeConfig, progress: Progress | None, watch: Stopwatch
-    ) -> Encoded:
+    def _encode(self, batches: Iterable[FrameBatch], config: EncodeConfig) -> Encoded:
         xp, ops = self._arrays.xp, self._ops
         window = _Window(xp)
         fused: list[tuple[Any, Any]] = []  # vectors, attention
         signals, times, places = [], [], []
         last: Any = None  # histogram of the frame before
+        seconds = {"encode": 0.0, "fuse": 0.0}
         for batch in batches:
             self._check(batch)
-            with watch("encode"):
+            with timed(seconds, "encode"):
                 frames = self._arrays.to_device(batch.data)
                 tokens = self._backbone.run({"frames": frames})["tokens"]
-            with watch("fuse"):
+            with timed(seconds, "fuse"):
                 sharpness, mean, spread, histogram = ops.frame_signals(frames)
                 before = histogram[:1] if last is None else last
                 change = ops.histogram_distance(histogram, xp.concatenate([before, histogram[:-1]]))
@@ -127,11 +126,9 @@ class Encoder:
                 times.append(batch.pts_seconds)
                 places.append(batch.frame_index)
                 fused += self._fuse(window, config, at_end=False)
-            if progress is not None:
-                progress("encode", float(batch.pts_seconds[-1]), None)
         if not times:
             raise ValueError("there are no frames to encode")
-        with watch("fuse"):
+        with timed(seconds, "fuse"):
             fused += self._fuse(window, config, at_end=True)
             vectors, maps = (xp.concatenate(part) for part in zip(*fused, strict=True))
             to_host = self._arrays.to_host
@@ -149,7 +146,7 @@ class Encoder:
                 model=self.bundle.name,
                 model_sha256=self.bundle.sha256,
             )
-        return Encoded(embedding, vectors)
+        return Encoded(embedding, vectors, seconds)
 
     def _check(self, batch: FrameBatch) -> None:
         want = (self.bundle.image.height, self.bundle.image.width)

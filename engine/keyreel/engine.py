@@ -6,7 +6,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -17,18 +17,17 @@ from numpy.typing import NDArray
 from keyreel.config import EncodeConfig, ImageTransform, OutputConfig, Sampling, SelectConfig
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, distinct
-from keyreel.encode import Encoded, Encoder
+from keyreel.encode import Encoded, Encoder, timed
 from keyreel.errors import ModelError
-from keyreel.images import read_picture
+from keyreel.render.pictures import read_picture
 from keyreel.render.reel import write_reel
 from keyreel.render.save import reel_spans, save_summary
 from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import BUILTIN, Bundle
-from keyreel.runtime.stopwatch import Stopwatch
 from keyreel.runtime.telemetry import record_stages, span, traced
 from keyreel.runtime.text import TextEncoder
 from keyreel.search import best_hits, moments
-from keyreel.select import select_keyframes
+from keyreel.select import Selection, select_keyframes
 from keyreel.shots import find_candidates, place_boundaries, shots_between
 from keyreel.types import F32, U8, Embedding, FrameBatch, Progress, Query, SearchHit, Shot, Summary
 from keyreel_kernels.arrays import on_host
@@ -96,13 +95,10 @@ class Engine:
             self._encoder = self._text = None
             self.backend.release()
 
-    def warmup(self, *, progress: Progress | None = None) -> None:
+    def warmup(self) -> None:
         """Does now what the first calls would do: opens the text tower, compiles kernels, records the plans' graphs.
 
         The image tower's sessions were opened, and plans that were missing built, when the engine was made.
-
-        Args:
-            progress: called as progress("warm-up", done, total).
 
         Raises:
             ModelError: a plan cannot be built, or computes something else than the graph.
@@ -111,19 +107,11 @@ class Engine:
         numbers = np.arange(size)
         grey = np.full((size, image.height, image.width, 3), 128, np.uint8)
         batch = FrameBatch(grey, numbers.astype(np.float64), numbers)
-
-        def images() -> None:
-            found = self._images.encode([batch], EncodeConfig())
-            ops, vectors = self.backend.ops, found.vectors
-            select_keyframes(found.embedding, SelectConfig(), ops, duration_seconds=float(size), vectors=vectors)
-
-        # The first run of a plan is recorded, the second replays it.
-        steps: tuple[Callable[[], Any], ...] = (images, images, lambda: self.encode_text("a"))
-        for done, step in enumerate(steps, start=1):
+        for _ in range(2):  # the first run of a plan is recorded, the second replays it
             with self.backend.running():
-                step()
-            if progress is not None:
-                progress("warm-up", float(done), float(len(steps)))
+                found = self._images.encode([batch], EncodeConfig())
+                self._select(found, SelectConfig(), float(size))
+        self.encode_text("a")
 
     def __repr__(self) -> str:
         return f"Engine(model={self.bundle.name!r}, device={self.backend.device!r})"
@@ -150,7 +138,7 @@ class Engine:
             SourceError: the video cannot be opened.
         """
         size = self.backend.batch_size if batch_size is None else batch_size
-        return self.backend.open_stream(as_source(video), sampling or Sampling(), transform=transform, batch_size=size)
+        return self.backend.open_stream(_as_source(video), sampling or Sampling(), transform=transform, batch_size=size)
 
     def embed(self, frames: FrameBatch | NDArray[Any] | Any) -> F32:
         """Frames that are in memory already -> vectors.
@@ -198,31 +186,14 @@ class Engine:
         Raises:
             SourceError: the video cannot be decoded.
         """
-        encode, image = encode or EncodeConfig(), self.bundle.image
+        source, sampling, encode = _as_source(video), sampling or Sampling(), encode or EncodeConfig()
+        image = self.bundle.image
         with (
             self.backend.running(),
-            self.frames(video, sampling, transform=image, batch_size=encode.batch_size) as stream,
+            self.frames(source, sampling, transform=image, batch_size=encode.batch_size) as stream,
         ):
-            return self._images.encode(stream, encode, progress=progress).embedding
-
-    def encode_frames(
-        self,
-        batches: Iterable[FrameBatch],
-        encode: EncodeConfig | None = None,
-        *,
-        progress: Progress | None = None,
-        watch: Stopwatch | None = None,
-    ) -> Encoded:
-        """Batches of frames of the model's size (`engine.bundle.image`), in order of time -> vectors and signals.
-
-        Args:
-            watch: gets the time of the stages "encode" and "fuse".
-
-        Raises:
-            ValueError: the frames have another size, or there are none.
-        """
-        with self.backend.running():
-            return self._images.encode(batches, encode or EncodeConfig(), progress=progress, watch=watch)
+            batches = _with_progress(stream, progress, source, sampling)
+            return self._images.encode(batches, encode).embedding
 
     @traced("keyreel.encode_text")
     def encode_text(self, texts: str | Sequence[str]) -> F32:
@@ -264,7 +235,6 @@ class Engine:
         encode: EncodeConfig | None = None,
         select: SelectConfig | None = None,
         progress: Progress | None = None,
-        watch: Stopwatch | None = None,
     ) -> Summary:
         """Finds the key-frames and shots of a video.
 
@@ -272,12 +242,11 @@ class Engine:
             keyframes: how many, or "auto"; `select` says more.
             sampling: which frames are looked at; two a second by default.
             progress: called as progress(stage, done, total) from this thread.
-            watch: gets the time of the stages "encode", "fuse" and "select".
 
         Raises:
             SourceError: the video cannot be decoded.
         """
-        began, watch = time.perf_counter(), watch or Stopwatch()
+        began = time.perf_counter()
         sampling, encode, select = sampling or Sampling(), encode or EncodeConfig(), select or SelectConfig()
         if keyframes != "auto":
             if not isinstance(keyframes, int):
@@ -285,32 +254,27 @@ class Engine:
             select = dataclasses.replace(select, keyframes=keyframes, per_minute=None)
         # Everything after the decoder takes times as rising.
         sampling = dataclasses.replace(sampling, times=tuple(sorted(sampling.times)))
-        source = as_source(video)
+        source = _as_source(video)
         info = source.probe()
-        forward = _with_total(progress, sampling, info.duration_seconds)
         image = self.bundle.image
         with (
             span("keyreel.encode"),
             self.backend.running(),
             self.frames(source, sampling, transform=image, batch_size=encode.batch_size) as stream,
         ):
-            encoded = self._images.encode(distinct(stream), encode, progress=forward, watch=watch)
+            batches = _with_progress(distinct(stream), progress, source, sampling)
+            encoded = self._images.encode(batches, encode)
             warnings, decode_seconds = stream.warnings, stream.decode_seconds
             duration = info.duration_seconds if stream.end_seconds is None else stream.end_seconds
         embedding = encoded.embedding
         stop = _stop_seconds(embedding, sampling, duration)
-        with self.backend.running(), span("keyreel.select"), watch("select"):
-            found = select_keyframes(
-                embedding,
-                select,
-                self.backend.ops,
-                duration_seconds=stop - sampling.start_seconds,
-                vectors=encoded.vectors,
-            )
+        seconds = {"decode": decode_seconds, **encoded.seconds}
+        with self.backend.running(), span("keyreel.select"), timed(seconds, "select"):
+            found = self._select(encoded, select, stop - sampling.start_seconds)
             candidates = find_candidates(embedding)
             cuts = place_boundaries(source, embedding, candidates, self.backend)
         shots = shots_between(cuts, start_seconds=sampling.start_seconds, stop_seconds=stop)
-        timings = {"decode": decode_seconds, **watch.seconds, "total": time.perf_counter() - began}
+        timings = {**seconds, "total": time.perf_counter() - began}
         record_stages(timings)
         return Summary(
             video=info,
@@ -350,10 +314,6 @@ class Engine:
             )
         return best_hits(hits, k)
 
-    def scores(self, query: Query, summary: Summary) -> F32:
-        """[T] float32: how well each sampled frame of a video answers a text or a picture, as a cosine."""
-        return self._cosines(summary, self._query_vector(query))
-
     # --- inside ---------------------------------------------------------------------------------------------------
 
     @property
@@ -364,16 +324,12 @@ class Engine:
         return encoder
 
     def _fitted(self, data: U8) -> U8:
-        image = self.bundle.image
-        fitted: U8 = self.backend.ops.transform(
-            data,
-            height=image.height,
-            width=image.width,
-            mode=image.mode,
-            interpolation=image.interpolation,
-            fill=image.fill,
-        )
+        fitted: U8 = self.backend.ops.transform(data, **dataclasses.asdict(self.bundle.image))
         return fitted
+
+    def _select(self, encoded: Encoded, config: SelectConfig, duration_seconds: float) -> Selection:
+        embedding, vectors, ops = encoded.embedding, encoded.vectors, self.backend.ops
+        return select_keyframes(embedding, config, ops, duration_seconds=duration_seconds, vectors=vectors)
 
     def _query_vector(self, query: Query) -> F32:
         vector: F32 = (self.encode_text(query) if isinstance(query, str) else self.encode_image(query))[0]
@@ -410,31 +366,31 @@ class _Actions:
         self.source.close()
 
     def _scores(self, summary: Summary, output: OutputConfig) -> F32 | None:
-        return None if output.query is None else self.engine.scores(output.query, summary)
+        return None if output.query is None else self.engine._cosines(summary, self.engine._query_vector(output.query))
 
 
-def as_source(video: Video) -> Source:
-    """A Source as it is, anything else opened as one."""
+def _as_source(video: Video) -> Source:
     return video if isinstance(video, Source) else Source(video)
 
 
-def _with_total(progress: Progress | None, sampling: Sampling, duration: float | None) -> Progress | None:
+def _with_progress(
+    batches: Iterable[FrameBatch], progress: Progress | None, source: Source, sampling: Sampling
+) -> Iterable[FrameBatch]:
+    """Calls progress("encode", done, total), in seconds of video, after each batch."""
     if progress is None:
-        return None
-    stop = sampling.stop_seconds if sampling.stop_seconds is not None else duration
-
-    def forward(stage: str, done: float, _: float | None) -> None:
-        progress(stage, done - sampling.start_seconds, None if stop is None else stop - sampling.start_seconds)
-
-    return forward
+        yield from batches
+        return
+    start, stop = sampling.start_seconds, sampling.stop_seconds or source.probe().duration_seconds
+    for batch in batches:
+        yield batch
+        progress("encode", float(batch.pts_seconds[-1]) - start, None if stop is None else stop - start)
 
 
 def _stop_seconds(embedding: Embedding, sampling: Sampling, duration: float | None) -> float:
-    """The end of what was looked at: what the container says and keeps, but never before the last frame."""
+    """End of the analysed part: the container's duration, but not before the last frame."""
     pts = embedding.pts_seconds
     step = float(np.median(np.diff(pts))) if len(pts) > 1 else 0.0
     stop = duration if duration is not None else float(pts.max()) + step
     if sampling.stop_seconds is not None:
         stop = min(stop, sampling.stop_seconds)
-    # Whatever a container claims, the last frame is shown for a moment.
     return max(stop, float(pts.max()) + 1e-3)

@@ -9,9 +9,9 @@ import numpy as np
 from keyreel.shots import shot_of
 from keyreel.types import F32, F64, SearchHit, Shot
 
-# A moment reaches as far as the score stays above this share of the way from the video's usual score to its peak.
+# A moment extends while the score stays above this fraction of the way from the video's median score to its peak,
 HOLDS = 0.5
-# ... and in any case while it is within this share of the peak: in a take of one thing the scores hardly differ.
+# and in any case while it is within this fraction of the peak: in a take of one thing the scores hardly differ.
 NEAR = 0.1
 
 
@@ -20,26 +20,28 @@ def moments(
 ) -> list[SearchHit]:
     """The k best spans of one video, best first; spans do not overlap.
 
-    From the best frame that is not yet part of a moment the span grows over neighbours in the same shot whose score
-    holds: score >= median + HOLDS (peak - median), or within NEAR of the peak.
+    From the best frame that is not yet part of a moment the span grows over neighbours of the same shot while
+    score >= median + HOLDS (peak - median), or within NEAR of the peak.
 
     Args:
-        scores: [T] float32 cosines to the query. pts_seconds: [T] float64, rising.
-        shots: in time order; no moment reaches over two of them. stop_seconds: the end of the video.
+        scores: [T] float32 cosines to the query.
+        pts_seconds: [T] float64, rising.
+        shots: in time order; no moment crosses a cut.
+        stop_seconds: the end of the video.
 
     Raises:
         ValueError: k < 1.
     """
     if k < 1:
         raise ValueError(f"k must be >= 1, got {k}")
-    usual = float(np.median(scores))
+    typical = float(np.median(scores))
     shot = shot_of(shots, pts_seconds) if shots else np.zeros(len(scores), np.int64)
     free = np.ones(len(scores), bool)
     found: list[SearchHit] = []
     while len(found) < k and free.any():
         peak = int(np.where(free, scores, -np.inf).argmax())
         best = float(scores[peak])
-        floor = min(usual + HOLDS * (best - usual), best - NEAR * abs(best))
+        floor = min(typical + HOLDS * (best - typical), best - NEAR * abs(best))
         low = high = peak
         while low > 0 and free[low - 1] and shot[low - 1] == shot[peak] and scores[low - 1] >= floor:
             low -= 1
@@ -49,7 +51,7 @@ def moments(
         stop = float(pts_seconds[high + 1]) if high + 1 < len(scores) else max(stop_seconds, float(pts_seconds[high]))
         start = float(pts_seconds[low])
         if shots:
-            # The first sample of a shot lies up to one step after its cut, the next shot's sample after the next cut.
+            # Samples lie up to one step after a cut: where a moment touches an end of its shot, it takes that end.
             span = shots[shot[peak]]
             stop = min(stop, span.stop_seconds) if span.stop_seconds > pts_seconds[high] else stop
             if low == 0 or shot[low - 1] != shot[low]:

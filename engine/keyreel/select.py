@@ -1,12 +1,11 @@
-"""Key-frames: how many, which clusters, which frame of each; never none.
+"""Key-frames: how many, which clusters, which frame of each; at least one.
 
-1. Weights: black, blank and lone flash frames count next to nothing, so that no cluster is spent on them.
+1. Weights: black, blank and lone flash frames count next to nothing, so that they take no cluster.
 2. Number: as asked, or the knee of the curve of the worst-covered frame over K = 1..Kmax, all K run as one batch
    without the penalty; Kmax is at most one for each second.
 3. Clusters: spherical k-means with a diversity penalty (keyreel_kernels.clustering).
-4. One frame a cluster: the cleanest kind there is in it, then the closest to the centroid; clusters in order of size;
-   a frame too close in time or too alike to one that is taken gives way to the next of its cluster, or the cluster is
-   given up.
+4. One frame for each cluster, largest first: of its cleanest frames the closest to the centroid that is neither too
+   near in time nor too similar to a key-frame taken before; without one the cluster is dropped.
 """
 
 from __future__ import annotations
@@ -24,34 +23,34 @@ from keyreel_kernels import Ops
 from keyreel_kernels.clustering import Clusters
 
 ITERATIONS = 30  # rounds of clustering, at most
-# Weight of frames that no cluster should be spent on. Not 0: a video of nothing else still has a key-frame.
+# Weight of frames that must not take a cluster. Not 0: a video that has no other frames still gets a key-frame.
 FAINT = 1e-3
-# A frame whose neighbours are less like it than the median frame's neighbours by this much is a lone flash.
+# A frame that is less similar to its neighbours than the median frame by this much is a lone flash.
 FLASH_GAP = 0.25
-# Luma in 0..1: mean plus standard deviation below is black (a starry night is not), a mean above white, less deviation
-# blank.
+# Luma in 0..1: black if mean plus standard deviation is below (a starry night is not), white if the mean is above,
+# blank if the deviation is below.
 BLACK, WHITE, BLANK = 0.1, 0.97, 0.02
-# Next to black, a frame that the next one outshines by this factor is in a fade.
+# Next to black, a frame is part of a fade if the next one is brighter by this factor.
 FADE_STEP = 1.08
-# How far above the knee's depth a smaller K is taken, as a share of both axes.
+# A smaller K is taken if it comes this close to the knee, as a fraction of both axes.
 NEAR_KNEE = 0.03
-# A frame is shown by its key-frame if their distance (1 - cosine) is below this share of the distance between two
-# frames of the video picked at random, within these bounds: two frames of one take are mostly closer than the lower,
-# frames of different places mostly farther apart than the upper.
-COVERED_SHARE, COVERED_BOUNDS = 0.6, (0.1, 0.2)
-# Gaps below this share of that distance count as equal: which local optimum a clustering ends in moves them by as much,
-# and the number must not hang on that, or a CPU and a GPU, whose pictures differ by rounding, would give two summaries.
+# A frame is covered by its key-frame if their distance (1 - cosine) is below this fraction of the distance between two
+# random frames of the video, within these bounds: frames of one take are mostly closer than the lower, frames of
+# different places mostly farther apart than the upper.
+COVERED_FRACTION, COVERED_BOUNDS = 0.6, (0.1, 0.2)
+# Gaps below this fraction of that distance count as equal. Local optima move them by as much, and the number must not
+# depend on that: a CPU and a GPU, whose pictures differ by rounding, must give the same summary.
 FINE = 0.3
-# The number is found on at most so many frames: every K of a ten-hour video would take minutes and gigabytes.
+# Frames that the number of key-frames is found on, at most: every K of ten hours would take minutes and gigabytes.
 SWEPT_FRAMES = 2048
 SWEPT_COLUMNS = 8192
-# What a frame fails, in the order in which it is forgiven.
+# What a frame fails, in the order in which the quality floor is relaxed.
 LEVELS = ("sharpness", "exposure", "lone flash frames")
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What was selected, and what had to be given up for it."""
+    """The key-frames of a video."""
 
     keyframes: tuple[KeyFrame, ...]  # in time order, at least one
     importance: F32  # [T] float32 in 0..1
@@ -61,7 +60,7 @@ class Selection:
 def select_keyframes(
     embedding: Embedding, config: SelectConfig, ops: Ops, *, duration_seconds: float, vectors: Any = None
 ) -> Selection:
-    """Chooses the key-frames of one video.
+    """Chooses the key-frames of one video; at least one.
 
     Args:
         vectors: [T, D] float32, the embedding's, where they still are on the device of `ops`.
@@ -82,15 +81,15 @@ def select_keyframes(
     centroids = found.centroids[0]
     chosen = _representatives(embedding, found.labels, found.similarity, level, config)
     kept = sorted(chosen, key=lambda pair: embedding.pts_seconds[pair[1]])
-    # Frames of clusters that were given up are counted with the nearest that stayed.
+    # Frames of dropped clusters count with the nearest remaining key-frame.
     cosine = x @ centroids[[cluster for cluster, _ in kept]].T
-    share = np.bincount(cosine.argmax(1), weights=w, minlength=len(kept)) / w.sum()
+    fraction = np.bincount(cosine.argmax(1), weights=w, minlength=len(kept)) / w.sum()
     keyframes = tuple(
         KeyFrame(
             pts_seconds=float(embedding.pts_seconds[row]),
             frame_index=int(embedding.frame_index[row]),
             cluster=n,
-            weight=float(share[n]),
+            weight=float(fraction[n]),
             score=float(x[row] @ centroids[cluster]),
             quality=float(quality[row]),
             sample=int(row),
@@ -108,12 +107,12 @@ def frame_quality(embedding: Embedding, support: F32, floor: float) -> tuple[I64
     """How clean each frame is.
 
     Returns:
-        level [T] int64: 0 clean, 1 among the `floor` share of least sharp frames, 2 black, white, blank or in a fade
+        level [T] int64: 0 clean, 1 among the `floor` fraction of least sharp frames, 2 black, white, blank or in a fade
         from or to black, 3 a lone flash; quality [T] float32 in 0..1: rank of the sharpness, lowered by the level.
     """
     count = len(embedding)
     rank = embedding.sharpness.argsort(kind="stable").argsort(kind="stable") / max(count - 1, 1)
-    # Equal sharpness everywhere says nothing; a floor that cuts through ties would be a lottery.
+    # Not where all are about equally sharp.
     unsharp = (rank < floor) & (embedding.sharpness < 0.5 * np.median(embedding.sharpness))
     mean = embedding.luma_mean
     spread = embedding.luma_spread
@@ -126,7 +125,7 @@ def frame_quality(embedding: Embedding, support: F32, floor: float) -> tuple[I64
 
 
 def _fading(light: F32, black: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """[T] bool: frames on the way out of black or into it, up to the first that the next hardly outshines."""
+    """[T] bool: frames next to black that get brighter away from it, up to the first that hardly does."""
     fading = np.zeros(len(light), bool)
     for step in (1, -1):
         inside = False
@@ -143,14 +142,14 @@ def _fading(light: F32, black: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _clusters(
     x: Any, smooth: Any, w: Any, config: SelectConfig, ops: Ops, duration_seconds: float
 ) -> tuple[Clusters, int | None]:
-    """Clusters one video on the device, and the number that was asked for where one was; the answer is on the host."""
+    """Clusters one video on the device; returns the clusters on the host, and the number that was asked for, if any."""
     wished = config.keyframes
     if config.per_minute is not None:
         wished = max(1, round(config.per_minute * duration_seconds / 60))
-    # More than one a second is no summary, unless it is asked for.
-    most = wished if wished is not None else min(config.max_keyframes, max(1, int(duration_seconds)))
+    # At most one a second, unless more are asked for.
+    max_number = wished if wished is not None else min(config.max_keyframes, max(1, int(duration_seconds)))
     to_host = ops.arrays.to_host
-    seeds = to_host(ops.seed(smooth, w, np.array([0, len(x)]), min(len(x), most))[0])
+    seeds = to_host(ops.seed(smooth, w, np.array([0, len(x)]), min(len(x), max_number))[0])
     count = max(int((seeds[0] >= 0).sum()), 1)
     weigh = {"penalty": config.penalty, "margin": config.margin, "iterations": ITERATIONS}
     if wished is None:
@@ -159,37 +158,39 @@ def _clusters(
     return Clusters(*(to_host(getattr(found, field.name)) for field in fields(Clusters))), wished
 
 
-def _number(x: Any, smooth: Any, w: Any, most: int, config: SelectConfig, ops: Ops, weigh: Mapping[str, float]) -> int:
-    """The automatic number, 1..most: clusters every K as one batch and looks at the worst-covered frame of each.
+def _number(
+    x: Any, smooth: Any, w: Any, max_number: int, config: SelectConfig, ops: Ops, weigh: Mapping[str, float]
+) -> int:
+    """The automatic number, 1..max_number: clusters for every K as one batch; looks at the worst-covered frame of each.
 
-    Of a long video, frames at even steps stand for all.
+    Of a long video only frames at even steps are used.
     """
     xp, to_host = ops.arrays.xp, ops.arrays.to_host
     even = np.unique(np.linspace(0, len(x) - 1, min(len(x), SWEPT_FRAMES)).round().astype(np.int64))
     if len(even) < len(x):
         x, smooth, w = (array[ops.arrays.to_device(even)] for array in (x, smooth, w))
-    seeds = to_host(ops.seed(smooth, w, np.array([0, len(x)]), most)[0])
+    seeds = to_host(ops.seed(smooth, w, np.array([0, len(x)]), max_number)[0])
     k = np.arange(1, max(int((seeds[0] >= 0).sum()), 1) + 1)
     spans = np.repeat(np.array([[0, len(x)]]), len(k), axis=0)
-    # One round, without repulsion: the seeds lie far apart already. More of either costs most of the time and finds no
-    # more scenes (planted ones, joined clips); more rounds without repulsion make the number hang on rounding.
+    # One round, without repulsion: the seeds lie far apart already. More of either takes most of the time and finds no
+    # more scenes (planted ones, joined clips); more rounds without repulsion make the number depend on rounding.
     sweep = {**weigh, "penalty": 0.0, "iterations": 1}
     found = ops.cluster(x, w, spans, k, np.repeat(seeds, len(k), axis=0), **sweep)
-    # Many K in one product, but not so many that it takes gigabytes.
+    # Many K in one product, within bounded memory.
     together = max(1, SWEPT_COLUMNS // seeds.shape[1])
     chosen = to_host(ops.representatives(spans, k, found.labels, found.similarity, xp.ones(len(x), bool)))
-    # Of the smoothed frames: one noisy frame must not ask for a key-frame of its own.
-    # Where a cluster has no frame, another of the same K stands in, which changes no maximum.
+    # Of the smoothed frames: one noisy frame must not demand a key-frame of its own.
+    # For an empty cluster another of the same K stands in, which changes no maximum.
     rows = ops.arrays.to_device(np.where(chosen < 0, chosen.max(1, keepdims=True), chosen))
     worst = []
     for own in (rows[n : n + together] for n in range(0, len(rows), together)):
         cosine = (smooth @ x[own.ravel()].T).reshape(len(smooth), *own.shape).max(2)
         worst.append((w[:, None] * (1 - cosine)).max(0))
     gap = to_host(xp.concatenate(worst)).astype(np.float64)
-    # What counts as shown depends on how alike the frames of this video are anyway: the mean of 1 - <z_i, z_j> over all
-    # pairs is 1 - |mean z|^2.
+    # "Covered" is relative to how similar the frames of this video are: the mean of 1 - <z_i, z_j> over all pairs is
+    # 1 - |mean z|^2.
     typical = 1 - float(to_host((x.mean(0) ** 2).sum()))
-    covered = float(np.clip(COVERED_SHARE * typical, *COVERED_BOUNDS))
+    covered = float(np.clip(COVERED_FRACTION * typical, *COVERED_BOUNDS))
     return knee(gap, enough=1 - config.similarity_limit, covered=covered)
 
 
@@ -202,27 +203,28 @@ def knee(gap: F64, *, enough: float, covered: float) -> int:
     gap.
 
     Args:
-        gap: [Kmax] float64, for K = 1..Kmax. enough: gap at which no further cluster is needed. covered: gap at which
-            a frame is still shown by its key-frame.
+        gap: [Kmax] float64, for K = 1..Kmax.
+        enough: gap at which no further cluster is needed.
+        covered: gap at which a frame is still covered by its key-frame.
 
     Returns:
         K in 1..Kmax.
     """
     curve = np.minimum.accumulate(gap)
-    most, least = (
+    max_k, min_k = (
         int(found[0]) + 1 if len(found := np.flatnonzero(curve <= g)) else len(curve) for g in (enough, covered)
     )
-    if most <= 2:
-        return most
+    if max_k <= 2:
+        return max_k
     if curve[-1] > 0.5 * curve[0]:
         return len(curve)  # Kmax clusters do not cover half of the way: there is no knee yet
     curve = np.maximum(curve, FINE * covered)
     x = np.linspace(0, 1, len(curve))
     y = (curve - curve[-1]) / (curve[0] - curve[-1])
     below = 1 - x - y
-    # The first K that comes close to the knee: of two that cover as well, the smaller is the better summary.
+    # The first K that comes close to the knee: the smaller of two equally good summaries.
     best = int((below >= below.max() - NEAR_KNEE).argmax()) + 1
-    return min(max(best, least), most)
+    return min(max(best, min_k), max_k)
 
 
 def _representatives(
@@ -241,8 +243,8 @@ def _representatives(
         rows = rows[np.lexsort((-similarity[rows], level[rows]))]
         fallback.append(((int(best_level), -float(similarity[rows[0]])), int(cluster), int(rows[0])))
         if best_level >= 2:
-            continue  # a stretch of black or a lone flash is no scene
-        # Only the half nearest to the centroid: a frame at the rim would stand for the neighbour instead.
+            continue  # black or a lone flash is no scene
+        # Only the half nearest to the centroid: a frame at the rim would represent the neighbouring cluster.
         clean = rows[level[rows] == best_level]
         for row in clean[: -(-len(clean) // 2)]:
             apart = all(abs(pts[row] - pts[other]) >= config.min_gap_seconds for _, other in taken)

@@ -36,17 +36,17 @@ STAYS = 0.15
 CUT = 0.35
 # Shorter shots are joined to a neighbour.
 MIN_SHOT_SECONDS = 0.5
-# Seconds around the two samples that the second look covers as well, to see what is usual.
+# Seconds around the two samples that the second look covers as well, to see how much frames differ there.
 MARGIN_SECONDS = 0.2
-# Distance (1 - cosine) of two random frames that is assumed at least: in a video of one scene a hand that moves is not
-# to look like another scene.
-LEAST_TYPICAL = 0.3
-# Windows of the second look that share one pass: more would hold more plans and gain nothing.
+# Distance (1 - cosine) of two random frames, at least: in a video of one scene a moving hand must not look like
+# another scene.
+MIN_TYPICAL = 0.3
+# Windows of the second look that share one pass; more would gain nothing.
 TOGETHER = 256
 # Frames of the second look: large enough for a colour histogram.
 SMALL = ImageTransform(72, 128, mode="squash", interpolation="area")
 
-# Of signals that have come down: a few hundred numbers a frame.
+# On the CPU: a few hundred numbers a frame.
 histogram_distance = ops_for("cpu").histogram_distance
 
 
@@ -56,15 +56,14 @@ class Candidate:
 
     before: int
     after: int
-    kind: Literal["suspect", "change", "fade"]  # what only looks like a cut, what is one, a run of black
+    kind: Literal["suspect", "change", "fade"]  # maybe a cut, surely a cut or dissolve, a run of black
 
 
 def find_candidates(embedding: Embedding) -> tuple[Candidate, ...]:
     """Where shots may begin, from the samples alone.
 
     A run of black between two pictures is a fade. Elsewhere the change at a sample decides, see `scene_change`: above
-    `CUT` it is a boundary however it came about (cut or dissolve); where only the colours differ, the second
-    look decides.
+    `CUT` it is a boundary (cut or dissolve); where only the colours differ, the second look decides.
     """
     change = scene_change(embedding)
     count = len(change)
@@ -87,17 +86,16 @@ def find_candidates(embedding: Embedding) -> tuple[Candidate, ...]:
 
 
 def scene_change(embedding: Embedding) -> F32:
-    """[T] float32 in 0..1, 0 for the first sample; how much the pictures and what they show change.
+    """[T] float32 in 0..1, 0 for the first sample: how much pictures and content change.
 
-    The geometric mean of two: the colour histograms' distance, which sees every cut but also a camera that turns; and
-    the vectors' distance as a share of the distance between two frames of the video picked at random, which sees that
-    something else is shown.
+    The geometric mean of two distances: of the colour histograms, which sees every cut but also a turning camera; and
+    of the vectors, relative to the distance between two random frames of the video, which sees new content.
     """
     z = embedding.vectors
     step = np.zeros(len(z), np.float32)
     step[1:] = 1 - (z[1:] * z[:-1]).sum(1)
     # The mean of 1 - <z_i, z_j> over all pairs is 1 - |mean z|^2.
-    typical = max(1 - float((z.mean(0) ** 2).sum()), LEAST_TYPICAL)
+    typical = max(1 - float((z.mean(0) ** 2).sum()), MIN_TYPICAL)
     change: F32 = np.sqrt(embedding.pixel_change * np.clip(step / typical, 0, 1)).astype(np.float32)
     return change
 
@@ -105,11 +103,11 @@ def scene_change(embedding: Embedding) -> F32:
 def place_boundaries(
     source: Source, embedding: Embedding, candidates: Sequence[Candidate], backend: Backend
 ) -> tuple[float, ...]:
-    """The time of each boundary, to the frame, in rising order: all frames between the samples are looked at.
+    """The time of each boundary, to the frame, in rising order; decodes all frames between the samples.
 
     A cut begins with the frame that jumps; a dissolve is placed where the change is greatest, a fade where it is
     darkest. Candidates of kind "suspect" without a jump are dropped; of those closer than `MIN_SHOT_SECONDS` the
-    strongest stays, fades before cuts: two looks at the ramps of one fade must not hide its middle.
+    strongest stays, fades before cuts, so that the ramps of a fade do not hide its middle.
     """
     placed: list[tuple[float, float]] = []  # (strength, time)
     between = [(float(embedding.pts_seconds[c.before]), float(embedding.pts_seconds[c.after])) for c in candidates]
@@ -119,11 +117,11 @@ def place_boundaries(
         inside = np.flatnonzero((pts > low) & (pts <= high + 1e-6))
         inside = inside[inside > 0]  # each needs a frame to differ from
         if not len(inside):
-            continue  # a damaged stretch need not decode the same way twice
+            continue  # a damaged part need not decode the same way twice
         change = histogram_distance(histogram[1:], histogram[:-1])  # change[n]: from frame n to n + 1
         jump = int(inside[change[inside - 1].argmax()])
         if candidate.kind == "fade" or light.min() < DARK < light.max():
-            # The samples may have missed the black; every look that sees it must name the same frame.
+            # Also black that the samples missed; every window that contains it must name the same frame.
             placed.append((2.0 - float(light.min()), float(pts[light.argmin()])))
         elif candidate.kind == "change" or _is_cut(histogram, change, jump):
             placed.append((float(change[jump - 1]), float(pts[jump])))
@@ -135,10 +133,10 @@ def place_boundaries(
 
 
 def _is_cut(histogram: F32, change: F32, jump: int) -> bool:
-    """Whether frame `jump` begins something else."""
+    """Whether frame `jump` begins a new shot."""
     peak = change[jump - 1]
-    usual = float(np.median(np.delete(change, jump - 1))) if len(change) > 1 else 0.0
-    if peak < JUMP or peak < CONTRAST * usual:
+    typical = float(np.median(np.delete(change, jump - 1))) if len(change) > 1 else 0.0
+    if peak < JUMP or peak < CONTRAST * typical:
         return False
     return all(histogram_distance(histogram[jump:], earlier[None]).min() >= STAYS for earlier in histogram[:jump])
 
@@ -147,10 +145,9 @@ Look: TypeAlias = tuple[F64, F32, F32]  # times, colour histograms and luma (mea
 
 
 def _looks(source: Source, windows: Sequence[tuple[float, float]], backend: Backend) -> Iterator[Look]:
-    """All frames of each window, in order of their starts; many windows in one pass.
+    """All frames of each window, in order of their starts; many windows in one pass over the file.
 
-    So a group of pictures is entered once for all windows in it, and groups are decoded side by side. Where the source
-    cannot be entered midway, one pass serves all.
+    A group of pictures is then decoded once for all windows in it. A source without a timeline gets one pass for all.
     """
     step = TOGETHER if source.timeline() is not None else max(len(windows), 1)
     for first in range(0, len(windows), step):
@@ -160,7 +157,7 @@ def _looks(source: Source, windows: Sequence[tuple[float, float]], backend: Back
 def _one_pass(source: Source, windows: Sequence[tuple[float, float]], backend: Backend) -> Iterator[Look]:
     sampling = _inside(source, windows)
     if sampling is None:
-        yield from (_together([]) for _ in windows)
+        yield from (_joined([]) for _ in windows)
         return
     open_windows = deque((window, list[Look]()) for window in windows)
     for pts, histogram, light in _signals(source, sampling, backend):
@@ -170,14 +167,13 @@ def _one_pass(source: Source, windows: Sequence[tuple[float, float]], backend: B
             rows = (pts >= start) & (pts < stop)
             if rows.any():
                 own.append((pts[rows], histogram[rows], light[rows]))
-        # Given away as soon as it is whole: a window's frames are kept no longer than needed.
         while open_windows and open_windows[0][0][1] <= pts[-1]:
-            yield _together(open_windows.popleft()[1])
-    yield from (_together(own) for _, own in open_windows)
+            yield _joined(open_windows.popleft()[1])
+    yield from (_joined(own) for _, own in open_windows)
 
 
 def _inside(source: Source, windows: Sequence[tuple[float, float]]) -> Sampling | None:
-    """The frames of the windows, None where there are none; all from the first to the last where no plan tells them."""
+    """The frames of the windows, None where there are none; without a timeline all frames from first to last window."""
     timeline = source.timeline()
     if timeline is None:
         return Sampling(mode="all", start_seconds=windows[0][0], stop_seconds=max(stop for _, stop in windows))
@@ -191,13 +187,13 @@ def _inside(source: Source, windows: Sequence[tuple[float, float]]) -> Sampling 
 def _signals(source: Source, sampling: Sampling, backend: Backend) -> Iterator[Look]:
     ops, arrays = backend.ops, backend.ops.arrays
     with backend.open_stream(source, sampling, transform=SMALL) as stream, suppress(NoFrames):
-        # Where decoding finds fewer frames than the packets told, one stands for those after it as well.
+        # Where decoding gives fewer frames than there are packets, one is repeated for those after it.
         for batch in distinct(stream):
             _, mean, spread, histogram = ops.frame_signals(arrays.to_device(batch.data))
             yield batch.pts_seconds, arrays.to_host(histogram), arrays.to_host(mean + spread)
 
 
-def _together(looks: Sequence[Look]) -> Look:
+def _joined(looks: Sequence[Look]) -> Look:
     if not looks:
         return np.empty(0), np.empty((0, 1), np.float32), np.empty(0, np.float32)
     pts, histogram, light = zip(*looks, strict=True)
@@ -205,7 +201,7 @@ def _together(looks: Sequence[Look]) -> Look:
 
 
 def shots_between(times: Sequence[float], *, start_seconds: float, stop_seconds: float) -> tuple[Shot, ...]:
-    """Spans between the boundaries, which cover [start, stop) without a gap; too short ones join the one before."""
+    """Spans between the boundaries, covering [start, stop); short ones are joined to the one before."""
     edges = [start_seconds]
     for time in sorted(times):
         if time - edges[-1] >= MIN_SHOT_SECONDS and stop_seconds - time >= MIN_SHOT_SECONDS:

@@ -84,7 +84,7 @@ def search(
     max_duration: options.MaxDuration = None,
 ) -> None:
     """Finds the moments of videos, or of a whole library, that answer a text or a picture."""
-    from keyreel.images import read_picture
+    from keyreel.render.pictures import read_picture
 
     names, pictures = list(videos or []), html is not None or previews is not None
     if library is not None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
-from keyreel.errors import RenderError
+from keyreel.errors import RenderError, SourceError, SourceNotFound
 from keyreel.types import F32, U8, VideoInfo
 
 CONTACT_WIDTH = 1920  # pixels, about
@@ -167,3 +168,19 @@ def overlay_png(overlay: Image.Image) -> bytes:
     buffer = io.BytesIO()
     overlay.quantize(64, method=Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def read_picture(path: str | os.PathLike[str]) -> U8:
+    """A picture from a file, [H, W, 3] uint8 RGB, upright.
+
+    Raises:
+        SourceError: the file is missing or is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            picture: U8 = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return picture
+    except FileNotFoundError as error:
+        raise SourceNotFound(f"there is no picture {os.fspath(path)!r}") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SourceError(f"{os.fspath(path)!r} cannot be read as a picture: {error}") from error

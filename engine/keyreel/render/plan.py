@@ -1,4 +1,4 @@
-"""Which spans make a reel. Pure: times in, spans out."""
+"""Which spans of a video make a reel."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 from keyreel.types import F32, F64, KeyFrame, Shot
 
-SHARE = 0.15  # of the video, where no length is asked for
-SHORTEST_SECONDS, LONGEST_SECONDS = 10.0, 60.0
+FRACTION = 0.15  # of the video, the default length
+MIN_REEL_SECONDS, MAX_REEL_SECONDS = 10.0, 60.0
 SPAN_SECONDS = 3.0  # wished length of one span
-SNAP_SECONDS = 0.4  # an end this near to a cut or to another span moves onto it
-LEAST_SECONDS = 0.8  # a shorter piece of a shot is seen as a flicker
+SNAP_SECONDS = 0.4  # an end this close to a cut or to another span moves onto it
+MIN_SPAN_SECONDS = 0.8  # a shorter piece of a shot looks like a flicker
 EPSILON = 1e-9
 
 Span = tuple[float, float]
 
 
 def reel_seconds(asked: float | None, duration_seconds: float) -> float:
-    """Length of the reel: as asked, else 15 % of the video within 10 to 60 s; never more than the video."""
-    wished = asked if asked is not None else min(max(SHARE * duration_seconds, SHORTEST_SECONDS), LONGEST_SECONDS)
+    """Length of the reel: as asked, else 15 % of the video within 10 to 60 s; at most the whole video."""
+    wished = asked if asked is not None else min(max(FRACTION * duration_seconds, MIN_REEL_SECONDS), MAX_REEL_SECONDS)
     return min(wished, duration_seconds)
 
 
@@ -36,11 +36,11 @@ def plan_reel(
     span_seconds: float = SPAN_SECONDS,
     query_scores: F32 | None = None,
 ) -> tuple[Shot, ...]:
-    """Spans around the frames that matter most, in time order, disjoint, as long together as asked.
+    """Spans around the most important frames, in time order, disjoint, of the wished length together.
 
     Spans stay inside their shot, snap to its ends when near, and are merged where they touch. Key-frames come first,
-    by weight, then the other sampled frames by importance; with `query_scores` the sampled frames by score. Only when
-    every shot in use is full do spans grow across a cut.
+    by weight, then the other sampled frames by importance; with `query_scores` the sampled frames by score. Spans grow
+    across a cut only when every shot in use is full.
 
     Args:
         duration_seconds: length of the video.
@@ -67,19 +67,19 @@ def plan_reel(
     cuts = [cut for cut in cuts if 0 <= cut <= duration_seconds]
     wished = span_seconds
     if query_scores is None and keyframes:
-        # Few key-frames for a long reel: longer looks at them come before looks at lesser frames.
+        # Few key-frames for a long reel: longer spans around them rather than spans around lesser frames.
         wished = min(max(total / len(keyframes), wished), 2 * wished)
 
     taken: list[Span] = []  # disjoint, in time order
     remaining = total
     for anchor in _anchors(keyframes, importance, pts_seconds, query_scores):
-        if remaining < LEAST_SECONDS:
+        if remaining < MIN_SPAN_SECONDS:
             break
         gap = _free_gap(anchor, cuts, taken)
-        if gap is None or gap[1] - gap[0] < LEAST_SECONDS:
+        if gap is None or gap[1] - gap[0] < MIN_SPAN_SECONDS:
             continue
-        # What is left over must still make a span of its own.
-        length = wished if remaining - wished >= LEAST_SECONDS else remaining
+        # The remainder must be long enough for a span of its own.
+        length = wished if remaining - wished >= MIN_SPAN_SECONDS else remaining
         span = _place(anchor, length, gap, remaining)
         taken.insert(bisect_left(taken, span), span)
         remaining -= span[1] - span[0]
@@ -105,7 +105,7 @@ def _anchors(
 
 
 def _free_gap(anchor: float, cuts: list[float], taken: list[Span]) -> Span | None:
-    """The stretch around `anchor` inside its shot that no span has taken."""
+    """The free part around `anchor` inside its shot."""
     if not cuts[0] <= anchor < cuts[-1]:
         return None
     place = bisect_right(cuts, anchor)
@@ -118,9 +118,9 @@ def _free_gap(anchor: float, cuts: list[float], taken: list[Span]) -> Span | Non
     return (low, high) if low <= anchor < high else None
 
 
-def _place(anchor: float, length: float, gap: Span, most: float) -> Span:
+def _place(anchor: float, length: float, gap: Span, max_length: float) -> Span:
     low, high = gap
-    if high - low <= min(length + SNAP_SECONDS, most):
+    if high - low <= min(length + SNAP_SECONDS, max_length):
         return gap
     length = min(length, high - low)
     start = min(max(anchor - length / 2, low), high - length)
@@ -156,15 +156,15 @@ def _grow(spans: list[Span], cuts: list[float], remaining: float) -> list[Span]:
                 sides.append((start in cuts, start - edge, row, -1))
         if not sides:
             break
-        # Inside the shot first; across a cut only where the piece of the next shot is no flicker.
+        # Inside the shot first; across a cut only where the piece of the next shot is long enough to be seen.
         crossing, room, row, side = min(
-            sides, key=lambda s: (s[0], s[0] and min(s[1], remaining) < min(s[1], LEAST_SECONDS), -s[1])
+            sides, key=lambda s: (s[0], s[0] and min(s[1], remaining) < min(s[1], MIN_SPAN_SECONDS), -s[1])
         )
         step = min(room, remaining)
         start, stop = spans[row]
         back = 0.0
-        if crossing and step < min(room, LEAST_SECONDS) and stop - start >= 2 * LEAST_SECONDS:
-            back = min(room, LEAST_SECONDS) - step  # the other end gives way
+        if crossing and step < min(room, MIN_SPAN_SECONDS) and stop - start >= 2 * MIN_SPAN_SECONDS:
+            back = min(room, MIN_SPAN_SECONDS) - step  # the other end gives way
         spans[row] = (start + back, stop + step + back) if side > 0 else (start - step - back, stop - back)
         remaining -= step
         spans = _merge(spans)
