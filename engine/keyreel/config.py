@@ -95,9 +95,7 @@ class EncodeConfig:
     shift_steps: int = 3  # how many sampled frames the shift may reach
     shift_share: float = 0.25  # fraction of the patches that the fixed shift replaces
     shift_threshold: float = 0.15  # change (1 - cosine) a patch must pass to be shifted, mode adaptive
-    attention_strength: float | None = (
-        None  # exponent on the attention map; 0 is stock CLIP pooling; None: the model's own
-    )
+    attention_strength: float | None = None  # exponent on the attention map; 0: stock CLIP pooling; None: the model's
     batch_size: int | None = None  # frames in one inference; None: what suits the device
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ import typer
 from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, listed, within
 from keyreel.cli.library import model_of, open_library
-from keyreel.cli.output import errors, log, log_failures, plural, print_json, print_line, reason
+from keyreel.cli.output import log, log_failures, plural, print_json, print_line, reason
 from keyreel.cli.progress import Bars
 from keyreel.config import DecodeLimits, EncodeConfig, IndexConfig, Sampling
 from keyreel.errors import Failure, KeyreelError
@@ -92,12 +92,12 @@ def index(
     if not names:
         raise ValueError("there is no video to index: give files, folders, or - for a list on standard input")
     if ray:
-        with Bars(errors, quiet=quiet) as bars:
+        with Bars(quiet=quiet) as bars:
             report = Report(library, bars, as_json=as_json)
             with report:
                 _index_on_ray(report, names, model, device, address, config)
     else:
-        with open_library(library, model, device) as opened, Bars(errors, quiet=quiet) as bars:
+        with open_library(library, model, device) as opened, Bars(quiet=quiet) as bars:
             report = Report(library, bars, as_json=as_json, each=watch)
 
             def add(videos: Sequence[Name]) -> None:
@@ -141,7 +141,7 @@ def update(
         workers=workers,
         force=force,
     )
-    with open_library(folder, model, device) as library, Bars(errors, quiet=quiet) as bars:
+    with open_library(folder, model, device) as library, Bars(quiet=quiet) as bars:
         report = Report(folder, bars, as_json=as_json)
         with report:
             found = library.update(config, prune=prune, progress=bars.whole, begin=bars.start, tell=report.add)
@@ -234,24 +234,15 @@ def _prune(report: Report, names: Sequence[str], library: Library) -> tuple[str,
 
     A folder without any video is left alone: it may be a disk that is not mounted.
     """
+    from keyreel.library.files import is_gone
     from keyreel.library.types import Added
 
     full = {name for name, found in within(names) if isinstance(found, Path)}
     folders = tuple(os.path.join(os.path.abspath(name), "") for name in full)
-    gone = [r.id for r in library.list() if r.path.startswith(folders) and _is_gone(r.path)] if folders else []
+    gone = [r.id for r in library.list() if r.path.startswith(folders) and is_gone(r.path)] if folders else []
     for record in library.remove(gone) if gone else ():
         report.add(Added(record.path, "missing", None, None, 0.0))
     return folders
-
-
-def _is_gone(path: str) -> bool:
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:  # a folder that cannot be read
-        return False
-    return False
 
 
 def _watch(

@@ -53,7 +53,15 @@ def list_videos(
     from keyreel.render.pictures import short_clock
 
     with keyreel.Library(folder) as library:
-        records = library.list(options.library_filter(path, tag, after, before, min_duration, max_duration))
+        where = keyreel.Filter(
+            path=path,
+            tags=tag or (),
+            after=after,
+            before=before,
+            min_duration_seconds=min_duration,
+            max_duration_seconds=max_duration,
+        )
+        records = library.list(where)
     if as_json:
         print_json(Videos.of(folder, records))
         return

@@ -20,16 +20,13 @@ import typer
 import keyreel
 from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, for_each, sources
-from keyreel.cli.output import errors, log, plural, print_json, print_line, print_table
+from keyreel.cli.output import log, plural, print_json, print_line, print_table
 from keyreel.cli.progress import Bars
 from keyreel.config import EncodeConfig, Sampling
 from keyreel.errors import BackendError, import_extra
 
 if TYPE_CHECKING:
-    from keyreel import Engine
     from keyreel.cli.documents import Bench, BenchVideo
-    from keyreel.decode.source import Source
-    from keyreel.types import Progress
 
 STAGES = ("decode", "encode", "fuse", "select")
 PACKAGES = ("keyreel", "av", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-cu13")
@@ -79,7 +76,7 @@ def bench(
     allow_network: options.AllowNetwork = False,
 ) -> None:
     """Measures how fast your own videos are summarised on this machine, stage by stage; writes nothing."""
-    from keyreel.cli.documents import Bench
+    from keyreel.cli.documents import Bench, BenchVideo
     from keyreel.decode.source import Source
     from keyreel.render.documents import FailedVideo
 
@@ -89,23 +86,31 @@ def bench(
     began = time.perf_counter()
     with (
         keyreel.Engine.from_pretrained(model, device=device) as engine,
-        Bars(errors, quiet=quiet) as bars,
+        Bars(quiet=quiet) as bars,
         contextlib.ExitStack() as opened,
     ):
 
         def measure(source: Source) -> None:
             source.forget()
-            run = _measure(engine, source, frames, encode, bars.start(source.name))
-            measured.setdefault(source.name, []).append(run)
+            wall, cpu = time.perf_counter(), time.process_time()
+            summary = engine.summarize(source, sampling=frames, encode=encode, progress=bars.start(source.name))
             bars.finish()
+            run = BenchVideo(
+                video=source.name,
+                video_seconds=summary.stop_seconds,
+                frames=len(summary.embedding),
+                seconds=time.perf_counter() - wall,
+                cpu_seconds=time.process_time() - cpu,
+                times_real_time=summary.stop_seconds / (time.perf_counter() - wall),
+                stage_seconds={stage: summary.timings_seconds[stage] for stage in STAGES},
+            )
+            measured.setdefault(source.name, []).append(run)
 
         engine.warmup()
-        found = sources(videos, allow_network=allow_network)
-        for source in found:
-            if isinstance(source, Source):
-                opened.enter_context(source)
-        failed = for_each(found, measure, bars.failed)  # warms up
-        good = [source for source in found if isinstance(source, Source) and source.name in measured]
+        given = sources(videos, allow_network=allow_network)
+        good = [opened.enter_context(source) for source in given if isinstance(source, Source)]
+        failed = for_each(given, measure, bars.failed)  # warms up
+        good = [source for source in good if source.name in measured]
         measured.clear()
         warmup_seconds = time.perf_counter() - began
         for number in range(runs):  # the videos take turns: what disturbs the machine for a while disturbs all
@@ -130,20 +135,6 @@ def bench(
     elif result.videos:
         _print_bench(result)
     exit_for(failed, len(result.videos))
-
-
-def _measure(
-    engine: Engine, source: Source, sampling: Sampling, encode: EncodeConfig, progress: Progress
-) -> BenchVideo:
-    """One run over one video."""
-    from keyreel.cli.documents import BenchVideo
-
-    wall, cpu = time.perf_counter(), time.process_time()
-    summary = engine.summarize(source, sampling=sampling, encode=encode, progress=progress)
-    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-    length = summary.shots[-1].stop_seconds
-    stages = {stage: summary.timings_seconds[stage] for stage in STAGES}
-    return BenchVideo(source.name, length, len(summary.embedding), seconds, cpu_seconds, length / seconds, stages)
 
 
 def _medians(runs: Sequence[BenchVideo]) -> BenchVideo:
@@ -241,7 +232,7 @@ def export(
         export_triton(Bundle.load(folder), triton)
         log(f"wrote {triton}")
     if backend is not None:
-        with Bars(errors) as bars:
+        with Bars() as bars:
             arrays: Any = backend.ops.arrays
             progress = bars.start(model)
             build_plans(Bundle.load(folder), arrays, batch_size=backend.batch_size, progress=progress)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from keyreel.config import EncodeConfig, Sampling, SamplingMode, ShiftMode
-
-if TYPE_CHECKING:
-    from keyreel.library.types import Filter
 
 SAMPLING, ENCODING = Sampling(), EncodeConfig()  # defaults
 
@@ -46,65 +43,31 @@ AttentionStrength = Annotated[float | None, typer.Option(help="exponent on the a
 BatchSize = Annotated[int | None, typer.Option(help="frames in one inference; by default what suits the device")]
 AllowNetwork = Annotated[bool, typer.Option("--allow-network", help="allow http and https URLs")]
 
+
+def _timestamp(date: str) -> float:
+    """Seconds since 1970; a date without a time zone is local."""
+    try:
+        return datetime.fromisoformat(date).timestamp()
+    except (ValueError, OverflowError, OSError) as error:
+        raise typer.BadParameter(f"{date!r} is no date, write 2024-12-31 or 2024-12-31T18:00") from error
+
+
 PathGlob = Annotated[str | None, typer.Option(help="glob over the whole path, '*/holiday/*.mp4'")]
 Tag = Annotated[list[str] | None, typer.Option(help="a word given at indexing; repeatable, all must fit")]
-After = Annotated[str | None, typer.Option(help="recorded at this date or later, 2024-12-31 or 2024-12-31T18:00")]
-Before = Annotated[str | None, typer.Option(help="recorded before this date")]
+After = Annotated[
+    float | None,
+    typer.Option(
+        parser=_timestamp, metavar="<str>", help="recorded at this date or later, 2024-12-31 or 2024-12-31T18:00"
+    ),
+]
+Before = Annotated[float | None, typer.Option(parser=_timestamp, metavar="<str>", help="recorded before this date")]
 MinDuration = Annotated[float | None, typer.Option(help="seconds, videos as long or longer")]
 MaxDuration = Annotated[float | None, typer.Option(help="seconds, videos as long or shorter")]
 
 
-def library_filter(
-    path: str | None,
-    tag: list[str] | None,
-    after: str | None,
-    before: str | None,
-    min_duration: float | None,
-    max_duration: float | None,
-    *,
-    videos: Iterable[str] = (),
-    start_seconds: float | None = None,
-    stop_seconds: float | None = None,
-) -> Filter:
-    """The filter that these options describe.
-
-    Raises:
-        ValueError: not a date.
-    """
-    from keyreel.library.types import Filter
-
-    return Filter(
-        videos=tuple(videos),
-        path=path,
-        tags=tuple(tag or ()),
-        start_seconds=start_seconds,
-        stop_seconds=stop_seconds,
-        min_duration_seconds=min_duration,
-        max_duration_seconds=max_duration,
-        after=_timestamp(after),
-        before=_timestamp(before),
-    )
-
-
-def _timestamp(date: str | None) -> float | None:
-    """Seconds since 1970; a date without a time zone is local."""
-    try:
-        return None if date is None else datetime.fromisoformat(date).timestamp()
-    except (ValueError, OverflowError, OSError) as error:
-        raise ValueError(f"{date!r} is no date, write 2024-12-31 or 2024-12-31T18:00") from error
-
-
 def reject(context: typer.Context, names: Iterable[str], reason: str) -> None:
-    """Refuses options that have no meaning here.
-
-    Args:
-        names: of the command's parameters.
-
-    Raises:
-        ValueError: one of them was given.
-    """
-    flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise ValueError(f"{flags[name]} {reason}")
+    """Raises ValueError if one of the parameters was given on the command line."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"{parameter.opts[0]} {reason}")

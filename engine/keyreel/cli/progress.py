@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from keyreel.cli.output import log_failure, printable
+from keyreel.cli.output import errors, log_failure, printable
 from keyreel.errors import Failure
 
 LONGEST = 40  # characters of a name; its end says more than its beginning
@@ -28,9 +27,9 @@ class _Rate(ProgressColumn):
 class Bars:
     """A bar for the current video of each thread, and one for all videos; a context manager."""
 
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), _Rate(), TimeRemainingColumn())
-        self._bars = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+        self._bars = Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal)
         self._tasks: dict[int, TaskID] = {}  # by thread
         self._whole: TaskID | None = None
 

@@ -15,7 +15,7 @@ import keyreel
 from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, for_each, sources
 from keyreel.cli.library import open_library
-from keyreel.cli.output import errors, log, print_hits, print_json, print_videos
+from keyreel.cli.output import log, print_hits, print_json, print_videos
 from keyreel.cli.progress import Bars
 from keyreel.config import EncodeConfig, Sampling
 from keyreel.errors import Failure, KeyreelError
@@ -91,9 +91,16 @@ def search(
         if names:
             raise ValueError("videos of a library are chosen with --in and --path")
         options.reject(context, _OF_VIDEOS, "goes with videos, not with --library")
-        times: Any = {"start_seconds": start, "stop_seconds": stop}
-        where = options.library_filter(
-            path, tag, after, before, min_duration, max_duration, videos=within or (), **times
+        where = keyreel.Filter(
+            videos=within or (),
+            path=path,
+            tags=tag or (),
+            start_seconds=start,
+            stop_seconds=stop,
+            after=after,
+            before=before,
+            min_duration_seconds=min_duration,
+            max_duration_seconds=max_duration,
         )
         query, name = _library_query(text, image, like)
         # A moment of the library as a query needs no model.
@@ -109,12 +116,9 @@ def search(
         query, name = (text, text or "") if image is None else (read_picture(image), str(image))
         frames = Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every)
         encode = EncodeConfig(shift=shift, attention_strength=attention_strength, batch_size=batch_size)
-        found_in = sources(names, allow_network=allow_network)
-        with (
-            keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine,
-            Bars(errors, quiet=quiet) as bars,
-        ):
-            found = _search_videos(engine, bars, query, name, k, found_in, frames, encode, pictures=pictures)
+        given = sources(names, allow_network=allow_network)
+        with keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine, Bars(quiet=quiet) as bars:
+            found = _search_videos(engine, bars, query, name, k, given, frames, encode, pictures=pictures)
     _show(found, html=html, previews=previews, as_json=as_json)
     exit_for(found.failed, found.searched)
 

@@ -11,7 +11,7 @@ import typer
 import keyreel
 from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, folder_name, for_each, sources
-from keyreel.cli.output import errors, log, print_json, print_line, print_summary, print_table, span
+from keyreel.cli.output import log, print_json, print_line, print_summary, print_table, span
 from keyreel.cli.progress import Bars
 from keyreel.config import EncodeConfig, OutputConfig, Sampling, SelectConfig
 
@@ -92,7 +92,7 @@ def summarize(
     documents: list[dict[str, Any]] = []
     used: set[str] = set()
     existed = output.exists()
-    with keyreel.Engine.from_pretrained(model, device=device) as engine, Bars(errors, quiet=quiet) as bars:
+    with keyreel.Engine.from_pretrained(model, device=device) as engine, Bars(quiet=quiet) as bars:
 
         def work(source: Source) -> None:
             folder = output / folder_name(source, used)
@@ -129,7 +129,7 @@ def demo(
 
     output.mkdir(parents=True, exist_ok=True)
     clip = output / "demo.mp4"
-    with keyreel.Engine.from_pretrained(device=device) as engine, Bars(errors, quiet=quiet) as bars:
+    with keyreel.Engine.from_pretrained(device=device) as engine, Bars(quiet=quiet) as bars:
         with atomic_write(clip) as made:
             write_demo(made)
         progress = bars.start(str(clip))
