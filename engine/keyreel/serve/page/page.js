@@ -1,13 +1,12 @@
 // The page: which view the address asks for, search, library, keyboard.
 
-import { $, $$, Problem, api, bar, clock, complain, count, detail, forget, pause, say, sprite, stamp } from "./base.js";
+import { $, $$, Problem, api, bar, clock, complain, count, detail, forget, make, pause, say, sprite, stamp } from "./base.js";
 import { card, cardPictures, neighbour } from "./cards.js";
 import { jobs } from "./jobs.js";
 import { video } from "./video.js";
 
 const FILTERS = ["path", "tag", "after", "before", "min_duration", "max_duration"];
-const PAGE = 24;
-const MOST = 96;
+const PAGE = 24, MOST = 96; // results at first and at most
 const box = $("#q");
 
 // ---- The address. It holds the whole state: it can be shared, and the back button works.
@@ -24,7 +23,7 @@ const origin = () => kept(address(), ["q", "like", "image", "k", "group", ...FIL
 function go(values, { replace = false, soon = false } = {}) {
   const inner = replace ? history.state?.inner ?? false : true;
   history[replace ? "replaceState" : "pushState"]({ inner }, "", link(values));
-  render({ soon });
+  return render({ soon });
 }
 
 const places = {}; // how far each view was scrolled, and what had the focus there
@@ -38,10 +37,7 @@ function render({ back = false, soon = false } = {}) {
   const changed = name !== current;
   if (changed && current !== null) places[current] = { top: scrollY, focus: document.activeElement };
   for (const section of $$("main > section")) section.hidden = section.id !== name;
-  for (const entry of $$("header nav a")) {
-    if (entry.dataset.view === name) entry.setAttribute("aria-current", "page");
-    else entry.removeAttribute("aria-current");
-  }
+  for (const entry of $$("header nav a")) entry.ariaCurrent = entry.dataset.view === name ? "page" : null;
   if (changed && current === "video") video.leave();
   const first = current === null;
   current = name;
@@ -49,8 +45,8 @@ function render({ back = false, soon = false } = {}) {
   if (document.activeElement !== box) box.value = params.get("q") ?? "";
   fillFilters(params);
   if (current !== "search" && current !== "library") toggleFilters(false);
-  views[name](params, { soon, back });
-  if (!changed) return;
+  const shown = views[name](params, { soon, back });
+  if (!changed) return shown;
   if (back && places[name]) {
     scrollTo(0, places[name].top);
     if (places[name].focus?.isConnected) places[name].focus.focus({ preventScroll: true });
@@ -58,6 +54,7 @@ function render({ back = false, soon = false } = {}) {
     scrollTo(0, 0);
     if (document.activeElement !== box) $(`#${name} h1`).focus({ preventScroll: true });
   }
+  return shown;
 }
 
 history.scrollRestoration = "manual";
@@ -75,64 +72,50 @@ document.addEventListener("click", (event) => {
 // ---- Cards
 
 function momentCard(hit, best) {
-  const from = origin(), seconds = hit.pts_seconds;
-  const href = link({ view: "video", id: hit.video_id, t: seconds.toFixed(3), ...from });
-  const node = card({ id: hit.video_id, name: hit.video, seconds, picture: hit.preview, href });
-  const span = `${clock(hit.start_seconds)} – ${clock(hit.stop_seconds)}`;
+  const seconds = hit.pts_seconds, score = hit.score.toFixed(3), span = `${clock(hit.start_seconds)} – ${clock(hit.stop_seconds)}`;
+  const href = link({ view: "video", id: hit.video_id, t: seconds.toFixed(3), ...origin() });
+  const node = card({ id: hit.video_id, name: hit.video, seconds, picture: hit.preview, href, label: `${hit.video}, ${span}, score ${score}` });
   $(".row b", node).textContent = span;
-  $(".row span", node).textContent = hit.score.toFixed(3);
-  $(".row span", node).title = "cosine between the search and the best frame";
+  Object.assign($(".row span", node), { textContent: score, title: "cosine between the search and the best frame" });
   bar($(".share", node), best > 0 ? hit.score / best : 0);
-  $(".picture", node).setAttribute("aria-label", `${hit.video}, ${span}, score ${hit.score.toFixed(3)}`);
-  // The picture above is the same link: once is enough for the keyboard.
-  $(".name", node).tabIndex = -1;
-  $(".like", node).href = link({ like: `${hit.video_id}@${seconds.toFixed(3)}`, ...kept(address(), FILTERS) });
-  $(".like", node).setAttribute("aria-label", `More like ${hit.video} at ${clock(seconds)}`);
-  if (hit.folded) {
-    $(".tags", node).hidden = false;
-    $(".tags", node).textContent = `the same in ${count(hit.folded, "other video")}`;
-  }
+  const like = link({ like: `${hit.video_id}@${seconds.toFixed(3)}`, ...kept(address(), FILTERS) });
+  Object.assign($(".like", node), { href: like, ariaLabel: `More like ${hit.video} at ${clock(seconds)}` });
+  if (hit.folded) Object.assign($(".tags", node), { hidden: false, textContent: `the same in ${count(hit.folded, "other video")}` });
   return node;
 }
 
 function videoCard(entry) {
-  const href = link({ view: "video", id: entry.id, ...kept(address(), FILTERS) });
-  const node = card({ id: entry.id, name: entry.name, seconds: 0, picture: entry.poster, href });
+  const href = link({ view: "video", id: entry.id, ...kept(address(), FILTERS) }), length = clock(entry.duration_seconds ?? 0);
+  const node = card({ id: entry.id, name: entry.name, seconds: 0, picture: entry.poster, href, label: `${entry.name}, ${length}` });
   const [head, foot] = $$(".row", node);
   $("b", head).replaceWith($(".name", foot));
   foot.remove();
   $(".share", node).remove();
-  $("span", head).textContent = entry.duration_seconds === null ? "" : clock(entry.duration_seconds);
-  $(".name", node).tabIndex = -1;
-  $(".picture", node).setAttribute("aria-label", `${entry.name}, ${clock(entry.duration_seconds ?? 0)}`);
+  $("span", head).textContent = entry.duration_seconds === null ? "" : length;
   $(".tags", node).hidden = entry.tags.length === 0;
-  for (const tag of entry.tags) {
-    const anchor = $(".tags", node).appendChild(document.createElement("a"));
-    anchor.textContent = tag;
-    anchor.href = link({ view: "library", tag });
-    anchor.setAttribute("aria-label", `Videos tagged ${tag}`);
-  }
+  $(".tags", node).append(...entry.tags.map(tagLink));
   return node;
 }
+const tagLink = (tag) => make("a", { textContent: tag, href: link({ view: "library", tag }), ariaLabel: `Videos tagged ${tag}` });
 
 function failedCard(entry) {
   const node = stamp("failed");
   $(".name", node).textContent = entry.name;
   $(".why", node).textContent = entry.error ?? "It could not be indexed.";
   $(".hint", node).textContent = entry.hint ?? "";
-  $("button", node).ariaLabel = `Remove ${entry.name} from the library`;
-  $("button", node).addEventListener("click", () => remove(entry.id, entry.name, () => node.remove()));
+  const onclick = () => remove(entry.id, entry.name, () => node.remove());
+  Object.assign($("button", node), { ariaLabel: `Remove ${entry.name} from the library`, onclick });
   return node;
 }
 
-// Asks, removes, and then goes on. Errors show in the view that is open.
+// Asks, removes, and then goes on. Errors show in the open view.
 export function remove(id, name, then) {
   const dialog = $("#sure");
   $("h2", dialog).textContent = `Remove ${name}?`;
+  dialog.returnValue = "";
   for (const button of $$("button", dialog)) button.onclick = () => dialog.close(button.value);
   dialog.onclose = async () => {
     if (dialog.returnValue !== "yes") return;
-    dialog.returnValue = "";
     try {
       await api(`videos/${encodeURIComponent(id)}`, { method: "DELETE" });
       forget(id);
@@ -174,10 +157,8 @@ function question(params) {
 }
 
 async function showSearch(params, { soon }) {
-  const asked = ["q", "like", "image", "k", ...FILTERS];
-  const key = JSON.stringify(kept(params, asked));
-  const text = params.get("q")?.trim() ?? "";
-  const empty = text === "" && !params.has("like") && !params.has("image");
+  const key = JSON.stringify(kept(params, ["q", "like", "image", "k", ...FILTERS]));
+  const text = params.get("q")?.trim() ?? "", empty = !text && !params.has("like") && !params.has("image");
   if (text) document.title = `${text} · keyreel`;
   showChip(params);
   if (key === found.key) return found.group === params.get("group") || layout(params);
@@ -215,9 +196,8 @@ function layout(params) {
   for (const button of $$(".choice button")) button.ariaPressed = String(button.value === (grouped ? "videos" : ""));
   $("#more").hidden = $(".choice").hidden = true;
   if (found.videos) return welcome(results);
-  const { hits } = found, best = Math.max(...hits.map((hit) => hit.score));
-  const groups = byVideo(hits);
-  const from = `${count(hits.length, "moment")} in ${count(groups.size, "video")}`;
+  const { hits } = found, best = Math.max(...hits.map((hit) => hit.score)), groups = byVideo(hits);
+  const from = `${count(hits.length, "moment")} in ${count(groups.length, "video")}`;
   const weak = typeof found.weak_score === "number" && best < found.weak_score ? "; nothing matches well" : "";
   const took = `${Math.max(1, Math.round(1000 * found.seconds))} ms`;
   $("#count").textContent = hits.length === 0 ? "Nothing was found." : `${from}, ${took}${weak}`;
@@ -226,55 +206,44 @@ function layout(params) {
   video.results(hits.map((hit) => ({ id: hit.video_id, seconds: hit.pts_seconds })));
   if (hits.length === 0) {
     const active = FILTERS.some((name) => params.has(name));
-    return results.replaceChildren(paragraph(active ? "Filters are on: fewer of them may find more." : "The library may be empty."));
+    const textContent = active ? "Filters are on: fewer of them may find more." : "The library may be empty.";
+    return results.replaceChildren(make("p", { className: "empty", textContent }));
   }
-  const list = (some) => some.map((hit) => momentCard(hit, best));
-  if (!grouped) {
-    const cards = document.createElement("ol");
-    cards.className = "cards";
-    cards.append(...list(hits));
-    return results.replaceChildren(cards);
-  }
-  const sorted = [...groups.values()].sort((one, other) => other[0].video_score - one[0].video_score);
-  results.replaceChildren(...sorted.map((some) => {
-    const node = stamp("group"), anchor = $("h2 a", node);
-    anchor.textContent = some[0].video;
-    anchor.href = link({ view: "video", id: some[0].video_id, ...origin() });
+  if (!grouped) return results.replaceChildren(cards(hits.map((hit) => momentCard(hit, best))));
+  results.replaceChildren(...groups.map((some) => {
+    const node = stamp("group"), href = link({ view: "video", id: some[0].video_id, ...origin() });
+    Object.assign($("h2 a", node), { textContent: some[0].video, href });
     $(".row span", node).textContent = `${count(some.length, "moment")}, score ${some[0].video_score.toFixed(3)}`;
-    $("ol", node).append(...list(some.sort((one, other) => one.pts_seconds - other.pts_seconds)));
+    const inOrder = some.toSorted((one, other) => one.pts_seconds - other.pts_seconds);
+    node.append(cards(inOrder.map((hit) => momentCard(hit, best))));
     return node;
   }));
 }
 
+function cards(nodes) {
+  const list = make("ol", { className: "cards" });
+  list.append(...nodes);
+  return list;
+}
+
+// Hits of each video, the best video first.
 function byVideo(hits) {
   const groups = new Map();
   for (const hit of hits) groups.set(hit.video_id, [...(groups.get(hit.video_id) ?? []), hit]);
-  return groups;
+  return [...groups.values()].sort((one, other) => other[0].video_score - one[0].video_score);
 }
 
-function paragraph(text) {
-  const node = document.createElement("p");
-  node.className = "empty";
-  node.textContent = text;
-  return node;
-}
-
-// Nothing is searched yet: what the library holds.
+// Without a search: what the library holds.
 function welcome(results) {
   const videos = found.videos.filter((entry) => entry.status === "ok");
   $("#count").textContent = found.total === 0 ? "This library is empty." : `${count(found.total, "video")} in the library`;
   video.results([]);
-  const cards = document.createElement("ol");
-  cards.className = "cards";
-  cards.append(...videos.map(videoCard));
-  const all = document.createElement("a");
-  all.className = "button";
-  all.href = found.total === 0 ? link({ view: "jobs" }) : link({ view: "library", ...kept(address(), FILTERS) });
-  all.textContent = found.total === 0 ? "Add videos" : "The whole library";
-  results.replaceChildren(cards, all);
+  const empty = found.total === 0, href = link(empty ? { view: "jobs" } : { view: "library", ...kept(address(), FILTERS) });
+  const all = make("a", { className: "button", href, textContent: empty ? "Add videos" : "The whole library" });
+  results.replaceChildren(cards(videos.map(videoCard)), all);
 }
 
-// What is searched for where it is no text.
+// The frame or picture that is searched for.
 async function showChip(params) {
   const chip = $(".chip"), like = params.get("like"), file = pictures.get(params.get("image"));
   chip.hidden = !like && !file;
@@ -323,16 +292,11 @@ $("#picture").addEventListener("change", (event) => {
   event.target.value = "";
 });
 $("#more").addEventListener("click", () => {
-  const shown = $$("#results .picture").length, params = Object.fromEntries(address());
-  go({ ...params, k: Math.min(Number(params.k ?? PAGE) + PAGE, MOST) }, { replace: true });
-  const watch = new MutationObserver(() => {
-    watch.disconnect();
-    $$("#results .picture")[shown]?.focus();
-  });
-  watch.observe($("#results"), { childList: true });
+  const before = $$("#results .picture").length, params = Object.fromEntries(address());
+  go({ ...params, k: Math.min(Number(params.k ?? PAGE) + PAGE, MOST) }, { replace: true }).then(() => $$("#results .picture")[before]?.focus());
 });
 $(".choice").addEventListener("click", (event) => {
-  if (event.target.value !== undefined) go({ ...Object.fromEntries(address()), group: event.target.value }, { replace: true });
+  if (event.target.matches("button")) go({ ...Object.fromEntries(address()), group: event.target.value }, { replace: true });
 });
 
 // ---- Filters
@@ -344,9 +308,7 @@ function fillFilters(params) {
     const field = filters.elements[name];
     if (document.activeElement !== field) field.value = params.get(name) ?? "";
   }
-  const badge = $("#filter .badge");
-  badge.hidden = active === 0;
-  badge.textContent = active;
+  Object.assign($("#filter .badge"), { hidden: active === 0, textContent: active });
   $("#filter").ariaLabel = active ? `Filters, ${active} on` : "Filters";
   if (current === null && active) toggleFilters(true);
 }
@@ -374,7 +336,7 @@ function applyFilters() {
 // ---- Library
 
 let listing = null;
-let listed = null; // what stands there: on the way back it stays, with the place and the focus
+let listed = null; // what is shown: on the way back it stays, with scroll position and focus
 async function showLibrary(params, { back = false }) {
   document.title = "Library · keyreel";
   if (back && listed === params.toString()) return;
@@ -404,8 +366,7 @@ async function showLibrary(params, { back = false }) {
   }
 }
 function page(anchor, params, offset, there) {
-  anchor.hidden = !there;
-  anchor.href = link({ ...Object.fromEntries(params), offset: offset > 0 ? offset : "" });
+  Object.assign(anchor, { hidden: !there, href: link({ ...Object.fromEntries(params), offset: offset > 0 ? offset : "" }) });
 }
 
 // ---- Keyboard, dropping, pasting
@@ -476,6 +437,6 @@ addEventListener("paste", (event) => {
   if (image) event.preventDefault(), searchPicture(image);
 });
 
-video.start({ go, link, kept, origin, remove, FILTERS });
+video.start({ go, link, like: (value) => link({ like: value, ...kept(address(), FILTERS) }), origin, remove, tagLink });
 jobs.start({ link, changed: () => { found.key = listed = null; if (current === "search" && found.videos) render(); } });
 render();

@@ -1,39 +1,32 @@
 // One video: the player, its timeline, what was found in it, its key-frames and where the model looked.
 
-import { $, $$, API, api, bar, clock, complain, count, detail, pause, problem, sprite, stamp, authorization } from "./base.js";
+import { $, $$, API, api, authorization, bar, between, clock, complain, count, detail, make, pause, problem, sprite, stamp } from "./base.js";
 
 // The same colours as the overlays of a storyboard: dark violet, magenta, orange, pale yellow.
 const HEAT = [[20, 11, 52], [101, 21, 110], [187, 55, 84], [249, 142, 9], [252, 255, 164]];
 const TICKS = [0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400];
-const section = $("#video");
-const player = $("video", section);
-const timeline = $(".timeline", section);
-const drawing = $(".timeline > svg", section);
-let page = null; // what page.js lends: go, link, kept, origin, remove, FILTERS
+const section = $("#video"), player = $("video", section), timeline = $(".timeline", section), drawing = $(".timeline > svg", section);
+let page = null; // what page.js lends: go, link, like, origin, remove, tagLink
 let shown = { id: null };
 let found = []; // the results of the last search, for next and previous
-let now = 0;
-let asked = null;
+let now = 0, asked = null;
 
-function svg(name, attributes, parent, text = null) {
+function svg(name, attributes, parent, text = "") {
   const node = parent.appendChild(document.createElementNS("http://www.w3.org/2000/svg", name));
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (text !== null) node.textContent = text;
+  node.textContent = text;
   return node;
 }
-const at = (seconds) => `${(100 * Math.min(Math.max(seconds / shown.duration, 0), 1)).toFixed(3)}%`;
+const at = (seconds) => `${(100 * between(seconds / shown.duration, 0, 1)).toFixed(3)}%`;
 
 function show(seconds) {
-  now = Math.min(Math.max(seconds, 0), shown.duration);
+  now = between(seconds, 0, shown.duration);
   $(".playhead", drawing)?.setAttribute("x", at(now));
   $("output", section).textContent = clock(now);
-  timeline.setAttribute("aria-valuenow", now.toFixed(1));
-  timeline.setAttribute("aria-valuetext", clock(now));
+  Object.assign(timeline, { ariaValueNow: now.toFixed(1), ariaValueText: clock(now) });
   const cards = $$("#board .card"), last = cards.findLastIndex((card) => Number(card.dataset.seconds) <= now + 0.02);
   cards.forEach((card, place) => card.classList.toggle("now", place === last));
-  for (const button of $$("#moments button")) {
-    button.setAttribute("aria-current", String(now >= button.start - 0.02 && now < button.stop));
-  }
+  for (const button of $$("#moments button")) button.ariaCurrent = String(now >= button.start - 0.02 && now < button.stop);
 }
 
 function seek(seconds, play) {
@@ -72,7 +65,7 @@ function drawTimeline(entry) {
 
 // What answers the query in this video: bars on the timeline, as high as they score, and a list.
 async function searchInside(query) {
-  const note = $("#inside-title").closest("section").querySelector(".note"), list = $("#moments"), state = $("#within-count");
+  const note = $("#watch section .note"), list = $("#moments"), state = $("#within-count");
   asked?.abort();
   const mine = (asked = new AbortController()), id = shown.id;
   complain(note, null);
@@ -123,56 +116,47 @@ function drawHeat(canvas, attention, [rows, columns], [left, top, right, bottom]
 }
 
 function drawBoard(entry) {
-  $("#board").replaceChildren(...entry.keyframes.map((one) => {
-    const node = stamp("keyframe"), button = $(".picture", node), image = $("img", node), seconds = one.pts_seconds;
+  const { width, height } = entry, board = $("#board");
+  board.replaceChildren(...entry.keyframes.map((one) => {
+    const node = stamp("keyframe"), seconds = one.pts_seconds;
     node.dataset.seconds = seconds;
-    image.src = one.preview;
-    Object.assign(image, { width: entry.width, height: entry.height });
-    button.setAttribute("aria-label", `Play from ${clock(seconds)}`);
-    button.onclick = () => seek(seconds, true);
+    Object.assign($("img", node), { src: one.preview, width, height });
+    Object.assign($(".picture", node), { ariaLabel: `Play from ${clock(seconds)}`, onclick: () => seek(seconds, true) });
     if (one.attention?.length) drawHeat($(".heat", node), one.attention, entry.grid, entry.attended_area ?? [0, 0, 1, 1]);
     $("b", node).textContent = clock(seconds);
     $(".row span", node).textContent = `${Math.round(100 * one.weight)} % of the video`;
     bar($(".share", node), one.weight);
-    const like = $(".like", node);
-    like.href = page.link({ like: `${entry.id}@${seconds.toFixed(3)}`, ...page.kept(new URLSearchParams(location.search), page.FILTERS) });
-    like.setAttribute("aria-label", `More like the frame at ${clock(seconds)}`);
+    const href = page.like(`${entry.id}@${seconds.toFixed(3)}`);
+    Object.assign($(".like", node), { href, ariaLabel: `More like the frame at ${clock(seconds)}` });
     return node;
   }));
-  $("#board").classList.toggle("tall", entry.height > entry.width);
-  $("#board").classList.toggle("few", entry.keyframes.length <= 2 && entry.height <= entry.width);
+  board.classList.toggle("tall", height > width);
+  board.classList.toggle("few", entry.keyframes.length <= 2 && height <= width);
 }
 
 function tables(entry) {
   $("#shots").replaceChildren(...entry.shots.map(([start, stop], place) => {
-    const row = document.createElement("tr");
-    for (const text of [place + 1, clock(start), clock(stop), `${(stop - start).toFixed(1)} s`]) {
-      row.appendChild(document.createElement("td")).textContent = text;
-    }
-    const jump = Object.assign(document.createElement("button"), { textContent: clock(start), onclick: () => seek(start, true) });
-    row.children[1].replaceChildren(jump);
+    const row = make("tr");
+    const texts = [place + 1, clock(start), clock(stop), `${(stop - start).toFixed(1)} s`];
+    row.append(...texts.map((textContent) => make("td", { textContent })));
+    row.children[1].replaceChildren(make("button", { textContent: clock(start), onclick: () => seek(start, true) }));
     return row;
   }));
   const facts = {
     Codec: entry.codec, "Frames a second": entry.average_fps?.toFixed(2), Sound: entry.has_audio ? "yes" : "no",
     "Frames indexed": entry.frames, Indexed: new Date(1000 * entry.indexed_at).toLocaleString(), Id: entry.id,
   };
-  $("#about").replaceChildren(...Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => [
-    Object.assign(document.createElement("dt"), { textContent: name }),
-    Object.assign(document.createElement("dd"), { textContent: value }),
-  ]));
+  const pairs = Object.entries(facts).filter(([, value]) => value);
+  $("#about").replaceChildren(...pairs.flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]));
 }
 
 function facts(entry) {
-  const line = $(".facts", section);
-  line.replaceChildren();
-  const texts = [entry.duration_seconds !== null && clock(entry.duration_seconds), entry.width && `${entry.width} × ${entry.height}`];
-  texts.push(entry.date && new Date(1000 * entry.date).toLocaleDateString(), entry.shots.length && count(entry.shots.length, "shot"));
-  for (const text of texts.filter(Boolean)) line.appendChild(document.createElement("span")).textContent = text;
-  for (const tag of entry.tags) {
-    const anchor = Object.assign(document.createElement("a"), { textContent: tag, href: page.link({ view: "library", tag }) });
-    line.append(anchor);
-  }
+  const texts = [
+    entry.duration_seconds !== null && clock(entry.duration_seconds), entry.width && `${entry.width} × ${entry.height}`,
+    entry.date && new Date(1000 * entry.date).toLocaleDateString(), entry.shots.length && count(entry.shots.length, "shot"),
+  ];
+  const spans = texts.filter(Boolean).map((textContent) => make("span", { textContent }));
+  $(".facts", section).replaceChildren(...spans, ...entry.tags.map(page.tagLink));
 }
 
 function drawAround(params) {
@@ -228,13 +212,9 @@ function fill(entry) {
   remove.hidden = false;
   remove.onclick = () => page.remove(entry.id, entry.name, () => page.go({ view: "library" }, { replace: true }));
   if (entry.status !== "ok") return;
-  timeline.setAttribute("aria-valuemax", shown.duration.toFixed(3));
-  player.hidden = false;
+  timeline.ariaValueMax = shown.duration.toFixed(3);
   $(".unplayable", section).hidden = true;
-  player.setAttribute("aria-label", entry.name);
-  if (entry.poster) player.poster = entry.poster;
-  else player.removeAttribute("poster");
-  Object.assign(player, { width: entry.width, height: entry.height });
+  Object.assign(player, { hidden: false, ariaLabel: entry.name, poster: entry.poster ?? "", width: entry.width, height: entry.height });
   if (entry.file) player.src = new URL(entry.file, API);
   else unplayable({ message: "The video cannot be played here: its file is not in a folder that the server may show." });
   drawTimeline(entry);
@@ -268,7 +248,7 @@ function unplayable({ message }) {
 
 const under = (event) => {
   const box = timeline.getBoundingClientRect();
-  return Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1) * shown.duration;
+  return between((event.clientX - box.left) / box.width, 0, 1) * shown.duration;
 };
 timeline.addEventListener("click", (event) => seek(under(event), true));
 timeline.addEventListener("pointermove", async (event) => {
@@ -280,7 +260,7 @@ timeline.addEventListener("pointermove", async (event) => {
   $("span", peek).textContent = clock(seconds);
   peek.hidden = false;
   const half = peek.offsetWidth / 2;
-  peek.style.left = `${Math.min(Math.max(event.clientX - box.left, half), box.width - half)}px`;
+  peek.style.left = `${between(event.clientX - box.left, half, box.width - half)}px`;
 });
 timeline.addEventListener("pointerleave", () => { $(".peek", section).hidden = true; });
 timeline.addEventListener("keydown", (event) => {
