@@ -1,8 +1,8 @@
-// Runs CUDA kernels on a CPU: the blocks of a cluster, or of a cooperative launch, at a time, each CUDA thread a fiber.
+// Runs CUDA kernels on a CPU, the blocks of one cluster at a time; each CUDA thread is a fiber.
 //
-// Compiled before device.cuh and a .cu file, with KEYREEL_HOST defined. With KR_THREADS each CUDA thread is a thread of
-// the system, for ThreadSanitizer. A barrier that not all threads reach ends the launch with a message. Dynamic shared
-// memory is an allocation of exactly the size asked for, filled with 0xAB, so that AddressSanitizer sees what leaves it.
+// Compiled before device.cuh and a .cu file, with KEYREEL_HOST defined. With KR_THREADS each CUDA thread is a system
+// thread, for ThreadSanitizer. A barrier that not all threads reach ends the launch with a message. Dynamic shared
+// memory is an allocation of exactly the requested size, filled with 0xAB, so that AddressSanitizer sees overruns.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -28,13 +28,11 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
 #define __noinline__
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
-#define __constant__ static const
 #define KR_FULL_WARP 0xffffffffu
 #define KR_INFINITY std::numeric_limits<float>::infinity()
 #define KR_SHARED(T, name) T* name = reinterpret_cast<T*>(krh::self().block->shared.get())
@@ -56,19 +54,10 @@ template <class T>
 struct alignas(sizeof(T) * 4) krh_vector<T, 4> {
     T x, y, z, w;
 };
-using float2 = krh_vector<float, 2>;
 using float4 = krh_vector<float, 4>;
-using int2 = krh_vector<int, 2>;
 using int4 = krh_vector<int, 4>;
 using uint2 = krh_vector<unsigned, 2>;
 using uint4 = krh_vector<unsigned, 4>;
-using uchar4 = krh_vector<unsigned char, 4>;
-using ushort4 = krh_vector<unsigned short, 4>;
-inline float2 make_float2(float a, float b) { return {a, b}; }
-inline float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
-inline uint4 make_uint4(unsigned a, unsigned b, unsigned c, unsigned d) { return {a, b, c, d}; }
-inline uchar4 make_uchar4(unsigned char a, unsigned char b, unsigned char c, unsigned char d) { return {a, b, c, d}; }
-constexpr int warpSize = 32;
 
 namespace krh {
 
@@ -99,9 +88,9 @@ public:
 struct Block {
     std::unique_ptr<unsigned char[]> shared;
     uint3 index{};
-    unsigned rank = 0;  // in its group
-    std::vector<uint64_t> mailbox;  // of shuffles, one word a thread
-    std::vector<uint32_t> operands;  // of mma, six words a thread
+    unsigned rank = 0;  // in its cluster
+    std::vector<uint64_t> mailbox;  // of shuffles, one word per thread
+    std::vector<uint32_t> operands;  // of mma, six words per thread
 #ifdef KR_THREADS
     std::unique_ptr<Barrier> barrier;
     std::vector<std::unique_ptr<Barrier>> warps;
@@ -209,18 +198,18 @@ inline void resume(Thread& thread) {
 }
 #endif
 
-// Out of line: a fiber must look itself up anew after each switch.
+// Not inlined: a fiber must look itself up again after each switch.
 __attribute__((noinline)) inline Thread& self() {
     asm volatile("");
     return *here;
 }
 
 #ifdef KR_THREADS
-// The system's threads, kept from group to group: a sanitizer takes long to make one.
+// System threads, kept from cluster to cluster: under a sanitizer they are slow to start.
 class Crew {
     std::vector<std::thread> running;
     std::unique_ptr<Barrier> turn;
-    std::vector<Thread>* work = nullptr;  // nothing: go home
+    std::vector<Thread>* work = nullptr;  // null: end
 
     void dismiss() {
         work = nullptr;
@@ -302,7 +291,7 @@ inline std::string run_group(std::vector<Thread>& threads, size_t count) {
 }
 #endif
 
-// Runs `body` for all threads of the grid; `together` blocks at a time. Returns what went wrong.
+// Runs `body` for all threads of the grid, `together` blocks at a time. Returns "" or the error.
 inline std::string launch(dim3 grid, dim3 block, size_t shared, size_t together, std::function<void()> body) {
     const size_t count = size_t(block.x) * block.y * block.z, blocks = size_t(grid.x) * grid.y * grid.z;
     if (blocks % together) return "the grid is not a multiple of the cluster";
@@ -354,7 +343,7 @@ void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
     kernel(*static_cast<std::remove_cv_t<A>*>(arguments[I])...);
 }
 
-// What Python calls: checks number and size of the arguments, then runs the kernel. Returns "" or what went wrong.
+// Called from Python: checks number and size of the arguments, then runs the kernel. Returns "" or the error.
 template <class... A>
 const char* start(void (*kernel)(A...), const unsigned* grid, const unsigned* block, size_t shared, size_t together,
                   void** arguments, const size_t* sizes, size_t count) {
@@ -383,25 +372,9 @@ const char* start(void (*kernel)(A...), const unsigned* grid, const unsigned* bl
 
 inline void __syncthreads() { krh::wait(krh::State::block); }
 inline void __syncwarp(unsigned mask = KR_FULL_WARP) { krh::full(mask), krh::wait(krh::State::warp); }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-inline void __threadfence_block() { __threadfence(); }
-template <class T>
-T __shfl_sync(unsigned mask, T value, int lane, int = 32) {
-    return krh::full(mask), krh::exchange(value, lane);
-}
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int = 32) {
     return krh::full(mask), krh::exchange(value, (krh::self().linear & 31) ^ bits);
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int = 32) {
-    const unsigned lane = krh::self().linear & 31;
-    return krh::full(mask), krh::exchange(value, lane + delta < 32 ? lane + delta : lane);
-}
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int = 32) {
-    const unsigned lane = krh::self().linear & 31;
-    return krh::full(mask), krh::exchange(value, lane >= delta ? lane - delta : lane);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
     krh::full(mask);
@@ -413,23 +386,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     krh::wait(krh::State::warp);
     return bits;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == KR_FULL_WARP; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __clz(int bits) { return bits ? __builtin_clz(unsigned(bits)) : 32; }
 
 template <class T>
 T atomicAdd(T* place, std::type_identity_t<T> value) {
     return std::atomic_ref<T>(*place).fetch_add(value, std::memory_order_relaxed);
-}
-template <class T>
-T atomicMin(T* place, std::type_identity_t<T> value) {
-    std::atomic_ref<T> at(*place);
-    T old = at.load(std::memory_order_relaxed);
-    while (value < old && !at.compare_exchange_weak(old, value, std::memory_order_relaxed)) {
-    }
-    return old;
 }
 template <class T>
 T atomicMax(T* place, std::type_identity_t<T> value) {
@@ -439,33 +401,10 @@ T atomicMax(T* place, std::type_identity_t<T> value) {
     }
     return old;
 }
-template <class T>
-T atomicCAS(T* place, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-    std::atomic_ref<T>(*place).compare_exchange_strong(expected, value);
-    return expected;
-}
-template <class T>
-T atomicExch(T* place, std::type_identity_t<T> value) {
-    return std::atomic_ref<T>(*place).exchange(value);
-}
-template <class T>
-T atomicOr(T* place, std::type_identity_t<T> value) {
-    return std::atomic_ref<T>(*place).fetch_or(value);
-}
-template <class T>
-T __ldg(const T* place) {
-    return *place;
-}
 using std::max;
 using std::min;
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fdividef(float a, float b) { return a / b; }
 inline unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
-inline int __float_as_int(float value) { return __builtin_bit_cast(int, value); }
 inline float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
-inline float __int_as_float(int bits) { return __builtin_bit_cast(float, bits); }
-inline float __saturatef(float x) { return std::fmin(std::fmax(x, 0.0f), 1.0f); }
 
 inline float kr_half_to_float(uint16_t bits) { return float(__builtin_bit_cast(_Float16, bits)); }
 inline uint16_t kr_float_to_half(float value) { return __builtin_bit_cast(uint16_t, _Float16(value)); }
@@ -492,14 +431,7 @@ inline void kr_mma_16x8x16(float d[4], const uint32_t a[4], const uint32_t b[2])
 }
 
 inline unsigned kr_cluster_rank() { return krh::self().block->rank; }
-inline unsigned kr_cluster_size() { return unsigned(krh::current.blocks.size()); }
 inline void kr_cluster_sync() { krh::wait(krh::State::group); }
-template <class T>
-T* kr_cluster_shared(T* mine, unsigned rank) {
-    auto offset = reinterpret_cast<unsigned char*>(mine) - krh::self().block->shared.get();
-    return reinterpret_cast<T*>(krh::current.blocks[rank].shared.get() + offset);
-}
-inline void kr_grid_sync(unsigned*) { krh::wait(krh::State::group); }
 inline void kr_copy_async_16(void* shared, const void* global) {
     if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16)
         std::fprintf(stderr, "krh: a copy of 16 bytes that is not aligned\n"), std::abort();

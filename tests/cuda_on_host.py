@@ -1,7 +1,7 @@
-"""CuPy's interface on a CPU: arrays that never turn into NumPy's by themselves, kernels run by cuda_host.h.
+"""CuPy's interface on a CPU: arrays that never become NumPy's implicitly, kernels run by cuda_host.h.
 
-What the product's CUDA code does is done by that very code; only the arrays' memory and the launch are replaced. Names
-that CuPy lacks are refused where CuPy is installed.
+The product's own CUDA code runs; only memory and launches are replaced. Where CuPy is installed, names that it lacks
+are refused.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _launching = threading.Lock()  # the emulation has one launch at a time
 
 
 def host_source(code: str) -> str:
-    """The program that runs the kernels of `code`: header, code, one entry for each kernel."""
+    """The program that runs the kernels of `code`: header, code, one entry per kernel."""
     declared = (
         "const unsigned* grid, const unsigned* block, size_t shared, size_t together, void** arguments, "
         "const size_t* sizes, size_t count"
@@ -58,27 +58,18 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def build(code: str, options: Sequence[str], *, flavour: str = "fibers", extra: Sequence[str] = ()) -> Path:
-    """Compiles kernels to a shared library; once for each code and options."""
-    flags = ["-std=c++20", *FLAVOURS[flavour], *(o for o in options if o != STANDARD), *extra]
+    """Compiles kernels to a shared library, once for each code and options."""
+    flags = ["-std=c++20", *FLAVOURS[flavour], *(option for option in options if option != STANDARD), *extra]
     flags += ["-march=native", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
     program = host_source(code)
-    digest = hashlib.sha256("\0".join([program, HEADER.read_text(), *flags]).encode()).hexdigest()[:24]
+    digest = hashlib.sha256("\0".join([program, *flags]).encode()).hexdigest()[:24]
     with _LOCK:
         library = Path(_folder().name) / f"{digest}.so"
         if not library.exists():
             path = library.with_suffix(".cpp")
             path.write_text(program)
-            command = [
-                os.environ.get("CXX", "g++"),
-                *flags,
-                "-shared",
-                "-fPIC",
-                "-pthread",
-                str(path),
-                "-o",
-                str(library),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            command = [os.environ.get("CXX", "g++"), *flags, "-shared", "-fPIC", "-pthread", str(path)]
+            done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"the kernels do not compile for the host:\n{done.stderr[:8000]}")
     return library
@@ -88,7 +79,7 @@ def build(code: str, options: Sequence[str], *, flavour: str = "fibers", extra: 
 
 
 class HostedArray:
-    """Like cupy.ndarray: refuses to become, to meet, or to be indexed by a NumPy array, and to become a number."""
+    """Like cupy.ndarray: never mixes with NumPy arrays, never becomes one implicitly, nor a number."""
 
     __array_ufunc__ = None
 
@@ -154,7 +145,7 @@ class HostedArray:
 
 
 def _plain(value: Any) -> Any:
-    """The NumPy side of what is handed in; NumPy arrays themselves are refused, as CuPy does."""
+    """The NumPy array inside; NumPy arrays themselves are refused, as in CuPy."""
     if isinstance(value, HostedArray):
         return value._host
     if isinstance(value, np.ndarray) and value.ndim:
@@ -204,21 +195,7 @@ def _in_place(name: str) -> Callable[..., Any]:
     return apply
 
 
-for _name in [
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and_",
-    "or_",
-    "xor",
-    "lshift",
-    "rshift",
-]:
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_"):
     _bare = _name.rstrip("_")
     setattr(HostedArray, f"__{_bare}__", _operator(_name, swapped=False))
     setattr(HostedArray, f"__r{_bare}__", _operator(_name, swapped=True))
@@ -229,7 +206,7 @@ for _name in ("iadd", "isub", "imul", "itruediv", "iand", "ior"):
 
 
 def _known(owner: str, name: str) -> None:
-    """Fails for what CuPy does not have, where CuPy can say so."""
+    """Raises AttributeError for a name that CuPy lacks, if CuPy is installed."""
     try:
         import cupy
     except ImportError:
@@ -266,8 +243,6 @@ class HostedKernel:
         sizes = [ctypes.sizeof(held) for held in keep]
         full_grid, full_block = ((*shape, 1, 1)[:3] for shape in (grid, block))
         together = self._module.cluster if self._name in self._module.clustered else 1
-        if self._module.cooperative:
-            together = int(np.prod(full_grid))
         with _launching:
             error = self._entry(
                 (ctypes.c_uint * 3)(*full_grid),
@@ -286,10 +261,9 @@ class HostedModule:
     flavour = "fibers"
     extra: tuple[str, ...] = ()
 
-    def __init__(self, *, code: str, options: Sequence[str] = (), enable_cooperative_groups: bool = False) -> None:
+    def __init__(self, *, code: str, options: Sequence[str] = ()) -> None:
         assert STANDARD in options
         self.library = ctypes.CDLL(str(build(code, options, flavour=self.flavour, extra=self.extra)))
-        self.cooperative = enable_cooperative_groups
         self.clustered = set(_CLUSTERED.findall(code))
         defines = dict(o[2:].split("=") for o in options if o.startswith("-D"))
         self.cluster = int(defines.get("CLUSTER", 1))
@@ -329,7 +303,7 @@ class _Current:
 
 class _Pool:
     def malloc(self, size: int) -> int:
-        raise AssertionError("the stand-in allocates through NumPy")
+        raise AssertionError("the emulation allocates through NumPy")
 
     def used_bytes(self) -> int:
         return 0
@@ -352,7 +326,7 @@ def _copy_memory(to: int, origin: int, count: int, kind: int, stream: int) -> No
 
 
 class HostedCupy:
-    """The module. Anything that is not defined here is NumPy's, its arrays wrapped."""
+    """The module. Anything not defined here is NumPy's, with its arrays wrapped."""
 
     ndarray = HostedArray
     RawModule = HostedModule

@@ -1,7 +1,7 @@
 """Runs kernels on the CPU under a sanitizer, in a process of its own: python sanitized_kernels.py NAME...
 
-NAME is a module of cases ("kernel_cases_patches"), or one of the faults planted below, which must be found.
-The sanitizer's library must have been loaded first; `command` says how.
+NAME is an operation ("seed"), or one of the faults planted below, which must be found. The sanitizer's library must be
+preloaded, as `command` does.
 """
 
 from __future__ import annotations
@@ -9,24 +9,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 from cuda_on_host import HostedCupy, HostedModule
+from kernel_cases import case
 
 from keyreel_kernels import cuda as kernels
-from keyreel_kernels import cuda_kmeans, cuda_patches
+from keyreel_kernels import cuda_kmeans
 from keyreel_kernels.cuda import Cuda
 
-# Of a block of kmeans.cu and topk.cu, which work with any number of warps.
-THREADS = 64
-# Each finding ends the run with this exit code.
+# Exit code of a run with a finding.
 FOUND = 66
-# Library, flavour of the emulation, flags. "threads": each CUDA thread is one of the system, so that whatever two of
-# them do without a barrier is seen as a race.
+# Library, flavour of the emulation, flags. "threads": each CUDA thread is a system thread, so that two accesses without
+# a barrier between them are seen as a race.
 SANITIZERS = {
     "thread": ("libtsan.so", "threads", ("-fsanitize=thread", "-g1")),
     "address": (
@@ -85,14 +82,11 @@ def command(sanitizer: str, names: list[str]) -> tuple[list[str], dict[str, str]
 
 
 def sanitized(sanitizer: str) -> Cuda:
-    """A device of one multiprocessor: few blocks, many rounds, with fewer threads where the kernels leave it open."""
-    cuda_patches._SEARCH_THREADS = cuda_kmeans.THREADS = THREADS  # type: ignore[assignment]
+    """A device of one multiprocessor: few blocks, many rounds."""
+    cuda_kmeans.THREADS = 64  # of a block of kmeans.cu, which works with any number of warps
 
     class Module(HostedModule):
         _, flavour, extra = SANITIZERS[sanitizer]
-
-        def __init__(self, *, code: str, **options: Any) -> None:
-            super().__init__(code=code.replace("#define THREADS 512", f"#define THREADS {THREADS}"), **options)
 
     class Cupy(HostedCupy):
         RawModule = Module
@@ -114,7 +108,7 @@ def main() -> None:
         if name in FAULTS:
             plant(cuda, name)
         else:
-            import_module(name).cases(cuda)
+            case(cuda, name)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""The device object, the emulation it is tested on, and the arithmetic of launches."""
+"""The device object, and the emulation it is tested on."""
 
 from __future__ import annotations
 
-import itertools
-import threading
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from cuda_on_host import HostedArray, host_cuda
+from bounds import FLOAT32
+from cuda_on_host import host_cuda
 
 from keyreel_kernels import cuda as module
-from keyreel_kernels import cuda_patches
+from keyreel_kernels import pictures
 from keyreel_kernels.arrays import HostArrays
 from keyreel_kernels.cuda import Cuda
+from keyreel_kernels.ops import ops_on
 
 HEAD = 'extern "C" __global__ void kernel'
 SUM = "(const float* x, int n, float* out) {\n    if (threadIdx.x < n) out[threadIdx.x] = x[threadIdx.x] + PLUS;\n}\n"
@@ -23,7 +24,7 @@ SUM = "(const float* x, int n, float* out) {\n    if (threadIdx.x < n) out[threa
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Makes a file of the code of one kernel, called kernel; gives a name that no other test has."""
+    """Takes the code of one kernel, called kernel; returns a file name for `launch`."""
     prelude = (module.FOLDER / "device.cuh").read_text("utf-8")
 
     def write(code: str) -> str:
@@ -67,11 +68,8 @@ def test_each_variant_is_compiled_once(emulated: Cuda, written: Callable[[str], 
     def launch(plus: int) -> None:
         emulated.launch(file, "kernel", (1,), (32,), (x, np.int32(7), out), defines=(("PLUS", plus),))
 
-    threads = [threading.Thread(target=launch, args=(plus,)) for plus in (1, 2, 1, 2, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(launch, (1, 2, 1, 2, 1)))
     assert sorted(made) == [(module.STANDARD, "-DPLUS=1"), (module.STANDARD, "-DPLUS=2")]
 
 
@@ -200,29 +198,19 @@ def test_the_scope_is_entered_again_and_left_in_order(emulated: Cuda) -> None:
 
 
 def test_a_device_shared_by_threads(cuda: Cuda) -> None:
-    failed: list[BaseException] = []
-
     def work(number: int) -> None:
-        try:
-            x = np.random.default_rng(number).integers(-3, 4, (40, 8)).astype(np.float32)
-            with cuda.scope():
-                _, rows = cuda_patches.top_k(cuda, x[:1], cuda.to_device(x), 5)
-            expected = np.argsort(-(x[:1] @ x.T)[0], kind="stable")[:5]
-            np.testing.assert_array_equal(cuda.to_host(rows)[0], expected)
-        except BaseException as error:  # noqa: BLE001
-            failed.append(error)
+        frames = np.random.default_rng(number).integers(0, 256, (1, 8, 9, 3), np.uint8)
+        histogram = ops_on(cuda).frame_signals(cuda.to_device(frames))[3]
+        np.testing.assert_allclose(cuda.to_host(histogram), pictures.frame_signals(frames)[3], atol=FLOAT32)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
 
 
 # --- the primitives, emulated and real ----------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_mma_is_a_product(cuda: Cuda, written: Callable[[str], str]) -> None:
     """d [16, 8] = a [16, 16] b [16, 8], its registers as PTX has them."""
     file = written(
@@ -252,6 +240,7 @@ def test_mma_is_a_product(cuda: Cuda, written: Callable[[str], str]) -> None:
     np.testing.assert_array_equal(cuda.to_host(out), d + a.astype(np.float32) @ b.astype(np.float32))
 
 
+@pytest.mark.full
 def test_halves_are_converted_as_numpy_does(cuda: Cuda, written: Callable[[str], str]) -> None:
     file = written(
         HEAD + "(const float* x, uint16_t* halves, float* back, int n) {\n"
@@ -271,43 +260,25 @@ def test_halves_are_converted_as_numpy_does(cuda: Cuda, written: Callable[[str],
     np.testing.assert_array_equal(cuda.to_host(back), x.astype(np.float16).astype(np.float32))
 
 
-def test_a_cluster_reads_its_neighbours_memory(cuda: Cuda, written: Callable[[str], str]) -> None:
+@pytest.mark.full
+def test_the_blocks_of_a_cluster_meet(cuda: Cuda, written: Callable[[str], str]) -> None:
     size = 4 if cuda.capability >= (9, 0) else 1
     file = written(
-        "KR_CLUSTER_KERNEL kernel(int* out) {\n"
-        "    KR_SHARED(int, own);\n"
-        "    own[threadIdx.x] = blockIdx.x * 100 + threadIdx.x;\n"
+        "KR_CLUSTER_KERNEL kernel(int* there, int* out) {\n"
+        "    there[blockIdx.x * 32 + threadIdx.x] = blockIdx.x * 100 + threadIdx.x;\n"
         "    kr_cluster_sync();\n"
-        "    const unsigned next = (kr_cluster_rank() + 1) % kr_cluster_size();\n"
-        "    out[blockIdx.x * 32 + threadIdx.x] = kr_cluster_shared(own, next)[threadIdx.x];\n"
-        "    kr_cluster_sync();\n}\n"
+        "    const unsigned next = blockIdx.x / CLUSTER * CLUSTER + (kr_cluster_rank() + 1) % CLUSTER;\n"
+        "    out[blockIdx.x * 32 + threadIdx.x] = there[next * 32 + threadIdx.x];\n}\n"
     )
     with cuda.scope():
-        out = cuda.to_device(np.zeros((3 * size, 32), np.int32))
-        cuda.launch(file, "kernel", (3 * size,), (32,), (out,), shared=128, defines=(("CLUSTER", size),))
+        there, out = (cuda.to_device(np.zeros((3 * size, 32), np.int32)) for _ in range(2))
+        cuda.launch(file, "kernel", (3 * size,), (32,), (there, out), defines=(("CLUSTER", size),))
     block = np.arange(3 * size)
     expected = (block // size * size + (block + 1) % size)[:, None] * 100 + np.arange(32)
     np.testing.assert_array_equal(cuda.to_host(out), expected)
 
 
-def test_all_blocks_of_a_cooperative_launch_meet(cuda: Cuda, written: Callable[[str], str]) -> None:
-    file = written(
-        HEAD + "(int* sums, unsigned* barrier, int rounds) {\n"
-        "    for (int round = 0; round < rounds; ++round) {\n"
-        "        if (threadIdx.x == 0) atomicAdd(sums + round, 1);\n"
-        "        kr_grid_sync(barrier);\n"
-        "        if (threadIdx.x == 0 && sums[round] != int(gridDim.x)) atomicAdd(sums + rounds, 1);\n"
-        "        kr_grid_sync(barrier);\n"
-        "    }\n}\n"
-    )
-    with cuda.scope():
-        sums, barrier = cuda.to_device(np.zeros(6, np.int32)), cuda.to_device(np.zeros(2, np.uint32))
-        for _ in range(2):  # the barrier is fit for the next launch
-            sums[:] = 0
-            cuda.launch(file, "kernel", (7,), (64,), (sums, barrier, np.int32(5)), cooperative=True)
-    assert cuda.to_host(sums).tolist() == [7] * 5 + [0]
-
-
+@pytest.mark.full
 def test_copies_arrive(cuda: Cuda, written: Callable[[str], str]) -> None:
     file = written(
         HEAD + "(const uint4* from, uint4* to) {\n"
@@ -324,6 +295,7 @@ def test_copies_arrive(cuda: Cuda, written: Callable[[str], str]) -> None:
     np.testing.assert_array_equal(cuda.to_host(out), numbers[::-1])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("barrier", "waiting"),
     [("__syncthreads()", "0 threads wait for their warp, 40 for their block"), ("__syncwarp()", "8 threads wait for")],
@@ -335,64 +307,3 @@ def test_a_barrier_that_not_all_reach_is_reported(
     file = written(HEAD + "(int* out) {\n    if (threadIdx.x < 40) " + barrier + ";\n    out[threadIdx.x] = 1;\n}\n")
     with pytest.raises(RuntimeError, match=waiting):
         emulated.launch(file, "kernel", (1,), (64,), (emulated.to_device(np.zeros(64, np.int32)),))
-
-
-def test_a_device_array_is_the_stand_ins(emulated: Cuda) -> None:
-    assert isinstance(emulated.to_device(np.zeros(3)), HostedArray)
-
-
-# --- the arithmetic of launches -----------------------------------------------------------------------------------
-
-
-def test_search_spans_cover_all_rows_and_fit() -> None:
-    for rows, processors, resident in itertools.product(
-        (1, 127, 128, 129, 5000, 10**8 + 7, 2**32 - 1), (1, 4, 132), (1, 4)
-    ):
-        span = cuda_patches.rows_of_a_block(rows, processors, resident)
-        count = cuda_patches.blocks(rows, span)
-        assert (count - 1) * span < rows <= count * span
-        assert count <= processors * resident
-        assert span % 128 == 0
-
-
-def test_search_passes_hold_all_queries_and_fit_every_card() -> None:
-    most = {}
-    for size, columns, k, shared in itertools.product(
-        (2, 4), (16, 512, 768, 1152), (1, 10, 100, 1024), (64 << 10, 99 << 10, 163 << 10, 227 << 10)
-    ):
-        capacity = max(64, 1 << (2 * k - 1).bit_length())
-        assert capacity >= 2 * k
-        for number in (1, 2, 5, 33, 64, 65, 200):
-            at_once = cuda_patches.pass_queries(number, columns, size, capacity, shared)
-            tiles, taken = cuda_patches._pass(at_once, columns, size, capacity)
-            assert 1 <= at_once <= min(number, 4 * tiles)
-            assert taken <= shared
-            assert (("HALF", int(size == 2)), ("TILES", tiles)) in cuda_patches.VARIANTS["topk.cu"]
-            passes = cuda_patches.blocks(number, at_once)
-            most[size, columns, k, shared, number] = at_once
-            assert passes * at_once >= number
-    # The sizes that matter: rows of 512 halves on an H100 or H200.
-    assert most[2, 512, 10, 227 << 10, 64] == 64
-    assert most[2, 512, 1024, 227 << 10, 5] == 5
-    with pytest.raises(ValueError, match="does not fit"):
-        cuda_patches.pass_queries(1, 60000, 2, 64, 64 << 10)
-
-
-def test_shift_rings_fit_and_cover_all_columns() -> None:
-    for columns, size, steps in itertools.product((1, 7, 100, 768, 1024, 1537), (2, 4), (1, 3, 8, 32)):
-        width = cuda_patches.ring_columns(columns, size, steps)
-        assert width * size % 16 == 0  # each launch begins where 16 bytes do
-        part = min(width, columns)
-        assert 4 * (steps + 2) * 16 * cuda_patches.blocks(part * size, 16) <= 48 << 10
-    assert cuda_patches.ring_columns(768, 2, 3) == 768  # one launch, each token read once
-
-
-def test_warps_cover_all_frames_and_read_little_twice() -> None:
-    for count, places, steps, processors in itertools.product(
-        (1, 5, 64, 1000, 70000), (1, 49, 729), (1, 3, 32), (1, 132)
-    ):
-        span = cuda_patches.frames_of_a_warp(count, places, steps, processors)
-        parts = cuda_patches.blocks(count, span)
-        assert (parts - 1) * span < count <= parts * span
-        assert parts <= 65535
-        assert (parts - 1) * steps <= count / 2

@@ -184,7 +184,7 @@ class Encoder:
         linked = linked.copy()
         linked[0] = False
         if shift == "fixed":
-            return self._ops.fixed_shift(len(tokens), self.bundle.grid, linked, share=config.shift_share, step=1)
+            return self._ops.fixed_shift(len(tokens), self.bundle.grid, linked, fraction=config.shift_share, step=1)
         patches = tokens[:, self.bundle.prefix_tokens :]
         return self._ops.adaptive_shift(
             patches, self.bundle.grid, linked, steps=config.shift_steps, threshold=config.shift_threshold

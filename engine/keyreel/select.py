@@ -74,8 +74,8 @@ def select_keyframes(
     arrays = ops.arrays
     with arrays.scope():
         z = arrays.to_device(x if vectors is None else vectors)
-        support, smooth = ops.temporal_support(z, np.array([0, len(x)], np.int64))
-        level, quality = frame_quality(embedding, arrays.to_host(support), config.quality_floor)
+        similarity, smooth = ops.neighbour_similarity(z, np.array([0, len(x)], np.int64))
+        level, quality = frame_quality(embedding, arrays.to_host(similarity), config.quality_floor)
         w = np.where(level >= 2, FAINT, 1.0).astype(np.float32)
         found, wished = _clusters(z, smooth, arrays.to_device(w), config, ops, duration_seconds)
     centroids = found.centroids[0]

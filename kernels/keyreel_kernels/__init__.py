@@ -1,4 +1,4 @@
-"""Array operations of keyreel: one table, one definition each in NumPy. Knows nothing of video."""
+"""Array operations of keyreel: one table, each operation defined in NumPy."""
 
 from __future__ import annotations
 

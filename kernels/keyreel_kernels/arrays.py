@@ -1,49 +1,52 @@
-"""Where arrays live: host memory here, a CUDA device in cuda.py, behind one interface."""
+"""One interface to the memory of a device: the host's here, a CUDA device's in cuda.py."""
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-_DLPACK_HOST = (1, 3)  # kDLCPU, kDLCUDAHost, which is the host's memory too
+_DLPACK_HOST = (1, 3)  # kDLCPU and kDLCUDAHost (pinned host memory)
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def on_host(array: Any) -> bool:
-    """Whether an array with __dlpack__ lies in host memory."""
+    """Whether an array with __dlpack__ is in host memory."""
     return array.__dlpack_device__()[0] in _DLPACK_HOST
 
 
 class Arrays(Protocol):
-    """The memory of a device. Data goes up and comes down through it and in no other way."""
+    """The memory of a device. All data moves to and from the device through it."""
 
     @property
     def xp(self) -> Any:
-        """The array module: NumPy, or CuPy for the device."""
+        """The array module: NumPy or CuPy."""
 
     @property
     def bytes_to_host(self) -> int:
-        """How much has left the device so far."""
+        """How many bytes were copied from the device so far."""
 
     def scope(self) -> AbstractContextManager[None]:
         """Makes the device, its stream and its memory pool current in this thread; re-entrant."""
 
     def join(self) -> None:
-        """What the device and the caller's own current stream were given so far is done before what either gets next.
-
-        Arrays of the device come and go between streams in its wake.
-        """
+        """Synchronises our stream with the caller's current one: earlier work on either precedes later work on both."""
 
     def synchronize(self) -> None:
-        """Waits until everything that was launched is done."""
+        """Waits for all launched work."""
 
     def to_device(self, array: Any) -> Any:
-        """An array on the device: as it is if it is there; by DLPack without a copy; else copied.
+        """The array on the device, without a copy if it is there already.
 
         Raises:
-            ValueError: it is on another device.
+            ValueError: the array is on another device.
         """
 
     def to_host(self, array: Any) -> NDArray[Any]:
@@ -51,7 +54,7 @@ class Arrays(Protocol):
 
 
 class HostArrays:
-    """NumPy: nothing moves."""
+    """The host's memory: NumPy arrays, never copied."""
 
     xp: Any = np
     bytes_to_host = 0

@@ -4,15 +4,14 @@ The objective of one problem, a video of T frames with unit vectors z, weights w
 
     J = -(1/W) sum_t w_t <z_t, c_a(t)>  +  (mu/K) sum_{j<k} max(0, <c_j, c_k> - m),     W = sum_t w_t
 
-the weighted spherical k-means of Dhillon & Modha (2001) plus a hinge on pairs of centroids closer than m. No step
-raises J and none draws a random number.
+This is the weighted spherical k-means of Dhillon & Modha (2001) plus a hinge on pairs of centroids closer than m. No
+step raises J, and nothing is random.
 
-Batch-first over ragged videos: x [N, D] holds the frames of all videos one after the other; a problem is a span of
-rows [start, stop) and a number of clusters, so that several K of one video are several problems over one span.
-Labels and similarities of all problems lie one after the other, in the order of the problems. Everywhere: w [N]
-float32 weights >= 0; spans [M, 2] int64 rows; k [M] int64; centroids [M, Kmax, D] float32, unit length, zero from k[m]
-on; labels [L] int64; penalty mu >= 0 and margin m of J. Each video and each problem has a frame. Accumulation is in
-float64; ties go to the lowest index.
+Problems come in batches over ragged videos: x [N, D] holds the frames of all videos one after the other; a problem is a
+span of rows [start, stop) and a number of clusters, so that several K of one video are several problems over one span.
+Labels and similarities of all problems are concatenated in the order of the problems. Everywhere: w [N] float32 weights
+>= 0; spans [M, 2] int64 rows; k [M] int64; labels [L] int64; penalty mu >= 0 and margin m of J. Each video and each
+problem has at least one frame. Sums are float64; ties go to the lowest index.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,19 +28,22 @@ F32: TypeAlias = NDArray[np.float32]
 F64: TypeAlias = NDArray[np.float64]
 I64: TypeAlias = NDArray[np.int64]
 
-# 1 - cosine of two equal unit vectors in float32 is not quite 0: below this a frame is covered.
+# A frame closer than this to a seed is covered: 1 - cosine of two equal unit vectors in float32 is not quite 0.
 COVERED = 1e-6
-# Moves that lower J by less are noise of the arithmetic.
+# A move must lower J by more than this: smaller gains are rounding.
 TOLERANCE = 1e-10
-# A problem whose round gains less is at rest.
+# A problem stops when a round gains less than this.
 STILL = 1e-7
-# How far a centroid goes towards the minimiser: the minimiser is exact only while the set of close pairs stays.
+# Multiply-adds up to which OpenBLAS stays in the calling thread: waking others costs more CPU time than such a product,
+# and results would depend on how many there are.
+_ONE_THREAD = 2**18
+# How far a centroid goes towards the minimiser, which is exact only while the set of close pairs stays the same.
 STEPS = (1.0, 0.5, 0.25)
 
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
-    """The answer for M problems, L = sum of their numbers of frames."""
+    """The result for M problems; L is the sum of their numbers of frames."""
 
     centroids: F32  # [M, Kmax, D] float32, unit length; rows from k[m] on are zero
     labels: I64  # [L] int64
@@ -51,46 +53,50 @@ class Clusters:
 
 
 def label_starts(spans: I64) -> I64:
-    """[M+1] int64: where each problem's labels begin in the flat arrays."""
+    """[M+1] int64: where each problem's labels begin in the concatenated arrays."""
     starts: I64 = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])]).astype(np.int64)
     return starts
 
 
-def temporal_support(x: F32, offsets: I64, reach: int = 3) -> tuple[F32, F32]:
-    """How well the frames around a frame speak for it, and what they say together.
+# --- weights and seeds --------------------------------------------------------------------------------------------
+
+
+def neighbour_similarity(x: F32, offsets: I64, reach: int = 3) -> tuple[F32, F32]:
+    """Similarity of each frame to its temporal neighbours, and their smoothed mean.
 
     Args:
         x: [N, D] float32 unit vectors of all videos. offsets: [B+1] int64, rows of each video.
         reach: how many frames before and after count as neighbours.
 
     Returns:
-        support [N] float32: mean cosine of a frame to its two most similar neighbours, 1 for the only frame of a
-        video; and smooth [N, D] float32: unit mean of the frame and those of the two that are more like it than two
-        frames of the video are on average (the mean cosine of all pairs is |mean x|^2), which has less noise and does
-        not mix scenes.
+        similarity [N] float32: mean cosine of a frame to its two most similar neighbours, 1 for the only frame of a
+        video; and smooth [N, D] float32: unit mean of the frame and those of the two that are more similar to it than
+        two frames of the video are on average (the mean cosine of all pairs is |mean x|^2), which has less noise and
+        does not mix scenes.
     """
-    support, smooth = np.ones(len(x), np.float64), x.astype(np.float64)
-    for start, stop in itertools.pairwise(offsets):
-        z = x[start:stop].astype(np.float64)
-        count = len(z)
+    similarity, smooth = np.ones(len(x), np.float32), x.copy()
+    for start, stop in itertools.pairwise(offsets.tolist()):
+        z, count = x[start:stop].astype(np.float64), stop - start
         if count < 2:
             continue
         near = np.full((count, 2 * reach), -np.inf)
         for step in range(1, min(reach, count - 1) + 1):
-            cosine = (z[step:] * z[:-step]).sum(1)
+            cosine = np.vecdot(z[step:], z[:-step])
             near[step:, 2 * step - 2] = cosine
             near[:-step, 2 * step - 1] = cosine
         best = np.argsort(-near, axis=1, kind="stable")[:, :2]
         cosine = np.take_along_axis(near, best, axis=1)
         known = np.isfinite(cosine)
-        support[start:stop] = np.where(known, cosine, 0).sum(1) / known.sum(1)
+        similarity[start:stop] = np.where(known, cosine, 0).sum(1) / known.sum(1)
         # Column 2s-2 is the frame s before, 2s-1 the frame s after.
-        offset = np.where(best % 2 == 0, -1, 1) * (best // 2 + 1)
-        other = np.where(known, np.arange(count)[:, None] + offset, np.arange(count)[:, None])
-        alike = known & (cosine > (z.mean(0) ** 2).sum())
-        smooth[start:stop] += (z[other] * alike[..., None]).sum(1)
-    smooth /= np.maximum(np.linalg.norm(smooth, axis=1, keepdims=True), 1e-30)
-    return support.astype(np.float32), smooth.astype(np.float32)
+        other = np.arange(count)[:, None] + np.where(best % 2 == 0, -1, 1) * (best // 2 + 1)
+        similar = known & (cosine > (z.mean(0) ** 2).sum())
+        mixed = z.copy()
+        for side in range(2):
+            rows = np.flatnonzero(similar[:, side])
+            mixed[rows] += z[other[rows, side]]
+        smooth[start:stop] = mixed / np.maximum(np.linalg.norm(mixed, axis=1, keepdims=True), 1e-30)
+    return similarity, smooth
 
 
 def seed(x: F32, w: F32, offsets: I64, count: int) -> tuple[I64, F32]:
@@ -102,19 +108,22 @@ def seed(x: F32, w: F32, offsets: I64, count: int) -> tuple[I64, F32]:
         x: [N, D] float32 unit vectors. w: [N] float32 weights >= 0. offsets: [B+1] int64. count: most seeds a video.
 
     Returns:
-        rows [B, count] int64 into x, -1 where a video has no further frame that is not covered; and the weighted gap
-        w (1 - cosine to the nearest seed before) at which each was taken, [B, count] float32, 0 in such places; the
-        weight itself for the first.
+        rows [B, count] int64 into x, -1 once every frame of the video is covered, everywhere if the video has a NaN or
+        an infinity; and the weighted gap w (1 - cosine to the nearest earlier seed) of each seed, [B, count] float32:
+        the weight itself for the first, 0 where there is no seed.
     """
     rows = np.full((len(offsets) - 1, count), -1, np.int64)
     gaps = np.zeros((len(offsets) - 1, count), np.float32)
-    for b, (start, stop) in enumerate(itertools.pairwise(offsets)):
+    for b, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
         z, v = x[start:stop].astype(np.float64), w[start:stop].astype(np.float64)
+        total = (v[:, None] * z).sum(0)
+        if not np.isfinite(total).all():
+            continue
         gap = np.full(len(z), np.inf)
-        chosen = int((v * (z @ (v @ z))).argmax())
+        chosen = int((v * np.vecdot(z, total)).argmax())
         rows[b, 0], gaps[b, 0] = start + chosen, v[chosen]
         for n in range(1, min(count, len(z))):
-            away = 1 - z @ z[chosen]
+            away = 1 - np.vecdot(z, z[chosen])
             gap = np.minimum(gap, np.where(away > COVERED, away, 0))
             chosen = int((v * gap).argmax())
             if v[chosen] * gap[chosen] <= 0:
@@ -123,114 +132,99 @@ def seed(x: F32, w: F32, offsets: I64, count: int) -> tuple[I64, F32]:
     return rows, gaps
 
 
-def assign(x: F32, spans: I64, k: I64, centroids: F32) -> tuple[I64, F32]:
-    """The nearest centroid of each frame by cosine.
-
-    Returns:
-        labels [L] int64 and the cosine to that centroid [L] float32.
-    """
-    labels, cosines = [], []
-    for (start, stop), count, own in zip(spans, k, centroids, strict=True):
-        cosine = x[start:stop].astype(np.float64) @ own[:count].astype(np.float64).T
-        nearest = cosine.argmax(1)
-        labels.append(nearest)
-        cosines.append(cosine[np.arange(len(nearest)), nearest])
-    return np.concatenate(labels).astype(np.int64), np.concatenate(cosines).astype(np.float32)
+# --- the steps of one problem -------------------------------------------------------------------------------------
+# z [T, D] float64 frames, v [T] float64 weights, c [K, D] float64 centroids, mu the penalty divided by K.
 
 
-def objective(x: F32, w: F32, spans: I64, k: I64, centroids: F32, labels: I64, *, penalty: float, margin: float) -> F64:
-    """J of each problem, [M] float64."""
-    out = np.empty(len(k))
-    at = label_starts(spans)
-    for m, (start, stop) in enumerate(spans):
-        c = centroids[m, : k[m]].astype(np.float64)
-        own = c[labels[at[m] : at[m + 1]]]
-        v = w[start:stop].astype(np.float64)
-        closeness = np.triu(np.maximum(0, c @ c.T - margin), 1).sum()
-        fit = (v * (x[start:stop].astype(np.float64) * own).sum(1)).sum() / max(v.sum(), 1e-30)
-        out[m] = -fit + penalty / k[m] * closeness
+def _products(a: F64, b: F64) -> F64:
+    """a b^T, a piece of a's rows at a time."""
+    rows = _ONE_THREAD // max(b.size, 1)
+    if rows < 8:
+        return a @ b.T
+    across, out, whole = np.ascontiguousarray(b.T), np.empty((len(a), len(b))), len(a) // rows * rows
+    np.matmul(a[:whole].reshape(-1, rows, a.shape[1]), across, out=out[:whole].reshape(-1, rows, len(b)))
+    np.matmul(a[whole:], across, out=out[whole:])
     return out
 
 
-def update(x: F32, w: F32, spans: I64, k: I64, centroids: F32, labels: I64, *, penalty: float, margin: float) -> F32:
+def nearest(z: F64, c: F64) -> tuple[I64, F64]:
+    """The nearest centroid of each frame: labels [T] int64 and cosines [T] float64."""
+    cosine = _products(z, c)
+    labels = cosine.argmax(1)
+    return labels, np.take_along_axis(cosine, labels[:, None], axis=1)[:, 0]
+
+
+def objective(v: F64, cosine: F64, c: F64, mu: float, margin: float) -> float:
+    """J, from the cosine [T] of each frame to its centroid."""
+    close = np.triu(np.maximum(0, _products(c, c) - margin), 1).sum() if mu else 0.0
+    return float(mu * close - v @ cosine / max(v.sum(), 1e-30))
+
+
+def move(z: F64, v: F64, c: F64, labels: I64, mu: float, margin: float) -> F64:
     """Moves each centroid, one after the other, to where J is lowest given the others and the set of close pairs.
 
-    With S_j = (1/W) sum of w z over cluster j and C the centroids closer to c_j than `margin`, J is linear in c_j on
-    that set, so its minimiser is normalise(S_j - (mu/K) sum_C c). The move is shortened, or left out, where leaving
-    the set would raise J. Clusters without weight stay.
-
-    Returns:
-        the new centroids, [M, Kmax, D] float32.
+    With S_j = (1/W) sum of w z over cluster j and C the centroids closer to c_j than the margin, J is linear in c_j on
+    that set, so its minimiser is normalise(S_j - mu sum_C c). The move is shortened, or left out, where leaving the set
+    would raise J. Clusters without weight stay.
     """
-    out = centroids.copy()
-    at = label_starts(spans)
-    for m, (start, stop) in enumerate(spans):
-        c = out[m, : k[m]].astype(np.float64)
-        own, v = labels[at[m] : at[m + 1]], w[start:stop].astype(np.float64)
-        inside = own == np.arange(k[m])[:, None]
-        share = (inside * v) @ x[start:stop].astype(np.float64) / max(v.sum(), 1e-30)
-        out[m, : k[m]] = moves(c, share, penalty / k[m], margin)
-    return out
-
-
-def moves(c: F64, share: F64, mu: float, margin: float) -> F64:
-    """The moves of `update` for one problem: c [K, D] float64, in place; share [K, D] float64 the S_j."""
-    for j in np.flatnonzero(share.any(1)).tolist():
+    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels, minlength=len(c)))[:-1])
+    sums = np.stack([(v[rows, None] * z[rows]).sum(0) for rows in members]) / max(v.sum(), 1e-30)
+    if not mu:
+        length = np.linalg.norm(sums, axis=1, keepdims=True)
+        gains = length - np.vecdot(sums, c)[:, None] > TOLERANCE
+        return np.where(gains, sums / np.maximum(length, 1e-30), c)
+    c = c.copy()
+    for j in np.flatnonzero(sums.any(1)).tolist():
         excess = _excess(c, j, c[j], margin)
-        goal = share[j] - mu * c[excess > 0].sum(0)
+        goal = sums[j] - mu * c[excess > 0].sum(0)
         length = math.sqrt(goal @ goal)
         # The hinges lie above their linear parts, so that no move gains more than the linear minimiser promises.
         if length < 1e-12 or length - goal @ c[j] <= TOLERANCE:
             continue
         goal /= length
-        cost = mu * excess.sum() - share[j] @ c[j]
+        cost = mu * excess.sum() - sums[j] @ c[j]
         for step in STEPS:
             moved = (1 - step) * c[j] + step * goal
             moved /= max(math.sqrt(moved @ moved), 1e-30)
-            if mu * _excess(c, j, moved, margin).sum() - share[j] @ moved < cost - TOLERANCE:
+            if mu * _excess(c, j, moved, margin).sum() - sums[j] @ moved < cost - TOLERANCE:
                 c[j] = moved
                 break
     return c
 
 
 def _excess(c: F64, j: int, place: F64, margin: float) -> F64:
-    """[K] float64: by how much each centroid but the j-th is closer to `place` than the margin allows."""
-    excess: F64 = np.maximum(0, c @ place - margin)
+    """[K] float64: by how much each centroid but the j-th is closer to `place` than the margin."""
+    excess: F64 = np.maximum(0, np.vecdot(c, place) - margin)
     excess[j] = 0
     return excess
 
 
-def relocate(x: F32, w: F32, spans: I64, k: I64, centroids: F32, labels: I64, *, penalty: float, margin: float) -> F32:
-    """Moves clusters without a frame to the worst-covered frame, where that lowers J.
+def relocate(z: F64, v: F64, c: F64, labels: I64, mu: float, margin: float) -> F64:
+    """Moves clusters without a frame to the worst-covered frame, where that lowers J."""
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(c)) == 0)
+    if not len(empty):
+        return c
+    c, total = c.copy(), max(v.sum(), 1e-30)
+    cosine = nearest(z, np.delete(c, empty, axis=0))[1]
+    for j in empty.tolist():
+        worst = int((v * (1 - cosine)).argmax())
+        gained = np.maximum(cosine, np.vecdot(z, z[worst]))
+        before, after = (_excess(c, j, place, margin).sum() for place in (c[j], z[worst]))
+        if mu * (after - before) - (v * (gained - cosine)).sum() / total < -TOLERANCE:
+            c[j], cosine = z[worst], gained
+    return c
 
-    Returns:
-        the new centroids, [M, Kmax, D] float32; assign again afterwards.
-    """
-    out = centroids.copy()
-    at = label_starts(spans)
-    for m, (start, stop) in enumerate(spans):
-        empty = np.flatnonzero(np.bincount(labels[at[m] : at[m + 1]], minlength=k[m]) == 0)
-        if not len(empty):
-            continue
-        z, v = x[start:stop].astype(np.float64), w[start:stop].astype(np.float64)
-        c, total = out[m, : k[m]].astype(np.float64), max(v.sum(), 1e-30)
-        cosine = (z @ np.delete(c, empty, axis=0).T).max(1) if len(empty) < k[m] else np.full(len(z), -1.0)
-        for j in empty.tolist():
-            worst = int((v * (1 - cosine)).argmax())
-            gained = np.maximum(cosine, z @ z[worst])
-            before, after = (_excess(c, j, u, margin).sum() for u in (c[j], z[worst]))
-            if penalty / k[m] * (after - before) - (v * (gained - cosine)).sum() / total < -TOLERANCE:
-                c[j], cosine = z[worst], gained
-        out[m, : k[m]] = c
-    return out
+
+# --- all problems -------------------------------------------------------------------------------------------------
 
 
 def cluster(
     x: F32, w: F32, spans: I64, k: I64, seeds: I64, *, penalty: float, margin: float, iterations: int
 ) -> Clusters:
-    """Runs every problem to rest: move, relocate, assign, until J stands still.
+    """Runs every problem until J stops falling: move, relocate, assign.
 
     Args:
+        x: [N, D] float32 unit vectors.
         k: at most the number of valid seeds of the problem.
         seeds: [M, Kmax] int64 rows of x, as `seed` gives them.
         iterations: most rounds.
@@ -238,35 +232,43 @@ def cluster(
     Raises:
         ValueError: a problem has fewer valid seeds than clusters.
     """
-    count = int(k.max(initial=1))
-    centroids = np.zeros((len(k), count, x.shape[1]), np.float32)
-    for m in range(len(k)):
-        if len(seeds[m]) < k[m] or (seeds[m, : k[m]] < 0).any():
-            raise ValueError(f"problem {m} has {k[m]} clusters and {(seeds[m] >= 0).sum()} valid seeds")
-        centroids[m, : k[m]] = x[seeds[m, : k[m]]]
-    weigh: dict[str, Any] = {"penalty": penalty, "margin": margin}
-    at = label_starts(spans)
-    labels, similarity = assign(x, spans, k, centroids)
-    history = np.repeat(objective(x, w, spans, k, centroids, labels, **weigh)[:, None], iterations + 1, axis=1)
-    active = np.arange(len(k))
-    for n in range(1, iterations + 1):
-        own, number = spans[active], k[active]
-        before = np.concatenate([labels[at[m] : at[m + 1]] for m in active])
-        moved = update(x, w, own, number, centroids[active], before, **weigh)
-        moved = relocate(x, w, own, number, moved, before, **weigh)
-        after, cosine = assign(x, own, number, moved)
-        now = objective(x, w, own, number, moved, after, **weigh)
-        # A round is taken only if it lowers J: rounding the centroids to float32 may lift it by a few ulp at rest.
-        better = now < history[active, n - 1] - STILL
-        starts = label_starts(own)
-        for place in np.flatnonzero(better):
-            m, rows = active[place], slice(starts[place], starts[place + 1])
-            centroids[m], history[m, n:] = moved[place], now[place]
-            labels[at[m] : at[m + 1]], similarity[at[m] : at[m + 1]] = after[rows], cosine[rows]
-        active = active[better]
-        if not len(active):
-            break
-    return Clusters(centroids, labels, similarity, history[:, -1].copy(), history)
+    check_seeds(k, seeds)
+    at, shape = label_starts(spans), (len(k), int(k.max(initial=1)), x.shape[1])
+    found = Clusters(
+        np.zeros(shape, np.float32),
+        np.empty(at[-1], np.int64),
+        np.empty(at[-1], np.float32),
+        np.empty(len(k)),
+        np.empty((len(k), iterations + 1)),
+    )
+    videos = {
+        (start, stop): (x[start:stop].astype(np.float64), w[start:stop].astype(np.float64))
+        for start, stop in spans.tolist()
+    }
+    for m, (start, stop) in enumerate(spans.tolist()):
+        (z, v), mu = videos[start, stop], penalty / int(k[m])
+        c = x[seeds[m, : k[m]]].astype(np.float64)
+        labels, cosine = nearest(z, c)
+        found.history[m] = objective(v, cosine, c, mu, margin)
+        for n in range(1, iterations + 1):
+            moved = relocate(z, v, move(z, v, c, labels, mu, margin), labels, mu, margin)
+            # Centroids are float32. Rounding may raise J by a few ulp at rest: a round is taken only if it lowers J.
+            moved = moved.astype(np.float32).astype(np.float64)
+            new, near = nearest(z, moved)
+            now = objective(v, near, moved, mu, margin)
+            if not now < found.history[m, n - 1] - STILL:
+                break
+            c, labels, cosine, found.history[m, n:] = moved, new, near, now
+        found.centroids[m, : k[m]], found.labels[at[m] : at[m + 1]] = c, labels
+        found.similarity[at[m] : at[m + 1]], found.objective[m] = cosine, found.history[m, -1]
+    return found
+
+
+def check_seeds(k: I64, seeds: I64) -> None:
+    """Raises ValueError if a problem has fewer valid seeds [M, Kmax] than clusters [M]."""
+    for m, count in enumerate(k.tolist()):
+        if (valid := int((seeds[m, :count] >= 0).sum())) < count:
+            raise ValueError(f"problem {m} has {count} clusters and {valid} valid seeds")
 
 
 def representatives(spans: I64, k: I64, labels: I64, similarity: F32, clean: NDArray[np.bool_]) -> I64:
@@ -279,12 +281,11 @@ def representatives(spans: I64, k: I64, labels: I64, similarity: F32, clean: NDA
         [M, Kmax] int64 rows of x; -1 for clusters without a frame.
     """
     rows = np.full((len(k), int(k.max(initial=1))), -1, np.int64)
-    at = label_starts(spans)
-    for m, (start, stop) in enumerate(spans):
-        own, cosine = labels[at[m] : at[m + 1]], similarity[at[m] : at[m + 1]]
-        for j in range(k[m]):
-            inside = own == j
-            wanted = inside & clean[start:stop] if (inside & clean[start:stop]).any() else inside
-            if wanted.any():
-                rows[m, j] = start + int(np.where(wanted, cosine, -np.inf).argmax())
+    problem = np.repeat(np.arange(len(k)), spans[:, 1] - spans[:, 0])
+    frame = np.arange(len(labels)) - (label_starts(spans)[:-1] - spans[:, 0])[problem]
+    # The first of each cluster when sorted by: clean, similarity, row.
+    order = np.lexsort((-similarity, ~clean[frame], labels, problem))
+    problem, own = problem[order], labels[order]
+    first = np.flatnonzero(np.diff(problem, prepend=-1) | np.diff(own, prepend=-1))
+    rows[problem[first], own[first]] = frame[order[first]]
     return rows

@@ -1,7 +1,6 @@
 """One CUDA device through CuPy: a stream, a memory pool, and kernels that are compiled once.
 
-CuPy refuses to turn its arrays into NumPy's by itself, so that what leaves the device leaves through `to_host`, which
-counts it.
+CuPy never turns its arrays into NumPy's implicitly: all data leaves the device through `to_host`, which counts it.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from keyreel_kernels.arrays import on_host
 
 FOLDER = Path(__file__).parent
 STANDARD = "-std=c++17"
-# Beyond this a kernel must ask for its dynamic shared memory.
-_USUAL_SHARED_BYTES = 48 << 10
+# A kernel must ask for more dynamic shared memory than this.
+_DEFAULT_SHARED_BYTES = 48 << 10
 
 Defines: TypeAlias = tuple[tuple[str, int], ...]
 
 
 @cache
 def source_of(file: str) -> str:
-    """A kernel file as it is compiled: device.cuh, then the file with our own files where it includes them.
+    """The source of a kernel file as compiled: device.cuh, then the file with its includes expanded.
 
-    The compiler knows no folder, and each keeps line numbers of its own.
+    NVRTC has no include path; `#line` keeps each file's line numbers.
     """
 
     def text(name: str) -> str:
@@ -46,7 +45,7 @@ def source_of(file: str) -> str:
 
 
 class Cuda:
-    """A device with one stream and one memory pool. Safe to share between threads: the stream keeps the order.
+    """A device with one stream and one memory pool. Safe to share between threads: the stream orders the work.
 
     Args:
         index: number of the device.
@@ -61,7 +60,8 @@ class Cuda:
         self.cupy = import_module("cupy") if cupy is None else cupy
         self.index = index
         self.bytes_to_host = 0
-        self._kernels: dict[tuple[Any, ...], Any] = {}
+        self._modules: dict[tuple[str, Defines], Any] = {}
+        self._kernels: dict[tuple[str, Defines, str], tuple[Any, int]] = {}  # with the shared memory each may have
         self._counting, self._compiling = threading.Lock(), threading.Lock()
         cuda = self.cupy.cuda
         with cuda.Device(index):
@@ -88,7 +88,7 @@ class Cuda:
             yield
 
     def join(self) -> None:
-        """What this and the caller's current stream were given so far is done before what either gets next."""
+        """Synchronises our stream with the caller's current one: earlier work on either precedes later work on both."""
         with self.cupy.cuda.Device(self.index):
             callers = self.cupy.cuda.get_current_stream()
             if callers.ptr != self.stream.ptr:
@@ -96,12 +96,12 @@ class Cuda:
                 callers.wait_event(self.stream.record())
 
     def to_device(self, array: Any) -> Any:
-        """CuPy arrays as they are, NumPy arrays copied, others taken over through DLPack where they lie here.
+        """CuPy arrays as they are, NumPy arrays copied, others through DLPack: not copied if they are on this device.
 
         Raises:
-            ValueError: it is on another device.
+            ValueError: the array is on another device.
         """
-        # First: it is asked for every plane of every picture, and to enter the scope costs microseconds.
+        # Before the scope, whose entry costs microseconds: this is called for every plane of every picture.
         if isinstance(array, self.cupy.ndarray) and array.device.id == self.index:
             return array
         with self.scope():
@@ -124,7 +124,7 @@ class Cuda:
         return found
 
     def synchronize(self) -> None:
-        """Waits until everything that was launched is done."""
+        """Waits for all launched work."""
         self.stream.synchronize()
 
     def launch(
@@ -137,7 +137,6 @@ class Cuda:
         *,
         shared: int = 0,
         defines: Defines = (),
-        cooperative: bool = False,
     ) -> None:
         """Starts a kernel on the stream.
 
@@ -146,7 +145,6 @@ class Cuda:
             grid, block: up to three numbers. args: CuPy arrays and NumPy scalars of the kernel's own types.
             shared: bytes of dynamic shared memory.
             defines: names and values for the preprocessor; each set is compiled once.
-            cooperative: all blocks run at once, or the launch fails; what kr_grid_sync needs.
 
         Raises:
             ValueError: more shared memory than a block can have, or an empty grid.
@@ -155,29 +153,21 @@ class Cuda:
             raise ValueError(f"{name} asks for {shared} bytes of shared memory, {self.name} has {self.shared_bytes}")
         if not all(grid) or not all(block):
             raise ValueError(f"{name}: a grid of {tuple(grid)} blocks of {tuple(block)} threads is empty")
-        kernel = self._kernel(file, name, defines, cooperative, max(shared, _USUAL_SHARED_BYTES))
+        kernel = self._kernel(file, name, defines, max(shared, _DEFAULT_SHARED_BYTES))
         with self.scope():
             kernel(tuple(grid), tuple(block), tuple(args), shared_mem=shared)
 
-    def _kernel(self, file: str, name: str, defines: Defines, cooperative: bool, shared: int) -> Any:
-        """The compiled kernel; one for each amount of shared memory above the usual, since that is set on it."""
-        with self._compiling:
-            key = (file, defines, cooperative)
-            module = self._kernels.get(key)
-            if module is None:
+    def _kernel(self, file: str, name: str, defines: Defines, shared: int) -> Any:
+        """The compiled kernel, allowed at least `shared` bytes of dynamic shared memory."""
+        with self._compiling, self.cupy.cuda.Device(self.index):
+            if (file, defines) not in self._modules:
                 options = (STANDARD, *(f"-D{define}={value}" for define, value in defines))
-                with self.cupy.cuda.Device(self.index):
-                    module = self.cupy.RawModule(
-                        code=source_of(file), options=options, enable_cooperative_groups=cooperative
-                    )
-                self._kernels[key] = module
-            kernel = self._kernels.get((*key, name))
-            if kernel is None:
-                with self.cupy.cuda.Device(self.index):
-                    kernel = module.get_function(name)
-                self._kernels[*key, name] = kernel
-            if shared > _USUAL_SHARED_BYTES and self._kernels.get((*key, name, "shared"), 0) < shared:
-                with self.cupy.cuda.Device(self.index):
-                    kernel.max_dynamic_shared_size_bytes = shared
-                self._kernels[*key, name, "shared"] = shared
+                self._modules[file, defines] = self.cupy.RawModule(code=source_of(file), options=options)
+            key = (file, defines, name)
+            if key not in self._kernels:
+                self._kernels[key] = self._modules[file, defines].get_function(name), _DEFAULT_SHARED_BYTES
+            kernel, allowed = self._kernels[key]
+            if shared > allowed:
+                kernel.max_dynamic_shared_size_bytes = shared
+                self._kernels[key] = kernel, shared
             return kernel

@@ -1,7 +1,7 @@
-// What every kernel file stands on: the few things of CUDA C++ that need headers or PTX, under names of our own.
+// The parts of CUDA C++ that need headers or PTX, under our own names; cuda.py puts this file before each .cu.
 //
-// cuda.py puts this file before each .cu. NVRTC needs no header for it; a program that defines KEYREEL_HOST brings its
-// own definitions, so that the same .cu files run on a CPU. Only full warps may call what says "whole warp".
+// NVRTC needs no header for it. A program that defines KEYREEL_HOST brings its own definitions, so that the same .cu
+// files run on a CPU. Functions marked "whole warp" must be called by all 32 lanes.
 #pragma once
 
 #ifndef CLUSTER
@@ -54,8 +54,8 @@ __device__ __forceinline__ float kr_bfloat_to_float(uint16_t bits) {
     return __uint_as_float(static_cast<uint32_t>(bits) << 16);
 }
 
-// d [16, 8] += a [16, 16] b [16, 8]; halves in, floats out; the registers of a lane as PTX's mma.m16n8k16 has them.
-// Whole warp. Turing multiplies [16, 8] by [8, 8] only: two of those.
+// d [16, 8] += a [16, 16] b [16, 8]; halves in, floats out; fragments as in PTX's mma.m16n8k16. Whole warp. Turing only
+// has [16, 8] by [8, 8]: two of those.
 __device__ __forceinline__ void kr_mma_16x8x16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 #if __CUDA_ARCH__ >= 800
     asm volatile(
@@ -80,52 +80,18 @@ __device__ __forceinline__ unsigned kr_cluster_rank() {
 #endif
 }
 
-__device__ __forceinline__ unsigned kr_cluster_size() { return CLUSTER; }
-
-// All threads of the cluster; what they wrote, to shared and to device memory, is seen by all of them afterwards.
+// Barrier of all threads of the cluster. Writes before it, to shared or device memory, are visible after it.
 __device__ __forceinline__ void kr_cluster_sync() {
 #if CLUSTER > 1
     __threadfence();
-    // Not `.aligned`: nothing promises that a warp is in step again after a branch of one lane.
+    // Not `.aligned`: a warp may not have reconverged after a branch of one lane.
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #else
     __syncthreads();
 #endif
 }
 
-// The same place in the shared memory of another block of the cluster. No block may end while others look at it.
-template <class T>
-__device__ __forceinline__ T* kr_cluster_shared(T* mine, unsigned rank) {
-#if CLUSTER > 1
-    uint64_t out;
-    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(out) : "l"(reinterpret_cast<uint64_t>(mine)), "r"(rank));
-    return reinterpret_cast<T*>(out);
-#else
-    return mine;
-#endif
-}
-
-// All blocks of a cooperative launch. barrier [2]: zeros before the first launch, back at a resting state after each.
-__device__ __forceinline__ void kr_grid_sync(unsigned* barrier) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        volatile unsigned* generation = barrier + 1;
-        const unsigned before = *generation;
-        __threadfence();
-        if (atomicAdd(barrier, 1u) == gridDim.x * gridDim.y * gridDim.z - 1) {
-            *barrier = 0;
-            __threadfence();
-            atomicAdd(barrier + 1, 1u);
-        } else {
-            while (*generation == before) {
-            }
-        }
-        __threadfence();
-    }
-    __syncthreads();
-}
-
-// 16 bytes from device to shared memory, both aligned to 16; there after kr_copy_wait() and a barrier.
+// Copies 16 bytes from device to shared memory, both aligned to 16; complete after kr_copy_wait() and a barrier.
 __device__ __forceinline__ void kr_copy_async_16(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
@@ -137,7 +103,7 @@ __device__ __forceinline__ void kr_copy_async_16(void* shared, const void* globa
 #endif
 }
 
-// Waits for the copies that this thread has begun.
+// Waits for this thread's copies.
 __device__ __forceinline__ void kr_copy_wait() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");

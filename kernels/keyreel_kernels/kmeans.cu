@@ -1,15 +1,15 @@
 // Spherical k-means with a diversity penalty; clustering.py is the definition.
 //
-// A team of blocks works on a problem: a thread-block cluster, or (GRID) all blocks of a cooperative launch. Teams stay
-// and fetch problems until there are none. Each block has a contiguous share of the frames, in shared memory from the
-// first round to the last where they fit, else brought in again in every round ("chunks" below).
+// A team, the blocks of one thread-block cluster, works on one problem at a time and fetches problems until there are
+// none. Each block has a contiguous share of the frames, in shared memory from the first round to the last if they fit,
+// else loaded again in chunks in every round.
 //
 // A round: every frame finds its centroid and every block sums its frames by cluster (`survey`); the blocks add their
-// sums up, each for its own columns, and multiply all pairs of sums S and centroids c (`add_up`, `multiply_pairs`).
-// From these inner products alone the first block knows J, hence whether the last round was worth taking, and can make
-// the moves of clustering.update one after the other without looking at a vector again (`decide`): all that is needed
-// of a moved centroid are its products with the others, which are linear in those known. The moves are then carried out
-// on the vectors, column by column (`move`). No number leaves the device and the order of no sum depends on timing.
+// sums, each for its own columns, and multiply all pairs of sums S and centroids c (`add_up`, `multiply_pairs`). From
+// these inner products alone the first block computes J, hence whether the last round is taken, and the moves of
+// clustering.move one after the other without reading a vector again (`decide`): a move only needs the products of the
+// new centroid with the others, which are linear in the known ones. The moves are then applied to the vectors, column by
+// column (`move`). Nothing leaves the device, and no sum's order depends on timing.
 
 #include "kmeans_common.cuh"
 #include "kmeans_frames.cuh"
@@ -17,13 +17,10 @@
 
 // Labels of the block's frames and their sums by cluster.
 __device__ __noinline__ void survey(const Work& p, int turn) {
-    if (!p.given && p.k <= p.tile) load_panel(p, p.centre(turn), 0);
+    if (p.k <= p.tile) load_panel(p, p.centre(turn), 0);
     for_chunks(p, [&](int from, int count) {
-        if (!p.given) assign_chunk(p, p.centre(turn), count, false, nullptr);
-        for (int n = threadIdx.x; n < count; n += THREADS) {
-            if (p.given) p.here[n] = static_cast<int>(p.given[p.first + from + n]);
-            p.label(turn)[p.first + from + n] = p.here[n];
-        }
+        assign_chunk(p, p.centre(turn), count, false, nullptr);
+        for (int n = threadIdx.x; n < count; n += THREADS) p.label(turn)[p.first + from + n] = p.here[n];
         __syncthreads();
         sum_chunk(p, count, from > 0, p.filled(turn));
         __syncthreads();
@@ -32,40 +29,30 @@ __device__ __noinline__ void survey(const Work& p, int turn) {
 
 __device__ double total_weight(const Work& p) {
     double total = 0;
-    for (int n = threadIdx.x; n < p.size; n += THREADS) total += p.board[n * 4 + 3];
+    for (int n = threadIdx.x; n < CLUSTER; n += THREADS) total += p.board[n * 4 + 3];
     return fmax(block_sum(total, p.small), 1e-30);
 }
 
-// The blocks' sums as one, divided by the total weight: S. Of many blocks a warp adds one place up, else a thread.
+// S: the sum of the blocks' sums, divided by the total weight; each block for its own columns.
 __device__ void add_up(const Work& p) {
-    const int lanes = GRID ? 32 : 1, columns = p.padded / 4;
+    const int columns = p.padded / 4, low = columns * p.rank / CLUSTER;
+    const int wide = columns * (p.rank + 1) / CLUSTER - low;
     const double share = 1 / total_weight(p);
-    const int low = GRID ? 0 : columns * p.rank / p.size, high = GRID ? columns : columns * (p.rank + 1) / p.size;
-    const int wide = high - low, first = GRID ? p.rank * WARPS : 0, stride = GRID ? p.size * WARPS : THREADS;
-    for (int n = first + threadIdx.x / lanes; n < p.k * wide; n += stride) {
-        const int j = n / wide, column = low + n % wide;
-        const int64_t place = static_cast<int64_t>(j) * columns + column, step = static_cast<int64_t>(p.most) * columns;
+    for (int n = threadIdx.x; n < p.k * wide; n += THREADS) {
+        const int64_t place = static_cast<int64_t>(n / wide) * columns + low + n % wide;
+        const int64_t step = static_cast<int64_t>(p.most) * columns;
         float4 sum{0, 0, 0, 0};
-        for (int block = GRID ? threadIdx.x % 32 : 0; block < p.size; block += lanes) {
+        for (int block = 0; block < CLUSTER; ++block) {
             const float4 part = reinterpret_cast<const float4*>(p.partial)[block * step + place];
             sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
         }
-        for (int half = lanes / 2; half; half /= 2) {
-            sum.x += __shfl_xor_sync(KR_FULL_WARP, sum.x, half), sum.y += __shfl_xor_sync(KR_FULL_WARP, sum.y, half);
-            sum.z += __shfl_xor_sync(KR_FULL_WARP, sum.z, half), sum.w += __shfl_xor_sync(KR_FULL_WARP, sum.w, half);
-        }
-        if (lanes == 1 || threadIdx.x % 32 == 0)
-            reinterpret_cast<float4*>(p.sums)[place] = {
-                static_cast<float>(sum.x * share), static_cast<float>(sum.y * share), static_cast<float>(sum.z * share),
-                static_cast<float>(sum.w * share)};
+        reinterpret_cast<float4*>(p.sums)[place] = {static_cast<float>(sum.x * share), static_cast<float>(sum.y * share),
+                                                    static_cast<float>(sum.z * share), static_cast<float>(sum.w * share)};
     }
-    if (GRID)
-        team_sync(p.barrier);
-    else
-        __syncthreads();
+    __syncthreads();
 }
 
-// clustering.relocate, for all clusters without a frame one after the other.
+// clustering.relocate, for all clusters without a frame, one after the other.
 __device__ __noinline__ void relocate(const Work& p, float* centre, const int* filled) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const double whole = total_weight(p);
@@ -82,9 +69,9 @@ __device__ __noinline__ void relocate(const Work& p, float* centre, const int* f
             gap.meet(static_cast<double>(p.w[n]) * (1.0 - p.cosine[n]), n);
         gap = block_best(gap, p.small);
         if (threadIdx.x == 0) p.board[p.rank * 4] = gap.value, p.board[p.rank * 4 + 1] = gap.row;
-        team_sync(p.barrier);
+        kr_cluster_sync();
         gap = {-KR_INFINITY, p.frames};
-        for (int n = threadIdx.x; n < p.size; n += THREADS)
+        for (int n = threadIdx.x; n < CLUSTER; n += THREADS)
             gap.meet(p.board[n * 4], static_cast<int>(p.board[n * 4 + 1]));
         const int worst = min(block_best(gap, p.small).row, p.frames - 1);
         const auto there = [&](int d) { return value_at(p.x, p.kind, static_cast<int64_t>(worst) * p.width + d); };
@@ -106,9 +93,9 @@ __device__ __noinline__ void relocate(const Work& p, float* centre, const int* f
         }
         gain = block_sum(gain, p.small), excess = block_sum(excess, p.small);
         if (threadIdx.x == 0) p.board[p.rank * 4 + 2] = gain;
-        team_sync(p.barrier);
+        kr_cluster_sync();
         gain = 0;
-        for (int n = threadIdx.x; n < p.size; n += THREADS) gain += p.board[n * 4 + 2];
+        for (int n = threadIdx.x; n < CLUSTER; n += THREADS) gain += p.board[n * 4 + 2];
         gain = block_sum(gain, p.small);
         if (p.penalty / p.k * excess - gain / whole < -TOLERANCE) {
             for (int n = p.first + threadIdx.x; n < p.first + p.own; n += THREADS) p.cosine[n] = p.gained[n];
@@ -116,58 +103,50 @@ __device__ __noinline__ void relocate(const Work& p, float* centre, const int* f
                 for (int d = threadIdx.x; d < p.width; d += THREADS)
                     centre[static_cast<int64_t>(j) * p.padded + d] = there(d);
         }
-        team_sync(p.barrier);
+        kr_cluster_sync();
     }
 }
 
-// Labels, cosines to their centroids and centroids of the end, for the caller.
+// Writes the final labels, cosines and centroids.
 __device__ __noinline__ void finish(const Work& p, int turn, int64_t* labels, float* similarity, float* centroids,
                                     int most) {
     const float unit = p.kind == HALF ? 1.0f : 1.0f / SCALE;
     const float* centre = p.centre(turn);
-    if (labels)
-        for_chunks(p, [&](int from, int count) {
-            for (int row = threadIdx.x / 32; row < count; row += WARPS) {
-                const int at = p.first + from + row, own = p.label(turn)[at];
-                const double to = warp_dot(
-                    p.width,
-                    [&](int d) {
-                        const int place = piece_at(row, d / 8, p.padded) + d % 8;
-                        const float high = kr_half_to_float(p.hi[place]);
-                        return p.kind == FLOAT ? high + kr_half_to_float(p.lo[place]) : high;
-                    },
-                    [&](int d) { return centre[static_cast<int64_t>(own) * p.padded + d]; });
-                if (threadIdx.x % 32 == 0) labels[at] = own, similarity[at] = static_cast<float>(to) * unit;
-            }
-            __syncthreads();
-        });
-    if (centroids)
-        for (int n = p.rank * THREADS + threadIdx.x; n < most * p.width; n += p.size * THREADS)
-            centroids[n] =
-                n < p.k * p.width ? centre[static_cast<int64_t>(n / p.width) * p.padded + n % p.width] : 0.0f;
+    for_chunks(p, [&](int from, int count) {
+        for (int row = threadIdx.x / 32; row < count; row += WARPS) {
+            const int at = p.first + from + row, own = p.label(turn)[at];
+            const double to = warp_dot(
+                p.width,
+                [&](int d) {
+                    const int place = piece_at(row, d / 8, p.padded) + d % 8;
+                    const float high = kr_half_to_float(p.hi[place]);
+                    return p.kind == FLOAT ? high + kr_half_to_float(p.lo[place]) : high;
+                },
+                [&](int d) { return centre[static_cast<int64_t>(own) * p.padded + d]; });
+            if (threadIdx.x % 32 == 0) labels[at] = own, similarity[at] = static_cast<float>(to) * unit;
+        }
+        __syncthreads();
+    });
+    for (int n = p.rank * THREADS + threadIdx.x; n < most * p.width; n += CLUSTER * THREADS)
+        centroids[n] = n < p.k * p.width ? centre[static_cast<int64_t>(n / p.width) * p.padded + n % p.width] : 0.0f;
 }
 
-// All problems. which [problems] in what order; for each of those numbers spans [2], clusters and
-// starts of its labels; seeds [problems, most]
-// rows of x, for CLUSTER_ALL; given_centroids [problems, most, width] and given labels for the other tasks; scratch as
-// cuda_kmeans.py has it, with clusters padded to a multiple of four; queue: zeros.
+// All problems. which [problems]: their order; spans [2], clusters and starts (of the labels) by problem; seeds
+// [problems, most] rows of x; scratch as in cuda_kmeans.py, with clusters padded to a multiple of four; queue: a zero.
 KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
     kmeans(const void* x, const float* w, const int64_t* which, const int64_t* spans, const int64_t* clusters,
-           const int64_t* starts, const int64_t* seeds, const float* given_centroids, const int64_t* given,
-           float* centroids, int64_t* labels, float* similarity, double* objective, double* history, float* floats,
-           double* doubles, int* ints, int* label_scratch, float* frame_scratch, unsigned* queue, int64_t frames,
-           int problems, int most, int width, int kind, int wide, int capacity, int tile, int work_bytes, int slices,
-           int task, int rounds, double penalty, double margin) {
+           const int64_t* starts, const int64_t* seeds, float* centroids, int64_t* labels, float* similarity,
+           double* objective, double* history, float* floats, double* doubles, int* ints, int* label_scratch,
+           float* frame_scratch, unsigned* queue, int64_t frames, int problems, int most, int width, int kind, int wide,
+           int capacity, int tile, int work_bytes, int rounds, double penalty, double margin) {
     KR_SHARED(Work, shared);
-    const Work& p = *shared;  // there rather than in registers, which the products need
+    const Work& p = *shared;  // in shared memory: the products need the registers
     if (threadIdx.x == 0) {
         Work& p = *shared;
-        p.size = GRID ? static_cast<int>(gridDim.x) : CLUSTER;
-        p.rank = GRID ? static_cast<int>(blockIdx.x) : static_cast<int>(kr_cluster_rank());
-        const int team = GRID ? 0 : static_cast<int>(blockIdx.x) / CLUSTER, words = (most + 31) / 32;
+        p.rank = static_cast<int>(kr_cluster_rank());
+        const int team = static_cast<int>(blockIdx.x) / CLUSTER, words = (most + 31) / 32;
         p.most = (most + 3) / 4 * 4, p.width = width, p.padded = (width + 63) / 64 * 64;
-        p.kind = kind, p.wide = wide, p.capacity = capacity, p.tile = tile, p.work_floats = work_bytes / 4,
-        p.slices = slices;
+        p.kind = kind, p.wide = wide, p.capacity = capacity, p.tile = tile, p.work_floats = work_bytes / 4;
         p.penalty = penalty, p.margin = margin, p.all_frames = frames;
 
         p.small = reinterpret_cast<double*>(shared) + WORK_BYTES / 8;
@@ -180,29 +159,27 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
 
         const int64_t rows = static_cast<int64_t>(p.most) * p.padded, square = static_cast<int64_t>(p.most) * p.most;
         const int64_t lead = p.most > MOST_LEAD ? 3 * square + 2 * p.most : 0;
-        p.partial = floats + team * (p.size + 3) * rows;
-        p.sums = p.partial + p.size * rows, p.centres = p.sums + rows;
-        p.pairs = doubles + team * (slices * 4 * square + lead + p.size * 4 + 2 * p.most);
-        p.lead = p.pairs + slices * 4 * square, p.board = p.lead + lead, p.moves = p.board + p.size * 4;
+        p.partial = floats + team * (CLUSTER + 3) * rows;
+        p.sums = p.partial + CLUSTER * rows, p.centres = p.sums + rows;
+        p.pairs = doubles + team * (CLUSTER * 4 * square + lead + CLUSTER * 4 + 2 * p.most);
+        p.lead = p.pairs + CLUSTER * 4 * square, p.board = p.lead + lead, p.moves = p.board + CLUSTER * 4;
         p.counts = ints + team * (p.most * (2 + words) + 4), p.mail = p.counts + p.most * (2 + words);
         p.close = reinterpret_cast<unsigned*>(p.counts + 2 * p.most);
-        p.barrier = queue + 2;
     }
     __syncthreads();
 
     for (;;) {
         if (p.rank == 0 && threadIdx.x == 0) p.mail[0] = static_cast<int>(atomicAdd(queue, 1u));
-        team_sync(p.barrier);
+        kr_cluster_sync();
         if (p.mail[0] >= problems) return;
         const int m = static_cast<int>(which[p.mail[0]]);
         const int64_t start = spans[2 * m], at = starts[m];
         if (threadIdx.x == 0) {
             Work& p = *shared;
             p.frames = static_cast<int>(spans[2 * m + 1] - start), p.k = static_cast<int>(clusters[m]);
-            p.first = static_cast<int>(static_cast<int64_t>(p.frames) * p.rank / p.size);
-            p.own = static_cast<int>(static_cast<int64_t>(p.frames) * (p.rank + 1) / p.size) - p.first;
+            p.first = static_cast<int>(static_cast<int64_t>(p.frames) * p.rank / CLUSTER);
+            p.own = static_cast<int>(static_cast<int64_t>(p.frames) * (p.rank + 1) / CLUSTER) - p.first;
             p.x = static_cast<const char*>(x) + start * width * (kind == FLOAT ? 4 : 2), p.w = w + start;
-            p.given = task > ASSIGN ? given + at : nullptr;
             p.labels = label_scratch + at, p.cosine = frame_scratch + at, p.gained = p.cosine + frames;
         }
         __syncthreads();
@@ -213,48 +190,37 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
         if (threadIdx.x == 0) p.board[p.rank * 4 + 3] = weight;
         if (p.rank == 0)
             for (int j = threadIdx.x; j < 2 * p.most; j += THREADS) p.counts[j] = 0;
-        const int low = p.padded * p.rank / p.size, columns = p.padded * (p.rank + 1) / p.size - low;
+        const int low = p.padded * p.rank / CLUSTER, columns = p.padded * (p.rank + 1) / CLUSTER - low;
         for (int n = threadIdx.x; n < p.k * columns; n += THREADS) {
             const int j = n / columns, d = low + n % columns;
             const int64_t row = static_cast<int64_t>(m) * most + j;
             float value = 0;
-            if (d < width && task != CLUSTER_ALL)
-                value = given_centroids[row * width + d];
-            else if (d < width)
-                value = seeds[row] < 0 ? KR_INFINITY : value_at(x, kind, seeds[row] * width + d);
+            if (d < width) value = seeds[row] < 0 ? KR_INFINITY : value_at(x, kind, seeds[row] * width + d);
             p.centres[static_cast<int64_t>(j) * p.padded + d] = value;
         }
         if (p.own <= capacity) load_rows(p, 0, p.own);
-        team_sync(p.barrier);
+        kr_cluster_sync();
 
         int turn = 0;
         for (int round = 0;; ++round) {
             survey(p, turn);
-            if (task == ASSIGN) break;
-            team_sync(p.barrier);
-            int verdict = EMPTY;
-            if (task != RELOCATE) {
-                add_up(p);
-                multiply_pairs(p, p.centre(turn));
-                team_sync(p.barrier);
-                if (p.rank == 0) {
-                    verdict = decide(*shared, static_cast<Task>(task), turn, round, rounds, objective + m,
-                                     history + static_cast<int64_t>(m) * (rounds + 1));
-                    if (threadIdx.x == 0) p.mail[1] = verdict;
-                }
-                team_sync(p.barrier);
-                verdict = p.mail[1];
-                if (verdict & STOP) break;
-                move(p, p.centre(turn), p.centre(1 - turn), verdict & CLOSE);
-                team_sync(p.barrier);
-                turn = 1 - turn;
+            kr_cluster_sync();
+            add_up(p);
+            multiply_pairs(p, p.centre(turn));
+            kr_cluster_sync();
+            if (p.rank == 0) {
+                const int decided = decide(*shared, turn, round, rounds, objective + m,
+                                           history + static_cast<int64_t>(m) * (rounds + 1));
+                if (threadIdx.x == 0) p.mail[1] = decided;
             }
-            if ((verdict & EMPTY) && task != UPDATE)
-                relocate(p, p.centre(turn), p.filled(task == RELOCATE ? turn : 1 - turn));
-            if (task != CLUSTER_ALL) break;
+            kr_cluster_sync();
+            const int verdict = p.mail[1];
+            if (verdict & STOP) break;
+            move(p, p.centre(turn), p.centre(1 - turn), verdict & CLOSE);
+            kr_cluster_sync();
+            turn = 1 - turn;
+            if (verdict & EMPTY) relocate(p, p.centre(turn), p.filled(1 - turn));
         }
-        finish(p, task == CLUSTER_ALL ? p.mail[2] : turn, task <= ASSIGN ? labels + at : nullptr, similarity + at,
-               task == CLUSTER_ALL || task >= UPDATE ? centroids + static_cast<int64_t>(m) * most * width : nullptr,
-               most);
+        finish(p, p.mail[2], labels + at, similarity + at, centroids + static_cast<int64_t>(m) * most * width, most);
     }
 }

@@ -1,8 +1,5 @@
-// What the kernels of kmeans.cu and kmeans_seed.cu share: frames of three types, and sums over a block.
+// Shared by kmeans.cu and kmeans_seed.cu: frames of three types, and reductions over a block.
 
-#ifndef GRID
-#define GRID 0  // 1: a team of blocks that works on a video is the whole (cooperative) grid, not a cluster
-#endif
 #ifndef THREADS
 #define THREADS 512
 #endif
@@ -10,21 +7,13 @@
 
 enum Kind { HALF, BFLOAT, FLOAT };
 
-__device__ __forceinline__ void team_sync(unsigned* barrier) {
-#if GRID
-    kr_grid_sync(barrier);
-#else
-    kr_cluster_sync();
-#endif
-}
-
 __device__ __forceinline__ float value_at(const void* x, int kind, int64_t at) {
     if (kind == FLOAT) return static_cast<const float*>(x)[at];
     const uint16_t bits = static_cast<const uint16_t*>(x)[at];
     return kind == HALF ? kr_half_to_float(bits) : kr_bfloat_to_float(bits);
 }
 
-// Eight values from the at-th on, zeros for all but the first `there`. wide: pieces of 16 bytes are aligned.
+// Eight values from the at-th on; zeros beyond the first `there`. wide: pieces of 16 bytes are aligned.
 __device__ __forceinline__ void load_eight(const void* x, int kind, bool wide, int64_t at, int there, float v[8]) {
     if (wide && there == 8 && kind == FLOAT) {
         const float4* four = reinterpret_cast<const float4*>(static_cast<const float*>(x) + at);
@@ -59,7 +48,7 @@ struct Best {
     double value;
     int row;
 
-    // Keeps the larger; of equals the one with the lower row.
+    // Keeps the larger value; of equals the lower row.
     __device__ __forceinline__ void meet(double other, int its) {
         if (other > value || (other == value && its < row)) value = other, row = its;
     }
@@ -79,7 +68,7 @@ __device__ __noinline__ Best block_best(Best best, double* small) {
     return best;
 }
 
-// <a, b> of two vectors by a warp; short runs in float32, those added in float64.
+// <a, b> of two vectors by a warp: short runs summed in float32, the runs in float64.
 template <class A, class B>
 __device__ double warp_dot(int width, A a, B b) {
     double total = 0;

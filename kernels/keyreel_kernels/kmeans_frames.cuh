@@ -1,45 +1,41 @@
-// The work of a team on one problem, and all that touches its frames: bringing them in, multiplying them with
-// centroids, adding them up by cluster.
+// The record of one problem, and everything that reads its frames: loading, products with centroids, sums by cluster.
 //
-// Products with frames are made by tensor cores in halves. A centroid is hi + lo, and <x, c> - <x, hi> is at most
-// |c - hi|: only the tiles in which that could change a label are multiplied by lo as well. float32 frames are hi + lo
-// themselves and always take all products but lo * lo, 2^-22 of the whole. J, sums and moves never see halves.
+// Tensor cores multiply in halves. A centroid is hi + lo, and <x, c> - <x, hi> is at most |c - hi|: only tiles in which
+// that could change a label are multiplied by lo as well. float32 frames are hi + lo too and always take all products
+// but lo * lo, 2^-22 of the whole. J, sums and moves never use halves.
 //
-// Columns are padded to a multiple of 64 by zeros. Rows of halves lie in shared memory in pieces of 16 bytes, the two
-// 64-byte sides of each 128 swapped in odd rows, so that eight lanes, four in one row and four in the next, meet no
-// bank twice.
+// Columns are padded with zeros to a multiple of 64. Rows of halves are stored in pieces of 16 bytes, with the two
+// 64-byte sides of each 128 swapped in odd rows: eight lanes, four in one row and four in the next, have no bank
+// conflicts.
 
-#define NT 4            // most centroids in shared memory at a time, in eights
-#define WORK_BYTES 512  // for the record of the work, before all else in shared memory
-#define MOST_LEAD 32    // clusters up to which the pair products of `decide` lie in shared memory
+#define NT 4            // most centroids in shared memory at a time, in groups of eight
+#define WORK_BYTES 512  // for the record, at the start of shared memory
+#define MOST_LEAD 32    // most clusters for which the pair products of `decide` fit into shared memory
 
-enum Task { CLUSTER_ALL, ASSIGN, OBJECTIVE, UPDATE, RELOCATE };
 enum Verdict { STOP = 1, CLOSE = 2, EMPTY = 4 };
 
 // As in clustering.py.
 #define TOLERANCE 1e-10
 #define STILL 1e-7
-// Centroids, and frames that are not halves already, are halved in this scale: far from the halves' least numbers.
+// Scale at which centroids, and frames that are not halves, become halves: far from the smallest half.
 #define SCALE 256.0f
-// What float32 sums may add to the bound on a label.
+// Error of float32 sums in the bound on a label.
 #define SUM_ERROR 4e-6f
 
 struct Work {
     // the problem
     const void* x;  // its first frame
     const float* w;
-    const int64_t* given;             // labels, where they are not to be found
-    float *centres, *sums, *partial;  // [k, padded] each; two of centroids, partial one for each block
+    float *centres, *sums, *partial;  // [k, padded] each; two of centres, one partial per block
     int *labels, *counts;             // two of each: [frames], [k]
     int64_t all_frames;
     float *cosine, *gained;  // [frames], for relocation
     double *pairs, *lead, *board, *moves;
     unsigned* close;
     int* mail;
-    unsigned* barrier;
-    int kind, wide, width, padded, frames, first, own, k, most, tile, rank, size, slices;
+    int kind, wide, width, padded, frames, first, own, k, most, tile, rank;
     double penalty, margin;
-    double objective;  // of the last round that was taken; the first block's
+    double objective;  // of the last round taken; valid in the first block
     // shared memory
     double* small;
     uint16_t *hi, *lo, *panel, *panel_lo;
@@ -47,7 +43,7 @@ struct Work {
     int *here, *key, *order, *begin;
     int capacity, work_floats;
 
-    // Of this round and of the one before, in turn.
+    // Double buffers: of this round and the one before.
     __device__ __forceinline__ float* centre(int turn) const {
         return centres + static_cast<int64_t>(turn) * most * padded;
     }
@@ -55,9 +51,9 @@ struct Work {
     __device__ __forceinline__ int* filled(int turn) const { return counts + turn * most; }
 };
 
-static_assert(sizeof(Work) <= WORK_BYTES, "the record has less room than it takes");
+static_assert(sizeof(Work) <= WORK_BYTES, "the record does not fit");
 
-// Where the eight columns from 8 * piece of a row of halves lie.
+// The place of eight columns, from 8 * piece on, of a row of halves.
 __device__ __forceinline__ int piece_at(int row, int piece, int padded) {
     return row * padded + (piece ^ (row & 1) << 2) * 8;
 }
@@ -66,7 +62,7 @@ __device__ __forceinline__ uint32_t two_halves(float first, float second) {
     return kr_float_to_half(first) | static_cast<uint32_t>(kr_float_to_half(second)) << 16;
 }
 
-// Eight floats as halves, and what those lack.
+// Eight floats as halves hi, and the remainders lo.
 __device__ __forceinline__ void split(const float v[8], uint4& hi, uint4& lo) {
     uint32_t high[4], low[4];
 #pragma unroll
@@ -78,7 +74,7 @@ __device__ __forceinline__ void split(const float v[8], uint4& hi, uint4& lo) {
     hi = {high[0], high[1], high[2], high[3]}, lo = {low[0], low[1], low[2], low[3]};
 }
 
-// Brings frames [from, from + count) of this block's into shared memory.
+// Loads frames [from, from + count) of this block into shared memory.
 __device__ __noinline__ void load_rows(const Work& p, int from, int count) {
     const int pieces = p.padded / 8;
     const int64_t base = p.first + from;
@@ -105,8 +101,8 @@ __device__ __noinline__ void load_rows(const Work& p, int from, int count) {
     __syncthreads();
 }
 
-// Brings centroids from `from` on into shared memory, with the length of what their halves lack. A warp has two rows at
-// a time: loads that wait for nothing are what time goes into.
+// Loads centroids from `from` on into shared memory, with the length of what their halves lack. A warp takes two rows at
+// a time, to have more loads in flight.
 __device__ __noinline__ void load_panel(const Work& p, const float* centre, int from) {
     __syncthreads();
     for (int row = threadIdx.x / 32; row < p.tile; row += 2 * WARPS) {
@@ -142,8 +138,8 @@ __device__ __noinline__ void load_panel(const Work& p, const float* centre, int 
     __syncthreads();
 }
 
-// sum += 16 rows of `a`, the 8th from each other in one lane, times the panel `b`. Which column is the n-th of a step
-// is free as long as both sides agree: a lane takes eight that lie together. Whole warp.
+// sum += 16 rows of `a` (a lane has one and the 8th after it) times the panel `b`. The order of columns within a step is
+// free as long as both sides agree: a lane takes eight adjacent ones. Whole warp.
 __device__ __forceinline__ void multiply(const uint16_t* a, int top, int bottom, const uint16_t* b, int padded,
                                          int eights, float sum[NT][4]) {
     const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
@@ -168,7 +164,7 @@ struct Pick {
     int column;
 };
 
-// The best of the columns of one row, which four lanes hold; `side` 0 for the upper row of a lane, 1 for the lower.
+// The best column of one row, held by four lanes; `side` 0 for the upper row of a lane, 1 for the lower.
 __device__ __forceinline__ Pick pick(const float sum[NT][4], int side, int from, int wanted, const int* filled) {
     Pick out{-KR_INFINITY, -KR_INFINITY, 0};
 #pragma unroll
@@ -195,9 +191,8 @@ __device__ __forceinline__ Pick pick(const float sum[NT][4], int side, int from,
     return out;
 }
 
-// The nearest centroid of each frame in shared memory: of the panel that begins with the from-th, or an earlier one.
-// The cosine in `best` has all its digits where `exact`, as it must where there is more than one panel. filled:
-// clusters that count, null for all.
+// The nearest centroid of each frame in shared memory, among this panel (from the from-th on) and earlier ones. exact:
+// `best` gets the full cosine, as several panels need. filled: clusters to consider, null for all.
 __device__ __noinline__ void assign_rows(const Work& p, int count, int from, bool exact, const int* filled) {
     const int lane = threadIdx.x % 32, group = lane / 4, wanted = min(p.k - from, p.tile), eights = (wanted + 7) / 8;
     const float unit = (p.kind == HALF ? 1.0f : 1.0f / SCALE) / SCALE;
@@ -226,7 +221,7 @@ __device__ __noinline__ void assign_rows(const Work& p, int count, int from, boo
     __syncthreads();
 }
 
-// Runs `body(from, count)` with the block's frames in shared memory, a chunk at a time; at least once.
+// Calls `body(from, count)` with the block's frames in shared memory, chunk by chunk; at least once.
 template <class Body>
 __device__ void for_chunks(const Work& p, Body body) {
     for (int from = 0; from == 0 || from < p.own; from += p.capacity) {
@@ -246,13 +241,13 @@ __device__ void assign_chunk(const Work& p, const float* centre, int count, bool
     }
 }
 
-// Adds the weighted frames in shared memory up by cluster: sorted by label, so that a thread sums its four columns of a
-// cluster in registers. `again`: onto what the earlier chunks gave.
+// Sums the weighted frames in shared memory by cluster, sorted by label, so that a thread sums its four columns of a
+// cluster in registers. again: adds to the sums of earlier chunks.
 __device__ __noinline__ void sum_chunk(const Work& p, int count, bool again, int* filled) {
     const int fours = (count + 3) / 4;
     for (int n = threadIdx.x; n < fours * 4; n += THREADS) p.key[n] = n < count ? p.here[n] * count + n : 0x7fffffff;
     __syncthreads();
-    // A frame's place, and where a cluster begins: the number of smaller keys.
+    // A frame's place, or a cluster's begin, is the number of smaller keys.
     for (int n = threadIdx.x; n < count + p.k + 1; n += THREADS) {
         const int own = n < count ? p.key[n] : (n - count) * count;
         int smaller = 0;

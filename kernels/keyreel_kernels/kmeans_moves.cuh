@@ -1,16 +1,15 @@
-// Moving centroids: all inner products of centroids and sums, what they say about J and the moves, and the moves.
+// Moving centroids: inner products of centroids and sums, J and the moves from them, and carrying the moves out.
 
-// Inner products of all pairs of centroids and sums over this block's columns: the upper tiles, 4 by 4, of a matrix
-// whose rows are the centroids and, from the `half`-th on, S. Short runs are summed in float32, those in float64; all
-// in float64, slow as it is on most devices, where the penalty may all but cancel S.
+// Inner products of all pairs of centroids and sums over this block's columns: the upper 4 x 4 tiles of a matrix whose
+// rows are the centroids and, from the `half`-th on, S. Short runs are summed in float32, the runs in float64; with a
+// penalty that may nearly cancel S, all in float64, slow as that is.
 __device__ __noinline__ void multiply_pairs(const Work& p, const float* centre) {
-    if (p.rank >= p.slices) return;
     const int fours = (p.k + 3) / 4, half = fours * 4, side = 2 * half, tiles = fours * (2 * fours + 1);
-    const int low = p.padded / 4 * p.rank / p.slices * 4, high = p.padded / 4 * (p.rank + 1) / p.slices * 4;
+    const int low = p.padded / 4 * p.rank / CLUSTER * 4, high = p.padded / 4 * (p.rank + 1) / CLUSTER * 4;
     float* stage = reinterpret_cast<float*>(p.panel);
     const bool all_digits = p.penalty >= 1;
     double* out = p.pairs + static_cast<int64_t>(p.rank) * 4 * p.most * p.most;
-    // What J, and the gain of a move, is made of: all digits.
+    // The terms of J and of a move's gain: float64.
     for (int j = threadIdx.x / 32; j < p.k; j += WARPS) {
         double own = 0, mixed = 0, square = 0;
         for (int d = low + threadIdx.x % 32; d < high; d += 32) {
@@ -48,7 +47,7 @@ __device__ __noinline__ void multiply_pairs(const Work& p, const float* centre) 
             }
         }
         __syncthreads();
-        // Two lanes a tile, one for the even columns and one for the odd.
+        // Two lanes per tile: one for the even columns, one for the odd.
         for (int base = 0; base < tiles; base += THREADS / 2) {
             const int tile = base + static_cast<int>(threadIdx.x) / 2;
             int right = static_cast<int>((sqrtf(8.0f * static_cast<float>(tile) + 1) - 1) / 2);
@@ -95,8 +94,8 @@ struct Products {
 
 __device__ double over(double closeness) { return closeness > 0 ? closeness : 0; }
 
-// clustering.update from inner products, one warp: which multiples of S_j, of c_j and of the centroids too close to it
-// make the new c_j. Returns whether any of them was too close.
+// clustering.move from inner products, by one warp: the multiples of S_j, c_j and the centroids close to it that make the
+// new c_j. Returns whether any was close.
 __device__ __noinline__ bool moves_in_turn(const Work& p, Products m) {
     const int lane = threadIdx.x % 32, words = (p.most + 31) / 32;
     const double mu = p.penalty / p.k;
@@ -114,7 +113,7 @@ __device__ __noinline__ bool moves_in_turn(const Work& p, Products m) {
             if (lane == 0) p.close[j * words + word] = bits;
         }
         __syncwarp();
-        // Where the goal S_j - mu sum of close c is, from c_i and from S_i, in place of the i-th entries of two rows.
+        // Products of the goal S_j - mu sum of close c with each c_i and S_i.
         double *with_c = m.cc + p.k * p.k * 3, *with_s = with_c + p.k;
         for (int i = lane; i < p.k; i += 32) {
             double c = m.cs[i * p.k + j], s = ss[i];
@@ -160,8 +159,8 @@ __device__ __noinline__ bool moves_in_turn(const Work& p, Products m) {
     return any;
 }
 
-// The first block: J from the products; whether the last round is taken; the moves of the next. Returns the verdict.
-__device__ __noinline__ int decide(Work& p, Task task, int turn, int round, int rounds, double* objective,
+// In the first block: J from the products, whether the last round is taken, the moves of the next. Returns the verdict.
+__device__ __noinline__ int decide(Work& p, int turn, int round, int rounds, double* objective,
                                    double* history) {
     const int squares = p.k * p.k;
     Products m;
@@ -180,8 +179,8 @@ __device__ __noinline__ int decide(Work& p, Task task, int turn, int round, int 
             const int row = kind == 1 ? i : min(i, j) + kind / 2 * p.k,
                       column = kind == 1 ? j + p.k : max(i, j) + kind / 2 * p.k;
             const double* pair = p.pairs + row * 2 * p.k + column;
-            for (int slice = 0; slice < p.slices; ++slice)
-                sum[u] += pair[static_cast<int64_t>(slice) * 4 * p.most * p.most];
+            for (int block = 0; block < CLUSTER; ++block)
+                sum[u] += pair[static_cast<int64_t>(block) * 4 * p.most * p.most];
         }
 #pragma unroll
         for (int u = 0; u < 4; ++u) {
@@ -194,23 +193,18 @@ __device__ __noinline__ int decide(Work& p, Task task, int turn, int round, int 
     }
     const double now = block_sum(part, p.small);
     int verdict = 0;
-    if (task == CLUSTER_ALL) {
-        // Rounding centroids and sums may lift J by a few ulp at rest.
-        const bool taken = round == 0 || now < p.objective - STILL, last = !taken || round == rounds;
-        __syncthreads();
-        if (taken && threadIdx.x == 0) p.objective = now;
-        __syncthreads();
-        for (int n = round + threadIdx.x; n <= (last ? rounds : round); n += THREADS) history[n] = p.objective;
-        if (last) {
-            if (threadIdx.x == 0) p.mail[2] = taken ? turn : 1 - turn, *objective = p.objective;
-            return STOP;
-        }
-    } else if (task == OBJECTIVE) {
-        if (threadIdx.x == 0) *objective = now;
+    // Rounding centroids and sums may raise J by a few ulp at rest.
+    const bool taken = round == 0 || now < p.objective - STILL, last = !taken || round == rounds;
+    __syncthreads();
+    if (taken && threadIdx.x == 0) p.objective = now;
+    __syncthreads();
+    for (int n = round + threadIdx.x; n <= (last ? rounds : round); n += THREADS) history[n] = p.objective;
+    if (last) {
+        if (threadIdx.x == 0) p.mail[2] = taken ? turn : 1 - turn, *objective = p.objective;
         return STOP;
     }
     __syncthreads();
-    // Where no centroid, before or after its move, is close to another, the moves do not touch each other.
+    // If no centroid is close to another, before or after its move, the moves are independent.
     if (p.penalty > 0)
         for (int n = threadIdx.x; n < squares; n += THREADS) {
             const int i = n / p.k, j = n % p.k;
@@ -231,15 +225,14 @@ __device__ __noinline__ int decide(Work& p, Task task, int turn, int round, int 
         if (!p.filled(turn)[j]) verdict |= EMPTY;
         p.filled(1 - turn)[j] = 0;
     }
-    // One bit each, as numbers that cannot meet.
     const double close = block_sum(verdict & CLOSE ? 1 : 0, p.small),
                  empty = block_sum(verdict & EMPTY ? 1 : 0, p.small);
     return (close > 0 ? CLOSE : 0) | (empty > 0 ? EMPTY : 0);
 }
 
-// Carries the moves out on this block's columns.
+// Applies the moves to this block's columns.
 __device__ void move(const Work& p, const float* before, float* after, bool close) {
-    const int low = p.padded / 4 * p.rank / p.size * 4, wide = p.padded / 4 * (p.rank + 1) / p.size * 4 - low;
+    const int low = p.padded / 4 * p.rank / CLUSTER * 4, wide = p.padded / 4 * (p.rank + 1) / CLUSTER * 4 - low;
     const int words = (p.most + 31) / 32;
     const double mu = p.penalty / p.k;
     if (!close) {

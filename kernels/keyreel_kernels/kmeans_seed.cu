@@ -1,12 +1,10 @@
-// What stands before and after k-means: temporal support, farthest-first seeds, representatives. clustering.py is the
-// definition; types of frames and rounding as in kmeans.cu.
+// Before and after k-means: neighbour similarity, farthest-first seeds, representatives. clustering.py is the definition.
 
 #include "kmeans_common.cuh"
 
 #define COVERED 1e-6  // as in clustering.py
 
-// Sums of w z over the videos' frames, in parts: a part [videos, parts, width] for each block of the grid (videos,
-// parts).
+// sums [videos, parts, width] of w z over a part of each video's frames; the grid is (videos, parts).
 extern "C" __global__ void __launch_bounds__(THREADS)
     column_sums(const void* x, const float* w, const int64_t* offsets, double* sums, int width, int kind) {
     const int64_t start = offsets[blockIdx.x], count = offsets[blockIdx.x + 1] - start;
@@ -25,7 +23,7 @@ __device__ double frame_dot(const void* x, int kind, int width, int64_t t, int64
         [&](int d) { return value_at(x, kind, u * width + d); });
 }
 
-// |mean z|^2 of each video, a block each, from `column_sums` with weights 1.
+// |mean z|^2 of each video, a block per video, from `column_sums` with weights 1.
 extern "C" __global__ void __launch_bounds__(THREADS)
     mean_square(const double* sums, const int64_t* offsets, double* out, int parts, int width) {
     KR_SHARED(double, small);
@@ -41,9 +39,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) out[blockIdx.x] = square;
 }
 
-// A warp a frame. typical [videos]: what `mean_square` found.
+// A warp per frame. typical [videos]: from `mean_square`.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    temporal_support(const void* x, const int64_t* offsets, const double* typical, float* support, float* smooth,
+    neighbour_similarity(const void* x, const int64_t* offsets, const double* typical, float* similarity, float* smooth,
                      int videos, int width, int kind, int reach) {
     const int64_t t = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
@@ -59,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int64_t start = offsets[low], stop = offsets[low + 1];
     double best = 0, second = 0;
     int64_t nearest = -1, next = -1;
-    for (int n = 0; n < 2 * reach; ++n) {  // one step before, one after, two before, ...: the first of equals is taken
+    for (int n = 0; n < 2 * reach; ++n) {  // one before, one after, two before, ...: the first of equals wins
         const int64_t other = n % 2 ? t + n / 2 + 1 : t - n / 2 - 1;
         if (other < start || other >= stop) continue;
         const double cosine = frame_dot(x, kind, width, t, other);
@@ -80,22 +78,22 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int step = 16; step; step /= 2) square += __shfl_xor_sync(KR_FULL_WARP, square, step);
     const double shrink = 1 / fmax(sqrt(square), 1e-30);
     for (int d = lane; d < width; d += 32) smooth[t * width + d] = static_cast<float>(mixed(d) * shrink);
-    if (lane == 0) support[t] = nearest < 0 ? 1.0f : static_cast<float>(next < 0 ? best : (best + second) / 2);
+    if (lane == 0) similarity[t] = nearest < 0 ? 1.0f : static_cast<float>(next < 0 ? best : (best + second) / 2);
 }
 
-// Seeds of the videos. rows, gaps [videos, count], filled with -1 and 0 before; sums [videos, parts, width] by
-// `column_sums` with w; gap [frames] and board [teams, 2, size, 2] are scratch. A team takes the videos team, team +
-// teams, ...; `staged`: its frames fit into shared memory behind the sum and the last seed.
+// Seeds of the videos. rows, gaps [videos, count]: filled with -1 and 0 before; sums [videos, parts, width] from
+// `column_sums` with w; gap [frames] and board [teams, 2, CLUSTER, 2] are scratch. A team takes the videos team, team +
+// teams, ...; staged: its frames fit into shared memory behind the sum and the last seed.
 KR_CLUSTER_KERNEL __launch_bounds__(THREADS, 1)
     seed(const void* x, const float* w, const int64_t* offsets, const double* sums, double* gap, double* board,
-         int64_t* rows, float* gaps, unsigned* barrier, int videos, int count, int width, int kind, int wide, int parts,
+         int64_t* rows, float* gaps, int videos, int count, int width, int kind, int wide, int parts,
          int staged) {
     KR_SHARED(double, small);
     double* total = small + 64;
     float* target = reinterpret_cast<float*>(total + (width + 1) / 2 * 2);
-    const int size = static_cast<int>(GRID ? gridDim.x : CLUSTER), teams = static_cast<int>(gridDim.x) / size;
-    const int rank = static_cast<int>(GRID ? blockIdx.x : kr_cluster_rank()),
-              team = static_cast<int>(blockIdx.x) / size;
+    constexpr int size = CLUSTER;
+    const int teams = static_cast<int>(gridDim.x) / size, team = static_cast<int>(blockIdx.x) / size;
+    const int rank = static_cast<int>(kr_cluster_rank());
     const int lane = threadIdx.x % 32, bytes = kind == FLOAT ? 4 : 2;
     board += static_cast<int64_t>(team) * 4 * size;
     int turn = 0;
@@ -147,7 +145,7 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS, 1)
                     __syncwarp();
                     if (lane == 0) gap[start + t] = found;
                 }
-                // What is no number wins, as a row that cannot be: such a video has no seed.
+                // A NaN or an infinity wins with row -1: such a video has no seeds.
                 const double value = weight * found;
                 if (value - value == 0)
                     worst.meet(value, t);
@@ -157,7 +155,7 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS, 1)
             worst = block_best(worst, small);
             double* slots = board + turn * size * 2;
             if (threadIdx.x == 0) slots[rank * 2] = worst.value, slots[rank * 2 + 1] = worst.row;
-            team_sync(barrier);
+            kr_cluster_sync();
             worst = {-KR_INFINITY, frames};
             for (int block = threadIdx.x; block < size; block += THREADS)
                 worst.meet(slots[block * 2], static_cast<int>(slots[block * 2 + 1]));
@@ -176,7 +174,7 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS, 1)
     }
 }
 
-// Best frame of each cluster as one number: clean ones first, then by similarity, then the earliest. keys [problems,
+// The best frame of each cluster as one number: clean first, then by similarity, then the earliest. keys [problems,
 // most]: zeros before; the grid is (problems, parts).
 extern "C" __global__ void __launch_bounds__(THREADS)
     representatives(const int64_t* spans, const int64_t* starts, const int64_t* labels, const float* similarity,

@@ -1,4 +1,4 @@
-"""The definition of every operation on pictures, in NumPy: colour, geometry, and what tells one from the next.
+"""Operations on pictures in NumPy: the definition of what pictures.cu computes. Colour, geometry, signals.
 
 Letters: N frames, H x W pixels.
 """
@@ -11,23 +11,22 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel_kernels.reference import F32, U8
+from keyreel_kernels.shift import F32, U8
 from keyreel_kernels.surfaces import LUMA_WEIGHTS, Surface, common_size, first_place, resized_size
 
-F16: TypeAlias = NDArray[np.float16]
 U16: TypeAlias = NDArray[np.uint16]
 Interpolation: TypeAlias = Literal["bicubic", "bilinear", "area"]
 
-HISTOGRAM_BINS = 8  # a colour channel
+HISTOGRAM_BINS = 8  # per colour channel
 
 
 def yuv_to_rgb(y: U8 | U16, uv: U8 | U16, *, bits: int, standard: str, full_range: bool) -> F32:
     """NV12 (8 bits in u8) or P016 (`bits` in the high end of u16) to R'G'B', ITU-R BT.601/709/2020.
 
-    Chroma is sited as in MPEG-2: on the left column of each pair, between the two rows; interpolated linearly.
+    Chroma is sited as in MPEG-2 (on the left column of each pair, between the two rows) and interpolated linearly.
 
     Args:
-        y: [N, H, W]. uv: [N, ceil(H/2), ceil(W/2), 2], Cb then Cr; or, 4:4:4, [N, H, W, 2] and used as it is.
+        y: [N, H, W]. uv: [N, ceil(H/2), ceil(W/2), 2], Cb then Cr; or [N, H, W, 2] for 4:4:4.
         standard: "bt601", "bt709" or "bt2020".
 
     Returns:
@@ -57,17 +56,17 @@ def _linear(values: F32, at: NDArray[np.float64], axis: int) -> F32:
     last = values.shape[axis] - 1
     at = np.clip(at, 0, last)
     low = np.floor(at).astype(np.int64)
-    part = (at - low).astype(np.float32).reshape([-1 if n == axis else 1 for n in range(values.ndim)])
-    mixed: F32 = values.take(low, axis) * (1 - part) + values.take(np.minimum(low + 1, last), axis) * part
+    fraction = (at - low).astype(np.float32).reshape([-1 if n == axis else 1 for n in range(values.ndim)])
+    mixed: F32 = values.take(low, axis) * (1 - fraction) + values.take(np.minimum(low + 1, last), axis) * fraction
     return mixed
 
 
 def resize_weights(old: int, new: int, interpolation: Interpolation) -> F32:
-    """[new, old] float32 rows that sum to 1: a filter as wide as the reduction, so that nothing aliases.
+    """[new, old] float32 rows that sum to 1: a filter as wide as the reduction, which prevents aliasing.
 
-    Triangle for bilinear, Keys' cubic with a = -0.5 (Keys 1981) for bicubic, a box for area; sample positions at
-    pixel centres. The same weights as Pillow's and torchvision's antialiased resize, before their rounding; Pillow also
-    clips between the two passes, which shows where bicubic overshoots.
+    Triangle for bilinear, Keys' cubic with a = -0.5 (Keys 1981) for bicubic, a box for area; samples are at pixel
+    centres. The weights of Pillow's and torchvision's antialiased resize before rounding. Pillow also clips between the
+    two passes, which shows where bicubic overshoots.
     """
     support, ratio = {"area": 0.5, "bilinear": 1.0, "bicubic": 2.0}[interpolation], old / new
     stretch = max(ratio, 1.0)
@@ -90,7 +89,7 @@ def resize_weights(old: int, new: int, interpolation: Interpolation) -> F32:
 
 
 def resize(frames: U8 | F32, height: int, width: int, interpolation: Interpolation) -> F32:
-    """[N, H, W, 3] -> [N, height, width, 3] float32, antialiased, not clipped: bicubic overshoots."""
+    """[N, H, W, 3] -> [N, height, width, 3] float32, antialiased; not clipped, so bicubic overshoots."""
     rows = resize_weights(frames.shape[1], height, interpolation)
     columns = resize_weights(frames.shape[2], width, interpolation)
     half = np.einsum("xw,nhwc->nhxc", columns, frames.astype(np.float32), optimize=True)
@@ -102,13 +101,13 @@ def transform(frames: U8, *, height: int, width: int, mode: str, interpolation: 
     """Frames to pictures of the model's size, as open_clip's own transform makes them.
 
     Args:
-        frames: [N, H, W, 3] uint8 RGB. mode: as in `resized_size`. fill: value of the padding, mode "longest".
+        frames: [N, H, W, 3] uint8 RGB. mode: as in `resized_size`. fill: value of the padding in mode "longest".
 
     Returns:
-        [N, height, width, 3] uint8, rounded and clipped; mode "fit" gives the size that it has come to.
+        [N, height, width, 3] uint8; in mode "fit" the size is what fits.
 
     Raises:
-        ValueError: no such mode.
+        ValueError: unknown mode.
     """
     old_height, old_width = frames.shape[1:3]
     new = resized_size(old_height, old_width, height, width, mode)
@@ -122,7 +121,7 @@ def _rounded(frames: F32) -> U8:
 
 
 def _placed(frames: U8, height: int, width: int, fill: int) -> U8:
-    """The middle of pictures that are larger, the others on a ground of `fill`."""
+    """Crops larger pictures to their middle and pads smaller ones with `fill`."""
     if frames.shape[1:3] == (height, width):
         return frames
     out = np.full((len(frames), height, width, 3), fill, np.uint8)
@@ -140,21 +139,19 @@ def frames_from_surfaces(
     mode: str,
     interpolation: Interpolation,
     fill: int = 0,
-    normalised: tuple[F32, F32] | None = None,
-) -> U8 | F16:
-    """What a decoder gives, as upright pictures of the model's size: `yuv_to_rgb`, then as `transform` does.
+) -> U8:
+    """Decoded surfaces as upright pictures of the model's size: `yuv_to_rgb`, then as in `transform`.
 
-    The resize goes straight from the coded size, so that pixels that are not square cost no further pass.
+    The coded size is resized directly, so that non-square pixels cost no extra pass.
 
     Args:
         surfaces: of any sizes, depths and standards. height, width, mode, interpolation, fill: as in `transform`.
-        normalised: [3] mean and [3] standard deviation, as in `normalise`.
 
     Returns:
-        [N, height, width, 3] uint8, or with `normalised` [N, 3, height, width] float16.
+        [N, height, width, 3] uint8.
 
     Raises:
-        ValueError: mode "fit" gives the pictures different sizes, or there is no such mode.
+        ValueError: mode "fit" gives the pictures different sizes, or the mode is unknown.
     """
     sizes = [resized_size(*surface.display, height, width, mode) for surface in surfaces]
     height, width = common_size(sizes, height, width, mode)
@@ -168,16 +165,11 @@ def frames_from_surfaces(
         upright = small.swapaxes(1, 2) if transpose else small
         upright = upright[:, :: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
         out[n] = _placed(upright, height, width, fill)[0]
-    return out if normalised is None else normalise(out, *normalised).astype(np.float16)
-
-
-def normalise(frames: U8, mean: F32, std: F32) -> F32:
-    """[N, H, W, 3] uint8 -> [N, 3, H, W] float32: (x / 255 - mean) / std, mean and std [3]."""
-    return ((frames.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
+    return out
 
 
 def frame_signals(frames: U8) -> tuple[F32, F32, F32, F32]:
-    """What tells a clean frame from a poor one, and one picture from the next.
+    """Sharpness, brightness and colours of each frame.
 
     Args:
         frames: [N, H, W, 3] uint8 RGB, N >= 1.
@@ -192,12 +184,12 @@ def frame_signals(frames: U8) -> tuple[F32, F32, F32, F32]:
     inner = luma[:, 1:-1, 1:-1]
     edges = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4 * inner
     sharpness = edges.var((1, 2)) if edges.size else np.zeros(len(frames), np.float32)
-    # Bits of the three channels side by side name the bin.
+    # The bin's number is the top bits of the three channels side by side.
     coarse = (frames >> 5).astype(np.int64)
     bins = (coarse[..., 0] * HISTOGRAM_BINS + coarse[..., 1]) * HISTOGRAM_BINS + coarse[..., 2]
     histogram = np.stack([np.bincount(row.ravel(), minlength=HISTOGRAM_BINS**3) for row in bins])
-    share = (histogram / max(bins[0].size, 1)).astype(np.float32)
-    return sharpness, luma.mean((1, 2)), luma.std((1, 2)), share
+    fractions = (histogram / max(bins[0].size, 1)).astype(np.float32)
+    return sharpness, luma.mean((1, 2)), luma.std((1, 2)), fractions
 
 
 def histogram_distance(one: F32, other: F32) -> F32:

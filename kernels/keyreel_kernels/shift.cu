@@ -1,10 +1,6 @@
-// Temporal shift and pooling of patch tokens. Letters as in reference.py: T frames, P patches, C and D columns, S steps.
+// Temporal shift of patch tokens and pixels; shift.py is the definition. T frames, P patches, C columns, S steps.
 
 #define SHIFT_WARPS 4
-#define POOL_COLUMNS 128
-
-__device__ __forceinline__ float as_float(float value) { return value; }
-__device__ __forceinline__ float as_float(uint16_t value) { return kr_half_to_float(value); }
 
 __device__ __forceinline__ float first_of(uint32_t pair) { return kr_half_to_float(static_cast<uint16_t>(pair)); }
 __device__ __forceinline__ float second_of(uint32_t pair) { return kr_half_to_float(static_cast<uint16_t>(pair >> 16)); }
@@ -37,9 +33,9 @@ __device__ __forceinline__ T warp_sum(T value) {
 
 // --- which patches, which step ---------------------------------------------------------------------------------------
 
-// products [S+1, T, P] += <x[t,i], x[t-s,i]> over some columns, s = 0 being the square. A warp walks along the frames of
-// one patch and keeps the last S+1 rows, and the next one while it arrives, in shared memory, so that each token is read
-// from device memory once. A lane reads only what it has copied itself: there is nothing to wait for but the copy.
+// products [S+1, T, P] += <x[t,i], x[t-s,i]> over some columns; s = 0 is the square. A warp walks along the frames of one
+// patch and keeps the last S+1 rows and the next one in shared memory, so that each token is read from device memory
+// once. A lane reads only what it copied itself: no barrier, only the copy to wait for.
 template <class T>
 __device__ __forceinline__ void products_of(uint4* shared, const T* tokens, int64_t frame_stride, int row_stride, int count,
                                             int places, int column, int columns, int aligned, int steps, int span,
@@ -104,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(32 * SHIFT_WARPS, 4)
     products_of(ring, tokens, frame_stride, row_stride, count, places, column, columns, aligned, steps, span, products);
 }
 
-// The order of the numbers as an order of unsigned integers, and back.
+// Maps floats to unsigned integers of the same order, and back.
 __device__ __forceinline__ unsigned ordered(float value) {
     const unsigned bits = __float_as_uint(value);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -138,7 +134,7 @@ __device__ __forceinline__ int64_t taken_from(int frame, int offset, int count, 
     return there >= 0 && there < count && shot[there] == shot[frame] ? there : frame;
 }
 
-// source [T, P]; a block for each frame. products as above; shot [T] counts the cuts up to each frame.
+// source [T, P]; a block per frame. products as above; shot [T]: number of cuts up to each frame.
 extern "C" __global__ void __launch_bounds__(32 * SHIFT_WARPS, 8)
     decide_sources(const float* products, const int* shot, int count, int places, int grid_columns, int steps,
                    float threshold, int64_t* source) {
@@ -186,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(32 * SHIFT_WARPS, 8)
         const float change = i < places ? row[i] : 0;
         const bool tie = i < places && ordered(change) == last.key;
         const unsigned tied = __ballot_sync(KR_FULL_WARP, tie);
-        // Of equal changes the first patches count.
+        // Of equal changes the first patches are chosen.
         const bool in = ordered(change) > last.key || (tie && last.above + ties + __popc(tied & ((1u << lane) - 1)) < half);
         ties += __popc(tied);
         if (i >= places) continue;
@@ -197,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(32 * SHIFT_WARPS, 8)
     }
 }
 
-// source [T, P] of the same offsets [P] in every frame.
+// source [T, P] from offsets [P], the same in every frame.
 extern "C" __global__ void __launch_bounds__(256)
     offset_sources(const int* offset, const int* shot, int count, int places, int64_t* source) {
     const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -205,9 +201,9 @@ extern "C" __global__ void __launch_bounds__(256)
     source[at] = taken_from(static_cast<int>(at / places), offset[at % places], count, shot);
 }
 
-// --- taking them -----------------------------------------------------------------------------------------------------
+// --- gathering -------------------------------------------------------------------------------------------------------
 
-// A warp for each token, `words` of Word long.
+// A warp per token of `words` words.
 template <class Word>
 __device__ __forceinline__ void gather_row(const Word* tokens, const int64_t* source, int64_t rows, int words, int prefix,
                                            int places, Word* out) {
@@ -235,7 +231,7 @@ __device__ __forceinline__ int patch_at(int at, int size, int patches) {
     return static_cast<int>((static_cast<int64_t>(at + 1) * patches - 1) / size);
 }
 
-// A block for each row of pixels. A word of up to 4 bytes lies on one pixel or on two.
+// A block per row of pixels. A word of up to 4 bytes covers one pixel or two.
 template <class Word>
 __device__ __forceinline__ void gather_line(const Word* frames, const int64_t* source, int height, int width, int patch_rows,
                                             int patch_columns, Word* out) {
@@ -261,71 +257,4 @@ extern "C" __global__ void __launch_bounds__(128) gather_pixels_4(const uint32_t
 extern "C" __global__ void __launch_bounds__(128) gather_pixels_1(const uint8_t* frames, const int64_t* source, int height,
                                                                   int width, int rows, int columns, uint8_t* out) {
     gather_line(frames, source, height, width, rows, columns, out);
-}
-
-// --- pooling ---------------------------------------------------------------------------------------------------------
-
-// pooled [N, D], not yet of unit length; a block for each row and POOL_COLUMNS columns, a warp for every eighth patch.
-// share [P], then a sum for each warp, then [8, POOL_COLUMNS] floats. Double, since attention^strength leaves the range of
-// a float where maps are zero.
-template <class T>
-__device__ __forceinline__ void pool_columns(double* share, const T* values, const float* weights, const float* attention,
-                                             int places, int columns, double strength, float* pooled) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int64_t row = blockIdx.x;
-    double* sums = share + places;
-    float* parts = reinterpret_cast<float*>(sums + warps);
-    double sum = 0;
-    for (int i = threadIdx.x; i < places; i += blockDim.x) {
-        const double relative = fmax(static_cast<double>(attention[row * places + i]) * places, 1e-6);
-        share[i] = weights[row * places + i] * pow(relative, strength);
-        sum += share[i];
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) sums[warp] = sum;
-    __syncthreads();
-    double total = 0;
-    for (int n = 0; n < warps; ++n) total += sums[n];
-    float pool[POOL_COLUMNS / 32] = {};
-    const int first = blockIdx.y * POOL_COLUMNS + lane;
-#pragma unroll 2
-    for (int i = warp; i < places; i += warps) {
-        const float part = static_cast<float>(share[i] / total);
-        const T* from = values + (row * places + i) * columns;
-#pragma unroll
-        for (int n = 0; n < POOL_COLUMNS / 32; ++n)
-            if (first + 32 * n < columns) pool[n] += part * as_float(from[first + 32 * n]);
-    }
-#pragma unroll
-    for (int n = 0; n < POOL_COLUMNS / 32; ++n) parts[warp * POOL_COLUMNS + lane + 32 * n] = pool[n];
-    __syncthreads();
-    const int column = blockIdx.y * POOL_COLUMNS + threadIdx.x;
-    if (threadIdx.x >= POOL_COLUMNS || column >= columns) return;
-    float whole = 0;
-    for (int n = 0; n < warps; ++n) whole += parts[n * POOL_COLUMNS + threadIdx.x];
-    pooled[row * columns + column] = whole;
-}
-
-extern "C" __global__ void __launch_bounds__(256) pool_half(const uint16_t* values, const float* weights,
-                                                            const float* attention, int places, int columns,
-                                                            double strength, float* pooled) {
-    KR_SHARED(double, share);
-    pool_columns(share, values, weights, attention, places, columns, strength, pooled);
-}
-extern "C" __global__ void __launch_bounds__(256) pool_float(const float* values, const float* weights,
-                                                             const float* attention, int places, int columns,
-                                                             double strength, float* pooled) {
-    KR_SHARED(double, share);
-    pool_columns(share, values, weights, attention, places, columns, strength, pooled);
-}
-
-// Rows of [N, D] to unit length, in place; a warp for each.
-extern "C" __global__ void __launch_bounds__(256) unit_rows(float* vectors, int rows, int columns) {
-    const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= rows) return;
-    float* own = vectors + static_cast<int64_t>(row) * columns;
-    float square = 0;
-    for (int n = threadIdx.x % 32; n < columns; n += 32) square += own[n] * own[n];
-    const float length = fmaxf(sqrtf(warp_sum(square)), 1e-12f);
-    for (int n = threadIdx.x % 32; n < columns; n += 32) own[n] /= length;
 }

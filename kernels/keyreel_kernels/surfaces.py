@@ -1,4 +1,4 @@
-"""Pictures as decoders give them, and how large and where they are shown."""
+"""Decoded YUV surfaces, and where a picture goes when it is resized, cropped or padded."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ LUMA_WEIGHTS = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """A coded YUV picture where it lies, and what it takes to show it.
+    """A decoded YUV picture and how to show it.
 
     Raises:
-        ValueError: planes that do not fit together, or a depth or standard that there is none of.
+        ValueError: planes that do not match, or an unknown depth or standard.
     """
 
     planes: tuple[Any, ...]  # NumPy or CuPy: y [H, W] and uv [ceil(H/2), ceil(W/2), 2], or y, u, v, each [H, W]
-    bits: int  # 8 in uint8, or 8 to 16 at the high end of uint16
+    bits: int  # 8 in uint8, or 8 to 16 in the high bits of uint16
     standard: str  # "bt601", "bt709" or "bt2020"
     full_range: bool
     display: tuple[int, int]  # (height, width) of the upright picture in square pixels
@@ -50,12 +50,12 @@ class Surface:
 def resized_size(height: int, width: int, tall: int, wide: int, mode: str) -> tuple[int, int]:
     """(height, width) to which a picture of height x width is scaled, before it is cropped or padded to tall x wide.
 
-    shortest: it covers the size, the middle is cropped. longest: it fits inside and is padded. squash: both sides fit.
-    fit: it fits inside, is neither padded nor enlarged. `shortest` rounds as torchvision's Resize does (the long side
-    is cut to an integer), `longest` as open_clip's ResizeMaxSize.
+    shortest: covers the size, then the middle is cropped. longest: fits inside, then is padded. squash: exactly the
+    size. fit: fits inside and is never enlarged or padded. `shortest` rounds as torchvision's Resize does (the long
+    side down), `longest` as open_clip's ResizeMaxSize.
 
     Raises:
-        ValueError: no such mode.
+        ValueError: unknown mode.
     """
     if mode == "squash":
         return tall, wide
@@ -72,15 +72,15 @@ def resized_size(height: int, width: int, tall: int, wide: int, mode: str) -> tu
 
 
 def first_place(old: int, new: int) -> int:
-    """Where, in a side of `old` pixels, `new` begin: the middle is cut out; below 0 where padding comes first."""
+    """Where the middle `new` pixels of a side of `old` begin; negative if padding comes first."""
     return round((old - new) / 2) if old >= new else -((new - old) // 2)
 
 
 def common_size(sizes: Sequence[tuple[int, int]], tall: int, wide: int, mode: str) -> tuple[int, int]:
-    """The (height, width) of pictures that are scaled to `sizes`: the model's, in mode "fit" the one they all have.
+    """(height, width) of a batch of pictures scaled to `sizes`: the model's size, or in mode "fit" their common one.
 
     Raises:
-        ValueError: they have several.
+        ValueError: mode "fit" and several sizes.
     """
     if mode != "fit" or not sizes:
         return tall, wide

@@ -23,7 +23,7 @@ from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, Worker
 from keyreel.errors import UnsupportedCodec
 from keyreel.types import U8
-from keyreel_kernels.cpu_search import usable_cores
+from keyreel_kernels.arrays import usable_cores
 
 M = TypeVar("M")
 

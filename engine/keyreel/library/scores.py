@@ -10,8 +10,7 @@ import numpy as np
 
 from keyreel.library.matrix import MOST_ROWS, Snapshot, Spans
 from keyreel.types import F32, F64, I64
-from keyreel_kernels.arrays import Arrays
-from keyreel_kernels.cpu_search import usable_cores
+from keyreel_kernels.arrays import Arrays, usable_cores
 
 # Rows whose scores are looked at together: few enough that they are still in the cache.
 BLOCK_ROWS = 8192

@@ -1,9 +1,9 @@
-// Pictures: YUV to RGB, antialiased resize, turning, crop and padding in one pass; what tells one frame from the next.
+// Pictures: YUV to RGB, antialiased resize, orientation, crop and padding in one pass; and the signals of a frame.
 //
 // The definitions are in pictures.py. A block makes one tile of one picture. It walks over the coded pixels under the
-// tile, LINES rows by SPAN columns at a time: converts them, filters along the rows, then along the columns, so that
-// nothing of the coded size is ever written to device memory. Lanes are rows in the first filter and columns in the
-// second, PITCH floats apart, so that all weights are uniform in a warp and no two lanes meet in a bank.
+// tile, LINES rows by SPAN columns at a time, converts them, filters along the rows, then along the columns; nothing of
+// the coded size is written to device memory. Lanes are rows in the first filter and columns in the second, PITCH
+// floats apart: weights are uniform in a warp and there are no bank conflicts.
 
 constexpr int TILE = 32;
 constexpr int SPAN = 64;
@@ -12,23 +12,21 @@ constexpr int PITCH = LINES + 1;
 constexpr int THREADS = 256;
 constexpr int OWN = TILE / (THREADS / 32);  // rows, or columns, of the tile that a warp makes
 
-enum Kind { RGB_BYTES, RGB_FLOATS, YUV_BYTES, YUV_WORDS };
+enum Kind { RGB_BYTES, YUV_BYTES, YUV_WORDS };
 enum Turn { TRANSPOSE = 1, FLIP_ROWS = 2, FLIP_COLUMNS = 4 };
-enum Output { BYTES, FLOATS, NORMALISED_HALVES };
 
-// As SOURCE in cuda_frames.py lays it out. Rows and columns are those of the coded picture, not turned.
+// The layout of SOURCE in cuda_pictures.py. Rows and columns are those of the coded picture, before it is turned.
 struct Source {
     const uint8_t* planes[3];  // RGB, or luma, Cb, Cr
     int pitches[3];            // bytes from row to row
     int kind, height, width;
     int chroma_step, chroma_half;    // samples from one to the next; 1: half the rows and columns
     int rows, columns;               // after the resize
-    int top, left;                   // where, after the resize, the first tile begins; below 0: padding
+    int top, left;                   // where the first tile begins after the resize; negative: padding
     int turn;
     int row_taps, row_count;         // in words of the table: first tap of each row, then its weights
     int column_taps, column_count;
-    float matrix[3][4];              // R, G, B of luma, Cb, Cr and 1
-    float peak;                      // R, G and B are clipped to 0..peak
+    float matrix[3][4];              // R, G, B in 0..255 of luma, Cb, Cr and 1
 };
 
 struct Axis {
@@ -84,26 +82,22 @@ __device__ __forceinline__ void pair_of_yuv(const Source& source, int row, int c
         for (int c = 0; c < 3; ++c) {
             const float* m = source.matrix[c];
             const float value = m[0] * luma[n] + m[1] * chroma[n][0] + m[2] * chroma[n][1] + m[3];
-            rgb[n][c] = fminf(fmaxf(value, 0.0f), source.peak);
+            rgb[n][c] = fminf(fmaxf(value, 0.0f), 255.0f);
         }
 }
 
-template <class T>
 __device__ __forceinline__ void pair_of_rgb(const Source& source, int row, int column, float rgb[2][3]) {
     const uint8_t* line = source.planes[0] + static_cast<int64_t>(row) * source.pitches[0];
     const int second = min(column + 1, source.width - 1);
     for (int c = 0; c < 3; ++c) {
-        rgb[0][c] = sample<T>(line, column * 3 + c);
-        rgb[1][c] = sample<T>(line, second * 3 + c);
+        rgb[0][c] = line[column * 3 + c];
+        rgb[1][c] = line[second * 3 + c];
     }
 }
 
-// table: a Source for each picture, then the taps of the filters. tiles: of each picture. scale, shift: of the
-// normalised output, by channel.
+// table: a Source for each picture, then the taps of the filters. out [N, height, width, 3]. tiles: of each picture.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-    pictures(const int* __restrict__ table, void* out, int tiles, int height, int width, int fill, int output,
-             float scale_red, float scale_green, float scale_blue, float shift_red, float shift_green,
-             float shift_blue) {
+    pictures(const int* __restrict__ table, uint8_t* out, int tiles, int height, int width, int fill) {
     KR_SHARED(float, lines);                   // [3, SPAN, PITCH], first the even columns, then the odd ones
     float* narrow = lines + 3 * SPAN * PITCH;  // [3, TILE, PITCH]
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -133,8 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
                     float rgb[2][3];
                     if (source.kind == YUV_BYTES) pair_of_yuv<uint8_t>(source, row, column, rgb);
                     else if (source.kind == YUV_WORDS) pair_of_yuv<uint16_t>(source, row, column, rgb);
-                    else if (source.kind == RGB_BYTES) pair_of_rgb<uint8_t>(source, row, column, rgb);
-                    else pair_of_rgb<float>(source, row, column, rgb);
+                    else pair_of_rgb(source, row, column, rgb);
                     for (int c = 0; c < 3; ++c) {
                         lines[(c * SPAN + lane) * PITCH + place] = rgb[0][c];
                         lines[(c * SPAN + SPAN / 2 + lane) * PITCH + place] = rgb[1][c];
@@ -170,8 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
         }
     }
 
-    const float scale[3] = {scale_red, scale_green, scale_blue}, shift[3] = {shift_red, shift_green, shift_blue};
-    const int at_column = x + source.left + lane, pixels = height * width;
+    const int at_column = x + source.left + lane;
 #pragma unroll
     for (int n = 0; n < OWN; ++n) {
         const int own = y + warp * OWN + n;
@@ -182,33 +174,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
         int row = turned ? x + lane : own, column = turned ? own : x + lane;
         if (source.turn & FLIP_ROWS) row = height - 1 - row;
         if (source.turn & FLIP_COLUMNS) column = width - 1 - column;
-        const int64_t base = static_cast<int64_t>(picture) * pixels * 3;
-        const int pixel = row * width + column;
-        for (int c = 0; c < 3; ++c) {
-            const float level = inside ? fminf(fmaxf(rintf(sums[n][c]), 0.0f), 255.0f) : static_cast<float>(fill);
-            if (output == BYTES)
-                static_cast<uint8_t*>(out)[base + pixel * 3 + c] = static_cast<uint8_t>(level);
-            else if (output == FLOATS)
-                static_cast<float*>(out)[base + pixel * 3 + c] = sums[n][c];
-            else
-                static_cast<uint16_t*>(out)[base + c * pixels + pixel] = kr_float_to_half(level * scale[c] + shift[c]);
-        }
+        uint8_t* pixel = out + ((static_cast<int64_t>(picture) * height + row) * width + column) * 3;
+        for (int c = 0; c < 3; ++c)
+            pixel[c] = static_cast<uint8_t>(inside ? fminf(fmaxf(rintf(sums[n][c]), 0.0f), 255.0f) : fill);
     }
 }
 
-// frames [N, H, W, 3] -> out [N, 3, H, W]; pixels is H W, count N H W.
-extern "C" __global__ void normalised(const uint8_t* frames, float* out, int64_t count, int64_t pixels,
-                                      float scale_red, float scale_green, float scale_blue, float shift_red,
-                                      float shift_green, float shift_blue) {
-    const float scale[3] = {scale_red, scale_green, scale_blue}, shift[3] = {shift_red, shift_green, shift_blue};
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-    for (int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; n < count; n += stride) {
-        float* place = out + n / pixels * pixels * 3 + n % pixels;
-        for (int c = 0; c < 3; ++c) place[c * pixels] = frames[n * 3 + c] * scale[c] + shift[c];
-    }
-}
-
-// The same on every thread, whatever their order. scratch [32].
+// The sum over the block, the same in all threads, in a fixed order. scratch [32].
 __device__ float sum_of_block(float value, float* scratch) {
     for (int bits = 16; bits; bits /= 2) value += __shfl_xor_sync(KR_FULL_WARP, value, bits);
     __syncthreads();
@@ -223,8 +195,8 @@ __device__ __forceinline__ float laplacian(const float* at, int width) {
     return at[-width] + at[width] + at[-1] + at[1] - 4 * at[0];
 }
 
-// A block for each frame. luma [N, H, W] is filled on the way; signals [3, N]: sharpness, mean and deviation of luma.
-// Deviations are taken from the mean, in a sweep of their own: nothing cancels.
+// A block per frame. luma [N, H, W] is scratch; signals [3, N]: sharpness, mean and deviation of the luma. Deviations
+// are summed in a second sweep, from the mean, so that nothing cancels.
 extern "C" __global__ void __launch_bounds__(1024)
     frame_signals(const uint8_t* frames, float* luma, float* signals, float* histogram, int height, int width) {
     KR_SHARED(unsigned, counts);  // [512]
@@ -275,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(1024)
         histogram[blockIdx.x * 512 + bin] = static_cast<float>(counts[bin]) / pixels;
 }
 
-// A warp for each of `count` rows; a step of 0 compares all with the one row.
+// A warp per row; a step of 0 compares all rows with a single one.
 extern "C" __global__ void histogram_distances(const float* one, const float* other, float* out, int count,
                                                int bins, int one_step, int other_step) {
     const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -1,7 +1,4 @@
-"""The operations of pictures.py on a CUDA device; the kernels are in color.cu.
-
-Frames and planes are CuPy arrays, results too.
-"""
+"""The operations of pictures.py on a CUDA device: launches of pictures.cu. Frames and planes are CuPy arrays."""
 
 from __future__ import annotations
 
@@ -14,12 +11,12 @@ from numpy.typing import NDArray
 
 from keyreel_kernels.cuda import Cuda, Defines
 from keyreel_kernels.pictures import HISTOGRAM_BINS, Interpolation, resize_weights
-from keyreel_kernels.reference import F32
+from keyreel_kernels.shift import F32
 from keyreel_kernels.surfaces import LUMA_WEIGHTS, Surface, common_size, first_place, resized_size
 
-FILE = "color.cu"
+FILE = "pictures.cu"
 VARIANTS: dict[str, tuple[Defines, ...]] = {FILE: ((),)}
-TILE, SPAN, LINES, THREADS = 32, 64, 32, 256  # as in color.cu
+TILE, SPAN, LINES, THREADS = 32, 64, 32, 256  # as in pictures.cu
 _SHARED_BYTES = 3 * (SPAN + TILE) * (LINES + 1) * 4
 # The kernel's struct Source.
 SOURCE = np.dtype(
@@ -30,12 +27,10 @@ SOURCE = np.dtype(
         *((name, np.int32) for name in ("rows", "columns", "top", "left", "turn")),
         *((name, np.int32) for name in ("row_taps", "row_count", "column_taps", "column_count")),
         ("matrix", np.float32, (3, 4)),
-        ("peak", np.float32),
     ],
     align=True,
 )
-_RGB_BYTES, _RGB_FLOATS, _YUV_BYTES, _YUV_WORDS = range(4)
-_BYTES, _FLOATS, _NORMALISED_HALVES = range(3)
+_RGB_BYTES, _YUV_BYTES, _YUV_WORDS = range(3)
 
 
 def frames_from_surfaces(
@@ -47,22 +42,17 @@ def frames_from_surfaces(
     mode: str,
     interpolation: Interpolation,
     fill: int = 0,
-    normalised: tuple[F32, F32] | None = None,
 ) -> Any:
-    """As `pictures.frames_from_surfaces`, all of them in one launch.
-
-    The planes are read on the device's stream; they must stay as they are until it has come to that.
-    """
+    """`pictures.frames_from_surfaces` in one launch. The planes must stay unchanged until the stream has read them."""
     sizes = [resized_size(*one.display, height, width, mode) for one in surfaces]
     height, width = common_size(sizes, height, width, mode)
     sources = np.zeros(len(surfaces), SOURCE)
     kept = [[cuda.to_device(plane) for plane in surface.planes] for surface in surfaces]
     for source, surface, planes, size in zip(sources, surfaces, kept, sizes, strict=True):
         _describe_planes(source, planes)
-        source["matrix"] = _matrix(surface.bits, planes[0].dtype.itemsize, surface.standard, surface.full_range, 255)
-        source["peak"] = 255
+        source["matrix"] = _matrix(surface.bits, planes[0].dtype.itemsize, surface.standard, surface.full_range)
         transpose, *flips = surface.orientation
-        # Where the first tile begins, counted from the end where the axis is flipped.
+        # Where the first tile begins, counted from the end if the axis is flipped.
         starts = [
             new - out - first_place(new, out) if flip else first_place(new, out)
             for new, out, flip in zip(size, (height, width), flips, strict=True)
@@ -70,54 +60,29 @@ def frames_from_surfaces(
         source["rows"], source["columns"] = size[::-1] if transpose else size
         source["top"], source["left"] = starts[::-1] if transpose else starts
         source["turn"] = sum(bit << n for n, bit in enumerate(map(bool, surface.orientation)))
-    output = _BYTES if normalised is None else _NORMALISED_HALVES
-    return _pictures(cuda, sources, height, width, interpolation, output, fill, normalised)
+    return _pictures(cuda, sources, height, width, interpolation, fill)
 
 
 def transform(
     cuda: Cuda, frames: Any, *, height: int, width: int, mode: str, interpolation: Interpolation, fill: int = 0
 ) -> Any:
-    """As `pictures.transform`."""
+    """`pictures.transform`."""
     old_height, old_width = frames.shape[1:3]
     new = resized_size(old_height, old_width, height, width, mode)
     height, width = common_size([new], height, width, mode)
     frames = cuda.xp.ascontiguousarray(frames)
-    sources = _rgb(frames, *new)
+    sources = np.zeros(len(frames), SOURCE)
+    sources["planes"][:, 0] = frames.data.ptr + np.arange(len(frames)) * frames.strides[0]
+    sources["pitches"][:, 0] = frames.strides[1]
+    sources["kind"] = _RGB_BYTES
+    sources["height"], sources["width"] = old_height, old_width
+    sources["rows"], sources["columns"] = new
     sources["top"], sources["left"] = first_place(new[0], height), first_place(new[1], width)
-    return _pictures(cuda, sources, height, width, interpolation, _BYTES, fill)
-
-
-def resize(cuda: Cuda, frames: Any, height: int, width: int, interpolation: Interpolation) -> Any:
-    """As `pictures.resize`."""
-    frames = cuda.xp.ascontiguousarray(frames, None if frames.dtype == np.uint8 else np.float32)
-    return _pictures(cuda, _rgb(frames, height, width), height, width, interpolation, _FLOATS)
-
-
-def yuv_to_rgb(cuda: Cuda, y: Any, uv: Any, *, bits: int, standard: str, full_range: bool) -> Any:
-    """As `pictures.yuv_to_rgb`."""
-    sources = np.zeros(len(y), SOURCE)
-    for n, source in enumerate(sources):
-        _describe_planes(source, [y[n], uv[n]])
-    sources["matrix"] = _matrix(bits, y.dtype.itemsize, standard, full_range, 1)
-    sources["peak"] = 1
-    height, width = sources["rows"], sources["columns"] = y.shape[1:]
-    return _pictures(cuda, sources, height, width, "area", _FLOATS)
-
-
-def normalise(cuda: Cuda, frames: Any, mean: F32, std: F32) -> Any:
-    """As `pictures.normalise`."""
-    count, height, width, _ = frames.shape
-    out = cuda.xp.empty((count, 3, height, width), np.float32)
-    if out.size:
-        pixels = count * height * width
-        numbers = (np.int64(pixels), np.int64(height * width), *_scale_and_shift(mean, std))
-        blocks = min(-(-pixels // THREADS), 16 * cuda.multiprocessors)
-        cuda.launch(FILE, "normalised", (blocks,), (THREADS,), (cuda.xp.ascontiguousarray(frames), out, *numbers))
-    return out
+    return _pictures(cuda, sources, height, width, interpolation, fill)
 
 
 def frame_signals(cuda: Cuda, frames: Any) -> tuple[Any, Any, Any, Any]:
-    """As `pictures.frame_signals`, which has the shapes."""
+    """`pictures.frame_signals`."""
     count, height, width, _ = frames.shape
     luma = cuda.xp.empty((count, height, width), np.float32)
     signals = cuda.xp.empty((3, count), np.float32)
@@ -132,7 +97,7 @@ def frame_signals(cuda: Cuda, frames: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def histogram_distance(cuda: Cuda, one: Any, other: Any) -> Any:
-    """As `pictures.histogram_distance`."""
+    """`pictures.histogram_distance`."""
     count, bins = max(len(one), len(other)) if len(one) and len(other) else 0, one.shape[1]
     out = cuda.xp.empty(count, np.float32)
     if count:
@@ -145,18 +110,10 @@ def histogram_distance(cuda: Cuda, one: Any, other: Any) -> Any:
 
 
 def _pictures(
-    cuda: Cuda,
-    sources: NDArray[Any],
-    height: int,
-    width: int,
-    interpolation: Interpolation,
-    output: int,
-    fill: int = 0,
-    normalised: tuple[F32, F32] | None = None,
+    cuda: Cuda, sources: NDArray[Any], height: int, width: int, interpolation: Interpolation, fill: int
 ) -> Any:
-    """[N, height, width, 3], or [N, 3, height, width] if normalised; one block for each tile of each picture."""
-    shape = (3, height, width) if output == _NORMALISED_HALVES else (height, width, 3)
-    out = cuda.xp.empty((len(sources), *shape), (np.uint8, np.float32, np.float16)[output])
+    """[N, height, width, 3] uint8; a block per tile of each picture."""
+    out = cuda.xp.empty((len(sources), height, width, 3), np.uint8)
     if not out.size:
         return out
     words, end, places = [], sources.nbytes // 4, dict[tuple[int, int], tuple[int, int]]()
@@ -171,21 +128,9 @@ def _pictures(
             source[f"{name}_taps"], source[f"{name}_count"] = places[size]
     table = cuda.xp.asarray(np.concatenate([sources.view(np.int32), *words]))
     tiles = -(-height // TILE) * -(-width // TILE)
-    numbers = [np.int32(n) for n in (tiles, height, width, fill, output)]
-    arguments = (table, out, *numbers, *_scale_and_shift(*(normalised or (np.zeros(3), np.ones(3)))))
+    arguments = (table, out, *(np.int32(n) for n in (tiles, height, width, fill)))
     cuda.launch(FILE, "pictures", (tiles * len(sources),), (THREADS,), arguments, shared=_SHARED_BYTES)
     return out
-
-
-def _rgb(frames: Any, rows: int, columns: int) -> NDArray[Any]:
-    """Sources of contiguous frames [N, H, W, 3], uint8 or float32."""
-    sources = np.zeros(len(frames), SOURCE)
-    sources["planes"][:, 0] = frames.data.ptr + np.arange(len(frames)) * frames.strides[0]
-    sources["pitches"][:, 0] = frames.strides[1]
-    sources["kind"] = _RGB_BYTES if frames.dtype == np.uint8 else _RGB_FLOATS
-    sources["height"], sources["width"] = frames.shape[1:3]
-    sources["rows"], sources["columns"] = rows, columns
-    return sources
 
 
 def _describe_planes(source: Any, planes: Sequence[Any]) -> None:
@@ -205,8 +150,8 @@ def _describe_planes(source: Any, planes: Sequence[Any]) -> None:
 
 
 @lru_cache(maxsize=64)
-def _matrix(bits: int, itemsize: int, standard: str, full_range: bool, peak: int) -> F32:
-    """[3, 4]: red, green and blue in 0..peak of the samples as they are stored and 1, as in `pictures.yuv_to_rgb`."""
+def _matrix(bits: int, itemsize: int, standard: str, full_range: bool) -> F32:
+    """[3, 4]: red, green and blue in 0..255 of the stored samples and 1, as in `pictures.yuv_to_rgb`."""
     kr, kb = LUMA_WEIGHTS[standard]
     scale, pad = 2.0 ** (bits - 8), 2.0 ** (8 * itemsize - bits)
     span = (2.0**bits - 1, 2.0**bits - 1) if full_range else (219 * scale, 224 * scale)
@@ -215,14 +160,14 @@ def _matrix(bits: int, itemsize: int, standard: str, full_range: bool, peak: int
     red = luma + 2 * (1 - kr) * cr / span[1]
     blue = luma + 2 * (1 - kb) * cb / span[1]
     green = (luma - kr * red - kb * blue) / (1 - kr - kb)
-    return np.asarray(peak * np.stack([red, green, blue]), np.float32)
+    return np.asarray(255 * np.stack([red, green, blue]), np.float32)
 
 
 @lru_cache(maxsize=256)
 def _taps(old: int, new: int, interpolation: Interpolation) -> tuple[NDArray[np.int32], int]:
     """The rows of `resize_weights` without their zeros: first tap [new], then weights [new, count]; and count.
 
-    First taps do not fall, so that the taps of neighbours lie between the first of the one and the last of the other.
+    First taps never decrease, so that a tile's taps lie between the first of its first row and the last of its last.
     """
     weights = resize_weights(old, new, interpolation)
     used = weights != 0
@@ -231,9 +176,3 @@ def _taps(old: int, new: int, interpolation: Interpolation) -> tuple[NDArray[np.
     first = np.minimum(first, old - count).astype(np.int32)
     taps = np.take_along_axis(weights, first[:, None] + np.arange(count), axis=1)
     return np.concatenate([first, taps.ravel().view(np.int32)]), count
-
-
-def _scale_and_shift(mean: Any, std: Any) -> list[np.float32]:
-    """Six numbers: x scale + shift is (x / 255 - mean) / std."""
-    mean, std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
-    return [np.float32(n) for n in (*(1 / (255 * std)), *(-mean / std))]

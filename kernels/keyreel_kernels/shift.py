@@ -1,0 +1,103 @@
+"""Temporal shift in NumPy: the definition of what shift.cu computes.
+
+Letters: T frames, P patches (grid h x w), C token width, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+U8: TypeAlias = NDArray[np.uint8]
+F32: TypeAlias = NDArray[np.float32]
+I64: TypeAlias = NDArray[np.int64]
+Bools: TypeAlias = NDArray[np.bool_]
+
+
+def fixed_shift(count: int, grid: tuple[int, int], linked: Bools, *, fraction: float, step: int) -> I64:
+    """Shifts a fixed fraction of the patches, spread evenly over the grid, by `step` frames back and ahead in turn.
+
+    Args:
+        linked: [T] bool, whether frame t belongs to the same shot as frame t-1; linked[0] is False.
+
+    Returns:
+        [T, P] int64: the frame that each patch is taken from.
+    """
+    patches = np.arange(grid[0] * grid[1])
+    # Patch i is chosen where the running total crosses an integer: evenly spread, never more than the fraction. Each
+    # row is rotated by one more place than the row above; otherwise some grids would get whole columns.
+    order = np.floor((patches + 1) * fraction).astype(np.int64)
+    row, column = np.divmod(patches, grid[1])
+    rotated = row * grid[1] + (column - row) % grid[1]
+    chosen = (order > np.floor(patches * fraction))[rotated]
+    direction = np.where(order % 2 == 1, -1, 1)[rotated]
+    steps = np.full(count, step, np.int64)
+    return _sources(steps, np.broadcast_to(chosen, (count, len(patches))), direction, linked)
+
+
+def adaptive_shift(patches: F32, grid: tuple[int, int], linked: Bools, *, steps: int, threshold: float) -> I64:
+    """Shifts the patches that change most, by the step at which they change; decided by the patch embeddings alone.
+
+    Change d[t,i](s) = 1 - <e[t,i], e[t-s,i]> of the unit patch embeddings e. Step: the smallest s in 1..S at which
+    the mean change of the most-changed quarter reaches half its maximum over 1..S. Candidates: patches whose change
+    at that step passes the threshold, at most half of them. Each decision depends on frames t-S..t, the patch itself
+    on t-S..t+S. After the adaptive shift of US 12,216,709, without its learned selectors.
+
+    Args:
+        patches: [T, P, C] float32 tokens without prefix. linked: [T] bool, as in `fixed_shift`. steps: S.
+
+    Returns:
+        [T, P] int64: the frame that each patch is taken from, its own where nothing is shifted.
+    """
+    count, places = patches.shape[:2]
+    unit = patches / np.maximum(np.linalg.norm(patches, axis=-1, keepdims=True), 1e-12)
+    shot = np.cumsum(~linked)
+    change = np.zeros((steps, count, places), np.float32)
+    for s in range(1, min(steps, count - 1) + 1):
+        same_shot = shot[s:] == shot[:-s]
+        change[s - 1, s:] = np.where(same_shot[:, None], 1 - (unit[s:] * unit[:-s]).sum(-1), 0)
+    quarter = -(-places // 4)
+    most = np.sort(change, axis=-1)[..., -quarter:].mean(-1)  # [S, T]
+    step = (most >= 0.5 * most.max(0)).argmax(0) + 1  # [T]
+    own = change[step - 1, np.arange(count)]  # [T, P]
+    rank = np.argsort(np.argsort(-own, axis=1, kind="stable"), axis=1, kind="stable")
+    row, column = np.divmod(np.arange(places), grid[1])
+    chequered = np.where((row + column) % 2 == 0, -1, 1)
+    return _sources(step, (own > threshold) & (rank < places // 2), chequered, linked)
+
+
+def _sources(step: I64, chosen: Bools, direction: I64, linked: Bools) -> I64:
+    """[T, P]: `step` [T] frames back (direction -1) or ahead (1), [P]; the frame itself at the ends and across cuts."""
+    count = len(chosen)
+    frame = np.broadcast_to(np.arange(count)[:, None], chosen.shape)
+    wanted = frame + direction * step[:, None]
+    shot = np.cumsum(~linked)
+    inside = (wanted >= 0) & (wanted < count)
+    there = np.clip(wanted, 0, count - 1)
+    return np.where(chosen & inside & (shot[there] == shot[frame]), there, frame).astype(np.int64)
+
+
+def shift_tokens(tokens: F32, source: I64, prefix: int) -> F32:
+    """Takes each patch token from the frame that `source` names; prefix tokens stay.
+
+    Args:
+        tokens: [T, R+P, C] float32. source: [T, P] int64. prefix: R.
+    """
+    out = tokens.copy()
+    out[:, prefix:] = tokens[source, np.arange(prefix, tokens.shape[1])[None]]
+    return out
+
+
+def shift_pixels(frames: U8, source: I64, grid: tuple[int, int]) -> U8:
+    """The same shift on the pictures: patch (r, c) covers rows r*H//h .. (r+1)*H//h and columns likewise.
+
+    Args:
+        frames: [T, H, W, 3] uint8. source: [T, P] int64. grid: (h, w).
+    """
+    height, width = frames.shape[1:3]
+    row = np.searchsorted(np.arange(1, grid[0]) * height // grid[0], np.arange(height), side="right")
+    column = np.searchsorted(np.arange(1, grid[1]) * width // grid[1], np.arange(width), side="right")
+    per_pixel = source[:, row[:, None] * grid[1] + column[None, :]]
+    return frames[per_pixel, np.arange(height)[None, :, None], np.arange(width)[None, None, :]]

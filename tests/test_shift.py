@@ -1,0 +1,180 @@
+"""The definition of the temporal shift against loops in float64."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import some_linked
+from numpy.typing import NDArray
+
+from keyreel_kernels import Ops
+
+F32 = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+OPS = Ops("cpu")
+DRAWS = st.integers(0, 2**32 - 1)
+
+
+def some_patches(draw: np.random.Generator, count: int, places: int) -> F32:
+    """A still background with patches that change now and then."""
+    patches = np.repeat(draw.normal(size=(1, places, 8)), count, axis=0)
+    for t in range(1, count):
+        patches[t] = patches[t - 1]
+        moved = draw.random(places) < 0.4
+        patches[t, moved] += draw.normal(size=(int(moved.sum()), 8)) * draw.random()
+    return (patches * (1 + draw.random((count, places, 1)))).astype(np.float32)
+
+
+def same_shot(linked: Bools, one: int, other: int) -> bool:
+    return all(linked[t] for t in range(min(one, other) + 1, max(one, other) + 1))
+
+
+def neighbour(t: int, reach: int, linked: Bools) -> int:
+    """Frame t + reach, or t itself at the ends and across cuts."""
+    wanted = t + reach
+    return wanted if 0 <= wanted < len(linked) and same_shot(linked, t, wanted) else t
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    DRAWS,
+    st.integers(1, 9),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.sampled_from([0.0625, 0.125, 0.25, 0.375, 0.5]),
+    st.integers(1, 3),
+)
+def test_fixed_shift_equals_a_loop(number: int, count: int, grid: tuple[int, int], fraction: float, step: int) -> None:
+    linked = some_linked(np.random.default_rng(number), count)
+    found = OPS.fixed_shift(count, grid, linked, fraction=fraction, step=step)
+    part, places = Fraction(fraction), grid[0] * grid[1]
+    # Every 1/fraction-th patch in running order, back and ahead in turn; row r is then rotated right by r places.
+    even = [i for i in range(places) if math.floor((i + 1) * part) > math.floor(i * part)]
+    reach = {}
+    for n, i in enumerate(even):
+        row, column = divmod(i, grid[1])
+        reach[row * grid[1] + (column + row) % grid[1]] = step if n % 2 else -step
+    assert len(reach) == math.floor(places * part)
+    assert (found.dtype, found.shape) == (np.int64, (count, places))
+    for t in range(count):
+        assert found[t].tolist() == [neighbour(t, reach[i], linked) if i in reach else t for i in range(places)]
+
+
+@pytest.mark.parametrize("side", [7, 8, 14, 16])
+def test_fixed_shift_is_even_over_rows_columns_and_directions(side: int) -> None:
+    linked = np.array([False, True, True])
+    source = OPS.fixed_shift(3, (side, side), linked, fraction=0.25, step=1)[1].reshape(side, side)
+    moved = source != 1
+    assert moved.sum() == side * side // 4
+    for counts in (moved.sum(0), moved.sum(1)):
+        assert counts.min() >= side // 4 - 1
+        assert counts.max() <= side // 4 + 2
+    assert abs(int((source == 0).sum()) - int((source == 2).sum())) <= 1
+
+
+def adaptive_by_loops(
+    patches: F32, grid: tuple[int, int], linked: Bools, steps: int, threshold: float
+) -> list[list[int]]:
+    count, places = patches.shape[:2]
+    e = patches.astype(np.float64)
+    e /= np.linalg.norm(e, axis=-1, keepdims=True)
+    out = []
+    for t in range(count):
+        change = [
+            [1 - float(e[t, i] @ e[t - s, i]) if t >= s and same_shot(linked, t - s, t) else 0.0 for i in range(places)]
+            for s in range(1, steps + 1)
+        ]
+        quarter = math.ceil(places / 4)
+        most = [sum(sorted(row)[-quarter:]) / quarter for row in change]
+        step = next((s for s in range(1, steps + 1) if most[s - 1] >= max(most) / 2), 1)
+        own = change[step - 1]
+        ranked = sorted(range(places), key=lambda i: -own[i])[: places // 2]
+        chosen = {i for i in ranked if own[i] > threshold}
+        # Chequerboard: the even squares look back, the odd ones ahead.
+        reach = [step if (i // grid[1] + i % grid[1]) % 2 else -step for i in range(places)]
+        out.append([neighbour(t, reach[i], linked) if i in chosen else t for i in range(places)])
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(DRAWS, st.integers(1, 10), st.tuples(st.integers(1, 4), st.integers(1, 5)), st.integers(1, 4))
+def test_adaptive_shift_equals_a_loop(number: int, count: int, grid: tuple[int, int], steps: int) -> None:
+    draw = np.random.default_rng(number)
+    linked, patches = some_linked(draw, count), some_patches(draw, count, grid[0] * grid[1])
+    found = OPS.adaptive_shift(patches, grid, linked, steps=steps, threshold=0.1)
+    assert found.tolist() == adaptive_by_loops(patches, grid, linked, steps, 0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(DRAWS, st.integers(1, 14), st.tuples(st.integers(1, 4), st.integers(1, 4)), st.integers(1, 5), st.booleans())
+def test_shift_keeps_to_the_shot_and_to_half_of_the_patches(
+    number: int, count: int, grid: tuple[int, int], reach: int, fixed: bool
+) -> None:
+    draw = np.random.default_rng(number)
+    linked, places = some_linked(draw, count), grid[0] * grid[1]
+    if fixed:
+        source = OPS.fixed_shift(count, grid, linked, fraction=float(draw.uniform(0.01, 0.5)), step=reach)
+    else:
+        source = OPS.adaptive_shift(draw.normal(size=(count, places, 4)), grid, linked, steps=reach, threshold=0.0)
+    own = np.arange(count)[:, None]
+    assert ((source != own).sum(1) <= places // 2).all()
+    assert (np.abs(source - own) <= reach).all()
+    for t in range(count):
+        assert all(same_shot(linked, t, int(u)) for u in source[t])
+
+
+def test_adaptive_shift_moves_patches_unless_the_picture_is_still() -> None:
+    draw, linked = np.random.default_rng(0), np.array([False, True, True, True])
+    patches = draw.normal(size=(4, 16, 8)).astype(np.float32)
+    moving = OPS.adaptive_shift(patches, (4, 4), linked, steps=3, threshold=0.15)
+    assert (moving[1:-1] != np.arange(4)[1:-1, None]).sum() >= 8
+    still = OPS.adaptive_shift(np.repeat(patches[:1], 4, axis=0), (4, 4), linked, steps=3, threshold=1e-5)
+    np.testing.assert_array_equal(still, np.broadcast_to(np.arange(4)[:, None], (4, 16)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(DRAWS, st.integers(1, 24), st.integers(1, 4), st.integers(1, 7))
+def test_windows_with_a_halo_decide_as_the_whole(number: int, count: int, steps: int, size: int) -> None:
+    draw = np.random.default_rng(number)
+    linked, patches = some_linked(draw, count), some_patches(draw, count, 12)
+    whole = OPS.adaptive_shift(patches, (3, 4), linked, steps=steps, threshold=0.1)
+    fixed = OPS.fixed_shift(count, (3, 4), linked, fraction=0.25, step=steps)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        low, high = max(start - steps, 0), min(stop + steps, count)
+        inside = linked[low:high].copy()
+        inside[0] = False  # as in encode: the frame before the window is not available
+        part = OPS.adaptive_shift(patches[low:high], (3, 4), inside, steps=steps, threshold=0.1) + low
+        np.testing.assert_array_equal(part[start - low : stop - low], whole[start:stop])
+        part = OPS.fixed_shift(high - low, (3, 4), inside, fraction=0.25, step=steps) + low
+        np.testing.assert_array_equal(part[start - low : stop - low], fixed[start:stop])
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_shift_tokens_equals_a_loop(prefix: int) -> None:
+    draw = np.random.default_rng(prefix)
+    tokens = draw.normal(size=(4, prefix + 6, 3)).astype(np.float32)
+    before, source = tokens.copy(), draw.integers(4, size=(4, 6))
+    found = OPS.shift_tokens(tokens, source, prefix)
+    np.testing.assert_array_equal(tokens, before)
+    np.testing.assert_array_equal(found[:, :prefix], tokens[:, :prefix])
+    for t, i in np.ndindex(4, 6):
+        np.testing.assert_array_equal(found[t, prefix + i], tokens[source[t, i], prefix + i])
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 4), (7, 7), (12, 2)])
+@pytest.mark.parametrize(("height", "width"), [(12, 16), (10, 11), (7, 9)])
+def test_shift_pixels_equals_a_loop(grid: tuple[int, int], height: int, width: int) -> None:
+    draw = np.random.default_rng(height)
+    frames = draw.integers(0, 256, (3, height, width, 3), np.uint8)
+    source = draw.integers(3, size=(3, grid[0] * grid[1]))
+    expected = np.zeros_like(frames)
+    for t, r, c in np.ndindex(3, *grid):
+        rows = slice(r * height // grid[0], (r + 1) * height // grid[0])
+        columns = slice(c * width // grid[1], (c + 1) * width // grid[1])
+        expected[t, rows, columns] = frames[source[t, r * grid[1] + c], rows, columns]
+    np.testing.assert_array_equal(OPS.shift_pixels(frames, source, grid), expected)
