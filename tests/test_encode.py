@@ -105,7 +105,7 @@ def assert_equal(one: Embedding, other: Embedding) -> None:
     np.testing.assert_array_equal(one.frame_index, other.frame_index)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     count=st.integers(1, 40),
@@ -157,14 +157,13 @@ def test_equals_the_chain_written_out(shift: Any) -> None:
     np.testing.assert_allclose(got.vectors, fused["vectors"], atol=1e-6)
 
 
-@pytest.mark.parametrize("shift", ["off", "adaptive"])
-def test_the_built_in_model_chunked_equals_whole(shift: Any) -> None:
+def test_the_built_in_model_chunked_equals_whole() -> None:
     model = Encoder(Bundle.find("builtin"), resolve("cpu", threads=1))
     rng = np.random.default_rng(1)
     still = rng.integers(0, 256, (1, 28, 28, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
     frames = np.concatenate([np.roll(still, 9 * n, axis=2) for n in range(12)])
     batch = FrameBatch(frames, np.arange(12) / 2, np.arange(12))
-    config = EncodeConfig(shift=shift, attention_strength=1.0, batch_size=4)
+    config = EncodeConfig(shift="adaptive", attention_strength=1.0, batch_size=4)
     chunked = model.encode(pieces(batch, [5, 1, 3]), config).embedding
     whole = model.encode([batch], dataclasses.replace(config, batch_size=32)).embedding
     assert_equal(chunked, whole)

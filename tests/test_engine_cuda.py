@@ -30,6 +30,8 @@ from keyreel.types import FrameBatch
 from keyreel_kernels.cuda import Cuda
 from keyreel_kernels.ops import ops_on
 
+pytestmark = pytest.mark.full
+
 CLIP = "natural/bikes.mp4"
 
 
@@ -169,12 +171,7 @@ def test_frames_on_the_device_give_vectors_on_the_device(
     assert cuda.bytes_to_host > before
 
 
-def test_text_comes_back_to_the_host(engine: keyreel.Engine, reference: keyreel.Engine) -> None:
-    texts = ["a dog", "two people on a beach"]
-    np.testing.assert_allclose(engine.encode_text(texts), reference.encode_text(texts), atol=FLOAT32_SUM)
-
-
-def test_full_memory_is_told(engine: keyreel.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_memory(engine: keyreel.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     class OutOfMemoryError(MemoryError):
         pass
 
@@ -187,12 +184,10 @@ def test_full_memory_is_told(engine: keyreel.Engine, monkeypatch: pytest.MonkeyP
 
 
 def test_warming_up_runs_everything_once(engine: keyreel.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[float] = []
     launched: set[str] = set()
     launch = Cuda.launch
     monkeypatch.setattr(
         Cuda, "launch", lambda self, file, *a, **k: (launched.add(file), launch(self, file, *a, **k))[1]
     )
-    engine.warmup(progress=lambda stage, done, total: seen.append(done / (total or 1)))
-    assert seen[-1] == 1.0
+    engine.warmup()
     assert launched >= {"color.cu", "kmeans_seed.cu", "kmeans.cu"}

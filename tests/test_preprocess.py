@@ -19,11 +19,12 @@ from test_color import planes_of, rgb_of_yuv
 
 from keyreel import Engine, Sampling
 from keyreel.config import ImageTransform
-from keyreel.decode.color import Converter
 from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
 from keyreel.types import F32, U8
 from keyreel_export.torchvision_cpu import import_open_clip
+
+pytestmark = pytest.mark.full
 
 Media = Callable[[str], Path]
 
@@ -129,21 +130,3 @@ def test_the_bound_tells_pictures_apart(media: Media, open_clip: Any, engine: En
         greyish = np.rint(right * (219 / 255) + 16).astype(np.uint8)
         wanted, *others = embed(engine, right, aliased, greyish)
         assert max(float(wanted @ other) for other in others) < SAME_PICTURE_COSINE
-
-
-def test_only_sampled_frames_are_converted(media: Media, monkeypatch: pytest.MonkeyPatch) -> None:
-    converted: list[int] = []
-    convert = Converter.__call__
-
-    def counted(self: Converter, frame: av.VideoFrame) -> U8:
-        converted.append(frame.pts)
-        return convert(self, frame)
-
-    monkeypatch.setattr(Converter, "__call__", counted)
-    with (
-        Source(media("natural/bikes.mp4")) as source,
-        FrameStream(source, Sampling(fps=2), transform=ImageTransform(224, 224)) as stream,
-    ):
-        rows = sum(len(batch) for batch in stream)
-    assert rows == 20  # ten seconds
-    assert len(converted) == len(set(converted)) == rows

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import SCENE_LENGTHS, embedding_of, planted
-from sklearn.cluster import KMeans
 
 from keyreel import Engine
 from keyreel.config import SelectConfig
@@ -21,7 +20,6 @@ from keyreel.types import Embedding, KeyFrame
 from keyreel_kernels import ops_for
 
 OPS = ops_for("cpu")
-DRAWS = 100
 
 
 def choose(embedding: Embedding, **options: object) -> tuple[KeyFrame, ...]:
@@ -35,6 +33,8 @@ def coverage(x: np.ndarray, rows: list[int], real: np.ndarray) -> float:
 
 def scikit_learn(x: np.ndarray, draw: int) -> list[int]:
     """The frame nearest to each centre of scikit-learn's KMeans, n_init=1."""
+    from sklearn.cluster import KMeans
+
     model = KMeans(8, n_init=1, random_state=draw).fit(x)
     centres = model.cluster_centers_ / np.linalg.norm(model.cluster_centers_, axis=1, keepdims=True)
     cosine = x @ centres.T
@@ -45,30 +45,32 @@ def scikit_learn(x: np.ndarray, draw: int) -> list[int]:
     ]
 
 
-def test_finds_planted_scenes_with_the_number_given() -> None:
-    scenes, ours, theirs = [], [], []
-    for draw in range(DRAWS):
+def test_finds_planted_scenes() -> None:
+    given, automatic = [], []
+    for draw in range(8):
         x, scene = planted(draw)
         rows = [frame.sample for frame in choose(embedding_of(x), keyframes=8)]
+        own = [frame.sample for frame in choose(embedding_of(x))]
+        assert (scene[[*rows, *own]] >= 0).all(), f"draw {draw}: a flash frame was chosen"
         assert len(rows) == 8
-        assert (scene[rows] >= 0).all(), f"draw {draw}: a flash frame was chosen"
+        assert 7 <= len(own) <= 10
+        given.append(len(set(scene[rows])))
+        automatic.append(len(set(scene[own])))
+    assert np.mean(given) >= 7.9
+    assert np.mean(automatic) >= 7.5
+
+
+@pytest.mark.full
+def test_covers_planted_scenes_as_well_as_scikit_learn() -> None:
+    scenes, ours, theirs = [], [], []
+    for draw in range(100):
+        x, scene = planted(draw)
+        rows = [frame.sample for frame in choose(embedding_of(x), keyframes=8)]
         scenes.append(len(set(scene[rows])))
         ours.append(coverage(x, rows, scene >= 0))
         theirs.append(coverage(x, scikit_learn(x, draw), scene >= 0))
     assert np.mean(scenes) >= 7.95
     assert np.mean(ours) >= np.mean(theirs)
-
-
-def test_finds_planted_scenes_with_an_automatic_number() -> None:
-    scenes = []
-    # Every K of 1..32 is run in each draw: a quarter of the draws keeps the suite quick.
-    for draw in range(0, DRAWS, 4):
-        x, scene = planted(draw)
-        rows = [frame.sample for frame in choose(embedding_of(x))]
-        assert 7 <= len(rows) <= 10
-        assert (scene[rows] >= 0).all()
-        scenes.append(len(set(scene[rows])))
-    assert np.mean(scenes) >= 7.5
 
 
 def test_key_frames_are_in_time_order_and_their_shares_sum_to_one() -> None:
@@ -80,17 +82,13 @@ def test_key_frames_are_in_time_order_and_their_shares_sum_to_one() -> None:
     assert sum(f.weight for f in frames) == pytest.approx(1, abs=1e-6)
     assert all(f.pts_seconds == embedding.pts_seconds[f.sample] for f in frames)
     assert all(f.frame_index == embedding.frame_index[f.sample] for f in frames)
+    assert frames == choose(embedding_of(x.copy()))
     # The longest scene has 200 of 365 frames.
     assert max(f.weight for f in frames) == pytest.approx(max(SCENE_LENGTHS) / 365, abs=0.02)
 
 
-def test_two_runs_agree() -> None:
-    x, _ = planted(3)
-    assert choose(embedding_of(x)) == choose(embedding_of(x.copy()))
-
-
 @pytest.mark.parametrize("options", [{}, {"keyframes": 1}, {"keyframes": 5}, {"per_minute": 30.0}])
-@pytest.mark.parametrize("count", [1, 2, 60])
+@pytest.mark.parametrize("count", [1, 60])
 def test_a_constant_video_gives_exactly_one(count: int, options: dict[str, object]) -> None:
     x = np.tile(planted(0)[0][:1], (count, 1))
     assert len(choose(embedding_of(x), **options)) == 1
@@ -106,7 +104,7 @@ def test_a_video_of_a_second_gives_exactly_one_unless_more_are_asked_for() -> No
     assert len(asked.keyframes) == 2
 
 
-def test_an_all_black_video_gives_exactly_one_and_says_so() -> None:
+def test_an_all_black_video_gives_exactly_one_with_a_warning() -> None:
     x, _ = planted(1)
     embedding = embedding_of(x[:40], luma=np.zeros(40, np.float32))
     selection = select_keyframes(embedding, SelectConfig(), OPS, duration_seconds=20)
@@ -148,7 +146,7 @@ def test_blurred_frames_give_way_to_sharp_ones_of_the_same_scene() -> None:
     assert len({scene[f.sample] for f in frames}) == 8
 
 
-def test_a_scene_that_is_blurred_throughout_is_kept_and_the_relaxation_is_told() -> None:
+def test_a_scene_that_is_blurred_throughout_is_kept_with_a_warning() -> None:
     x, scene = planted(5)
     embedding = embedding_of(x, sharpness=np.where(scene == 2, 0.01, 1.0).astype(np.float32))
     selection = select_keyframes(embedding, SelectConfig(keyframes=8), OPS, duration_seconds=180)
@@ -161,14 +159,14 @@ def test_per_minute_counts_by_duration() -> None:
     assert len(choose(embedding_of(x), per_minute=8 / (365 / 2 / 60))) == 8
 
 
-def test_asking_for_more_than_there_is_says_so() -> None:
+def test_asking_for_more_than_there_is_gives_a_warning() -> None:
     x = np.repeat(planted(0)[0][[0, 210, 260]], 20, axis=0)
     selection = select_keyframes(embedding_of(x), SelectConfig(keyframes=9), OPS, duration_seconds=30)
     assert 1 <= len(selection.keyframes) <= 3
     assert any("9 key-frames were asked for" in warning for warning in selection.warnings)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     count=st.integers(1, 50),
@@ -220,7 +218,8 @@ def test_quality_ranks_sharpness_and_marks_flashes() -> None:
     assert ((quality >= 0) & (quality <= 1)).all()
 
 
-def test_the_number_does_not_hang_on_rounding(media: Callable[[str], Path]) -> None:
+@pytest.mark.full
+def test_the_number_does_not_depend_on_rounding(media: Callable[[str], Path]) -> None:
     """Another decoder's pictures differ by a level here and there, which moves vectors by some 1e-5 of cosine."""
     with Engine.from_pretrained(device="cpu", threads=1) as engine:
         embedding = engine.embed_video(media("natural/bottle-detection.mp4"))

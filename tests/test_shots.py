@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from planted import embedding_of
 
 from keyreel import Engine
-from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.source import Source
 from keyreel.runtime.backend import resolve
 from keyreel.shots import Candidate, place_boundaries, shot_of, shots_between
@@ -42,6 +41,7 @@ def matched(found: Sequence[float], true: Sequence[float], tolerance: float) -> 
     return hits
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("fade_frames", "tolerance_seconds"), [(0, 0.021), (10, 0.3)])
 def test_cuts_and_fades_of_concatenated_real_clips(
     parts: list[np.ndarray], tmp_path: Path, fade_frames: int, tolerance_seconds: float
@@ -57,6 +57,7 @@ def test_cuts_and_fades_of_concatenated_real_clips(
     assert 2 * hits / (found_count + true_count) >= 0.95, f"{hits} of {true_count}, {found_count} found"
 
 
+@pytest.mark.full
 def test_key_frames_of_concatenated_real_clips_cover_them(parts: list[np.ndarray], tmp_path: Path) -> None:
     covered = total = 0
     with Engine.from_pretrained(device="cpu") as engine:
@@ -110,14 +111,8 @@ def test_flashes_and_a_dark_scene_are_no_boundaries(tmp_path: Path) -> None:
     assert [shot.start_seconds for shot in shots] == pytest.approx([0, 6], abs=0.041)
 
 
-def refuse(*_: object) -> None:
-    raise PlanBroken
-
-
-@pytest.mark.parametrize("planned", [True, False])
-def test_a_stream_that_cannot_be_entered_midway_gives_the_same(
-    planned: bool, parts: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.full
+def test_a_stream_without_an_index_gives_the_same(parts: list[np.ndarray], tmp_path: Path) -> None:
     clip, stream = tmp_path / "clip.mp4", tmp_path / "clip.ts"
     cuts, _ = concatenate(parts[2:6], clip, 1)
     with av.open(str(clip)) as source, av.open(str(stream), "w") as output:
@@ -126,12 +121,8 @@ def test_a_stream_that_cannot_be_entered_midway_gives_the_same(
             if packet.dts is not None:
                 packet.stream = track
                 output.mux(packet)
-    with Engine.from_pretrained(device="cpu") as engine, Source(stream) as entered:
-        one = engine.summarize(clip)
-        if not planned:
-            monkeypatch.setattr("keyreel.decode.source.scan", refuse)
-        other = engine.summarize(entered)
-        assert (entered.timeline() is not None) == planned
+    with Engine.from_pretrained(device="cpu") as engine:
+        one, other = (engine.summarize(path) for path in (clip, stream))
     assert len(one.shots) == len(cuts) + 1
     starts = [[shot.start_seconds for shot in summary.shots] for summary in (one, other)]
     # TS rounds times to 1/90000 s.
@@ -139,11 +130,11 @@ def test_a_stream_that_cannot_be_entered_midway_gives_the_same(
     np.testing.assert_array_equal(one.embedding.vectors, other.embedding.vectors)
 
 
-@pytest.mark.parametrize(("planned", "together", "most"), [(True, 256, 200), (False, 256, 200), (True, 3, 400)])
-def test_a_group_of_pictures_is_entered_once_for_all_cuts_in_it(
-    planned: bool, together: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("together", "most"), [(256, 200), (3, 400)])
+def test_a_group_of_pictures_is_decoded_once_for_all_cuts_in_it(
+    together: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight scenes of a second, and one key frame; the looks at their cuts do not touch."""
+    """Eight scenes of a second, and one key frame; the windows at their cuts do not touch."""
     clip, rng = tmp_path / "clip.mp4", np.random.default_rng(3)
     with av.open(str(clip), "w") as output:
         stream = output.add_stream("libx264", rate=25, options={"g": "250", "sc_threshold": "0", "crf": "18"})
@@ -161,19 +152,16 @@ def test_a_group_of_pictures_is_entered_once_for_all_cuts_in_it(
         return opened[-1]
 
     monkeypatch.setattr("keyreel.shots.TOGETHER", together)
-    if not planned:
-        monkeypatch.setattr("keyreel.decode.reader.Cursor.frames", refuse)  # what is decoded is not what was told
-    watched = dataclasses.replace(backend, open_stream=open_stream)
     with Source(clip) as source:
+        watched = dataclasses.replace(backend, open_stream=open_stream)
         found = place_boundaries(source, embedding, candidates, watched)
     np.testing.assert_allclose(found, np.arange(1, 8), atol=1e-9)
-    # Each packet once at most in each pass, with a plan or without.
     assert len(opened) == math.ceil(7 / together)
     assert 100 < sum(stream.packets_fed for stream in opened) <= most
 
 
 def test_a_window_without_frames_is_no_boundary_and_no_error(media: Callable[[str], Path]) -> None:
-    """What a damaged stretch gave in the first pass need not come again in the second look."""
+    """A damaged part need not decode the same way in the second look."""
     x = np.eye(4, dtype=np.float32)
     embedding = dataclasses.replace(embedding_of(x), pts_seconds=np.array([0.0, 1.0, 100.0, 100.5]))
     with Source(media("natural/test.mp4")) as source:
