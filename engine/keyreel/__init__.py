@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from keyreel.config import EncodeConfig, Sampling, SelectConfig
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
     from keyreel.library.library import Library
     from keyreel.library.types import Example, Filter
     from keyreel.types import Embedding, FrameBatch, KeyFrame, SearchHit, Shot, Summary, VideoInfo
+
+    __version__: str
 else:
     _MODULES = {
         "keyreel.engine": ("Engine",),
@@ -25,13 +26,14 @@ else:
 
     def __getattr__(name: str) -> Any:
         """Imports NumPy and FFmpeg on first use, so that `keyreel --help` need not wait for them."""
+        if name == "__version__":
+            return importlib.import_module("importlib.metadata").version("keyreel")
         for module, names in _MODULES.items():
             if name in names:
                 return getattr(importlib.import_module(module), name)
         raise AttributeError(f"module 'keyreel' has no attribute {name!r}")
 
 
-__version__ = metadata.version("keyreel")
 __all__ = [
     "Embedding",
     "EncodeConfig",
