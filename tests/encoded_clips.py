@@ -15,7 +15,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.content import same_priority
+from benchmarks.clips import same_priority
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 _FORMATS = {

@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
-from benchmarks.markers import marked as marked_text  # noqa: E402
 from keyreel.config import ImageTransform  # noqa: E402
 from keyreel.runtime.bundle import Bundle as Checked  # noqa: E402
 from keyreel_export.builtin import data  # noqa: E402
@@ -229,14 +228,6 @@ def test_a_rare_label_means_what_the_list_says(tmp_path: Path) -> None:
     language = Language(found, [[]], [], None, words, tmp_path / "tokenizer.json")
     meant = dict(zip(*language.draw_words(300, np.random.default_rng(0)), strict=True))
     assert meant["plane"] == meant["airplane"] == {language.things.index("airplane"): 1.0}
-
-
-def test_sections_need_one_place() -> None:
-    text = "a\n<!-- x -->\nold\n<!-- /x -->\nb"
-    assert marked_text(text, {"x": "new"}, "f") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
-    for wrong in ("a", text + text):
-        with pytest.raises(ValueError, match=r"f has [02] places for x"):
-            marked_text(wrong, {"x": "new"}, "f")
 
 
 def test_contrast_is_the_mean_of_both_ways() -> None:

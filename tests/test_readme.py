@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from benchmarks import plot
 from keyreel import config
 from keyreel.cli.app import app
 from keyreel.runtime.bundle import Bundle
@@ -75,15 +75,10 @@ def test_defaults_are_what_the_readme_says() -> None:
 
 
 def test_figures_are_those_of_the_committed_results() -> None:
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-    assert spec
-    assert spec.loader
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
-    assert report.filled(README) == README
-    drawn = {**report.files(report.Results(report.RESULTS)), **report.quality_report.files()}
-    for path, text in drawn.items():
-        assert path.read_text("utf-8") == text, path.name
+    for page in plot.PAGES:
+        assert plot.filled(page.read_text("utf-8")) == page.read_text("utf-8"), page.name
+    for path, drawn in plot.charts().items():
+        assert path.read_text("utf-8") == drawn, path.name
 
 
 def test_figures_of_the_built_in_model_are_those_of_its_manifest() -> None:

@@ -1,13 +1,11 @@
 """Clips made by a seeded script: natural-like pictures that move, with grain and cuts, in several codecs and GOPs.
 
-    python -m benchmarks.content FOLDER     makes all clips that the suite uses, so that a later run finds them
+A scene is a picture of "dead leaves" (Lee, Mumford and Huang 2001: discs that hide each other, whose radii follow a
+power law, have the statistics of natural images), each disc with a texture of 1/f noise. The camera pans and zooms,
+ten objects move, every frame has fresh grain, and scenes change with hard cuts.
 
-A scene is a picture of "dead leaves" (Lee, Mumford and Huang 2001: discs that hide each other, with radii after a power
-law, have the statistics of natural images), each disc with a texture of 1/f noise. The camera pans and zooms over it,
-ten objects move before it, each on its own way, and every frame has fresh grain. Scenes change with hard cuts.
-
-How much detail and motion there is was set so that x264 spends on it what it spends on real clips with the same
-settings: about 0.4 bits a pixel on key frames (six real clips: 0.13 to 0.55) and 0.04 on others (0.015 to 0.05).
+Detail and motion were set so that x264 spends what it spends on real clips with the same settings: about 0.4 bits a
+pixel on key frames (six real clips: 0.13 to 0.55) and 0.04 on others (0.015 to 0.05).
 """
 
 from __future__ import annotations
@@ -26,45 +24,25 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 U8 = NDArray[np.uint8]
-VERSION = 2  # of the pictures: goes into the names of the files, so that an old cache is not taken for new
-SCENE_FRAMES = 131  # in no step with the GOPs
+VERSION = 2  # of the pictures; part of the files' names
+SCENE_FRAMES = 131  # a prime: cuts and key frames do not coincide
 _TILE = 512
-_GRAIN = 3  # the luma of a picture ends that far below what would wrap
+_GRAIN = 3  # levels of luma that are added to each frame
 
-# Encoder and options; {gop} is filled in. Fixed threads, since some encoders give other bytes with other numbers.
-_ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
-    "h264": (
-        "libx264",
-        {"preset": "veryfast", "crf": "23", "bf": "3", "g": "{gop}", "keyint_min": "{gop}", "sc_threshold": "0"},
-    ),
+# Encoder and options. Fixed threads: some encoders write other bytes with other numbers of them.
+_ENCODERS = {
+    "h264": ("libx264", "preset=veryfast crf=23 bf=3 g={gop} keyint_min={gop} sc_threshold=0"),
     "hevc": (
         "libx265",
-        {
-            "preset": "superfast",
-            "x265-params": "log-level=none:crf=26:bframes=3:keyint={gop}:min-keyint={gop}:scenecut=0:pools=2",
-        },
+        "preset=superfast x265-params=log-level=none:crf=26:bframes=3:keyint={gop}:min-keyint={gop}:scenecut=0:pools=2",
     ),
     "vp9": (
         "libvpx-vp9",
-        {
-            "deadline": "good",
-            "cpu-used": "5",
-            "row-mt": "1",
-            "crf": "34",
-            "b": "0",
-            "lag-in-frames": "16",
-            "auto-alt-ref": "1",
-            "g": "{gop}",
-            "keyint_min": "{gop}",
-        },
+        "deadline=good cpu-used=5 row-mt=1 crf=34 b=0 lag-in-frames=16 auto-alt-ref=1 g={gop} keyint_min={gop}",
     ),
-    "av1": (
-        "libsvtav1",
-        {"preset": "11", "crf": "38", "g": "{gop}", "svtav1-params": "keyint={gop}:scd=0:lp=2"},
-    ),
-    "mpeg2": ("mpeg2video", {"bf": "2", "g": "{gop}", "keyint_min": "{gop}", "sc_threshold": "1000000000", "q": "5"}),
+    "av1": ("libsvtav1", "preset=11 crf=38 g={gop} svtav1-params=keyint={gop}:scd=0:lp=2"),
+    "mpeg2": ("mpeg2video", "bf=2 g={gop} keyint_min={gop} sc_threshold=1000000000 q=5"),
 }
-FFMPEG_NAMES = {"mpeg2": "mpeg2video"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,40 +54,39 @@ class Clip:
     height: int = 1080  # 16:9
     seconds: int = 30
     fps: int = 30
-    repeats: int = 1  # the packets that many times over, for long videos
     seed: int = 1
 
     @property
     def width(self) -> int:
         return round(self.height * 16 / 9 / 2) * 2
 
-    @property
-    def name(self) -> str:
-        return "-".join(f"{key[0]}{value}" for key, value in asdict(self).items()) + f"-v{VERSION}.mp4"
+    def params(self) -> dict[str, Any]:
+        """As they go into rows of systems that take one frame a second."""
+        codec, gop, height, seconds = self.codec, self.gop, self.height, self.seconds
+        return {"codec": codec, "gop": gop, "height": height, "fps": 1, "seconds": seconds, "video_fps": self.fps}
 
 
 def clip(folder: Path, wanted: Clip) -> Path:
     """The clip's file; made if it is not there."""
-    path = folder / wanted.name
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{wanted.name}"
-    if wanted.repeats > 1:
-        once = Clip(**{**asdict(wanted), "repeats": 1})
-        _repeat(clip(folder, once), aside, wanted.repeats)
-    else:
-        _encode(aside, wanted)
-    aside.replace(path)
+    path = folder / f"{'-'.join(map(str, asdict(wanted).values()))}-v{VERSION}.mp4"
+    if not path.exists():
+        partial = folder / f".{path.name}"
+        _encode(partial, wanted)
+        partial.replace(path)
     return path
+
+
+def small_clips(folder: Path, count: int) -> list[Path]:
+    """Clips of two seconds, so small that what a library adds to each is most of what they cost."""
+    return [clip(folder, Clip(gop=5, height=90, seconds=2, fps=5, seed=seed)) for seed in range(count)]
 
 
 @contextmanager
 def same_priority() -> Iterator[None]:
-    """Gives the calling thread its scheduling back.
+    """Restores the scheduling of the calling thread.
 
-    SVT-AV1, run by root, makes the thread that opens it a real-time one of the highest priority, and leaves it so; all
-    that it starts later is one, too, and two of those that wait for each other stop the whole machine.
+    SVT-AV1, run by root, gives the thread that opens it real-time priority, which threads started later inherit; two of
+    them that wait for each other stop the machine.
     """
     policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
@@ -120,8 +97,8 @@ def same_priority() -> Iterator[None]:
 
 def _encode(path: Path, wanted: Clip) -> None:
     encoder, options = _ENCODERS[wanted.codec]
+    filled = dict(option.split("=", 1) for option in options.format(gop=wanted.gop).split())
     with same_priority(), av.open(str(path), "w", format="mp4") as output:
-        filled = {key: value.format(gop=wanted.gop) for key, value in options.items()}
         stream: Any = output.add_stream(encoder, rate=wanted.fps, options=filled)
         stream.height, stream.width, stream.pix_fmt = wanted.height, wanted.width, "yuv420p"
         stream.codec_context.thread_count = 2
@@ -131,24 +108,6 @@ def _encode(path: Path, wanted: Clip) -> None:
         for frame in frames(wanted):
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
-
-
-def _repeat(source: Path, path: Path, repeats: int) -> None:
-    """Copies the packets several times, each time later by the length of the clip."""
-    with av.open(str(path), "w", format="mp4") as output:
-        for turn in range(repeats):
-            with av.open(str(source)) as given:
-                stream = given.streams.video[0]
-                if turn == 0:
-                    copied = output.add_stream_from_template(stream)
-                assert stream.duration is not None
-                for packet in given.demux(stream):
-                    if packet.dts is None or packet.pts is None:
-                        continue
-                    packet.pts += turn * stream.duration
-                    packet.dts += turn * stream.duration
-                    packet.stream = copied
-                    output.mux(packet)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -174,7 +133,7 @@ def frames(wanted: Clip) -> Iterator[VideoFrame]:
 
 
 class _Scene:
-    """A canvas half as large again as the picture, what moves before it, and the way of the camera."""
+    """A canvas larger than the picture, the objects that move over it, and the path of the camera."""
 
     def __init__(self, random: np.random.Generator, height: int, width: int) -> None:
         self._height, self._width = height, width
@@ -202,7 +161,7 @@ class _Scene:
 
 
 class _Object:
-    """A textured disc that crosses the picture on a curve of its own."""
+    """A textured disc that moves on a curve of its own."""
 
     def __init__(self, random: np.random.Generator, height: int, width: int) -> None:
         radius = int(random.uniform(0.08, 0.2) * height) // 2 * 2 + 2
@@ -227,7 +186,7 @@ def _leaves(random: np.random.Generator, height: int, width: int, count: int) ->
     repeated = np.tile(texture, (height // _TILE + 1, width // _TILE + 1))[:height, :width]
     luma = 120 + 4 * repeated
     chroma = np.full((2, height // 2, width // 2), 128, np.uint8)
-    # Radii with density r^-3 between 0.02 and 0.35 of the height; the largest lie at the bottom, so that all are seen.
+    # Radii with density r^-3 between 0.02 and 0.35 of the height; the largest are painted first, so that all are seen.
     low, high = 0.02 * height, 0.35 * height
     share = random.uniform(0, 1, count)
     radii = np.sort((low**-2 + share * (high**-2 - low**-2)) ** -0.5)[::-1]
@@ -243,34 +202,16 @@ def _leaves(random: np.random.Generator, height: int, width: int, count: int) ->
         window = chroma[:, top // 2 : (top + inside.shape[0]) // 2, left // 2 : (left + inside.shape[1]) // 2]
         where = inside[top % 2 :: 2, left % 2 :: 2][: window.shape[1], : window.shape[2]]
         np.copyto(window[:, : where.shape[0], : where.shape[1]], colours[:, None, None], where=where)
-    # A lens has no edges of one pixel.
+    # A lens draws no edge in one pixel.
     for axis in (0, 1):
         luma = (np.roll(luma, 1, axis) + 2 * luma + np.roll(luma, -1, axis)) / 4
     return np.clip(luma, 20, 235 - _GRAIN).astype(np.uint8), chroma
 
 
 def _texture(random: np.random.Generator) -> NDArray[np.float32]:
-    """[512, 512] 1/f noise with mean 0 and deviation 1, which continues over its edges."""
+    """[512, 512] 1/f noise with mean 0 and deviation 1, periodic."""
     frequency = np.hypot(np.fft.fftfreq(_TILE)[:, None], np.fft.rfftfreq(_TILE))
     frequency[0, 0] = np.inf
     noise = np.fft.rfft2(random.standard_normal((_TILE, _TILE))) / frequency
     texture: NDArray[np.float32] = np.fft.irfft2(noise, (_TILE, _TILE)).astype(np.float32)
     return texture / texture.std()
-
-
-def main() -> None:
-    import argparse
-
-    from benchmarks.cases import NAMES
-    from benchmarks.run import clips_of
-
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.content", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--quick", action="store_true", help="only what --quick measures")
-    arguments = parser.parse_args()
-    for wanted in clips_of(NAMES, quick=arguments.quick):
-        print(clip(arguments.folder, wanted), flush=True)
-
-
-if __name__ == "__main__":
-    main()

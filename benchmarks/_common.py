@@ -1,0 +1,289 @@
+"""What the benchmarks share: systems that take turns, each in a process of its own, and rows as JSON lines.
+
+A row is one metric of one system on one set of parameters, with median and quartiles, the commit and the machine. A
+system that is not installed, or fails, has one row without a value that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = (
+    *("keyreel", "numpy", "av", "pillow", "onnxruntime", "openvino", "torch", "open_clip_torch", "lancedb", "fastapi"),
+    *("opencv-python-headless", "torchcodec", "decord", "scikit-learn", "faiss-cpu", "uvicorn", "cupy-cuda13x"),
+)
+Row = dict[str, Any]
+_SHORTEST_SECONDS = 0.2  # shorter runs are repeated: clocks of CPU time are coarse
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+class Absent(Exception):
+    """Why a system has no values."""
+
+    def __init__(self, reason: str, kind: Literal["skipped", "failed"] = "skipped") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One of those that are compared. Both functions are pickled: module-level ones, or `partial`s of them."""
+
+    name: str
+    prepare: Callable[[], Callable[[], Any]]  # imports what it needs and returns the function that is timed
+    check: Callable[[Any], dict[str, float]] | None = None  # other metrics of the result
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that runs one function after the other; a crash or a hang ends nothing but this process."""
+
+    def __init__(self) -> None:
+        self._pipe, there = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=_serve, args=(there,), daemon=True)
+        self._process.start()
+        there.close()
+
+    def call(self, function: Callable[..., Any], *arguments: Any, limit_seconds: float) -> Any:
+        """Runs a function in the process and returns its value.
+
+        Raises:
+            Absent: it raised, the process ended, or there was no answer in time.
+        """
+        try:
+            self._pipe.send((function, arguments))
+            if not self._pipe.poll(limit_seconds):
+                self.close()
+                raise Absent(f"no answer within {limit_seconds:.0f} s", "failed")
+            kind, value = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise Absent(f"its process ended with code {self._process.exitcode}", "failed") from None
+        if kind != "ok":
+            raise Absent(value, kind)
+        return value
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Any) -> None:
+    os.dup2(2, 1)  # stdout is for rows
+    while True:
+        try:
+            function, arguments = pipe.recv()
+            pipe.send(("ok", function(*arguments)))
+        except EOFError:
+            return
+        except Exception as error:  # noqa: BLE001 - the parent goes on with the other systems
+            pipe.send(_why(error))
+
+
+def _why(error: Exception) -> tuple[str, str]:
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, Absent):
+        return error.kind, text
+    if isinstance(error, ImportError) and not (error.name or "").startswith(("keyreel", "benchmarks")):
+        return "skipped", f"not installed: {text}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return "failed", f"{type(error).__name__}: {text} ({Path(frame.filename).name}:{frame.lineno})"
+
+
+# --- time and memory --------------------------------------------------------------------------------------------------
+
+
+def cpu_seconds() -> float:
+    """Of all threads of this process and of the processes that it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def peak_mib() -> float:
+    """The most memory that this process has held."""
+    return next(int(line.split()[1]) / 1024 for line in _lines("/proc/self/status") if line.startswith("VmHWM:"))
+
+
+_prepared: list[tuple[Callable[[], Any], int]] = []  # in a worker: the function to time, and how often in a row
+
+
+def _first(system: System) -> dict[str, float]:
+    run = system.prepare()
+    began = time.perf_counter()
+    result = run()
+    wall, loops = time.perf_counter() - began, 1
+    if wall < _SHORTEST_SECONDS:  # once more: the first run also sets things up
+        began = time.perf_counter()
+        run()
+        loops = max(1, math.ceil(_SHORTEST_SECONDS / max(time.perf_counter() - began, 1e-7)))
+    _prepared.append((run, loops))
+    return {"peak_mib": peak_mib(), **(system.check(result) if system.check else {})}
+
+
+def _again() -> dict[str, float]:
+    run, loops = _prepared[-1]
+    cpu, wall = cpu_seconds(), time.perf_counter()
+    for _ in range(loops):
+        run()
+    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    return {"cpu_seconds": cpu / loops, "wall_seconds": wall / loops}
+
+
+def compare(
+    case: str,
+    params: Row,
+    systems: Sequence[System],
+    *,
+    runs: int = 3,
+    seconds: float = 60.0,
+    limit_seconds: float = 240.0,
+) -> list[Row]:
+    """Prepares all systems, then runs them in turn, so that what disturbs the machine disturbs them all.
+
+    The first run of each warms up, is checked, and gives the peak memory; the others give the times.
+
+    Args:
+        runs: timed runs of each system; 0 where `check` gives the times.
+        seconds: no new round is begun after so many.
+        limit_seconds: a single run that takes longer has failed.
+    """
+    say(f"{case} {' '.join(f'{key}={value}' for key, value in params.items())}")
+    workers = {system.name: Worker() for system in systems}
+    samples: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
+    absent: dict[str, Absent] = {}
+
+    def ask(name: str, function: Callable[..., dict[str, float]], *arguments: Any) -> None:
+        try:
+            found = workers[name].call(function, *arguments, limit_seconds=limit_seconds)
+        except Absent as error:
+            absent[name] = error
+            return
+        for metric, value in found.items():
+            samples[name].setdefault(metric, []).append(float(value))
+
+    try:
+        for system in systems:
+            ask(system.name, _first, system)
+        began = time.monotonic()
+        for done in range(runs):
+            if done and time.monotonic() - began > seconds:
+                break
+            turn = done % len(systems)
+            for system in (*systems[turn:], *systems[:turn]):
+                if system.name not in absent:
+                    ask(system.name, _again)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return [row for name in workers for row in rows_of(case, params, name, absent.get(name) or samples[name])]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(case: str, params: Row, system: str, found: dict[str, list[float]] | Absent) -> list[Row]:
+    """A row for each metric, or one that says why there is none."""
+    head = {"case": case, "params": params, "system": system}
+    if isinstance(found, Absent):
+        say(f"  {system}: {found.kind}: {found}")
+        none = {"median": None, "p25": None, "p75": None, "runs": 0, "unit": "s"}
+        return [{**head, "metric": "cpu_seconds", **none, found.kind: str(found)}]
+    rows = []
+    for metric, values in found.items():
+        low, median, high = np.percentile(values, [25, 50, 75]).tolist()
+        last = metric.rsplit("_", 1)[-1]
+        spread = {"median": median, "p25": low, "p75": high, "runs": len(values)}
+        rows.append({**head, "metric": metric, **spread, "unit": {"seconds": "s", "mib": "MiB"}.get(last, last)})
+    shown = ", ".join(f"{row['metric']} {row['median']:.4g}" for row in rows)
+    say(f"  {system}: {shown}")
+    return rows
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def commit() -> str:
+    """The commit that is checked out, with a + where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def environment() -> Row:
+    """Machine, versions and load, as they go into each row."""
+    installed = {one.name.lower(): one.version for one in metadata.distributions()}
+    names = [line.split(": ", 1)[1] for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {name: installed[name] for name in PACKAGES if name in installed},
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """The options that every script has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything works")
+    parser.add_argument("-o", "--output", type=Path, help="append the rows to this file")
+    parser.add_argument("--content", type=Path, help="keep made clips, arrays and models here for the next run")
+    media = ROOT.parent / "shared" / "media"
+    parser.add_argument("--media", type=Path, default=media, help="folder of real clips")
+    return parser
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], Iterable[Row]],
+    words: Sequence[str] | None = None,
+) -> int:
+    """Measures, and prints each row as it comes; 1 where keyreel itself failed."""
+    options = parser.parse_args(words)
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="keyreel-benchmark-") as folder:
+        options.content = (options.content or Path(folder)).resolve()
+        options.content.mkdir(parents=True, exist_ok=True)
+        about = {"commit": commit(), "environment": environment()}
+        for row in measure(options):
+            line = json.dumps({**row, **about})
+            print(line, flush=True)
+            if options.output:
+                options.output.parent.mkdir(parents=True, exist_ok=True)
+                with options.output.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            failed |= "failed" in row and str(row.get("system", "keyreel")).startswith("keyreel")
+    return int(failed)

@@ -1,1 +1,0 @@
-"""What `python -m benchmarks.gpu` measures, a module a subject."""

@@ -1,0 +1,170 @@
+"""Exact search of a library of many frames, beside one pass over memory and plain searches of the same vectors.
+
+    python -m benchmarks.search [--quick] [--rows N ...] [-o FILE]
+
+The vectors are made up: a video has a direction, its shots lie around that, its frames around those. They come into
+the library through `Library.add`, by an Engine that returns them in place of what it sees, 500 a video. A query lies
+near one of the frames (cosine about 0.7). keyreel answers with moments of videos, the others with the ten best rows.
+`recall` is the share of queries whose best row a system finds; `add_seconds` is the time to add one video.
+
+--content must not hold a library of another version of keyreel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import struct
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import peers
+from benchmarks._common import Row, System, compare, parser_of, rows_of, run
+from benchmarks.clips import small_clips
+from keyreel import Engine, Library, Shot, Summary
+
+WIDTH, K = 512, 10
+_ROWS, _SHOTS, _RATE = 500, 10, 250.0  # rows and shots of a video, rows a second
+_QUERIES, _SECONDS = 200, 30.0  # no query is begun after so many seconds
+FLOOR = "one pass over memory"
+_PEERS = {
+    FLOOR: peers.memory_pass,
+    "numpy": peers.numpy,
+    "faiss flat": peers.faiss_flat,
+    "lancedb flat": peers.lancedb_flat,
+}
+
+
+def vectors_of(number: int) -> Any:
+    """[500, 512] float32 unit vectors of one video."""
+    random = np.random.default_rng([7, number])
+    parts = (random.standard_normal((count, WIDTH), np.float32) for count in (1, _SHOTS, _ROWS))
+    video, shot, frame = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts)
+    found = video + 0.8 * np.repeat(shot, _ROWS // _SHOTS, axis=0) + 0.5 * frame
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+class MadeUp(Engine):
+    """An Engine whose summaries of NUMBER.mp4 hold the made-up vectors of that number."""
+
+    def summarize(self, video: Any, **options: Any) -> Summary:
+        seen = super().summarize(video, **options)
+        own, row = seen.embedding, np.arange(_ROWS)
+        names = ("attention", "sharpness", "luma_mean", "luma_spread", "pixel_change")
+        embedding = dataclasses.replace(
+            own,
+            vectors=vectors_of(int(Path(seen.video.path).stem)),
+            pts_seconds=row / _RATE,
+            frame_index=row,
+            **{name: getattr(own, name)[row % len(own)] for name in names},
+        )
+        bounds = np.linspace(0, _ROWS / _RATE, _SHOTS + 1).tolist()
+        shots = tuple(Shot(start, stop) for start, stop in itertools.pairwise(bounds))
+        importance = np.ones(_ROWS, np.float32)
+        return dataclasses.replace(seen, embedding=embedding, shots=shots, importance=importance)
+
+
+def fill(folder: Path, videos: int) -> float:
+    """Makes the library; returns the seconds that adding a video took, with the encoding of its two-second clip."""
+    clips = folder.parent / "made-up"
+    clips.mkdir(exist_ok=True)
+    (clip,) = small_clips(folder.parent, 1)
+    paths = [clips / f"{number}.mp4" for number in range(videos)]
+    for number, path in enumerate(paths):
+        # An empty box at the end: other bytes, the same video.
+        path.write_bytes(clip.read_bytes() + struct.pack(">I4sQ", 16, b"free", number))
+    with MadeUp.from_pretrained(device="cpu") as engine:
+        engine.bundle = dataclasses.replace(engine.bundle, embedding_width=WIDTH)
+        with Library(folder, engine) as library:
+            began = time.perf_counter()
+            added = library.add(paths)
+            seconds = time.perf_counter() - began
+            library.compact()
+    assert all(one.failure is None for one in added), added
+    return seconds / videos
+
+
+def ask(vectors: Any) -> tuple[Any, Any]:
+    """Queries [Q, D] and the best row of each, as the library's 16-bit vectors have it."""
+    random = np.random.default_rng(8)
+    near = vectors[random.integers(0, len(vectors), _QUERIES)]
+    noise = random.standard_normal(near.shape).astype(np.float32)
+    queries = near + noise / np.linalg.norm(noise, axis=1, keepdims=True)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    best, score = np.zeros(_QUERIES, np.int64), np.full(_QUERIES, -np.inf)
+    for start in range(0, len(vectors), 50_000):
+        stored = vectors[start : start + 50_000].astype(np.float16).astype(np.float64)
+        scores = stored / np.linalg.norm(stored, axis=1, keepdims=True) @ queries.T
+        better = scores.max(0) > score
+        best[better], score[better] = start + scores.argmax(0)[better], scores.max(0)[better]
+    return queries, best
+
+
+def keyreel(folder: Path, *, videos: bool = False) -> Callable[[Any], int]:
+    library = Library(folder / "library")
+
+    def search(query: Any) -> int:
+        found = library.search_videos(query, k=K) if videos else library.search(query, k=K)
+        hit = found[0].moments[0] if videos else found[0]
+        return int(Path(hit.video).stem) * _ROWS + round(_RATE * hit.pts_seconds)
+
+    return search
+
+
+def peer(folder: Path, way: Any) -> Callable[[Any], int]:
+    return way(np.load(folder / "vectors.npy", mmap_mode="r"), K, folder)
+
+
+def prepare(folder: Path, make: Callable[[Path], Callable[[Any], int]]) -> peers.Run:
+    search, queries = make(folder), np.load(folder / "queries.npy")
+
+    def every() -> tuple[list[int], list[float]]:
+        found: list[int] = []
+        seconds: list[float] = []
+        for query in (queries[0], *queries):  # twice the first: it loads what the others find in memory
+            start = time.perf_counter()
+            found.append(search(query))
+            seconds.append(time.perf_counter() - start)
+            if sum(seconds[1:]) > _SECONDS:
+                break
+        return found, seconds
+
+    return every
+
+
+def check(best: Any, result: tuple[list[int], list[float]]) -> dict[str, float]:
+    found, seconds = result
+    middle, high = np.percentile(seconds[1:], [50, 99])
+    times = {"p50_seconds": middle, "p99_seconds": high, "first_seconds": seconds[0], "queries": len(found) - 1}
+    recall = float(np.mean(np.array(found[1:]) == best[: len(found) - 1]))
+    return times if found[0] < 0 else {**times, "recall": recall}
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    for rows in options.rows or ((2_000,) if options.quick else (10_000, 100_000)):
+        params, folder = {"rows": rows}, options.content / f"search-{rows}"
+        folder.mkdir(exist_ok=True)
+        vectors = np.concatenate([vectors_of(number) for number in range(rows // _ROWS)])
+        queries, best = ask(vectors)
+        np.save(folder / "vectors.npy", vectors)
+        np.save(folder / "queries.npy", queries)
+        if not (folder / "library").exists():
+            seconds = fill(folder / "library", rows // _ROWS)
+            yield from rows_of("library", params, "keyreel", {"add_seconds": [seconds]})
+        del vectors
+        makes = {"keyreel": keyreel, "keyreel videos": partial(keyreel, videos=True)}
+        makes |= {name: partial(peer, way=way) for name, way in _PEERS.items()}
+        systems = [System(name, partial(prepare, folder, make), partial(check, best)) for name, make in makes.items()]
+        yield from compare("library", params, systems, runs=0, limit_seconds=600)
+
+
+if __name__ == "__main__":
+    parser = parser_of(__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", help="sizes of the libraries, multiples of 500")
+    raise SystemExit(run(parser, measure))
