@@ -243,6 +243,7 @@ def test_search_reports_failures(tiny: Path, tmp_path: Path) -> None:
 # --- demo, bench, doctor ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_demo_finds_what_it_shows(tmp_path: Path) -> None:
     done = run("demo", "-o", tmp_path)
     found = json.loads((tmp_path / "demo" / "summary.json").read_text())

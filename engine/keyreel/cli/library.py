@@ -55,7 +55,7 @@ def list_videos(
     with keyreel.Library(folder) as library:
         where = keyreel.Filter(
             path=path,
-            tags=tag or (),
+            tags=tuple(tag or ()),
             after=after,
             before=before,
             min_duration_seconds=min_duration,

@@ -92,9 +92,9 @@ def search(
             raise ValueError("videos of a library are chosen with --in and --path")
         options.reject(context, _OF_VIDEOS, "goes with videos, not with --library")
         where = keyreel.Filter(
-            videos=within or (),
+            videos=tuple(within or ()),
             path=path,
-            tags=tag or (),
+            tags=tuple(tag or ()),
             start_seconds=start,
             stop_seconds=stop,
             after=after,
