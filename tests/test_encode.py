@@ -134,7 +134,7 @@ def test_equals_the_chain_written_out(shift: Any) -> None:
     np.testing.assert_allclose(got.pixel_change, change, atol=1e-6)
     linked = np.array([t > 0 and change[t] < SHIFT_CUT for t in range(len(frames))])
     if shift == "fixed":
-        source = ops.fixed_shift(len(frames), GRID, linked, share=config.shift_share, step=1)
+        source = ops.fixed_shift(len(frames), GRID, linked, fraction=config.shift_share, step=1)
     elif shift == "adaptive":
         source = ops.adaptive_shift(
             tokens[:, PREFIX:], GRID, linked, steps=config.shift_steps, threshold=config.shift_threshold

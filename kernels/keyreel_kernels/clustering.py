@@ -74,11 +74,9 @@ def neighbour_similarity(x: F32, offsets: I64, reach: int = 3) -> tuple[F32, F32
         two frames of the video are on average (the mean cosine of all pairs is |mean x|^2), which has less noise and
         does not mix scenes.
     """
-    similarity, smooth = np.ones(len(x), np.float32), x.copy()
+    similarity, smooth = np.empty(len(x), np.float32), np.empty(x.shape, np.float32)
     for start, stop in itertools.pairwise(offsets.tolist()):
         z, count = x[start:stop].astype(np.float64), stop - start
-        if count < 2:
-            continue
         near = np.full((count, 2 * reach), -np.inf)
         for step in range(1, min(reach, count - 1) + 1):
             cosine = np.vecdot(z[step:], z[:-step])
@@ -87,7 +85,8 @@ def neighbour_similarity(x: F32, offsets: I64, reach: int = 3) -> tuple[F32, F32
         best = np.argsort(-near, axis=1, kind="stable")[:, :2]
         cosine = np.take_along_axis(near, best, axis=1)
         known = np.isfinite(cosine)
-        similarity[start:stop] = np.where(known, cosine, 0).sum(1) / known.sum(1)
+        mean = np.where(known, cosine, 0).sum(1) / np.maximum(known.sum(1), 1)
+        similarity[start:stop] = np.where(known.any(1), mean, 1)
         # Column 2s-2 is the frame s before, 2s-1 the frame s after.
         other = np.arange(count)[:, None] + np.where(best % 2 == 0, -1, 1) * (best // 2 + 1)
         similar = known & (cosine > (z.mean(0) ** 2).sum())
