@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -40,6 +41,7 @@ class Work:
         self.go = threading.Semaphore(0)
         self.tell: Callable[..., None] = lambda *_: None
         self.wrong: dict[str, Exception] = {}
+        self.forgetting: Callable[[], None] = lambda: None
 
     def add(self, path: Path, tell: Any, stop: Callable[[], bool]) -> Added | None:
         self.begun.append(path.name)
@@ -54,6 +56,7 @@ class Work:
 
     def forget(self, path: Path) -> None:
         self.forgotten.append(path.name)
+        self.forgetting()
 
 
 @pytest.fixture
@@ -79,6 +82,11 @@ def submit(jobs: Jobs, name: str | Path, **more: Any) -> Job:
         return jobs.submit(Path("/videos") / name, **more)
     finally:
         jobs.release()
+
+
+def sql(folder: Path, statement: str, *values: Any) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(folder / "state" / "jobs.sqlite", isolation_level=None)) as base:
+        return base.execute(statement, values).fetchall()
 
 
 def upload(jobs: Jobs, name: str) -> Job:
@@ -183,9 +191,7 @@ def test_the_end_waits_for_what_is_under_way(tmp_path: Path, work: Work) -> None
     threading.Timer(0.2, work.go.release).start()
     jobs.drain(20)
     assert work.done == ["a"]  # and "b" did not begin
-    base = sqlite3.connect(tmp_path / "state" / "jobs.sqlite")
-    assert dict(base.execute("SELECT id, state FROM jobs")) == {made[0].id: "done", made[1].id: "queued"}
-    base.close()
+    assert dict(sql(tmp_path, "SELECT id, state FROM jobs")) == {made[0].id: "done", made[1].id: "queued"}
 
 
 def test_a_video_that_takes_the_process_with_it_is_given_up(tmp_path: Path, work: Work) -> None:
@@ -196,14 +202,12 @@ def test_a_video_that_takes_the_process_with_it_is_given_up(tmp_path: Path, work
     until(lambda: work.begun == ["a"])
     jobs.drain(0)
     (jobs.uploads / "a").mkdir()
-    upload = jobs.uploads / "a" / "a.mp4"
-    upload.write_bytes(b"x")
+    video = jobs.uploads / "a" / "a.mp4"
+    video.write_bytes(b"x")
     for tries, state in ((1, "queued"), (2, "queued"), (3, "failed")):
-        assert upload.exists()
-        base = sqlite3.connect(tmp_path / "state" / "jobs.sqlite", isolation_level=None)
-        row = (tries, str(upload).encode())
-        base.execute("UPDATE jobs SET state = 'running', uploaded = 1, tries = ?, path = ?", row)
-        base.close()
+        assert video.exists()
+        values = (tries, str(video).encode())
+        sql(tmp_path, "UPDATE jobs SET state = 'running', uploaded = 1, tries = ?, path = ?", *values)
         idle = make(tmp_path, work)
         idle._run = lambda: None  # type: ignore[method-assign]
         idle.start()
@@ -217,13 +221,11 @@ def test_a_video_that_takes_the_process_with_it_is_given_up(tmp_path: Path, work
 
 
 def test_a_library_that_cannot_forget_keeps_no_job_waiting(jobs: Jobs, work: Work) -> None:
-    def forget(path: Path) -> None:
+    def fail() -> None:
         raise LibraryError("the disk is full")
 
-    jobs._forget = forget
-    first = upload(jobs, "a")
-    work.wrong = {"a": SourceError("no video")}
-    second = submit(jobs, "b")
+    work.forgetting, work.wrong = fail, {"a": SourceError("no video")}
+    first, second = upload(jobs, "a"), submit(jobs, "b")
     work.go.release(2)
     until(lambda: jobs.get(second.id).state == "done")
     assert jobs.get(first.id).state == "failed"
@@ -232,14 +234,9 @@ def test_a_library_that_cannot_forget_keeps_no_job_waiting(jobs: Jobs, work: Wor
 def test_the_library_forgets_without_holding_the_others_up(jobs: Jobs, work: Work) -> None:
     """Requests look at the jobs on the event loop, too."""
     entered, go = threading.Event(), threading.Event()
-
-    def forget(path: Path) -> None:
-        entered.set()
-        assert go.wait(60)
-
-    jobs._forget = forget
-    upload(jobs, "a")
+    work.forgetting = lambda: (entered.set(), go.wait(60), None)[2]
     work.wrong = {"a": SourceError("no video")}
+    upload(jobs, "a")
     work.go.release()
     assert entered.wait(60)
     other = threading.Thread(target=jobs.release, daemon=True)
@@ -265,9 +262,7 @@ def test_what_was_cancelled_stays_so_when_the_service_ends(tmp_path: Path, work:
     until(lambda: work.begun == ["a"])
     jobs.cancel(job.id)
     jobs.drain(0)
-    base = sqlite3.connect(tmp_path / "state" / "jobs.sqlite")
-    assert base.execute("SELECT state FROM jobs").fetchall() == [("cancelled",)]
-    base.close()
+    assert sql(tmp_path, "SELECT state FROM jobs") == [("cancelled",)]
 
 
 def test_errors_of_jobs_tell_no_folders(tmp_path: Path, work: Work) -> None:
@@ -297,18 +292,13 @@ def test_uploads_are_finished_or_swept_at_the_start(tmp_path: Path, work: Work) 
     (jobs.uploads / "accepted.part").write_bytes(b"whole")
     (jobs.uploads / "half.part").write_bytes(b"ha")
     jobs.drain(0)
-    base = sqlite3.connect(tmp_path / "state" / "jobs.sqlite", isolation_level=None)
     path = str(jobs.uploads / "accepted" / "v.mp4").encode()
-    base.execute(
-        "INSERT INTO jobs (id, state, path, uploaded, created) VALUES ('accepted', 'queued', ?, 1, 0)", (path,)
-    )
-    base.close()
+    values = "('accepted', 'queued', ?, 1, 0)"
+    sql(tmp_path, f"INSERT INTO jobs (id, state, path, uploaded, created) VALUES {values}", path)
     again = make(tmp_path, work)
     again.start()
-    assert {one.relative_to(again.uploads).as_posix() for one in again.uploads.rglob("*")} == {
-        "accepted",
-        "accepted/v.mp4",
-    }
+    there = {one.relative_to(again.uploads).as_posix() for one in again.uploads.rglob("*")}
+    assert there == {"accepted", "accepted/v.mp4"}
     work.go.release()
     until(lambda: work.done == ["v.mp4"])
     until(lambda: again.get("accepted").state == "done")
@@ -366,9 +356,6 @@ def test_old_jobs_are_forgotten_and_open_ones_are_not(
         until(lambda: jobs.counts().get("queued", 0) == jobs.counts().get("running", 0) == 0)
     assert [job.path.name for job in jobs.latest()] == names[:-5:-1]
     jobs.drain(5)
-
-
-# --- with real processes ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

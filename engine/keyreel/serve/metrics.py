@@ -16,13 +16,15 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = own = CollectorRegistry()
         self.requests = Counter("keyreel_requests", "Requests answered", ("method", "route", "status"), registry=own)
-        self.request_seconds = Histogram("keyreel_request_seconds", "Time of a request", ("route",), registry=own)
-        self.at_work = Gauge("keyreel_requests_at_work", "Requests being answered", registry=own)
+        self.request_seconds = Histogram(
+            "keyreel_request_seconds", "Time from request to answer", ("route",), registry=own
+        )
+        self.at_work = Gauge("keyreel_requests_at_work", "Requests that are being answered", registry=own)
         self.batch_queries = Histogram(
-            "keyreel_batch_queries", "Text queries answered in one pass", buckets=_BATCHES, registry=own
+            "keyreel_batch_queries", "Text queries that shared a pass", buckets=_BATCHES, registry=own
         )
         self.jobs_ended = Counter("keyreel_jobs_ended", "Jobs that ended", ("state",), registry=own)
-        self.job_seconds = Histogram("keyreel_job_seconds", "Time of a job", buckets=_SECONDS, registry=own)
+        self.job_seconds = Histogram("keyreel_job_seconds", "Time at work on a job", buckets=_SECONDS, registry=own)
         self.upload_bytes = Counter("keyreel_upload_bytes", "Bytes of uploads written", registry=own)
         self._jobs = Gauge("keyreel_jobs", "Jobs that are not over", ("state",), registry=own)
 
