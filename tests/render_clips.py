@@ -11,8 +11,8 @@ import av
 import numpy as np
 
 from keyreel.config import ImageTransform, Sampling
-from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
+from keyreel.decode.stream import FrameStream
 from keyreel.types import Embedding, KeyFrame, Shot, Summary
 
 BEEP_SECONDS = 0.1

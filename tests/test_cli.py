@@ -20,8 +20,8 @@ from commands import BARE, document, run, spawn, write_clip
 from keyreel import Sampling, __version__
 from keyreel.cli.documents import Bench, Doctor, Summaries
 from keyreel.cli.output import printable
-from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
+from keyreel.decode.stream import FrameStream
 from keyreel.demo import SCENES
 from keyreel.render.documents import SearchDocument, SummaryDocument, schema_of
 from keyreel.runtime.bundle import Bundle

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keyreel.config import EncodeConfig, ImageTransform
-from keyreel.decode.cpu import FrameStream
+from keyreel.decode.stream import FrameStream
 from keyreel.encode import SHIFT_CUT, Encoder
 from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import Bundle

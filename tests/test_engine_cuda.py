@@ -19,9 +19,9 @@ from hosted_session import HostedSession
 import keyreel
 from keyreel.config import EncodeConfig, ImageTransform, Sampling, SelectConfig
 from keyreel.decode import nvdec_pool
-from keyreel.decode.cpu import FrameStream
 from keyreel.decode.nvdec import pool_of
 from keyreel.decode.source import Source
+from keyreel.decode.stream import FrameStream
 from keyreel.errors import OutOfMemory
 from keyreel.runtime import backend
 from keyreel.runtime.backend import CUDA_BATCH, Backend, resolve

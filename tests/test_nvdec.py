@@ -27,14 +27,12 @@ from numpy.typing import NDArray
 from test_decode import render
 
 from keyreel.config import DecodeLimits, ImageTransform, Sampling
-from keyreel.decode import lanes, nvdec, nvdec_pool, plan
-from keyreel.decode.bitstream import Entry, bitstream, formats
+from keyreel.decode import decoder, nvdec, nvdec_pool, parallel
 from keyreel.decode.color import display_size, orientation_of
-from keyreel.decode.cpu import FrameStream, _CpuDecoder
 from keyreel.decode.nvdec import open_stream
-from keyreel.decode.nvdec_pool import DecoderPool
+from keyreel.decode.nvdec_pool import DecoderPool, sizes
 from keyreel.decode.source import Source
-from keyreel.decode.timeline import Clock, Timeline
+from keyreel.decode.stream import FrameStream
 from keyreel.errors import BackendUnavailable, SourceNotFound, UnsupportedCodec
 from keyreel.types import FrameBatch
 from keyreel_kernels import ops_for
@@ -99,7 +97,7 @@ class Device:
         return self.cuda.to_device(np.stack([samples(s, height, width, self.cuda.to_host) for s in surfaces]))
 
     def open(self, source: Source, sampling: Sampling, **options: Any) -> Any:
-        known: dict[str, Any] = {"transform": SMALL, "batch_size": 7, "strict": False, "lanes": 1, "ops": self.ops}
+        known: dict[str, Any] = {"transform": SMALL, "batch_size": 7, "strict": False, "workers": 1, "ops": self.ops}
         return open_stream(source, sampling, cuda=self.cuda, pool=self.pool, **known | options)
 
     def read(self, video: Any, sampling: Sampling, **options: Any) -> tuple[FrameBatch, tuple[str, ...]]:
@@ -204,9 +202,10 @@ def check(device: Device, path: Path, sampling: Sampling, **options: Any) -> Fra
 # --- every clip, every mode
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "count"), [(name, 1 + 2 * (n % 2)) for n, name in enumerate(CLAIMED)])
 def test_every_clip_gives_the_same_samples(device: Device, media: Media, name: str, count: int) -> None:
-    got = check(device, media(name), Sampling("all"), lanes=count)
+    got = check(device, media(name), Sampling("all"), workers=count)
     assert len(got) == len(expected(media(name)))
 
 
@@ -247,7 +246,7 @@ def test_what_is_not_decoded_on_the_device(host: Device, media: Media, name: str
     ],
 )
 def test_every_mode(device: Device, media: Media, name: str, wanted: Sampling) -> None:
-    check(device, media(name), wanted, lanes=2)
+    check(device, media(name), wanted, workers=2)
 
 
 def test_colours(device: Device, media: Media) -> None:
@@ -330,42 +329,6 @@ def test_only_what_is_needed_is_fed(host: Device, media: Media) -> None:
     assert host.module.fed == sum(p.is_keyframe for p in packets)
 
 
-@pytest.mark.parametrize(
-    ("name", "codec"),
-    [
-        ("format/bbb_800x640_768kbps_30fps_avc_non_reference_3b.mp4", "h264"),
-        ("natural/bikes.mp4", "h264"),
-        ("natural/flower.mp4", "h264"),
-        ("made", "hevc"),
-    ],
-)
-def test_pictures_without_those_that_nothing_refers_to(tmp_path: Path, media: Media, name: str, codec: str) -> None:
-    """Leaving them out changes no other picture, and some are found; by the bits, not by the decoder."""
-    path = media(name) if name != "made" else render(tmp_path / "b.mp4", range(0, 3000, 40), codec="libx265")
-    everything, kept = {}, {}
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        bsf = av.bitstream.BitStreamFilterContext(f"{codec}_mp4toannexb,dump_extra", stream)
-        packets = [part for p in container.demux(stream) if p.size for part in bsf.filter(p)]
-    reader = bitstream(codec, b"")
-    assert reader is not None
-    spare = {p.pts for p in packets for coded in reader.read(bytes(p), key=p.is_keyframe) if coded.spare}
-    assert 0 < len(spare) < len(packets)
-    for found, drop in ((everything, set()), (kept, spare)):
-        decoder = av.CodecContext.create(codec, "r")
-        for packet in [*(p for p in packets if p.pts not in drop), None]:
-            for frame in decoder.decode(packet):
-                found[frame.pts] = packed(frame)
-    assert kept.keys() == everything.keys() - spare
-    for pts, rows in kept.items():
-        np.testing.assert_array_equal(rows, everything[pts])
-    # FFmpeg's own judgement, where it leaves out what nothing refers to.
-    decoder = av.CodecContext.create(codec, "r")
-    decoder.skip_frame = "NONREF"
-    shown = {frame.pts for packet in [*packets, None] for frame in decoder.decode(packet)}
-    assert everything.keys() - shown == spare
-
-
 class Bits:
     def __init__(self) -> None:
         self.text = ""
@@ -382,32 +345,32 @@ def test_sizes_in_vp9_headers(media: Media) -> None:
     with av.open(str(media("format/bbb_642x642_768kbps_30fps_vp9.webm"))) as container:
         for packet in container.demux(video=0):
             if packet.size:
-                assert formats("vp9", bytes(packet)) == ({(642, 642)} if packet.is_keyframe else set())
+                assert sizes("vp9", bytes(packet)) == ({(642, 642)} if packet.is_keyframe else set())
     size, sync, refs = ((1279, 16), (719, 16)), (0x498342, 24), ((3, 8), (0, 12))
     begin = (2, 2), (0, 2), (0, 1)  # marker, profile 0, not a repeated frame
     key = Bits().put(*begin, (0, 1), (1, 1), (0, 1), sync, (1, 3), (0, 1), *size).data()
-    assert formats("vp9", key) == {(1280, 720)}
+    assert sizes("vp9", key) == {(1280, 720)}
     deep = Bits().put((2, 2), (1, 2), (0, 1), (0, 1), (1, 1), (0, 1), sync, (1, 1), (1, 3), (0, 1), *size).data()
-    assert formats("vp9", deep) == {(1280, 720)}
+    assert sizes("vp9", deep) == {(1280, 720)}
     intra = Bits().put(*begin, (1, 1), (0, 1), (0, 1), (1, 1), (0, 2), sync, (0, 8), *size).data()
-    assert formats("vp9", intra) == {(1280, 720)}
+    assert sizes("vp9", intra) == {(1280, 720)}
     inter = Bits().put(*begin, (1, 1), (1, 1), (0, 1), (0, 2), *refs, (0, 3), *size).data()
-    assert formats("vp9", inter) == {(1280, 720)}
+    assert sizes("vp9", inter) == {(1280, 720)}
     same = Bits().put(*begin, (1, 1), (1, 1), (0, 1), (0, 2), *refs, (0, 1), (1, 1), *size).data()
-    assert formats("vp9", same) == set()
-    assert formats("vp9", Bits().put((2, 2), (0, 2), (1, 1), (0, 3)).data(1)) == set()
+    assert sizes("vp9", same) == set()
+    assert sizes("vp9", Bits().put((2, 2), (0, 2), (1, 1), (0, 3)).data(1)) == set()
     marker = 0b110_01_001  # two frames, sizes of two bytes
     index = bytes([marker, *len(key).to_bytes(2, "little"), *len(same).to_bytes(2, "little"), marker])
-    assert formats("vp9", key + same + index) == {(1280, 720)}
+    assert sizes("vp9", key + same + index) == {(1280, 720)}
     smaller = Bits().put(*begin, (0, 1), (1, 1), (0, 1), sync, (1, 3), (0, 1), (639, 16), (359, 16)).data()
-    assert formats("vp9", smaller + key + index) == {(640, 360), (1280, 720)}
-    assert formats("vp9", b"") == set()
+    assert sizes("vp9", smaller + key + index) == {(640, 360), (1280, 720)}
+    assert sizes("vp9", b"") == set()
 
 
 def test_parameter_sets() -> None:
-    assert formats("h264", b"\0\0\0\1\x67abc\0\0\1\x68d\0\0\0\1\x65e") == {b"\x67abc"}
-    assert formats("hevc", b"\0\0\1\x40ab\0\0\1\x42cd\0\0\0\1\x26e") == {b"\x42cd"}
-    assert formats("av1", b"\0\0\1\x67abc") == set()
+    assert sizes("h264", b"\0\0\0\1\x67abc\0\0\1\x68d\0\0\0\1\x65e") == {b"\x67abc"}
+    assert sizes("hevc", b"\0\0\1\x40ab\0\0\1\x42cd\0\0\0\1\x26e") == {b"\x42cd"}
+    assert sizes("av1", b"\0\0\1\x67abc") == set()
 
 
 # --- seams
@@ -427,7 +390,7 @@ def test_parameter_sets() -> None:
 def test_seams_are_exact(
     device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, options: dict[str, str], count: int
 ) -> None:
-    monkeypatch.setattr(plan, "_PART_PACKETS", 8)
+    monkeypatch.setattr(decoder, "_PART_PACKETS", 8)
     path = render(tmp_path / "long.mp4", range(0, 8_000, 40), codec=codec, options=options, size=(160, 144))
     for wanted in (
         Sampling("all"),
@@ -436,61 +399,11 @@ def test_seams_are_exact(
         Sampling("times", times=tuple(np.linspace(0, 7.9, 40))),
         Sampling("keyframes"),
     ):
-        check(device, path, wanted, lanes=count)
+        check(device, path, wanted, workers=count)
     if device.emulated:
         many = count > 1 and options.get("g") != "1000"
         assert (device.module.most_alive > 1) == many
         assert device.module.most_alive <= count + 1  # and one that failed, as long as its error is looked at
-
-
-def test_one_lane_takes_part_after_part(tmp_path: Path) -> None:
-    """Pictures shown before an open key picture need packets behind it; the next part begins at that picture."""
-    options = {"bf": "3", "x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0"}
-    path = render(tmp_path / "open.mp4", range(0, 4000, 40), options=options)
-    with Source(path) as source, source.open() as container:
-        timeline = source.timeline()
-        assert timeline is not None
-        stream = container.streams.video[0]
-        packets = plan.Packets(container, stream, timeline, lambda: None)
-        cursor = plan.Cursor(packets, _CpuDecoder(stream), timeline, lambda: None)
-        entries = timeline.entries(range(100))
-        for entry in np.unique(entries):
-            ranks = np.flatnonzero(entries == entry).tolist()
-            assert [rank for rank, _ in cursor.frames(ranks)] == ranks
-
-
-@pytest.mark.parametrize("options", [{"g": "12"}, {"x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0"}])
-def test_through_a_pipe(host: Device, tmp_path: Path, options: dict[str, str]) -> None:
-    """Group by group, without a look at the whole; some packets are needed by two groups."""
-    path = render(tmp_path / "open.ts", range(0, 4000, 40), options={"bf": "3", **options}, size=(160, 144))
-    for sampling in (Sampling("every", every=5), Sampling("times", times=(0.5, 1.33, 3.9)), Sampling("keyframes")):
-        expected, _ = host.read(path, sampling)
-        host.module.fed = 0
-        with path.open("rb") as file:
-            got, warnings = host.read(SimpleNamespace(read=file.read), sampling)
-        assert warnings == ()
-        np.testing.assert_array_equal(got.frame_index, expected.frame_index)
-        np.testing.assert_array_equal(got.data, expected.data)
-        assert 0 < host.module.fed < 80
-
-
-def test_parts() -> None:
-    """Cuts lie at key packets, each part is worth it, all frames are in one part, in order."""
-    pts = np.array([0, 3, 1, 2, 6, 4, 5, 9, 7, 8, 12, 10, 11])  # keys at 0, 6 and 12, open groups
-    keys = np.isin(pts, [0, 6, 12])
-    entry, spare = keys.astype(np.uint8) * Entry.OPEN, np.zeros(13, np.bool_)
-    timeline = Timeline(pts, pts - 3, pts, keys, entry, spare, np.argsort(pts), 13, Clock(1, 1, 0), 0.0)
-    assert timeline.entries([0, 3, 4, 5, 6, 9, 10, 12]).tolist() == [0, 0, 0, 0, 4, 4, 4, 10]
-    real, plan._PART_PACKETS = plan._PART_PACKETS, 3
-    try:
-        assert plan.parts(timeline, list(range(13)), 9) == [list(range(6)), list(range(6, 12)), [12]]
-        assert plan.parts(timeline, [1, 12], 9) == [[1], [12]]
-        assert plan.parts(timeline, list(range(13)), 1) == [list(range(6)), list(range(6, 12)), [12]]
-        plan._PART_PACKETS = 64
-        assert plan.parts(timeline, list(range(13)), 9) == [list(range(13))]
-    finally:
-        plan._PART_PACKETS = real
-    assert plan.parts(timeline, [], 4) == [[]]
 
 
 # --- lanes
@@ -500,10 +413,10 @@ def numbered(parts: list[int], count: int, ahead: int = 3, fail: int | None = No
     started: list[int] = []
 
     @contextmanager
-    def open_lane() -> Any:
+    def open_worker() -> Any:
         started.append(1)
         if len(started) > lane.get("room", 99):
-            raise lanes.NoLane
+            raise parallel.NoWorker
 
         def work(part: int) -> Any:
             for n in range(parts[part]):
@@ -513,11 +426,11 @@ def numbered(parts: list[int], count: int, ahead: int = 3, fail: int | None = No
 
         yield work
 
-    return lanes.in_order(list(range(len(parts))), open_lane, lanes=count, ahead=ahead)
+    return parallel.in_order(list(range(len(parts))), open_worker, workers=count, ahead=ahead)
 
 
-def lane_threads() -> int:
-    return sum(thread.name == "keyreel-lane" for thread in threading.enumerate())
+def worker_threads() -> int:
+    return sum(thread.name == "keyreel-worker" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("room", [1, 2, 99])
@@ -525,7 +438,7 @@ def test_lanes_give_all_in_order(room: int) -> None:
     parts = [3, 0, 50, 1, 7, 0, 0, 20, 4] * 5
     wanted = [(part, n) for part, count in enumerate(parts) for n in range(count)]
     assert list(numbered(parts, 4, room=room)) == wanted
-    assert lane_threads() == 0
+    assert worker_threads() == 0
 
 
 def test_a_lane_that_fails_raises_in_its_place() -> None:
@@ -533,23 +446,23 @@ def test_a_lane_that_fails_raises_in_its_place() -> None:
     with pytest.raises(ZeroDivisionError):
         got.extend(numbered([5] * 9, 3, fail=4))
     assert got == [(part, n) for part in range(5) for n in range(5 if part < 4 else 2)]
-    assert lane_threads() == 0
+    assert worker_threads() == 0
 
 
 def test_lanes_run_ahead_so_far_and_stop() -> None:
     made: list[int] = []
 
     @contextmanager
-    def open_lane() -> Any:
+    def open_worker() -> Any:
         yield lambda part: (made.append(part) or part for _ in range(100))
 
-    results = lanes.in_order(list(range(20)), open_lane, lanes=3, ahead=4)
+    results = parallel.in_order(list(range(20)), open_worker, workers=3, ahead=4)
     assert next(results) == 0
     threading.Event().wait(0.3)
     assert max(made) <= 2
     assert len(made) <= 1 + 3 * (4 + 1)
     results.close()
-    assert lane_threads() == 0
+    assert worker_threads() == 0
 
 
 # --- the pool
@@ -610,7 +523,7 @@ def test_short_looks_into_one_file_share_a_decoder(host: Device, media: Media) -
     with Source(path) as source:
         for start in np.linspace(0, 9, 12):
             wanted = Sampling("all", start_seconds=float(start), stop_seconds=float(start) + 0.3)
-            with host.open(source, wanted, lanes=7) as stream:
+            with host.open(source, wanted, workers=7) as stream:
                 got = whole(list(stream), host.cuda.to_host)
             np.testing.assert_array_equal(got.data, expected(path)[got.frame_index])
             assert len(got) in (7, 8)
@@ -629,7 +542,7 @@ def test_streams_at_the_same_time_have_their_own_decoders(
     monkeypatch.setattr(host.pool, "take", lambda *args, **how: (take(*args, **how), busy.append(host.pool.busy))[0])
 
     def use() -> None:
-        got, warnings = host.read(path, Sampling("every", every=2), lanes=3)
+        got, warnings = host.read(path, Sampling("every", every=2), workers=3)
         if warnings or not np.array_equal(got.data, expected(path)[got.frame_index]):
             wrong.append(str(warnings))
 
@@ -650,7 +563,7 @@ def test_a_stream_left_early_is_closed_and_its_decoder_drained(host: Device, med
     path = media("natural/bikes.mp4")
     for count in (1, 3):
         with Source(path) as source:
-            stream = host.open(source, Sampling("all"), batch_size=2, lanes=count)
+            stream = host.open(source, Sampling("all"), batch_size=2, workers=count)
             next(stream)
             stream.close()
         assert host.pool.busy == 0
@@ -677,12 +590,12 @@ def test_a_failure_on_the_way(
     host: Device, media: Media, monkeypatch: pytest.MonkeyPatch, at: int, count: int, mode: Any
 ) -> None:
     """The CPU goes on where the device stopped, nothing twice and nothing lost; the decoder is forgotten."""
-    monkeypatch.setattr(plan, "_PART_PACKETS", 8)
+    monkeypatch.setattr(decoder, "_PART_PACKETS", 8)
     path = media("natural/bikes.mp4")
     wanted = Sampling(mode, every=2, times=tuple(np.linspace(0, 9.9, 60)) if mode == "times" else ())
     reference = on_cpu(path, wanted)
     host.module.fail_at = at
-    got, warnings = host.read(path, wanted, lanes=count)
+    got, warnings = host.read(path, wanted, workers=count)
     np.testing.assert_array_equal(got.frame_index, reference.frame_index)
     np.testing.assert_array_equal(got.pts_seconds, reference.pts_seconds)
     assert sum("no picture" in warning for warning in warnings) == 1
@@ -703,7 +616,7 @@ def test_a_failure_on_the_way(
     # With a demand there is no other way.
     host.module.fail_at = host.module.calls + 2
     with pytest.raises(BackendUnavailable, match="no picture") as failed:
-        host.read(path, wanted, lanes=count, strict=True)
+        host.read(path, wanted, workers=count, strict=True)
     assert failed.value.probe == "nvdec"
     assert host.pool.busy == 0
 
@@ -717,7 +630,7 @@ def test_parameter_sets_that_are_damaged_keep_no_decoder(
     monkeypatch.setattr(nvdec_pool, "BitStreamFilterContext", refuse)
     path = media("natural/bikes.mp4")
     for count in (1, 3):
-        _, warnings = host.read(path, Sampling("every", every=20), lanes=count)
+        _, warnings = host.read(path, Sampling("every", every=20), workers=count)
         assert warnings == (
             "decoded on the CPU: its parameter sets are damaged: Invalid data found when processing input",
         )
@@ -754,7 +667,7 @@ def test_a_picture_that_does_not_come(host: Device, media: Media, monkeypatch: p
     real = HostDecoder.Decode
     monkeypatch.setattr(HostDecoder, "Decode", lambda self, p: [f for f in real(self, p) if f.getPTS() != 51_200])
     path = media("natural/bikes.mp4")
-    got, (reason,) = host.read(path, Sampling("all"), lanes=count)
+    got, (reason,) = host.read(path, Sampling("all"), workers=count)
     assert reason.startswith("decoded on the CPU after 3.")
     assert "came out of NVDEC out of turn" in reason
     assert got.frame_index.tolist() == list(range(250))
@@ -772,12 +685,12 @@ def test_a_surface_of_another_shape(host: Device, media: Media, monkeypatch: pyt
 
 def test_no_decoder_can_be_made(host: Device, media: Media) -> None:
     host.module.refuse = "CUDA_ERROR_OUT_OF_MEMORY"
-    got, (reason,) = host.read(media("natural/bikes.mp4"), Sampling("every", every=25), lanes=3)
+    got, (reason,) = host.read(media("natural/bikes.mp4"), Sampling("every", every=25), workers=3)
     assert reason == "decoded on the CPU: NVDEC makes no decoder: CUDA_ERROR_OUT_OF_MEMORY"
     assert len(got) == 10
     assert host.pool.busy == 0
     with pytest.raises(BackendUnavailable, match="OUT_OF_MEMORY"):
-        host.read(media("natural/bikes.mp4"), Sampling("every", every=25), lanes=3, strict=True)
+        host.read(media("natural/bikes.mp4"), Sampling("every", every=25), workers=3, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -863,7 +776,7 @@ def test_the_pool_of_a_device_goes_with_it() -> None:
 def test_memory_stays_flat_on_a_long_file(host: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures wait neither in lanes nor in the queue beyond what is stated."""
     path = render(tmp_path / "long.mp4", range(0, 24_000, 40), options={"g": "10", "bf": "2", "preset": "ultrafast"})
-    monkeypatch.setattr(plan, "_PART_PACKETS", 10)
+    monkeypatch.setattr(decoder, "_PART_PACKETS", 10)
     monkeypatch.setattr(nvdec, "_AHEAD_BYTES", 2 * 3 * 24 * 32 * 3 * 4)  # four pictures of each of two parts a lane
     monkeypatch.setattr(nvdec, "_COPIED_BYTES", 64 * 72 * 2)
     made: list[int] = []
@@ -875,7 +788,7 @@ def test_memory_stays_flat_on_a_long_file(host: Device, tmp_path: Path, monkeypa
         return convert(surfaces, **how)
 
     ops = SimpleNamespace(frames_from_surfaces=counted)
-    with Source(path) as source, host.open(source, Sampling("all"), lanes=3, batch_size=5, ops=ops) as stream:
+    with Source(path) as source, host.open(source, Sampling("all"), workers=3, batch_size=5, ops=ops) as stream:
         taken = 0
         for batch in stream:
             taken += len(batch)

@@ -19,8 +19,8 @@ from test_color import planes_of, rgb_of_yuv
 
 from keyreel import Engine, Sampling
 from keyreel.config import ImageTransform
-from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
+from keyreel.decode.stream import FrameStream
 from keyreel.types import F32, U8
 from keyreel_export.torchvision_cpu import import_open_clip
 

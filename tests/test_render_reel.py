@@ -12,8 +12,8 @@ import pytest
 from render_clips import atoms, decode_sound, onsets, write_clip
 
 from keyreel.config import Sampling
-from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
+from keyreel.decode.stream import FrameStream
 from keyreel.errors import RenderError
 from keyreel.render import reel
 from keyreel.render.reel import write_reel

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from keyreel.config import DecodeLimits, ImageTransform, Sampling
-from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
+from keyreel.decode.stream import FrameStream
 from keyreel.errors import CorruptStream, SourceError, SourceNotFound, UnsupportedCodec
 
 Media = Callable[[str], Path]
@@ -82,7 +82,7 @@ def test_every_route_gives_the_same_frames(clip: Path, tmp_path: Path) -> None:
 
 def test_standard_input(clip: Path) -> None:
     code = (
-        "from keyreel.decode.source import Source\nfrom keyreel.decode.cpu import FrameStream\n"
+        "from keyreel.decode.source import Source\nfrom keyreel.decode.stream import FrameStream, FrameStream\n"
         "from keyreel.config import Sampling, ImageTransform\n"
         "with Source('-') as s:\n"
         "    for _ in range(2):\n"

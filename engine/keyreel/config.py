@@ -82,8 +82,6 @@ class DecodeLimits:
 
     max_pixels: int = 16384 * 8704  # largest coded picture, in pixels
     max_duration_seconds: float = 24 * 3600.0  # longest video
-    max_frames: int = 1_000_000  # most frames taken from one video
-    max_spool_bytes: int = 8 << 30  # most bytes read from a stream that cannot be rewound
     allow_network: bool = False  # allow http and https URLs
 
 

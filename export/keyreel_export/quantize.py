@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyreel.config import ImageTransform, Sampling
-from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
+from keyreel.decode.stream import FrameStream
 from keyreel.errors import ModelError, SourceError, import_extra
 from keyreel.types import U8
 from keyreel_export import verify

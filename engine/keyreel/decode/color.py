@@ -80,7 +80,12 @@ def orientation_of(frame: VideoFrame) -> Orientation:
     The display matrix holds 16.16 numbers: a shown point is (a x + c y, b x + d y), libavutil/display.h. Anything
     between quarter turns goes to the nearest one.
     """
-    data = {kind.type.name: kind for kind in _side_data(frame)}.get("DISPLAYMATRIX")
+    try:
+        data = {kind.type.name: kind for kind in _side_data(frame)}.get("DISPLAYMATRIX")
+    except ValueError:  # a kind of side data that PyAV does not know hides all of it; flips go unnoticed then
+        return {90: (True, False, True), 180: (False, True, True), 270: (True, True, False)}.get(
+            rotation_degrees(frame), (False, False, False)
+        )
     if data is None:
         return False, False, False
     a, b, _, c, d = (int(v) for v in np.frombuffer(bytes(data), np.int32)[:5])

@@ -1,35 +1,37 @@
 """Decoding on a CUDA device: NVDEC's surfaces become RGB pictures there, and never leave it.
 
-Demux, plan, times and checks are those of the CPU (reader.py). Surfaces lie in the decoder's own memory until its next
-packet; those of wanted frames are copied, device to device, on the stream on which the decoder writes, so that one
+Timeline, spans and checks are those of the CPU (reader.py). Surfaces lie in the decoder's own memory until its next
+packet. Those of wanted frames are copied, device to device, on the stream on which the decoder writes, so that one
 launch can convert many: a copy costs a few microseconds, a launch for each frame more than its work.
 
-What NVDEC does not decode, or not as the CPU does, the CPU decodes, with the reason in the warnings.
+Streams that NVDEC cannot decode exactly fall back to the CPU; the reason is in the warnings.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import av
+from av.bitstream import BitStreamFilterContext
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.color import Orientation, display_size, matrix_of, orientation_of, transfer_of
-from keyreel.decode.cpu import cpu_decoding
-from keyreel.decode.decoding import Decoding
-from keyreel.decode.lanes import NoLane, Stopped
-from keyreel.decode.nvdec_pool import DecoderPool, DevicePicture, Format, NvDecoder
+from keyreel.decode.decoder import CpuDecoder, Decoder, DecoderFailed
+from keyreel.decode.nvdec_pool import DecoderPool, Format, one_line, sizes
+from keyreel.decode.parallel import NoWorker, Stopped
+from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.source import Source
-from keyreel.decode.stream import Stream, Worker
+from keyreel.decode.stream import Stream
 from keyreel.errors import BackendUnavailable, SourceError, UnsupportedCodec
 from keyreel_kernels.surfaces import Surface, resized_size
 
@@ -49,10 +51,12 @@ _STANDARDS = {Colorspace.ITU601: "bt601", Colorspace.ITU709: "bt709", Colorspace
 # How far the coded picture may go beyond the shown one: to whole macroblocks, to whole coding blocks. PyNvVideoCodec
 # crops at the right and at the bottom only; more than that is a crop of the author's, which may be anywhere.
 _PADDING = {"h264": 16, "hevc": 64, "vp9": 1}
-_USUAL_ENGINES = 4  # where the device does not say how many it has
+_TYPICAL_ENGINES = 4  # where the device does not say how many it has
 _COPIED_BYTES = 256 << 20  # of surfaces that wait to be converted
 _DRAIN_PACKETS = 8  # decoded in vain cost about as much as a drain
 _AHEAD_BYTES = 1 << 30  # of pictures that wait for those before them
+# How packets get start codes, and parameter sets before each key picture, where a decoder may have to begin.
+_FILTERS = {"h264": "h264_mp4toannexb,dump_extra", "hevc": "hevc_mp4toannexb,dump_extra"}
 _HINT = "use device='auto' or 'cpu' (--device), or convert it to 8-bit H.264 with ffmpeg"
 
 _POOLS: WeakKeyDictionary[Any, DecoderPool] = WeakKeyDictionary()
@@ -99,7 +103,7 @@ def open_stream(
     ops: Any,
     strict: bool,
     pool: DecoderPool | None = None,
-    lanes: int | None = None,
+    workers: int | None = None,
     threads: int = 0,
 ) -> Stream:
     """The wanted frames of a source as FrameStream gives them, `data` on the device.
@@ -113,7 +117,7 @@ def open_stream(
         ops: its operations.
         strict: the device was demanded: what it cannot decode is an error.
         pool: of decoders; the device's own by default.
-        lanes: decoders that share a long file; as many as the device has by default.
+        workers: decoders that share a long file; as many as the device has engines by default.
         threads: of the CPU's decoder, where that one is used.
 
     Raises:
@@ -122,12 +126,7 @@ def open_stream(
         SourceError: while iterating, as FrameStream.
     """
     pool = pool or pool_of(cuda)
-
-    def stack(pictures: list[Any]) -> Any:
-        with cuda.scope():
-            return cuda.cupy.stack([cuda.to_device(picture) for picture in pictures])
-
-    on_cpu = replace(cpu_decoding(source, transform, threads), stack=stack, join=cuda.join)
+    on_cpu = UploadingDecoder(source, transform, threads, cuda)
     try:
         claim = _examined(source, pool)
         _check_size(claim, transform, source.limits.max_pixels)
@@ -136,78 +135,229 @@ def open_stream(
             if isinstance(error, BackendUnavailable):
                 raise
             raise UnsupportedCodec(f"{source.name}: {error}", hint=_HINT) from error
-        return Stream(Worker(source, sampling, on_cpu, batch_size, (f"decoded on the CPU: {error.args[0]}",)))
+        return Stream(source, sampling, on_cpu, batch_size, (f"decoded on the CPU: {error.args[0]}",))
     except SourceError:
-        return Stream(Worker(source, sampling, on_cpu, batch_size))  # says the same when it is read
-
-    def after(failed: Exception) -> Decoding:
-        if strict:
-            raise BackendUnavailable(f"{source.name}: {failed}", probe="nvdec", hint=_HINT) from failed
-        return on_cpu
-
-    count = min(lanes or claim.engines, pool.limit)
-    height, width = claim.display if transform is None else (transform.height, transform.width)
-    on_device = Decoding(
-        _lanes(claim, pool, cuda, ops, transform),
-        stack,
-        lanes=count,
-        whole=count == 1,
-        gap=_DRAIN_PACKETS,
-        ahead=max(2, _AHEAD_BYTES // (2 * count * height * width * 3)),
-        after=after,
-        join=cuda.join,
-    )
-    return Stream(Worker(source, sampling, on_device, batch_size))
+        return Stream(source, sampling, on_cpu, batch_size)  # raises the same when it is read
+    decoder = NvDecoder(source, claim, pool, cuda, transform, ops, workers, None if strict else on_cpu)
+    return Stream(source, sampling, decoder, batch_size)
 
 
-def _lanes(
-    claim: Claim, pool: DecoderPool, cuda: Any, ops: Any, transform: ImageTransform | None
-) -> Callable[..., Any]:
-    """What opens the lanes of one stream: the first always gets a decoder, the others while there are some."""
-    lock, used = threading.Lock(), 0
+class UploadingDecoder(CpuDecoder):
+    """Decodes on the CPU; batches lie on the device."""
+
+    def __init__(self, source: Source, transform: ImageTransform | None, threads: int, cuda: Any) -> None:
+        super().__init__(source, transform, threads)
+        self._cuda = cuda
+
+    def stack(self, pictures: list[Any]) -> Any:
+        return _stacked(self._cuda, pictures)
+
+    def join(self) -> None:
+        self._cuda.join()
+
+
+def _stacked(cuda: Any, pictures: list[Any]) -> Any:
+    with cuda.scope():
+        return cuda.cupy.stack([cuda.to_device(picture) for picture in pictures])
+
+
+class NvDecoder:
+    """NVDEC decodes, a kernel converts; pictures lie on the device.
+
+    Args:
+        source: of the video.
+        claim: what NVDEC will decode.
+        pool: of decoders.
+        cuda: the device.
+        transform: size of the pictures; None for the full display resolution.
+        ops: the device's operations.
+        workers: that share a file; None for as many as the device has engines.
+        fallback: goes on where NVDEC fails; None where that is an error.
+    """
+
+    gap = _DRAIN_PACKETS
+
+    def __init__(
+        self,
+        source: Source,
+        claim: Claim,
+        pool: DecoderPool,
+        cuda: Any,
+        transform: ImageTransform | None,
+        ops: Any,
+        workers: int | None,
+        fallback: Decoder | None,
+    ) -> None:
+        self.claim, self.pool, self.cuda, self.ops, self.transform = claim, pool, cuda, ops, transform
+        self._name, self._fallback = source.name, fallback
+        self.workers = min(workers or claim.engines, pool.limit)
+        self.whole = self.workers == 1
+        height, width = claim.display if transform is None else (transform.height, transform.width)
+        self.ahead = max(2, _AHEAD_BYTES // (2 * self.workers * height * width * 3))
+        self._lock, self._open = threading.Lock(), 0
 
     @contextmanager
-    def open_lane(
-        container: InputContainer, stream: VideoStream, note: Callable[..., None], alone: bool
-    ) -> Iterator[_Lane]:
-        nonlocal used
-        with lock:
-            needed = used == 0
-            used += 1
-        feeder: NvDecoder | None = None
+    def open(
+        self, container: InputContainer, stream: VideoStream, note: Callable[..., None], *, alone: bool
+    ) -> Iterator[NvWorker]:
+        """The first worker always gets a decoder, the others while there are some."""
+        with self._lock:
+            needed = self._open == 0
+            self._open += 1
+        worker: NvWorker | None = None
         try:
-            decoder = pool.take(claim.format, needed=needed)
+            decoder = self.pool.take(self.claim.format, needed=needed)
             if decoder is None:
-                raise NoLane
+                raise NoWorker
             try:
-                feeder = NvDecoder(pool, decoder, claim.format, stream)
-                yield _Lane(container, stream, feeder, claim, cuda, ops, transform)
+                worker = NvWorker(self, container, stream, decoder)
+                yield worker
             except BaseException as error:
-                if feeder is not None:
-                    feeder.failed |= not isinstance(error, (GeneratorExit, Stopped))
+                if worker is not None:
+                    worker.failed |= not isinstance(error, (GeneratorExit, Stopped))
                 raise
             finally:
-                pool.give(claim.format, decoder if feeder is not None and feeder.reusable() else None)
+                reusable = worker is not None and worker.reusable()
+                self.pool.give(self.claim.format, decoder if reusable else None)
         finally:
-            with lock:
-                used -= 1
+            with self._lock:
+                self._open -= 1
 
-    return open_lane
+    def stack(self, pictures: list[Any]) -> Any:
+        return _stacked(self.cuda, pictures)
+
+    def join(self) -> None:
+        self.cuda.join()
+
+    def fallback(self, error: DecoderFailed) -> Decoder:
+        if self._fallback is None:
+            raise BackendUnavailable(f"{self._name}: {error}", probe="nvdec", hint=_HINT) from error
+        return self._fallback
 
 
-@dataclass(frozen=True, slots=True)
-class _Lane:
-    container: InputContainer
-    stream: VideoStream
-    decoder: NvDecoder
-    claim: Claim
-    cuda: Any
-    ops: Any
-    transform: ImageTransform | None
+@dataclass(slots=True)
+class DevicePicture:
+    """A picture that NVDEC has decoded."""
+
+    pts: int
+    duration: int
+    key_frame: bool
+    frame: Any  # DecodedFrame, whose memory is the decoder's own; None once it was copied
+    copy: Any = None  # [rows, width] on the device
+    dts: int | None = None
+    is_corrupt: bool = False  # NVDEC does not tell
+
+
+class NvWorker:
+    """Feeds one decoder with the packets of one stream, checks what comes out, and converts it.
+
+    Args:
+        owner: of the stream.
+        container: of the video.
+        stream: the video.
+        decoder: of PyNvVideoCodec.
+
+    Raises:
+        DecoderFailed: the stream's packets cannot be brought into NVDEC's form.
+    """
+
+    def __init__(self, owner: NvDecoder, container: InputContainer, stream: VideoStream, decoder: Any) -> None:
+        self.container, self.stream = container, stream
+        self._claim, self._cuda, self._ops, self._transform = owner.claim, owner.cuda, owner.ops, owner.transform
+        self._module, self._decoder, self._format = owner.pool.module, decoder, owner.claim.format
+        self._sizes: set[object] = set()
+        self._waiting: dict[int, tuple[int, bool, bool]] = {}  # pts: duration, key, not to be shown
+        self._first: int | None = None  # pts of the first packet since the last drain
+        self.failed = False
+        name = _FILTERS.get(self._format.codec)
+        try:
+            self._filter = BitStreamFilterContext(name, stream) if name else None
+        except av.error.FFmpegError as error:
+            raise self._failure(f"its parameter sets are damaged: {error.strerror}") from error
+
+    def decode(self, packet: Packet[VideoStream] | None, *, wanted: bool = True) -> Sequence[DevicePicture]:
+        """As `Worker.decode`; nothing is skipped.
+
+        Raises:
+            DecoderFailed: NVDEC failed, or cannot decode this stream.
+            PlanBroken: what came out is not what went in.
+        """
+        if packet is None:
+            return self._drain()
+        # The filter takes the packet's content, so everything is asked of it before.
+        pts, about = packet.pts, (packet.duration or 0, packet.is_keyframe, packet.is_discard)
+        pictures: list[DevicePicture] = []
+        for part in [packet] if self._filter is None else self._filter.filter(packet):
+            data = bytes(part)
+            self._sizes |= sizes(self._format.codec, data)
+            if len(self._sizes) > 1:
+                raise self._failure("the size or the format of its pictures may change on the way")
+            if pts is None or pts in self._waiting:
+                raise self._failure("it has packets with no pts of their own")
+            self._first = pts if self._first is None else self._first
+            self._waiting[pts] = about
+            pictures += self._feed(part.buffer_ptr, len(data), pts)
+        return pictures
+
+    def flush(self) -> None:
+        """Nothing to do: a drained decoder is ready for another place."""
+
+    def agrees(self, picture: DevicePicture, *, key: bool, fields: bool) -> bool:
+        return picture.key_frame or not key
+
+    def reusable(self) -> bool:
+        """Drains what is left after an early end; True where the decoder is as new."""
+        try:
+            if self._first is not None and not self.failed:
+                self._drain()
+        except (DecoderFailed, PlanBroken):
+            self.failed = True
+        return not self.failed
+
+    def _drain(self) -> list[DevicePicture]:
+        pictures = self._feed(0, 0, 0)
+        lost = [pts for pts in self._waiting if self._begun(pts)]
+        self._waiting.clear()
+        self._first = None
+        if lost:
+            raise self._surprise(f"{len(lost)} pictures did not come out of NVDEC")
+        return pictures
+
+    def _feed(self, address: int, size: int, pts: int) -> list[DevicePicture]:
+        packet = self._module.PacketData()
+        packet.bsl_data, packet.bsl, packet.pts = address, size, pts
+        try:
+            frames = self._decoder.Decode(packet)
+        except Exception as error:
+            raise self._failure(f"NVDEC: {one_line(error)}") from error
+        surface = getattr(self._module.Pixel_Format, self._format.surface)
+        pictures = []
+        for frame in frames:
+            found = self._waiting.pop(frame.getPTS(), None)
+            if found is None or any(self._begun(pts) and pts < frame.getPTS() for pts in self._waiting):
+                raise self._surprise(f"the picture at pts {frame.getPTS()} came out of NVDEC out of turn")
+            if frame.format != surface or tuple(frame.shape) != self._format.rows:
+                raise self._failure(f"NVDEC gives surfaces {frame.format} {tuple(frame.shape)}")
+            duration, key, hidden = found
+            if not hidden:
+                pictures.append(DevicePicture(frame.getPTS(), duration, key, frame))
+        return pictures
+
+    def _begun(self, pts: int) -> bool:
+        """False for a picture shown before the first key picture: it may need ones that were not fed, and not come."""
+        return self._first is not None and pts >= self._first
+
+    def _surprise(self, reason: str) -> PlanBroken:
+        self.failed = True
+        return PlanBroken(reason)
+
+    def _failure(self, reason: str) -> DecoderFailed:
+        self.failed = True
+        return DecoderFailed(reason)
 
     def keep(self, picture: DevicePicture) -> DevicePicture:
         if picture.copy is None:
-            cuda, format = self.cuda, self.claim.format
+            cuda, format = self._cuda, self._format
             with cuda.scope():
                 rows = cuda.cupy.empty(format.rows, "uint8" if format.bits == 8 else "uint16")
                 address = picture.frame.GetPtrToPlane(0)
@@ -216,9 +366,9 @@ class _Lane:
             picture.copy, picture.frame = rows, None
         return picture
 
-    def shown(self, pictures: Iterable[tuple[M, DevicePicture]]) -> Iterator[tuple[M, Any]]:
-        rows, width = self.claim.format.rows
-        most = max(1, min(32, _COPIED_BYTES // (rows * width * (1 if self.claim.format.bits == 8 else 2))))
+    def convert(self, pictures: Iterable[tuple[M, DevicePicture]]) -> Iterator[tuple[M, Any]]:
+        rows, width = self._format.rows
+        most = max(1, min(32, _COPIED_BYTES // (rows * width * (1 if self._format.bits == 8 else 2))))
         marks: list[M] = []
         copies: list[Any] = []
         for mark, picture in pictures:
@@ -231,12 +381,12 @@ class _Lane:
             yield from zip(marks, self._converted(copies), strict=True)
 
     def _converted(self, copies: list[Any]) -> list[Any]:
-        wanted = self.transform
-        with self.cuda.scope():
-            made = self.ops.frames_from_surfaces(
-                [self.claim.surface(copy) for copy in copies],
-                height=wanted.height if wanted else self.claim.display[0],
-                width=wanted.width if wanted else self.claim.display[1],
+        wanted = self._transform
+        with self._cuda.scope():
+            made = self._ops.frames_from_surfaces(
+                [self._claim.surface(copy) for copy in copies],
+                height=wanted.height if wanted else self._claim.display[0],
+                width=wanted.width if wanted else self._claim.display[1],
                 mode=wanted.mode if wanted else "squash",
                 interpolation=wanted.interpolation if wanted else "bicubic",
                 fill=wanted.fill if wanted else 0,
@@ -245,7 +395,7 @@ class _Lane:
 
 
 def _examined(source: Source, pool: DecoderPool) -> Claim:
-    """What NVDEC will do for a source; looked at once, since a long video is opened for many short looks.
+    """What NVDEC will do for a source. Kept, since a long video is opened for many short looks.
 
     Raises:
         _Declined, BackendUnavailable, SourceError.
@@ -295,7 +445,7 @@ def _look(source: Source, pool: DecoderPool) -> Claim:
             frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj"),
             display_size(frame, stream.sample_aspect_ratio, orientation),
             orientation,
-            caps.get("num_decoder_engines") or _USUAL_ENGINES,
+            caps.get("num_decoder_engines") or _TYPICAL_ENGINES,
         )
 
 

@@ -1,38 +1,28 @@
-"""NVDEC's decoders of one device, kept open between files, and how one is fed.
+"""NVDEC's decoders of one device, kept open between files.
 
-A decoder costs 50 to 70 ms to make, so that one which was drained is used again, for a stream that is like the last one
-in everything that shapes its surfaces. One that failed, or that still holds pictures, is never used again.
+Making a decoder takes 50 to 70 ms, so a drained one is used again for a stream that is like the last one in everything
+that shapes its surfaces. One that failed, or that still holds pictures, is never used again.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import av
-from av.bitstream import BitStreamFilterContext
-from av.packet import Packet
-from av.video.stream import VideoStream
-
-from keyreel.decode.bitstream import formats
-from keyreel.decode.decoding import DecoderFailed
-from keyreel.decode.sampling import PlanBroken
+from keyreel.decode.decoder import DecoderFailed
+from keyreel.decode.headers import Bits, units
 from keyreel.errors import BackendUnavailable
-
-# How packets get start codes, and parameter sets before each key picture, where a decoder may have to begin.
-_FILTERS = {"h264": "h264_mp4toannexb,dump_extra", "hevc": "hevc_mp4toannexb,dump_extra"}
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """All that shapes a decoder and its surfaces. Two streams with equal ones can use one decoder after the other.
+    """Everything that shapes a decoder and its surfaces. Streams of equal formats can share a decoder, one by one.
 
-    The parameter sets belong to it: PyNvVideoCodec does not make its decoder anew for a stream of the same coded size
-    that needs more reference pictures.
+    This includes the parameter sets: PyNvVideoCodec does not adapt its decoder to a stream of the same coded size that
+    needs more reference pictures.
     """
 
     codec: str  # FFmpeg's name
@@ -66,7 +56,7 @@ class DecoderPool:
     """
 
     def __init__(self, cuda: Any, module: Any = None, limit: int = 16) -> None:
-        # Not held: a pool lies where it lives as long as the device (nvdec.pool_of).
+        # A weak reference: the pool is kept in a dictionary that must not keep the device (nvdec.pool_of).
         self.cuda: Any = weakref.proxy(cuda)
         self.limit = limit
         self.busy = 0
@@ -95,7 +85,7 @@ class DecoderPool:
         return self._module
 
     def capabilities(self, codec: str, chroma: str, bits: int) -> dict[str, int]:
-        """What the device decodes of a codec, asked once: a query opens a context of its own.
+        """What the device decodes of a codec. Asked once, since a query opens a context of its own.
 
         Raises:
             BackendUnavailable: the question fails.
@@ -111,7 +101,7 @@ class DecoderPool:
                         bitdepth=bits,
                     )
                 except Exception as error:
-                    raise BackendUnavailable(f"NVDEC does not answer: {_line(error)}", probe="nvdec") from error
+                    raise BackendUnavailable(f"NVDEC does not answer: {one_line(error)}", probe="nvdec") from error
             return self._caps[codec, chroma, bits]
 
     @property
@@ -150,137 +140,83 @@ class DecoderPool:
                 )
         except Exception as error:
             self.give(format, None)
-            raise DecoderFailed(f"NVDEC makes no decoder: {_line(error)}") from error
+            raise DecoderFailed(f"NVDEC makes no decoder: {one_line(error)}") from error
 
     def give(self, format: Format, decoder: Any | None) -> None:
-        """Takes a decoder back; None for one that is to be forgotten."""
+        """Takes a decoder back; None for one that must not be used again."""
         with self._lock:
             self.busy -= 1
             if decoder is not None and self.busy + len(self._idle) < self.limit:
                 self._idle.append((format, decoder))
 
     def close(self) -> None:
-        """Forgets all that wait."""
+        """Closes all decoders that wait."""
         with self._lock:
             self._idle.clear()
 
 
-def _line(error: Exception) -> str:
-    """What an error of PyNvVideoCodec says, in one line, without the place in its source."""
+def one_line(error: Exception) -> str:
+    """The message of an error of PyNvVideoCodec, without the place in its source."""
     return " ".join(str(error).split("\nat ")[0].split())
 
 
-@dataclass(slots=True)
-class DevicePicture:
-    """A picture that NVDEC has decoded."""
+def sizes(codec: str, data: bytes) -> set[object]:
+    """What decides the size and the format of pictures: sequence parameter sets, or VP9's sizes.
 
-    pts: int
-    duration: int
-    key_frame: bool
-    frame: Any  # DecodedFrame, whose memory is the decoder's own, until it was copied
-    copy: Any = None  # [rows, width] on the device
-    dts: int | None = None
-    is_corrupt: bool = False  # NVDEC does not tell
-
-
-class NvDecoder:
-    """Feeds one decoder with the packets of one stream, and checks what comes out.
+    A stream in which more than one is found changes, or may change, midway.
 
     Args:
-        pool: where the decoder comes from.
-        decoder: of the pool.
-        format: which the stream has.
-        stream: the video.
-
-    Raises:
-        DecoderFailed: the stream's packets cannot be brought into NVDEC's form.
+        codec: h264 and hevc (both with start codes) and vp9; nothing is known of others.
+        data: the packet.
     """
+    if codec == "h264":
+        return {unit.rstrip(b"\0") for unit in units(data, 0) if unit[0] & 31 == 7}
+    if codec == "hevc":
+        return {unit.rstrip(b"\0") for unit in units(data, 0) if unit[0] >> 1 & 63 == 33}
+    if codec == "vp9":
+        return {size for frame in _vp9_frames(data) if (size := _vp9_size(frame))}
+    return set()
 
-    def __init__(self, pool: DecoderPool, decoder: Any, format: Format, stream: VideoStream) -> None:
-        self._module, self._decoder, self._format = pool.module, decoder, format
-        name = _FILTERS.get(format.codec)
-        self._known: set[object] = set()
-        self._waiting: dict[int, tuple[int, bool, bool]] = {}  # pts: duration, key, not to be shown
-        self._first: int | None = None  # pts of the first packet since the last drain
-        self.failed = False
-        try:
-            self._filter = BitStreamFilterContext(name, stream) if name else None
-        except av.error.FFmpegError as error:
-            raise self._failure(f"its parameter sets are damaged: {error.strerror}") from error
 
-    def decode(self, packet: Packet[VideoStream] | None) -> Sequence[DevicePicture]:
-        """As `Decoder.decode`.
+def _vp9_frames(data: bytes) -> list[bytes]:
+    """The frames of a packet, including hidden ones: VP9 specification, annex B."""
+    marker = data[-1] if data else 0
+    count, width = (marker & 7) + 1, (marker >> 3 & 3) + 1
+    index = data[-2 - count * width :]
+    if marker >> 5 != 6 or len(index) != 2 + count * width or index[0] != marker:
+        return [data]
+    frames, at = [], 0
+    for n in range(count):
+        size = int.from_bytes(index[1 + n * width : 1 + (n + 1) * width], "little")
+        frames.append(data[at : at + size])
+        at += size
+    return frames
 
-        Raises:
-            DecoderFailed: NVDEC failed, or cannot decode this stream.
-            PlanBroken: what came out is not what went in.
-        """
-        if packet is None:
-            return self._drain()
-        # The filter takes the packet's content, so that all is asked of it before.
-        pts, about = packet.pts, (packet.duration or 0, packet.is_keyframe, packet.is_discard)
-        pictures: list[DevicePicture] = []
-        for part in [packet] if self._filter is None else self._filter.filter(packet):
-            data = bytes(part)
-            self._known |= formats(self._format.codec, data)
-            if len(self._known) > 1:
-                raise self._failure("the size or the format of its pictures may change on the way")
-            if pts is None or pts in self._waiting:
-                raise self._failure("it has packets with no pts of their own")
-            self._first = pts if self._first is None else self._first
-            self._waiting[pts] = about
-            pictures += self._feed(part.buffer_ptr, len(data), pts)
-        return pictures
 
-    def flush(self) -> None:
-        """Nothing to do: a drain leaves the decoder ready for another place."""
-
-    def reusable(self) -> bool:
-        """Drains what an early end has left; True where the decoder is as new."""
-        try:
-            if self._first is not None and not self.failed:
-                self._drain()
-        except (DecoderFailed, PlanBroken):
-            self.failed = True
-        return not self.failed
-
-    def _drain(self) -> list[DevicePicture]:
-        pictures = self._feed(0, 0, 0)
-        lost = [pts for pts in self._waiting if self._begun(pts)]
-        self._waiting.clear()
-        self._first = None
-        if lost:
-            raise self._surprise(f"{len(lost)} pictures did not come out of NVDEC")
-        return pictures
-
-    def _feed(self, address: int, size: int, pts: int) -> list[DevicePicture]:
-        packet = self._module.PacketData()
-        packet.bsl_data, packet.bsl, packet.pts = address, size, pts
-        try:
-            frames = self._decoder.Decode(packet)
-        except Exception as error:
-            raise self._failure(f"NVDEC: {_line(error)}") from error
-        surface = getattr(self._module.Pixel_Format, self._format.surface)
-        pictures = []
-        for frame in frames:
-            found = self._waiting.pop(frame.getPTS(), None)
-            if found is None or any(self._begun(pts) and pts < frame.getPTS() for pts in self._waiting):
-                raise self._surprise(f"the picture at pts {frame.getPTS()} came out of NVDEC out of turn")
-            if frame.format != surface or tuple(frame.shape) != self._format.rows:
-                raise self._failure(f"NVDEC gives surfaces {frame.format} {tuple(frame.shape)}")
-            duration, key, hidden = found
-            if not hidden:
-                pictures.append(DevicePicture(frame.getPTS(), duration, key, frame))
-        return pictures
-
-    def _begun(self, pts: int) -> bool:
-        """False for a picture shown before the first key picture: it may need ones that were not fed, and not come."""
-        return self._first is not None and pts >= self._first
-
-    def _surprise(self, reason: str) -> PlanBroken:
-        self.failed = True
-        return PlanBroken(reason)
-
-    def _failure(self, reason: str) -> DecoderFailed:
-        self.failed = True
-        return DecoderFailed(reason)
+def _vp9_size(frame: bytes) -> tuple[int, int] | None:
+    """(width, height) where the frame states it, None where it is that of an earlier one: 6.2."""
+    read = Bits(frame[:24]).read
+    read(2)
+    profile = read(1) | read(1) << 1
+    if profile == 3:
+        read(1)
+    if read(1):  # shows a frame that was decoded before
+        return None
+    inter, shown, resilient = read(1), read(1), read(1)
+    intra_only = inter and not shown and read(1)
+    if inter and not resilient:
+        read(2)
+    if not inter or intra_only:
+        if read(24) != 0x498342:
+            return None  # damaged, which the decoder will find
+        if not inter or profile:
+            if profile >= 2:
+                read(1)
+            rgb = read(3) == 7
+            read((0 if rgb else 1) + (profile & 1) * (1 if rgb else 3))
+        read(8 if intra_only else 0)
+    else:
+        read(8 + 3 * 4)
+        if read(1) or read(1) or read(1):  # the size of a reference
+            return None
+    return read(16) + 1, read(16) + 1

@@ -1,8 +1,7 @@
-"""From a source to the pictures of its wanted frames, in display order, whoever decodes them.
+"""From a source to the pictures of its wanted frames, in display order.
 
-Only packets that lead to wanted frames are decoded, where the packets show that this is safe: by a plan of the whole
-file, or group by group where it comes through a pipe. Each frame that comes out is checked against that plan, and at
-the first difference everything is decoded from the start.
+Only packets that lead to wanted frames are decoded, where the packets show that this is safe. Each frame that comes out
+is checked, and at the first difference everything is decoded from the start.
 """
 
 from __future__ import annotations
@@ -24,33 +23,31 @@ from av.stream import Discard
 from av.video.stream import VideoStream
 
 from keyreel.config import Sampling
-from keyreel.decode.decoding import DecoderFailed, Decoding, Lane
-from keyreel.decode.lanes import in_order
-from keyreel.decode.plan import Cursor, Packets, near, parts
-from keyreel.decode.sampling import NoFrames, Picker, Picture, PlanBroken
+from keyreel.decode.decoder import WORKERS_PIXELS, Cursor, Decoder, DecoderFailed, Worker, parts
+from keyreel.decode.parallel import in_order
+from keyreel.decode.sampling import NoFrames, Picker, PlanBroken, near
 from keyreel.decode.source import Source
 from keyreel.decode.timeline import TIME_BASE, Clock, Timeline, promised_seconds
-from keyreel.decode.window import windows
 from keyreel.errors import CorruptStream
 from keyreel.types import F64
 
 _READ_ATTEMPTS = 16  # reading goes on after that many failed reads in a row
-NEAR_IS_EXACT = "its packets do not tell which frames are cheap: the frames shown at the wanted times are taken"
 _JUMP_SECONDS = 1.0  # a pts that goes back further is a new timeline, not a frame out of order
+_NEAR_IS_EXACT = "its packets do not tell which frames are cheap: the frames shown at the wanted times are taken"
 
 
 @dataclass(frozen=True, slots=True)
 class _Shown:
     """A decoded frame and the time from which it is shown."""
 
-    frame: Any  # Picture, as far as it is still needed
+    frame: Any  # as long as it is needed
     ticks: int
     start: float  # seconds
     index: int
 
 
 class _Given:
-    """What was handed on, so that another attempt neither repeats nor loses any: rows for mode times, else frames."""
+    """What was yielded, so that another attempt neither repeats nor loses any: rows for mode times, else frames."""
 
     def __init__(self, *, by_rows: bool) -> None:
         self._by_rows, self._rows, self._skipped, self._last = by_rows, 0, 0, -math.inf
@@ -78,7 +75,7 @@ class Reader:
     Args:
         source: stays open and belongs to the caller.
         sampling: which frames.
-        decoding: how pictures are made.
+        decoder: makes the pictures.
         checkpoint: called often; raises to stop.
         reasons: the first of the warnings.
     """
@@ -87,21 +84,21 @@ class Reader:
         self,
         source: Source,
         sampling: Sampling,
-        decoding: Decoding,
+        decoder: Decoder,
         checkpoint: Callable[[], None],
         reasons: tuple[str, ...] = (),
     ) -> None:
         self.end_seconds: float | None = None
         self.packets_read = self.packets_fed = 0  # see Stream
-        self._source, self._sampling, self._decoding, self._go_on = source, sampling, decoding, checkpoint
+        self._source, self._sampling, self._decoder, self._go_on = source, sampling, decoder, checkpoint
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._damage: Counter[str] = Counter()  # of one attempt: what another one meets again is not more
         self._details: dict[str, str] = {}
         self._reasons = list(reasons)
         self._ending = ""
-        # To tell packets costs a demux of the file, which a decoder that decodes all of it can do without.
-        self._planning = not decoding.whole or sampling.mode != "all" or sampling.start_seconds > 0
+        # Reading all packets first gains nothing for a decoder that decodes all of them.
+        self._planning = not decoder.whole or sampling.mode != "all" or sampling.start_seconds > 0
 
     def warnings(self) -> tuple[str, ...]:
         """What was wrong or done, so far."""
@@ -121,11 +118,6 @@ class Reader:
     def _damaged(self, what: str, detail: object = "") -> None:
         self._note(self._damage, what, detail)
 
-    def _again(self) -> None:
-        """Before another attempt: the damage seen so far counts once."""
-        self._counts |= self._damage
-        self._damage.clear()
-
     def _fed(self) -> None:
         with self._lock:
             self.packets_fed += 1
@@ -143,13 +135,14 @@ class Reader:
             raise NoFrames(f"{self._source.name}: no {kind} between {wanted.start_seconds} s and {stop}")
 
     def _wanted(self, times: F64) -> Iterator[tuple[_Shown, int, Any]]:
-        """(frame, rows, picture), by plan; after the first surprise by decoding everything, without repeating any."""
+        """(frame, rows, picture), planned; after the first surprise by decoding everything, without repeating any."""
         given = _Given(by_rows=self._sampling.mode == "times")
         while True:
             given.again()
-            self._again()
+            self._counts |= self._damage
+            self._damage.clear()
             try:
-                for shown, rows, picture in self._attempt()(times, given):
+                for shown, rows, picture in self._attempt(times, given):
                     given.add(shown, rows)
                     yield shown, rows, picture
                 return
@@ -161,107 +154,69 @@ class Reader:
             except DecoderFailed as error:
                 self._hand_over(error, given)
 
-    def _attempt(self) -> Callable[[F64, _Given], Iterator[tuple[_Shown, int, Any]]]:
-        near = self._sampling.mode == "near"
-        if self._planning and not near and self._source.once:
-            return self._windowed
-        if self._planning and self._source.timeline(self._go_on) is not None:
-            return self._planned
+    def _attempt(self, times: F64, given: _Given) -> Iterator[tuple[_Shown, int, Any]]:
+        timeline = self._source.timeline(self._go_on) if self._planning else None
+        if timeline is not None:
+            return self._planned(timeline, times, given)
         self._planning = False
-        if near and NEAR_IS_EXACT not in self._reasons:
-            self._reasons.append(NEAR_IS_EXACT)
-        return self._picked
+        if self._sampling.mode == "near" and _NEAR_IS_EXACT not in self._reasons:
+            self._reasons.append(_NEAR_IS_EXACT)
+        return self._whole(times, given)
 
     def _hand_over(self, failed: DecoderFailed, given: _Given) -> None:
         """To the decoder that goes on after this one, if there is one."""
-        if self._decoding.after is None:
-            raise failed
-        self._decoding = self._decoding.after(failed)
+        self._decoder = self._decoder.fallback(failed)
         since = "" if given.seconds is None else f" after {given.seconds:.3f} s"
         self._reasons.append(f"decoded on the CPU{since}: {failed}")
         self._planning = True
 
     @contextmanager
-    def _opened(self, *, alone: bool) -> Iterator[Lane]:
-        with self._source.open(self._go_on) as container:
+    def _opened(self, *, alone: bool) -> Iterator[Worker]:
+        with self._source.open() as container:
             stream = self._source.require_video(container)
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all
-            with self._decoding.open_lane(container, stream, self.note, alone) as lane:
-                yield lane
+            with self._decoder.open(container, stream, self.note, alone=alone) as worker:
+                yield worker
 
-    def _planned(self, times: F64, given: _Given) -> Iterator[tuple[_Shown, int, Any]]:
-        """Picks from the timeline, then decodes what was picked; in several lanes where it is worth that."""
-        timeline = self._source.timeline(self._go_on)
-        if timeline is None:
-            raise PlanBroken
+    def _planned(self, timeline: Timeline, times: F64, given: _Given) -> Iterator[tuple[_Shown, int, Any]]:
+        """Picks from the timeline, then decodes what was picked; with several workers where that pays."""
         self.packets_read = len(timeline.pts)
         self._check_end(timeline.clock.seconds(timeline.end_ticks), timeline.promised_seconds)
-        found = self._plan(timeline, Picker(self._sampling, times), 0, given)
-        lanes = self._decoding.lanes
-        cut = parts(timeline, list(found), lanes) if lanes > 1 else [list(found)]
+        found = self._plan(timeline, Picker(self._sampling, times), given)
+        workers = max(1, min(self._decoder.workers, WORKERS_PIXELS // timeline.pixels))
+        cut = parts(timeline, list(found), workers) if workers > 1 else [list(found)]
 
         @contextmanager
-        def open_lane() -> Iterator[Callable[[list[int]], Iterator[tuple[int, Any]]]]:
-            with self._opened(alone=len(cut) == 1) as lane:
-                packets = Packets(lane.container, lane.stream, timeline, self._go_on)
-                yield lambda ranks: self._decoded_frames(lane, timeline, packets, ranks)
+        def open_worker() -> Iterator[Callable[[list[int]], Iterator[tuple[int, Any]]]]:
+            with self._opened(alone=len(cut) == 1) as worker:
+                keys, gap = self._sampling.mode == "keyframes", self._decoder.gap
+                cursor = Cursor(worker, timeline, self._go_on, self._fed, gap=gap, keys=keys)
+                yield lambda ranks: worker.convert(cursor.frames(ranks))
 
         if len(cut) == 1:
-            with open_lane() as work:
+            with open_worker() as work:
                 for rank, picture in work(cut[0]):
                     yield *found[rank], picture
             return
-        for rank, picture in in_order(cut, open_lane, lanes=lanes, ahead=self._decoding.ahead):
+        for rank, picture in in_order(cut, open_worker, workers=workers, ahead=self._decoder.ahead):
             yield *found[rank], picture
 
-    def _windowed(self, times: F64, given: _Given) -> Iterator[tuple[_Shown, int, Any]]:
-        """Picks from each group of pictures as it comes, and decodes what was picked of it."""
-        picker, count = Picker(self._sampling, times), 0
-        with self._opened(alone=True) as lane:
-            for timeline, packets in windows(lane.container, lane.stream, self._go_on):
-                self.packets_read = max(self.packets_read, timeline.place + len(packets))
-                found = self._plan(timeline, picker, count, given)
-                for rank, picture in self._decoded_frames(lane, timeline, packets.__getitem__, list(found)):
-                    yield *found[rank], picture
-                count += len(timeline.shown)
-                end = timeline.clock.seconds(timeline.end_ticks)
-                if timeline.last:
-                    self._check_end(end, timeline.promised_seconds)
-                if picker.done(end):
-                    return
-
-    def _decoded_frames(
-        self, lane: Lane, timeline: Timeline, packets: Callable[[int], Any], ranks: list[int]
-    ) -> Iterator[tuple[int, Any]]:
-        """(rank, picture) of given ranks; call by call further ahead in the file."""
-        keys, gap = self._sampling.mode == "keyframes", self._decoding.gap
-        cursor = Cursor(packets, lane.decoder, timeline, self._fed, gap=gap, keys=keys)
-        return lane.shown(cursor.frames(ranks))
-
-    def _plan(self, timeline: Timeline, picker: Picker, count: int, given: _Given) -> dict[int, tuple[_Shown, int]]:
-        """What is shown when and fills how many rows that were not given yet, by rank.
-
-        Args:
-            timeline: of the stream, or of a part of it.
-            picker: asked about all frames before.
-            count: frames before the timeline's first.
-            given: what was handed on.
-        """
+    def _plan(self, timeline: Timeline, picker: Picker, given: _Given) -> dict[int, tuple[_Shown, int]]:
+        """The frames that are still to be given, and how many rows each fills; by place in display order."""
         clock, ticks = timeline.clock, timeline.ticks
         end = clock.seconds(timeline.end_ticks)
         self._source.check_duration(end)
-        if self._sampling.mode == "keyframes" and np.any((timeline.entry > 0) & ~timeline.keyframe):
-            raise PlanBroken  # the container does not name all that the decoder will call key frames
         found: dict[int, tuple[_Shown, int]] = {}
 
         def take(rank: int, start: float, rows: int) -> None:
             if left := given.left(int(ticks[rank]), rows):
-                found[rank] = _Shown(None, int(ticks[rank]), start, count + rank), left
+                found[rank] = _Shown(None, int(ticks[rank]), start, rank), left
 
+        keys = timeline.key[timeline.shown]
         if self._sampling.mode == "near":
-            for rank in near(timeline, self._sampling):
+            for rank in near(timeline.starts, keys, end, self._sampling):
                 take(rank, clock.seconds(int(ticks[rank])), 1)
             return found
         # Only the frames around the window: a short look into a long video must not walk through all of it.
@@ -272,56 +227,55 @@ class Reader:
                 high = min(int(np.searchsorted(ticks, clock.ticks(self._sampling.stop_seconds))) + 2, high)
         starts = [clock.seconds(int(t)) for t in ticks[low : high + 1]] + ([end] if high == len(ticks) else [])
         for rank, (start, stop) in enumerate(pairwise(starts), start=low):
-            key, last = bool(timeline.keyframe[timeline.shown[rank]]), timeline.last and rank == len(ticks) - 1
-            if rows := picker.rows(start, stop, key=key, first=count + rank == 0, last=last):
+            if rows := picker.rows(start, stop, key=bool(keys[rank]), first=rank == 0, last=rank == len(ticks) - 1):
                 take(rank, start, rows)
             if picker.done(stop):
                 break
         return found
 
-    def _picked(self, times: F64, given: _Given) -> Iterator[tuple[_Shown, int, Any]]:
+    def _whole(self, times: F64, given: _Given) -> Iterator[tuple[_Shown, int, Any]]:
         """Decodes everything from the start."""
-        with self._opened(alone=True) as lane:
+        with self._opened(alone=True) as worker:
             chosen = (
                 ((shown, left), shown.frame)
-                for shown, rows in self._chosen(lane, times)
+                for shown, rows in self._chosen(worker, times)
                 if (left := given.left(shown.ticks, rows))
             )
-            for (shown, rows), picture in lane.shown(chosen):
+            for (shown, rows), picture in worker.convert(chosen):
                 yield shown, rows, picture
 
-    def _chosen(self, lane: Lane, times: F64) -> Iterator[tuple[_Shown, int]]:
+    def _chosen(self, worker: Worker, times: F64) -> Iterator[tuple[_Shown, int]]:
         """(frame, rows) of all that is decoded, one frame ahead of the one that is picked."""
         picker = Picker(self._sampling, times)
         held: _Shown | None = None
         duration = 0.0
-        for shown, seconds in self._decoded(lane):
+        for shown, seconds in self._decoded(worker):
             if held is not None:
                 key = bool(held.frame.key_frame)
                 if count := picker.rows(held.start, shown.start, key=key, first=held.index == 0):
                     yield held, count
                 if picker.done(shown.start):
                     return
-            held, duration = replace(shown, frame=lane.keep(shown.frame)), seconds
+            held, duration = replace(shown, frame=worker.keep(shown.frame)), seconds
         if held is None:
             reason = "; ".join(self.warnings()) or "it holds no pictures"
             raise CorruptStream(
                 f"{self._source.name}: not one frame can be decoded: {reason}.",
                 hint="Check that it plays; copy or download it again.",
             )
-        self._check_end(held.start + duration, promised_seconds(lane.container, lane.stream) or 0.0)
+        self._check_end(held.start + duration, promised_seconds(worker.container, worker.stream) or 0.0)
         key = bool(held.frame.key_frame)
         if count := picker.rows(held.start, held.start + duration, key=key, first=held.index == 0, last=True):
             yield held, count
 
-    def _decoded(self, lane: Lane) -> Iterator[tuple[_Shown, float]]:
+    def _decoded(self, worker: Worker) -> Iterator[tuple[_Shown, float]]:
         """(frame, seconds for which it is shown, as far as that is known) of all frames, times rising."""
         clock: Clock | None = None
         last = shift = 0
-        stream = lane.stream
+        stream = worker.stream
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         gap = max(1, round(1 / rate / (stream.time_base or TIME_BASE)))
-        for index, frame in enumerate(self._frames(lane)):
+        for index, frame in enumerate(self._frames(worker)):
             ticks = frame.pts if frame.pts is not None else frame.dts
             if frame.pts is None:
                 self._damaged("frames without pts, times derived from their neighbours")
@@ -341,10 +295,10 @@ class Reader:
             self._source.check_duration(start)
             yield _Shown(frame, ticks, start, index), (frame.duration or gap) * clock.numerator / clock.denominator
 
-    def _frames(self, lane: Lane) -> Iterator[Picture]:
-        for packet in self._packets(lane):
+    def _frames(self, worker: Worker) -> Iterator[Any]:
+        for packet in self._packets(worker):
             try:
-                frames = lane.decoder.decode(packet)
+                frames = worker.decode(packet)
             except av.error.FFmpegError as error:
                 self._damaged("damaged packets skipped", error.strerror)
                 continue
@@ -353,12 +307,12 @@ class Reader:
                     self._damaged("frames damaged, or referring to missing ones", f"at pts {frame.pts}")
                 yield frame
 
-    def _packets(self, lane: Lane) -> Iterator[Packet[VideoStream] | None]:
+    def _packets(self, worker: Worker) -> Iterator[Packet[VideoStream] | None]:
         """All packets of the stream, then None, which drains the decoder."""
         failures = count = 0
         while failures < _READ_ATTEMPTS:
             try:
-                for packet in lane.container.demux(lane.stream):
+                for packet in worker.container.demux(worker.stream):
                     self._go_on()
                     failures = 0
                     if packet.size:
@@ -373,7 +327,7 @@ class Reader:
         yield None
 
     def _check_end(self, end: float, promised: float) -> None:
-        """Notes a video that stops well before what its header promises, or before its sound does."""
+        """Notes a video that stops well before what its header promises."""
         if end < promised - max(1.0, 0.02 * promised):
             self.end_seconds = end
             self._ending = f"the video ends at {end:.3f} s, its header promises {promised:.3f} s"

@@ -1,16 +1,16 @@
-"""Which frames are wanted, and what is asked of whoever decodes them.
+"""Which frames are wanted.
 
-`Picker` is the one definition of the sampling modes: it is asked about each frame in display order.
+`Picker` is the one definition of the sampling modes: it is asked about each frame in display order. Mode `near` chooses
+from a timeline instead.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from itertools import count
 
-from av.packet import Packet
-from av.video.stream import VideoStream
+import numpy as np
+from numpy.typing import NDArray
 
 from keyreel.config import Sampling
 from keyreel.types import F64
@@ -21,49 +21,11 @@ TOLERANCE_SECONDS = 1e-9
 
 
 class PlanBroken(Exception):
-    """The file, or a frame that came out of the decoder, is not what a plan can be made for."""
+    """Frames cannot be told from packets, or a frame that came out of the decoder is not the one that was expected."""
 
 
 class NoFrames(ValueError):
-    """No wanted frame lies in the window; `Stream` raises it while it is iterated."""
-
-
-class Picture(Protocol):
-    """What is asked of a decoded picture, whoever decoded it; PyAV's VideoFrame is one."""
-
-    @property
-    def pts(self) -> int | None:
-        """In ticks."""
-
-    @property
-    def dts(self) -> int | None:
-        """In ticks, where there is no pts."""
-
-    @property
-    def duration(self) -> int:
-        """In ticks, 0 where unknown."""
-
-    @property
-    def key_frame(self) -> bool | int:
-        """It can be decoded by itself."""
-
-    @property
-    def is_corrupt(self) -> bool:
-        """Damaged, or made from missing pictures."""
-
-
-class Decoder(Protocol):
-    """Packets in decode order in, pictures in display order out."""
-
-    def decode(self, packet: Packet[VideoStream] | None) -> Sequence[Picture]:
-        """The pictures that are ready after a packet; valid until the next call, and after None all that are left.
-
-        Raises:
-            FFmpegError: the packet is damaged.
-        """
-
-    def flush(self) -> None:
-        """Ready for the packets of another place, after a drain."""
+    """No wanted frame lies in the window; streams raise it while they are iterated."""
 
 
 class Picker:
@@ -74,7 +36,7 @@ class Picker:
 
     fps: one row if any of the times start_seconds + n / fps of the window falls on the frame. every: each n-th frame
     of the window, from its first. times: a row for each of the times that falls on the frame, whatever the window; the
-    last frame takes all that are left. keyframes, all: those of the window. near: as fps, for want of a plan.
+    last frame takes all that are left. keyframes, all: those of the window. near: as fps.
 
     Args:
         sampling: mode and window.
@@ -116,3 +78,37 @@ class Picker:
 
     def _wanted(self) -> float:
         return self._start + self._next / self._fps
+
+
+def near(starts: F64, keys: NDArray[np.bool_], end: float, sampling: Sampling) -> list[int]:
+    """Places of the frames of mode `near`, which are close to the times start_seconds + n / fps and cheap to decode.
+
+    For each time the nearest key frame of the window within the tolerance; where there is none, the frame shown at
+    that time. None is taken twice.
+
+    Args:
+        starts: [M] seconds from which each frame is shown, rising.
+        keys: [M] the key frames.
+        end: seconds at which the last frame is no longer shown.
+        sampling: mode near.
+    """
+    tolerance = 0.5 / sampling.fps if sampling.tolerance_seconds is None else sampling.tolerance_seconds
+    stop = math.inf if sampling.stop_seconds is None else sampling.stop_seconds
+    places = np.flatnonzero(keys)
+    key_starts = starts[places]
+    found: list[int] = []
+    for n in count():
+        t = sampling.start_seconds + n / sampling.fps
+        if t + TOLERANCE_SECONDS >= min(stop, end):
+            return found
+        last = found[-1] if found else -1
+        low = max(t - tolerance, sampling.start_seconds) - TOLERANCE_SECONDS
+        high = min(t + tolerance + TOLERANCE_SECONDS, stop - TOLERANCE_SECONDS)
+        first, after = np.searchsorted(key_starts, low), np.searchsorted(key_starts, high, side="right")
+        close = [int(place) for place in places[first:after] if place > last]
+        shown = max(0, int(np.searchsorted(starts, t + TOLERANCE_SECONDS, side="right")) - 1)
+        if close:
+            found.append(min(close, key=lambda place: abs(float(starts[place]) - t)))
+        elif shown > last:
+            found.append(shown)
+    raise AssertionError  # the loop has no other end

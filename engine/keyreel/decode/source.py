@@ -1,4 +1,4 @@
-"""One video, from wherever it comes: opened as often as needed, with nothing but the video reachable from it.
+"""One video, from wherever it comes, opened safely and described.
 
 Video files are hostile input. FFmpeg may use the `file` protocol only (and http when asked to), and only demuxers of
 single files: a playlist could name any file of this machine or any host of its network, so playlists are refused.
@@ -11,22 +11,25 @@ import os
 import re
 import stat
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import av
 from av.container import InputContainer
-from av.stream import Discard
+from av.packet import Packet
+from av.stream import Discard, Disposition
+from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from keyreel.config import DecodeLimits
-from keyreel.decode.describe import describe, select_video
+from keyreel.decode.color import display_size, rotation_degrees, transfer_of
 from keyreel.decode.sampling import PlanBroken
-from keyreel.decode.spool import Spool, SpoolView
 from keyreel.decode.timeline import Timeline, promised_seconds, scan
 from keyreel.errors import CorruptStream, SourceError, SourceNotFound, UnsupportedCodec
 from keyreel.types import VideoInfo
@@ -43,10 +46,12 @@ _PLAYLIST = re.compile(
 )
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//|\S*\|)")
 _DEFAULT_LIMITS = DecodeLimits()
+_MAX_SPOOL_BYTES = 8 << 30  # read from a stream that cannot be rewound
+_CHUNK_BYTES = 1 << 20
 
 
 class _View:
-    """A file object's bytes under an own position, so that several containers can read one file object at a time."""
+    """A file object with a position of its own, so that several containers can read one file object."""
 
     def __init__(self, file: BinaryIO, lock: threading.Lock) -> None:
         self._file, self._lock, self._position = file, lock, 0
@@ -69,13 +74,14 @@ class _View:
 
 
 class Source:
-    """A reopenable handle of one video; a context manager that removes what it spooled.
+    """A video that can be opened again and again; a context manager that removes what it copied to disk.
 
-    Several containers may be open at a time, also on one file object.
+    Several containers may be open at a time, also on one file object. What was found out about the video is kept and
+    shared by all that use the source, from any thread.
 
     Args:
         video: a path; bytes; a binary file object, read from its start; "-" for standard input; with
-            `limits.allow_network` an http(s) URL. What cannot seek is copied to a temporary file as it is read.
+            `limits.allow_network` an http(s) URL. What cannot seek is first copied to a temporary file.
         limits: bounds on what is accepted.
 
     Raises:
@@ -88,14 +94,12 @@ class Source:
         self.limits = limits
         self.path: Path | None = None
         self._video: Any = video
-        self._lock = threading.RLock()
-        self._file_lock = threading.Lock()
-        self._spool: Spool | None = None
+        self._url: str | None = None
+        self._lock, self._file_lock = threading.RLock(), threading.Lock()
+        self._copy: Any = None  # the temporary file of a stream that cannot seek
+        self._analysed = self._closed = False
         self._info: VideoInfo | None = None
         self._timeline: Timeline | None = None
-        self._scanned = False
-        self._closed = False
-        self._url: str | None = None
         if isinstance(video, str) and video == "-":
             self.name = "<stdin>"
         elif isinstance(video, str) and _SCHEME.match(video) and not os.path.exists(video):
@@ -124,23 +128,13 @@ class Source:
         return f"Source({self.name!r})"
 
     def close(self) -> None:
-        """Removes the spooled copy, if there is one. Containers that are open stay usable, but for a pipe's."""
-        with self._lock:
-            self._closed = True
-            if self._spool is not None:
-                self._spool.close()
+        """Removes the temporary copy, if there is one. Containers that are open stay usable."""
+        self._closed = True
+        if self._copy is not None:
+            self._copy.close()
 
-    @property
-    def once(self) -> bool:
-        """True while the video comes through a pipe whose end was not reached: what was read so far can be read again,
-        but who asks for the end waits for it."""
-        return self._piped() and (self._spool is None or not self._spool.complete)
-
-    def open(self, checkpoint: Callable[[], None] = lambda: None) -> InputContainer:
+    def open(self) -> InputContainer:
         """A new container, at the start of the video.
-
-        Args:
-            checkpoint: called while a pipe is waited for, also by the container; raises to stop.
 
         Raises:
             SourceNotFound: no such file.
@@ -150,19 +144,24 @@ class Source:
         """
         if self._closed:
             raise ValueError(f"{self.name}: the source is closed")
-        once = self.once
-        target, head, options = self._target(checkpoint)
+        target, head = self._target()
         if _PLAYLIST.match(head):
-            raise self._playlist()
+            raise SourceError(
+                f"{self.name}: is a playlist; it names other files or hosts and is not opened. Allowed: files that "
+                "hold the video themselves, such as MP4, MOV, MKV, WebM, AVI, TS.",
+                hint="Give the video file itself, or join the parts with ffmpeg first.",
+            )
+        options = {
+            "protocol_whitelist": "http,https,tcp,tls" if self._url else "file",
+            "format_whitelist": _CONTAINERS,
+            "max_pixels": str(self.limits.max_pixels),
+        }
         try:
             timeout = (20.0, 60.0) if self._url else None
             container: InputContainer = av.open(
                 target, mode="r", options=options, metadata_errors="replace", timeout=timeout
             )
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            if once:  # it may need its end first
-                self._piping().finish(checkpoint)
-                return self.open(checkpoint)
             raise self._refusal(error) from error
         try:
             self._check(container)
@@ -172,49 +171,100 @@ class Source:
         return container
 
     def probe(self) -> VideoInfo:
-        """What the file says of its video stream; decodes one frame, whose colours and rotation count. Cached.
+        """What the file says of its video, and its first frame of colours and rotation.
+
+        The packets are read in the same go, see `timeline`; the result is kept.
 
         Raises:
-            SourceError: as `open`; UnsupportedCodec: no video stream in it, or no decoder for it; CorruptStream: not
-                one frame of it can be decoded.
+            SourceError: as `open`; UnsupportedCodec: no video stream, or no decoder for it; CorruptStream: not one
+                frame of it can be decoded.
         """
         with self._lock:
             if self._info is None:
-                with self.open() as container:
-                    stream = self.require_video(container)
-                    self._info = describe(container, stream, self.name, max_pixels=self.limits.max_pixels)
+                self._analyse(lambda: None)
+            assert self._info is not None
             return self._info
 
     def timeline(self, checkpoint: Callable[[], None] = lambda: None) -> Timeline | None:
-        """The video's packets in order, read once and kept; None where pictures cannot be told from packets alone.
+        """The video's packets, read once and kept; None where frames cannot be told from packets alone.
 
         Args:
             checkpoint: called often while reading; raises to stop.
         """
         with self._lock:
-            if not self._scanned:
-                with self.open(checkpoint) as container:
-                    stream = self.require_video(container)
-                    for other in container.streams:
-                        if other.index != stream.index:
-                            other.discard = Discard.all
-                    with suppress(PlanBroken):
-                        self._timeline = scan(container, stream, checkpoint)
-                self._scanned = True
+            if not self._analysed:
+                try:
+                    self._analyse(checkpoint)
+                except SourceError:
+                    if not self._analysed:
+                        raise
             return self._timeline
 
     def forget(self) -> None:
-        """Drops what was found out about the video, so that the next use looks anew, as the first one did."""
+        """Drops what was found out about the video, so that the next use starts anew."""
         with self._lock:
             self._info = self._timeline = None
-            self._scanned = False
+            self._analysed = False
 
-    def _target(self, checkpoint: Callable[[], None]) -> tuple[Any, bytes, dict[str, str]]:
-        options = {
-            "protocol_whitelist": "file",
-            "format_whitelist": _CONTAINERS,
-            "max_pixels": str(self.limits.max_pixels),
-        }
+    def _analyse(self, checkpoint: Callable[[], None]) -> None:
+        with self.open() as container:
+            stream = self.require_video(container)
+            for other in container.streams:
+                if other.index != stream.index:
+                    other.discard = Discard.all
+            demuxed = container.demux(stream)
+            read: list[Packet[VideoStream]] = []
+            try:
+                frame = self._first_frame(demuxed, read)
+                self._info = self._describe(container, stream, frame)
+            finally:
+                self._analysed = True
+            with suppress(PlanBroken):
+                self._timeline = scan(container, stream, chain(read, demuxed), checkpoint)
+
+    def _describe(self, container: InputContainer, stream: VideoStream, frame: VideoFrame) -> VideoInfo:
+        height, width = display_size(frame, stream.sample_aspect_ratio)
+        if height * width > self.limits.max_pixels:
+            raise SourceError(
+                f"{self.name}: shown at {width} x {height} pixels, allowed are {self.limits.max_pixels} (max_pixels).",
+                hint="Raise max_pixels if you trust the file.",
+            )
+        return VideoInfo(
+            path=self.name,
+            duration_seconds=promised_seconds(container, stream),
+            width=width,
+            height=height,
+            codec=stream.codec_context.codec.canonical_name,
+            pixel_format=frame.format.name,
+            rotation_degrees=rotation_degrees(frame),
+            average_fps=float(stream.average_rate) if stream.average_rate else None,
+            has_audio=len(container.streams.audio) > 0,
+            transfer=transfer_of(frame),
+        )
+
+    def _first_frame(self, packets: Iterator[Packet[VideoStream]], read: list[Packet[VideoStream]]) -> VideoFrame:
+        """The first frame that can be decoded; the packets up to it go into `read`."""
+        reason = "it holds no pictures"
+        while True:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    break
+                read.append(packet)
+                for frame in packet.decode():
+                    return frame
+            except av.error.FFmpegError as error:
+                reason = error.strerror or str(error)
+                if isinstance(error, av.error.ArgumentError):
+                    reason = f"damaged, or pictures of more than {self.limits.max_pixels} pixels (max_pixels)"
+                if not isinstance(error, av.error.InvalidDataError | av.error.ArgumentError):
+                    break
+        raise CorruptStream(
+            f"{self.name}: not one frame can be decoded: {reason}.", hint="Check that it plays; copy it again."
+        )
+
+    def _target(self) -> tuple[Any, bytes]:
+        """What FFmpeg opens, and its first bytes."""
         if self._url is not None:
             if not re.match(r"https?://", self._url, re.I):
                 allowed = "Allowed: a path, '-' for standard input, and http(s) URLs where the network is allowed."
@@ -224,38 +274,50 @@ class Source:
                     f"{self.name}: URLs are not opened unless asked for.",
                     hint="Allow it (--allow-network, DecodeLimits(allow_network=True)), or download the file first.",
                 )
-            return self._url, b"", options | {"protocol_whitelist": "http,https,tcp,tls"}
+            return self._url, b""
         if self.path is not None:
-            return f"file:{self.path.absolute()}", self._head_of_file(self.path), options
+            return f"file:{self.path.absolute()}", self._head_of_file(self.path)
+        target: Any
         if isinstance(self._video, bytes):
-            if not self._video:
-                raise CorruptStream(f"{self.name}: empty, 0 bytes of video.", hint="Check what was read.")
-            return io.BytesIO(self._video), self._video[:1024], options
-        if not self._piped():
-            view = _View(self._video, self._file_lock)
+            target, head = io.BytesIO(self._video), self._video[:1024]
+        elif self._can_seek():
+            target = _View(self._video, self._file_lock)
             with self._reading():
-                head = view.read(1024)
-            if not isinstance(head, bytes):
-                raise TypeError(f"{self.name}: read() gave {type(head).__name__}, a binary file object gives bytes")
-            if not head:
-                raise CorruptStream(f"{self.name}: empty, 0 bytes of video.", hint="Check what was read.")
-            view.seek(0)
-            return view, head, options
-        spool = self._piping()
-        head = b""
-        while len(head) < 1024 and (more := spool.read(len(head), 1024 - len(head), checkpoint)):
-            head += more
+                head = self._checked(target.read(1024))
+            target.seek(0)
+        else:
+            copy = self._spooled()
+            target, head = f"file:{copy}", self._head_of_file(copy)
         if not head:
             raise CorruptStream(f"{self.name}: empty, 0 bytes of video.", hint="Check what was read.")
-        if not spool.streams(checkpoint):
-            spool.finish(checkpoint)
-        return f"file:{spool.path}" if spool.complete else SpoolView(spool, checkpoint), head, options
+        return target, head
 
-    def _piped(self) -> bool:
-        if self.path is not None or self._url is not None or isinstance(self._video, bytes):
-            return False
+    def _can_seek(self) -> bool:
         seekable = getattr(self._video, "seekable", None)
-        return self._video == "-" or not (bool(seekable()) if seekable else hasattr(self._video, "seek"))
+        return self._video != "-" and (bool(seekable()) if seekable else hasattr(self._video, "seek"))
+
+    def _spooled(self) -> Path:
+        """A temporary copy of a stream that cannot seek, made at the first use."""
+        with self._lock:
+            if self._copy is None:
+                self._copy = tempfile.NamedTemporaryFile(prefix="keyreel-", suffix=".video")  # noqa: SIM115
+                file: BinaryIO = sys.stdin.buffer if self._video == "-" else self._video
+                with self._reading():
+                    while data := self._checked(file.read(_CHUNK_BYTES)):
+                        self._copy.write(data)
+                        if self._copy.tell() > _MAX_SPOOL_BYTES:
+                            break
+                    self._copy.flush()
+            if self._copy.tell() > _MAX_SPOOL_BYTES:
+                raise SourceError(
+                    f"{self.name}: more than {_MAX_SPOOL_BYTES} bytes.", hint="Save it to a file and give the path."
+                )
+            return Path(self._copy.name)
+
+    def _checked(self, data: Any) -> bytes:
+        if not isinstance(data, bytes):
+            raise TypeError(f"{self.name}: read() gave {type(data).__name__}, a binary file object gives bytes")
+        return data
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -281,20 +343,6 @@ class Source:
             raise CorruptStream(f"{self.name}: empty file, 0 bytes.", hint="Copy or download it again.")
         return head
 
-    def _piping(self) -> Spool:
-        with self._lock:
-            if self._spool is None:
-                file: BinaryIO = sys.stdin.buffer if self._video == "-" else self._video
-                self._spool = Spool(file, self.name, self.limits.max_spool_bytes)
-            return self._spool
-
-    def _playlist(self) -> SourceError:
-        return SourceError(
-            f"{self.name}: is a playlist; it names other files or hosts and is not opened. Allowed: files that hold "
-            "the video themselves, such as MP4, MOV, MKV, WebM, AVI, TS.",
-            hint="Give the video file itself, or join the parts with ffmpeg first.",
-        )
-
     def _refusal(self, error: Exception) -> SourceError:
         if isinstance(error, av.error.ArgumentError):
             # EINVAL comes from format_whitelist: FFmpeg knows the format, and it is none of ours.
@@ -318,7 +366,7 @@ class Source:
     def _check(self, container: InputContainer) -> None:
         stream = select_video(container)
         if stream is None or stream.codec_context is None:
-            return  # what is missing is told by `require_video`
+            return  # `require_video` raises the error
         pixels = stream.width * stream.height
         if pixels > self.limits.max_pixels:
             raise SourceError(
@@ -357,3 +405,11 @@ class Source:
                 hint="Convert it to H.264 with ffmpeg.",
             )
         return stream
+
+
+def select_video(container: InputContainer) -> VideoStream | None:
+    """The stream to take: FFmpeg's best one, never a cover picture."""
+    pictures = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [s for s in container.streams.video if not s.disposition & pictures]
+    best = container.streams.best("video")
+    return best if best in streams else streams[0] if streams else None

@@ -15,53 +15,65 @@ from typing import Any, Self
 
 import numpy as np
 
-from keyreel.config import Sampling
-from keyreel.decode.decoding import Decoding
-from keyreel.decode.lanes import Channel, Stopped
+from keyreel.config import ImageTransform, Sampling
+from keyreel.decode.decoder import CpuDecoder, Decoder
+from keyreel.decode.parallel import Channel, Stopped
 from keyreel.decode.reader import Reader
 from keyreel.decode.source import Source
 from keyreel.errors import SourceError
 from keyreel.types import FrameBatch
 
 _QUEUED_BATCHES = 2
+_MAX_FRAMES = 1_000_000  # taken from one video
 
 
 class Stream:
-    """An iterator of FrameBatch and a context manager around a decoding thread.
+    """The wanted frames of a source, in batches: an iterator of FrameBatch and a context manager.
 
-    The thread starts with the first batch, and ends with the last, with `close()`, or when this object is dropped.
+    A thread decodes. It starts with the first batch, and ends with the last, with `close()`, or when this object is
+    dropped.
+
+    Args:
+        source: stays open and belongs to the caller.
+        sampling: which frames.
+        decoder: makes the pictures.
+        batch_size: rows in a batch, the last may have fewer.
+        reasons: the first of the warnings.
     """
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        # The thread holds the worker only, so that a stream nobody refers to any more is collected and stops it.
-        self._finalizer = weakref.finalize(self, self._worker.stopped.set)
+    def __init__(
+        self, source: Source, sampling: Sampling, decoder: Decoder, batch_size: int, reasons: tuple[str, ...] = ()
+    ) -> None:
+        self._work = _Production(source, sampling, decoder, batch_size, reasons)
+        # The thread does not refer to the stream, so that a stream that is dropped is collected and stops it.
+        self._finalizer = weakref.finalize(self, self._work.stopped.set)
         self._thread: threading.Thread | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What was wrong with the stream or done to it; complete after the iteration."""
-        return self._worker.reader.warnings()
+        return self._work.reader.warnings()
 
     @property
     def decode_seconds(self) -> float:
         """Seconds spent on reading, decoding and converting so far; waiting for the consumer does not count."""
-        return self._worker.busy_seconds
+        return self._work.busy_seconds
 
     @property
     def packets_read(self) -> int:
-        """The video's packets, as far as they were read to see what is needed, or to decode them; each once."""
-        return self._worker.reader.packets_read
+        """Packets of the video that were read so far, each counted once."""
+        return self._work.reader.packets_read
 
     @property
     def packets_fed(self) -> int:
-        """Packets that were given to decoders so far, also those of an attempt that was given up."""
-        return self._worker.reader.packets_fed
+        """Packets given to decoders so far, including those of an attempt that was given up. Of these FFmpeg skips the
+        ones that nobody wants and no other frame needs."""
+        return self._work.reader.packets_fed
 
     @property
     def end_seconds(self) -> float | None:
-        """Where the stream ended well before what its header promises; None where it kept its word."""
-        return self._worker.reader.end_seconds
+        """Where the stream ended, if that is well before what its header promises; else None."""
+        return self._work.reader.end_seconds
 
     def __enter__(self) -> Self:
         return self
@@ -75,13 +87,13 @@ class Stream:
         return self
 
     def __next__(self) -> FrameBatch:
-        if self._worker.stopped.is_set():
+        if self._work.stopped.is_set():
             raise StopIteration
         if self._thread is None:
-            thread = threading.Thread(target=self._worker.run, name="keyreel-decode", daemon=True)
+            thread = threading.Thread(target=self._work.run, name="keyreel-decode", daemon=True)
             thread.start()
             self._thread = thread  # not before: another thread may close this and wait for it
-        item = self._worker.take()
+        item = self._work.take()
         if isinstance(item, FrameBatch):
             return item
         self.close()
@@ -96,19 +108,49 @@ class Stream:
             self._thread.join()
 
 
-class Worker:
-    """What runs in the decoding thread.
+class FrameStream(Stream):
+    """The wanted frames of a source, decoded on the CPU.
+
+    Mode `fps` yields a frame that is shown at several of the wanted times once; mode `near` yields key frames close to
+    these times where there are some, and `pts_seconds` and `frame_index` say which; mode `times` gives one row for
+    each wanted time, in the order asked for, past the end the last frame. `frame_index` counts the frames that decoding
+    the whole file would give (damage in parts that need not be decoded is not seen). A batch holds frames of one size:
+    where the size changes midway and no transform evens it out, the next batch has another size.
 
     Args:
         source: stays open and belongs to the caller.
         sampling: which frames.
-        decoding: how pictures are made.
+        transform: size of the pictures; None for the full display resolution.
         batch_size: rows in a batch, the last may have fewer.
-        reasons: the first of the warnings.
+        threads: threads that decode, 0 for as many as suit the machine. Parts of a long file are decoded side by side,
+            by one thread each; what cannot be cut is decoded by FFmpeg with that many.
+
+    Raises:
+        CorruptStream: (while iterating) no frame at all can be decoded. A stream that breaks midway yields what it has,
+            and `warnings` gives the reason.
+        SourceError: (while iterating) the source cannot be opened, or passes a limit.
+        ValueError: (while iterating) no frame lies between start_seconds and stop_seconds.
     """
 
     def __init__(
-        self, source: Source, sampling: Sampling, decoding: Decoding, batch_size: int, reasons: tuple[str, ...] = ()
+        self,
+        source: Source,
+        sampling: Sampling,
+        *,
+        transform: ImageTransform | None = None,
+        batch_size: int = 16,
+        threads: int = 0,
+    ) -> None:
+        if threads < 0:
+            raise ValueError(f"threads must be >= 0, got {threads}")
+        super().__init__(source, sampling, CpuDecoder(source, transform, threads), batch_size)
+
+
+class _Production:
+    """The work of the decoding thread; see `Stream`."""
+
+    def __init__(
+        self, source: Source, sampling: Sampling, decoder: Decoder, batch_size: int, reasons: tuple[str, ...]
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -120,10 +162,10 @@ class Worker:
             if stopped.is_set():
                 raise Stopped
 
-        self.reader = Reader(source, sampling, decoding, go_on, reasons)
+        self.reader = Reader(source, sampling, decoder, go_on, reasons)
         self._queue: Channel[FrameBatch] = Channel(_QUEUED_BATCHES, self.stopped)
         self._source, self._sampling = source, sampling
-        self._stack, self._join, self._batch_size = decoding.stack, decoding.join, batch_size
+        self._stack, self._join, self._batch_size = decoder.stack, decoder.join, batch_size
 
     def run(self) -> None:
         last: BaseException | None = None
@@ -154,12 +196,10 @@ class Worker:
             rows.clear()
             return FrameBatch(self._stack(list(pictures)), np.array(seconds, np.float64), np.array(places, np.int64))
 
-        limit = self._source.limits.max_frames
         for taken, row in enumerate(self._rows()):
-            if taken >= limit:
+            if taken >= _MAX_FRAMES:
                 raise SourceError(
-                    f"{self._source.name}: more than {limit} frames are wanted (max_frames).",
-                    hint="Sample fewer frames, or raise max_frames.",
+                    f"{self._source.name}: more than {_MAX_FRAMES} frames are wanted.", hint="Sample fewer frames."
                 )
             if rows and row[0].shape != rows[0][0].shape:
                 (was_high, was_wide, _), (high, wide, _) = rows[0][0].shape, row[0].shape

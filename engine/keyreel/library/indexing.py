@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from av.container import InputContainer
 from PIL import Image
 
 from keyreel.config import DecodeLimits, IndexConfig, LibraryConfig
@@ -45,9 +46,9 @@ class _Watched(Source):
         super().__init__(video, limits=limits)
         self._checkpoint = checkpoint
 
-    def open(self, checkpoint: Callable[[], None] = lambda: None) -> Any:
+    def open(self) -> InputContainer:
         self._checkpoint()
-        return super().open(checkpoint)
+        return super().open()
 
 
 def contents(summary: Summary, source: Source, config: LibraryConfig, progress: Progress) -> tuple[Rows, Extras]:

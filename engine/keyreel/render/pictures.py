@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from keyreel.config import ImageTransform, Sampling
-from keyreel.decode.cpu import FrameStream
 from keyreel.decode.source import Source
+from keyreel.decode.stream import FrameStream
 from keyreel.errors import RenderError, SourceError, SourceNotFound
 from keyreel.types import F32, U8, VideoInfo
 

@@ -21,11 +21,9 @@ from av.stream import Discard
 from av.video.reformatter import ColorRange, Colorspace
 
 from keyreel.config import ImageTransform, Sampling
-from keyreel.decode.cpu import FrameStream
-from keyreel.decode.describe import select_video
 from keyreel.decode.sampling import NoFrames
-from keyreel.decode.source import Source
-from keyreel.decode.stream import distinct
+from keyreel.decode.source import Source, select_video
+from keyreel.decode.stream import FrameStream, distinct
 from keyreel.errors import RenderError
 from keyreel.render.files import atomic_write
 from keyreel.types import F32, U8, Progress, Shot, VideoInfo

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from keyreel.config import ImageTransform, Sampling
-from keyreel.decode.cpu import FrameStream
 from keyreel.decode.nvdec import open_stream, pool_of
 from keyreel.decode.source import Source
-from keyreel.decode.stream import Stream
+from keyreel.decode.stream import FrameStream, Stream
 from keyreel.errors import BackendUnavailable, MissingExtra, OutOfMemory
 from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.openvino import OpenVINOSession, image_precision

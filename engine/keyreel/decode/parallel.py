@@ -1,4 +1,4 @@
-"""Parts of one job worked on by several threads, their results in the order of the parts."""
+"""Several threads that work on the parts of one job; the results come in the order of the parts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ POLL_SECONDS = 0.05
 
 
 class Stopped(Exception):
-    """Whoever wanted the results has gone."""
+    """The consumer has closed the stream."""
 
 
-class NoLane(Exception):
-    """There is no room for another lane; those that are open do the work."""
+class NoWorker(Exception):
+    """There is no room for another worker; the ones that are open do the work."""
 
 
 class Channel(Generic[R]):
-    """A queue of bounded length between threads, whose both ends give up when `stopped` is set.
+    """A queue of bounded length; `put` and `take` return when `stopped` is set.
 
     Args:
         length: results that wait at most.
@@ -46,7 +46,7 @@ class Channel(Generic[R]):
         raise Stopped
 
     def take(self) -> R | BaseException | None:
-        """Waits for an item: a result, an error to raise, or None for the end, as after `stopped`."""
+        """Waits for an item: a result, an error to raise, or None at the end or after `stopped`."""
         while not self._stopped.is_set():
             with suppress(queue.Empty):
                 return self._queue.get(timeout=POLL_SECONDS)
@@ -55,26 +55,24 @@ class Channel(Generic[R]):
 
 def in_order(
     parts: Sequence[P],
-    open_lane: Callable[[], AbstractContextManager[Callable[[P], Iterator[R]]]],
+    open_worker: Callable[[], AbstractContextManager[Callable[[P], Iterator[R]]]],
     *,
-    lanes: int,
+    workers: int,
     ahead: int,
 ) -> Iterator[R]:
-    """What each part gives, part by part, while `lanes` threads work on the parts.
+    """The results of each part, part by part, while `workers` threads work on the parts.
 
-    Never more than two parts a lane are under way, and a thread that is ahead of the consumer waits after `ahead`
-    results of its part. An error is raised in its place, after the results of all that comes before it.
+    At most two parts for each worker are under way, and a worker that is ahead of the consumer waits after `ahead`
+    results of its part. An error is raised in its place, after the results of all parts before it.
 
     Args:
-        parts: of the job; a thread takes the first that nobody has taken.
-        open_lane: called in each thread: what the thread works with, closed at its end. It may raise NoLane where
-            another one is open.
-        lanes: threads at most.
+        parts: of the job; a worker takes the first that is left.
+        open_worker: called in each thread, closed at its end. It may raise NoWorker where another one is open.
+        workers: threads at most.
         ahead: results of one part that wait at most.
     """
     stopped, lock = threading.Event(), threading.Lock()
-    places = iter(range(len(parts)))
-    room = threading.Semaphore(2 * lanes)
+    places, room = iter(range(len(parts))), threading.Semaphore(2 * workers)
     channels: list[Channel[R]] = [Channel(ahead, stopped) for _ in parts]
 
     def take() -> int | None:
@@ -87,12 +85,12 @@ def in_order(
     def run() -> None:
         place = None
         try:
-            with open_lane() as work:
+            with open_worker() as work:
                 while (place := take()) is not None:
                     for item in work(parts[place]):
                         channels[place].put(item)
                     channels[place].put(None)
-        except NoLane:
+        except NoWorker:
             return
         except BaseException as error:  # noqa: BLE001  raised again by the consumer
             place = take() if place is None else place
@@ -100,7 +98,7 @@ def in_order(
                 with suppress(Stopped):
                     channels[place].put(error)
 
-    threads = [threading.Thread(target=run, name="keyreel-lane", daemon=True) for _ in range(min(lanes, len(parts)))]
+    threads = [threading.Thread(target=run, name="keyreel-worker", daemon=True) for _ in parts[:workers]]
     for thread in threads:
         thread.start()
     try:

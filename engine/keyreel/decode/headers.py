@@ -1,0 +1,165 @@
+"""The little that is read of compressed packets, where the container's word alone could give a wrong frame."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from keyreel.decode.sampling import PlanBroken
+
+
+def is_shown(codec: str, packet: Packet[VideoStream]) -> bool:
+    """Whether a packet gives a frame, for the codecs in which one may give none or several.
+
+    Raises:
+        PlanBroken: it gives several, or needs more than itself.
+    """
+    match codec:
+        case "vp8":
+            return bytes(packet)[0] >> 4 & 1 == 1  # show_frame: RFC 6386, 9.1
+        case "mpeg1video" | "mpeg2video":
+            alone = bytes(packet).count(b"\0\0\1\0") == 1  # two fields, two pictures
+        case "mpeg4":  # pictures packed together, or an empty one in the place of a packed one
+            alone = packet.size >= 20 and bytes(packet).count(b"\0\0\1\xb6") == 1
+        case "mjpeg":  # without its tables, or one field of two
+            data = bytes(packet)
+            head = data[: max(data.find(b"\xff\xda"), 0)]
+            field = head.partition(b"AVI1")[2][:1]
+            alone = b"\xff\xdb" in head and b"\xff\xc4" in head and field in (b"", b"\0")
+        case _:
+            return True
+    if not alone:
+        raise PlanBroken
+    return True
+
+
+class Keys:
+    """Which key packets of H.264 and HEVC a decoder may begin with, so that its frames are those of a full decode."""
+
+    def __init__(self, codec: str, extradata: bytes, pixels: str) -> None:
+        self._codec, self._extradata, self._pixels = codec, extradata, pixels
+        self._changed: frozenset[bytes] = frozenset()  # parameter sets that the container's header does not hold
+        self._old_encoder = False
+        # A picture of a lower temporal layer that nothing in its own layer needs may be needed by a higher one.
+        self.skippable = codec != "hevc" or _hevc_layers(extradata) == {0}
+
+    def learn(self, packet: Packet[VideoStream]) -> None:
+        """FFmpeg decodes streams of old builds of x264 in its own way once it has seen the build's number."""
+        if self._codec == "h264" and (found := re.search(rb"x264 - core (\d+)", bytes(packet))):
+            self._old_encoder = int(found[1]) < (151 if "444" in self._pixels else 34)
+
+    def is_entry(self, packet: Packet[VideoStream]) -> bool:
+        if self._codec not in ("h264", "hevc"):
+            return True
+        data = bytes(packet)
+        own = parameter_sets(self._codec, data, self._extradata)
+        changed = {unit for unit in own if unit not in self._extradata}
+        self._changed = self._changed | changed
+        # A recovery point (H.264, D.2.8) that does not promise exact frames.
+        inexact = self._codec == "h264" and re.search(rb"\x06\x01[\x80-\xbf]", data[:256])
+        return not (self._old_encoder or inexact) and self._changed <= own
+
+
+class FrameNumbers:
+    """Watches frame_num of H.264 (7.4.3) for pictures that are missing from the stream.
+
+    FFmpeg fills in for these with whatever it decoded before, so that no frame may be skipped then.
+    """
+
+    def __init__(self, extradata: bytes) -> None:
+        self._width = _length_bytes("h264", extradata)
+        self._bits: int | None = None
+        self._last = 0  # frame_num of the last picture that others may refer to
+        if sequence := re.search(rb"[\x27\x47\x67](?=[\x42-\xf4])", extradata[4:]):
+            self._bits = _frame_num_bits(extradata[4 + sequence.end() :][:40])
+
+    @property
+    def known(self) -> bool:
+        return self._bits is not None
+
+    def follow(self, data: bytes) -> bool:
+        """False where a picture before this one is missing."""
+        if self._bits is None:
+            return True
+        for unit in units(data, self._width):
+            if (kind := unit[0] & 31) in (1, 5):
+                bits = Bits(unit[1:24].replace(b"\0\0\3", b"\0\0"))
+                bits.ue(), bits.ue(), bits.ue()
+                number = bits.read(self._bits)
+                gap = 0 if kind == 5 else (number - self._last) % (1 << self._bits)
+                if unit[0] & 0x60:
+                    self._last = number
+                return gap <= 1
+        return True
+
+
+def _frame_num_bits(sequence: bytes) -> int | None:
+    """Bits of frame_num; None where it is not easily found: seq_parameter_set_data(), 7.3.2.1.1."""
+    bits = Bits(sequence.replace(b"\0\0\3", b"\0\0"))
+    profile = bits.read(8)
+    bits.read(16)
+    bits.ue()
+    if profile in (100, 110, 122, 244, 44):
+        if bits.ue() == 3 and bits.read(1):
+            return None  # colour planes are coded apart
+        bits.ue(), bits.ue(), bits.read(1)
+        if bits.read(1):
+            return None  # scaling lists
+    return bits.ue() + 4
+
+
+class Bits:
+    """Reads bits from the most significant one on; zeros beyond the end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._value, self._left = int.from_bytes(data + bytes(8), "big"), 8 * len(data) + 64
+
+    def read(self, count: int) -> int:
+        self._left = max(0, self._left - count)
+        return self._value >> self._left & (1 << count) - 1
+
+    def ue(self) -> int:
+        """Unsigned Exp-Golomb code: ITU-T H.264, 9.1."""
+        zeros = min(32, self._left - (self._value & (1 << self._left) - 1).bit_length())
+        return self.read(2 * zeros + 1) - 1
+
+
+def _length_bytes(codec: str, extradata: bytes) -> int:
+    """Bytes of the length before each unit (ISO/IEC 14496-15), 0 for start codes."""
+    return (extradata[4 if codec == "h264" else 21] & 3) + 1 if extradata[:1] == b"\1" else 0
+
+
+def parameter_sets(codec: str, data: bytes, extradata: bytes) -> frozenset[bytes]:
+    """The parameter sets (of H.264 or HEVC) in a packet.
+
+    Args:
+        codec: h264 or hevc.
+        data: the packet, in annex B or with lengths before its units (ISO/IEC 14496-15).
+        extradata: of the container, which tells the two apart.
+    """
+    kinds = (7, 8) if codec == "h264" else (32, 33, 34)
+    found = set()
+    for unit in units(data, _length_bytes(codec, extradata)):
+        if (unit[0] & 31 if codec == "h264" else unit[0] >> 1 & 63) in kinds:
+            found.add(unit.rstrip(b"\0"))
+    return frozenset(found)
+
+
+def units(data: bytes, width: int) -> Iterable[bytes]:
+    """The units of a packet of H.264 or HEVC, behind start codes or, where `width` is not 0, behind their lengths."""
+    if not width:
+        return (unit for unit in data.split(b"\0\0\1")[1:] if unit)
+    units, at = [], 0
+    while at + width < len(data):
+        size = int.from_bytes(data[at : at + width], "big")
+        units.append(data[at + width : at + width + size])
+        at += width + max(size, 1)
+    return (unit for unit in units if unit)
+
+
+def _hevc_layers(extradata: bytes) -> set[int]:
+    """sps_max_sub_layers_minus1 of each sequence parameter set: ITU-T H.265, 7.3.2.2."""
+    return {extradata[at.end()] >> 1 & 7 for at in re.finditer(rb"\x42\x01(?=.)", extradata, re.S)}
