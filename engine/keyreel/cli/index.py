@@ -211,7 +211,7 @@ class Report:
 def _index_on_ray(
     report: Report, names: Sequence[str], model: str | None, device: str, address: str | None, config: IndexConfig
 ) -> None:
-    from keyreel.cluster import ray
+    from keyreel.cluster import indexing
 
     videos = report.videos(names)
 
@@ -222,7 +222,7 @@ def _index_on_ray(
     report.bars.whole("videos", 0, len(videos))
     model = model or model_of(report.library)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints there when a worker has died
-        ray.index(videos, report.library, config, model=model, device=device, address=address, tell=add)
+        indexing.index(videos, report.library, config, model=model, device=device, address=address, tell=add)
 
 
 def _prune(report: Report, names: Sequence[str], library: Library) -> tuple[str, ...]:

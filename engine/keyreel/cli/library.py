@@ -1,4 +1,4 @@
-"""Commands of a library: list, stats, remove, verify, compact, serve."""
+"""Commands of a library: list, stats, remove, verify, compact, upgrade, serve."""
 
 from __future__ import annotations
 
@@ -143,6 +143,18 @@ def compact(folder: options.Folder, as_json: options.Json = False) -> None:
         print_json(Compact(library=folder, bytes=given_back))
     else:
         print_line(f"{given_back / 1e6:.1f} MB given back")
+
+
+def upgrade(folder: options.Folder, as_json: options.Json = False) -> None:
+    """Converts a library that an older keyreel made, and keeps all that it holds."""
+    from keyreel.cli.documents import Upgrade
+
+    with keyreel.Library(folder) as library:
+        videos = library.upgrade()
+    if as_json:
+        print_json(Upgrade(library=folder, videos=videos))
+    else:
+        print_line(f"{plural(videos, 'video')} converted")
 
 
 def serve(
