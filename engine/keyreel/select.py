@@ -258,7 +258,7 @@ def _representatives(
 
 
 def _importance(x: F32, w: F32, found: Clusters) -> F32:
-    """[T] float32 in 0..1: how well a frame stands for its cluster, times how far it is from the video's average."""
+    """[T] float32 in 0..1: how well a frame represents its cluster, times its distance from the video's average."""
     mean = (w[:, None] * x).sum(0)
     mean /= max(float(np.linalg.norm(mean)), 1e-12)
     raw = np.maximum(found.similarity, 0) * (1 - x @ mean) * w
