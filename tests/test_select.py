@@ -95,8 +95,8 @@ def test_frames_in_a_fade_are_no_key_frames() -> None:
     ramp = np.array([0.05, 0.15, 0.3, 0.42], np.float32)
     luma[:4], luma[-4:] = ramp, ramp[::-1]
     luma[cut - 4 : cut], luma[cut : cut + 4] = ramp[::-1], ramp
-    support, _ = OPS.neighbour_similarity(x, np.array([0, len(x)]))
-    level, _ = frame_quality(embedding_of(x, luma=luma), support, 0.2)
+    similarity, _ = OPS.neighbour_similarity(x, np.array([0, len(x)]))
+    level, _ = frame_quality(embedding_of(x, luma=luma), similarity, 0.2)
     faded = np.flatnonzero(luma < 0.5)
     assert (level[faded] >= 2).all()
     assert (np.delete(level, faded) != 2).all()
@@ -178,8 +178,9 @@ def test_knee(curve: list[float], expected: int) -> None:
 
 def test_quality_ranks_sharpness_and_marks_flashes() -> None:
     x, scene = planted(8)
-    support, _ = OPS.neighbour_similarity(x, np.array([0, len(x)]))
-    level, quality = frame_quality(embedding_of(x, sharpness=np.linspace(0, 1, len(x), dtype=np.float32)), support, 0.2)
+    similarity, _ = OPS.neighbour_similarity(x, np.array([0, len(x)]))
+    sharpness = np.linspace(0, 1, len(x), dtype=np.float32)
+    level, quality = frame_quality(embedding_of(x, sharpness=sharpness), similarity, 0.2)
     assert set(np.flatnonzero(level == 3)) == set(np.flatnonzero(scene == -1))
     assert (level[:60] >= 1).all()
     clean = quality[level == 0]
