@@ -264,7 +264,7 @@ def test_bench_measures_each_video(tmp_path: Path) -> None:
         write_clip(tmp_path / f"{name}.mp4", frames=40)
     (tmp_path / "c.mp4").write_bytes(b"no video")
     began = time.perf_counter()
-    found = document(schema_of(Bench), "bench", tmp_path, "--runs", 2, "--fps", 5, code=8)
+    found = document(schema_of(Bench), "bench", tmp_path, "--runs", 3, "--fps", 5, code=8)
     whole = time.perf_counter() - began
     assert [Path(video["video"]).name for video in found["videos"]] == ["a.mp4", "b.mp4"]
     assert [(Path(failure["video"]).name, failure["exit_code"]) for failure in found["failed"]] == [("c.mp4", 3)]
@@ -272,7 +272,7 @@ def test_bench_measures_each_video(tmp_path: Path) -> None:
         assert (video["frames"], video["video_seconds"]) == (20, pytest.approx(4))
         assert set(video["stage_seconds"]) == {"decode", "encode", "fuse", "select"}
         assert max(video["stage_seconds"].values()) <= video["seconds"] < whole
-        assert video["times_real_time"] == pytest.approx(4 / video["seconds"], rel=0.5)  # a median of two quotients
+        assert video["times_real_time"] == pytest.approx(4 / video["seconds"], rel=0.01)
     assert found["config"]["sampling"]["fps"] == 5
     assert found["versions"]["keyreel"] == __version__
     lines = run("bench", tmp_path / "a.mp4", "--runs", 1, "--sampling", "keyframes").stdout.splitlines()

@@ -88,24 +88,24 @@ def index(
     if not names:
         raise ValueError("there is no video to index: give files, folders, or - for a list on standard input")
     if ray:
-        with Bars(quiet=quiet) as bars:
-            report = Report(library, bars, as_json=as_json)
-            with report:
-                _index_on_ray(report, names, model, device, address, config)
+        with Bars(quiet=quiet) as bars, Report(library, bars, as_json=as_json) as report:
+            _index_on_ray(report, names, model, device, address, config)
     else:
-        with open_library(library, model, device) as opened, Bars(quiet=quiet) as bars:
-            report = Report(library, bars, as_json=as_json, each=watch)
+        with (
+            open_library(library, model, device) as opened,
+            Bars(quiet=quiet) as bars,
+            Report(library, bars, as_json=as_json, each=watch) as report,
+        ):
 
             def add(videos: Sequence[Name]) -> None:
                 opened.add(videos, config, progress=bars.whole, begin=bars.start, tell=report.add)
 
-            with report:
-                if watch:
-                    _watch(report, names, add, opened, watch_seconds, prune=prune)
-                else:
-                    add(report.videos(names))
-                    if prune:
-                        _prune(report, names, opened)
+            if watch:
+                _watch(report, names, add, opened, watch_seconds, prune=prune)
+            else:
+                add(report.videos(names))
+                if prune:
+                    _prune(report, names, opened)
     exit_for(report.failed, report.succeeded)
 
 
@@ -137,12 +137,14 @@ def update(
         workers=workers,
         force=force,
     )
-    with open_library(folder, model, device) as library, Bars(quiet=quiet) as bars:
-        report = Report(folder, bars, as_json=as_json)
-        with report:
-            found = library.update(config, prune=prune, progress=bars.whole, begin=bars.start, tell=report.add)
-            for added in found:  # once more: what was missing is removed by now
-                report.add(added)
+    with (
+        open_library(folder, model, device) as library,
+        Bars(quiet=quiet) as bars,
+        Report(folder, bars, as_json=as_json) as report,
+    ):
+        found = library.update(config, prune=prune, progress=bars.whole, begin=bars.start, tell=report.add)
+        for added in found:  # once more: what was missing is removed by now
+            report.add(added)
     exit_for(report.failed, report.succeeded)
 
 

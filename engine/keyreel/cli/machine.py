@@ -93,14 +93,15 @@ def bench(
             source.forget()
             wall, cpu = time.perf_counter(), time.process_time()
             summary = engine.summarize(source, sampling=frames, encode=encode, progress=bars.start(source.name))
+            seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
             bars.finish()
             run = BenchVideo(
                 video=source.name,
                 video_seconds=summary.stop_seconds,
                 frames=len(summary.embedding),
-                seconds=time.perf_counter() - wall,
-                cpu_seconds=time.process_time() - cpu,
-                times_real_time=summary.stop_seconds / (time.perf_counter() - wall),
+                seconds=seconds,
+                cpu_seconds=cpu_seconds,
+                times_real_time=summary.stop_seconds / seconds,
                 stage_seconds={stage: summary.timings_seconds[stage] for stage in STAGES},
             )
             measured.setdefault(source.name, []).append(run)
