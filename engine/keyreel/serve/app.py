@@ -23,6 +23,7 @@ from keyreel.serve.security import ApiError, Security, too_busy
 from keyreel.serve.service import Service
 
 PAGE = Path(__file__).with_name("page")
+STORYBOARD_STYLE = PAGE.parents[1] / "render" / "page.css"
 # Only the page's own files and answers of this service: no inline script or style, no other host.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
@@ -86,6 +87,7 @@ def _base(request: Request) -> str:
 
 def _add_page(router: APIRouter) -> None:
     files = {path.name: path for path in PAGE.iterdir() if path.suffix in _STATIC_TYPES}
+    files["storyboard.css"] = STORYBOARD_STYLE
 
     @router.get("/static/{name}", include_in_schema=False)
     async def static(name: str) -> Response:

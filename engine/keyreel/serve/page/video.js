@@ -276,7 +276,6 @@ timeline.addEventListener("keydown", (event) => {
 });
 $("#within").addEventListener("input", (event) => searchInside(event.target.value));
 $("#inside").addEventListener("submit", (event) => event.preventDefault());
-$("#looked").addEventListener("change", (event) => $("#board").classList.toggle("looked", event.target.checked));
 
 export const video = {
   start(lent) { page = lent; },
