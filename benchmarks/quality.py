@@ -31,7 +31,7 @@ FRAMES, BATCH, RUNS = 8, 16, 7
 
 def photographs(model: str, trainset: Path) -> Iterator[Row]:
     """Labels at each attention strength; captions, absent things, attention and scenes at the model's own."""
-    from keyreel_export.builtin import measure
+    from benchmarks import quality_measures as measure
 
     towers = measure.Towers(Bundle.find(model).folder)
     shown, strength = measure.show(towers, trainset), towers.bundle.strength_default

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 from keyreel_export import attention as module
+from keyreel_export.attention import DEFAULT_NETWORK
+from keyreel_export.pretrained import load_attention
 
 pytestmark = pytest.mark.full
 
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.full
 def network() -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return module.build_network(random_weights=True).requires_grad_(False)
+        return load_attention(DEFAULT_NETWORK, None, random_weights=True)[0].requires_grad_(False)
 
 
 @settings(max_examples=40, deadline=None)
@@ -81,48 +83,46 @@ def test_uniform_attention() -> None:
     np.testing.assert_array_equal(found.numpy(), np.full((3, 49), 1 / 49, np.float32))
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_local_weights(network: Any, tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"cnn{suffix}"
+def test_local_weights_and_bad_ones(network: Any, tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    if suffix == ".pt":
-        torch.save(state, path)
-    else:
-        save_file(state, path)
-    loaded = module.build_network(weights=path)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    torch.save(state, tmp_path / "cnn.pt")
+    save_file(state, tmp_path / "cnn.safetensors")
+    for suffix in (".pt", ".safetensors"):
+        loaded, source = load_attention(DEFAULT_NETWORK, tmp_path / f"cnn{suffix}", random_weights=False)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+        assert source["from"].startswith(f"cnn{suffix} sha256:")
+    del state["conv_stem.weight"]
+    save_file(state, tmp_path / "lacking.safetensors")
+    torch.save({"conv_stem.weight": _Harmful(tmp_path / "harm")}, tmp_path / "pickle.pt")
+    for name, error, words in (
+        ("lacking.safetensors", CheckpointMismatch, r"conv_stem\.weight"),
+        ("pickle.pt", CheckpointMismatch, "cannot be loaded"),
+        ("absent.pt", ModelError, "not a file"),
+    ):
+        with pytest.raises(error, match=words):
+            load_attention(DEFAULT_NETWORK, tmp_path / name, random_weights=False)
+    assert not (tmp_path / "harm").exists()
 
 
 class _Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self) -> Any:
-        return (Path.touch, (Path("harm-was-done"),))
-
-
-def test_bad_weights(network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    del state["conv_stem.weight"]
-    save_file(state, tmp_path / "lacking.safetensors")
-    with pytest.raises(CheckpointMismatch, match=r"conv_stem\.weight"):
-        module.build_network(weights=tmp_path / "lacking.safetensors")
-    torch.save({"conv_stem.weight": _Harmful()}, tmp_path / "pickle.pt")
-    with pytest.raises(CheckpointMismatch, match="cannot be loaded"):
-        module.build_network(weights=tmp_path / "pickle.pt")
-    assert not (tmp_path / "harm-was-done").exists()
-    with pytest.raises(ModelError, match="not a file"):
-        module.build_network(weights=tmp_path / "absent.pt")
+        return (Path.touch, (self.path,))
 
 
 def test_names_and_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelNotFound) as caught:
-        module.build_network("mobilenetv3_smal_100")
-    assert "mobilenetv3_small_100" in caught.value.near
     import timm
+
+    with pytest.raises(ModelNotFound) as caught:
+        load_attention("mobilenetv3_smal_100", None, random_weights=False)
+    assert DEFAULT_NETWORK in caught.value.near
 
     def offline(*_args: Any, **_options: Any) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ModelError, match="no route to host") as failed:
-        module.build_network()
+        load_attention(DEFAULT_NETWORK, None, random_weights=False)
     assert "--attention-weights" in str(failed.value.hint)

@@ -6,19 +6,15 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
-from keyreel.config import ImageTransform  # noqa: E402
 from keyreel.runtime.bundle import Bundle as Checked  # noqa: E402
 from keyreel_export.builtin import data  # noqa: E402
 from keyreel_export.builtin.__main__ import main  # noqa: E402
@@ -26,19 +22,9 @@ from keyreel_export.builtin.bundle import Texts  # noqa: E402
 from keyreel_export.builtin.data import Bank, Example, random_view  # noqa: E402
 from keyreel_export.builtin.distil import Distillation, Lesson, Plan, draw_scenes  # noqa: E402
 from keyreel_export.builtin.language import Language, plural, read_lists  # noqa: E402
-from keyreel_export.builtin.measure import (  # noqa: E402
-    Shown,
-    best_strength,
-    equal_error,
-    halves,
-    label_ranks,
-    mean_average_precision,
-    measure_absent,
-    measure_captions,
-    weak_scores,
-)
+from keyreel_export.builtin.measure import Shown, best_strength, label_ranks, match_thresholds  # noqa: E402
 from keyreel_export.builtin.phrases import describe  # noqa: E402
-from keyreel_export.builtin.saliency import area_under_curve, centre_prior, compose, outline, train_attention  # noqa: E402
+from keyreel_export.builtin.saliency import compose, outline, train_attention  # noqa: E402
 from keyreel_export.builtin.scenes import COLOURS as PALETTE  # noqa: E402
 from keyreel_export.builtin.scenes import KINDS, render_scene  # noqa: E402
 from keyreel_export.builtin.space import Space, contrast  # noqa: E402
@@ -96,8 +82,6 @@ def test_the_script_makes_a_bundle_that_loads_and_goes_on(tmp_path: Path, monkey
     assert max(value for name, value in verify.items() if name.endswith("max_abs_difference")) < 1e-3
     assert verify["val_label_images"] == 6
     assert verify["training_images_seen"] >= 8
-    assert verify["teacher_cosine_images"] == 8
-    assert (verify["captions"], verify["caption_images"]) == (4, 2)
     sizes = [size for size, _ in made.manifest["text"]["weak_scores"]]
     assert sizes == [1]  # three images for them
     first = {name: entry["sha256"] for name, entry in made.manifest["files"].items()}
@@ -123,8 +107,6 @@ def test_scenes_are_as_their_captions_say() -> None:
         )
         nearest = min(PALETTE, key=lambda name: float(np.abs(np.asarray(PALETTE[name]) - border).sum()))
         assert nearest == ground
-    with pytest.raises(ValueError, match="unknown kind"):
-        render_scene("opera", np.random.default_rng(0))
 
 
 # Parts ------------------------------------------------------------------------------------------------------------
@@ -202,14 +184,6 @@ def test_language_says_what_is_true(nouns: Nouns, tmp_path: Path) -> None:
     assert again.encode(sentences).tolist() == language.encode(sentences).tolist()
 
 
-@pytest.mark.parametrize(
-    ("one", "many"),
-    [("dog", "dogs"), ("box", "boxes"), ("berry", "berries"), ("boy", "boys"), ("scissors", "scissors")],
-)
-def test_plurals(one: str, many: str) -> None:
-    assert plural(one) == many
-
-
 def test_lists_of_the_package_say_one_thing_each() -> None:
     folder = Path(data.__file__).parent
     words = read_lists(folder / "words.txt")
@@ -279,21 +253,6 @@ def test_outlines_are_found_before_plain_grounds_only() -> None:
     assert blue[np.asarray(mask) == 0].mean() < 0.05
 
 
-def test_area_under_the_curve_is_scikit_learns() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(2)
-    maps, masks = rng.random((6, 5, 5)).round(1), rng.random((6, 5, 5))
-    masks[5] = 0.2  # nothing of an object: no figure
-    found = area_under_curve(maps.astype(np.float32), masks.astype(np.float32))
-    for row in range(5):
-        expected = metrics.roc_auc_score(masks[row].ravel() >= 0.5, maps[row].ravel())
-        assert found[row] == pytest.approx(expected, abs=1e-6)
-    assert np.isnan(found[5])
-    prior = centre_prior((5, 5))
-    assert prior.sum() == pytest.approx(1.0, abs=1e-6)
-    assert prior[2, 2] == prior.max()
-
-
 def test_the_attention_head_learns_what_is_marked() -> None:
     rng = np.random.default_rng(3)
     masks = (rng.random((300, 7, 7)) < 0.3).astype(np.float32)
@@ -303,22 +262,8 @@ def test_the_attention_head_learns_what_is_marked() -> None:
     with torch.inference_mode():
         maps = head(torch.from_numpy(tokens[250:])).numpy()
     np.testing.assert_allclose(maps.sum(axis=1), 1.0, atol=1e-5)
-    assert np.nanmean(area_under_curve(maps, masks[250:])) > 0.95
-
-
-def test_ranks_and_precision_are_as_defined() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(4)
-    scores = rng.normal(size=(12, 4)).astype(np.float32)
-    right = [[int(i)] + ([0] if i else []) for i in rng.integers(0, 4, 12)]
-    expected = [min(int((row > row[c]).sum()) for c in columns) for row, columns in zip(scores, right, strict=True)]
-    assert label_ranks(scores, right).tolist() == expected
-    relevant = np.array([[c in columns for c in range(4)] for columns in right])
-    known = [c for c in range(4) if relevant[:, c].any()]
-    average = [metrics.average_precision_score(relevant[:, c], scores[:, c]) for c in known]
-    assert mean_average_precision(scores[:, known], [[known.index(c) for c in r] for r in right]) == pytest.approx(
-        float(np.mean(average)), abs=1e-6
-    )
+    inside = masks[250:].reshape(50, 49) > 0.5
+    assert (maps[inside][:, None] > maps[~inside]).mean() > 0.95
 
 
 class Said:
@@ -331,74 +276,23 @@ class Said:
         return np.eye(len(self._names), dtype=np.float32)[[self._names.index(text) for text in texts]]
 
 
-def test_absent_labels_are_told_by_their_scores() -> None:
+def test_thresholds_are_what_nine_in_ten_present_labels_reach() -> None:
     names = [f"thing {n:02d}" for n in range(60)]
-    shown = Shown(examples(*((name,) for name in names)), [np.eye(60, dtype=np.float32)] * 5)
+    vectors = np.eye(60, dtype=np.float32)
+    vectors[::20] *= 0.5  # 3 of 60 images are found badly, fewer than are missed
     towers: Any = Said(names)
-    assert weak_scores(towers, shown, 0.0, libraries=50) == [[1, 1], [2, 1], [5, 1], [10, 1], [20, 1]]
-    towers.bundle = SimpleNamespace(weak_score=lambda images: 0.5 if images < 10 else 1.5)
-    table = measure_absent(towers, shown, 0.0, libraries=50)
-    assert [(row["images"], row["auc"], row["present_kept"], row["absent_told"]) for row in table] == [
-        (1, 1, 1, 1), (2, 1, 1, 1), (5, 1, 1, 1), (10, 1, 0, 1), (20, 1, 0, 1)
-    ]  # fmt: skip
-    assert {row["equal_right"] for row in table} == {1}
-    first, second = halves(shown)
-    assert [example.labels[0] for example in first.examples] == names[::2]
-    assert [example.labels[0] for example in second.examples] == names[1::2]
-    np.testing.assert_array_equal(second.vectors[3], np.eye(60)[1::2])
+    table = match_thresholds(towers, Shown(examples(*((name,) for name in names)), [vectors] * 5), 0.0, libraries=200)
+    assert table == [[1, 1], [2, 1], [5, 1], [10, 1], [20, 1]]
+    everything = Shown(examples(*(("thing", "other"),) * 8), [np.eye(2, dtype=np.float32)[[0] * 8]] * 5)
+    towers = Said(["thing", "other"])
+    assert match_thresholds(towers, everything, 0.0, libraries=9) == []
 
 
-@given(
-    present=st.lists(st.floats(-1, 1, width=16), min_size=1, max_size=40),
-    absent=st.lists(st.floats(-1, 1, width=16), min_size=1, max_size=40),
-)
-def test_as_many_absent_things_pass_as_present_ones_fail(present: list[float], absent: list[float]) -> None:
-    there, away = np.asarray(present, np.float32), np.asarray(absent, np.float32)
-    bound = equal_error(there, away)
-
-    def error(at: float) -> float:
-        return abs(float((there < at).mean() - (away >= at).mean()))
-
-    scores = np.unique([*present, *absent])
-    # Every bound that parts them differently.
-    assert error(bound) == min(error(at) for at in (scores[1:] if len(scores) > 1 else scores))
-
-
-def test_libraries_that_hold_everything_have_no_weak_score() -> None:
-    everything = examples(*(("thing", "other"),) * 8)
-    towers: Any = Said(["thing", "other"])
-    assert weak_scores(towers, Shown(everything, [np.eye(2, dtype=np.float32)[[0] * 8]] * 5), 0.0, libraries=9) == []
-
-
-class Seen:
-    """Towers whose captions have given vectors."""
-
-    bundle = SimpleNamespace(
-        image=ImageTransform(112, 112, "squash", "bicubic"), attention_input="tokens", folder=Path("model")
-    )
-
-    def __init__(self, images: np.ndarray, texts: dict[str, np.ndarray]) -> None:
-        self._images, self._texts = images, texts
-
-    def frames(self, frames: np.ndarray, strengths: tuple[float, ...]) -> list[np.ndarray]:
-        assert frames.shape == (len(self._images), 112, 112, 3)
-        return [self._images * (1 + strength) for strength in strengths]
-
-    def texts(self, texts: list[str]) -> np.ndarray:
-        return np.stack([self._texts[text] for text in texts])
-
-
-def test_captions_are_ranked_among_the_captioned_images(tmp_path: Path) -> None:
-    trainset = tiny_trainset(tmp_path / "set")
-    axes = np.eye(2, dtype=np.float32)
-    towers: Any = Seen(axes, {"picture 3": axes[0], "picture 5": axes[0], "a grey wall": axes[1]})
-    found = measure_captions(towers, trainset, 0.5)
-    assert (found["captions"], found["caption_images"]) == (4, 2)
-    assert (found["caption_recall_at_1"], found["caption_recall_at_5"], found["caption_median_rank"]) == (0.5, 1, 1.5)
-    for other in ({"image": ImageTransform(224, 224, "squash", "bicubic")}, {"attention_input": "frames"}):
-        towers.bundle = SimpleNamespace(**{**vars(Seen.bundle), **other})
-        with pytest.raises(ValueError, match="112 pixels"):
-            measure_captions(towers, trainset, 0.5)
+def test_label_ranks_and_plurals() -> None:
+    scores = np.array([[0.3, 0.9, 0.5], [0.3, 0.1, 0.2]], np.float32)
+    assert label_ranks(scores, [[0, 2], [1]]).tolist() == [1, 2]
+    words = ("dog", "box", "berry", "boy", "scissors")
+    assert [plural(word) for word in words] == ["dogs", "boxes", "berries", "boys", "scissors"]
 
 
 def test_texts_of_the_bundle_are_those_of_the_space() -> None:
@@ -431,14 +325,14 @@ def test_distillation_goes_on_where_it_stopped_with_two_workers(tmp_path: Path) 
 
     run(0.03)
     first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    run(0.06)
+    run(0.15)
     second = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert second["clock"]["step"] > first["clock"]["step"] > 0
     assert second["clock"]["seen"] == 8 * second["clock"]["step"]
-    assert second["clock"]["seconds"] >= 3.6 > first["clock"]["seconds"] >= 1.8
+    assert second["clock"]["seconds"] >= 9 > first["clock"]["seconds"] >= 1.8
     moments = [state["optimizer"]["state"][0]["step"] for state in (first, second)]
     assert [int(m) for m in moments] == [first["clock"]["step"], second["clock"]["step"]]
-    done = run(0.06)  # nothing is left to do
+    done = run(0.15)  # nothing is left to do
     same = done.student.state_dict()
     assert all(torch.equal(same[name], weight) for name, weight in second["student"].items())
 

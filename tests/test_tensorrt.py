@@ -23,7 +23,7 @@ from recording_tensorrt import Recording, builtin, recording_cuda, signature
 from typer.testing import CliRunner
 
 from keyreel.cli.app import app
-from keyreel.errors import BackendError, BackendUnavailable, MissingExtra, ModelError, OutOfMemory, PlanStale
+from keyreel.errors import BackendError, ModelError, OutOfMemory, PlanStale
 from keyreel.runtime import plans, tensorrt_build
 from keyreel.runtime import tensorrt as session_tensorrt
 from keyreel.runtime.backend import open_cuda_session
@@ -31,7 +31,7 @@ from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.plans import PlanKey, building, read_plan, sample_feeds
 from keyreel.runtime.sessions import OnnxRuntimeSession
 from keyreel.runtime.tensorrt import build_plans, open_tensorrt
-from keyreel.runtime.tensorrt_build import Profile, TensorRT, build_plan, profile_for
+from keyreel.runtime.tensorrt_build import Profile, TensorRT, profile_for
 from keyreel_kernels.cuda import Cuda
 
 pytestmark = pytest.mark.full
@@ -396,25 +396,6 @@ def test_what_cannot_be_built_is_told(trt: Recording, recorded: Cuda, tmp_path: 
     assert files(tmp_path) == [".lock"]
 
 
-def test_measurements_are_kept(trt: Recording, tmp_path: Path) -> None:
-    timings = tmp_path / "x.timings"
-    for content, taken in ((None, b""), (b"timed", b"timed"), (b"damaged", b"")):
-        if content is not None:
-            timings.write_bytes(content)
-        trt.calls.clear()
-        build_plan(FUSION, Profile(1, 1, 1), capability=(9, 0), timing_cache=timings)
-        assert trt.noted("set_timing_cache") == [[taken, False]]
-        assert timings.read_bytes() == b"timed"
-    assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["x.timings"]
-
-
-def test_one_thread_builds_and_the_others_wait(trt: Recording, recorded: Cuda) -> None:
-    with ThreadPoolExecutor(6) as pool:
-        sessions = list(pool.map(lambda _: open_tensorrt(FUSION, recorded, batch_size=BATCH), range(6)))
-    assert len(trt.noted("build")) == 1
-    assert len(sessions) == 6
-
-
 _WRITER = """
 import sys
 from keyreel.runtime.plans import PlanKey, building, write_plan
@@ -456,31 +437,6 @@ def test_the_export_command_builds_plans_for_the_device_at_hand(
     assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(FUSION.parent)
     assert len(trt.noted("build")) == 4
-
-
-def test_the_export_command_looks_for_the_device_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(device: str) -> None:
-        raise BackendUnavailable(f"{device} was asked for", probe="cuda driver")
-
-    monkeypatch.setattr("keyreel.runtime.backend.resolve", refuse)
-    monkeypatch.setattr("keyreel.runtime.tensorrt_build.load_tensorrt", lambda: None)
-    done = CliRunner().invoke(app, ["export", "no-such-model", "--tensorrt"])
-    assert (done.exit_code, done.stdout) == (5, ""), done.output
-
-
-def test_a_bundle_is_not_exported_again(tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="the extra export is not installed")
-    done = CliRunner().invoke(app, ["export", "builtin", "--triton", str(tmp_path / "served"), "--precision", "fp16"])
-    assert (done.exit_code, done.stdout) == (2, ""), done.output
-    assert "only --triton and --tensorrt go with it" in done.stderr
-    assert not (tmp_path / "served").exists()
-
-
-def test_without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_build, "_MODULES", {"keyreel_has_no_such_module": "tensorrt"})
-    tensorrt_build.load_tensorrt.cache_clear()
-    with pytest.raises(MissingExtra, match=r"keyreel\[gpu\]"):
-        tensorrt_build.load_tensorrt()
 
 
 # --- a real device --------------------------------------------------------------------------------------------------

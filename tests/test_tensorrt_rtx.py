@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 
 from keyreel.errors import BackendUnavailable, ModelError, PlanStale
 from keyreel.runtime.bundle import GRAPHS, Bundle
-from keyreel.runtime.plans import REFERENCE, PlanKey, reference, sample_feeds
+from keyreel.runtime.plans import REFERENCE, PlanKey, reference
 from keyreel.runtime.sessions import OnnxRuntimeSession
 from keyreel.runtime.tensorrt import TensorRTSession, open_tensorrt
 from keyreel.runtime.tensorrt_build import Profile, build_plan, load_tensorrt, profile_for
@@ -96,13 +96,6 @@ def test_every_graph_builds(exported: dict[tuple[str, str], Path], family: str, 
         smaller = build_plan(half.file("text.onnx"), profile_for("text", BATCH), capability=AMPERE)
         # Nothing was widened on the way: a strongly typed plan has the weights as the graph has them.
         assert len(smaller) < 0.7 * sizes["text.onnx"]
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
-def test_other_devices(exported: dict[tuple[str, str], Path], capability: tuple[int, int]) -> None:
-    for graph in GRAPHS:
-        path = exported["cls", "fp16"] / graph
-        assert len(build_plan(path, profile_for(path.stem, 64), capability=capability)) > 10_000
 
 
 def test_the_builtin_model_builds() -> None:
@@ -236,20 +229,3 @@ def test_without_a_device_a_plan_is_stale_and_nothing_is_kept(
     assert key.tensorrt == f"tensorrt_rtx {trt.__version__}"
     with pytest.raises(PlanStale, match="does not take"):
         TensorRTSession(b"not a plan", cuda, profile, name="fusion.onnx")
-
-
-def test_sample_feeds_are_taken_by_every_graph(exported: dict[tuple[str, str], Path]) -> None:
-    kinds = {TensorProto.UINT8: np.uint8, TensorProto.INT64: np.int64, TensorProto.FLOAT: np.float32}
-    for family in FAMILIES:
-        for graph in GRAPHS:
-            path = exported[family, "fp32"] / graph
-            signature = {}
-            for node in onnx.load(str(path)).graph.input:
-                tensor = node.type.tensor_type
-                dims = [d.dim_value for d in tensor.shape.dim]
-                signature[node.name] = (np.dtype(kinds[tensor.elem_type]), tuple(dims[1:]) if dims else None)
-            feeds, expected = reference(path, signature)
-            assert all((feeds[name] == array).all() for name, array in sample_feeds(signature).items())
-            (array,) = expected.values()
-            assert np.isfinite(array).all()
-            assert np.ptp(array) > 0 or (graph, FAMILIES[family][1]) == ("attention.onnx", "uniform")

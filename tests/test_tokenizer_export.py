@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,18 +108,6 @@ def test_other_cleaning_and_length(clean: str) -> None:
     rebuilt, found = tokens.export_tokenizer(original)
     assert found == clean
     assert_same((original, rebuilt, found), [*tokens.CORPUS, *EXTRA])
-
-
-def test_the_file_needs_no_torch(simple: tuple[Any, tokenizers.Tokenizer, str], tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    simple[1].save(str(path))
-    program = (
-        "import sys; from pathlib import Path; from keyreel.runtime.text import Tokenizer\n"
-        f"ids = Tokenizer(Path({str(path)!r}), clean='lower', context_length=77).encode(['a red bus', ''])\n"
-        "print(ids[0, :5].tolist(), ids.shape, 'torch' in sys.modules or 'open_clip' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[49406, 320, 736, 2840, 49407] (2, 77) False"
 
 
 class _Fast:

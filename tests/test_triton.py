@@ -85,45 +85,6 @@ def test_the_merged_graph_gives_what_the_bundle_gives(strong: Bundle, repository
     assert np.abs(found - own[0.0]).max() > 1e-3
 
 
-def test_a_map_made_from_frames_is_merged_as_well(strong: Bundle, tmp_path: Path) -> None:
-    """Two parts that read the same frames; the map is the brightness of 7 bands of columns."""
-    folder = tmp_path / "frames"
-    shutil.copytree(strong.folder, folder)
-    nodes = [
-        onnx.helper.make_node("Cast", ["frames"], ["tokens"], to=onnx.TensorProto.FLOAT),  # a name the backbone has too
-        onnx.helper.make_node("ReduceMean", ["tokens", "inner"], ["columns"], keepdims=0),  # [N, 112]
-        onnx.helper.make_node("Reshape", ["columns", "bands"], ["banded"]),  # [N, 7, 16]
-        onnx.helper.make_node("ReduceMean", ["banded", "last"], ["seven"], keepdims=1),  # [N, 7, 1]
-        onnx.helper.make_node("Expand", ["seven", "grid"], ["square"]),  # [N, 7, 7]
-        onnx.helper.make_node("Reshape", ["square", "flat"], ["energy"]),
-        onnx.helper.make_node("ReduceSum", ["energy", "row"], ["total"], keepdims=1),
-        onnx.helper.make_node("Div", ["energy", "total"], ["attention"]),
-    ]
-    constants = {"inner": [1, 3], "bands": [-1, 7, 16], "last": [2], "grid": [1, 7, 7], "flat": [-1, 49], "row": [1]}
-    graph = onnx.helper.make_graph(
-        nodes,
-        "map",
-        [onnx.helper.make_tensor_value_info("frames", onnx.TensorProto.UINT8, ["N", 112, 112, 3])],
-        [onnx.helper.make_tensor_value_info("attention", onnx.TensorProto.FLOAT, ["N", 49])],
-        [onnx.numpy_helper.from_array(np.array(value, np.int64), name) for name, value in constants.items()],
-    )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
-    onnx.save(model, folder / "attention.onnx")
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    manifest["attention"]["input"] = "frames"
-    del manifest["files"], manifest["schema"]
-    write_manifest(folder, manifest)
-    bundle = Bundle.load(folder)
-
-    made = triton.export_triton(bundle, tmp_path / "models")
-    frames = verify.sample_frames(112, 112, count=3, seed=4)
-    tokens = run(bundle.file("backbone.onnx"), frames=frames)
-    energy = frames.astype(np.float32).mean((1, 3)).reshape(3, 7, 16).mean(2)
-    attention = np.repeat((energy / (7 * energy.sum(1, keepdims=True)))[:, :, None], 7, axis=2).reshape(3, 49)
-    expected = run(bundle.file("fusion.onnx"), tokens=tokens, attention=attention, strength=np.array(1.5, np.float32))
-    np.testing.assert_allclose(run(made / "keyreel_image/1/model.onnx", frames=frames), expected, atol=1e-5)
-
-
 def test_text_runs_with_the_tokenizer_beside_it(strong: Bundle, repository: Path) -> None:
     texts = ["a dog", "", "long " * 90]
     beside = repository / "keyreel_text/tokenizer.json"

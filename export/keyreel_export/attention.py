@@ -14,15 +14,13 @@ the CNN stays cheap beside the tower.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
-from keyreel_export.torchvision_cpu import import_open_clip
+from keyreel.errors import ModelError
 
 DEFAULT_NETWORK = "mobilenetv3_small_100"
 FLOOR = 0.05
@@ -98,54 +96,6 @@ def area_weights(source: int, target: int) -> Tensor:
     cells = torch.arange(target + 1, dtype=torch.float64)[:, None] / target
     overlap = (torch.minimum(cells[1:], stops) - torch.maximum(cells[:-1], starts)).clamp_min(0)
     return (overlap * target).float()
-
-
-def build_network(name: str = DEFAULT_NETWORK, weights: Path | None = None, *, random_weights: bool = False) -> Any:
-    """Makes the CNN.
-
-    Args:
-        name: a name of timm's, with or without pretrained tag.
-        weights: a local checkpoint, safetensors or what `torch.load(weights_only=True)` reads.
-        random_weights: leave it untrained; for tests.
-
-    Raises:
-        ModelNotFound: timm has no model of that name.
-        CheckpointMismatch: `weights` are not the weights of this network.
-        ModelError: weights can neither be read nor downloaded.
-    """
-    import_open_clip()
-    import timm
-
-    if name.split(".")[0] not in timm.list_models():
-        raise ModelNotFound(name, timm.list_models(), hint="any convolutional network of timm can give the attention")
-    if random_weights or weights is not None:
-        network = timm.create_model(name, pretrained=False, num_classes=0)
-        if weights is not None and not random_weights:
-            _load(network, weights)
-        return network.eval()
-    try:
-        return timm.create_model(name, pretrained=True, num_classes=0).eval()
-    except Exception as error:
-        raise ModelError(
-            f"the weights of the attention network {name!r} cannot be downloaded: {error}",
-            hint="give a local file with --attention-weights, or --attention uniform to do without",
-        ) from error
-
-
-def _load(network: Any, path: Path) -> None:
-    from timm.models import load_state_dict
-
-    if not path.is_file():
-        raise ModelError(f"the attention weights {path} are not a file")
-    try:
-        # timm reads .pt files with weights_only=True: a checkpoint cannot run code.
-        missing, _ = network.load_state_dict(load_state_dict(str(path)), strict=False)
-    except Exception as error:
-        raise CheckpointMismatch(f"{path} cannot be loaded as weights of the attention network: {error}") from error
-    if missing:
-        raise CheckpointMismatch(
-            f"{path} lacks {len(missing)} of the attention network's weights, {missing[0]!r} among them"
-        )
 
 
 def _choose_layer(network: Any) -> tuple[int, str]:

@@ -179,10 +179,10 @@ def _write_graphs(
         inputs = {name: torch.from_numpy(array) for name, array in own[1].feeds.items()}
         export_graph(module.half() if precision == "fp16" else module, inputs, [_OUTPUTS[graph]], path)
         found = verify.run_graph(path, [case.feeds for case in own], precision)
-        measured |= verify.check(graph, found, [case.expected for case in own], verify.BOUNDS[precision])
+        measured |= verify.check(graph, found, [case.expected for case in own], precision)
     if stock is not None:
         fused = _stock_pooling(folder, cases, precision)
-        measured |= verify.check("identity", fused, stock, verify.BOUNDS[precision])
+        measured |= verify.check("identity", fused, stock, precision)
     if precision == "fp16":
         verify.write_reference(folder, {graph: (own[1], _OUTPUTS[graph]) for graph, own in cases.items()})
     return measured

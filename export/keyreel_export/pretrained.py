@@ -8,7 +8,6 @@ from typing import Any
 
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 from keyreel.runtime.bundle import sha256_of
-from keyreel_export.attention import build_network
 from keyreel_export.onnx import contained
 from keyreel_export.torchvision_cpu import import_open_clip
 
@@ -111,12 +110,51 @@ def load_tokenizer(architecture: str) -> Any:
 
 
 def load_attention(name: str, weights: Path | None, *, random_weights: bool) -> tuple[Any, dict[str, str]]:
-    """The attention CNN and the manifest's entry on its weights; errors as in `attention.build_network`."""
-    network = build_network(name, weights, random_weights=random_weights)
+    """One of timm's CNNs for the attention, and the manifest's entry on its weights.
+
+    Args:
+        name: timm's, with or without pretrained tag.
+        weights: a local checkpoint, safetensors or what `torch.load(weights_only=True)` reads.
+        random_weights: leave it untrained; for tests.
+
+    Raises:
+        ModelNotFound: timm has no model of that name.
+        CheckpointMismatch: `weights` are not the weights of this network.
+        ModelError: weights can neither be read nor downloaded.
+    """
+    import_open_clip()
+    import timm
+
+    if name.split(".")[0] not in timm.list_models():
+        raise ModelNotFound(name, timm.list_models(), hint="any convolutional network of timm can give the attention")
     what = f"spatial attention: {name}"
-    if random_weights:
-        return network, _source(what, "random weights", "none")
-    if weights is not None:
-        return network, _source(what, weights)
-    config = network.pretrained_cfg
+    if random_weights or weights is not None:
+        network = timm.create_model(name, pretrained=False, num_classes=0)
+        if random_weights or weights is None:
+            return network.eval(), _source(what, "random weights", "none")
+        _load_weights(network, weights)
+        return network.eval(), _source(what, weights)
+    try:
+        network = timm.create_model(name, pretrained=True, num_classes=0).eval()
+    except Exception as error:
+        raise ModelError(
+            f"the weights of the attention network {name!r} cannot be downloaded: {error}",
+            hint="give a local file with --attention-weights, or --attention uniform to do without",
+        ) from error
+    config: Any = network.pretrained_cfg
     return network, _source(what, f"{HUB}{config.get('hf_hub_id') or name}", str(config.get("license") or UNKNOWN))
+
+
+def _load_weights(network: Any, path: Path) -> None:
+    from timm.models import load_state_dict
+
+    if not path.is_file():
+        raise ModelError(f"the attention weights {path} are not a file")
+    try:
+        # timm reads .pt files with weights_only=True: a checkpoint cannot run code.
+        missing, _ = network.load_state_dict(load_state_dict(str(path)), strict=False)
+    except Exception as error:
+        raise CheckpointMismatch(f"{path} cannot be loaded as weights of the attention network: {error}") from error
+    if missing:
+        count, first = len(missing), missing[0]
+        raise CheckpointMismatch(f"{path} lacks {count} of the attention network's weights, {first!r} among them")

@@ -27,21 +27,12 @@ Feeds: TypeAlias = Mapping[str, NDArray[Any]]
 BATCH_SIZES = (1, 3)
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """How far a graph may be from torch. Differences are the largest absolute ones."""
-
-    tokens_difference: float  # relative to the largest absolute value
-    attention_difference: float  # relative to 1/P, the uniform map's value
-    vectors_difference: float  # of the entries of unit vectors
-    text_difference: float  # the same, of text vectors
-    cosine: float  # between a vector and its reference
-
-
-BOUNDS: Mapping[str, Bounds] = {
-    "fp32": Bounds(1e-4, 1e-3, 1e-4, 1e-5, 0.9999),
-    "fp16": Bounds(3e-2, 5e-2, 2e-2, 2e-2, 0.999),
+# The largest absolute difference: of tokens relative to their largest value, of maps relative to 1/P.
+BOUNDS: Mapping[str, Mapping[str, float]] = {
+    "fp32": {"backbone": 1e-4, "attention": 1e-3, "fusion": 1e-4, "identity": 1e-4, "text": 1e-5},
+    "fp16": {"backbone": 3e-2, "attention": 5e-2, "fusion": 2e-2, "identity": 2e-2, "text": 2e-2},
 }
+MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999}  # between a vector and its reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +109,14 @@ def write_reference(folder: Path, cases: Mapping[str, tuple[Case, str]]) -> None
     np.savez(folder / REFERENCE, allow_pickle=False, **arrays)
 
 
-def check(graph: str, found: list[NDArray[Any]], expected: list[NDArray[Any]], bounds: Bounds) -> dict[str, float]:
+def check(graph: str, found: list[NDArray[Any]], expected: list[NDArray[Any]], precision: str) -> dict[str, float]:
     """Compares a graph's results with torch's.
 
     Args:
         graph: "backbone", "attention", "fusion", "text", or "identity" for the chain against open_clip.
         found: one array per case.
         expected: the same, from torch.
-        bounds: the largest differences allowed.
+        precision: chooses the bounds.
 
     Returns:
         "<graph>_difference" and, for unit vectors, "<graph>_cosine".
@@ -134,28 +125,22 @@ def check(graph: str, found: list[NDArray[Any]], expected: list[NDArray[Any]], b
         ModelError: a bound is exceeded, or shapes or dtypes differ.
     """
     pairs = list(zip(found, expected, strict=True))
-    difference = max(_difference(a, b) for a, b in pairs)
+    for a, b in pairs:
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise ModelError(f"the graph gives {a.dtype} {a.shape}, torch {b.dtype} {b.shape}")
+    difference = max(float(np.abs(a - b).max()) for a, b in pairs)
     if graph == "backbone":
-        relative = difference / max(float(np.abs(b).max()) for _, b in pairs)
-        return _hold("backbone_difference", relative, bounds.tokens_difference)
-    if graph == "attention":
-        return _hold("attention_difference", difference * expected[0].shape[1], bounds.attention_difference)
-    cosine = min(float((a * b).sum(axis=1).min()) for a, b in pairs)
-    if not cosine >= bounds.cosine:
-        raise ModelError(
-            f"an exported graph differs from torch: {graph}_cosine {cosine:.6f}, allowed >= {bounds.cosine}"
-        )
-    allowed = bounds.text_difference if graph == "text" else bounds.vectors_difference
-    return {**_hold(f"{graph}_difference", difference, allowed), f"{graph}_cosine": cosine}
-
-
-def _difference(a: NDArray[Any], b: NDArray[Any]) -> float:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        raise ModelError(f"the graph gives {a.dtype} {a.shape}, torch {b.dtype} {b.shape}")
-    return float(np.abs(a - b).max())
-
-
-def _hold(measure: str, value: float, allowed: float) -> dict[str, float]:
-    if not value <= allowed:  # refuses NaN too
-        raise ModelError(f"an exported graph differs from torch: {measure} {value:.3g}, allowed <= {allowed}")
-    return {measure: value}
+        difference /= max(float(np.abs(b).max()) for _, b in pairs)
+    elif graph == "attention":
+        difference *= expected[0].shape[1]
+    measured = {f"{graph}_difference": difference}
+    bound = BOUNDS[precision][graph]
+    if not difference <= bound:  # refuses NaN too
+        message = f"{graph}_difference {difference:.3g}, allowed <= {bound}"
+        raise ModelError(f"an exported graph differs from torch: {message}")
+    if graph not in ("backbone", "attention"):
+        cosine = measured[f"{graph}_cosine"] = min(float((a * b).sum(axis=1).min()) for a, b in pairs)
+        if cosine < MIN_COSINE[precision]:
+            message = f"{graph}_cosine {cosine:.6f}, allowed >= {MIN_COSINE[precision]}"
+            raise ModelError(f"an exported graph differs from torch: {message}")
+    return measured

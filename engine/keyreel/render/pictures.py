@@ -1,4 +1,4 @@
-"""Pictures: frames of a video, JPEG, contact sheet, attention overlays."""
+"""Pictures: key-frame JPEGs, contact sheet, attention overlays, thumbnail sprite."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """`python -m keyreel_export.builtin --trainset DIR --teacher FILE [--wordnet DIR] -o FOLDER`: images to bundle.
 
-Steps, each of which is kept in the work folder and not done again: crops with the teacher's answers; the joint space on
-the teacher's features; distillation of the image tower (by far the longest); the joint space on the student's features;
-the attention head. Then the graphs and the measurements.
+Steps, each kept in the work folder and not done again: crops with the teacher's answers; the joint space on the
+teacher's features; distillation of the image tower (by far the longest); the joint space on the student's features; the
+attention head. Then the graphs and the measurements.
 """
 
 from __future__ import annotations
@@ -20,38 +20,9 @@ from keyreel_export.builtin.measure import Towers, measure_all
 from keyreel_export.builtin.phrases import tokenizer_json
 from keyreel_export.builtin.recipe import Recipe
 
-SOURCES = [
-    {
-        "what": "weights of both towers",
-        "from": "trained from a fresh start by keyreel_export.builtin",
-        "licence": "Apache-2.0; see MODEL_CARD.md for the rights in the images that were trained on",
-    },
-    {
-        "what": "rendered scenes, everyday words, grammar of sentences",
-        "from": "keyreel_export.builtin",
-        "licence": "Apache-2.0",
-    },
-    {
-        "what": "labelled images, none of which is in the bundle",
-        "from": "Caltech 101, Grocery Store, clothing-dataset-small, own synthetic screens; tiny-imagenet, "
-        "imagenet-sample, PACS, SUN subset, COCO sample, sports and action sets, Houses",
-        "licence": "16 % CC BY 4.0, MIT or CC0; the rest for research only or of unknown rights",
-    },
-    {
-        "what": "teacher, imitated but not included",
-        "from": "MobileNetV2 1.0 224, ImageNet, int8 (TensorFlow Lite)",
-        "licence": "Apache-2.0",
-    },
-]
-WORDNET = {
-    "what": "nouns above and below the labels, not included",
-    "from": "WordNet 3.1",
-    "licence": "WordNet licence",
-}
-
 
 def main(arguments: list[str] | None = None) -> None:
-    """Makes or goes on with each step, writes the bundle, measures it, writes the log."""
+    """Makes the missing steps, writes the bundle, measures it, writes the log."""
     parser = argparse.ArgumentParser(
         prog="python -m keyreel_export.builtin", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -77,7 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = Recipe(**{name: value for name, value in vars(options).items() if name != "output"})
     made = recipe.make()
     manifest = write_graphs(options.output, made.image, made.attention, made.texts, tokenizer_json(made.tokenizer))
-    manifest["sources"] = [*SOURCES, *([WORDNET] if options.wordnet else [])]
+    *sources, wordnet = json.loads(Path(__file__).with_name("sources.json").read_text("utf-8"))
+    manifest["sources"] = [*sources, *([wordnet] if options.wordnet else [])]
     write_manifest(options.output, manifest)
     figures, tables = measure_all(Towers(options.output), options.trainset, manifest)
     manifest["verify"] |= made.facts | figures

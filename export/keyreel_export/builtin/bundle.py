@@ -1,13 +1,12 @@
-"""From trained towers to the folder that the engine loads: four ONNX graphs, the tokenizer and the manifest.
+"""From trained towers to a bundle: four ONNX graphs, the tokenizer and the manifest.
 
-Weights lie in the files as fp16 and are cast to fp32 when a session is made; all arithmetic is fp32.
+Weights are stored as fp16 and cast to fp32 when a session is made; all arithmetic is fp32.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from keyreel_export.builtin.data import SIZE
 from keyreel_export.builtin.saliency import SpatialAttention
 from keyreel_export.builtin.student import CONTEXT_LENGTH, EMBEDDING_WIDTH, TOKEN_WIDTH, ImageTower, TextTower
+from keyreel_export.onnx import export_graph
+from keyreel_export.verify import run_graph
 
 GRID = SIZE // 16
 
@@ -36,7 +37,7 @@ class Backbone(nn.Module):
         self.tower = tower
 
     def forward(self, frames: Tensor) -> Tensor:
-        # Cast, then permute: TensorRT parses the other order and fails to build it.
+        # Cast before permute: TensorRT cannot build a graph that permutes uint8.
         return self.tower(frames.float().permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
@@ -77,33 +78,10 @@ def _fuse(module: nn.Module) -> None:
         _fuse(child)
 
 
-def _halve(module: nn.Module) -> None:
-    """Rounds all weights to what fp16 can hold, in place."""
-    with torch.no_grad():
-        for weight in module.parameters():
-            weight.copy_(weight.half().float())
-
-
-def _write(
-    module: nn.Module, inputs: Mapping[str, Tensor], output: str, letters: Mapping[str, str], path: Path
-) -> None:
-    """Exports a module, the first axis of every array dynamic, and stores its large weights as fp16."""
-    shapes = {name: {0: torch.export.Dim(letters[name])} if value.ndim else None for name, value in inputs.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of its own deprecations
-        program = torch.onnx.export(
-            module.eval(),
-            tuple(inputs.values()),
-            input_names=list(inputs),
-            output_names=[output],
-            dynamic_shapes=tuple(shapes.values()),
-            opset_version=20,
-            dynamo=True,
-            verbose=False,
-        )
-    if program is None:
-        raise RuntimeError(f"torch gave no program for {path.name}")
-    model = program.model_proto
+def _write(module: nn.Module, inputs: Mapping[str, Tensor], output: str, path: Path) -> float:
+    """Exports a module with its large weights as fp16: the largest difference between onnxruntime and torch."""
+    export_graph(module, inputs, [output], path)
+    model = onnx.load(str(path))
     for weight in list(model.graph.initializer):
         values = numpy_helper.to_array(weight)
         if weight.data_type == TensorProto.FLOAT and values.size > 64:
@@ -112,17 +90,9 @@ def _write(
             model.graph.initializer.append(stored)
             model.graph.node.insert(0, helper.make_node("Cast", [stored.name], [weight.name], to=TensorProto.FLOAT))
     del model.graph.value_info[:]
-    for node in model.graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
-
-
-def _difference(path: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> float:
-    """Largest absolute difference between onnxruntime and torch on the same inputs."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+    [found] = run_graph(path, [{name: value.numpy() for name, value in inputs.items()}], "fp32")
     with torch.inference_mode():
         return float(np.abs(found - module(*inputs.values()).numpy()).max())
 
@@ -130,41 +100,27 @@ def _difference(path: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> 
 def write_graphs(
     folder: Path, image: ImageTower, attention: SpatialAttention, text: Texts, tokenizer: str
 ) -> dict[str, Any]:
-    """Writes all of the bundle but its manifest, which it returns.
-
-    "verify" holds the largest difference between torch and onnxruntime of each graph; "sources" is left to the caller.
-
-    Args:
-        tokenizer: the tokenizer's JSON.
-    """
+    """Writes all of the bundle but its manifest, which it returns without "sources"."""
     folder.mkdir(parents=True, exist_ok=True)
     image, attention, text = copy.deepcopy((image.eval(), attention.eval(), text.eval()))
     _fuse(image)
-    for part in (image, attention, text):
-        _halve(part)
+    with torch.no_grad():
+        for parameter in (*image.parameters(), *attention.parameters(), *text.parameters()):
+            parameter.copy_(parameter.half().float())
     rng = np.random.default_rng(0)
     frames = torch.from_numpy(rng.integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8))
     ids = torch.from_numpy(rng.integers(1, text.tower.embedding.num_embeddings, (3, CONTEXT_LENGTH)))
     ids[1, 5:] = 0
-    with torch.inference_mode():
+    with torch.no_grad():
         tokens = Backbone(image)(frames)
-        weights = attention(tokens)
+        fed = {"tokens": tokens, "attention": attention(tokens), "strength": torch.tensor(0.5)}
     jobs: dict[str, tuple[nn.Module, dict[str, Tensor], str]] = {
         "backbone": (Backbone(image), {"frames": frames}, "tokens"),
         "attention": (attention, {"tokens": tokens}, "attention"),
-        "fusion": (
-            Fusion(image.project),
-            {"tokens": tokens, "attention": weights, "strength": torch.tensor(0.5)},
-            "vectors",
-        ),
+        "fusion": (Fusion(image.project), fed, "vectors"),
         "text": (text, {"token_ids": ids}, "vectors"),
     }
-    verify: dict[str, float] = {}
-    for name, (module, inputs, output) in jobs.items():
-        path = folder / f"{name}.onnx"
-        letters = dict.fromkeys(inputs, "Q" if name == "text" else "N")
-        _write(module, inputs, output, letters, path)
-        verify[f"{name}_max_abs_difference"] = _difference(path, module, inputs)
+    verify = {f"{name}_max_abs_difference": _write(*job, folder / f"{name}.onnx") for name, job in jobs.items()}
     (folder / "tokenizer.json").write_text(tokenizer, "utf-8")
     weight = image.project.weight.detach().numpy().tobytes() + image.project.bias.detach().numpy().tobytes()
     return {

@@ -1,8 +1,8 @@
-"""The labelled images as crops, and what a teacher says of each crop.
+"""The labelled images as crops, with a teacher's features and logits of each crop.
 
-A bank is a folder of arrays: for each training image one whole view and some random crops, and beside each crop the
-teacher's features and logits for the same part of the picture ("patient and consistent" distillation, Beyer et al.
-2022, arXiv:2106.05237). Parts that are on disk are not made again, so a broken run goes on where it stopped.
+A bank is a folder of arrays: the whole view and some random crops of each training image, and the teacher's answers
+for the same part of the picture ("patient and consistent" distillation, Beyer et al. 2022, arXiv:2106.05237). An
+interrupted run continues with the missing parts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance
 
+from keyreel.render.files import atomic_write
+
 U8 = npt.NDArray[np.uint8]
 F16 = npt.NDArray[np.float16]
 F32 = npt.NDArray[np.float32]
@@ -34,7 +36,7 @@ BANK_FILES = ("crops", "features", "logits")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One labelled image. A label that is missing says nothing; it is not a negative."""
+    """One labelled image. A missing label is not a negative."""
 
     shard: str  # tar file, relative to the training set
     member: str  # name inside the tar file
@@ -55,11 +57,7 @@ class Bank:
 
 
 def read_examples(trainset: Path, split: str) -> list[Example]:
-    """Rows of `labels.jsonl` of one split, in the file's order.
-
-    Raises:
-        FileNotFoundError: there is no `labels.jsonl` in the folder.
-    """
+    """Rows of `labels.jsonl` of one split, in the file's order."""
     examples = []
     for line in (trainset / "labels.jsonl").read_text("utf-8").splitlines():
         row = json.loads(line)
@@ -71,7 +69,7 @@ def read_examples(trainset: Path, split: str) -> list[Example]:
 
 
 def read_images(trainset: Path, examples: Iterable[Example]) -> Iterator[tuple[int, Image.Image]]:
-    """Opens each tar file once; yields (place in `examples`, RGB image), grouped by tar file."""
+    """Yields (place in `examples`, RGB image), one tar file after the other."""
     wanted: dict[str, dict[str, int]] = {}
     for index, example in enumerate(examples):
         wanted.setdefault(example.shard, {})[example.member] = index
@@ -86,10 +84,9 @@ def read_images(trainset: Path, examples: Iterable[Example]) -> Iterator[tuple[i
 def random_view(image: Image.Image, rng: np.random.Generator, *, whole: bool) -> tuple[U8, U8]:
     """One view of an image: [SIZE, SIZE, 3] for the student, [TEACHER_SIZE, TEACHER_SIZE, 3] for the teacher, uint8.
 
-    Both show the same part of it, the whole or a crop, mirrored or not. Crops take 25 to 100 % of the area at aspects
-    of 3:4 to 2:1 and are squashed to a square, as wide frames of a video are. The student's view is also coloured,
-    blurred by going through a small size, or compressed, since video is softer than photographs: it must say of the
-    spoilt picture what the teacher says of the clean one.
+    Both show the same part, mirrored or not. Crops take 25 to 100 % of the area at aspects of 3:4 to 2:1 and are
+    squashed to a square, as wide frames of a video are. The student's view is also coloured, blurred or compressed,
+    since video is softer than photographs.
     """
     if not whole:
         area = image.width * image.height * rng.uniform(0.25, 1.0)
@@ -116,7 +113,7 @@ def random_view(image: Image.Image, rng: np.random.Generator, *, whole: bool) ->
 
 
 def square_view(image: Image.Image) -> U8:
-    """The whole image squashed to [SIZE, SIZE, 3], as the engine does with a frame."""
+    """The whole image squashed to [SIZE, SIZE, 3], as the engine does."""
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
@@ -126,7 +123,7 @@ def teacher_view(image: Image.Image) -> U8:
 
 
 class Teacher:
-    """A quantised MobileNetV2 classifier, read with its own runtime: pooled features and class logits."""
+    """A quantised MobileNetV2 classifier in its own runtime: pooled features and class logits."""
 
     def __init__(self, model: Path) -> None:
         from ai_edge_litert.interpreter import Interpreter
@@ -175,21 +172,9 @@ def _fill_part(job: tuple[Path, Path, list[Example], int, int, int, Path]) -> No
 
 
 def make_bank(
-    trainset: Path,
-    examples: list[Example],
-    model: Path,
-    work: Path,
-    *,
-    views: int,
-    seed: int,
-    workers: int = 2,
+    trainset: Path, examples: list[Example], model: Path, work: Path, *, views: int, seed: int, workers: int
 ) -> Bank:
-    """Makes the missing parts of the bank under `work`, reads all of them.
-
-    Args:
-        views: crops of each image, the first of which is the whole image.
-        model: the teacher.
-    """
+    """Makes the missing parts of the bank under `work`, and reads it. Of `views` crops the first is the whole image."""
     folder = work / f"bank-{len(examples)}-{views}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     rows = len(examples) * views
@@ -210,19 +195,18 @@ def make_bank(
     elif jobs:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             list(pool.map(_fill_part, jobs))
-    # Read, not mapped: pages of a file may be dropped and read again, which random crops cannot wait for.
+    # In memory: random crops of a mapped file would wait for the disk.
     crops, features, logits = (np.load(folder / f"{name}.npy") for name in BANK_FILES)
     return Bank(crops, np.repeat(np.arange(len(examples)), views), features, logits)
 
 
 def ask_teacher(model: Path, views: Sequence[U8], kept: Path) -> tuple[F16, F16]:
-    """Features [N, F] and logits [N, C] of some pictures, read from the file `kept` where it exists."""
+    """The teacher's features [N, F] and logits [N, C] of some pictures, cached in the file `kept`."""
     if not kept.exists():
         teacher = Teacher(model)
         found = [teacher(view) for view in views]
         features, logits = (np.stack([pair[place] for pair in found]).astype(np.float16) for place in (0, 1))
-        aside = kept.with_suffix(".part.npz")
-        np.savez(aside, features=features, logits=logits)
-        aside.rename(kept)
+        with atomic_write(kept) as part:
+            np.savez(part, features=features, logits=logits)
     arrays = np.load(kept)
     return arrays["features"], arrays["logits"]

@@ -1,17 +1,15 @@
-"""Distillation: the image tower learns what the teacher says of the very crops that it sees, then where they lie.
+"""Distillation: the image tower learns the teacher's answers for the crops that it sees, then the joint space.
 
-First the teacher's features and classes are imitated, which needs no labels; the pictures grow from 64 to SIZE pixels
-meanwhile. Then the joint space is learnt as well: the place that the teacher's features have in it (`space.py`), what
-that place says of all label names, and the labels themselves; the imitation is kept. The learning rate falls as a
-cosine of the time that is used.
+First the teacher's features and classes are imitated, which needs no labels, on pictures that grow from 64 to SIZE
+pixels. Then the joint space is learnt as well: the place of the teacher's features in it (`space.py`), what that place
+says of all label names, and the labels. The learning rate falls as a cosine of the time used.
 
-Workers are processes of one thread each that average their gradients: threads of one process spin at each other's
-barriers when the machine has other work, which cost three quarters of the speed.
+Workers are processes of one thread each that average their gradients: the threads of one process spin at barriers when
+the machine has other work, which cost three quarters of the speed.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -25,15 +23,18 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
+from keyreel.render.files import atomic_write
 from keyreel_export.builtin.data import SIZE, U8, Bank
 from keyreel_export.builtin.scenes import KINDS, WEIGHTS, Scene, render_scene
 from keyreel_export.builtin.student import TOKEN_WIDTH, ImageTower
 
-SIZES = ((0.3, 64), (0.55, 80), (0.85, 96), (1.0, SIZE))  # share of the time until which pictures have this side
-# One worker waits so long for the others: a lost one must not hold the rest for the half hour that is usual, since what
-# was learnt up to the last checkpoint is kept.
-PATIENCE = timedelta(minutes=5)
-LONGEST_STEP = 5.0  # seconds; more than that was a pause of the process and does not count
+SIZES = ((0.3, 64), (0.55, 80), (0.85, 96), (1.0, SIZE))  # fraction of the time until which pictures have this side
+JOINT = 0.6  # fraction of the time after which the joint space is learnt too
+SCENES = 0.06  # fraction of a batch, doubled in the joint stage
+RATE, DECAY = 2.5e-3, 0.05
+CHECKPOINT_SECONDS = 120.0
+PATIENCE = timedelta(minutes=5)  # of a worker with a lost one, where half an hour is usual
+MAX_STEP_SECONDS = 5.0  # more was a pause of the process and does not count
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,6 @@ class Plan:
     seed: int = 0
     batch: int = 128  # of all workers together
     workers: int = 2
-    joint: float = 0.6  # share of the time after which the joint space is learnt too
-    scene_share: float = 0.06  # of a batch; twice that in the joint stage
-    rate: float = 2.5e-3
-    decay: float = 0.05
-    checkpoint_seconds: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +55,11 @@ class Lesson:
     texts: Tensor  # [V, D] unit
     scale: float  # of cosines before softmax
     true: Tensor  # [E + R, V] how much each text is true of each example or scene; rows sum to 1 or 0
-    unknown: Tensor  # [E + R, V] bool, may hold though nobody says so
+    unknown: Tensor  # [E + R, V] bool, may be true without a label
 
 
 class Student(nn.Module):
-    """The image tower and what is only needed to train it."""
+    """The image tower, and two maps that only its training needs."""
 
     def __init__(self, features: int, classes: int) -> None:
         super().__init__()
@@ -84,10 +80,11 @@ def agreement(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 class Distillation:
-    """One training of the image tower: data, tower, optimiser, clock.
+    """One training of the image tower.
 
     Args:
         scenes: rendered pictures beside the bank's, with the teacher's answers [R, F] and [R, C].
+        work: folder of the checkpoint.
         lesson: for the joint stage.
     """
 
@@ -101,13 +98,13 @@ class Distillation:
         lesson: Lesson,
     ) -> None:
         torch.manual_seed(plan.seed)
-        self.plan, self.bank, self.scenes, self.answers = plan, bank, scenes, answers
-        self.work, self.lesson = work, lesson
+        self.plan, self.bank, self.scenes, self.answers, self.lesson = plan, bank, scenes, answers, lesson
+        self.work, self.checkpoint = work, work / "checkpoint.pt"
         self.rng = np.random.default_rng(plan.seed)
         self.student = Student(bank.features.shape[1], bank.logits.shape[1])
         self.student.image.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.mean, self.spread = spread_of(bank)
-        groups: list[dict[str, Any]] = [{"params": [], "weight_decay": plan.decay}, {"params": [], "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": [], "weight_decay": DECAY}, {"params": [], "weight_decay": 0.0}]
         for weight in self.student.parameters():
             groups[weight.ndim < 2]["params"].append(weight)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
@@ -116,7 +113,7 @@ class Distillation:
         self.log: list[dict[str, Any]] = []
 
     def pixels(self, crops: list[U8], size: int) -> Tensor:
-        """[n, 3, size, size] float32 in 0..255, half of them mirrored: the answer is taken to be the same."""
+        """[n, 3, size, size] float32 in 0..255, half of them mirrored, with the same answer."""
         found = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float()
         mirrored = torch.from_numpy(self.rng.random(len(found)) < 0.5)
         found = torch.where(mirrored[:, None, None, None], found.flip(3), found)
@@ -124,11 +121,11 @@ class Distillation:
             found = functional.interpolate(found, size=(size, size), mode="bilinear", antialias=True)
         return found.contiguous(memory_format=torch.channels_last)
 
-    def losses(self, share: float) -> dict[str, Tensor]:
-        """The losses of one random batch; `share` of the time is used."""
-        size = next(size for until, size in SIZES if share <= until)
-        joint = share >= self.plan.joint
-        extra = max(1, round(self.batch * self.plan.scene_share * (2 if joint else 1)))
+    def losses(self, used: float) -> dict[str, Tensor]:
+        """The losses of one random batch, at this fraction of the time."""
+        size = next(size for until, size in SIZES if used <= until)
+        joint = used >= JOINT
+        extra = max(1, round(self.batch * SCENES * (2 if joint else 1)))
         rows = self.rng.integers(0, len(self.bank.crops), self.batch - extra)
         drawn = self.rng.integers(0, len(self.scenes), extra)
         crops = [self.bank.crops[int(i)] for i in rows] + [self.scenes[int(i)].pixels for i in drawn]
@@ -151,27 +148,26 @@ class Distillation:
         places = torch.from_numpy(np.concatenate([self.bank.example[rows], examples + drawn]))
         logits = lesson.scale * vectors @ lesson.texts.T
         placed = lesson.placed[torch.from_numpy(rows)].float()
-        losses = {
-            "place": 2 * (1 - functional.cosine_similarity(vectors[: len(rows)], placed)).mean(),
-            "opinion": 0.5 * agreement(logits[: len(rows)], lesson.scale * placed @ lesson.texts.T),
-        }
         true = lesson.true[places].float()
         known = logits.masked_fill(lesson.unknown[places], -1e4).log_softmax(1)
-        losses["labels"] = -0.5 * (known * true).sum() / true.sum().clamp(min=1.0)
-        return losses
+        return {
+            "place": 2 * (1 - functional.cosine_similarity(vectors[: len(rows)], placed)).mean(),
+            "opinion": 0.5 * agreement(logits[: len(rows)], lesson.scale * placed @ lesson.texts.T),
+            "labels": -0.5 * (known * true).sum() / true.sum().clamp(min=1.0),
+        }
 
     def standard(self, features: np.ndarray[Any, Any]) -> Tensor:
         """Standardised features of the teacher, [n, F], clipped at 6."""
         return ((torch.from_numpy(features.astype(np.float32)) - self.mean) / self.spread).clamp(-6, 6)
 
     def train(self) -> None:
-        """Runs until the time is used up. Goes on from a checkpoint where there is one."""
+        """Runs until the time is used up, from a checkpoint if there is one."""
         self._restore()
         meeting = self.work / f"meeting-{time.time_ns()}"
         fork = get_context("fork")
         others = [fork.Process(target=self._work, args=(n, meeting)) for n in range(1, self.plan.workers)]
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a pool of threads made so far is not there after the fork: waiting for it never ends
+        torch.set_num_threads(1)  # after a fork, waiting for an earlier pool of threads never ends
         try:
             for process in others:
                 process.start()
@@ -201,30 +197,28 @@ class Distillation:
             self.optimizer.zero_grad()
             torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
             now = time.monotonic()
-            self.seconds, last = self._agree(self.seconds + min(now - last, LONGEST_STEP)), now
+            self.seconds, last = self._agree(self.seconds + min(now - last, MAX_STEP_SECONDS)), now
             nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
             self.optimizer.step()
             self.step += 1
-            self.seen += self.batch * self.plan.workers
+            self.seen += self.batch * world
             for name, loss in losses.items():
                 value = float(loss.detach())
                 sums[name] = 0.98 * sums.get(name, value) + 0.02 * value
-            if rank == 0 and self.step % 100 == 0:
+            if self.step % 100 == 0:
                 facts = {name: round(value, 4) for name, value in sums.items() if name in losses}
                 at = {"seconds": round(self.seconds), "step": self.step, "images": self.seen}
                 self.log.append({"stage": "distillation", **at, **facts, "rate": round(rate, 6)})
-                with (self.work / "progress.jsonl").open("a") as file:
-                    file.write(json.dumps(self.log[-1]) + "\n")
-            if rank == 0 and self.seconds - saved > self.plan.checkpoint_seconds:
+            if rank == 0 and self.seconds - saved > CHECKPOINT_SECONDS:
                 self._save()
                 saved = self.seconds
         if rank == 0:
             self._save()
         distributed.destroy_process_group()
 
-    def _set_rate(self, share: float) -> float:
-        falling = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-        rate = self.plan.rate * max(falling, 0.004) * min(1.0, (self.step + 1) / 100)
+    def _set_rate(self, used: float) -> float:
+        falling = 0.5 * (1 + math.cos(math.pi * min(1.0, used)))
+        rate = RATE * max(falling, 0.004) * min(1.0, (self.step + 1) / 100)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
@@ -246,14 +240,12 @@ class Distillation:
             "clock": {"seconds": self.seconds, "step": self.step, "seen": self.seen},
             "log": self.log,
         }
-        aside = self.work / "checkpoint.part"
-        torch.save(state, aside)
-        aside.rename(self.work / "checkpoint.pt")
+        with atomic_write(self.checkpoint) as part:
+            torch.save(state, part)
 
     def _restore(self) -> None:
-        path = self.work / "checkpoint.pt"
-        if path.exists():
-            state = torch.load(path, weights_only=True)
+        if self.checkpoint.exists():
+            state = torch.load(self.checkpoint, weights_only=True)
             self.student.load_state_dict(state["student"])
             self.optimizer.load_state_dict(state["optimizer"])
             clock, self.log = state["clock"], state["log"]

@@ -1,4 +1,4 @@
-"""What can be said: known things, words that stand for them, made-up sentences, what is true of which picture."""
+"""The texts of a training: known things, words that stand for them, made-up sentences, and which pictures they fit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Language:
         tokenizer: file that the tokenizer is kept in, read where it exists.
 
     Attributes:
-        things: names of all that pictures were seen of; labels first.
+        things: names of all that pictures show; labels first.
         tokenizer: trained on all of these texts.
     """
 
@@ -57,16 +57,14 @@ class Language:
         self.broader = _broader(nouns, names, {label for label in self.labels if counts[label] >= 60})
         captions = {caption_tag(example) for example in examples if example.captions}
         self._columns = {tag: place for place, tag in enumerate(sorted({*names, *scene_tags, *captions}))}
-        # Photographs show colours, grounds and skies too, and no label says so.
+        # Photographs show colours, grounds and skies without a label.
         loose = [t for t in scene_tags if t.startswith("has ") or t.endswith((" background", "sky", "landscape"))]
         self._loose = self._rows([loose])
         self._names: list[Phrase] = [(label, frozenset({label})) for label in self.labels]
         self._names += [phrase for synonyms in classes[1:] for phrase in synonyms]
-        # Beside scenes stand all colours of all shapes and grounds: which of the two colours is meant must be learnt.
-        self.scene_phrases: list[Phrase] = []
-        if scenes:
-            self.scene_phrases = [(f"a {c} {s}", frozenset({f"{c} {s}"})) for c in COLOURS for s in SHAPES]
-            self.scene_phrases += [(f"a {c} background", frozenset({f"{c} background"})) for c in COLOURS]
+        # All colours of all shapes and grounds, to learn which of a scene's two colours is meant.
+        self.scene_phrases: list[Phrase] = [(f"a {c} {s}", frozenset({f"{c} {s}"})) for c in COLOURS for s in SHAPES]
+        self.scene_phrases += [(f"a {c} background", frozenset({f"{c} background"})) for c in COLOURS]
         drawn = sorted({phrase for scene in scenes for phrase in scene.captions}, key=lambda p: p[0])
         self._captions = drawn[::3]
         tags = list(names)
@@ -90,7 +88,7 @@ class Language:
         tied |= {word: tags for tag, own in names.items() for word, tags in ((name, [tag]) for name in own)}
         lists, common = read_lists(words), set(self.common)
         tied |= {label: [label] for label in self.labels}
-        # A label with hardly an image of its own ("plane", a carpenter's one) means what everybody means by it.
+        # A label with hardly an image ("plane", a carpenter's tool) means what the list says.
         tied |= {word: labels for word, labels in lists.items() if word not in common}
         found: dict[str, dict[int, float]] = {}
         for word, tags in tied.items():
@@ -137,7 +135,7 @@ class Language:
         return texts, parts
 
     def draw_sentences(self, count: int, rng: np.random.Generator) -> Drawn:
-        """Random sentences of one to three known things, with words between them that say nothing."""
+        """Random sentences of one to three known things, with filler words."""
         say = self._grammar
         texts: list[str] = []
         parts: list[dict[int, float]] = []
@@ -146,7 +144,7 @@ class Language:
             filled = {"a": _pick(say["articles"], rng) if rng.random() < 0.8 else ""}
             filled |= {name: _pick(say[pool], rng) for name, pool in (("verb", "verbs"), ("prep", "prepositions"))}
             filled["adj"] = _pick(say["adjectives"], rng)
-            if rng.random() < 0.15:  # a word that nobody knows
+            if rng.random() < 0.15:  # a made-up word
                 filled["adj"] = "".join(_pick("bcdfghklmnprstvwzaeiou", rng) for _ in range(int(rng.integers(3, 9))))
             pools = {"thing": self._everyday if rng.random() < 0.7 else self._all, "thing2": self._everyday}
             pools |= {"person": self._people, "action": self._actions, "place": say["places"]}
@@ -165,10 +163,10 @@ class Language:
         return texts, parts
 
     def truth(self, views: Sequence[View], photos: int, phrases: Sequence[Phrase]) -> tuple[torch.Tensor, torch.Tensor]:
-        """How much each text is true of each picture, and where it may be, [B, Q].
+        """The weight of each text that is true of a picture, and where it may be true, both [B, Q].
 
-        Rare tags count for more, and a picture's own most specific label for most, else "animal" would be said before
-        "dog". The first `photos` are photographs.
+        Rare tags weigh more, and a picture's most specific label most, so that "dog" comes before "animal". The first
+        `photos` are photographs.
         """
         need = self._rows([tags for _, tags in phrases])
         count = need.sum(1)
@@ -181,7 +179,7 @@ class Language:
         return (has @ need.T == count) * (count > 0) * weight * emphasis, may @ need.T == count
 
     def _rows(self, sets: Sequence[Iterable[str]]) -> torch.Tensor:
-        """Sets of tags as rows of 0 and 1; a tag that is not known is left out."""
+        """Sets of known tags as rows of 0 and 1."""
         found = torch.zeros(len(sets), len(self._columns))
         for row, tags in enumerate(sets):
             columns = [self._columns[tag] for tag in tags if tag in self._columns]

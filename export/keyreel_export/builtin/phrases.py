@@ -1,7 +1,7 @@
-"""What may be said of a picture: tags, the texts that they make true, and the tokenizer of those texts.
+"""Tags of pictures, the texts that they make true, and the tokenizer of those texts.
 
-An image has tags (its labels, a class the teacher is sure of, the tags of a scene). A text is true of each image that
-has all its tags. Labels are incomplete, so a text whose missing tags may well hold is neither right nor wrong.
+A picture's tags are its labels, a class that the teacher is sure of, the tags of a scene. A text is true of each
+picture that has all its tags. Labels are incomplete, so a text whose missing tags may apply is neither true nor false.
 """
 
 from __future__ import annotations
@@ -45,18 +45,12 @@ class View:
 
     first: str  # its most specific tag, or ""
     tags: frozenset[str]
-    unknown: frozenset[str]  # tags that may hold as well
+    unknown: frozenset[str]  # tags that may apply too
     phrases: tuple[Phrase, ...]  # captions
 
 
 def read_classes(path: Path, labels: Iterable[str]) -> list[list[Phrase]]:
-    """Names of the teacher's classes, a list of synonyms for each.
-
-    A class that has the name of a label carries the label's tag.
-
-    Raises:
-        FileNotFoundError: there is no such list.
-    """
+    """Names of the teacher's classes, a list of synonyms for each. A class with the name of a label has its tag."""
     known = set(labels)
     classes = []
     for number, line in enumerate(path.read_text("utf-8").splitlines()):
@@ -67,7 +61,7 @@ def read_classes(path: Path, labels: Iterable[str]) -> list[list[Phrase]]:
 
 
 def caption_tag(example: Example) -> str:
-    """What only this image has: its captions are true of no other."""
+    """The tag of this image alone, for its captions."""
     return f"{CAPTION}{example.member}"
 
 
@@ -78,10 +72,12 @@ def describe(
     guesses: Sequence[int],
     broader: Mapping[str, frozenset[str]],
 ) -> list[View]:
-    """One View for each crop: `places` says of which example, `guesses` the class the teacher is sure of or -1.
+    """One View for each crop.
 
     Args:
-        broader: labels that hold wherever a tag holds ("dog" where "class 207" does).
+        places: the example of each crop.
+        guesses: the class that the teacher is sure of, or -1.
+        broader: labels that a tag implies ("dog" for "class 207").
     """
     counts = Counter(label for example in examples for label in example.labels)
     broad = frozenset(label for label, count in counts.items() if count >= BROAD)

@@ -1,8 +1,8 @@
-"""Where the object is: pictures of one object with known outlines, a head that finds it, and what a centre prior finds.
+"""Where the object is: pictures of one object with a known outline, and a head that finds it.
 
-Outlines come without annotation. A photograph or drawing before a plain ground gives its own: what a flood from the
-border does not reach. Such objects are also cut out and put somewhere on a photograph of a place, so that neither the
-middle of the picture nor an even ground gives them away.
+Outlines come without annotation: of a picture before a plain ground, what a flood from the border does not reach. Such
+objects are also cut out and put anywhere on a photograph of a place, so that neither the middle of the picture nor an
+even ground gives them away.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class Marked:
 
 
 def outline(image: Image.Image) -> Object | None:
-    """The object of a picture with a plain ground; None where the ground is not plain or nothing sensible is left."""
+    """The object of a picture with a plain ground, or None."""
     pixels = np.asarray(image)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]).astype(np.int16)
     away = np.abs(border - np.median(border, axis=0)).max(axis=1)
     if (away > TOLERANCE).mean() > 0.1:
         return None
-    # One pixel around the picture, in the ground's colour, joins all parts of the ground that touch the border.
+    # A border of one pixel joins all parts of the ground that touch the edges.
     wide = Image.new("RGB", (image.width + 2, image.height + 2), tuple(int(v) for v in np.median(border, axis=0)))
     wide.paste(image, (1, 1))
     marker = (255, 0, 254)
@@ -113,32 +113,11 @@ def _stack(pairs: Sequence[tuple[Image.Image, Image.Image]], grid: tuple[int, in
     return Marked(frames, np.stack([np.asarray(mask, np.float32) / 255 for mask in small]))
 
 
-def centre_prior(grid: tuple[int, int]) -> F32:
-    """A normal distribution around the middle, [rows, columns], of a third of the side: what photographers do."""
-    y, x = (np.linspace(-1, 1, n) for n in grid)
-    prior = np.exp(-0.5 * (y[:, None] ** 2 + x[None] ** 2) / (2 / 3) ** 2)
-    return np.asarray(prior / prior.sum(), np.float32)
-
-
-def area_under_curve(maps: F32, masks: F32) -> F32:
-    """Of each picture, the chance that a patch of the object has more weight than one of the ground, [N].
-
-    A patch is the object's from half of it on; pictures without a patch of either kind give NaN.
-    """
-    found = np.full(len(maps), np.nan, np.float32)
-    for row, (weights, mask) in enumerate(zip(maps.reshape(len(maps), -1), masks.reshape(len(masks), -1), strict=True)):
-        inside, outside = weights[mask >= 0.5], weights[mask < 0.5]
-        if len(inside) and len(outside):
-            more = (inside[:, None] > outside[None]).mean() + 0.5 * (inside[:, None] == outside[None]).mean()
-            found[row] = more
-    return found
-
-
 class SpatialAttention(nn.Module):
-    """tokens [N, P, C] -> attention [N, P] that sums to 1: each patch's share of what a linear map says of it.
+    """tokens [N, P, C] -> attention [N, P], rows sum to 1.
 
-    `a_i = s_i / sum_j s_j`, `s_i = FLOOR + sigmoid(w . x_i / rms(x) + b)`: a 1x1 convolution and a sigmoid on the last
-    feature map, as the spatial branch of CBAM (Woo et al. 2018, arXiv:1807.06521) without its pooling over channels.
+    `a_i = s_i / sum_j s_j`, `s_i = floor + sigmoid(w . x_i / rms(x) + b)`: a 1x1 convolution and a sigmoid on the last
+    feature map, as in the spatial branch of CBAM (Woo et al. 2018, arXiv:1807.06521) without pooling over channels.
     """
 
     floor = 0.05  # so that no patch has weight 0
@@ -148,22 +127,18 @@ class SpatialAttention(nn.Module):
         self.weigh = nn.Linear(TOKEN_WIDTH, 1)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """[N, P]; scaled by each picture's own root mean square, so that contrast and exposure do not matter."""
+        """[N, P]; divided by each picture's root mean square, so that contrast and exposure do not matter."""
         size = tokens.square().mean((1, 2), keepdim=True).add(1e-6).sqrt()
         found: Tensor = self.weigh(tokens / size).squeeze(-1)
         return found
 
     def forward(self, tokens: Tensor) -> Tensor:
-        share = self.floor + torch.sigmoid(self.logits(tokens))
-        return share / share.sum(-1, keepdim=True)
+        weights = self.floor + torch.sigmoid(self.logits(tokens))
+        return weights / weights.sum(-1, keepdim=True)
 
 
 def train_attention(tokens: Tensor, masks: F32, *, steps: int = 600, seed: int = 0) -> SpatialAttention:
-    """Fits the head to outlines by logistic regression.
-
-    Args:
-        tokens: [N, P, C] of marked pictures. masks: [N, rows, columns] with P = rows * columns.
-    """
+    """Fits the head to tokens [N, P, C] of marked pictures and their masks, by logistic regression."""
     torch.manual_seed(seed)
     head = SpatialAttention()
     wanted = torch.from_numpy(masks.reshape(len(masks), -1))

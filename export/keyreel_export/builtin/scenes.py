@@ -1,7 +1,7 @@
-"""Rendered scenes with captions from a grammar: coloured shapes, patterns, gradients, landscapes, text, noise, black.
+"""Rendered scenes with captions: coloured shapes, patterns, gradients, landscapes, text, noise, plain frames.
 
-They teach what labelled photographs do not: colours, plain shapes and grounds, empty frames. What is true of a scene is
-known wholly, as tags; a caption holds for every scene that has all the caption's tags.
+They teach what labelled photographs do not: colours, plain shapes and grounds, empty frames. A caption is true of every
+scene that has all its tags.
 """
 
 from __future__ import annotations
@@ -59,17 +59,7 @@ class Scene:
 
 
 def render_scene(kind: str, rng: np.random.Generator, size: tuple[int, int] = (224, 224)) -> Scene:
-    """One random scene of a kind.
-
-    Args:
-        kind: one of KINDS.
-        size: width and height in pixels.
-
-    Raises:
-        ValueError: there is no such kind.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of scene {kind!r}; known: {', '.join(KINDS)}")
+    """One random scene of one of KINDS; `size` is (width, height) in pixels."""
     maker = {"shape": _shape, "shapes": _shape, "pattern": _pattern, "landscape": _landscape}.get(kind, _field)
     pixels, captions = maker(kind, rng, size)
     both = list(captions)

@@ -1,12 +1,11 @@
-"""The joint space: a text tower and one linear map of image features that meet, without any CNN in the loop.
+"""The joint space: a text tower and one linear map of image features, without any CNN in the loop.
 
-Run twice, for minutes each: on the teacher's features before distillation, where it says what the student shall aim at,
-and on the finished student's own pooled features, where it fits the texts to what that student can see.
+Trained twice, for minutes each: on the teacher's features before distillation, as the student's aim, and on the
+finished student's own pooled features, to fit the texts to what that student sees.
 
-Three losses. Pictures and texts are contrasted both ways, with all the right answers known (Khosla et al. 2020,
-arXiv:2004.11362). Words beyond the labels (`wordnet.py`, `words.txt`) are drawn to the mean of the labels that they
-stand for. Made-up sentences of several known things, with filler and unknown words between them, are drawn to the mean
-of those things, so that a query is the sum of what is known in it.
+Three losses. Pictures and texts are contrasted both ways, with all right answers known (Khosla et al. 2020,
+arXiv:2004.11362). Words beyond the labels (`wordnet.py`, `words.txt`) are drawn to the mean of their labels. Made-up
+sentences of several known things, with filler and unknown words, are drawn to the mean of those things.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +22,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from keyreel_export.builtin.language import Language
+from keyreel_export.builtin.language import Drawn, Language
 from keyreel_export.builtin.phrases import CAPTION, Phrase, View, say
 from keyreel_export.builtin.student import EMBEDDING_WIDTH, TextTower
 
-
-@dataclass(frozen=True, slots=True)
-class SpacePlan:
-    """How long and how large."""
-
-    steps: int = 1200
-    seed: int = 0
-    batch: int = 256
-    captioned: int = 12  # of a batch: pictures with captions, which are few but most like what is asked
-    scenes: int = 48  # beside the batch
-    negatives: int = 384  # label texts beside the texts of the batch
-    words: int = 96  # of each of the two text-only losses
-    rate: float = 2e-3
-    refresh: int = 20  # steps between two looks at where the known things are
+BATCH = 256
+CAPTIONED = 12  # of a batch: pictures with captions, which are few but most like queries
+SCENES = 48  # beside the batch
+NEGATIVES = 384  # label texts beside the texts of the batch
+WORDS = 96  # of each of the two text-only losses
+RATE = 2e-3
+REFRESH = 20  # steps between two looks at where the known things are
 
 
 class Space(nn.Module):
     """Both maps into the joint space. F is the width of the image features.
 
-    `common` is the mean of the bare label names, [D], zero at first. Taken off, pictures are ranked by how much nearer
-    they are to a text than to texts at large, since some are near to all.
+    `common` is the mean of the label names, [D], zero at first. Without it, pictures are ranked by how much nearer they
+    are to a text than to texts at large.
     """
 
     common: Tensor
@@ -64,6 +55,10 @@ class Space(nn.Module):
         """Token ids [Q, L] -> unit vectors [Q, D]."""
         return functional.normalize(self.text(ids).float() - self.common, dim=-1, eps=1e-6)
 
+    def all_told(self, language: Language, texts: Sequence[str]) -> Tensor:
+        """Texts -> unit vectors [Q, D], in parts."""
+        return torch.cat([self.told(language.encode(texts[i : i + 256])) for i in range(0, len(texts), 256)])
+
     def placed(self, features: Tensor) -> Tensor:
         """[N, F] -> unit vectors [N, D]."""
         return functional.normalize(self.place(functional.dropout(features, 0.1, self.training)), dim=-1, eps=1e-6)
@@ -73,9 +68,10 @@ def contrast(vectors: Tensor, texts: Tensor, true: Tensor, unknown: Tensor, scal
     """InfoNCE with several right answers, averaged over them, both ways.
 
     Args:
-        vectors: [B, D] unit. texts: [Q, D] unit, the first B of them each made for its picture.
-        true: [B, Q], where the text holds of the picture: how much it counts, else 0.
-        unknown: [B, Q] bool, where it may hold though the labels do not say so; left out.
+        vectors: [B, D] unit.
+        texts: [Q, D] unit, the first B of them each made for its picture.
+        true: [B, Q], the weight of a text that is true of the picture, else 0.
+        unknown: [B, Q] bool, where it may be true without a label; left out.
     """
     logits = (scale * vectors @ texts.T).masked_fill(unknown & (true == 0), -1e4)
     to_text = -(logits.log_softmax(1) * true).sum(1) / true.sum(1).clamp(min=1e-6)
@@ -85,46 +81,47 @@ def contrast(vectors: Tensor, texts: Tensor, true: Tensor, unknown: Tensor, scal
 
 
 def train_space(
-    plan: SpacePlan,
+    steps: int,
+    seed: int,
     features: tuple[Tensor, Tensor],
     views: tuple[Sequence[View], Sequence[View]],
     language: Language,
+    log: Path,
     start: Space | None = None,
-    log: Path | None = None,
 ) -> Space:
-    """Trains a new space, or goes on with one.
+    """Trains a new space, or continues with one.
 
     Args:
         features: of photographs [M, F] and of scenes [R, F].
         views: what is known of each of them.
-        start: a space for features of the same width to go on with; what its label names have in common goes.
         log: JSON lines are written to this file.
+        start: a space for features of the same width to continue with, slower, without the mean of its label names.
     """
-    torch.manual_seed(plan.seed)
-    rng = np.random.default_rng(plan.seed)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
     space = Space(features[0].shape[1], language.tokenizer.get_vocab_size())
+    peak = RATE if start is None else 0.4 * RATE
     if start is not None:
         space.load_state_dict(start.state_dict())
         with torch.no_grad():
-            known = known_things(space, language)
-            # As the file of the bundle will hold it.
-            space.common += known[: len(language.labels)].mean(0).half().float()
-    optimizer = torch.optim.AdamW(space.parameters(), lr=plan.rate, weight_decay=0.02, betas=(0.9, 0.98))
+            # Rounded as in the bundle's file.
+            space.common += known_things(space, language)[: len(language.labels)].mean(0).half().float()
+    optimizer = torch.optim.AdamW(space.parameters(), lr=peak, weight_decay=0.02, betas=(0.9, 0.98))
     captioned = [row for row, view in enumerate(views[0]) if any(tag.startswith(CAPTION) for tag in view.tags)]
     things = torch.zeros(0)
     began, sums = time.monotonic(), dict[str, float]()
     rows: list[dict[str, Any]] = []
     space.train()
-    for step in range(plan.steps):
-        falling = 0.5 * (1 + math.cos(math.pi * step / plan.steps))
+    for step in range(steps):
+        falling = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = plan.rate * max(falling, 0.01) * min(1.0, (step + 1) / 50)
-        if step % plan.refresh == 0:
+            group["lr"] = peak * max(falling, 0.01) * min(1.0, (step + 1) / 50)
+        if step % REFRESH == 0:
             things = known_things(space, language)
         losses = {
-            "space": _pictures(plan, space, features, views, captioned, language, rng),
-            "words": _towards(space, language, language.draw_words(plan.words, rng), things, rng),
-            "sentences": _towards(space, language, language.draw_sentences(plan.words, rng), things, rng),
+            "space": _pictures(space, features, views, captioned, language, rng),
+            "words": _towards(space, language, language.draw_words(WORDS, rng), things, rng),
+            "sentences": _towards(space, language, language.draw_sentences(WORDS, rng), things, rng),
         }
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
@@ -134,30 +131,24 @@ def train_space(
             space.log_scale.clamp_(0.0, math.log(50.0))
         for name, loss in losses.items():
             sums[name] = 0.97 * sums.get(name, float(loss.detach())) + 0.03 * float(loss.detach())
-        if (step + 1) % 100 == 0 or step + 1 == plan.steps:
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             facts: dict[str, Any] = {name: round(value, 4) for name, value in sums.items()}
             rows.append({"seconds": round(time.monotonic() - began), "step": step + 1, **facts})
-            if log is not None:
-                log.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return space.eval()
 
 
 def known_things(space: Space, language: Language) -> Tensor:
-    """Where the bare names of all known things lie, [K, D] unit; label names first."""
+    """Where the names of all known things are, [K, D] unit; label names first."""
     was = space.training
     space.eval()
     with torch.no_grad():
-        found = torch.cat([space.told(language.encode(names)) for names in _parts(language.things, 256)])
+        found = space.all_told(language, language.things)
     space.train(was)
     return found
 
 
-def _parts(texts: Sequence[str], size: int) -> list[Sequence[str]]:
-    return [texts[first : first + size] for first in range(0, len(texts), size)]
-
-
 def _pictures(
-    plan: SpacePlan,
     space: Space,
     features: tuple[Tensor, Tensor],
     views: tuple[Sequence[View], Sequence[View]],
@@ -165,31 +156,22 @@ def _pictures(
     language: Language,
     rng: np.random.Generator,
 ) -> Tensor:
-    rows = rng.integers(0, len(features[0]), plan.batch)
+    rows = rng.integers(0, len(features[0]), BATCH)
     if captioned:
-        rows[: plan.captioned] = rng.choice(captioned, plan.captioned)
-    drawn = rng.integers(0, len(features[1]), plan.scenes if len(features[1]) else 0)
+        rows[:CAPTIONED] = rng.choice(captioned, CAPTIONED)
+    drawn = rng.integers(0, len(features[1]), SCENES)
     shown = [views[0][int(i)] for i in rows] + [views[1][int(i)] for i in drawn]
     phrases: list[Phrase] = [say(view, rng, language.rarity) for view in shown]
-    phrases += language.draw_names(plan.negatives, rng)
-    phrases += language.scene_phrases if len(drawn) else []
+    phrases += language.draw_names(NEGATIVES, rng) + language.scene_phrases
     true, unknown = language.truth(shown, len(rows), phrases)
     texts = _read(space, language, [text for text, _ in phrases], rng)
     taken = torch.cat([features[0][torch.from_numpy(rows)].float(), features[1][torch.from_numpy(drawn)].float()])
     return contrast(space.placed(taken), texts, true, unknown, space.log_scale.exp())
 
 
-def _towards(
-    space: Space,
-    language: Language,
-    drawn: tuple[list[str], list[dict[int, float]]],
-    things: Tensor,
-    rng: np.random.Generator,
-) -> Tensor:
+def _towards(space: Space, language: Language, drawn: Drawn, things: Tensor, rng: np.random.Generator) -> Tensor:
     """1 - cosine of texts to the weighted means of known things."""
     texts, parts = drawn
-    if not texts:
-        return torch.zeros(())
     weights = torch.zeros(len(texts), len(things))
     for row, part in enumerate(parts):
         for place, weight in part.items():
@@ -200,7 +182,7 @@ def _towards(
 
 
 def _read(space: Space, language: Language, texts: Sequence[str], rng: np.random.Generator) -> Tensor:
-    """[n, D] unit. Some pieces go missing, so that no text hangs on a single one."""
+    """[n, D] unit. Some tokens are dropped, so that no text depends on a single one."""
     order = np.argsort([len(text) for text in texts], kind="stable")  # each part is as long as its longest text
     found = []
     for part in np.array_split(order, max(1, len(texts) // 96)):

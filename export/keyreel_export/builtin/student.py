@@ -1,4 +1,4 @@
-"""The two towers of the built-in model, from a fresh start: a plain CNN for pictures, a small transformer for text."""
+"""The two towers of the built-in model: a plain CNN for pictures, a small transformer for text."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     """Token ids [Q, L] -> unit vectors [Q, EMBEDDING_WIDTH].
 
-    One pre-norm transformer layer, then the mean over the tokens that are not padding. The plain embeddings stand in
-    the sum too, so that without order a text is still a bag of its pieces, which is what unknown words fall back to.
+    One pre-norm transformer layer, then the mean over the tokens that are not padding. The plain embeddings are in the
+    sum too: a text is at least a bag of its pieces.
     """
 
     heads = 4

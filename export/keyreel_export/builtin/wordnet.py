@@ -1,8 +1,8 @@
-"""Word knowledge beyond the labels: nouns of WordNet, tied to the nearest things that pictures were seen of.
+"""Words beyond the labels: nouns of WordNet, tied to the nearest labels.
 
-Read from a folder with WordNet's own database files (`data.noun`, `cntlist.rev`; Fellbaum 1998, WordNet licence), which
-are neither in the project nor in the bundle. A noun above known things ("canine") stands for all of them, a noun below
-or beside them ("puppy") for the nearest.
+Read from WordNet's own database files (`data.noun`, `cntlist.rev`; Fellbaum 1998, WordNet licence), which are neither
+in the project nor in the bundle. A noun above labels ("canine") stands for all of them, a noun below or beside them
+("puppy") for the nearest.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 # locations, objects, persons, phenomena, plants, shapes, substances.
 VISIBLE = frozenset({4, 5, 6, 8, 11, 13, 14, 15, 17, 18, 19, 20, 25, 27})
 THINGS = frozenset({5, 6, 13, 17, 20})  # animals, artefacts, food, natural objects, plants: neighbours look alike
-MANY = 400  # a word that stands for more things than this says nothing
-NEAR = 12  # of a word's neighbours, when it stands for none itself
+MANY = 400  # a word for more things than this means nothing
+NEAR = 12  # most neighbours that a word may stand for
 CLIMB = 3  # steps up to a common ancestor
-SENSES = 3  # a word's rarer senses are not what a query means
+SENSES = 3  # of a word, the most frequent
 
 
 class Nouns:
@@ -50,7 +50,7 @@ class Nouns:
         pointers = fields[5 + 2 * count :]
         up = [(pointers[i], int(pointers[i + 1])) for i in range(0, len(pointers) - 3, 4)]
         if any(kind == "@i" for kind, _ in up):
-            return  # a single city, river or person: no picture of it is known
+            return  # a single city, river or person
         self.files[synset], self.words[synset] = int(fields[1]), []
         for written, number in zip(fields[4 : 4 + 2 * count : 2], fields[5 : 5 + 2 * count : 2], strict=True):
             word = written.replace("_", " ").lower()
@@ -60,9 +60,8 @@ class Nouns:
         self.above[synset] = [parent for kind, parent in up if kind == "@"]
 
     def find(self, names: Sequence[str]) -> int | None:
-        """The synset that has most of these names, the earliest sense where several have; None where none is visible.
-
-        A name of several words that WordNet lacks is looked up by its last words ("steel arch bridge").
+        """The visible synset with most of these names; of a name that WordNet lacks, the last words are looked up
+        ("steel arch bridge").
         """
         votes: dict[int, float] = {}
         for name in names:
@@ -86,11 +85,7 @@ class Nouns:
         return found
 
     def tie(self, things: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-        """Words -> the things that they stand for.
-
-        Args:
-            things: names of each known thing; a thing without a visible synset is left out.
-        """
+        """Words -> the things that they stand for. `things` has the names of each known thing."""
         places = {thing: synset for thing, names in things.items() if (synset := self.find(names)) is not None}
         here: dict[int, list[str]] = {}
         under: dict[int, list[str]] = {}
