@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -41,9 +42,9 @@ _SPAWN = multiprocessing.get_context("spawn")
 class Absent(Exception):
     """Why a system has no values."""
 
-    def __init__(self, reason: str, kind: Literal["skipped", "failed"] = "skipped") -> None:
+    def __init__(self, reason: str, kind: str = "skipped") -> None:
         super().__init__(reason)
-        self.kind = kind
+        self.kind = kind  # or "failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,6 @@ class System:
     name: str
     prepare: Callable[[], Callable[[], Any]]  # imports what it needs and returns the function that is timed
     check: Callable[[Any], dict[str, float]] | None = None  # other metrics of the result
-
-
-# --- processes --------------------------------------------------------------------------------------------------------
 
 
 class Worker:
@@ -68,11 +66,7 @@ class Worker:
         there.close()
 
     def call(self, function: Callable[..., Any], *arguments: Any, limit_seconds: float) -> Any:
-        """Runs a function in the process and returns its value.
-
-        Raises:
-            Absent: it raised, the process ended, or there was no answer in time.
-        """
+        """Returns the value of the function; Absent where it raised, the process ended, or there was no answer."""
         try:
             self._pipe.send((function, arguments))
             if not self._pipe.poll(limit_seconds):
@@ -113,9 +107,6 @@ def _why(error: Exception) -> tuple[str, str]:
     return "failed", f"{type(error).__name__}: {text} ({Path(frame.filename).name}:{frame.lineno})"
 
 
-# --- time and memory --------------------------------------------------------------------------------------------------
-
-
 def cpu_seconds() -> float:
     """Of all threads of this process and of the processes that it has waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -127,48 +118,32 @@ def peak_mib() -> float:
     return next(int(line.split()[1]) / 1024 for line in _lines("/proc/self/status") if line.startswith("VmHWM:"))
 
 
-_prepared: list[tuple[Callable[[], Any], int]] = []  # in a worker: the function to time, and how often in a row
+_prepared: list[Callable[[], Any]] = []  # in a worker: the function to time
 
 
 def _first(system: System) -> dict[str, float]:
-    run = system.prepare()
-    began = time.perf_counter()
-    result = run()
-    wall, loops = time.perf_counter() - began, 1
-    if wall < _SHORTEST_SECONDS:  # once more: the first run also sets things up
-        began = time.perf_counter()
-        run()
-        loops = max(1, math.ceil(_SHORTEST_SECONDS / max(time.perf_counter() - began, 1e-7)))
-    _prepared.append((run, loops))
+    _prepared.append(system.prepare())
+    result = _prepared[-1]()
     return {"peak_mib": peak_mib(), **(system.check(result) if system.check else {})}
 
 
-def _again() -> dict[str, float]:
-    run, loops = _prepared[-1]
-    cpu, wall = cpu_seconds(), time.perf_counter()
+def _again(loops: int) -> dict[str, float]:
+    run, cpu, wall = _prepared[-1], cpu_seconds(), time.perf_counter()
     for _ in range(loops):
         run()
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    if wall < _SHORTEST_SECONDS and loops == 1:
+        return _again(math.ceil(_SHORTEST_SECONDS / max(wall, 1e-7)))
     return {"cpu_seconds": cpu / loops, "wall_seconds": wall / loops}
 
 
 def compare(
-    case: str,
-    params: Row,
-    systems: Sequence[System],
-    *,
-    runs: int = 3,
-    seconds: float = 60.0,
-    limit_seconds: float = 240.0,
+    case: str, params: Row, systems: Sequence[System], *, runs: int = 3, seconds: float = 60, limit_seconds: float = 600
 ) -> list[Row]:
     """Prepares all systems, then runs them in turn, so that what disturbs the machine disturbs them all.
 
-    The first run of each warms up, is checked, and gives the peak memory; the others give the times.
-
-    Args:
-        runs: timed runs of each system; 0 where `check` gives the times.
-        seconds: no new round is begun after so many.
-        limit_seconds: a single run that takes longer has failed.
+    The first run of each warms up, is checked, and gives the peak memory; the others give the times, if `runs` is not
+    0. No new round begins after `seconds`, and a run that takes `limit_seconds` has failed.
     """
     say(f"{case} {' '.join(f'{key}={value}' for key, value in params.items())}")
     workers = {system.name: Worker() for system in systems}
@@ -194,14 +169,11 @@ def compare(
             turn = done % len(systems)
             for system in (*systems[turn:], *systems[:turn]):
                 if system.name not in absent:
-                    ask(system.name, _again)
+                    ask(system.name, _again, 1)
     finally:
         for worker in workers.values():
             worker.close()
     return [row for name in workers for row in rows_of(case, params, name, absent.get(name) or samples[name])]
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def rows_of(case: str, params: Row, system: str, found: dict[str, list[float]] | Absent) -> list[Row]:
@@ -214,11 +186,10 @@ def rows_of(case: str, params: Row, system: str, found: dict[str, list[float]] |
     rows = []
     for metric, values in found.items():
         low, median, high = np.percentile(values, [25, 50, 75]).tolist()
-        last = metric.rsplit("_", 1)[-1]
-        spread = {"median": median, "p25": low, "p75": high, "runs": len(values)}
-        rows.append({**head, "metric": metric, **spread, "unit": {"seconds": "s", "mib": "MiB"}.get(last, last)})
-    shown = ", ".join(f"{row['metric']} {row['median']:.4g}" for row in rows)
-    say(f"  {system}: {shown}")
+        unit = {"seconds": "s", "mib": "MiB"}.get(metric.rsplit("_", 1)[-1], "1")
+        spread = {"median": median, "p25": low, "p75": high, "runs": len(values), "unit": unit}
+        rows.append({**head, "metric": metric, **spread})
+    say(f"  {system}: " + ", ".join(f"{row['metric']} {row['median']:.4g}" for row in rows))
     return rows
 
 
@@ -227,10 +198,11 @@ def say(line: str) -> None:
 
 
 def commit() -> str:
-    """The commit that is checked out, with a + where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The commit of the keyreel that is measured, with a + where files differ from it."""
+    spec = find_spec("keyreel")
+    command = ["git", "-C", str(Path(spec.origin).parent if spec and spec.origin else ROOT)]
+    command += ["describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def environment() -> Row:
@@ -239,7 +211,7 @@ def environment() -> Row:
     names = [line.split(": ", 1)[1] for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": names[0] if names else "unknown",
         "cores": os.cpu_count(),
         "load_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
@@ -250,9 +222,6 @@ def environment() -> Row:
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines()
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:
@@ -266,14 +235,9 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(
-    parser: argparse.ArgumentParser,
-    measure: Callable[[argparse.Namespace], Iterable[Row]],
-    words: Sequence[str] | None = None,
-) -> int:
+def run(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], Iterable[Row]]) -> int:
     """Measures, and prints each row as it comes; 1 where keyreel itself failed."""
-    options = parser.parse_args(words)
-    failed = False
+    options, failed = parser.parse_args(), False
     with tempfile.TemporaryDirectory(prefix="keyreel-benchmark-") as folder:
         options.content = (options.content or Path(folder)).resolve()
         options.content.mkdir(parents=True, exist_ok=True)

@@ -110,9 +110,6 @@ def _encode(path: Path, wanted: Clip) -> None:
         output.mux(stream.encode(None))
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
 def frames(wanted: Clip) -> Iterator[VideoFrame]:
     """The frames of a clip before they are encoded, yuv420p."""
     random = np.random.default_rng([wanted.seed, wanted.height])

@@ -1,9 +1,7 @@
 """One frame a second of a video, at 224 x 224, with the decoder libraries side by side.
 
-    python -m benchmarks.decode [--quick] [-o FILE]
-
-Every system gets the same file and the same times. Each of its pictures is compared with all frames around the one
-that is shown at that time (full decode, luma, 56 x 56): a picture that is more like another frame is a wrong one.
+All systems get the same file and times. Each picture is compared with the frames around the one that is shown at that
+time (full decode, luma, 56 x 56): one that is more like another frame is a wrong one.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ NEAR: Row = {"mode": "near", "fps": 1.0, "tolerance_seconds": 0.5}
 KEYFRAMES: Row = {"mode": "keyframes"}
 _REAL = (
     *("natural/bikes.mp4", "natural/bottle-detection.mp4", "natural/car-detection.mp4", "natural/chaplin.mp4"),
-    *("animation/big-buck-bunny-480p-30sec.mp4", "natural/internal_emulator_transformer_output.mp4"),
+    *("animation/big-buck-bunny-480p-30sec.mp4", "long/long_1080p_lowbitrate.mp4"),
 )
 _PEERS = {
     "pyav": peers.pyav,
@@ -65,9 +63,6 @@ def keyreel(path: Path, sampling: dict[str, Any]) -> peers.Run:
     return decode
 
 
-# --- what must come out -----------------------------------------------------------------------------------------------
-
-
 def reference(path: Path, folder: Path) -> Path:
     """A file of all frames, small, with their times: luma [N, 56, 56] uint8 and seconds [N] float64."""
     kept = folder / f"{path.parent.name}-{path.name}.reference.npz"
@@ -96,11 +91,7 @@ def shown(times: Any, seconds: Any) -> Any:
 
 
 def wrong_frames(pictures: Any, wanted: Any, luma: Any) -> int:
-    """How many pictures are missing, too many, or more like another frame than like the wanted one.
-
-    Args:
-        pictures: [T, 224, 224, 3] uint8. wanted: [T] frame numbers. luma: [N, 56, 56] all frames.
-    """
+    """How many of pictures [T, 224, 224, 3] are missing, too many, or not the wanted [T] of all frames [N, 56, 56]."""
     wrong, by = abs(len(wanted) - len(pictures)), peers.SIZE // _SMALL
     for picture, place in zip(pictures, wanted, strict=False):
         small = (picture @ np.array([0.299, 0.587, 0.114])).reshape(_SMALL, by, _SMALL, by).mean((1, 3))

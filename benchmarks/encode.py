@@ -1,7 +1,5 @@
 """Image towers with random weights on each runtime, and what spatial attention adds.
 
-    python -m benchmarks.encode [--quick] [-o FILE]
-
 All systems run the backbone of one bundle; torch runs the module that it was exported from. `cosine` is the least
 between the tokens of a picture and those of onnxruntime in fp32. Models are exported into --content the first time,
 which takes minutes; --quick takes the built-in one.
@@ -22,7 +20,10 @@ from benchmarks._common import Absent, Row, System, compare, parser_of, run
 
 BUILTIN = "builtin"
 ATTENTION = "keyreel attention"
-_MODELS = ("ViT-B-32", "RN50", "MobileCLIP2-S0", "convnext_base_w")
+
+
+def models(*, quick: bool) -> tuple[str, ...]:
+    return (BUILTIN,) if quick else ("ViT-B-32", "RN50", "MobileCLIP2-S0", "convnext_base_w")
 
 
 def bundle(model: str, content: Path, *, precision: str = "fp32") -> Path:
@@ -70,7 +71,7 @@ def check(expected: Any, result: Any) -> dict[str, float]:
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     count = 4 if options.quick else 16
-    for model in (BUILTIN,) if options.quick else _MODELS:
+    for model in models(quick=options.quick):
         folder = bundle(model, options.content)
         frames = pictures(folder, count)
         checked = partial(check, peers.onnxruntime(frames, folder)().reshape(count, -1))

@@ -1,7 +1,5 @@
 """A library with the built-in model: how fast videos come in, and the service under load.
 
-    python -m benchmarks.index [--quick] [--clients 64] [--seconds 60] [-o FILE]
-
 Case "index": real clips, and many small ones. "keyreel summarize" makes vectors and key-frames and keeps nothing: what
 "keyreel" takes beyond it is previews, thumbnails and commits. "keyreel again" is a second run, which finds every video
 unchanged. Every other run fills a new library.
@@ -47,9 +45,6 @@ _WORDS = (
 _START_SECONDS = 120.0
 
 
-# --- bringing videos in -----------------------------------------------------------------------------------------------
-
-
 def summarize(videos: list[Path]) -> peers.Run:
     from keyreel import Engine, KeyreelError
 
@@ -92,9 +87,6 @@ def check(videos: list[Path], place: Path | None) -> dict[str, float]:
     size = sum((Path(at) / name).stat().st_size for at, _, names in os.walk(place) for name in names)
     own: dict[str, Any] = {"frames": stats.frames, "hours": stats.hours, "failed_videos": stats.failed}
     return {**found, **own, "library_mib": size / 2**20}
-
-
-# --- the service ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What keyreel is measured beside, written as the users of each library would.
 
-Each function imports its library, takes the input, and returns the function that is timed. A library that is missing
-raises ImportError, and its system is left out by name. Threads are left to the library, or set to all cores.
+Each function imports its library, takes the input, and returns the function that is timed, on all cores.
 """
 
 from __future__ import annotations
@@ -17,9 +16,6 @@ import numpy as np
 Run = Callable[[], Any]
 SIZE = 224  # of decoded pictures
 ROUNDS = 25  # of k-means
-
-
-# --- decoders: the frames shown at rising times, [T, SIZE, SIZE, 3] uint8 ---
 
 
 def shown(frames: Iterator[Any], times: Sequence[float]) -> Iterator[Any]:
@@ -104,9 +100,6 @@ def decord(path: Path, times: Sequence[float]) -> Run:
     return run
 
 
-# --- image towers: frames [N, H, W, 3] uint8 -> tokens [N, P, C] float32 ----------------------------------------------
-
-
 def onnxruntime(frames: Any, folder: Path) -> Run:
     import onnxruntime as library
 
@@ -150,9 +143,6 @@ def _open_clip(model: str) -> Any:
     return pretrained.load_model(pretrained.resolve(model, random_weights=True))
 
 
-# --- from a file to one vector for each time --------------------------------------------------------------------------
-
-
 def plain(path: Path, times: Sequence[float], model: str) -> Run:
     """PyAV, Pillow and open_clip in fp32, one picture at a time: what open_clip's README shows, in a loop."""
     import torch as library
@@ -169,16 +159,10 @@ def plain(path: Path, times: Sequence[float], model: str) -> Run:
     return pyav(path, times, vector)
 
 
-# --- k-means of unit vectors x [T, D]: labels [T] ---------------------------------------------------------------------
-
-
 def scikit_learn(x: Any, count: int) -> Run:
     from sklearn.cluster import KMeans
 
     return lambda: KMeans(count, n_init=1, random_state=0).fit(x).labels_
-
-
-# --- search: the best row of vectors [N, D] for a query [D], out of the best k ----------------------------------------
 
 
 def memory_pass(vectors: Any, k: int, folder: Path) -> Callable[[Any], int]:

@@ -1,4 +1,4 @@
-"""Draws charts/*.svg, and fills the tables of README.md and the model card, from results/*.jsonl and nothing else.
+"""Draws charts/decode.svg, and fills the tables of README.md and the model card, from results/*.jsonl alone.
 
     python -m benchmarks.plot
 
@@ -13,18 +13,17 @@ import math
 import re
 from collections.abc import Sequence
 from functools import cache
-from html import escape
-from pathlib import Path
 from typing import Any
 
 from benchmarks._common import RESULTS, ROOT
 
-Metrics = dict[str, dict[str, Any]]  # metric -> row
+Medians = dict[str, float]  # by metric
 MODELS = ROOT / "engine" / "keyreel" / "models"
 PAGES = (ROOT / "README.md", MODELS / "MODEL_CARD.md")
-CHARTS = ROOT / "benchmarks" / "charts"
+CHART = ROOT / "benchmarks" / "charts" / "decode.svg"
 _DECODERS = ("pyav", "torchcodec", "decord", "opencv")
 _RUNTIMES = ("onnxruntime fp32", "torch bf16", "openvino bf16")
+_KMEANS = ("scikit-learn n_init=1",)
 _SEARCHERS = ("one pass over memory", "numpy", "faiss flat", "lancedb flat")
 
 
@@ -35,13 +34,13 @@ def rows() -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: row["environment"]["date"])
 
 
-def groups(case: str, **params: Any) -> list[tuple[dict[str, Any], dict[str, Metrics]]]:
-    """(params, metrics of each system) of all sets of parameters that have these."""
-    found: dict[str, tuple[dict[str, Any], dict[str, Metrics]]] = {}
+def groups(case: str, **params: Any) -> list[tuple[dict[str, Any], dict[str, Medians]]]:
+    """(params, medians of each system) of all sets of parameters that have these."""
+    found: dict[str, tuple[dict[str, Any], dict[str, Medians]]] = {}
     for row in rows():
         if row["case"] == case and row.get("median") is not None and params.items() <= row["params"].items():
             group = found.setdefault(json.dumps(row["params"], sort_keys=True), (row["params"], {}))
-            group[1].setdefault(row["system"], {})[row["metric"]] = row
+            group[1].setdefault(row["system"], {})[row["metric"]] = row["median"]
     return list(found.values())
 
 
@@ -55,9 +54,6 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
 def speed() -> str:
     """keyreel's time, and how many times as long others take."""
     by_gop = [one for gop in (60, 250) for one in groups("decode", codec="h264", height=1080, gop=gop)]
@@ -67,19 +63,15 @@ def speed() -> str:
         ("one frame a second of {seconds} s of 1080p H.264, a key frame every {gop} frames", _DECODERS, by_gop),
         ("the same and their ViT-B/32 vectors, a key frame every {gop} frames", ("pyav + PIL + open_clip",), whole),
         ("{images} pictures through ViT-B/32", _RUNTIMES, groups("encode", model="ViT-B-32")),
-        (
-            "{clusters} clusters of {frames:,} frames ({data})",
-            ("scikit-learn n_init=1",),
-            groups("select", frames=3_000),
-        ),
+        ("{clusters} clusters of {frames:,} frames ({data})", _KMEANS, groups("select", frames=3_000)),
         ("one query to {rows:,} frames, median, wall time", _SEARCHERS, searched),
     )
     lines = []
     for what, others, same in found:
         for params, group in same:
             metric = "p50_seconds" if same is searched else "cpu_seconds"
-            ours = group["keyreel"][metric]["median"]
-            times = {name: group[name][metric]["median"] / ours for name in others if metric in group.get(name, {})}
+            ours = group["keyreel"][metric]
+            times = {name: group[name][metric] / ours for name in others if metric in group.get(name, {})}
             beside = ", ".join(f"{name} {number(ratio)}x" for name, ratio in times.items())
             lines.append([what.format(**params), f"{number(ours)} s", beside])
     head = ["CPU-seconds, all cores", "keyreel", "others take"]
@@ -90,8 +82,7 @@ def speed() -> str:
 def keyframes() -> str:
     lines = []
     for _, group in groups("keyframes"):
-        for name, metrics in group.items():
-            value = {metric: row["median"] for metric, row in metrics.items()}
+        for name, value in group.items():
             scenes = f"{value['scenes']:.2f} ({value['scenes_worst']:.0f})"
             count = f"{value['keyframes']:.2f} ({value['keyframes_most']:.0f})"
             rest = (f"{value['coverage']:.4f}", f"{value['flashes']:.2f}", count, number(value["video_cpu_seconds"]))
@@ -100,21 +91,11 @@ def keyframes() -> str:
     return table(head, lines)
 
 
-def memory() -> str:
-    """Peak memory by length, a sentence."""
-    parts = []
-    for _, group in groups("memory"):
-        seconds, peak = (group["keyreel"][name]["median"] for name in ("video_seconds", "peak_mib"))
-        parts.append(f"{seconds:.0f} s of 1080p H.264 at {peak:.0f} MiB")
-    return f"Summarising and rendering peaks with {', with '.join(parts)}."
-
-
 def library() -> str:
     """Rates of indexing, latency of searches, the service under load."""
     indexed, latency = [], []
     for params, group in {params["of"]: (params, group) for params, group in groups("index")}.values():
-        for name, metrics in group.items():
-            value = {metric: row["median"] for metric, row in metrics.items()}
+        for name, value in group.items():
             each = [number(1e3 * value[metric] / value["videos"]) for metric in ("wall_seconds", "cpu_seconds")]
             size = f"{number(1024 * value['library_mib'] / value['videos'])} KiB" if "library_mib" in value else ""
             rate = number(value["videos"] / value["wall_seconds"])
@@ -122,14 +103,14 @@ def library() -> str:
     sizes = sorted(groups("library"), key=lambda group: group[0]["rows"])
     for name in dict.fromkeys(name for _, group in sizes for name in group):
         own = [group.get(name, {}) for _, group in sizes]
-        both = [[1e3 * one[f"p{n}_seconds"]["median"] for n in (50, 99) if f"p{n}_seconds" in one] for one in own]
-        latency.append([name, *(" / ".join(map(number, pair)) for pair in both)])
+        both = [[number(1e3 * one[f"p{n}_seconds"]) for n in (50, 99) if f"p{n}_seconds" in one] for one in own]
+        latency.append([name, *(" / ".join(pair) for pair in both)])
     parts = [
         table(["", "", "videos a second", "ms a video", "CPU-ms a video", "stored a video"], indexed),
         table(["p50 / p99, ms", *(f"{params['rows']:,} rows" for params, _ in sizes)], latency),
     ]
     for params, group in groups("load"):
-        value = {metric: row["median"] for metric, row in group["keyreel serve"].items()}
+        value = group["keyreel serve"]
         times = [number(1e3 * value[f"p{n}_seconds"]) for n in (50, 99)]
         parts.append(
             f"{params['clients']} concurrent clients for {params['seconds']:.0f} s: {value['requests']:,.0f} requests, "
@@ -146,17 +127,16 @@ def quality() -> str:
     """What the built-in model finds, with the attention and shift that it has by default."""
     manifest = json.loads((MODELS / "builtin" / "manifest.json").read_text("utf-8"))["fusion"]
     defaults = {"strength": manifest["strength_default"], "shift": manifest["shift_default"]}
-    parts: dict[str, list[dict[str, Any]]] = {}
+    parts: dict[str, dict[Any, dict[str, Any]]] = {}
     for row in rows():
         if row["case"] == "quality" and all(row.get(key, value) == value for key, value in defaults.items()):
-            parts.setdefault(row["part"], []).append(row)
-    label, clip, caption, maps, keys, fast = (
-        parts[name][-1] for name in ("labels", "clips", "captions", "attention", "keyframes", "speed")
-    )
+            size = {"absent": "images", "absent_clips": "clips"}.get(row["part"], "")
+            parts.setdefault(row["part"], {})[row.get(size)] = row
+    names = ("labels", "clips", "captions", "attention", "keyframes")
+    label, clip, caption, maps, keys = (parts[name][None] for name in names)
 
     def told(row: dict[str, Any]) -> str:
-        equal = f", at equal error rates {percent(row['equal_right'])}" if "equal_right" in row else ""
-        return f"{percent(row['present_kept'], row['absent_told'])}{equal} (area under the curve {row['auc']:.3f})"
+        return f"{percent(row['present_kept'], row['absent_told'])} (area under the curve {row['auc']:.3f})"
 
     what = f"the most specific label of a photograph among {label['labels']} names, top-1 / top-5"
     lines = [[what, f"{label['images']:,}", percent(label["specific_top1"], label["specific_top5"])]]
@@ -165,10 +145,11 @@ def quality() -> str:
     lines.append([what, f"{caption['captions']:.0f}", recall])
     what = f"own captions to one of {clip['clips']} real clips, recall at 1 / 5"
     lines.append([what, f"{clip['queries']}", percent(clip["recall_at_1"], clip["recall_at_5"])])
-    for row in (row for row in parts["absent"] if row["images"] in (1, 20, 400)):
-        what = f"a label asked of {row['images']:.0f} photograph{'s' if row['images'] > 1 else ''}"
-        lines.append([f"{what}: there and above the weak score / absent and below it", "1,500 + 1,500", told(row)])
-    for row in parts["absent_clips"]:
+    for images in (1, 20, 400):
+        what = f"a label asked of {images} photograph{'s' if images > 1 else ''}"
+        found = told(parts["absent"][images])
+        lines.append([f"{what}: there and above the weak score / absent and below it", "1,500 + 1,500", found])
+    for row in parts["absent_clips"].values():
         what = "each clip alone" if row["clips"] == 1 else f"the {row['clips']} clips together"
         count = f"{row['present']} + {row['absent']}"
         lines.append([f"own captions and absent things asked of {what}: the same", count, told(row)])
@@ -179,12 +160,10 @@ def quality() -> str:
     few, most = keys["keyframes_auto"]
     what = f"{keys['clips']} real clips in a row: clips with a key-frame, K = 8 / automatic K ({few} to {most})"
     lines.append([what, f"{keys['draws']} draws", percent(keys["covered_k8"], keys["covered_auto"])])
-    rate = f"{fast['images_per_second_one_thread']:.0f} a second, {fast['megabytes']:.1f} MB"
-    lines.append(["frames on one thread (onnxruntime, fp32); size of the model", f"{fast['runs']} runs", rate])
     return table(["measured", "n", "value"], lines)
 
 
-SECTIONS = {"speed": speed, "keyframes": keyframes, "memory": memory, "library": library, "quality": quality}
+SECTIONS = {"speed": speed, "keyframes": keyframes, "library": library, "quality": quality}
 
 
 def filled(page: str) -> str:
@@ -198,65 +177,46 @@ def filled(page: str) -> str:
 
 # --- charts -----------------------------------------------------------------------------------------------------------
 
-_WIDTH, _LABELS, _ROW = 760, 210, 22
 _STYLE = """<style>
-.ground{fill:#ffffff}.text{fill:#1f2328}.soft{fill:#59636e}.own{fill:#1a7f64}.other{fill:#9aa4af}
-text{font:13px system-ui,sans-serif}.title{font-weight:600;font-size:15px}
-@media(prefers-color-scheme:dark){.ground{fill:#0d1117}.text{fill:#e6edf3}.soft{fill:#9198a1}.own{fill:#3fb68f}
+.ground{fill:#ffffff}text{font:13px system-ui,sans-serif;fill:#1f2328}.soft{fill:#59636e}.end{text-anchor:end}
+.title{font-weight:600;font-size:15px}.own{fill:#1a7f64}.other{fill:#9aa4af}
+@media(prefers-color-scheme:dark){.ground{fill:#0d1117}text{fill:#e6edf3}.soft{fill:#9198a1}.own{fill:#3fb68f}
 .other{fill:#5b6673}}
 </style>"""
 
 
-def bars(title: str, panels: Sequence[tuple[str, dict[str, float]]], notes: dict[str, str]) -> str:
-    """Horizontal bars of CPU-seconds as SVG, in light or dark as the reader's page; all panels share one scale."""
-    longest = max(value for _, panel in panels for value in panel.values())
-    parts, y = [_text(16, 30, title, "text title")], 50.0
-    for heading, panel in panels:
-        parts.append(_text(16, y + 14, heading, "soft"))
-        y += 30
-        for name, value in sorted(panel.items(), key=lambda item: item[1]):
-            length = max((_WIDTH - _LABELS - 166) * value / longest, 1.5)
-            kind = "own" if name.startswith("keyreel") else "other"
-            parts.append(_text(_LABELS - 8, y + 14, name, "text", anchor="end"))
-            box = f'x="{_LABELS}" y="{y + 2}" width="{length:.1f}" height="{_ROW - 6}" rx="2"'
-            parts.append(f'<rect class="{kind}" {box}/>')
-            parts.append(
-                _text(_LABELS + length + 7, y + 14, f"{number(value)} s{notes.get(heading + name, '')}", "text")
-            )
-            y += _ROW
-        y += 8
-    size = f'width="{_WIDTH}" height="{y + 16:.0f}"'
-    view = f'viewBox="0 0 {_WIDTH} {y + 16:.0f}" role="img" aria-label="{escape(title)}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {view}>'
+def chart() -> str:
+    """Decoding as horizontal bars of CPU-seconds, light or dark as the reader's page, each set on the same scale."""
+    title, y = "One frame a second of 1080p H.264: CPU-seconds, all cores", 50
+    found = groups("decode", codec="h264", height=1080)
+    longest = max(value["cpu_seconds"] for _, group in found for value in group.values())
+    parts = [_text(16, 30, title, "title")]
+    for params, group in found:
+        parts.append(_text(16, y + 14, f"{params['seconds']} s, a key frame every {params['gop']} frames", "soft"))
+        for name, value in sorted(group.items(), key=lambda item: item[1]["cpu_seconds"]):
+            y += 22
+            length, kind = 380 * value["cpu_seconds"] / longest, "own" if name.startswith("keyreel") else "other"
+            wrong = f", {value['wrong_frames']:.0f} wrong frames" if value["wrong_frames"] else ""
+            said = f"{number(value['cpu_seconds'])} s{wrong}"
+            parts += [
+                _text(202, y + 20, name, "end"),
+                f'<rect class="{kind}" x="210" y="{y + 8}" width="{length:.1f}" height="16" rx="2"/>',
+                _text(217 + length, y + 20, said, ""),
+            ]
+        y += 40
+    size = f'width="760" height="{y}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 760 {y}" role="img" aria-label="{title}">'
     return "\n".join([head, _STYLE, f'<rect class="ground" {size} rx="8"/>', *parts, "</svg>\n"])
 
 
-def _text(x: float, y: float, said: str, kind: str, *, anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(said)}</text>'
-
-
-def charts() -> dict[Path, str]:
-    """Path -> SVG."""
-    titles = {
-        "decode": "One frame a second of 1080p H.264: CPU-seconds",
-        "end_to_end": "From 1080p H.264 to one ViT-B/32 vector a second: CPU-seconds",
-    }
-    found = {}
-    for case, title in titles.items():
-        panels, notes = [], {}
-        for params, group in groups(case, codec="h264", height=1080):
-            heading = f"{params['seconds']} s, a key frame every {params['gop']} frames"
-            panels.append((heading, {name: metrics["cpu_seconds"]["median"] for name, metrics in group.items()}))
-            for name, metrics in group.items():
-                wrong = metrics.get("wrong_frames", {}).get("median", 0)
-                notes[heading + name] = f"  {wrong:.0f} wrong frames" if wrong else ""
-        found[CHARTS / f"{case}.svg"] = bars(title, panels, notes)
-    return found
+def _text(x: float, y: float, said: str, kind: str) -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{said}</text>'
 
 
 def main() -> None:
-    for path, text in {**charts(), **{page: filled(page.read_text("utf-8")) for page in PAGES}}.items():
-        path.write_text(text, encoding="utf-8")
+    CHART.write_text(chart(), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text("utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What a model finds: labels and captions of photographs, absent things, attention maps, captions of real clips.
 
-    python -m benchmarks.quality [--trainset DIR] [--model builtin] [--quick] [-o FILE]
-
 The photographs are the validation images of the built-in model's training set. The clips and their captions are those
 of quality_clips.json, written after a look at the clips and before the model was asked; a clip's score is the mean of
 eight frames spread over it. Captions and things that are in no clip are also searched for as users do, by the best
@@ -13,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from keyreel.runtime.bundle import Bundle
 from tests.concatenated import concatenate, stretches
 
 CLIPS = json.loads((ROOT / "benchmarks" / "quality_clips.json").read_text("utf-8"))
-FRAMES, BATCH, RUNS = 8, 16, 7
+FRAMES = 8
 
 
 def photographs(model: str, trainset: Path) -> Iterator[Row]:
@@ -92,27 +89,6 @@ def keyframes(engine: Engine, media: Path, draws: int) -> Row:
     return {**row, "keyframes_auto": [min(counts), max(counts)]}
 
 
-def speed(model: str) -> Row:
-    """Frames a second on one thread, in an engine's batches, on noise; seconds to a first text; size."""
-    rates, loads = [], []
-    for _ in range(RUNS):
-        began = time.perf_counter()
-        with Engine.from_pretrained(model, device="cpu", threads=1) as engine:
-            engine.encode_text("a dog")
-            loads.append(time.perf_counter() - began)
-            session, image = engine.backend.open_session(engine.bundle.file("backbone.onnx")), engine.bundle.image
-            random = np.random.default_rng(0)
-            feed = {"frames": random.integers(0, 256, (BATCH, image.height, image.width, 3), dtype=np.uint8)}
-            session.run(feed)
-            began = time.perf_counter()
-            session.run(feed)
-            rates.append(BATCH / (time.perf_counter() - began))
-    size = sum(path.stat().st_size for path in Bundle.find(model).folder.iterdir())
-    rate, load = round(float(np.median(rates)), 1), round(float(np.median(loads)), 4)
-    own = {"images_per_second_one_thread": rate, "load_seconds": load, "megabytes": round(size / 1e6, 2)}
-    return {"part": "speed", **own, "runs": RUNS}
-
-
 def parts(options: argparse.Namespace) -> Iterator[Row]:
     if options.trainset:
         yield from photographs(options.model, options.trainset)
@@ -125,7 +101,6 @@ def parts(options: argparse.Namespace) -> Iterator[Row]:
             yield told(engine, [([video], texts) for video, texts in zip(every, own, strict=True)])
             yield told(engine, [(every, [text for texts in own for text in texts])])
             yield keyframes(engine, options.media, 1 if options.quick else 10)
-    yield speed(options.model)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:

@@ -1,7 +1,5 @@
 """Key-frame selection: k-means beside scikit-learn, and key-frames of videos whose scenes are known.
 
-    python -m benchmarks.select [--quick] [-o FILE]
-
 Case "select": T unit vectors in K clusters. `objective` is the mean cosine of a frame to the mean direction of its
 cluster, from the labels alone: more is better. "scenes" are vectors as a video's frames have them: as many scenes as
 clusters, of all lengths, in a narrow cone, each with a slow drift and noise. "cloud" has no structure but a subspace
@@ -79,9 +77,6 @@ def keyreel(x: Any, count: int) -> peers.Run:
     return cluster
 
 
-# --- planted scenes ---------------------------------------------------------------------------------------------------
-
-
 def keyreel_keyframes(x: Any, draw: int, *, count: int | None) -> list[int]:
     from keyreel import SelectConfig
     from keyreel.select import select_keyframes
@@ -103,18 +98,19 @@ def scikit_learn_keyframes(x: Any, draw: int, *, n_init: int) -> list[int]:
 
 
 def every_draw(way: Callable[[Any, int], list[int]], draws: int) -> peers.Run:
-    """Figures of each draw: scenes, coverage, flash frames, key-frames, CPU-seconds."""
+    """Scenes, coverage, flash frames, key-frames and CPU-seconds of each draw."""
     from threadpoolctl import threadpool_limits
 
-    threadpool_limits(1)
     videos = [planted(draw) for draw in range(draws)]
+    way(videos[0][0], 0)  # loads the libraries whose threads are limited
+    threadpool_limits(1)
 
     def one(draw: int, x: Any, scene: Any) -> tuple[float, ...]:
         began = time.process_time()
         chosen = way(x, draw)
-        seconds = time.process_time() - began
+        seconds, seen = time.process_time() - began, scene[chosen]
         covered = float((x[scene >= 0] @ x[chosen].T).max(1).mean())
-        return len(set(scene[chosen].tolist()) - {-1}), covered, int((scene[chosen] < 0).sum()), len(chosen), seconds
+        return len(set(seen.tolist()) - {-1}), covered, int((seen < 0).sum()), len(chosen), seconds
 
     return lambda: np.array([one(draw, *video) for draw, video in enumerate(videos)])
 

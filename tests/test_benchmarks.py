@@ -31,7 +31,7 @@ def ran(script: str, output: Path, *words: str) -> subprocess.CompletedProcess[s
         ("select", {"select", "keyframes"}),
         ("search", {"library"}),
         ("index", {"index", "load"}),
-        ("end_to_end", {"end_to_end", "memory"}),
+        ("end_to_end", {"end_to_end"}),
         ("quality", {"quality"}),
     ],
 )
