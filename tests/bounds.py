@@ -46,9 +46,6 @@ KERNEL_LEVELS = 1
 # coefficients have 14 bits. Found: 0.03 to 0.31, median 0.
 SWSCALE_MEAN_LEVELS = 0.5
 
-# Neighbouring halves, relative to their size: where values that are equal in float32 may be rounded to.
-HALF = 2**-10
-
 # Cosine between the built-in model's vectors of our pictures and of those that open_clip makes of the whole RGB frame.
 # Found: 0.9998 and more for camera pictures, 0.9995 for test patterns; without a filter 0.998.
 SAME_PICTURE_COSINE = 0.999

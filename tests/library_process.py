@@ -17,7 +17,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from keyreel.library.store import Store
+from keyreel.library import upkeep
+from keyreel.library.table import Tables
 from keyreel.library.types import Extras, Preview, Record, Rows
 
 WIDTH = 16
@@ -25,7 +26,7 @@ MODEL = {"model": "made-up", "model_sha256": "ab" * 32, "width": WIDTH}
 VIDEOS = 10
 
 
-def made(number: int, state: int) -> tuple[Record, Rows, Extras]:
+def made(number: int, state: int) -> tuple[Record, Rows, tuple[Preview, ...], Extras]:
     """Video `number` after `state` changes; always the same, but for the generation."""
     rng = np.random.default_rng([number, state])
     count = 3 + number % 4
@@ -33,14 +34,14 @@ def made(number: int, state: int) -> tuple[Record, Rows, Extras]:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     times = np.sort(rng.random(count)) * 10
     attention = rng.random(4).astype(np.float32)
-    shown = [Preview(float(times[row]), rng.bytes(200), attention / attention.sum()) for row in (0, count - 1)]
+    shown = tuple(Preview(float(times[row]), rng.bytes(200), attention / attention.sum()) for row in (0, count - 1))
     rows = Rows(
         pts_seconds=times,
         frame_index=np.arange(count) * 12,
         vectors=vectors,
         shot=np.arange(count) // 2,
+        keyframe=np.isin(np.arange(count), (0, count - 1)),
         weight=rng.random(count).astype(np.float32),
-        previews=tuple(shown),
     )
     record = Record(
         id=f"id{number}",
@@ -63,7 +64,7 @@ def made(number: int, state: int) -> tuple[Record, Rows, Extras]:
         model="made-up",
         model_sha256="ab" * 32,
     )
-    return record, rows, Extras(rng.bytes(500), f"WEBVTT {number}", {"pts_seconds": [0.1 * number], "shot": [0]})
+    return record, rows, shown, Extras(rng.bytes(500), f"WEBVTT {number}", {"pts_seconds": [0.1 * number], "shot": [0]})
 
 
 def target(round: int) -> dict[str, tuple[int, int]]:
@@ -72,9 +73,9 @@ def target(round: int) -> dict[str, tuple[int, int]]:
     return {f"id{n}": (n, rng.randrange(1, 4)) for n in range(VIDEOS) if rng.random() < 0.8}
 
 
-def steps(store: Store, round: int) -> Iterator[tuple[str, str]]:
+def steps(tables: Tables, round: int) -> Iterator[tuple[str, str]]:
     """What is still to do: ("put", fingerprint) or ("drop", id); a compaction now and then."""
-    wanted, there = target(round), {record.id: record.fingerprint for record in store.records()}
+    wanted, there = target(round), {record.id: record.fingerprint for record in tables.records()}
     for id, fingerprint in there.items():
         if id not in wanted:
             yield "drop", id
@@ -84,24 +85,29 @@ def steps(store: Store, round: int) -> Iterator[tuple[str, str]]:
     yield from (("put", "{}:{}".format(*wanted[id])) for id in wanted if id not in there)
 
 
-def do(store: Store, verb: str, what: str) -> None:
+def put(tables: Tables, number: int, state: int) -> None:
+    tables.put(*made(number, state))
+    upkeep.tidy(tables, 6)
+
+
+def do(tables: Tables, verb: str, what: str) -> None:
     if verb == "put":
-        store.put(*made(*map(int, what.split(":"))))
+        put(tables, *map(int, what.split(":")))
     elif verb == "drop":
-        store.drop([what])
+        tables.drop([what])
     else:
-        store.compact(alone=what == "alone")
+        upkeep.compact(tables, alone=what == "alone")
 
 
-def check(store: Store) -> int:
+def check(tables: Tables) -> int:
     """Reads all that the records name and compares it with what was written; how many videos there were."""
-    records = store.records()
-    blocks = {block.generation: block for block in store.vectors([record.generation for record in records])}
+    records = tables.records()
+    found = dict(tables.rows([record.generation for record in records]))
     for record in (one for one in records if one.status == "ok"):
         number, state = map(int, record.fingerprint.split(":"))
-        block, rows = blocks[record.generation], made(number, state)[1]
-        np.testing.assert_array_equal(block.pts_seconds, rows.pts_seconds)
-        np.testing.assert_allclose(block.vectors, rows.vectors, atol=1e-3)
+        rows, expected = found[record.generation], made(number, state)[1]
+        np.testing.assert_array_equal(rows.pts_seconds, expected.pts_seconds)
+        np.testing.assert_allclose(rows.vectors, expected.vectors, atol=1e-3)
     return len(records)
 
 
@@ -112,26 +118,26 @@ def main(folder: str, action: str, *numbers: str) -> None:
         sys.stdout.flush()
 
     first, *more = map(int, numbers)
-    store = Store(folder, compact_every=6)
+    tables = Tables(folder)
     importlib.import_module("lancedb")  # which takes seconds: from here on there is something to be killed
     say("ready")
     if action == "sync":
-        store.create(**MODEL)
+        tables.create(**MODEL)
         for round in range(first, first + 1000):
-            for verb, what in steps(store, round):
+            for verb, what in steps(tables, round):
                 say("begin", verb, what)
-                do(store, verb, what)
+                do(tables, verb, what)
                 say("done", verb, what)
     elif action == "write":
-        store.create(**MODEL)
+        tables.create(**MODEL)
         for number in range(first, first + more[0]):
-            store.put(*made(number, 1))
-            store.put(*made(999, number))  # which others write too
-            store.put(*made(number, 2))
-        store.drop([f"id{first}"])
+            put(tables, number, 1)
+            put(tables, 999, number)  # which others write too
+            put(tables, number, 2)
+        tables.drop([f"id{first}"])
         say("done")
     elif action == "read":
-        say("done", [check(store) for _ in range(first)][-1])
+        say("done", [check(tables) for _ in range(first)][-1])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import av
 import numpy as np
+from planted import embedding_of, unit
 
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
-from keyreel.types import Embedding, KeyFrame, Shot, Summary
+from keyreel.types import KeyFrame, Shot, Summary
 
 BEEP_SECONDS = 0.1
 TONE_HZ = 1000
@@ -40,18 +42,10 @@ def write_clip(
     sound_starts: float = 0.0,
     colours: Sequence[tuple[int, int, int]] | None = None,
 ) -> Path:
-    """Writes a clip that is white for 0.1 s at each flash, with a beep at the same times.
+    """Writes a clip that is white for 0.1 s at each flash, with a beep at the same times; grey or `colours` else.
 
-    Args:
-        path: its suffix says the container.
-        frame_times: pts of each frame in seconds, rising; rounded to milliseconds.
-        flashes: seconds.
-        size: (height, width).
-        sound: FFmpeg's name of the encoder, None for a silent clip.
-        rate: samples a second.
-        silent: [start, stop) seconds of which no sound is written, a gap in the pts.
-        sound_starts: seconds before which no sound is written.
-        colours: of the frames, one each, instead of grey.
+    Times are seconds, those of frames are rounded to milliseconds. No sound is written in [start, stop) of `silent`
+    and before `sound_starts`. The path's suffix is the container, `sound` FFmpeg's name of the encoder.
     """
     length = frame_times[-1] + 0.04
     with av.open(str(path), "w") as out:
@@ -126,58 +120,38 @@ def make_summary(
     keyframes: int = 4,
     fps: float = 4.0,
     shots: Sequence[float] = (),
-    grid: tuple[int, int] = (7, 7),
     warnings: tuple[str, ...] = (),
 ) -> Summary:
-    """A summary of a real clip whose key-frames are evenly spread and whose vectors and maps are made up.
+    """A summary of a real clip with made-up vectors, evenly spread key-frames, cuts at `shots`.
 
-    Args:
-        source: of the clip.
-        keyframes: how many.
-        fps: sampled frames a second.
-        shots: seconds of the cuts.
-        grid: of the attention maps; each has one bump that walks from corner to corner.
-        warnings: as given.
+    Each attention map has one bump that walks from corner to corner.
     """
     with FrameStream(source, Sampling("fps", fps=fps), transform=ImageTransform(8, 8, "squash")) as stream:
         batches = list(stream)
     pts = np.concatenate([batch.pts_seconds for batch in batches])
-    index = np.concatenate([batch.frame_index for batch in batches])
-    count, (rows, columns) = len(pts), grid
-    along = np.linspace(0, 1, count)[:, None, None]
-    y, x = np.mgrid[0:rows, 0:columns]
-    bump = np.exp(-((y - along * (rows - 1)) ** 2 + (x - along * (columns - 1)) ** 2) / 4) + 0.02
-    attention = (bump / bump.sum(axis=(1, 2), keepdims=True)).reshape(count, -1).astype(np.float32)
-    vectors = np.random.default_rng(0).normal(size=(count, 8))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    flat = np.full(count, 0.5, np.float32)
-    embedding = Embedding(
-        vectors.astype(np.float32),
-        pts,
-        index,
-        attention,
-        grid,
-        flat,
-        flat,
-        flat,
-        flat,
-        "made-up",
-        "0123456789abcdef" * 4,
+    count = len(pts)
+    y, x = np.mgrid[0:7, 0:7]
+    along = 6 * np.linspace(0, 1, count)[:, None, None]
+    bump = np.exp(-((y - along) ** 2 + (x - along) ** 2) / 4) + 0.02
+    embedding = dataclasses.replace(
+        embedding_of(unit(np.random.default_rng(0).normal(size=(count, 8)))),
+        pts_seconds=pts,
+        frame_index=np.concatenate([batch.frame_index for batch in batches]),
+        attention=(bump / bump.sum(axis=(1, 2), keepdims=True)).reshape(count, -1).astype(np.float32),
+        grid=(7, 7),
     )
-    rows_taken = np.unique(np.linspace(0, count - 1, keyframes + 2)[1:-1].round().astype(int))
-    weights = np.arange(1, len(rows_taken) + 1) / sum(range(1, len(rows_taken) + 1))
-    chosen = tuple(
-        KeyFrame(float(pts[row]), int(index[row]), number, float(weight), 0.9, 0.75, int(row))
-        for number, (row, weight) in enumerate(zip(rows_taken, weights, strict=True))
-    )
+    rows = np.unique(np.linspace(0, count - 1, keyframes + 2)[1:-1].round().astype(int))
+    weights = np.arange(1, len(rows) + 1) / sum(range(1, len(rows) + 1))
     info = source.probe()
     duration = info.duration_seconds or float(pts[-1])
-    ends = [0.0, *(cut for cut in shots if 0 < cut < duration), duration]
     return Summary(
         video=info,
         embedding=embedding,
-        keyframes=chosen,
-        shots=tuple(Shot(a, b) for a, b in itertools.pairwise(ends)),
+        keyframes=tuple(
+            KeyFrame(float(pts[row]), int(embedding.frame_index[row]), number, float(weight), 0.9, 0.75, int(row))
+            for number, (row, weight) in enumerate(zip(rows, weights, strict=True))
+        ),
+        shots=tuple(Shot(a, b) for a, b in itertools.pairwise([0.0, *shots, duration])),
         importance=(0.5 + 0.5 * np.sin(np.arange(count) / 3)).astype(np.float32),
         device="cpu",
         device_reason="asked for",

@@ -187,7 +187,7 @@ def test_interrupted_goes_on_where_it_was(folder: Path, media: Callable[[str], P
 
 
 def test_options_of_ray(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from keyreel.cluster import ray
+    from keyreel.cluster import indexing
 
     given: dict[str, Any] = {}
 
@@ -195,7 +195,7 @@ def test_options_of_ray(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         given.update(options, paths=paths, uri=uri, config=config)
         options["tell"](Added(str(paths[0]), "added", None, None, 1.0))
 
-    monkeypatch.setattr(ray, "index", index)
+    monkeypatch.setattr(indexing, "index", index)
     flags = ("--library", tmp_path, "--workers", 3, "--fps", 1)
     for words, address in ((), None), (("auto",), "auto"), (("ray://head:10001",), "ray://head:10001"):
         found = document(schema_of(Index), "index", "--ray", *words, small / "a.mp4", *flags)
@@ -321,7 +321,7 @@ def test_remove_compact_verify_repair(library: Path, tmp_path: Path) -> None:
     copy = tmp_path / "lib"
     shutil.copytree(library, copy)
     assert document(schema_of(Verify), "library", "verify", copy)["findings"] == []
-    data = max(copy.glob("frames.lance/data/*"), key=lambda path: path.stat().st_size)
+    data = max(copy.glob("vectors.lance/data/*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:100])
     found = document(schema_of(Verify), "library", "verify", copy, code=6)
     assert found["findings"]

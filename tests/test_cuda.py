@@ -73,20 +73,6 @@ def test_each_variant_is_compiled_once(emulated: Cuda, written: Callable[[str], 
     assert sorted(made) == [(module.STANDARD, "-DPLUS=1"), (module.STANDARD, "-DPLUS=2")]
 
 
-def test_wrong_arguments_are_seen_before_they_do_harm(emulated: Cuda, written: Callable[[str], str]) -> None:
-    """On a device they would be read as something else."""
-    file = written(HEAD + SUM)
-    x = emulated.to_device(np.zeros(32, np.float32))
-    for args, message in (
-        ((x, np.int32(1)), "takes 3 arguments"),
-        ((x, np.int64(1), x), "argument 1 has 8 bytes, the kernel takes 4"),
-        ((x, 1, x), "NumPy scalars"),
-        ((np.zeros(32, np.float32), np.int32(1), x), "ndarray"),
-    ):
-        with pytest.raises((RuntimeError, TypeError), match=message):
-            emulated.launch(file, "kernel", (1,), (32,), args, defines=(("PLUS", 0),))
-
-
 def test_shared_memory_has_a_limit_and_must_be_asked_for(cuda: Cuda, written: Callable[[str], str]) -> None:
     fill = "    KR_SHARED(int, all);\n    for (int i = threadIdx.x; i < n; i += blockDim.x) all[i] = i;\n"
     last = "    __syncthreads();\n    if (threadIdx.x == 0) *out = all[n - 1];\n}\n"
@@ -173,30 +159,6 @@ def test_nothing_leaves_by_itself(cuda: Cuda) -> None:
             there + np.arange(3.0)
 
 
-def test_the_emulation_refuses_what_would_copy(emulated: Cuda) -> None:
-    """CuPy copies a number down for these without a word: on the CPU they are errors."""
-    one = emulated.to_device(np.ones(1))
-    attempts: list[Callable[[Any], Any]] = [bool, int, float, lambda x: range(3)[x], lambda x: np.zeros(3)[x]]
-    for attempt in attempts:
-        with pytest.raises((TypeError, IndexError)):
-            attempt(one)
-    with pytest.raises(AttributeError):
-        emulated.cupy.no_such_function  # noqa: B018
-
-
-def test_the_scope_is_entered_again_and_left_in_order(emulated: Cuda) -> None:
-    depths = []
-    with emulated.scope():
-        depths.append(emulated.stream.depth)
-        with emulated.scope():
-            depths.append(emulated.stream.depth)
-            emulated.to_device(np.zeros(2))
-        depths.append(emulated.stream.depth)
-    with pytest.raises(KeyError), emulated.scope():
-        raise KeyError
-    assert [*depths, emulated.stream.depth] == [1, 2, 1, 0]
-
-
 def test_a_device_shared_by_threads(cuda: Cuda) -> None:
     def work(number: int) -> None:
         frames = np.random.default_rng(number).integers(0, 256, (1, 8, 9, 3), np.uint8)
@@ -258,52 +220,3 @@ def test_halves_are_converted_as_numpy_does(cuda: Cuda, written: Callable[[str],
         cuda.launch(file, "kernel", (1,), (64,), (cuda.to_device(x), halves, back, np.int32(len(x))))
     np.testing.assert_array_equal(cuda.to_host(halves).view(np.uint16), x.astype(np.float16).view(np.uint16))
     np.testing.assert_array_equal(cuda.to_host(back), x.astype(np.float16).astype(np.float32))
-
-
-@pytest.mark.full
-def test_the_blocks_of_a_cluster_meet(cuda: Cuda, written: Callable[[str], str]) -> None:
-    size = 4 if cuda.capability >= (9, 0) else 1
-    file = written(
-        "KR_CLUSTER_KERNEL kernel(int* there, int* out) {\n"
-        "    there[blockIdx.x * 32 + threadIdx.x] = blockIdx.x * 100 + threadIdx.x;\n"
-        "    kr_cluster_sync();\n"
-        "    const unsigned next = blockIdx.x / CLUSTER * CLUSTER + (kr_cluster_rank() + 1) % CLUSTER;\n"
-        "    out[blockIdx.x * 32 + threadIdx.x] = there[next * 32 + threadIdx.x];\n}\n"
-    )
-    with cuda.scope():
-        there, out = (cuda.to_device(np.zeros((3 * size, 32), np.int32)) for _ in range(2))
-        cuda.launch(file, "kernel", (3 * size,), (32,), (there, out), defines=(("CLUSTER", size),))
-    block = np.arange(3 * size)
-    expected = (block // size * size + (block + 1) % size)[:, None] * 100 + np.arange(32)
-    np.testing.assert_array_equal(cuda.to_host(out), expected)
-
-
-@pytest.mark.full
-def test_copies_arrive(cuda: Cuda, written: Callable[[str], str]) -> None:
-    file = written(
-        HEAD + "(const uint4* from, uint4* to) {\n"
-        "    KR_SHARED(uint4, held);\n"
-        "    kr_copy_async_16(held + threadIdx.x, from + threadIdx.x);\n"
-        "    kr_copy_wait();\n"
-        "    __syncthreads();\n"
-        "    to[threadIdx.x] = held[31 - threadIdx.x];\n}\n"
-    )
-    numbers = np.arange(128, dtype=np.uint32).reshape(32, 4)
-    with cuda.scope():
-        out = cuda.to_device(np.zeros_like(numbers))
-        cuda.launch(file, "kernel", (1,), (32,), (cuda.to_device(numbers), out), shared=512)
-    np.testing.assert_array_equal(cuda.to_host(out), numbers[::-1])
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("barrier", "waiting"),
-    [("__syncthreads()", "0 threads wait for their warp, 40 for their block"), ("__syncwarp()", "8 threads wait for")],
-)
-def test_a_barrier_that_not_all_reach_is_reported(
-    emulated: Cuda, written: Callable[[str], str], barrier: str, waiting: str
-) -> None:
-    """On a device it may hang, or pass."""
-    file = written(HEAD + "(int* out) {\n    if (threadIdx.x < 40) " + barrier + ";\n    out[threadIdx.x] = 1;\n}\n")
-    with pytest.raises(RuntimeError, match=waiting):
-        emulated.launch(file, "kernel", (1,), (64,), (emulated.to_device(np.zeros(64, np.int32)),))

@@ -22,7 +22,6 @@ from keyreel.decode import nvdec_pool
 from keyreel.decode.nvdec import pool_of
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
-from keyreel.errors import OutOfMemory
 from keyreel.runtime import backend
 from keyreel.runtime.backend import CUDA_BATCH, Backend, resolve
 from keyreel.runtime.bundle import Bundle
@@ -169,18 +168,6 @@ def test_frames_on_the_device_give_vectors_on_the_device(
     assert cosine.min() > 0.999
     assert isinstance(engine.embed(frames), np.ndarray)
     assert cuda.bytes_to_host > before
-
-
-def test_full_memory(engine: keyreel.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    class OutOfMemoryError(MemoryError):
-        pass
-
-    def full(*_: object) -> None:
-        raise OutOfMemoryError("Out of memory allocating 1 bytes")
-
-    monkeypatch.setattr(engine, "_fitted", full)
-    with pytest.raises(OutOfMemory, match="--batch-size"):
-        engine.embed(np.zeros((1, 8, 8, 3), np.uint8))
 
 
 def test_warming_up_runs_everything_once(engine: keyreel.Engine, monkeypatch: pytest.MonkeyPatch) -> None:

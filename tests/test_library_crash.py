@@ -17,10 +17,14 @@ from pathlib import Path
 
 import library_process
 import pytest
-from library_process import MODEL, check, do, made, steps, target
+from library_process import MODEL, check, do, put, steps, target
 
 from keyreel.errors import LibraryError
-from keyreel.library.store import Store
+from keyreel.library.schema import TABLES
+from keyreel.library.table import Tables
+from keyreel.library.upkeep import compact, verify
+
+pytestmark = pytest.mark.full
 
 KILLS = int(os.environ.get("KEYREEL_KILLS", "12"))
 
@@ -36,16 +40,15 @@ def apply(state: dict[str, str], verb: str, what: str) -> dict[str, str]:
     return {id: fingerprint for id, fingerprint in state.items() if verb != "drop" or id != what}
 
 
-def content(store: Store) -> dict[str, object]:
+def content(store: Tables) -> dict[str, object]:
     """All that a library says, but for the generations and when it was written."""
     everything: dict[str, object] = {}
     for record in store.records():
-        (block,) = store.vectors([record.generation])
-        arrays = {name: getattr(block, name).tolist() for name in ("pts_seconds", "frame_index", "vectors", "shot")}
-        arrays |= {"keyframe": block.keyframe.tolist(), "weight": block.weight.tolist()}
+        ((_, rows),) = store.rows([record.generation])
+        arrays = {name: getattr(rows, name).tolist() for name in rows.__slots__}
         shown = [(one.pts_seconds, one.jpeg, one.attention.tolist()) for one in store.previews(record.generation)]
         known = {name: getattr(record, name) for name in record.__slots__ if name not in ("generation", "indexed_at")}
-        everything[record.id] = (known, arrays, shown, store.extras(record.id))
+        everything[record.id] = (known, arrays, shown, store.extras(record.generation))
     return everything
 
 
@@ -53,7 +56,7 @@ def test_two_writers_and_readers_at_once(tmp_path: Path) -> None:
     """All start at once, so that the writers also make the library at the same time."""
     folder, each = tmp_path / "library", 12
     writers = [start(folder, "write", first, each) for first in (0, 100)]
-    own = Store(str(folder))
+    own = Tables(str(folder))
     while not own.exists():
         assert any(child.poll() is None for child in writers)
         time.sleep(0.01)
@@ -74,29 +77,29 @@ def test_two_writers_and_readers_at_once(tmp_path: Path) -> None:
     assert shared.pop("id999") in {f"999:{first + each - 1}" for first in (0, 100)}
     assert shared == expected
     assert check(own) == len(expected) + 1
-    assert own.verify() == ()
+    assert verify(own) == ()
     # The writers put small files together while the others were at work.
-    assert max(own.table(name).stats()["fragment_stats"]["num_fragments"] for name in ("frames", "videos")) < 30
-    own.compact(alone=True)
+    assert max(own.table(name).stats()["fragment_stats"]["num_fragments"] for name in TABLES) < 30
+    compact(own, alone=True)
     assert check(own) == len(expected) + 1
 
 
 def five(folder: Path) -> dict[str, str]:
-    store = Store(str(folder))
+    store = Tables(str(folder))
     store.create(**MODEL)
     for number in range(5):
-        store.put(*made(number, 1))
+        put(store, number, 1)
     return fingerprints(store)
 
 
-def fingerprints(store: Store) -> dict[str, str]:
+def fingerprints(store: Tables) -> dict[str, str]:
     return {record.id: record.fingerprint for record in store.records()}
 
 
 def put_until_full(folder: Path) -> None:
-    store = Store(str(folder))
+    store = Tables(str(folder))
     for number in range(100, 500):
-        store.put(*made(number, 1))
+        put(store, number, 1)
 
 
 @pytest.mark.parametrize("limit", [1700, 4500, 5790])
@@ -108,11 +111,11 @@ def test_no_file_can_grow(tmp_path: Path, limit: int) -> None:
     before = five(tmp_path)
     with no_file_beyond(limit), pytest.raises(LibraryError, match=r"cannot be written: .*(too large|cut short)"):
         put_until_full(tmp_path)
-    store = Store(str(tmp_path))
+    store = Tables(str(tmp_path))
     assert before.items() <= fingerprints(store).items()
-    assert store.verify() == ()
+    assert verify(store) == ()
     there = check(store)
-    store.put(*made(50, 1))
+    put(store, 50, 1)
     assert check(store) == there + 1
 
 
@@ -121,14 +124,14 @@ def test_no_file_can_grow_while_compacting(tmp_path: Path, limit: int) -> None:
     """The rows of five videos have some 13000 bytes in one file."""
     before = five(tmp_path)
     with no_file_beyond(limit), pytest.raises(LibraryError, match=r"cannot be written: .*(too large|cut short)"):
-        Store(str(tmp_path)).compact(alone=True)
-    store = Store(str(tmp_path))
+        compact(Tables(str(tmp_path)), alone=True)
+    store = Tables(str(tmp_path))
     for _ in range(2):
         assert fingerprints(store) == before
-        assert store.verify() == ()
+        assert verify(store) == ()
         assert check(store) == 5
-        store.compact(alone=True)
-    assert store.table("frames").stats()["fragment_stats"]["num_fragments"] == 1
+        compact(store, alone=True)
+    assert store.table("vectors").stats()["fragment_stats"]["num_fragments"] == 1
 
 
 @contextmanager
@@ -152,17 +155,17 @@ def test_full_disk(tmp_path: Path) -> None:
         with pytest.raises(LibraryError, match=r"cannot be written: .* are needed, .* are free"):
             put_until_full(disk / "library")
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free))  # somebody else takes the rest
-        store = Store(str(disk / "library"))
-        for act in (store.compact, lambda: store.put(*made(50, 1)), lambda: store.drop(["id0"])):
+        store = Tables(str(disk / "library"))
+        for act in (lambda: compact(store), lambda: put(store, 50, 1), lambda: store.drop(["id0"])):
             with pytest.raises(LibraryError, match="cannot be written"):
                 act()
         assert before.items() <= fingerprints(store).items()
         there = check(store)
         (disk / "filler").unlink()
         subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
-        store.put(*made(50, 1))
-        store.compact(alone=True)
-        assert Store(store.uri).verify() == ()
+        put(store, 50, 1)
+        compact(store, alone=True)
+        assert verify(Tables(store.uri)) == ()
         assert check(store) == there + 1
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
@@ -190,31 +193,31 @@ def test_killed_at_any_point(tmp_path: Path) -> None:
         for line in (one for one in lines if one.endswith("\n")):
             word, *step = line.split()[:3]
             after, begun = (after, step) if word == "begin" else (apply(after, *step), None)
-        store = Store(str(where))
+        store = Tables(str(where))
         there = fingerprints(store) if store.exists() else {}
         assert there in ([after, apply(after, *begun)] if begun else [after]), (kill, begun)
-        assert not store.exists() or (store.verify() == () and check(store) == len(there))
+        assert not store.exists() or (verify(store) == () and check(store) == len(there))
         met[begun[0] if begun else "between" if lines else "create"] += 1
         if fresh:
             store.create(**MODEL)
-            store.put(*made(1, 3))
+            put(store, 1, 3)
             assert fingerprints(store) == there | {"id1": "1:3"}
         else:
             state, round = there, round + 1
     assert sum(met.values()) == KILLS
     assert sum(met[verb] for verb in ("put", "drop", "compact")) >= KILLS // 2
-    undisturbed = Store(str(tmp_path / "undisturbed"))
-    disturbed = Store(str(folder))
+    undisturbed = Tables(str(tmp_path / "undisturbed"))
+    disturbed = Tables(str(folder))
     done = []
     for store in (undisturbed, disturbed):
         store.create(**MODEL)
         done.append([step for step in steps(store, round) if step[0] == "put"])
         for step in list(steps(store, round)):
             do(store, *step)
-        store.compact(alone=True)
+        compact(store, alone=True)
         assert not [step for step in steps(store, round) if step[0] != "compact"]
-        assert store.table("frames").count_rows() == sum(record.frames for record in store.records())
-        assert store.table("videos").count_rows() == len(target(round))
+        assert store.table("vectors").count_rows() == sum(record.frames for record in store.records())
+        assert store.table("records").count_rows() == len(target(round))
     assert content(disturbed) == content(undisturbed)
     # Only what was missing was written.
     kept = {fingerprint for id, fingerprint in state.items()}

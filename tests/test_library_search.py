@@ -7,7 +7,6 @@ import fnmatch
 import itertools
 import math
 import threading
-import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from hypothesis import strategies as st
 
 from keyreel.config import LibraryConfig
 from keyreel.errors import Damaged, LibraryError
-from keyreel.library import matrix, scores
-from keyreel.library.query import Searcher, fits
-from keyreel.library.store import Store
-from keyreel.library.types import Block, Example, Filter, LibraryHit, Record, Rows
+from keyreel.library import ranking, vectors
+from keyreel.library.ranking import TEMPERATURE
+from keyreel.library.search import SearchIndex, fits
+from keyreel.library.table import Tables
+from keyreel.library.types import Example, Filter, LibraryHit, Record, Rows
 from keyreel.runtime.backend import Backend, resolve
 from keyreel.search import moments
 from keyreel.types import Shot
@@ -38,37 +38,34 @@ CONFIG = LibraryConfig()
 
 
 class Memory:
-    """What a search needs of a store, in dictionaries."""
+    """What a search needs of the tables, in dictionaries."""
 
     def __init__(self, width: int = 8) -> None:
         self.width, self.commits, self.uri = width, 0, "memory"
         self.videos: dict[str, Record] = {}
-        self.blocks: dict[str, Block] = {}
+        self.blocks: dict[str, Rows] = {}
 
     def model(self) -> tuple[str, str, int]:
         return "made up", "0" * 64, self.width
 
-    def version(self) -> tuple[int, ...]:
-        return (self.commits,)
+    def version(self) -> int:
+        return self.commits
 
     def records(self, ids: Sequence[str] | None = None) -> list[Record]:
         chosen = [record for record in self.videos.values() if ids is None or record.id in ids]
         return sorted(chosen, key=lambda record: record.path)
 
-    def vectors(self, generations: Sequence[str]) -> Iterator[Block]:
+    def rows(self, generations: Sequence[str]) -> Iterator[tuple[str, Rows]]:
         for name in generations:
             if name in self.blocks:
-                yield self.blocks[name]
+                yield name, self.blocks[name]
 
-    def table(self, name: str) -> Any:
-        raise AssertionError(f"{name}: a library in memory has no tables")
-
-    def put(self, record: Record, block: Block | None) -> None:
+    def put(self, record: Record, block: Rows | None) -> None:
         old = self.videos.get(record.id)
         self.videos[record.id] = record
         if block is not None:
-            self.blocks[block.generation] = block
-            if old is not None and old.generation != block.generation:
+            self.blocks[record.generation] = block
+            if old is not None and old.generation != record.generation:
                 self.blocks.pop(old.generation, None)
         self.commits += 1
 
@@ -77,7 +74,7 @@ class Memory:
         self.commits += 1
 
 
-Video = tuple[Record, Block]
+Video = tuple[Record, Rows]
 
 
 def video(name: str, vectors: Any, *, generation: str | None = None, step: float = 0.5, **about: Any) -> Video:
@@ -111,7 +108,7 @@ def video(name: str, vectors: Any, *, generation: str | None = None, step: float
     assert not about, about
     keyframe = np.arange(count) % 3 == 1
     index, weight = np.arange(count), np.ones(count, np.float32)
-    return record, Block(record.generation, pts, index, vectors, np.zeros(count, np.int64), keyframe, weight)
+    return record, Rows(pts, index, vectors, np.zeros(count, np.int64), keyframe, weight)
 
 
 def stored(videos: Sequence[Video]) -> Memory:
@@ -166,13 +163,13 @@ class Look:
     """The frames of one video that a search may see, and their scores."""
 
     record: Record
-    block: Block
+    block: Rows
     rows: list[int]
     scores: list[float]
 
     @property
     def pooled(self) -> float:
-        tau, peak = CONFIG.pooling_temperature, max(self.scores)
+        tau, peak = TEMPERATURE, max(self.scores)
         shares = [math.exp((score - peak) / tau) for score in self.scores]
         return math.fsum(a * b for a, b in zip(shares, self.scores, strict=True)) / math.fsum(shares)
 
@@ -205,7 +202,7 @@ def looks(store: Any, query: Any, where: Filter) -> list[Look]:
     for record in store.records():
         if record.status != "ok" or not record.frames or not allowed(record, where):
             continue
-        (block,) = store.vectors([record.generation])
+        ((_, block),) = store.rows([record.generation])
         low = -math.inf if where.start_seconds is None else where.start_seconds
         high = math.inf if where.stop_seconds is None else where.stop_seconds
         rows = [n for n, time in enumerate(block.pts_seconds) if low <= time < high]
@@ -253,8 +250,8 @@ def same(found: Sequence[LibraryHit], expected: Sequence[LibraryHit], within: fl
 def small_blocks() -> Any:
     """The edges of blocks, segments and threads, in libraries of a few rows."""
     return (
-        patch.multiple(scores, BLOCK_ROWS=4, GAP_ROWS=2, THREADED_PARTS=2),
-        patch.multiple(matrix, LEAST_ROWS=4, MOST_ROWS=16),
+        patch.multiple(ranking, BLOCK_ROWS=4, GAP_ROWS=2, THREADED_PARTS=2),
+        patch.multiple(vectors, SPARE_ROWS=4),
     )
 
 
@@ -308,13 +305,12 @@ def test_the_answers_are_those_of_brute_force(
     config = dataclasses.replace(CONFIG, fold_similarity=fold)
     blocks, segments = small_blocks()
     with blocks, segments:
-        searcher = Searcher(store, config)
+        searcher = SearchIndex(store, config)
         together = searcher.hits(queries, k, where)
-        ranked = searcher.videos(queries, k, 3, where)
+        ranked = [searcher.videos(query, k, 3, where) for query in queries]
         for n, query in enumerate(queries):
             same(together[n], brute_hits(store, query, k, where, fold))
             assert searcher.hits(query[None], k, where) == [together[n]]
-            assert searcher.videos(query[None], k, 3, where) == [ranked[n]]
             # Pooled scores of different videos may differ by less than float64 can tell.
             expected = brute_videos(store, query, len(videos), 3, where)
             assert [hit.score for hit in ranked[n]] == pytest.approx([one[0] for one in expected[:k]], abs=1e-12)
@@ -334,10 +330,10 @@ def made_up(seed: int, count: int, width: int) -> list[Video]:
     return [video(f"v{n:03d}", scenes(draw, int(draw.integers(1, 90)), width)) for n in range(count)]
 
 
-def check_against_brute_force(searcher: Searcher, store: Any, queries: Any) -> None:
+def check_against_brute_force(searcher: SearchIndex, store: Any, queries: Any) -> None:
     where = Filter(start_seconds=2.0, stop_seconds=20.0)
     for chosen in (NO_FILTER, where):
-        found, ranked = searcher.hits(queries, 12, chosen), searcher.videos(queries, 7, 2, chosen)
+        found, ranked = searcher.hits(queries, 12, chosen), [searcher.videos(one, 7, 2, chosen) for one in queries]
         for n, query in enumerate(queries):
             same(found[n], brute_hits(store, query, 12, chosen), FLOAT32)
             expected = brute_videos(store, query, 7, 2, chosen)
@@ -353,23 +349,23 @@ def test_vectors_without_ties(queries: int) -> None:
     asked = unit(np.random.default_rng(2).normal(size=(queries, 64)))
     blocks, segments = small_blocks()
     with blocks, segments:
-        check_against_brute_force(Searcher(store, CONFIG), store, asked)
-    check_against_brute_force(Searcher(store, CONFIG, resolve("cpu")), store, asked)
+        check_against_brute_force(SearchIndex(store, CONFIG), store, asked)
+    check_against_brute_force(SearchIndex(store, CONFIG, resolve("cpu")), store, asked)
 
 
 def test_on_a_device(cuda: Cuda) -> None:
     store = stored(made_up(3, 30, 64))
     asked = unit(np.random.default_rng(4).normal(size=(3, 64)))
     before = cuda.bytes_to_host
-    searcher = Searcher(store, CONFIG, device_backend(cuda))
-    assert searcher.hits(asked, 3) == Searcher(store, CONFIG, device_backend(cuda)).hits(asked, 3)
+    searcher = SearchIndex(store, CONFIG, device_backend(cuda))
+    assert searcher.hits(asked, 3) == SearchIndex(store, CONFIG, device_backend(cuda)).hits(asked, 3)
     rows = sum(len(block) for block in store.blocks.values())
     assert cuda.bytes_to_host - before < rows * 64 * 4  # scores come down, the vectors stay
     check_against_brute_force(searcher, store, asked)
     np.testing.assert_array_equal(searcher.vector(Example("v004", 0.2)), store.blocks["v004-1"].vectors[0])
     # Renewed there too: a segment that is half empty is written anew on the device.
-    with patch.multiple(matrix, LEAST_ROWS=64, MOST_ROWS=256):
-        searcher = Searcher(store, CONFIG, device_backend(cuda))
+    with patch.multiple(vectors, SPARE_ROWS=64):
+        searcher = SearchIndex(store, CONFIG, device_backend(cuda))
         searcher.hits(asked, 1)
         for n in range(0, 30, 2):
             store.drop(f"v{n:03d}")
@@ -384,15 +380,15 @@ def test_a_moment_is_shown_by_the_nearest_keyframe_of_its_shot() -> None:
     east, north, up = np.eye(3, 8)
     # Key-frames at 0.5, 2.0, 3.5; cuts at 2.4 and 4.9.
     store = stored([video("v", [up, north, up, up, up, east, up, up, up, up, north])])
-    (hits,) = Searcher(store, CONFIG).hits(np.stack([east]).astype(np.float32), 1)
+    (hits,) = SearchIndex(store, CONFIG).hits(np.stack([east]).astype(np.float32), 1)
     assert (hits[0].pts_seconds, hits[0].keyframe_seconds) == (2.5, 3.5)  # 2.0 is nearer, in the shot before
-    (hits,) = Searcher(store, CONFIG).hits(np.stack([north]).astype(np.float32), 2)
+    (hits,) = SearchIndex(store, CONFIG).hits(np.stack([north]).astype(np.float32), 2)
     assert [(hit.pts_seconds, hit.keyframe_seconds) for hit in hits] == [(0.5, 0.5), (5.0, 5.0)]
 
 
 def test_an_example_does_not_find_itself() -> None:
     store = stored(made_up(6, 12, 32))
-    searcher = Searcher(store, CONFIG)
+    searcher = SearchIndex(store, CONFIG)
     for example in (Example("v003", 4.6), Example("v003", 4.5), Example("/films/v003.mp4", 1e6), Example("v003", -1.0)):
         pts = store.blocks["v003-1"].pts_seconds
         shown = max([time for time in pts.tolist() if time <= example.seconds], default=0.0)
@@ -403,7 +399,7 @@ def test_an_example_does_not_find_itself() -> None:
         (found,) = searcher.hits(vector[None], 9, own=[example])
         same(found, expected, FLOAT32)
         assert searcher.hits(vector[None], 1)[0][0].video == "/films/v003.mp4"
-        (ranked,) = searcher.videos(vector[None], 50, 1, own=[example])
+        ranked = searcher.videos(vector, 50, 1, own=example)
         assert len(ranked) == 11
         assert "/films/v003.mp4" not in [hit.video for hit in ranked]
     with pytest.raises(LibraryError, match="no video 'v999'"):
@@ -412,28 +408,28 @@ def test_an_example_does_not_find_itself() -> None:
 
 def test_what_cannot_be_searched_for() -> None:
     store = stored([video("v", quarters(np.random.default_rng(0), 4)), video("bad", np.empty((0, 8)), status="failed")])
-    searcher = Searcher(store, CONFIG)
+    searcher = SearchIndex(store, CONFIG)
     query = quarters(np.random.default_rng(1), 1)
     for wrong, what in (
-        (query[0], "Q, D"),
+        (query[0], "8 numbers, got queries"),
         (query * np.nan, "finite"),
         (query * 0, "not zero"),
-        (query[:, :5], "8 numbers, got 5"),
+        (query[:, :5], r"8 numbers, got queries \(1, 5\)"),
     ):
         with pytest.raises(ValueError, match=what):
             searcher.hits(wrong, 1)
     with pytest.raises(ValueError, match="k must be"):
         searcher.hits(query, 0)
     with pytest.raises(ValueError, match="k must be"):
-        searcher.videos(query, 1, 0)
+        searcher.videos(query[0], 1, 0)
     with pytest.raises(LibraryError, match="no video 'w'"):
         searcher.hits(query, 1, Filter(videos=["w"]))
     assert searcher.hits(query, 1, Filter(videos=["bad"])) == [[]]  # it is in the library, with nothing to find
     assert searcher.hits(np.empty((0, 8)), 1) == []
     with pytest.raises(LibraryError, match="no frames"):
         searcher.vector(Example("bad", 0.0))
-    assert Searcher(Memory(), CONFIG).hits(query, 3) == [[]]
-    assert Searcher(Memory(), CONFIG).videos(query, 3) == [[]]
+    assert SearchIndex(Memory(), CONFIG).hits(query, 3) == [[]]
+    assert SearchIndex(Memory(), CONFIG).videos(query[0], 3) == []
     # The length of a query says nothing.
     assert searcher.hits(query * 1000, 3) == searcher.hits(query, 3)
 
@@ -449,7 +445,7 @@ def test_a_library_that_changes(number: int, steps: list[str]) -> None:
     query = quarters(draw, 1)
     blocks, segments = small_blocks()
     with blocks, segments:
-        searcher = Searcher(store, CONFIG)
+        searcher = SearchIndex(store, CONFIG)
         for n, step in enumerate(["put", *steps]):
             name = f"v{draw.integers(0, 6)}"
             if step == "put":
@@ -464,39 +460,33 @@ def test_a_library_that_changes(number: int, steps: list[str]) -> None:
                     store.put(dataclasses.replace(record, path=f"/elsewhere/{n}.mp4"), None)
             for k in (1, 3, 20):
                 same(searcher.hits(query, k)[0], brute_hits(store, query[0], k, NO_FILTER))
-            held = searcher._matrix._held
             living = sum(record.frames for record in store.records() if record.status == "ok")
-            assert len(held) == living
-            # Half of each segment is in use, but for the last one; a video that does not fit starts the next one.
-            assert sum(len(one.pts_seconds) for one in held._segments.values()) <= 4 * living + 16 + 20
+            assert len(searcher._vectors.snapshot().matrix.pts_seconds) <= 4 * living + 40
 
 
-def test_growing_copies_nothing() -> None:
+def test_the_matrix_grows_and_shrinks() -> None:
     draw = np.random.default_rng(8)
     frames = unit(draw.normal(size=(4000, 64)))
     videos = [video(f"v{n:02d}", frames) for n in range(50)]
     store = stored(videos[:1])
-    tracemalloc.start()
-    try:
-        searcher = Searcher(store, CONFIG)
-        before = searcher._matrix.snapshot()
-        for one in videos[1:]:
-            store.put(*one)
-            snapshot = searcher._matrix.snapshot()
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    (first,) = before.segments.values()
-    assert snapshot.segments[0] is first
-    # 4 D + 9 bytes a row, and the room left in the last segment; a tenth for ends of segments.
-    assert peak < (50 * 4000 + matrix.MOST_ROWS) * (4 * 64 + 9) * 1.1
+    searcher = SearchIndex(store, CONFIG)
+    first = before = searcher._vectors.snapshot()
+    copies = 0
+    for one in videos[1:]:
+        store.put(*one)
+        snapshot = searcher._vectors.snapshot()
+        copies += snapshot.matrix is not before.matrix
+        before = snapshot
+    assert copies <= 3  # each time with room for many more
     # What is removed gives its room back; what a search still looks at stays as it is.
     for n in range(50):
         if n % 10:
             store.drop(f"v{n:02d}")
-    renewed = searcher._matrix.snapshot()
-    assert sum(len(one.pts_seconds) for one in renewed.segments.values()) <= 2 * 5 * 4000 + matrix.MOST_ROWS
-    np.testing.assert_array_equal(snapshot.segments[0].vectors[:4000], frames)
+    renewed = searcher._vectors.snapshot()
+    assert len(renewed.matrix.pts_seconds) <= 2 * 5 * 4000 + vectors.SPARE_ROWS
+    for seen in (first, snapshot, renewed):
+        low = int(seen.spans.low[-1])
+        np.testing.assert_array_equal(seen.matrix.vectors[low : low + 4000], frames)
 
 
 class Waiting(Memory):
@@ -507,17 +497,17 @@ class Waiting(Memory):
         self.asked, self.go = threading.Event(), threading.Event()
         self.go.set()
 
-    def vectors(self, generations: Sequence[str]) -> Iterator[Block]:
+    def rows(self, generations: Sequence[str]) -> Iterator[tuple[str, Rows]]:
         self.asked.set()
         assert self.go.wait(60)
-        yield from super().vectors(generations)
+        yield from super().rows(generations)
 
 
 def test_searches_go_on_while_another_thread_renews() -> None:
     draw = np.random.default_rng(9)
     store, query = Waiting(), quarters(draw, 1)
     store.put(*video("v0", quarters(draw, 5)))
-    searcher = Searcher(store, CONFIG)
+    searcher = SearchIndex(store, CONFIG)
     before = searcher.hits(query, 50)
     store.put(*video("v1", quarters(draw, 5)))
     store.asked.clear()
@@ -556,7 +546,7 @@ def test_a_video_that_is_replaced_between_two_looks() -> None:
     store, query = Busy(0), quarters(draw, 1)
     for n in range(3):
         store.put(*video(f"v{n}", quarters(draw, 4)))
-    searcher = Searcher(store, CONFIG)
+    searcher = SearchIndex(store, CONFIG)
     store.times = 2
     found = searcher.hits(query, 50)[0]
     assert store.times == 0
@@ -567,7 +557,7 @@ def test_rows_that_are_missing_or_no_vectors() -> None:
     draw = np.random.default_rng(11)
     store, query = stored([video("v0", quarters(draw, 4)), video("v1", quarters(draw, 4))]), quarters(draw, 1)
     whole = store.blocks.pop("v1-1")
-    searcher = Searcher(store, CONFIG)
+    searcher = SearchIndex(store, CONFIG)
     with pytest.raises(Damaged, match=r"v1\.mp4.*rows"):
         searcher.hits(query, 5)
     store.blocks["v1-1"] = dataclasses.replace(whole, vectors=whole.vectors * np.float32(np.nan))
@@ -580,52 +570,45 @@ def test_rows_that_are_missing_or_no_vectors() -> None:
 # --- the real store -----------------------------------------------------------------------------------------------
 
 
-def put(store: Store, record: Record, block: Block) -> None:
-    pts, keys = block.pts_seconds, block.keyframe
-    assert keys is not None
-    rows = Rows(pts, block.frame_index, block.vectors, block.shot, block.weight, ())
-    store.put(record, rows, None)
-
-
 @pytest.fixture
-def library(tmp_path: Path) -> Callable[[int, int], Store]:
-    def make(videos: int, width: int) -> Store:
-        store = Store(str(tmp_path / "library"))
+def library(tmp_path: Path) -> Callable[[int, int], Tables]:
+    def make(videos: int, width: int) -> Tables:
+        store = Tables(str(tmp_path / "library"))
         store.create(model="made up", model_sha256="0" * 64, width=width)
         for record, block in made_up(12, videos, width):
-            put(store, record, block)
+            store.put(record, block)
         return store
 
     return make
 
 
-def mirrored(store: Store) -> Memory:
+def mirrored(store: Tables) -> Memory:
     """What it holds, in memory: brute force looks at each video more often than one likes to read it."""
     records = store.records()
-    blocks = {block.generation: block for block in store.vectors([record.generation for record in records])}
+    blocks = dict(store.rows([record.generation for record in records]))
     return stored([(record, blocks[record.generation]) for record in records])
 
 
-def test_the_real_store(library: Callable[[int, int], Store]) -> None:
+def test_the_real_store(library: Callable[[int, int], Tables]) -> None:
     store = library(12, 32)
     asked = unit(np.random.default_rng(13).normal(size=(2, 32)))
-    searcher = Searcher(store, CONFIG)
+    searcher = SearchIndex(store, CONFIG)
     check_against_brute_force(searcher, mirrored(store), asked)
     store.drop(["v002"])
-    put(store, *video("v005", scenes(np.random.default_rng(14), 30, 32), generation="v005-2"))
+    store.put(*video("v005", scenes(np.random.default_rng(14), 30, 32), generation="v005-2"))
     check_against_brute_force(searcher, mirrored(store), asked)
     # Beyond memory, without an index: rows are compared one by one.
-    check_against_brute_force(Searcher(store, dataclasses.replace(CONFIG, exact_rows=0)), mirrored(store), asked)
+    check_against_brute_force(SearchIndex(store, dataclasses.replace(CONFIG, exact_rows=0)), mirrored(store), asked)
 
 
-def test_an_index_beyond_memory(library: Callable[[int, int], Store]) -> None:
+def test_an_index_beyond_memory(library: Callable[[int, int], Tables]) -> None:
     store = library(60, 32)
     draw = np.random.default_rng(15)
     asked = unit(draw.normal(size=(8, 32)))
-    near, exact = Searcher(store, dataclasses.replace(CONFIG, exact_rows=0)), Searcher(store, CONFIG)
-    assert not exact.index()
-    assert near.index()
-    assert not near.index()
+    near, exact = SearchIndex(store, dataclasses.replace(CONFIG, exact_rows=0)), SearchIndex(store, CONFIG)
+    assert not exact.build()
+    assert near.build()
+    assert not near.build()
     for where in (NO_FILTER, Filter(start_seconds=3.0, stop_seconds=15.0), Filter(path="*[0-4].mp4")):
         found, expected = near.hits(asked, 10, where), exact.hits(asked, 10, where)
         shared = [len(set(a) & set(b)) for a, b in zip(found, expected, strict=True)]
@@ -634,7 +617,7 @@ def test_an_index_beyond_memory(library: Callable[[int, int], Store]) -> None:
     np.testing.assert_array_equal(near.vector(example), exact.vector(example))
     # What is not in the index yet is found all the same.
     new = video("new", scenes(draw, 40, 32))
-    put(store, *new)
+    store.put(*new)
     (hits,) = near.hits(new[1].vectors[7:8], 1)
     assert (hits[0].video_id, hits[0].pts_seconds) == ("new", new[1].pts_seconds[7])
     # ... and nothing of what was removed.

@@ -117,16 +117,3 @@ def test_vectors_are_those_of_open_clips_pictures(media: Media, open_clip: Any, 
         least = ENLARGED_PICTURE_COSINE if enlarged else SAME_PICTURE_COSINE
         ours, wanted = embed(engine, mine, theirs)
         assert ours @ wanted >= least
-
-
-def test_the_bound_tells_pictures_apart(media: Media, open_clip: Any, engine: Engine) -> None:
-    """Pictures that were scaled without a filter, or taken for full range, miss it."""
-    _, picture = ninth_frame(media("format/cursed-vfr.mp4"), BT709)
-    wide, high = picture.size
-    for transform, side in zip(TRANSFORMS[:2], (0, (wide - high) / 2), strict=True):
-        right = as_open_clip_does(open_clip, picture, transform)
-        size = transform.width, transform.height
-        aliased = np.asarray(picture.resize(size, Image.Resampling.NEAREST, (side, 0, wide - side, high)))
-        greyish = np.rint(right * (219 / 255) + 16).astype(np.uint8)
-        wanted, *others = embed(engine, right, aliased, greyish)
-        assert max(float(wanted @ other) for other in others) < SAME_PICTURE_COSINE

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,11 @@ pytest.importorskip("lancedb", reason="libraries need lancedb")
 ray: Any = pytest.importorskip("ray", reason="Ray is not installed")
 pytest.importorskip("ray.data", reason="Ray Data is not installed")
 
-import keyreel.cluster.ray as own  # noqa: E402 - Ray is known to be there by now
+import keyreel.cluster.indexing as own  # noqa: E402 - Ray is known to be there by now
 
 # Ray's own; its sockets are closed when Python happens to look for them.
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -38,7 +37,7 @@ QUERIES = ("a man in a hat", "running water", "bicycles in a street")
 def cluster() -> Iterator[None]:
     """A Ray of two CPUs on this machine, as `index` starts one."""
     try:
-        connection = own._connected(None, cpus=2, gpus=0)
+        connection = own._connected(ray, None, cpus=2, gpus=0)
         connection.__enter__()
     except Exception as error:  # noqa: BLE001 - a sandbox may refuse it its sockets or its shared memory
         pytest.skip(f"Ray does not start here: {type(error).__name__}: {error}")
@@ -66,7 +65,7 @@ def contents(library: Library) -> dict[str, Any]:
     """All that a library says of each video, but for names and times that differ from run to run."""
     found = {}
     for record in library.list():
-        (block,) = library._store.vectors([record.generation])
+        ((_, block),) = library._tables.rows([record.generation])
         extras = library.extras(record.id)
         found[record.path] = (
             (record.id, record.frames, record.shots, record.tags, record.fingerprint, record.model_sha256),
@@ -111,65 +110,40 @@ def test_the_library_is_the_one_that_a_single_machine_makes(clips: list[Path], a
     assert by_path[gone].failure is not None
     assert by_path[gone].failure.error.exit_code == 3  # that of a missing source
     assert "gone.mp4" in str(by_path[gone].failure.error)
-    # A line a video, and nothing of what is in it.
     assert all(added.record is None for added in found)
-    lines = [own._line(added.path, added) for added in found]
-    assert {type(value) for line in lines for value in line.values()} <= {str, float, int}
     assert_equal(tmp_path / "library", alone)
     again = own.index(clips, tmp_path / "library", IndexConfig(workers=2))
     assert {added.change for added in again} == {"unchanged"}
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_worker_that_is_killed_is_survived(clips: list[Path], alone: Path, tmp_path: Path) -> None:
-    killed: list[int] = []
+def test_dead_workers_and_deadly_videos(
+    clips: list[Path], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker dies once; one video kills each worker that begins it."""
+    once, deadly = tmp_path / "once", tmp_path / "deadly.mp4"
+    deadly.write_bytes(clips[0].read_bytes())
 
-    def kill() -> None:
-        """Ends the process of a worker as soon as one is at work on a video."""
-        while not killed:
-            time.sleep(0.05)
-            for name in os.listdir("/proc"):
-                if name.isdigit() and _command(name).startswith(b"ray::MapWorker(FlatMap(_Worker)).submit"):
-                    os.kill(int(name), signal.SIGKILL)
-                    killed.append(int(name))
-                    return
+    class Mortal(own.Worker):
+        def add(self, video: str) -> Added:
+            if video == str(deadly) or not once.exists():
+                once.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().add(video)
 
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    found = own.index(clips, tmp_path / "library", IndexConfig(workers=2))
-    killer.join(timeout=60)
-    assert len(killed) == 1
-    assert {Path(added.path): added.change for added in found} == dict.fromkeys(clips, "added")
+    monkeypatch.setattr(own, "Worker", Mortal)
+    found = {
+        Path(added.path): added for added in own.index([*clips, deadly], tmp_path / "library", IndexConfig(workers=2))
+    }
+    assert "its worker died 3 times" in str(found.pop(deadly).failure)
+    assert {path: added.change for path, added in found.items()} == dict.fromkeys(clips, "added")
     assert_equal(tmp_path / "library", alone)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_what_other_workers_did_before_they_died_is_known(clips: list[Path], tmp_path: Path) -> None:
-    deadly, done, new = (str(clip) for clip in clips[:3])
-    ledger = ray.remote(num_cpus=0)(own._Ledger).remote()
-    for _ in range(3):
-        ledger.begin.remote(deadly)
-    known = own._line(done, Added(done, "added", None, None, 1.5))
-    ledger.end.remote(known)
-    job = {"uri": str(tmp_path / "library"), "engine": {"threads": 1}, "library": {}, "config": IndexConfig()}
-    lines = own._Worker(job, ledger, 3)({"videos": [deadly, done, new]})
-    assert [line["path"] for line in lines] == [deadly, done, new]
-    assert [line["change"] for line in lines] == ["failed", "added", "added"]
-    assert (lines[0]["error"], lines[1]) == (f"{deadly!r}: its worker died 3 times", known)
-    with Library(tmp_path / "library") as library:
-        assert [record.path for record in library.list()] == [new]
-    # The next run begins anew.
-    assert ray.get(ledger.known.remote([deadly, done])) == ({deadly: 0, done: 0}, {})
-    job["engine"] = {"model": "no-such-model"}
-    lines = own._Worker(job, ledger, 3)({"videos": [deadly]})
-    assert [(line["change"], line["exit_code"]) for line in lines] == [("failed", 4)]  # that of a missing model
-
-
-def _command(process: str) -> bytes:
-    try:
-        return Path("/proc", process, "cmdline").read_bytes()
-    except OSError:
-        return b""  # ended meanwhile
+def test_a_model_that_is_missing_fails_each_video(clips: list[Path], tmp_path: Path) -> None:
+    found = own.index(clips[:2], tmp_path / "library", model="no-such-model")
+    assert [added.failure and added.failure.error.exit_code for added in found] == [4, 4]
 
 
 def test_what_is_not_there_is_said() -> None:

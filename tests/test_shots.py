@@ -130,7 +130,7 @@ def test_a_stream_without_an_index_gives_the_same(parts: list[np.ndarray], tmp_p
     np.testing.assert_array_equal(one.embedding.vectors, other.embedding.vectors)
 
 
-@pytest.mark.parametrize(("together", "most"), [(256, 200), (3, 400)])
+@pytest.mark.parametrize(("together", "most"), [(256, 200), (3, 450)])
 def test_a_group_of_pictures_is_decoded_once_for_all_cuts_in_it(
     together: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

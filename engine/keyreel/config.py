@@ -156,19 +156,13 @@ class LibraryConfig:
     """How a library keeps and searches its videos."""
 
     exact_rows: int = 2_000_000  # search exactly, from memory, up to so many frames; an index beyond
-    pooling_temperature: float = 0.02  # of the softmax over a video's frames that gives its score
     fold_similarity: float = 0.98  # moments of different videos more alike than this are shown as one
     preview_height: int = 240  # pixels of the previews
-    jpeg_quality: int = 82  # of the previews
-    compact_every: int = 256  # commits after which small files are merged
 
     def __post_init__(self) -> None:
         _check(self.exact_rows >= 0, f"exact_rows must be >= 0, got {self.exact_rows}")
-        _check(self.pooling_temperature > 0, f"pooling_temperature must be > 0, got {self.pooling_temperature}")
         _check(0 < self.fold_similarity <= 1, f"fold_similarity must be in (0, 1], got {self.fold_similarity}")
         _check(32 <= self.preview_height <= 2160, f"preview_height must be in 32..2160, got {self.preview_height}")
-        _check(1 <= self.jpeg_quality <= 95, f"jpeg_quality must be in 1..95, got {self.jpeg_quality}")
-        _check(self.compact_every >= 2, f"compact_every must be >= 2, got {self.compact_every}")
 
 
 @dataclass(frozen=True, slots=True)

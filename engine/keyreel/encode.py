@@ -1,7 +1,7 @@
 """Frames to fused vectors: backbone, temporal shift, spatial attention, fusion; a window at a time.
 
-Every decision on frame t depends on frames within `shift_steps` of t, so that a window with a halo of that many frames
-on both sides gives what the whole video would give, and memory does not grow with the video.
+Every decision on frame t depends on frames within `shift_steps` of t only. So a window with a halo of that many frames
+on both sides gives the same as the whole video, and memory does not grow with the video.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from keyreel.runtime.backend import Backend
 from keyreel.runtime.bundle import Bundle
 from keyreel.types import Embedding, FrameBatch
 
-# Histogram distance at which the shift sees a cut: between two frames of one scene it stays below 0.4 at 2 fps in the
-# clips that were looked at, across a cut it is mostly above 0.6. Missing a cut only mixes patches of a few frames.
+# Histogram distance that counts as a cut for the shift. In the test clips at 2 fps it is below 0.4 within a scene and
+# mostly above 0.6 across a cut. A missed cut only mixes patches of a few frames.
 SHIFT_CUT = 0.5
 
 
@@ -34,7 +34,7 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What encoding a video gives."""
+    """The result of encoding a video."""
 
     embedding: Embedding
     vectors: Any  # [T, D] float32, those of the embedding, still on the device
@@ -42,7 +42,7 @@ class Encoded:
 
 
 class _Window:
-    """Frames whose tokens are known and that are still needed: those to be fused next, and their halo."""
+    """Frames with known tokens that are still needed: those to be fused next, and their halo."""
 
     def __init__(self, xp: Any) -> None:
         self._xp = xp
@@ -63,9 +63,9 @@ class _Window:
         return tuple(array[start - self.first : stop - self.first] for array in self._held)
 
     def drop_before(self, frame: int) -> None:
-        gone = max(frame - self.first, 0)
-        self._held = tuple(array[gone:] for array in self._held)
-        self.first += gone
+        drop = max(frame - self.first, 0)
+        self._held = tuple(array[drop:] for array in self._held)
+        self.first += drop
 
 
 class Encoder:
@@ -93,7 +93,7 @@ class Encoder:
         return self.bundle.strength_default if own is None else own
 
     def encode(self, batches: Iterable[FrameBatch], config: EncodeConfig) -> Encoded:
-        """Encodes a stream of frames of the model's size. What leaves the device is the embedding, once, at the end.
+        """Encodes a stream of frames of the model's size. Only the embedding leaves the device, at the end.
 
         Raises:
             ValueError: the frames have another size than the model takes, or there are none.
@@ -154,7 +154,7 @@ class Encoder:
             raise ValueError(f"frames are {batch.data.shape[1:3]}, the model {self.bundle.name} takes {want}")
 
     def _fuse(self, window: _Window, config: EncodeConfig, *, at_end: bool) -> Iterator[tuple[Any, Any]]:
-        """Fuses the frames whose halo is there, in steps of the batch size; at the end, all."""
+        """Fuses the frames whose halo is complete, a batch at a time; at the end, all."""
         shift, size = self.shift_mode(config), config.batch_size or self._batch_size
         halo = 0 if shift == "off" else config.shift_steps
         strength = self._arrays.to_device(np.array(self.strength(config), np.float32))
@@ -180,7 +180,7 @@ class Encoder:
 
     def _sources(self, tokens: Any, linked: Any, shift: ShiftMode, config: EncodeConfig) -> Any:
         """[n, P] int64: the frame of the window that each patch is taken from."""
-        # The frame before the window is not there to be taken from: the window's first frame starts a run.
+        # Nothing can be taken from the frame before the window: its first frame starts a run.
         linked = linked.copy()
         linked[0] = False
         if shift == "fixed":

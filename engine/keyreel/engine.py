@@ -38,8 +38,8 @@ Video: TypeAlias = Source | str | os.PathLike[str] | bytes | BinaryIO
 class Engine:
     """Turns videos into key-frames, vectors and moments. Safe to share between threads.
 
-    A service calls `await asyncio.to_thread(engine.summarize, path)`: the work runs in native code that lets other
-    threads go on.
+    A service calls `await asyncio.to_thread(engine.summarize, path)`: the work runs in native code, without
+    the interpreter lock.
 
         with Engine.from_pretrained() as engine:
             summary = engine.summarize("match.mp4")
@@ -128,7 +128,7 @@ class Engine:
     ) -> Stream:
         """Decodes the frames that `sampling` names: an iterator of FrameBatch, to be closed or used in a `with`.
 
-        On a CUDA device the frames stay there: `data` is a CuPy array, which others take over through DLPack.
+        On a CUDA device `data` is a CuPy array, which other libraries take through DLPack.
 
         Args:
             transform: size of the frames; the display size by default. `engine.bundle.image` is the model's.
@@ -141,7 +141,7 @@ class Engine:
         return self.backend.open_stream(_as_source(video), sampling or Sampling(), transform=transform, batch_size=size)
 
     def embed(self, frames: FrameBatch | NDArray[Any] | Any) -> F32:
-        """Frames that are in memory already -> vectors.
+        """Frames in memory -> vectors.
 
         Args:
             frames: a FrameBatch or any array with __dlpack__, [T, H, W, 3] uint8 RGB; neighbours in time are taken to
@@ -239,8 +239,8 @@ class Engine:
         """Finds the key-frames and shots of a video.
 
         Args:
-            keyframes: how many, or "auto"; `select` says more.
-            sampling: which frames are looked at; two a second by default.
+            keyframes: how many, or "auto"; see also `select`.
+            sampling: which frames are analysed; two a second by default.
             progress: called as progress(stage, done, total) from this thread.
 
         Raises:
@@ -344,7 +344,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class _Actions:
-    """What a summary of a video can do, see `SummaryActions`."""
+    """`SummaryActions` of a video."""
 
     engine: Engine
     source: Source

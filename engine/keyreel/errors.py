@@ -1,23 +1,23 @@
-"""What can go wrong, as a tree.
+"""The errors, as a tree.
 
 KeyreelError                   .hint: what to do about it, .exit_code: what the command line exits with
 ├─ SourceError        exit 3   the video
 │  ├─ SourceNotFound
-│  ├─ UnsupportedCodec         nothing here can decode it, or there is no video in it
-│  └─ CorruptStream            .recovered_frames: how many could be decoded all the same
+│  ├─ UnsupportedCodec         no decoder for it, or no video stream in it
+│  └─ CorruptStream            .recovered_frames: how many could be decoded
 ├─ ModelError         exit 4   the bundle
 │  ├─ ModelNotFound            .near: names that are close
-│  ├─ CheckpointMismatch       a file is not the one that the manifest names
+│  ├─ CheckpointMismatch       a file differs from the one in the manifest
 │  └─ PlanStale                no TensorRT plan fits this graph on this machine
 ├─ BackendError       exit 5   the device
 │  ├─ BackendUnavailable       .probe: which probe failed
 │  └─ OutOfMemory              the hint says what to lower
 ├─ LibraryError       exit 6   the library of videos
-│  ├─ ModelMismatch            its vectors are another model's
+│  ├─ ModelMismatch            its vectors are of another model
 │  └─ Damaged                  .findings: what cannot be read
 └─ RenderError        exit 7   the outputs
 
-MissingExtra(ImportError)      a feature whose package is not installed; says the pip line
+MissingExtra(ImportError)      a feature's package is not installed; names the pip command
 Wrong arguments raise ValueError or TypeError.
 """
 
@@ -64,7 +64,7 @@ class UnsupportedCodec(SourceError):
 
 
 class CorruptStream(SourceError):
-    """The stream is damaged beyond what can be worked with."""
+    """The stream is too damaged to use."""
 
     def __init__(self, message: str, *, recovered_frames: int = 0, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -87,11 +87,11 @@ class ModelNotFound(ModelError):
 
 
 class CheckpointMismatch(ModelError):
-    """A file of the bundle is not the one that its manifest names."""
+    """A file of the bundle differs from the one in its manifest."""
 
 
 class PlanStale(ModelError):
-    """There is no TensorRT plan that fits the graph, the device, the batch sizes and the TensorRT at hand."""
+    """No TensorRT plan fits the graph, the device, the batch sizes and the installed TensorRT."""
 
 
 class BackendError(KeyreelError):
@@ -123,7 +123,7 @@ class ModelMismatch(LibraryError):
 
 
 class Damaged(LibraryError):
-    """Files of the library cannot be read; `findings` holds a line for each thing that was found."""
+    """Files of the library cannot be read; `findings` has a line for each problem."""
 
     def __init__(self, message: str, findings: Iterable[str] = (), *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -159,16 +159,16 @@ class Failure:
 
     @classmethod
     def of(cls, video: str, error: Exception) -> Failure:
-        """Whatever went wrong, as an error of ours."""
+        """From any exception."""
         known = error if isinstance(error, KeyreelError) else KeyreelError(f"{type(error).__name__}: {error}")
         return cls(video, known)
 
 
 def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Imports an optional module, or says which extra brings it.
+    """Imports an optional module.
 
     Raises:
-        MissingExtra: the module is not installed.
+        MissingExtra: it is not installed; names the extra that brings it.
     """
     try:
         return importlib.import_module(module)

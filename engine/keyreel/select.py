@@ -103,8 +103,12 @@ def select_keyframes(
     return Selection(keyframes, _importance(x, w, found), tuple(warnings))
 
 
-def frame_quality(embedding: Embedding, support: F32, floor: float) -> tuple[I64, F32]:
+def frame_quality(embedding: Embedding, similarity: F32, floor: float) -> tuple[I64, F32]:
     """How clean each frame is.
+
+    Args:
+        similarity: [T] float32, to the neighbours in time.
+        floor: fraction of the frames, the least sharp ones, that are not clean.
 
     Returns:
         level [T] int64: 0 clean, 1 among the `floor` fraction of least sharp frames, 2 black, white, blank or in a fade
@@ -118,7 +122,7 @@ def frame_quality(embedding: Embedding, support: F32, floor: float) -> tuple[I64
     spread = embedding.luma_spread
     black = mean + spread < BLACK
     unexposed = black | _fading(mean + spread, black) | (mean > WHITE) | (spread < BLANK)
-    flash = support < np.median(support) - FLASH_GAP
+    flash = similarity < np.median(similarity) - FLASH_GAP
     level = np.where(flash, 3, np.where(unexposed, 2, np.where(unsharp, 1, 0))).astype(np.int64)
     quality = (1 + rank) / 2 * np.array([1.0, 0.5, 0.1, 0.05])[level]
     return level, quality.astype(np.float32)
@@ -258,7 +262,7 @@ def _representatives(
 
 
 def _importance(x: F32, w: F32, found: Clusters) -> F32:
-    """[T] float32 in 0..1: how well a frame stands for its cluster, times how far it is from the video's average."""
+    """[T] float32 in 0..1: how well a frame represents its cluster, times its distance from the video's average."""
     mean = (w[:, None] * x).sum(0)
     mean /= max(float(np.linalg.norm(mean)), 1e-12)
     raw = np.maximum(found.similarity, 0) * (1 - x @ mean) * w

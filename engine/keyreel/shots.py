@@ -23,8 +23,8 @@ from keyreel_kernels import ops_for
 # Mean plus standard deviation of the luma (0..1) below which a frame is part of a fade through black. The mean alone
 # would take a starry night for black.
 DARK = 0.06
-# Colour histogram distance between two samples that is worth a second look: cuts between the clips that were looked
-# at begin at 0.35, and a camera that turns quickly reaches 0.7, so that this alone decides nothing.
+# Colour histogram distance between two samples that is worth a second look: cuts between the test clips begin at 0.35,
+# and a quickly turning camera reaches 0.7, so this alone decides nothing.
 SUSPECT = 0.25
 # In the second look a cut is one frame that differs from the one before by at least this,
 JUMP = 0.15

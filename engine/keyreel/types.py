@@ -39,7 +39,7 @@ def _check_lengths(owner: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What a file says of its video stream, in display orientation."""
+    """A file's video stream, in display orientation."""
 
     path: str  # as given; "<bytes>", "<stream>" or "<stdin>" where there is none
     duration_seconds: float | None  # None where neither container nor stream knows
@@ -126,12 +126,12 @@ class Shot:
 
 @dataclass(frozen=True, slots=True)
 class KeyFrame:
-    """A frame that stands for a cluster of frames."""
+    """A frame that represents a cluster of frames."""
 
     pts_seconds: float
     frame_index: int  # place in display order
     cluster: int  # 0 .. K-1, in time order of the key-frames
-    weight: float  # share of the sampled frames that it stands for, the shares sum to 1
+    weight: float  # fraction of the sampled frames that it represents; the fractions sum to 1
     score: float  # cosine to the centroid of its cluster
     quality: float  # 0..1, rank of sharpness and exposure among the frames
     sample: int  # row of the frame in the Embedding
@@ -162,13 +162,13 @@ class SummaryActions(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Key-frames and shots of one video, with all that led to them."""
+    """Key-frames and shots of one video, and what they were computed from."""
 
     video: VideoInfo
     embedding: Embedding
     keyframes: tuple[KeyFrame, ...]  # in time order, never empty
     shots: tuple[Shot, ...]  # in time order, together they cover the video
-    importance: F32  # [T] float32 in 0..1: how much each sampled frame stands for
+    importance: F32  # [T] float32 in 0..1, of each sampled frame
     device: str  # "cpu", "cuda:0"
     device_reason: str  # why this device
     config: Mapping[str, Any]  # the options that were in force

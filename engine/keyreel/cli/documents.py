@@ -133,6 +133,15 @@ class Compact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Upgrade:
+    """`keyreel library upgrade --json`."""
+
+    schema: Literal["keyreel.upgrade/1"] = "keyreel.upgrade/1"
+    library: str
+    videos: Count  # converted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Doctor:
     """`keyreel doctor --json`."""
 

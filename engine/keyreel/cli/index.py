@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-import typer
+from typer import Argument, Option
 
 from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, listed, within
@@ -31,20 +31,18 @@ RAY_ADDRESS = re.compile(r"auto|local|ray://\S+|[\w.-]+:\d+")
 CHANGES = ("added", "changed", "moved", "copied", "unchanged", "removed", "missing", "failed")  # order of the last line
 
 Name: TypeAlias = Path | str
-NewTags = Annotated[list[str] | None, typer.Option("--tag", metavar="TAG", help="a word for these videos; repeatable")]
-Workers = Annotated[int, typer.Option(help="videos at a time")]
-Force = Annotated[bool, typer.Option("--force", help="index again what is unchanged, too")]
-Prune = Annotated[bool, typer.Option("--prune", help="remove from the library what is gone from the folders")]
+NewTags = Annotated[list[str] | None, Option("--tag", metavar="TAG", help="a word for these videos; repeatable")]
+Workers = Annotated[int, Option(help="videos at a time")]
+Force = Annotated[bool, Option("--force", help="index again what is unchanged, too")]
+Prune = Annotated[bool, Option("--prune", help="remove from the library what is gone from the folders")]
 
 
 def index(
-    paths: Annotated[
-        list[str], typer.Argument(metavar="PATH...", help="videos, folders, or - for a list on standard input")
-    ],
-    library: Annotated[str, typer.Option(metavar="DIR", help="folder or s3:// address; made where there is none")],
+    paths: Annotated[list[str], Argument(metavar="PATH...", help="videos, folders, or - for a list on standard input")],
+    library: Annotated[str, Option(metavar="DIR", help="folder or s3:// address; made where there is none")],
     tag: NewTags = None,
     ray: Annotated[
-        bool, typer.Option("--ray", help="on a Ray cluster: --ray auto, --ray ray://HOST:PORT; --ray alone starts one")
+        bool, Option("--ray", help="on a Ray cluster: --ray auto, --ray ray://HOST:PORT; --ray alone starts one")
     ] = False,
     model: options.OwnModel = None,
     device: options.Device = "auto",
@@ -61,11 +59,9 @@ def index(
     workers: Workers = INDEXING.workers,
     force: Force = INDEXING.force,
     prune: Prune = False,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="go on looking for new and changed videos, until ctrl-c")
-    ] = False,
+    watch: Annotated[bool, Option("--watch", help="go on looking for new and changed videos, until ctrl-c")] = False,
     watch_seconds: Annotated[
-        float, typer.Option(help="between two looks of --watch; a file that stays the same is done")
+        float, Option(help="between two looks of --watch; a file that stays the same is done")
     ] = 2.0,
 ) -> None:
     """Brings videos into a library that can be searched; goes on where it was left."""
@@ -217,7 +213,7 @@ class Report:
 def _index_on_ray(
     report: Report, names: Sequence[str], model: str | None, device: str, address: str | None, config: IndexConfig
 ) -> None:
-    from keyreel.cluster import ray
+    from keyreel.cluster import indexing
 
     videos = report.videos(names)
 
@@ -228,7 +224,7 @@ def _index_on_ray(
     report.bars.whole("videos", 0, len(videos))
     model = model or model_of(report.library)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints there when a worker has died
-        ray.index(videos, report.library, config, model=model, device=device, address=address, tell=add)
+        indexing.index(videos, report.library, config, model=model, device=device, address=address, tell=add)
 
 
 def _prune(report: Report, names: Sequence[str], library: Library) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Commands of a library: list, stats, remove, verify, compact, serve."""
+"""Commands of a library: list, stats, remove, verify, compact, upgrade, serve."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.text import Text
+from typer import Argument, Option
 
 import keyreel
 from keyreel.cli import options
@@ -95,7 +95,7 @@ def stats(folder: options.Folder, as_json: options.Json = False) -> None:
 
 def remove(
     folder: options.Folder,
-    videos: Annotated[list[str], typer.Argument(metavar="VIDEO...", help="paths, ids or globs, '*/holiday/*'")],
+    videos: Annotated[list[str], Argument(metavar="VIDEO...", help="paths, ids or globs, '*/holiday/*'")],
     as_json: options.Json = False,
 ) -> None:
     """Takes videos out of a library; the files themselves stay."""
@@ -111,9 +111,7 @@ def remove(
 
 def verify(
     folder: options.Folder,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="keep what is sound, index the rest again with update")
-    ] = False,
+    repair: Annotated[bool, Option("--repair", help="keep what is sound, index the rest again with update")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Reads a library from end to end, and tells what is damaged; exits with 6 where something is and stays."""
@@ -147,32 +145,40 @@ def compact(folder: options.Folder, as_json: options.Json = False) -> None:
         print_line(f"{given_back / 1e6:.1f} MB given back")
 
 
+def upgrade(folder: options.Folder, as_json: options.Json = False) -> None:
+    """Converts a library that an older keyreel made, and keeps all that it holds."""
+    from keyreel.cli.documents import Upgrade
+
+    with keyreel.Library(folder) as library:
+        videos = library.upgrade()
+    if as_json:
+        print_json(Upgrade(library=folder, videos=videos))
+    else:
+        print_line(f"{plural(videos, 'video')} converted")
+
+
 def serve(
-    library: Annotated[str, typer.Option(metavar="DIR", help="the library's folder or s3:// address")],
-    token_file: Annotated[Path | None, typer.Option(help="file with the token that callers must send")] = None,
+    library: Annotated[str, Option(metavar="DIR", help="the library's folder or s3:// address")],
+    token_file: Annotated[Path | None, Option(help="file with the token that callers must send")] = None,
     model: options.OwnModel = None,
     device: options.Device = "auto",
-    host: Annotated[str, typer.Option(help="address to listen on; this machine alone by default")] = SERVING.host,
-    port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one")] = SERVING.port,
-    root: Annotated[
-        list[str] | None, typer.Option(help="folder whose videos may be indexed and played; repeatable")
-    ] = None,
+    host: Annotated[str, Option(help="address to listen on; this machine alone by default")] = SERVING.host,
+    port: Annotated[int, Option(help="port to listen on; 0 takes a free one")] = SERVING.port,
+    root: Annotated[list[str] | None, Option(help="folder whose videos may be indexed and played; repeatable")] = None,
     answer_to: Annotated[
         list[str] | None,
-        typer.Option(help="names in the Host header that are answered; on loopback its own by default"),
+        Option(help="names in the Host header that are answered; on loopback its own by default"),
     ] = None,
     folder: Annotated[
-        str | None, typer.Option(help="folder of uploads and of the list of jobs; serve/ in the library by default")
+        str | None, Option(help="folder of uploads and of the list of jobs; serve/ in the library by default")
     ] = SERVING.folder,
-    threads: Annotated[int, typer.Option(help="requests that are worked on at a time")] = SERVING.threads,
-    timeout_seconds: Annotated[float, typer.Option(help="longest work on one request (504)")] = SERVING.timeout_seconds,
-    job_threads: Annotated[int, typer.Option(help="videos indexed at a time")] = SERVING.job_threads,
-    max_jobs: Annotated[
-        int, typer.Option(help="jobs that may wait; more are told to come back (429)")
-    ] = SERVING.max_jobs,
-    upload_bytes: Annotated[int, typer.Option(help="largest upload, in bytes")] = SERVING.upload_bytes,
+    threads: Annotated[int, Option(help="requests that are worked on at a time")] = SERVING.threads,
+    timeout_seconds: Annotated[float, Option(help="longest work on one request (504)")] = SERVING.timeout_seconds,
+    job_threads: Annotated[int, Option(help="videos indexed at a time")] = SERVING.job_threads,
+    max_jobs: Annotated[int, Option(help="jobs that may wait; more are told to come back (429)")] = SERVING.max_jobs,
+    upload_bytes: Annotated[int, Option(help="largest upload, in bytes")] = SERVING.upload_bytes,
     drain_seconds: Annotated[
-        float, typer.Option(help="how long requests, and then the jobs at work, may go on after SIGTERM")
+        float, Option(help="how long requests, and then the jobs at work, may go on after SIGTERM")
     ] = SERVING.drain_seconds,
 ) -> None:
     """Serves a library over HTTP, with a page to search it; needs the extra `serve`."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 import keyreel
 from keyreel.cli import options
@@ -60,15 +61,13 @@ def bench(
     device: options.Device = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
-    runs: Annotated[
-        int, typer.Option(min=1, max=1000, help="measured runs over all videos, after one that warms up")
-    ] = 3,
+    runs: Annotated[int, Option(min=1, max=1000, help="measured runs over all videos, after one that warms up")] = 3,
     sampling: options.Mode = options.SAMPLING.mode,
     fps: options.Fps = options.SAMPLING.fps,
     tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
     every: options.Every = options.SAMPLING.every,
     stop_seconds: Annotated[
-        float | None, typer.Option(help="end of what counts, exclusive; the video's end by default")
+        float | None, Option(help="end of what counts, exclusive; the video's end by default")
     ] = options.SAMPLING.stop_seconds,
     shift: options.Shift = options.ENCODING.shift,
     attention_strength: options.AttentionStrength = options.ENCODING.attention_strength,
@@ -172,27 +171,23 @@ def _print_bench(result: Bench) -> None:
 
 
 def export(
-    model: Annotated[
-        str, typer.Argument(help="ARCH/PRETRAINED or ARCH/CHECKPOINT as open_clip spells it, hf-hub:ORG/REPO")
-    ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder; the cache by default")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16 for GPUs, or int8 for CPUs")] = "fp32",
-    verify_video: Annotated[Path | None, typer.Option(help="measures an int8 model on frames of this video")] = None,
+    model: Annotated[str, Argument(help="ARCH/PRETRAINED or ARCH/CHECKPOINT as open_clip spells it, hf-hub:ORG/REPO")],
+    output: Annotated[Path | None, Option("--output", "-o", help="folder; the cache by default")] = None,
+    precision: Annotated[str, Option(help="fp32, fp16 for GPUs, or int8 for CPUs")] = "fp32",
+    verify_video: Annotated[Path | None, Option(help="measures an int8 model on frames of this video")] = None,
     attention: Annotated[
-        str, typer.Option(help="timm network of the spatial attention, or uniform")
+        str, Option(help="timm network of the spatial attention, or uniform")
     ] = "mobilenetv3_small_100",
-    attention_weights: Annotated[Path | None, typer.Option(help="its weights, a local file")] = None,
-    projection: Annotated[Path | None, typer.Option(help="trained projection, safetensors")] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="for tests: weights that know nothing")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="of the random weights")] = 0,
+    attention_weights: Annotated[Path | None, Option(help="its weights, a local file")] = None,
+    projection: Annotated[Path | None, Option(help="trained projection, safetensors")] = None,
+    random_weights: Annotated[bool, Option("--random-weights", help="for tests: weights that know nothing")] = False,
+    seed: Annotated[int, Option(help="of the random weights")] = 0,
     triton: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="a Triton model repository; MODEL may then be builtin or a bundle's folder"),
+        Option(metavar="DIR", help="a Triton model repository; MODEL may then be builtin or a bundle's folder"),
     ] = None,
     tensorrt: Annotated[
-        bool, typer.Option("--tensorrt", help="build TensorRT plans for this GPU; MODEL may be builtin or a folder too")
+        bool, Option("--tensorrt", help="build TensorRT plans for this GPU; MODEL may be builtin or a folder too")
     ] = False,
     as_json: options.Json = False,
 ) -> None:

@@ -7,41 +7,40 @@ from datetime import datetime
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from keyreel.config import EncodeConfig, Sampling, SamplingMode, ShiftMode
 
 SAMPLING, ENCODING = Sampling(), EncodeConfig()  # defaults
 
-Videos = Annotated[list[str], typer.Argument(metavar="VIDEO...", help="files, folders, or - for standard input")]
-Folder = Annotated[str, typer.Argument(metavar="DIR", help="the library's folder or s3:// address")]
-Model = Annotated[str, typer.Option(help="builtin, a bundle's folder, or the name of an exported model")]
+Videos = Annotated[list[str], Argument(metavar="VIDEO...", help="files, folders, or - for standard input")]
+Folder = Annotated[str, Argument(metavar="DIR", help="the library's folder or s3:// address")]
+Model = Annotated[str, Option(help="builtin, a bundle's folder, or the name of an exported model")]
 OwnModel = Annotated[
-    str | None, typer.Option(help="builtin, a bundle's folder, or a name; a library's own model, else builtin")
+    str | None, Option(help="builtin, a bundle's folder, or a name; a library's own model, else builtin")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N; an explicit device never falls back")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+Device = Annotated[str, Option(help="auto, cpu or cuda:N; an explicit device never falls back")]
+Json = Annotated[bool, Option("--json", help="print one JSON document on stdout")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="no progress bars")]
 
 # Config checks the modes: it knows one that only Python can give.
 Mode = Annotated[
     SamplingMode,
-    typer.Option("--sampling", parser=str, metavar="<str>", help="which frames: fps, near, every, keyframes or all"),
+    Option("--sampling", parser=str, metavar="<str>", help="which frames: fps, near, every, keyframes or all"),
 ]
-Fps = Annotated[float, typer.Option(help="frames a second of video, for modes fps and near")]
+Fps = Annotated[float, Option(help="frames a second of video, for modes fps and near")]
 Tolerance = Annotated[
     float | None,
-    typer.Option(
-        help="how far from its time a frame may lie that is cheap to decode, for mode near; by default half a step"
-    ),
+    Option(help="how far from its time a frame may lie that is cheap to decode, for mode near; by default half a step"),
 ]
-Every = Annotated[int, typer.Option(help="take each n-th frame, for mode every")]
+Every = Annotated[int, Option(help="take each n-th frame, for mode every")]
 Shift = Annotated[
     ShiftMode | None,
-    typer.Option(parser=str, metavar="<str>", help="temporal shift: off, fixed or adaptive; the model's own default"),
+    Option(parser=str, metavar="<str>", help="temporal shift: off, fixed or adaptive; the model's own default"),
 ]
-AttentionStrength = Annotated[float | None, typer.Option(help="exponent on the attention map; 0 is stock CLIP pooling")]
-BatchSize = Annotated[int | None, typer.Option(help="frames in one inference; by default what suits the device")]
-AllowNetwork = Annotated[bool, typer.Option("--allow-network", help="allow http and https URLs")]
+AttentionStrength = Annotated[float | None, Option(help="exponent on the attention map; 0 is stock CLIP pooling")]
+BatchSize = Annotated[int | None, Option(help="frames in one inference; by default what suits the device")]
+AllowNetwork = Annotated[bool, Option("--allow-network", help="allow http and https URLs")]
 
 
 def _timestamp(date: str) -> float:
@@ -52,17 +51,15 @@ def _timestamp(date: str) -> float:
         raise typer.BadParameter(f"{date!r} is no date, write 2024-12-31 or 2024-12-31T18:00") from error
 
 
-PathGlob = Annotated[str | None, typer.Option(help="glob over the whole path, '*/holiday/*.mp4'")]
-Tag = Annotated[list[str] | None, typer.Option(help="a word given at indexing; repeatable, all must fit")]
+PathGlob = Annotated[str | None, Option(help="glob over the whole path, '*/holiday/*.mp4'")]
+Tag = Annotated[list[str] | None, Option(help="a word given at indexing; repeatable, all must fit")]
 After = Annotated[
     float | None,
-    typer.Option(
-        parser=_timestamp, metavar="<str>", help="recorded at this date or later, 2024-12-31 or 2024-12-31T18:00"
-    ),
+    Option(parser=_timestamp, metavar="<str>", help="recorded at this date or later, 2024-12-31 or 2024-12-31T18:00"),
 ]
-Before = Annotated[float | None, typer.Option(parser=_timestamp, metavar="<str>", help="recorded before this date")]
-MinDuration = Annotated[float | None, typer.Option(help="seconds, videos as long or longer")]
-MaxDuration = Annotated[float | None, typer.Option(help="seconds, videos as long or shorter")]
+Before = Annotated[float | None, Option(parser=_timestamp, metavar="<str>", help="recorded before this date")]
+MinDuration = Annotated[float | None, Option(help="seconds, videos as long or longer")]
+MaxDuration = Annotated[float | None, Option(help="seconds, videos as long or shorter")]
 
 
 def reject(context: typer.Context, names: Iterable[str], reason: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 import keyreel
 from keyreel.cli import options
@@ -46,17 +47,15 @@ class Found:
 
 def search(
     context: typer.Context,
-    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="what to look for")] = None,
-    videos: Annotated[list[str] | None, typer.Argument(metavar="VIDEO...", help="files, folders, or -")] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="look for this picture instead; then every argument is a video")
-    ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="how many moments, or videos")] = 5,
+    text: Annotated[str | None, Argument(metavar="TEXT", help="what to look for")] = None,
+    videos: Annotated[list[str] | None, Argument(metavar="VIDEO...", help="files, folders, or -")] = None,
+    image: Annotated[Path | None, Option(help="look for this picture instead; then every argument is a video")] = None,
+    k: Annotated[int, Option("-k", min=1, help="how many moments, or videos")] = 5,
     model: options.OwnModel = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
-    html: Annotated[Path | None, typer.Option(help="write a page with pictures of the moments")] = None,
-    previews: Annotated[Path | None, typer.Option(help="write a picture of each moment into this folder")] = None,
+    html: Annotated[Path | None, Option(help="write a page with pictures of the moments")] = None,
+    previews: Annotated[Path | None, Option(help="write a picture of each moment into this folder")] = None,
     quiet: options.Quiet = False,
     sampling: options.Mode = options.SAMPLING.mode,
     fps: options.Fps = options.SAMPLING.fps,
@@ -66,16 +65,16 @@ def search(
     attention_strength: options.AttentionStrength = options.ENCODING.attention_strength,
     batch_size: options.BatchSize = options.ENCODING.batch_size,
     allow_network: options.AllowNetwork = False,
-    library: Annotated[str | None, typer.Option(help="search this library instead of VIDEO...")] = None,
+    library: Annotated[str | None, Option(help="search this library instead of VIDEO...")] = None,
     within: Annotated[
-        list[str] | None, typer.Option("--in", help="search in this video only, by path or id; repeatable")
+        list[str] | None, Option("--in", help="search in this video only, by path or id; repeatable")
     ] = None,
     like: Annotated[
-        str | None, typer.Option(help="look for what is like this moment, VIDEO@SECONDS, instead of a text")
+        str | None, Option(help="look for what is like this moment, VIDEO@SECONDS, instead of a text")
     ] = None,
-    start: Annotated[float | None, typer.Option(help="seconds, from here on in each video")] = None,
-    stop: Annotated[float | None, typer.Option(help="seconds, up to here in each video")] = None,
-    whole: Annotated[bool, typer.Option("--videos", help="rank videos, not moments")] = False,
+    start: Annotated[float | None, Option(help="seconds, from here on in each video")] = None,
+    stop: Annotated[float | None, Option(help="seconds, up to here in each video")] = None,
+    whole: Annotated[bool, Option("--videos", help="rank videos, not moments")] = False,
     path: options.PathGlob = None,
     tag: options.Tag = None,
     after: options.After = None,

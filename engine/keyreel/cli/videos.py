@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 import keyreel
 from keyreel.cli import options
@@ -18,13 +18,13 @@ from keyreel.config import EncodeConfig, OutputConfig, Sampling, SelectConfig
 if TYPE_CHECKING:
     from keyreel.decode.source import Source
 
-SELECTION, OUTPUT = SelectConfig(), OutputConfig()  # defaults
+SELECT, OUTPUT = SelectConfig(), OutputConfig()  # defaults
 
 
 def summarize(
     videos: options.Videos,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder; each video gets one of its own in it")],
-    keyframes: Annotated[str, typer.Option(metavar="N|auto", help="how many key-frames")] = "auto",
+    output: Annotated[Path, Option("--output", "-o", help="folder; each video gets one of its own in it")],
+    keyframes: Annotated[str, Option(metavar="N|auto", help="how many key-frames")] = "auto",
     model: options.Model = "builtin",
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -34,30 +34,26 @@ def summarize(
     tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
     every: options.Every = options.SAMPLING.every,
     per_minute: Annotated[
-        float | None, typer.Option(help="key-frames for each minute of video, instead of a number")
-    ] = SELECTION.per_minute,
+        float | None, Option(help="key-frames for each minute of video, instead of a number")
+    ] = SELECT.per_minute,
     max_keyframes: Annotated[
-        int, typer.Option(help="most key-frames that the automatic choice may take")
-    ] = SELECTION.max_keyframes,
-    min_gap_seconds: Annotated[
-        float, typer.Option(help="least time between two key-frames")
-    ] = SELECTION.min_gap_seconds,
+        int, Option(help="most key-frames that the automatic choice may take")
+    ] = SELECT.max_keyframes,
+    min_gap_seconds: Annotated[float, Option(help="least time between two key-frames")] = SELECT.min_gap_seconds,
     similarity_limit: Annotated[
-        float, typer.Option(help="no two key-frames are more alike than this cosine")
-    ] = SELECTION.similarity_limit,
-    reel: Annotated[bool, typer.Option(help="write reel.mp4")] = OUTPUT.reel,
+        float, Option(help="no two key-frames are more alike than this cosine")
+    ] = SELECT.similarity_limit,
+    reel: Annotated[bool, Option(help="write reel.mp4")] = OUTPUT.reel,
     reel_seconds: Annotated[
-        float | None, typer.Option(help="length of the reel; 15 % of the video, 10 to 60 s, by default")
+        float | None, Option(help="length of the reel; 15 % of the video, 10 to 60 s, by default")
     ] = OUTPUT.reel_seconds,
-    query: Annotated[
-        str | None, typer.Option(help="rank the reel's spans by how well they answer this text")
-    ] = OUTPUT.query,
-    storyboard: Annotated[bool, typer.Option(help="write storyboard.html")] = OUTPUT.storyboard,
-    thumbnails: Annotated[bool, typer.Option(help="write thumbs.vtt and thumbs.jpg")] = OUTPUT.thumbnails,
-    otio: Annotated[bool, typer.Option("--otio", help="write reel.otio")] = OUTPUT.otio,
-    edl: Annotated[bool, typer.Option("--edl", help="write reel.edl")] = OUTPUT.edl,
-    keyframe_height: Annotated[int, typer.Option(help="tallest key-frame picture, in pixels")] = OUTPUT.keyframe_height,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is there")] = OUTPUT.overwrite,
+    query: Annotated[str | None, Option(help="rank the reel's spans by how well they answer this text")] = OUTPUT.query,
+    storyboard: Annotated[bool, Option(help="write storyboard.html")] = OUTPUT.storyboard,
+    thumbnails: Annotated[bool, Option(help="write thumbs.vtt and thumbs.jpg")] = OUTPUT.thumbnails,
+    otio: Annotated[bool, Option("--otio", help="write reel.otio")] = OUTPUT.otio,
+    edl: Annotated[bool, Option("--edl", help="write reel.edl")] = OUTPUT.edl,
+    keyframe_height: Annotated[int, Option(help="tallest key-frame picture, in pixels")] = OUTPUT.keyframe_height,
+    overwrite: Annotated[bool, Option("--overwrite", help="replace a folder that is there")] = OUTPUT.overwrite,
     shift: options.Shift = options.ENCODING.shift,
     attention_strength: options.AttentionStrength = options.ENCODING.attention_strength,
     batch_size: options.BatchSize = options.ENCODING.batch_size,
@@ -119,7 +115,7 @@ def summarize(
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder")] = Path("keyreel-demo"),
+    output: Annotated[Path, Option("--output", "-o", help="folder")] = Path("keyreel-demo"),
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""One video: found to be new, changed, moved, copied or unchanged, and brought into the store."""
+"""Indexing one video: is it new, changed, moved, copied or unchanged, and what is stored of it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from av.container import InputContainer
 from PIL import Image
 
-from keyreel.config import DecodeLimits, IndexConfig, LibraryConfig
+from keyreel.config import DecodeLimits, IndexConfig
 from keyreel.decode.source import Source
 from keyreel.errors import Failure, KeyreelError, LibraryError, MissingExtra, SourceError
-from keyreel.library.batch import Halted
+from keyreel.library import upkeep
 from keyreel.library.files import Catalog, FileState, fingerprint, is_gone, path_of, real_name
+from keyreel.library.run import Halted
+from keyreel.library.table import Tables
 from keyreel.library.types import Added, Change, Extras, Preview, Record, Rows
-from keyreel.library.upkeep import Superseded
 from keyreel.render.documents import plain
 from keyreel.render.pictures import at_most, attended_area, jpeg, pictures_at
 from keyreel.render.thumbnails import sprite, tile, tile_times, webvtt
@@ -33,14 +35,14 @@ from keyreel.types import Progress, Summary
 
 if TYPE_CHECKING:
     from keyreel.engine import Engine
-    from keyreel.library.store import Store
 
-SPRITE = "sprite.jpg"  # what the WebVTT calls the picture of the thumbnails
-_EARLIEST = 86_400.0  # a clock that was never set says 1970 or earlier
+SPRITE = "sprite.jpg"  # name of the thumbnails' picture in the WebVTT
+JPEG_QUALITY = 82
+_EARLIEST = 86_400.0  # seconds since 1970: clocks that were never set are earlier
 
 
 class _Watched(Source):
-    """A source that is not opened any more once the caller has had enough: cuts are placed without telling progress."""
+    """A source that asks before each opening whether to stop: cuts are placed without reporting progress."""
 
     def __init__(self, video: str | Path, limits: DecodeLimits, checkpoint: Callable[[], None]) -> None:
         super().__init__(video, limits=limits)
@@ -51,13 +53,14 @@ class _Watched(Source):
         return super().open()
 
 
-def contents(summary: Summary, source: Source, config: LibraryConfig, progress: Progress) -> tuple[Rows, Extras]:
+def contents(
+    summary: Summary, source: Source, preview_height: int, progress: Progress
+) -> tuple[Rows, tuple[Preview, ...], Extras]:
     """What a library keeps of a video; one more pass decodes the pictures.
 
     Args:
         summary: of the video.
         source: the video; it must still be readable.
-        config: size and quality of the pictures.
         progress: called with ("pictures", done, total).
 
     Raises:
@@ -69,10 +72,10 @@ def contents(summary: Summary, source: Source, config: LibraryConfig, progress: 
     times = [*(frame.pts_seconds for frame in frames), *tile_seconds]
     previews: list[Preview] = []
     tiles: list[Image.Image] = []
-    for done, (place, picture) in enumerate(pictures_at(source, times, at_most(summary.video, config.preview_height))):
+    for done, (place, picture) in enumerate(pictures_at(source, times, at_most(summary.video, preview_height))):
         progress("pictures", float(done), float(len(times)))
         if place < len(frames):
-            data, frame = jpeg(Image.fromarray(picture), config.jpeg_quality), frames[place]
+            data, frame = jpeg(Image.fromarray(picture), JPEG_QUALITY), frames[place]
             previews.append(Preview(frame.pts_seconds, data, embedding.attention[frame.sample]))
         else:
             tiles.append(tile(picture))
@@ -82,8 +85,8 @@ def contents(summary: Summary, source: Source, config: LibraryConfig, progress: 
         frame_index=embedding.frame_index,
         vectors=embedding.vectors,
         shot=shot,
+        keyframe=np.isin(np.arange(len(embedding)), [frame.sample for frame in frames]),
         weight=summary.importance,
-        previews=tuple(previews),
     )
     sheet, boxes = sprite(tiles)
     overview = {
@@ -104,19 +107,17 @@ def contents(summary: Summary, source: Source, config: LibraryConfig, progress: 
         "config": summary.config,
         "warnings": summary.warnings,
     }
-    extras = Extras(
-        jpeg(sheet, config.jpeg_quality), webvtt(boxes, step, summary.stop_seconds, SPRITE), plain(overview)
-    )
-    return rows, extras
+    extras = Extras(jpeg(sheet, JPEG_QUALITY), webvtt(boxes, step, summary.stop_seconds, SPRITE), plain(overview))
+    return rows, tuple(previews), extras
 
 
 def recorded_at(source: Source) -> float | None:
-    """When a video was recorded, in seconds since 1970, where the file says so and it can be true."""
+    """Recording time from the file's metadata, in seconds since 1970; None if missing or implausible."""
     with source.open() as container:
-        said = container.metadata
+        metadata = container.metadata
         for key in ("com.apple.quicktime.creationdate", "creation_time"):
             try:
-                seconds = datetime.fromisoformat(said.get(key, "")).timestamp()
+                seconds = datetime.fromisoformat(metadata.get(key, "")).timestamp()
             except (ValueError, OverflowError, OSError):
                 continue
             if _EARLIEST < seconds < time.time() + 86_400:
@@ -125,28 +126,25 @@ def recorded_at(source: Source) -> float | None:
 
 
 class Indexer:
-    """Brings videos into a store, one with each call of `index`; calls may come from several threads.
+    """Indexes one video with each call of `index`. Safe to share between threads.
 
     Args:
-        engine: makes the vectors.
-        store: gets them; made by the first commit where it is not there yet.
-        config: sizes of the pictures.
-        catalog: what the store holds; kept up to date here.
-        options: of this run.
+        tables: of the library; made by the first commit if they are missing.
+        catalog: the records of the library; kept up to date here.
         checkpoint: called often; raises Halted to stop.
     """
 
     def __init__(
         self,
         engine: Engine,
-        store: Store,
-        config: LibraryConfig,
+        tables: Tables,
         catalog: Catalog,
-        options: IndexConfig,
+        config: IndexConfig,
+        preview_height: int,
         checkpoint: Callable[[], None],
     ) -> None:
-        self._engine, self._store, self._config, self._catalog = engine, store, config, catalog
-        self._options, self._checkpoint = options, checkpoint
+        self._engine, self._tables, self._catalog, self._config = engine, tables, catalog, config
+        self._preview_height, self._checkpoint = preview_height, checkpoint
         self._lock = threading.Lock()  # of what follows
         self._claims: dict[str, threading.Lock] = {}
         self._committing = threading.Lock()
@@ -171,7 +169,7 @@ class Indexer:
         record: Record | None
         try:
             state = FileState.of(path)
-            if known is not None and not self._options.force and _is_done(known, path, state):
+            if known is not None and not self._config.force and _is_done(known, path, state):
                 change, record = "unchanged", self._renewed(known)
             else:
                 content = "" if path is None or state is None else fingerprint(path)
@@ -197,7 +195,7 @@ class Indexer:
     def _brought(
         self, name: str, known: Record | None, state: FileState | None, content: str, progress: Progress
     ) -> tuple[Change, Record]:
-        twins = [] if self._options.force else self._catalog.like(content)
+        twins = [] if self._config.force else self._catalog.like(content)
         if known is not None and any(twin.id == known.id for twin in twins):
             return "unchanged", self._renewed(known, state=state)
         if known is None and twins:
@@ -211,7 +209,7 @@ class Indexer:
         record = self._record(name, known, state, content)
         change: Change = "added" if known is None or not known.generation else "changed"
         current = self._current(record.id)
-        if not self._options.force and current is not None and _is_done(current, path_of(name), state):
+        if not self._config.force and current is not None and _is_done(current, path_of(name), state):
             return "unchanged", self._renewed(current)  # another process was quicker
         for twin in twins:
             if (copied := self._copied(record, twin)) is not None:
@@ -219,17 +217,17 @@ class Indexer:
         return change, self._decoded(record, state, progress)
 
     def _decoded(self, record: Record, state: FileState | None, progress: Progress) -> Record:
-        options, path = self._options, path_of(record.path)
-        with _Watched(path or record.path, options.limits, self._checkpoint) as source:
+        config, path = self._config, path_of(record.path)
+        with _Watched(path or record.path, config.limits, self._checkpoint) as source:
             summary = self._engine.summarize(
-                source, sampling=options.sampling, encode=options.encode, select=options.select, progress=progress
+                source, sampling=config.sampling, encode=config.encode, select=config.select, progress=progress
             )
-            rows, extras = contents(summary, source, self._config, progress)
+            rows, previews, extras = contents(summary, source, self._preview_height, progress)
             date = recorded_at(source)
         if state is not None and FileState.of(path) != state:
             raise _changed(record.path)
         end = summary.stop_seconds
-        if options.sampling is not None and options.sampling.stop_seconds is not None:
+        if config.sampling.stop_seconds is not None:
             end = summary.video.duration_seconds or end
         record = dataclasses.replace(
             record,
@@ -241,19 +239,18 @@ class Indexer:
             grid=summary.embedding.grid,
             shots=tuple((shot.start_seconds, shot.stop_seconds) for shot in summary.shots),
         )
-        return self._put(record, rows, extras)
+        return self._put(record, rows, previews, extras)
 
     def _copied(self, record: Record, twin: Record) -> Record | None:
-        """The twin's rows under the record's id; None where they are not all there, taken away or damaged."""
+        """The twin's rows under the record's id; None if they are damaged, or removed meanwhile."""
         try:
-            block = next(self._store.vectors([twin.generation]), None)
-            previews, extras = self._store.previews(twin.generation), self._store.extras(twin.id)
+            found = dict(self._tables.rows([twin.generation]))
+            previews, extras = self._tables.previews(twin.generation), self._tables.extras(twin.generation)
         except LibraryError:
             return None
-        current = self._current(twin.id)  # after all was read: extras are those of its generation by then
-        if block is None or len(block) != twin.frames or current is None or current.generation != twin.generation:
+        rows = found.get(twin.generation)
+        if rows is None or extras is None or (len(rows), len(previews)) != (twin.frames, int(rows.keyframe.sum())):
             return None
-        rows = Rows(block.pts_seconds, block.frame_index, block.vectors, block.shot, block.weight, previews)
         same = {name: getattr(twin, name) for name in ("frames", "duration_seconds", "grid", "shots")}
         record = dataclasses.replace(
             record,
@@ -262,7 +259,7 @@ class Indexer:
             probe={**twin.probe, "path": record.path},
             **same,
         )
-        return self._put(record, rows, extras)
+        return self._put(record, rows, previews, extras)
 
     def _renewed(self, record: Record, *, state: FileState | None = None, path: str | None = None) -> Record:
         """The record with what is new about its file; its rows stay."""
@@ -274,23 +271,27 @@ class Indexer:
                 probe={**record.probe, "path": path} if path else record.probe,
                 size=record.size if state is None else state.size,
                 mtime_ns=record.mtime_ns if state is None else state.mtime_ns,
-                tags=_joined(record.tags, self._options.tags),
+                tags=_joined(record.tags, self._config.tags),
             )
 
-        if renew(record) == record:
-            return record
-        # Another process may have written it since the catalog was read: its rows must not be lost.
-        current = self._current(record.id)
-        if current is None:
-            raise KeyreelError(f"{record.path}: was removed from the library meanwhile", hint="add it again")
-        try:
-            return self._put(renew(current), None, None)
-        except Superseded:  # once more, with what was written
-            return self._renewed(record, state=state, path=path)
+        new = renew(record)
+        while new != record:
+            # Another process may have changed the record since the catalog was read.
+            current = self._current(record.id)
+            if current is None:
+                raise KeyreelError(f"{record.path}: was removed from the library meanwhile", hint="add it again")
+            record, new = current, renew(current)
+            self._checkpoint()
+            with self._committing:
+                if new != record and self._tables.renew(new):
+                    self._catalog.put(new)
+                    upkeep.tidy(self._tables)
+                    break
+        return new
 
     def _current(self, id: str) -> Record | None:
         """The record as it is in the store now, whoever wrote it."""
-        return next(iter(self._store.records([id])), None) if self._store.exists() else None
+        return next(iter(self._tables.records([id])), None) if self._tables.exists() else None
 
     def _failed(
         self, error: KeyreelError, name: str, known: Record | None, state: FileState | None, content: str
@@ -303,7 +304,7 @@ class Indexer:
         record = dataclasses.replace(record, status="failed", error=_text(error.args[0]), hint=_text(error.hint))
         if known is not None and dataclasses.replace(record, indexed_at=known.indexed_at) == known:
             return known
-        return self._put(record, None, None)
+        return self._put(record)
 
     def _record(self, name: str, known: Record | None, state: FileState | None, content: str) -> Record:
         """A record without rows, of a file that was not read yet."""
@@ -319,7 +320,7 @@ class Indexer:
             status="ok",
             error=None,
             hint=None,
-            tags=_joined(() if known is None else known.tags, self._options.tags),
+            tags=_joined(() if known is None else known.tags, self._config.tags),
             date=None if state is None else state.mtime_ns / 1e9,
             duration_seconds=None,
             indexed_at=time.time(),
@@ -339,14 +340,21 @@ class Indexer:
                 return id
         raise AssertionError("unreachable")
 
-    def _put(self, record: Record, rows: Rows | None, extras: Extras | None) -> Record:
+    def _put(
+        self,
+        record: Record,
+        rows: Rows | None = None,
+        previews: Sequence[Preview] = (),
+        extras: Extras | None = None,
+    ) -> Record:
         self._checkpoint()
         with self._committing:
-            if not self._store.exists():
+            if not self._tables.exists():
                 bundle = self._engine.bundle
-                self._store.create(model=bundle.name, model_sha256=bundle.sha256, width=bundle.embedding_width)
-            self._store.put(record, rows, extras)
+                self._tables.create(model=bundle.name, model_sha256=bundle.sha256, width=bundle.embedding_width)
+            self._tables.put(record, rows, previews, extras)
             self._catalog.put(record)
+            upkeep.tidy(self._tables)
         return record
 
 

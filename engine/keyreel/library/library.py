@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from keyreel.config import IndexConfig, LibraryConfig
 from keyreel.errors import Damaged, LibraryError, ModelMismatch
-from keyreel.library.batch import Batch
+from keyreel.library import upkeep
 from keyreel.library.files import Catalog, is_gone, name_of, real_name
 from keyreel.library.indexing import Indexer
-from keyreel.library.query import Searcher, fits
-from keyreel.library.store import Store
+from keyreel.library.run import IndexRun
+from keyreel.library.search import SearchIndex, fits
+from keyreel.library.table import Outdated, Tables
 from keyreel.library.types import (
     Added,
     Example,
@@ -78,12 +79,12 @@ class Library:
         self.uri = place if "://" in place else os.path.abspath(place)
         self.config = config or LibraryConfig()
         self.engine = engine
-        self._store = Store(self.uri, storage_options=storage_options, compact_every=self.config.compact_every)
-        self._searcher: Searcher | None = None
-        self._shots: tuple[tuple[int, ...], Filter | None, int] = ((), None, 0)  # of a version and a filter
+        self._tables = Tables(self.uri, storage_options=storage_options)
+        self._searcher: SearchIndex | None = None
+        self._shots: tuple[int, Filter | None, int] = (-1, None, 0)  # how many there are, by version and filter
         self._lock = threading.Lock()
-        if engine is not None and self._store.exists():
-            with suppress(Damaged):  # said by whatever needs it; `verify` may mend it
+        if engine is not None and self._tables.exists():
+            with suppress(Damaged, Outdated):  # raised when it is used; `verify` or `upgrade` may mend it
                 self._check_model(engine)
 
     def __enter__(self) -> Library:
@@ -97,13 +98,13 @@ class Library:
 
     def exists(self) -> bool:
         """Whether there is a library already: the first `add` makes it."""
-        return self._store.exists()
+        return self._tables.exists()
 
     def close(self) -> None:
         """Lets go of the tables and of the vectors in memory. Idempotent; the engine stays open."""
         with self._lock:
             self._searcher = None
-        self._store.close()
+        self._tables.close()
 
     # --- what goes in and out -------------------------------------------------------------------------------------
 
@@ -148,9 +149,9 @@ class Library:
         for name in map(name_of, given):
             names.setdefault(real_name(name), name)
         config = config or IndexConfig()
-        batch = Batch(stop=stop, progress=progress, begin=begin, tell=tell)
-        indexer = self._indexer(config, batch)
-        return batch.run(tuple(names.values()), indexer.index, config.workers)
+        run = IndexRun(stop=stop, progress=progress, begin=begin, tell=tell)
+        indexer = self._indexer(config, run)
+        return run.run(tuple(names.values()), indexer.index, config.workers)
 
     def update(
         self,
@@ -174,18 +175,18 @@ class Library:
             ValueError, ModelMismatch, LibraryError: as `add`; LibraryError also where there is no library.
         """
         config = config or IndexConfig()
-        batch = Batch(stop=stop, progress=progress, begin=begin, tell=tell)
-        records = {record.path: record for record in self._store.records()}
-        indexer = self._indexer(config, batch)
+        run = IndexRun(stop=stop, progress=progress, begin=begin, tell=tell)
+        records = {record.path: record for record in self._tables.records()}
+        indexer = self._indexer(config, run)
 
         def look(name: str, progress: Progress) -> Added:
             if is_gone(name):
                 return Added(name, "missing", records[name], None, 0.0)
             return indexer.index(name, progress)
 
-        found = batch.run(tuple(records), look, config.workers)
+        found = run.run(tuple(records), look, config.workers)
         if prune:
-            self._store.drop([records[added.path].id for added in found if added.change == "missing"])
+            self._tables.drop([records[added.path].id for added in found if added.change == "missing"])
             found = [replace(added, record=None) if added.change == "missing" else added for added in found]
         return found
 
@@ -202,14 +203,14 @@ class Library:
             LibraryError: a name fits nothing; then nothing is removed.
         """
         given = [videos] if isinstance(videos, (str, os.PathLike)) else videos
-        catalog = Catalog(self._store.records())
+        catalog = Catalog(self._tables.records())
         found: dict[str, Record] = {}
         for video in given:
             chosen = catalog.fitting(os.fspath(video))
             if not chosen:
                 raise _unknown(video)
             found |= {record.id: record for record in chosen}
-        self._store.drop(list(found))
+        self._tables.drop(list(found))
         return sorted(found.values(), key=lambda record: record.path)
 
     # --- search ---------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ class Library:
             ValueError, LibraryError: as `search`.
         """
         vectors, own = self._vectors([query])
-        return self._search().videos(vectors, k, moments, self._where(where), own)[0]
+        return self._search().videos(vectors[0], k, moments, self._where(where), own[0])
 
     def weak_score(self, where: Filter | None = None) -> float | None:
         """A best score of a text under this says that nothing matches it well, see `Bundle.match_threshold`.
@@ -266,9 +267,9 @@ class Library:
         """
         if self.engine is None:
             return None
-        version = self._store.version()
+        version = self._tables.version()
         known = self._shots
-        if known[:2] != (version, where):  # one query comes after the other; the videos hardly change
+        if known[:2] != (version, where):  # people type one query after the other
             self._shots = known = (version, where, sum(len(record.shots) for record in self.list(where)))
         return self.engine.bundle.match_threshold(known[2])
 
@@ -280,7 +281,7 @@ class Library:
         Raises:
             LibraryError: there is no library.
         """
-        records, where = self._store.records(), self._where(where)
+        records, where = self._tables.records(), self._where(where)
         return records if where is None else [record for record in records if fits(record, where)]
 
     def record(self, video: str | os.PathLike[str]) -> Record:
@@ -293,7 +294,7 @@ class Library:
             LibraryError: there is no library, or no such video in it.
         """
         given = os.fspath(video)
-        record = next(iter(self._store.records([given])), None) or Catalog(self._store.records()).find(given)
+        record = next(iter(self._tables.records([given])), None) or Catalog(self._tables.records()).find(given)
         if record is None:
             raise _unknown(video)
         return record
@@ -305,9 +306,9 @@ class Library:
             LibraryError: no such video, or it has no key-frames since it failed.
         """
         record = self.record(video)
-        picture = self._store.preview(record.generation, seconds)
+        picture = self._tables.preview(record.generation, seconds)
         if picture is None:
-            previews = self._store.previews(record.generation)
+            previews = self._tables.previews(record.generation)
             if not previews:
                 raise LibraryError(f"{record.path}: has no key-frames in the library: {record.error}", hint=record.hint)
             picture = min(previews, key=lambda preview: abs(preview.pts_seconds - seconds)).jpeg
@@ -319,7 +320,7 @@ class Library:
         Raises:
             LibraryError: no such video.
         """
-        return self._store.previews(self.record(video).generation)
+        return self._tables.previews(self.record(video).generation)
 
     def extras(self, video: str | os.PathLike[str]) -> Extras:
         """Thumbnails, their WebVTT, and what was found out about the key-frames.
@@ -327,7 +328,11 @@ class Library:
         Raises:
             LibraryError: no such video, or it failed.
         """
-        return self._store.extras(self.record(video).id)
+        record = self.record(video)
+        extras = self._tables.extras(record.generation)
+        if extras is None:
+            raise LibraryError(f"{record.path}: has no pictures in the library: {record.error}", hint=record.hint)
+        return extras
 
     def stats(self) -> LibraryStats:
         """Sizes of the library.
@@ -335,14 +340,14 @@ class Library:
         Raises:
             LibraryError: there is no library.
         """
-        records = self._store.records()
-        name, sha256, width = self._store.model()
+        records = self._tables.records()
+        name, sha256, width = self._tables.model()
         return LibraryStats(
             videos=len(records),
             failed=sum(record.status == "failed" for record in records),
             frames=sum(record.frames for record in records),
             hours=sum(record.duration_seconds or 0.0 for record in records) / 3600,
-            bytes=self._store.bytes(),
+            bytes=self._tables.bytes(),
             model=name,
             model_sha256=sha256,
             width=width,
@@ -360,7 +365,7 @@ class Library:
         Raises:
             LibraryError: there is no library.
         """
-        return self._store.verify(repair=repair)
+        return upkeep.verify(self._tables, repair=repair)
 
     def compact(self, *, alone: bool = False) -> int:
         """Puts small files together and deletes what nobody needs any more; returns the bytes given back.
@@ -373,10 +378,26 @@ class Library:
         Raises:
             LibraryError: there is no library, or it cannot be written.
         """
-        given = self._store.compact(alone=alone)
-        if sum(record.frames for record in self._store.records()) > self.config.exact_rows:
-            self._search().index()
+        given = upkeep.compact(self._tables, alone=alone)
+        if sum(record.frames for record in self._tables.records()) > self.config.exact_rows:
+            self._search().build()
         return given
+
+    def upgrade(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+        """Converts a library that an older keyreel made and keeps all that it holds; see `upkeep.upgrade`.
+
+        Nobody else may use the library meanwhile. If it is interrupted, the next call goes on.
+
+        Args:
+            progress: called with the number of videos that are done, and of all.
+
+        Returns:
+            The number of videos converted; 0 if the library has the current format.
+
+        Raises:
+            LibraryError: there is no library, or it cannot be written.
+        """
+        return upkeep.upgrade(self._tables, progress)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -386,7 +407,7 @@ class Library:
         return self.engine
 
     def _check_model(self, engine: Engine) -> None:
-        name, sha256, width = self._store.model()
+        name, sha256, width = self._tables.model()
         own = engine.bundle
         if (sha256, width) != (own.sha256, own.embedding_width):
             raise ModelMismatch(
@@ -395,21 +416,21 @@ class Library:
                 hint="use that model, or another library for this one",
             )
 
-    def _indexer(self, config: IndexConfig, batch: Batch) -> Indexer:
+    def _indexer(self, config: IndexConfig, run: IndexRun) -> Indexer:
         engine = self._needed("adding videos")
-        there = self._store.exists()
+        there = self._tables.exists()
         if there:
             self._check_model(engine)
-        catalog = Catalog(self._store.records() if there else ())
-        return Indexer(engine, self._store, self.config, catalog, config, batch.checkpoint)
+        catalog = Catalog(self._tables.records() if there else ())
+        return Indexer(engine, self._tables, catalog, config, self.config.preview_height, run.checkpoint)
 
-    def _search(self) -> Searcher:
+    def _search(self) -> SearchIndex:
         with self._lock:
             if self._searcher is None:
                 backend = None if self.engine is None else self.engine.backend
                 if self.engine is not None:
                     self._check_model(self.engine)
-                self._searcher = Searcher(self._store, self.config, backend)
+                self._searcher = SearchIndex(self._tables, self.config, backend)
             return self._searcher
 
     def _where(self, where: Filter | None) -> Filter | None:
@@ -420,7 +441,7 @@ class Library:
         """[Q, D] float32, all texts in one go; and the examples that they are the vectors of."""
         texts = [query for query in queries if isinstance(query, str)]
         encoded = iter(self._needed("searching for a text").encode_text(texts) if texts else ())
-        width = self._store.model()[2]
+        width = self._tables.model()[2]
         rows: builtins.list[F32] = []
         own: builtins.list[Example | None] = []
         for query in queries:

@@ -1,10 +1,9 @@
-"""How a library lies in its tables: columns, and the way between them and the values of `types`.
+"""The columns of a library's tables, and the conversion between their rows and the values of `types`.
 
-Two tables. `frames`: a row for each sampled frame; the row of a key-frame holds its picture, and the first row of a
-video its sprite. `videos`: what is known of each video; rows are only appended, and the newest row of an id counts (see
-`newest`), so that writers never wait for one another. Pictures lie in the tables, not beside them: like this they are
-written atomically, work on object storage, and `compact` gives their space back. Each row holds a checksum of itself,
-since the file format has none.
+`vectors` has a row for each sampled frame and kind of vector. The row of a key-frame also holds its picture, and the
+first row of a video its sprite. Pictures lie in the table, not beside it, so that they are written atomically, work on
+object storage, and `compact` gives their space back. `records` has a row for each video; `id` is its primary key. Each
+row holds a checksum of itself, since the file format has none.
 """
 
 from __future__ import annotations
@@ -12,30 +11,38 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from keyreel.errors import LibraryError, import_extra
-from keyreel.library.types import Block, Extras, Preview, Record, Rows
-from keyreel.types import F32, I64
+from keyreel.library.types import Extras, Preview, Record, Rows
+from keyreel.types import I64
 
-FORMAT = 1
-TABLES = ("frames", "videos")  # in the order in which they are made and written: `videos` is the commit
+FORMAT = 2
+VECTORS, RECORDS = "vectors", "records"
+TABLES = (VECTORS, RECORDS)  # in the order in which they are made and written: `records` is the commit
+SCENE = "scene"  # the kind of a vector that stands for its whole frame
 NUMBERS = ("generation", "pts_seconds", "frame_index", "vector", "shot", "keyframe", "weight")
 PREVIEW = ("pts_seconds", "preview", "attention")
 EXTRAS = ("sprite", "vtt", "overview")
+# With a primary key, LanceDB lets one of two concurrent inserts of the same id retry as an update. Without, both stay.
+_KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 
 def arrow() -> ModuleType:
-    """pyarrow, or the line that installs it."""
+    """pyarrow.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
     return import_extra("pyarrow", extra="library", purpose="a library of videos")
 
 
 def schemas(model: str, model_sha256: str, width: int) -> dict[str, Any]:
-    """The pyarrow schema of each table; the model stands in the metadata.
+    """The pyarrow schema of each table, with the model in its metadata.
 
     Args:
         width: D, length of a vector.
@@ -43,10 +50,11 @@ def schemas(model: str, model_sha256: str, width: int) -> dict[str, Any]:
     pa = arrow()
     text, float64, int64 = pa.string(), pa.float64(), pa.int64()
     columns = {
-        "frames": {
+        VECTORS: {
             "video": text,
             "generation": text,
             "row": pa.int32(),
+            "kind": text,
             "pts_seconds": float64,
             "frame_index": int64,
             "vector": pa.list_(pa.float16(), width),
@@ -61,7 +69,7 @@ def schemas(model: str, model_sha256: str, width: int) -> dict[str, Any]:
             "written": int64,
             "check": int64,
         },
-        "videos": {
+        RECORDS: {
             "id": text,
             "path": text,
             "size": int64,
@@ -81,76 +89,107 @@ def schemas(model: str, model_sha256: str, width: int) -> dict[str, Any]:
             "shots": text,
             "model": text,
             "model_sha256": text,
-            "sequence": int64,
             "written": int64,
             "check": int64,
         },
     }
     about = {"format": str(FORMAT), "model": model, "model_sha256": model_sha256, "width": str(width)}
     metadata = {f"keyreel.{name}": value for name, value in about.items()}
-    return {name: pa.schema(list(fields.items()), metadata=metadata) for name, fields in columns.items()}
+    made = {name: pa.schema(list(fields.items()), metadata=metadata) for name, fields in columns.items()}
+    made[RECORDS] = made[RECORDS].set(0, pa.field("id", text, nullable=False, metadata=_KEY))
+    return made
 
 
 def model_of(schema: Any) -> tuple[str, str, int]:
     """Name, sha256 and D from a table's metadata.
 
     Raises:
-        LibraryError: it is not a table of ours, or one of a newer keyreel.
+        LibraryError: the table was not made by keyreel, or by a newer one.
     """
     about = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
     if "keyreel.format" not in about:
         raise LibraryError("these tables were not made by keyreel", hint="give another folder for the library")
     if int(about["keyreel.format"]) > FORMAT:
         raise LibraryError(
-            f"the library has format {about['keyreel.format']}, this keyreel knows {FORMAT}", hint="update"
+            f"the library has format {about['keyreel.format']}, this keyreel knows {FORMAT}", hint="update keyreel"
         )
     return about["keyreel.model"], about["keyreel.model_sha256"], int(about["keyreel.width"])
 
 
-def check_layout(name: str, schema: Any) -> None:
-    """Whether a table can be read as one of ours.
-
-    Raises:
-        LibraryError: it is not one, or one of a newer or much older keyreel.
-    """
-    if missing := set(schemas(*model_of(schema))[name].names) - set(schema.names):
-        what = f"{name} has no {', '.join(sorted(missing))}"
-        raise LibraryError(
-            f"an early keyreel made this library: {what}", hint="index the videos again, into another folder"
-        )
-
-
-def frames_table(schema: Any, record: Record, rows: Rows, extras: Extras | None) -> Any:
-    """The rows of one video as a pyarrow table."""
+def vector_rows(
+    schema: Any, record: Record, rows: Rows, previews: Sequence[Preview] = (), extras: Extras | None = None
+) -> Any:
+    """The scene vectors of one video as a pyarrow table."""
     pa = arrow()
     count, width = rows.vectors.shape
-    previews = {preview.pts_seconds: preview for preview in rows.previews}
-    shown = [previews.get(pts) for pts in rows.pts_seconds.tolist()]
-    attention = [None if one is None else one.attention.astype(np.float16) for one in shown]
+    shown = {preview.pts_seconds: preview for preview in previews}
+    pictures = [shown.get(pts) for pts in rows.pts_seconds.tolist()]
+    attention = [None if one is None else one.attention.astype(np.float16) for one in pictures]
     first = (extras.sprite, extras.vtt, json.dumps(dict(extras.overview))) if extras else (None,) * 3
     columns = {
         "video": [record.id] * count,
         "generation": [record.generation] * count,
         "row": np.arange(count, dtype=np.int32),
+        "kind": [SCENE] * count,
         "pts_seconds": rows.pts_seconds,
         "frame_index": rows.frame_index,
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(rows.vectors.astype(np.float16).ravel()), width),
         "shot": rows.shot.astype(np.int32),
-        "keyframe": [one is not None for one in shown],
+        "keyframe": rows.keyframe,
         "weight": rows.weight,
-        "preview": [one and one.jpeg for one in shown],
+        "preview": [one and one.jpeg for one in pictures],
         "attention": pa.array(attention, pa.list_(pa.float16())),
         "written": np.full(count, time.time_ns()),
     }
     columns |= {name: [value, *[None] * (count - 1)] for name, value in zip(EXTRAS, first, strict=True)}
-    return _checked(schema, columns)
+    return checked(schema, columns)
 
 
-def _checked(schema: Any, columns: Mapping[str, Any]) -> Any:
+def record_rows(schema: Any, records: Sequence[Record]) -> Any:
+    """One row of `records` for each record, as a pyarrow table."""
+    columns = {name: [getattr(record, name) for record in records] for name in Record.__slots__}
+    columns |= {
+        "probe": [json.dumps(dict(record.probe)) for record in records],
+        "shots": [json.dumps(record.shots) for record in records],
+        "written": [time.time_ns()] * len(records),
+    }
+    return checked(schema, columns)
+
+
+def record_of(row: Mapping[str, Any]) -> Record:
+    """The inverse of `record_rows`."""
+    values = {name: row[name] for name in Record.__slots__}
+    values |= {"tags": tuple(row["tags"]), "grid": tuple(row["grid"]), "probe": json.loads(row["probe"])}
+    return Record(**values | {"shots": tuple((start, stop) for start, stop in json.loads(row["shots"]))})
+
+
+def rows_of(table: Any) -> Rows:
+    """The rows of one generation (columns `NUMBERS`) in order of time."""
+    order = np.argsort(table["pts_seconds"].to_numpy(), kind="stable")
+    columns = {name: table[name].to_numpy()[order] for name in NUMBERS if name not in ("generation", "vector")}
+    stored = table["vector"].combine_chunks()
+    vectors = stored.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, stored.type.list_size)
+    norms = np.sqrt(np.vecdot(vectors, vectors))[:, None]
+    vectors = np.divide(vectors, norms, out=vectors, where=norms > 0)  # unit length again, after 16 bits
+    return Rows(**columns | {"shot": columns["shot"].astype(np.int64), "vectors": vectors[order]})
+
+
+def preview_of(row: Mapping[str, Any]) -> Preview:
+    """A key-frame's row as a Preview; the attention sums to 1 again after 16 bits."""
+    attention = np.asarray(row["attention"], np.float32)
+    return Preview(row["pts_seconds"], row["preview"], attention / max(attention.sum(dtype=np.float32), 1e-12))
+
+
+def extras_of(row: Mapping[str, Any]) -> Extras:
+    """Sprite, thumbnails and overview from the first row of a video."""
+    return Extras(row["sprite"], row["vtt"], json.loads(row["overview"]))
+
+
+def checked(schema: Any, columns: Mapping[str, Any]) -> Any:
+    """These columns as a pyarrow table, with the checksum of each row."""
     pa = arrow()
-    table = pa.table(
-        {field.name: pa.array(columns[field.name], field.type) for field in schema if field.name != "check"}
-    )
+    names = [field for field in schema if field.name != "check"]
+    table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in names})
     return table.append_column("check", pa.array(checks(table))).cast(schema)
 
 
@@ -175,79 +214,6 @@ def _as_bytes(column: Any) -> list[bytes]:
         return [flat[start:stop] for start, stop in zip([0, *stops[:-1].tolist()], stops.tolist(), strict=True)]
     values = column.to_pylist()
     return [value if isinstance(value, bytes) else repr(value).encode() for value in values]
-
-
-def extras_of(row: Mapping[str, Any]) -> Extras:
-    """Sprite, thumbnails and overview from the first row of a video."""
-    return Extras(row["sprite"], row["vtt"], json.loads(row["overview"]))
-
-
-def video_table(schema: Any, record: Record, sequence: int, written: int) -> Any:
-    """One row of `videos` as a pyarrow table.
-
-    Args:
-        sequence: the version of the table that the writer saw; of a record that keeps its rows, that of the row which
-            it renews, so that it loses against whoever wrote other rows meanwhile.
-        written: by the writer's clock, in nanoseconds since 1970.
-    """
-    row = {name: getattr(record, name) for name in Record.__slots__}
-    row |= {"probe": json.dumps(dict(record.probe)), "shots": json.dumps(record.shots)}
-    row |= {"sequence": sequence, "written": written}
-    return _checked(schema, {name: [value] for name, value in row.items()})
-
-
-def record_of(row: Mapping[str, Any]) -> Record:
-    """The inverse of `video_table`."""
-    values = {name: row[name] for name in Record.__slots__}
-    values |= {"tags": tuple(row["tags"]), "grid": tuple(row["grid"]), "probe": json.loads(row["probe"])}
-    return Record(**values | {"shots": tuple((start, stop) for start, stop in json.loads(row["shots"]))})
-
-
-def newest(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The row that counts for each id: of the highest sequence, then the last written.
-
-    The sequence rises with every commit, whatever the clocks of the writing machines say; the clock decides only
-    between writers that did not see each other.
-    """
-    best: dict[str, Mapping[str, Any]] = {}
-    for row in rows:
-        other = best.get(row["id"])
-        if other is None or stamp(row) > stamp(other):
-            best[row["id"]] = row
-    return best
-
-
-def stamp(row: Mapping[str, Any]) -> tuple[int, int]:
-    """Orders the rows of one id."""
-    return row["sequence"], row["written"]
-
-
-def this_row(id: str, stamp: tuple[int, int]) -> str:
-    """SQL for one row of `videos`."""
-    return f"(id = {quoted([id])} AND sequence = {stamp[0]} AND written = {stamp[1]})"
-
-
-def vectors_of(column: Any) -> F32:
-    """[T, D] float32 of unit length from a column of 16-bit vectors."""
-    stored = column.combine_chunks() if hasattr(column, "combine_chunks") else column
-    width = stored.type.list_size
-    vectors = stored.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width)
-    norms = np.sqrt(np.vecdot(vectors, vectors))
-    return np.asarray(vectors / np.where(norms > 0, norms, 1)[:, None], np.float32)
-
-
-def block_of(table: Any) -> Block:
-    """The rows of one generation, columns `NUMBERS`, as a Block."""
-    order = np.argsort(table["pts_seconds"].to_numpy(), kind="stable")
-    columns = {name: table[name].to_numpy()[order] for name in NUMBERS if name not in ("generation", "vector")}
-    columns |= {"shot": columns["shot"].astype(np.int64), "vectors": vectors_of(table["vector"])[order]}
-    return Block(generation=table["generation"][0].as_py(), **columns)
-
-
-def preview_of(row: Mapping[str, Any]) -> Preview:
-    """A key-frame's row as a Preview; the attention sums to 1 again after 16 bits."""
-    attention = np.asarray(row["attention"], np.float32)
-    return Preview(row["pts_seconds"], row["preview"], attention / max(attention.sum(dtype=np.float32), 1e-12))
 
 
 def quoted(values: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""What a library holds and says: one record a video, rows a frame, hits, reports."""
+"""The values of a library: one record a video, rows of frames, hits, reports."""
 
 from __future__ import annotations
 
@@ -18,15 +18,6 @@ Change = Literal["added", "changed", "moved", "copied", "unchanged", "failed", "
 
 
 @dataclass(frozen=True, slots=True)
-class Preview:
-    """A key-frame as a picture, with what the model attended to."""
-
-    pts_seconds: float
-    jpeg: bytes
-    attention: F32  # [P] float32, sums to 1; the grid stands in the record
-
-
-@dataclass(frozen=True, slots=True)
 class Rows:
     """The sampled frames of one video, in order of time."""
 
@@ -34,44 +25,34 @@ class Rows:
     frame_index: I64  # [T] int64
     vectors: F32  # [T, D] float32, unit length; stored in 16 bits
     shot: I64  # [T] int64, number of the shot
+    keyframe: BOOL  # [T] bool
     weight: F32  # [T] float32 in 0..1, importance
-    previews: tuple[Preview, ...]  # of the key-frames, in order of time
 
     def __post_init__(self) -> None:
-        count = len(self.pts_seconds)
-        arrays = {name: getattr(self, name) for name in ("frame_index", "vectors", "shot", "weight")}
-        if wrong := {name: array.shape for name, array in arrays.items() if len(array) != count}:
-            raise ValueError(f"Rows: {count} times, but {wrong}")
-        if unknown := {preview.pts_seconds for preview in self.previews} - set(self.pts_seconds.tolist()):
-            raise ValueError(f"Rows: previews of frames that are not there, at {sorted(unknown)}")
+        lengths = {name: len(getattr(self, name)) for name in self.__slots__}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"Rows: the arrays differ in length: {lengths}")
 
     def __len__(self) -> int:
         return len(self.pts_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A key-frame as a picture, with the model's attention map."""
+
+    pts_seconds: float
+    jpeg: bytes
+    attention: F32  # [P] float32, sums to 1; `Record.grid` is its shape
 
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What is kept of a video for a page or a player, besides its rows."""
+    """What a page or a player shows of a video, besides its key-frames."""
 
     sprite: bytes  # JPEG of small pictures, evenly spaced over the video
     vtt: str  # WebVTT: which part of the sprite shows which second
     overview: Mapping[str, Any]  # of the key-frames: pts_seconds, frame_index, cluster, weight, score, quality, shot
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """The rows of one generation as they are stored, in order of time, without their pictures."""
-
-    generation: str
-    pts_seconds: F64  # [T] float64
-    frame_index: I64  # [T] int64
-    vectors: F32  # [T, D] float32, stored in 16 bits and made unit length again
-    shot: I64  # [T] int64
-    keyframe: BOOL  # [T] bool: which of them are key-frames
-    weight: F32  # [T] float32
-
-    def __len__(self) -> int:
-        return len(self.pts_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +64,16 @@ class Record:
     size: int  # bytes
     mtime_ns: int  # of the file
     fingerprint: str  # of the content, see files.fingerprint
-    generation: str  # of its rows: a new one with each time that they are written; "" where there are none
-    frames: int  # rows
+    generation: str  # names its rows, a new one each time that they are written; "" without rows
+    frames: int
     status: Status
-    error: str | None  # why it failed
+    error: str | None  # why indexing failed
     hint: str | None
     tags: tuple[str, ...]
-    date: float | None  # seconds since 1970: when it was recorded where the file says so, else when it was last changed
+    date: float | None  # recording time from the file, else its last change; seconds since 1970
     duration_seconds: float | None
     indexed_at: float  # seconds since 1970
-    probe: Mapping[str, Any]  # fields of VideoInfo, empty where it failed
+    probe: Mapping[str, Any]  # fields of VideoInfo; empty if indexing failed
     grid: tuple[int, int]  # (h, w) of the attention maps
     shots: tuple[tuple[float, float], ...]  # [start, stop) in seconds
     model: str
@@ -104,14 +85,14 @@ class LibraryHit(SearchHit):
     """A moment of a video in a library. `video` is its path; times and score as in SearchHit."""
 
     video_id: str = ""
-    keyframe_seconds: float = 0.0  # the key-frame that shows it: the nearest one in its shot, else the nearest
+    keyframe_seconds: float = 0.0  # its picture: the nearest key-frame in its shot, else the nearest
     video_score: float = 0.0  # the video's pooled score
-    folded: int = 0  # near-duplicate moments of other videos that this one stands for
+    folded: int = 0  # near-duplicate moments of other videos that are hidden behind this one
 
 
 @dataclass(frozen=True, slots=True)
 class VideoHit:
-    """A video that answers a query."""
+    """A video as the answer to a query."""
 
     video: str  # path
     video_id: str
@@ -129,7 +110,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which videos and times a search looks at; what is not given does not restrict."""
+    """Restricts a search to some videos and times."""
 
     videos: Sequence[str] = ()  # ids or paths
     path: str | None = None  # glob over the whole path, "*/holiday/*.mp4"
@@ -144,22 +125,22 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What became of one video."""
+    """The result of indexing one video."""
 
     path: str
     change: Change
-    record: Record | None  # None where it is gone
+    record: Record | None  # None once it is removed
     failure: Failure | None
-    seconds: float  # that it took
+    seconds: float  # time taken
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that `verify` found wrong."""
+    """A problem that `verify` found."""
 
     kind: str  # "unreadable", "incomplete", "orphans", "vectors", "manifest", ...
     what: str  # one line for people
-    videos: tuple[str, ...]  # paths of the videos that it touches
+    videos: tuple[str, ...]  # paths of the affected videos
     repaired: bool
 
 
@@ -171,7 +152,7 @@ class LibraryStats:
     failed: int
     frames: int
     hours: float  # of video
-    bytes: int | None  # on disk; None where the store cannot tell
+    bytes: int | None  # on disk; None for a URI
     model: str
     model_sha256: str
     width: int  # D

@@ -1,4 +1,4 @@
-"""Pictures: key-frame JPEGs, contact sheet, attention overlays, thumbnail sprite."""
+"""Pictures: frames of a video, JPEG, contact sheet, attention overlays."""
 
 from __future__ import annotations
 

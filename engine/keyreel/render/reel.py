@@ -1,7 +1,7 @@
 """The highlight reel: spans of a video as one MP4 (H.264 + AAC), sound in step with the picture.
 
-Both clocks are pts. The output's time is the sum of the spans before plus the time since the span's start, for pictures
-(1/90000 s) and for samples (1/48000 s) alike, so that neither can drift from the other whatever the source's rate.
+Both clocks are pts. The output's time is the sum of the spans before plus the time since the span's start, for frames
+(1/90000 s) and samples (1/48000 s) alike: neither drifts from the other, whatever the source's rate.
 """
 
 from __future__ import annotations
@@ -330,7 +330,7 @@ def _origin(container: InputContainer) -> float:
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[av.AudioFrame]:
-    """What can be decoded; a damaged packet is left out, and the gap becomes silence by the pts of the next."""
+    """Frames that can be decoded; a damaged packet is skipped and leaves a gap, which becomes silence."""
     packets = container.demux(stream)
     while True:
         try:

@@ -22,7 +22,7 @@ def hit_pictures(hits: Sequence[SearchHit], sources: Mapping[str, Source]) -> li
     """The best frame of each hit, [H, W, 3] uint8, at most 640 x 360. One pass over each video.
 
     Args:
-        sources: the video of each hit, by the name that stands in it.
+        sources: of the hits' videos, by name.
     """
     pictures: dict[int, U8] = {}
     for video in dict.fromkeys(hit.video for hit in hits):

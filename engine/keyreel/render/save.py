@@ -44,7 +44,7 @@ def save_summary(
 
     An empty folder and one that holds an earlier summary of the same video and nothing else are replaced; with
     `overwrite` any folder, whose other files stay. After an error or Ctrl-C the target is as it was and nothing
-    half-written stands beside it.
+    half-written is left beside it.
 
     Args:
         summary: what to write.
@@ -79,7 +79,7 @@ def save_summary(
 
 
 def reel_spans(summary: Summary, config: OutputConfig, query_scores: F32 | None = None) -> tuple[Shot, ...]:
-    """The spans of a summary's reel, see `plan.plan_reel`; inside the part of the video that was looked at."""
+    """The spans of a summary's reel, inside the analysed part of the video; see `plan.plan_reel`."""
     begin = summary.shots[0].start_seconds
     spans = plan_reel(
         duration_seconds=summary.stop_seconds - begin,
@@ -167,12 +167,12 @@ def _write_pictures(
 
 
 def _check_replaceable(target: Path, source: Source, video: str, *, overwrite: bool) -> None:
-    """Raises RenderError where the target is not ours to replace."""
+    """Raises RenderError where the target must not be replaced."""
     if not target.exists():
         return
     if not target.is_dir():
         raise RenderError(f"{target}: is a file, the outputs need a folder", hint="give another folder")
-    # Replacing means deleting: never the video itself, nor the folder that someone stands or lives in.
+    # Replacing means deleting: never the video itself, the working folder or the home folder.
     precious = [Path.cwd(), Path(os.path.expanduser("~"))]
     if source.path is not None:
         precious.append(source.path.resolve())
@@ -195,7 +195,7 @@ def _check_replaceable(target: Path, source: Source, video: str, *, overwrite: b
 
 
 def _summarised(path: Path) -> str | None:
-    """The video of an earlier summary.json, None where it is none of ours."""
+    """The video of an earlier summary.json; None where the file is not one."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         return str(document["video"]["path"]) if document["schema"] == SUMMARY else None

@@ -55,7 +55,7 @@ def storyboard_page(
     """The storyboard of a video as one HTML page.
 
     Args:
-        document: what summary.json says: files of the key-frames, reel, timings.
+        document: the summary as a document, with files, reel and timings.
         pictures: of the key-frames, in time order.
         video_link: link to the video, relative to the page; None where it has no file.
     """
@@ -67,7 +67,7 @@ def storyboard_page(
     if reel is not None:
         facts.append(f"reel of {short_clock(sum(span.duration_seconds for span in reel.spans))}")
     tall = " tall" if pictures[0].height > pictures[0].width else ""
-    # At strength 0 the map has no part in the vectors: then it is not where the model looked.
+    # At strength 0 the map does not affect the vectors.
     encode = config.get("encode")
     strength = encode.get("attention_strength") if isinstance(encode, Mapping) else None
     return _page(

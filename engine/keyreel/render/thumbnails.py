@@ -1,4 +1,4 @@
-"""Thumbnails for players: one picture of many small ones, and a WebVTT track that says which shows which time."""
+"""Thumbnails for players: a sprite of small pictures, and a WebVTT track with the time of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many videos: threads, progress of each and of all, and an end when the caller wants one."""
+"""A run over many videos: threads, progress of each and of all, and stopping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Halted(Exception):
     """The caller wants no more: raised where the work is, and ends it."""
 
 
-class Batch:
+class IndexRun:
     """One run over several videos. The callbacks are called from the threads that work, never two at a time.
 
     Args:

@@ -1,0 +1,275 @@
+"""From vectors to the best moments and videos, exactly."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from keyreel.library.types import Example, Filter, LibraryHit, Record, VideoHit
+from keyreel.library.vectors import Matrix, Snapshot, Spans
+from keyreel.search import moments
+from keyreel.shots import shot_of
+from keyreel.types import F32, F64, I64, SearchHit, Shot
+from keyreel_kernels.arrays import Arrays, usable_cores
+
+TEMPERATURE = 0.02  # of the softmax over a video's frames that gives its score
+# Rows scored together: few enough to stay in the processor's cache, many on a device.
+BLOCK_ROWS, DEVICE_ROWS = 8192, 65_536
+GAP_ROWS = 2048  # gaps of fewer unwanted rows are scored, too: a block of its own costs more
+# Rows and queries of one product on the CPU: small enough that BLAS starts no threads of its own. With 16 queries,
+# whole blocks took 3 to 5 times the processor time.
+TILE_ROWS, TILE_QUERIES = 64, 16
+THREADED_PARTS = 4  # from so many blocks on, threads pay
+_ROUNDING = 1e-6  # two equal vectors of 512 numbers have a cosine this close to 1 in float32
+
+
+class Moment(NamedTuple):
+    """A moment and where its best frame lies."""
+
+    hit: SearchHit
+    span: int
+    row: int  # of the matrix
+
+
+def pooled(scores: F32, edges: I64) -> F64:
+    """Scores of videos: sum of softmax(s / TEMPERATURE) s over their frames' scores s (CLIP-Hitchhiker, Bain et al.
+    2022, equation 3).
+
+    Args:
+        scores: [Q, n] float32. edges: [2 V - 1] int64, from 0: start and end of each video, without the last end.
+
+    Returns:
+        [Q, V] float64.
+    """
+    exact = scores.astype(np.float64)
+    peak = np.maximum.reduceat(exact, edges, axis=1)
+    share = np.exp((exact - np.repeat(peak, np.diff(edges, append=scores.shape[1]), axis=1)) / TEMPERATURE)
+    # reduceat also covers the gaps between videos; [::2] drops them.
+    whole = np.add.reduceat(share, edges, axis=1)[:, ::2]
+    return np.asarray(np.add.reduceat(share * exact, edges, axis=1)[:, ::2] / whole)
+
+
+class Ranking:
+    """Scores of queries against all frames of some videos, and the best moments and videos by them.
+
+    `_best` [Q, V] float32 and `_pooled` [Q, V] float64 are those of `_scores` and `_video_score` to within `_slack` and
+    `_pooled_slack`: a product of several queries adds up in another order than that of one. What is shown is computed
+    again for each query alone, so that it does not depend on the others.
+
+    Args:
+        spans: the rows to search; none is empty.
+        queries: [Q, D] float32, unit length.
+        where: whose times clip the moments.
+        with_pooled: whether `videos` will be asked for.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        spans: Spans,
+        queries: F32,
+        where: Filter,
+        fold_similarity: float,
+        arrays: Arrays,
+        *,
+        with_pooled: bool = False,
+    ) -> None:
+        assert snapshot.matrix is not None
+        self._snapshot, self._spans, self._queries, self._where = snapshot, spans, queries, where
+        self._matrix: Matrix = snapshot.matrix
+        self._alike, self._arrays, self._with_pooled = fold_similarity - _ROUNDING, arrays, with_pooled
+        self._on_host = arrays.xp is np
+        # |fl(<q, x>) - <q, x>| <= D u |q| |x| for any order of the sum (Higham 2002, section 3.1), u = 2^-24.
+        self._slack = 2.1 * queries.shape[1] * 2.0**-24
+        # The derivatives of a pooled score add up to no more than 1 + |s - pooled| / temperature.
+        self._pooled_slack = self._slack * (1 + 2 / TEMPERATURE)
+        parts = self._parts()
+        if self._on_host and len(parts) >= THREADED_PARTS:
+            with ThreadPoolExecutor(min(usable_cores(), len(parts) // 2)) as pool:
+                found = list(pool.map(self._part, parts))
+        else:
+            found = [self._part(part) for part in parts]
+        empty = (np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0)))
+        self._best: F32 = np.concatenate([best for best, _ in found or [empty]], axis=1)
+        self._pooled: F64 = np.concatenate([pool for _, pool in found or [empty]], axis=1)
+
+    def hits(self, query: int, k: int, own: Example | None) -> list[LibraryHit]:
+        """The k best moments without the one of `own`; near-duplicates of other videos are folded."""
+        wanted = k + (own is not None)
+        while True:
+            ranked = self._ranked(query, wanted)
+            kept, folded = self._folded([moment for moment in ranked if not self._holds(moment, own)], k)
+            if len(kept) == k or len(ranked) < wanted:
+                return [
+                    self._hit(moment, self._video_score(query, moment.span), count)
+                    for moment, count in zip(kept, folded, strict=True)
+                ]
+            wanted *= 4
+
+    def videos(self, query: int, k: int, moments: int, own: Example | None) -> list[VideoHit]:
+        """The k best videos without that of `own`, each with its best moments."""
+        scores = self._pooled[query]
+        if own is not None and (left_out := self._snapshot.names.get(own.video)) is not None:
+            scores = np.where(self._spans.video == left_out, -np.inf, scores)
+        likely = _largest(scores, min(k, int(np.isfinite(scores).sum())), self._pooled_slack)
+        scored = [(-self._video_score(query, span), int(self._spans.video[span]), span) for span in likely]
+        found = []
+        for negative, number, span in sorted(scored)[:k]:
+            record = self._snapshot.records[number]
+            best = [self._hit(moment, -negative, 0) for moment in self._moments(query, span, moments)]
+            found.append(VideoHit(record.path, record.id, -negative, tuple(best)))
+        return found
+
+    # --- scores ---------------------------------------------------------------------------------------------------
+
+    def _scores(self, query: int, span: int) -> F32:
+        """[T] float32: scores of the frames of a span."""
+        rows = self._matrix.vectors[int(self._spans.low[span]) : int(self._spans.high[span])]
+        scores: F32 = self._product(rows, self._queries[query : query + 1])[0]
+        return scores
+
+    def _video_score(self, query: int, span: int) -> float:
+        return float(pooled(self._scores(query, span)[None], np.zeros(1, np.int64))[0, 0])
+
+    def _parts(self) -> list[tuple[int, int]]:
+        """Spans [first, last) that lie close together, about a block of rows each."""
+        spans = self._spans
+        if not len(spans):
+            return []
+        block = BLOCK_ROWS if self._on_host else DEVICE_ROWS
+        new = (spans.low[1:] - spans.high[:-1] > GAP_ROWS) | (np.diff(spans.low // block) != 0)
+        return list(itertools.pairwise([0, *(np.flatnonzero(new) + 1).tolist(), len(spans)]))
+
+    def _part(self, part: tuple[int, int]) -> tuple[F32, F64]:
+        own = self._spans[slice(*part)]
+        start, stop = int(own.low[0]), int(own.high[-1])
+        scores = self._product(self._matrix.vectors[start:stop], self._queries)
+        edges = np.stack([own.low, own.high], axis=1).ravel()[:-1] - start
+        best = np.maximum.reduceat(scores, edges, axis=1)[:, ::2]
+        return best, pooled(scores, edges) if self._with_pooled else np.empty((len(scores), 0))
+
+    def _product(self, rows: F32, queries: F32) -> F32:
+        """[Q, n] float32 on the host."""
+        if not self._on_host:
+            return np.asarray(self._arrays.to_host(self._arrays.to_device(queries) @ rows.T), np.float32)
+        if len(queries) == 1:  # at the speed of memory
+            return np.asarray(np.vecdot(rows, queries[0])[None], np.float32)
+        scores = np.empty((len(rows), len(queries)), np.float32)
+        for start in range(0, len(queries), TILE_QUERIES):
+            some = np.ascontiguousarray(queries[start : start + TILE_QUERIES].T)
+            for low in range(0, len(rows), TILE_ROWS):
+                tile = rows[low : low + TILE_ROWS]
+                np.matmul(tile, some, out=scores[low : low + TILE_ROWS, start : start + TILE_QUERIES])
+        return np.ascontiguousarray(scores.T)
+
+    # --- moments --------------------------------------------------------------------------------------------------
+
+    def _ranked(self, query: int, k: int) -> list[Moment]:
+        """The k best moments of all videos, in the order of score, path and time.
+
+        The best frame of a video's first moment is the video's best frame, and no moment of it has a better one. Let
+        the videos be in the order of (best frame, path). The first moments of the first k of them are k moments, and
+        each moment of any other video comes after all of these: its score is no higher than its video's best frame,
+        and where that is the same its path comes later. So the k best moments are moments of the first k videos.
+        Their scores are at least the k-th video's best frame, so that a video needs no more moments than it has frames
+        like that.
+        """
+        likely = _largest(self._best[query], k, self._slack)
+        exact = sorted((-float(self._scores(query, span).max()), int(self._spans.video[span]), span) for span in likely)
+        floor = -exact[k - 1][0] if len(exact) >= k else -np.inf
+        found = []
+        for _, _, span in exact[:k]:
+            count = int((self._scores(query, span) >= floor).sum())
+            found += self._moments(query, span, min(k, count))
+        found.sort(key=lambda moment: (-moment.hit.score, moment.hit.video, moment.hit.start_seconds))
+        return found[:k]
+
+    def _moments(self, query: int, span: int, k: int) -> list[Moment]:
+        record, low = self._record(span), int(self._spans.low[span])
+        pts = self._matrix.pts_seconds[low : int(self._spans.high[span])]
+        shots = tuple(Shot(*edges) for edges in record.shots)
+        ends = [*(shot.stop_seconds for shot in shots[-1:]), record.duration_seconds, float(pts[-1])]
+        stop = next(end for end in ends if end is not None)
+        hits = moments(self._scores(query, span), pts, shots, video=record.path, stop_seconds=stop, k=k)
+        rows = low + np.searchsorted(pts, [hit.pts_seconds for hit in hits])
+        return [Moment(self._clipped(hit), span, row) for hit, row in zip(hits, rows.tolist(), strict=True)]
+
+    def _clipped(self, hit: SearchHit) -> SearchHit:
+        """A shot may reach beyond the times that were asked for."""
+        start, stop = self._where.start_seconds, self._where.stop_seconds
+        low = hit.start_seconds if start is None else max(hit.start_seconds, start)
+        high = hit.stop_seconds if stop is None else min(hit.stop_seconds, stop)
+        return replace(hit, start_seconds=low, stop_seconds=high)
+
+    def _folded(self, ranked: Sequence[Moment], k: int) -> tuple[list[Moment], list[int]]:
+        """The first k that are no near-duplicate of a better one of another video, and how many each one hides."""
+        kept: list[Moment] = []
+        counts: list[int] = []
+        videos: list[int] = []
+        vectors: list[F32] = []
+        for moment in ranked:
+            if len(kept) == k:
+                break
+            vector: F32 = self._arrays.to_host(self._matrix.vectors[moment.row : moment.row + 1])[0]
+            video = int(self._spans.video[moment.span])
+            if kept:
+                alike = (np.stack(vectors) @ vector >= self._alike) & (np.array(videos) != video)
+                if alike.any():
+                    counts[int(alike.argmax())] += 1
+                    continue
+            kept.append(moment)
+            counts.append(0)
+            videos.append(video)
+            vectors.append(vector)
+        return kept, counts
+
+    def _holds(self, moment: Moment, own: Example | None) -> bool:
+        """Whether the example's frame, the one shown at its time, lies in a moment."""
+        if own is None or self._snapshot.names.get(own.video) != int(self._spans.video[moment.span]):
+            return False
+        low, high = int(self._spans.low[moment.span]), int(self._spans.high[moment.span])
+        pts = self._matrix.pts_seconds[low:high]
+        shown = float(pts[max(int(np.searchsorted(pts, own.seconds, side="right")) - 1, 0)])
+        return moment.hit.start_seconds <= shown < moment.hit.stop_seconds or moment.hit.pts_seconds == shown
+
+    def _record(self, span: int) -> Record:
+        return self._snapshot.records[int(self._spans.video[span])]
+
+    def _hit(self, moment: Moment, video_score: float, folded: int) -> LibraryHit:
+        return LibraryHit(
+            **{field.name: getattr(moment.hit, field.name) for field in fields(SearchHit)},
+            video_id=self._record(moment.span).id,
+            keyframe_seconds=self._keyframe(moment),
+            video_score=video_score,
+            folded=folded,
+        )
+
+    def _keyframe(self, moment: Moment) -> float:
+        """The nearest key-frame in the moment's shot, else the nearest one; the best frame without any."""
+        at, record = moment.hit.pts_seconds, self._record(moment.span)
+        whole = self._snapshot.spans  # also outside the times that were asked for
+        (own,) = np.flatnonzero(whole.video == self._spans.video[moment.span])
+        rows = slice(int(whole.low[own]), int(whole.high[own]))
+        times = self._matrix.pts_seconds[rows][self._matrix.keyframe[rows]]
+        if not len(times):
+            return at
+        shots = tuple(Shot(*edges) for edges in record.shots)
+        if shots:
+            here = shot_of(shots, times) == shot_of(shots, np.array([at]))
+            times = times[here] if here.any() else times
+        return float(times[np.abs(times - at).argmin()])
+
+
+def _largest(values: F32 | F64, k: int, slack: float) -> Sequence[int]:
+    """Indices of the k largest and of all that may be among them if each is off by `slack`; in no order."""
+    if k >= len(values):
+        return range(len(values))
+    if k < 1:
+        return []
+    chosen: list[int] = np.flatnonzero(values >= np.partition(values, -k)[-k] - 2 * slack).tolist()
+    return chosen

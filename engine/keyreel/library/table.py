@@ -1,0 +1,477 @@
+"""The tables of a library in LanceDB: how they are opened, read and written.
+
+A video is written in two commits: its vectors under a new generation, then its record, which names the generation. So
+both become visible together. Nobody sees vectors that no record names, and `upkeep.compact` deletes them. The record is
+upserted by id; LanceDB retries an upsert by itself when other processes commit at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from keyreel.errors import Damaged, KeyreelError, LibraryError, ModelMismatch, import_extra
+from keyreel.library import schema
+from keyreel.library.schema import RECORDS, VECTORS, quoted
+from keyreel.library.types import Extras, Preview, Record, Rows
+from keyreel.types import I64
+
+T = TypeVar("T")
+CHUNK = 128  # generations or ids named in one condition; for more, everything is read
+_ATTEMPTS = 10
+_SPARE_BYTES = 1 << 20  # left free on the disk for manifests and deletions
+
+_FULL_DISK = ("no space left", "file too large", "quota", "os error 27", "os error 28")
+_CONFLICTS = ("conflict", "concurrent", "preempted", "please retry")
+_DENIED = ("permission denied", "read-only", "operation not permitted", "accessdenied", "forbidden")
+_UNREACHABLE = ("failed to connect", "retryerror", "error sending request", "not a directory")
+_MAKE = "`keyreel index` or `Library.add` makes one"
+
+
+class Absent(LibraryError):
+    """There is no library."""
+
+
+class Outdated(LibraryError):
+    """The library has an older format."""
+
+
+class Conflict(LibraryError):
+    """Other writers committed first, more often than was tried again."""
+
+
+class Vanished(Damaged):
+    """A file is missing: lost, or deleted by a compaction after the table was opened."""
+
+
+class Full(LibraryError):
+    """There is no room to write."""
+
+
+@contextmanager
+def lance_errors(uri: str) -> Iterator[None]:
+    """Translates LanceDB's errors. They share one type, so the message decides."""
+    try:
+        yield
+    except (KeyreelError, ImportError):
+        raise
+    except Exception as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0].split(", /")[0]
+        small = text.lower()
+
+        def has(words: Sequence[str]) -> bool:
+            return any(word in small for word in words)
+
+        if "was not found" in small:
+            raise Absent(f"there is no library at {uri}", hint=_MAKE) from error
+        if has(_FULL_DISK):
+            hint = "make room on the disk; what was committed is safe"
+            raise Full(f"the library {uri} cannot be written: {text}", hint=hint) from error
+        if has(_CONFLICTS):
+            raise Conflict(f"other processes keep changing the library {uri}: {text}", hint="try again") from error
+        # Errors of the system about the folder have a number, errors about a damaged table have none.
+        if has(_DENIED) or has(_UNREACHABLE) or getattr(error, "errno", None):
+            raise LibraryError(f"the library {uri} cannot be used: {text}", hint="check place and access") from error
+        kind = Vanished if "not found" in small else Damaged
+        hint = "`keyreel library verify --repair` mends it"
+        raise kind(f"the library {uri} cannot be read: {text}", [text], hint=hint) from error
+
+
+class Tables:
+    """A library's tables in a folder or at a URI such as `s3://bucket/library`. Safe to share between threads.
+
+    Several processes may read and write. Not fork-safe: start processes with spawn.
+
+    Args:
+        uri: folder or URI; nothing is opened or made before it is needed.
+        storage_options: of the object store, passed through to LanceDB.
+        upgrading: opens the tables although those of an older format are there, too.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        storage_options: Mapping[str, str] | None = None,
+        upgrading: bool = False,
+    ) -> None:
+        self.uri = uri
+        self.options = dict(storage_options) if storage_options else None
+        self._upgrading = upgrading
+        self._lock = threading.RLock()  # around opening and the cache of records
+        self._writing = threading.Lock()  # one commit at a time, while others read
+        self._database: Any = None
+        self._tables: dict[str, Any] = {}
+        self._records: dict[str, tuple[int, Record]] = {}  # when each was written, and what
+        self._seen: int | None = None  # the version that the cache holds
+
+    # --- opening --------------------------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path | None:
+        """The library's folder on this machine; None for a URI."""
+        return None if "://" in self.uri else Path(self.uri)
+
+    def exists(self) -> bool:
+        """Whether there is a library."""
+        try:
+            self.table(RECORDS)
+        except Absent:
+            return False
+        except (Damaged, Outdated):
+            return True
+        return True
+
+    def create(self, *, model: str, model_sha256: str, width: int) -> None:
+        """Makes the tables, or checks that they are of this model; several processes may do so at once.
+
+        Args:
+            width: D, length of a vector.
+
+        Raises:
+            ModelMismatch: the library holds vectors of another model.
+            LibraryError: it cannot be made there.
+        """
+        if self.exists():
+            self.table(RECORDS)  # raises where it is outdated
+        for name, columns in schema.schemas(model, model_sha256, width).items():
+            failure: LibraryError | None = None
+            try:
+                with lance_errors(self.uri):
+                    self._connection().create_table(name, schema=columns)
+            except LibraryError as error:  # usually because it exists already; otherwise opening it fails, too
+                failure = error
+            try:
+                known = schema.model_of(self.table(name).schema)
+            except Absent as error:
+                raise failure or error from None
+            if known[1:] != (model_sha256, width):
+                raise ModelMismatch(
+                    f"the library {self.uri} holds vectors of the model {known[0]!r} (D = {known[2]}, sha256 "
+                    f"{known[1][:12]}), not of {model!r} (D = {width}, sha256 {model_sha256[:12]})",
+                    hint="use that model, or another folder for this one",
+                )
+
+    def model(self) -> tuple[str, str, int]:
+        """Name, sha256 and D of the model that made the vectors.
+
+        Raises:
+            LibraryError: there is no library.
+        """
+        return schema.model_of(self.table(RECORDS).schema)
+
+    def table(self, name: str) -> Any:
+        """A LanceDB table; each read of it sees the newest version.
+
+        Raises:
+            LibraryError: there is no library, or this keyreel cannot read its format.
+        """
+        with self._lock:
+            if name not in self._tables:
+                if not self._upgrading and self.is_outdated():
+                    raise Outdated(
+                        f"the library {self.uri} has an older format",
+                        hint=f"`keyreel library upgrade {self.uri}` converts it and keeps everything",
+                    )
+                table = self.open(name)
+                schema.model_of(table.schema)
+                self._tables[name] = table
+            return self._tables[name]
+
+    def is_outdated(self) -> bool:
+        """Whether tables of format 1 are there."""
+        try:
+            return schema.model_of(self.open("videos").schema) is not None
+        except (Absent, Damaged):
+            return False
+
+    def open(self, name: str, version: int | None = None) -> Any:
+        """A view of its own of a table, at the newest or a given version."""
+        if self.folder is not None and not self.folder.is_dir():  # connecting would make the folder
+            raise Absent(f"there is no library at {self.uri}", hint=_MAKE)
+        with lance_errors(self.uri):
+            table = self._connection().open_table(name)
+            if version is not None:
+                table.checkout(version)
+            return table
+
+    def close(self) -> None:
+        """Closes the tables; they are opened again when needed. Idempotent."""
+        with self._lock:
+            self._tables.clear()
+            self._records.clear()
+            self._database = self._seen = None
+
+    def _connection(self) -> Any:
+        with self._lock:
+            if self._database is None:
+                lancedb = import_extra("lancedb", extra="library", purpose="a library of videos")
+                # With an interval of 0 each read looks for a newer version.
+                self._database = lancedb.connect(
+                    self.uri, storage_options=self.options, read_consistency_interval=timedelta(0)
+                )
+            return self._database
+
+    def drop_tables(self, *names: str) -> None:
+        """Deletes whole tables."""
+        for name in names:
+            with lance_errors(self.uri):
+                self._connection().drop_table(name, ignore_missing=True)
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def version(self) -> int:
+        """A number that changes with each commit of any process."""
+        with lance_errors(self.uri):
+            return int(self.table(RECORDS).version)
+
+    def records(self, ids: Sequence[str] | None = None) -> list[Record]:
+        """The videos in order of path; unknown `ids` are left out."""
+        with self._lock:
+            self._refresh()
+            wanted = list(self._records) if ids is None else dict.fromkeys(ids)
+            chosen = [self._records[id][1] for id in wanted if id in self._records]
+        return sorted(chosen, key=lambda record: (record.path, record.id))
+
+    def rows(self, generations: Sequence[str]) -> Iterator[tuple[str, Rows]]:
+        """Each of these generations that is there, with its scene vectors, in any order."""
+        wanted = dict.fromkeys(generations)
+        for attempt in range(_ATTEMPTS):
+            if not wanted:
+                return
+            try:
+                with lance_errors(self.uri):
+                    for table in self._runs(wanted):
+                        generation = table["generation"][0].as_py()
+                        rows = schema.rows_of(table)
+                        del wanted[generation]
+                        yield generation, rows
+                return
+            except Vanished:  # a compaction may have deleted the files; the next look sees the new ones
+                if attempt == _ATTEMPTS - 1:
+                    raise
+
+    def previews(self, generation: str) -> tuple[Preview, ...]:
+        """The key-frames of one generation, in order of time."""
+        rows = self.select(VECTORS, f"generation = {quoted([generation])} AND preview IS NOT NULL", schema.PREVIEW)
+        return tuple(schema.preview_of(row) for row in sorted(rows, key=lambda row: row["pts_seconds"]))
+
+    def preview(self, generation: str, pts_seconds: float) -> bytes | None:
+        """The picture of the key-frame at that time, to half a millisecond; None without one."""
+        low, high = float(pts_seconds) - 5e-4, float(pts_seconds) + 5e-4
+        where = f"generation = {quoted([generation])} AND keyframe AND pts_seconds BETWEEN {low!r} AND {high!r}"
+        rows = self.select(VECTORS, where, schema.PREVIEW)
+        return min(rows, key=lambda row: abs(row["pts_seconds"] - pts_seconds))["preview"] if rows else None
+
+    def extras(self, generation: str) -> Extras | None:
+        """Sprite, thumbnails and overview of one generation; None without any."""
+        where = f"generation = {quoted([generation])} AND row = 0 AND sprite IS NOT NULL"
+        rows = self.select(VECTORS, where, schema.EXTRAS)
+        return schema.extras_of(rows[0]) if rows else None
+
+    def select(self, name: str, where: str | None, columns: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
+        """Rows of a table as dictionaries."""
+        found: list[Mapping[str, Any]] = self.read(name, where, columns).to_pylist()
+        return found
+
+    def read(self, name: str, where: str | None, columns: Sequence[str] | None = None) -> Any:
+        """Rows of a table as a pyarrow table; read again if a compaction deletes their files meanwhile."""
+
+        def work() -> Any:
+            query = self.table(name).search()
+            query = query.where(where) if where else query
+            return (query.select(list(columns)) if columns else query).to_arrow()
+
+        return self.retried(work, Vanished)
+
+    def row_ids(self, table: Any) -> I64:
+        """LanceDB's numbers of all rows, rising: number of the file << 32 | row in it. Reads no data files."""
+        with lance_errors(self.uri):
+            ids = table.search().select(["_rowid"]).to_arrow()["_rowid"].to_numpy()
+        return np.sort(ids.astype(np.int64))
+
+    def bytes(self) -> int | None:
+        """Size on disk; None for a URI."""
+        total = 0
+        for path in self.folder.rglob("*") if self.folder is not None else ():
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                total += path.stat().st_size if path.is_file() else 0
+        return None if self.folder is None else total
+
+    def _refresh(self) -> None:
+        """Brings the cache of records up to date; reads only the rows that changed."""
+        version = self.version()
+        if version == self._seen:
+            return
+        written = {row["id"]: row["written"] for row in self.select(RECORDS, None, ("id", "written"))}
+        known = {id: old for id, old in self._records.items() if old[0] == written.get(id)}
+        missing = [id for id in written if id not in known]
+        if missing:
+            where = f"id IN ({quoted(missing)})" if len(missing) <= CHUNK else None
+            for row in self.select(RECORDS, where):
+                known[row["id"]] = row["written"], schema.record_of(row)
+        self._records, self._seen = known, version
+
+    def _runs(self, wanted: Mapping[str, Any]) -> Iterator[Any]:
+        """One pyarrow table for each generation, in the order in which they are stored."""
+        query = self.table(VECTORS).search().select(list(schema.NUMBERS))
+        where = f"kind = '{schema.SCENE}'"
+        if len(wanted) <= CHUNK:
+            where += f" AND generation IN ({quoted(wanted)})"
+        pending: list[Any] = []  # batches of the generation that is being read
+        for batch in query.where(where).to_batches():
+            names = batch["generation"].to_numpy(zero_copy_only=False)
+            edges = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(names)]
+            for start, stop in pairwise(edges) if len(names) else ():
+                if pending and pending[0]["generation"][0].as_py() != names[start]:
+                    yield schema.arrow().Table.from_batches(pending)
+                    pending = []
+                if names[start] in wanted:
+                    pending.append(batch.slice(start, stop - start))
+        if pending:
+            yield schema.arrow().Table.from_batches(pending)
+
+    # --- writing --------------------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        record: Record,
+        rows: Rows | None = None,
+        previews: Sequence[Preview] = (),
+        extras: Extras | None = None,
+    ) -> None:
+        """Commits one video in place of the one with its id.
+
+        Args:
+            record: with rows, its generation is a new one, `uuid.uuid4().hex`; without, it is empty.
+            previews: of the key-frames among the rows.
+
+        Raises:
+            LibraryError: it cannot be written; then nothing has changed.
+        """
+        count = 0 if rows is None else len(rows)
+        if record.frames != count or bool(record.generation) != (rows is not None):
+            raise ValueError(f"{count} rows do not fit generation {record.generation!r} of {record.frames} frames")
+        if rows is not None:
+            self.add_rows(schema.vector_rows(self.table(VECTORS).schema, record, rows, previews, extras))
+        self._upsert([record])
+
+    def renew(self, record: Record) -> bool:
+        """Replaces the record of a video and keeps its rows.
+
+        Returns:
+            False if another process has removed the video or written other rows for it; then nothing has changed.
+        """
+        return self._upsert([record], same_generation=True) > 0
+
+    def put_all(self, records: Sequence[Record]) -> None:
+        """Commits the records of videos whose rows were written by `add_rows`."""
+        self._upsert(records)
+
+    def add_rows(self, rows: Any) -> None:
+        """Adds rows that no record names yet."""
+        with self._writing:
+            self._commit(VECTORS, rows.nbytes, lambda table: table.add(rows))
+
+    def drop(self, ids: Sequence[str]) -> int:
+        """Removes videos and returns how many there were; `compact` deletes their rows."""
+        there = [record.id for record in self.records(ids)]
+        for start in range(0, len(there), CHUNK):
+            self.delete(RECORDS, f"id IN ({quoted(there[start : start + CHUNK])})")
+        return len(there)
+
+    def delete(self, name: str, where: str) -> None:
+        """Deletes rows of a table."""
+        self.retried(lambda: self.table(name).delete(where))
+
+    def _upsert(self, records: Sequence[Record], *, same_generation: bool = False) -> int:
+        """Updates or inserts records; returns how many were written."""
+        if not records:
+            return 0
+        rows = schema.record_rows(self.table(RECORDS).schema, records)
+
+        def work(table: Any) -> Any:
+            merge = table.merge_insert("id")
+            if same_generation:
+                return merge.when_matched_update_all(where="target.generation = source.generation").execute(rows)
+            return merge.when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+        with self._writing:
+            before = self.version()
+            result = self._commit(RECORDS, rows.nbytes, work)
+            count, after = int(result.num_inserted_rows + result.num_updated_rows), int(result.version)
+            with self._lock:
+                if count and self._seen == before and after == before + 1:  # no other commit: no need to read it
+                    for record, row in zip(records, rows.to_pylist(), strict=True):
+                        self._records[record.id] = row["written"], schema.record_of(row)
+                    self._seen = after
+        return count
+
+    def _commit(self, name: str, size: int, work: Callable[[Any], Any]) -> Any:
+        """Writes, then reads the last row back.
+
+        LanceDB does not notice when the disk is full at the last piece of a file: the file is cut short, the commit
+        succeeds, and no reader can use the table.
+
+        Raises:
+            Full: there is no room; then the table is as before.
+        """
+        self.ask_for_room(size)
+        before = self.open(name).version
+        result = self.retried(lambda: work(self.table(name)))
+        version = int(result.version)
+        if version == before:  # nothing was written
+            return result
+        committed = self.open(name, version)
+        try:
+            with lance_errors(self.uri):
+                committed.take_offsets([committed.count_rows() - 1]).select(["check"]).to_arrow()
+        except Damaged as error:
+            if self.table(name).version == version:
+                self.restore(name, version - 1)
+            else:  # others have committed since: remove the rows of our file only
+                last = int(self.row_ids(committed)[-1]) >> 32
+                self.delete(name, f"_rowid >= {last << 32} AND _rowid < {(last + 1) << 32}")
+            raise self.cut_short() from error
+        return result
+
+    def restore(self, name: str, version: int) -> None:
+        """Makes an older version the newest one."""
+        with lance_errors(self.uri):
+            self.open(name, version).restore()
+
+    def retried(self, work: Callable[[], T], again: type[LibraryError] = Conflict) -> T:
+        """Does the work, again if it raises `again`, waiting longer each time."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                with lance_errors(self.uri):
+                    return work()
+            except again:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(min(0.01 * 2**attempt, 0.5))
+        raise AssertionError("unreachable")
+
+    def ask_for_room(self, size: int) -> None:
+        """Raises Full if the disk has less room than this many bytes."""
+        if self.folder is None:
+            return
+        free = shutil.disk_usage(self.folder).free
+        if free < size + _SPARE_BYTES:
+            need = f"{(size + _SPARE_BYTES) / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free"
+            raise Full(f"the library {self.uri} cannot be written: {need}", hint="make room on the disk")
+
+    def cut_short(self) -> Full:
+        """The error for files that LanceDB committed although they are incomplete."""
+        hint = "make room on the disk, or lift the limit on the size of files"
+        return Full(f"the library {self.uri} cannot be written: what was written was cut short", hint=hint)

@@ -1,0 +1,194 @@
+"""The vectors of a library in memory: one matrix, kept up to date while searches go on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from keyreel.errors import Damaged
+from keyreel.library.types import BOOL, Record, Rows
+from keyreel.types import F32, F64, I64
+from keyreel_kernels.arrays import Arrays
+
+SPARE_ROWS = 65_536  # room for rows that others add, besides an eighth of what there is
+# A search waits so long for another thread that is loading, then uses the vectors as they were.
+PATIENCE_SECONDS = 0.25
+ATTEMPTS = 4  # videos may be replaced between reading the records and reading the rows
+_REPAIR = "`keyreel library verify --repair` finds the videos and has them indexed again"
+
+
+class RowStore(Protocol):
+    """What `Vectors` needs of the tables."""
+
+    def version(self) -> int: ...
+    def records(self, ids: Sequence[str] | None = None) -> list[Record]: ...
+    def rows(self, generations: Sequence[str]) -> Iterator[tuple[str, Rows]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Rows [low, high) of videos, in the order in which they lie in the matrix."""
+
+    video: I64  # [V] int64: index of the record in its snapshot
+    low: I64  # [V] int64
+    high: I64  # [V] int64
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+    def __getitem__(self, which: I64 | BOOL | slice) -> Spans:
+        return Spans(self.video[which], self.low[which], self.high[which])
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Rows of whole videos, one video after the other. Rows are only ever written behind those that are in use."""
+
+    vectors: Any  # [capacity, D] float32 on the device
+    pts_seconds: F64  # [capacity] float64
+    keyframe: BOOL  # [capacity] bool
+
+    @classmethod
+    def empty(cls, rows: int, width: int, arrays: Arrays) -> Matrix:
+        with arrays.scope():
+            vectors = arrays.xp.empty((rows, width), np.float32)
+        return cls(vectors, np.empty(rows), np.empty(rows, np.bool_))  # pages that are not written take no memory
+
+    def write(self, low: int, vectors: Any, pts_seconds: F64, keyframe: BOOL, arrays: Arrays) -> None:
+        """Writes rows from `low` on."""
+        high = low + len(pts_seconds)
+        with arrays.scope():
+            self.vectors[low:high] = arrays.to_device(vectors)
+        self.pts_seconds[low:high], self.keyframe[low:high] = pts_seconds, keyframe
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A library at one version; it never changes."""
+
+    version: int
+    records: tuple[Record, ...]  # of the videos that can be searched, in order of path
+    names: Mapping[str, int]  # id or path of every video -> index of its record, -1 if it has no vectors
+    matrix: Matrix | None  # None if there are more rows than the limit
+    spans: Spans
+
+
+class Vectors:
+    """The vectors of all videos, 4 D + 9 bytes a row. Safe to share between threads.
+
+    Args:
+        limit: with more rows, none are held.
+    """
+
+    def __init__(self, store: RowStore, width: int, arrays: Arrays, limit: int) -> None:
+        self._store, self._width, self._arrays, self._limit = store, width, arrays, limit
+        self._matrix = Matrix.empty(0, width, arrays)
+        self._places: dict[str, tuple[int, int]] = {}  # generation -> rows [low, high)
+        self._used = 0
+        self._snapshot: Snapshot | None = None
+        self._loading = threading.Lock()
+
+    def snapshot(self) -> Snapshot:
+        """The library as it is now. While another thread loads for long: as it was before, except the first time.
+
+        Raises:
+            Damaged: rows are missing or not finite.
+            LibraryError: the tables cannot be read.
+        """
+        held = self._snapshot
+        if held is not None and held.version == self._store.version():
+            return held
+        if not self._loading.acquire(timeout=-1 if held is None else PATIENCE_SECONDS):
+            return self._snapshot or self.snapshot()
+        try:
+            held = self._snapshot
+            if held is None or held.version != self._store.version():
+                self._snapshot = held = self._load()
+            return held
+        finally:
+            self._loading.release()
+
+    def part(self, snapshot: Snapshot, numbers: I64) -> Snapshot:
+        """A snapshot of a few videos of a larger one, with their rows."""
+        records = [snapshot.records[number] for number in np.sort(numbers).tolist()]
+        part = Vectors(self._store, self._width, self._arrays, self._limit)
+        part._matrix = Matrix.empty(sum(record.frames for record in records), self._width, self._arrays)
+        if lacking := part._hold(records):
+            raise _missing(lacking)
+        names = {name: number for number, record in enumerate(records) for name in (record.id, record.path)}
+        return part._snapshot_of(snapshot.version, records, {**dict.fromkeys(snapshot.names, -1), **names})
+
+    def _load(self) -> Snapshot:
+        lacking: list[Record] = []
+        for _ in range(ATTEMPTS):
+            version = self._store.version()  # first: what is committed later is seen by the next load
+            known = self._store.records()
+            records = [record for record in known if record.status == "ok" and record.frames]
+            names = {name: -1 for record in known for name in (record.id, record.path)}
+            names |= {name: number for number, record in enumerate(records) for name in (record.id, record.path)}
+            if sum(record.frames for record in records) > self._limit:
+                self._matrix, self._places, self._used = Matrix.empty(0, self._width, self._arrays), {}, 0
+                none = np.empty(0, np.int64)
+                return Snapshot(version, tuple(records), names, None, Spans(none, none, none))
+            lacking = self._hold(records)
+            if not lacking:
+                return self._snapshot_of(version, records, names)
+        raise _missing(lacking)
+
+    def _snapshot_of(self, version: int, records: Sequence[Record], names: Mapping[str, int]) -> Snapshot:
+        places = np.array([self._places[record.generation] for record in records], np.int64).reshape(-1, 2)
+        order = np.argsort(places[:, 0])
+        low, high = places[order].T.copy()
+        return Snapshot(version, tuple(records), names, self._matrix, Spans(order.astype(np.int64), low, high))
+
+    def _hold(self, records: Sequence[Record]) -> list[Record]:
+        """Reads the rows that are not held yet.
+
+        Returns:
+            The records whose rows are not as they should be: the video was replaced meanwhile, or is damaged.
+        """
+        wanted = {record.generation: record.frames for record in records}
+        self._places = {name: place for name, place in self._places.items() if name in wanted}
+        missing = [name for name in wanted if name not in self._places]
+        new, kept = sum(wanted[name] for name in missing), sum(high - low for low, high in self._places.values())
+        if self._used + new > len(self._matrix.pts_seconds) or self._used > 2 * kept + SPARE_ROWS:
+            self._move(kept + new)
+        for name, rows in self._store.rows(missing) if missing else ():
+            if not np.isfinite(rows.vectors).all():  # they would spoil the order of all videos
+                raise Damaged(f"vectors of generation {name} hold values that are not finite", hint=_REPAIR)
+            if len(rows) == wanted[name]:
+                self._write(name, rows.vectors, rows.pts_seconds, rows.keyframe)
+        return [record for record in records if record.generation not in self._places]
+
+    def _write(self, name: str, vectors: Any, pts_seconds: F64, keyframe: BOOL) -> None:
+        low = self._used
+        self._matrix.write(low, vectors, pts_seconds, keyframe, self._arrays)
+        self._used += len(pts_seconds)
+        self._places[name] = low, self._used
+
+    def _move(self, rows: int) -> None:
+        """Copies what is kept to the start of a new matrix with room for this many rows and more."""
+        old, places = self._matrix, self._places
+        self._matrix = Matrix.empty(rows + rows // 8 + SPARE_ROWS, self._width, self._arrays)
+        self._places, self._used = {}, 0
+        for name, (low, high) in places.items():
+            self._write(name, old.vectors[low:high], old.pts_seconds[low:high], old.keyframe[low:high])
+
+
+def _missing(records: Sequence[Record]) -> Damaged:
+    what = [f"{record.path}: not all of its {record.frames} rows are there" for record in records]
+    return Damaged(f"{len(what)} video(s) of the library lack rows, {what[0]}", what, hint=_REPAIR)
+
+
+def vector_at(snapshot: Snapshot, number: int, seconds: float, arrays: Arrays) -> F32:
+    """[D] float32: the vector of the frame shown at a time of a video; the first one's before it."""
+    assert snapshot.matrix is not None
+    (at,) = np.flatnonzero(snapshot.spans.video == number)
+    low, high = int(snapshot.spans.low[at]), int(snapshot.spans.high[at])
+    row = low + max(int(np.searchsorted(snapshot.matrix.pts_seconds[low:high], seconds, side="right")) - 1, 0)
+    vector: F32 = arrays.to_host(snapshot.matrix.vectors[row : row + 1])[0].copy()
+    return vector
