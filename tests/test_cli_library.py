@@ -16,7 +16,7 @@ from commands import document, run, spawn, write_clip
 
 import keyreel
 from keyreel.cli import index as cli_index
-from keyreel.cli.documents import Compact, Index, Stats, Verify, Videos
+from keyreel.cli.documents import Compact, Index, Stats, Upgrade, Verify, Videos
 from keyreel.cli.inputs import listed
 from keyreel.config import IndexConfig
 from keyreel.library.types import Added, Example, Filter
@@ -336,6 +336,7 @@ def test_remove_compact_verify_repair(library: Path, tmp_path: Path) -> None:
     left = document(schema_of(Videos), "library", "list", copy)["videos"]
     assert [Path(video["video"]).name for video in left] == ["empty.mp4", "text.mp4", "water [b]1[slash].mp4"]
     assert document(schema_of(Compact), "library", "compact", copy)["bytes"] >= 0
+    assert document(schema_of(Upgrade), "library", "upgrade", copy)["videos"] == 0  # it has the current format
 
 
 def test_options_of_the_server(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
