@@ -211,32 +211,6 @@ def test_every_clips_pixels_against_float64(media: Media, name: str) -> None:
         assert off.max() <= (30 if edges else 8), (off.mean(), off.max())
 
 
-@pytest.mark.parametrize("name", [p for p in NAMES if p.values != ("format/8k24fps_300ms.mp4",)])
-def test_planned_sampling_is_bit_identical_to_decoding_everything(media: Media, name: str) -> None:
-    """fps, every, times and keyframes, by brute force over all frames of the same clip."""
-    path = media(name)
-    whole, _ = everything(path)
-    expected = plain(path)
-    pts, count = whole.pts_seconds, len(whole)
-    rising = np.append(pts, expected.end_seconds)
-    grid = [n / 3 for n in range(10_000) if n / 3 + 1e-9 < rising[-1]]
-    shown = [max(0, int(np.searchsorted(pts, t + 1e-9, side="right")) - 1) for t in grid]
-    asked = [*np.random.default_rng(count).uniform(0, rising[-1] + 1, 20).tolist(), 0.0, float(pts[-1]), float(pts[1])]
-    cases = {
-        Sampling("fps", fps=3): sorted(set(shown)),
-        Sampling("every", every=7): list(range(0, count, 7)),
-        Sampling("times", times=tuple(asked)): [
-            max(0, int(np.searchsorted(pts, t + 1e-9, side="right")) - 1) for t in asked
-        ],
-        Sampling("keyframes"): np.flatnonzero(expected.keys).tolist(),
-    }
-    for sampling, rows in cases.items():
-        got, _ = read(path, sampling, batch_size=8)
-        assert got.frame_index.tolist() == rows, sampling.mode
-        np.testing.assert_array_equal(got.pts_seconds, pts[rows])
-        np.testing.assert_array_equal(got.data, whole.data[rows])
-
-
 @pytest.mark.parametrize("name", ["natural/bikes.mp4", "format/flower.webm"])
 def test_windows(media: Media, name: str) -> None:
     path = media(name)
@@ -364,38 +338,6 @@ def test_one_frame_and_one_second(tmp_path: Path) -> None:
         assert numbers(got) == [0]
     got, _ = read(path, Sampling("times", times=(5.0, 0.0)), None)
     assert numbers(got) == [0, 0]
-
-
-def test_open_groups_and_refresh_without_key_frames(tmp_path: Path) -> None:
-    """Pictures that lead into the next group, and streams whose pictures only heal by and by, come out right."""
-    ticks = range(0, 4000, 40)
-    for n, extra in enumerate(("open-gop=1:keyint=10:min-keyint=10:bframes=4:b-adapt=0", "intra-refresh=1:keyint=12")):
-        path = render(tmp_path / f"open{n}.mkv", ticks, options={"x264-params": extra})
-        whole, _ = read(path, Sampling("all"), None)
-        assert numbers(whole) == list(range(100))
-        for sampling, rows in (
-            (Sampling("times", times=(3.5, 0.37, 2.05, 3.9)), [87, 9, 51, 97]),
-            (Sampling("every", every=9), list(range(0, 100, 9))),
-        ):
-            got, _ = read(path, sampling, None)
-            np.testing.assert_array_equal(got.data, whole.data[rows])
-        got, _ = read(path, Sampling("keyframes"), None)
-        np.testing.assert_array_equal(got.data, whole.data[got.frame_index])
-    path = render(
-        tmp_path / "open.mp4",
-        ticks,
-        codec="libx265",
-        options={"x265-params": "open-gop=1:keyint=10:min-keyint=10:bframes=4:b-adapt=0:temporal-layers=1:log-level=0"},
-    )
-    whole, _ = read(path, Sampling("all"), None)
-    for sampling in (
-        Sampling("every", every=9),
-        Sampling("times", times=(3.5, 0.37, 2.05, 3.9)),
-        Sampling("keyframes"),
-    ):
-        got, _ = read(path, sampling, None)
-        np.testing.assert_array_equal(got.data, whole.data[got.frame_index])
-        assert numbers(got) == got.frame_index.tolist()
 
 
 def test_seeking_far_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -627,7 +627,7 @@ def test_parameter_sets_that_are_damaged_keep_no_decoder(
     def refuse(*_: object) -> None:
         raise av.error.InvalidDataError(1, "Invalid data found when processing input")
 
-    monkeypatch.setattr(nvdec_pool, "BitStreamFilterContext", refuse)
+    monkeypatch.setattr(nvdec, "BitStreamFilterContext", refuse)
     path = media("natural/bikes.mp4")
     for count in (1, 3):
         _, warnings = host.read(path, Sampling("every", every=20), workers=count)

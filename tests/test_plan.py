@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from av.packet import Packet
 from conftest import MEDIA
-from encoded_clips import encode
+from encoded_clips import encode, field_pictures, reordered_pictures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -150,13 +151,33 @@ def modes(reference: Whole, seed: int) -> list[Sampling]:
 
 # --- real clips
 
-CLIPS = [str(p.relative_to(MEDIA)) for p in sorted(MEDIA.glob("*/*")) if p.parent.name != "long"]
-# Nothing of the damaged ones can be planned.
+CLIPS = [str(p.relative_to(MEDIA)) for p in sorted(MEDIA.glob("*/*")) if p.parent.name not in ("long", "reported")]
+# Exif, two views, an edit list, damage, B-pictures in AVI, no duration, sound before the picture.
+CLIPS += [
+    f"reported/{name}"
+    for name in (
+        "mjpeg_exif.avi",
+        "spatial_mvhevc_5frames.mov",
+        "edit_list_no_key_frame_shown.mp4",
+        "damaged_near_end.mp4",
+        "xvid_bframes.avi",
+        "h264_bframes.avi",
+        "no_duration.webm",
+        "video_starts_5s_after_audio.mkv",
+    )
+]
 HEAVY = {"format/8k24fps_300ms.mp4", "format/cursed-vfr.mp4", "animation/big-buck-bunny-480p-30sec.mp4"}
-WHOLE = {"broken/annex-b.mp4"}
+WHOLE = {"broken/annex-b.mp4", "broken/corrupted.mp4", "reported/xvid_bframes.avi", "reported/h264_bframes.avi"}
 
 
-QUICK = {"broken/annex-b.mp4", "format/h265_10bits.mp4", "format/vp80-03-segmentation-1427.ivf", "natural/bikes.mp4"}
+QUICK = {
+    "broken/annex-b.mp4",
+    "reported/mjpeg_exif.avi",
+    "reported/spatial_mvhevc_5frames.mov",
+    "format/h265_10bits.mp4",
+    "format/vp80-03-segmentation-1427.ivf",
+    "natural/bikes.mp4",
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.full) for n in CLIPS])
@@ -166,7 +187,7 @@ def test_real_clips(media: Media, name: str) -> None:
         assert (source.timeline() is None) == (name in WHOLE)
     for sampling in modes(reference, len(name))[:: 1 if name not in HEAVY else 3]:
         # What FFmpeg puts in the place of damage hangs on its threads.
-        check(media(name), reference, sampling, lanes=2, threads=int(name in WHOLE))
+        check(media(name), reference, sampling, lanes=2, threads=int(name in WHOLE or "damaged" in name))
     if name not in WHOLE:
         stream = check(media(name), reference, Sampling("times", times=(reference.end / 2,)))
         assert stream is not None
@@ -628,3 +649,61 @@ def test_closed_while_its_thread_starts(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(threading.Thread, "start", lambda self: (stream.close(), start(self))[1])
         with pytest.raises(StopIteration):
             next(stream)
+
+
+# --- packets that are no frames
+
+
+def write_packets(path: Path, parts: list[tuple[bytes, int, bool]]) -> Path:
+    """A file of H.264 packets: data, pts in fields of 1/50 s, key."""
+    with av.open(str(path), "w", format="mpegts" if path.suffix == ".ts" else "matroska") as output:
+        stream = output.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for data, pts, key in parts:
+            packet = Packet(data)
+            packet.pts = packet.dts = pts
+            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 50), stream, key
+            output.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(("container", "joined"), [("ts", True), ("ts", False), ("mkv", True), ("mkv", False)])
+def test_pairs_of_fields(tmp_path: Path, container: str, joined: bool) -> None:
+    """PAFF: a field alone is half a picture, whose packet looks like that of a frame."""
+    parts = []
+    for n, pair in enumerate(field_pictures(8)):
+        for k, data in enumerate([b"".join(pair)] if joined else pair):
+            parts.append((data, 2 * n + k, n % 8 == 0 and k == 0))
+    path = write_packets(tmp_path / f"fields.{container}", parts)
+    reference = whole(path)
+    assert len(reference.pictures) == 64
+    for sampling in [*modes(reference, 3), Sampling("times", times=(1.28,))]:
+        check(path, reference, sampling, threads=1)
+
+
+def test_frames_that_are_reordered_further_from_some_place_on(tmp_path: Path) -> None:
+    """FFmpeg loses frames there, if nothing told it before."""
+    mixed = [400 + 4 * n + k for n in range(20) for k in (3, 1, 0, 2)]
+    path = reordered_pictures(tmp_path / "late", [*range(400), *mixed])
+    reference = whole(path)
+    assert len(reference.pictures) < 480
+    for sampling in (Sampling("fps", fps=1), Sampling("keyframes"), Sampling("every", every=50)):
+        check(path, reference, sampling)
+
+
+def test_two_parameter_sets_in_one_stream(tmp_path: Path) -> None:
+    """A size that changes, with parameter sets at the first picture of the new size only."""
+    streams = [
+        encode(tmp_path / str(n), codec="libx264", size=size, gop=8, container="264", options={"bf": "0"})
+        for n, size in enumerate([(96, 64), (160, 96)])
+    ]
+    data: list[bytes] = []
+    for path in streams:
+        with av.open(str(path)) as container:
+            data += [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    idr = [n for n, packet in enumerate(data) if b"\0\0\1\x65" in packet]
+    bare = [packet[packet.index(b"\0\0\1\x65") :] if n in idr and n > 48 else packet for n, packet in enumerate(data)]
+    path = write_packets(tmp_path / "both.ts", [(packet, 2 * n, n in idr) for n, packet in enumerate(bare)])
+    reference = whole(path)
+    for sampling in (Sampling("fps", fps=2), Sampling("keyframes"), Sampling("times", times=(3.5,))):
+        check(path, reference, sampling)

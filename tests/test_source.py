@@ -365,17 +365,22 @@ def test_urls_when_allowed(clip: Path) -> None:
 # --- limits
 
 
-def test_limits(clip: Path) -> None:
+def test_limits(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = clip.read_bytes()
     refusal(clip, SourceError, "64 x 48", "3071", "max_pixels", limits=DecodeLimits(max_pixels=3071))
     Source(clip, limits=DecodeLimits(max_pixels=64 * 48)).probe()
     refusal(clip, SourceError, "max_duration_seconds", limits=DecodeLimits(max_duration_seconds=1.0))
-    with pytest.raises(SourceError, match="max_spool_bytes"):
-        Source(Pipe(data), limits=DecodeLimits(max_spool_bytes=1000)).probe()  # type: ignore[arg-type]
-    with Source(clip, limits=DecodeLimits(max_frames=11)) as source, pytest.raises(SourceError, match="max_frames"):
-        pixels(source)
-    with Source(clip, limits=DecodeLimits(max_frames=12)) as source:
+    monkeypatch.setattr("keyreel.decode.source._MAX_SPOOL_BYTES", len(data) - 1)
+    with Source(Pipe(data)) as source:  # type: ignore[arg-type]
+        for _ in range(2):
+            with pytest.raises(SourceError, match="more than"):
+                source.probe()
+    monkeypatch.setattr("keyreel.decode.source._MAX_SPOOL_BYTES", len(data))
+    with Source(Pipe(data)) as source:  # type: ignore[arg-type]
         assert len(pixels(source)) == 12
+    monkeypatch.setattr("keyreel.decode.stream._MAX_FRAMES", 11)
+    with Source(clip) as source, pytest.raises(SourceError, match="more than 11 frames"):
+        pixels(source)
 
 
 def test_limits_hold_where_the_header_is_silent(media: Media, clip: Path, tmp_path: Path) -> None:
