@@ -28,7 +28,7 @@ def tile(picture: U8) -> Image.Image:
     height, width = picture.shape[:2]
     scale = TILE_EDGE / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    return Image.fromarray(picture).resize(size, Image.Resampling.BOX)
+    return Image.fromarray(picture).resize(size, Image.Resampling.BOX, reducing_gap=3.0)
 
 
 def sprite(tiles: Sequence[Image.Image]) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
