@@ -2,7 +2,6 @@
 //
 // NVRTC needs no header for it. A program that defines KEYREEL_HOST brings its own definitions, so that the same .cu
 // files run on a CPU. Functions marked "whole warp" must be called by all 32 lanes.
-#pragma once
 
 #ifndef CLUSTER
 #define CLUSTER 1  // blocks in a thread-block cluster
