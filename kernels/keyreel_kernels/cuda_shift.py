@@ -23,14 +23,13 @@ _BUSY_WARPS = 16
 
 def fixed_shift(cuda: Cuda, count: int, grid: tuple[int, int], linked: Any, *, fraction: float, step: int) -> Any:
     """`shift.fixed_shift`: sources [T, P] int64 on the device."""
+    xp, shot = cuda.cupy, _shots(cuda, linked)
     # The middle of three frames shows the pattern.
     pattern = shift.fixed_shift(3, grid, np.array([False, True, True]), fraction=fraction, step=1)[1] - 1
-    source = cuda.cupy.empty((count, pattern.size), np.int64)
-    if source.size:
-        offset = cuda.to_device((pattern * step).astype(np.int32))
-        args = (offset, _shots(cuda, linked), np.int32(count), np.int32(pattern.size), source)
-        cuda.launch(FILE, "offset_sources", (blocks(source.size, 256),), (256,), args)
-    return source
+    frame = xp.arange(count)[:, None]
+    wanted = frame + cuda.to_device(pattern * step)
+    there = xp.clip(wanted, 0, max(count - 1, 0))
+    return xp.where((there == wanted) & (shot[there] == shot[:, None]), there, frame)
 
 
 def adaptive_shift(

@@ -193,14 +193,6 @@ extern "C" __global__ void __launch_bounds__(32 * SHIFT_WARPS, 8)
     }
 }
 
-// source [T, P] from offsets [P], the same in every frame.
-extern "C" __global__ void __launch_bounds__(256)
-    offset_sources(const int* offset, const int* shot, int count, int places, int64_t* source) {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at >= static_cast<int64_t>(count) * places) return;
-    source[at] = taken_from(static_cast<int>(at / places), offset[at % places], count, shot);
-}
-
 // --- gathering -------------------------------------------------------------------------------------------------------
 
 // A warp per token of `words` words.
