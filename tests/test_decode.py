@@ -289,7 +289,7 @@ def numbers(batch: FrameBatch) -> list[int]:
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "ts"])
 def test_containers(tmp_path: Path, suffix: str) -> None:
-    """Frames, times and places by four containers, two of which can be planned for; B-frames in all."""
+    """Frames, times and places by four containers."""
     options = {"g": "8", "bf": "0" if suffix == "avi" else "3"}
     path = render(tmp_path / f"clip.{suffix}", range(60), base=Fraction(1, 25), options=options)
     got, _ = read(path, Sampling("all"), None)

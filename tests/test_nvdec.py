@@ -210,6 +210,7 @@ def test_every_clip_gives_the_same_samples(device: Device, media: Media, name: s
 
 
 @pytest.mark.parametrize("name", sorted(DECLINED))
+@pytest.mark.full
 def test_what_is_not_decoded_on_the_device(host: Device, media: Media, name: str) -> None:
     """Under `auto` the CPU's pictures and the reason, with a demand an error."""
     sampling = Sampling("every", every=11)
@@ -245,10 +246,12 @@ def test_what_is_not_decoded_on_the_device(host: Device, media: Media, name: str
         "format/bbb_800x640_768kbps_30fps_vp9.mp4",
     ],
 )
+@pytest.mark.full
 def test_every_mode(device: Device, media: Media, name: str, wanted: Sampling) -> None:
     check(device, media(name), wanted, workers=2)
 
 
+@pytest.mark.full
 def test_colours(device: Device, media: Media) -> None:
     """Rotated, 10 bits, 4:4:4: exactly what the definition makes of the planes, the kernels within a level."""
     cpu = ops_for("cpu")
@@ -290,6 +293,7 @@ def test_colours(device: Device, media: Media) -> None:
             assert np.abs(other.astype(int) - got.data).mean() < 2
 
 
+@pytest.mark.full
 def test_rotation_and_vfr_of_made_clips(device: Device, tmp_path: Path) -> None:
     ticks = np.cumsum([40, 33, 333, 40, 40, 1000, 17, 40, 40, 80, 500] * 4).tolist()
     for n, rotate in enumerate(((90.0, False, False), (180.0, True, False), (270.0, False, True))):
@@ -300,7 +304,7 @@ def test_rotation_and_vfr_of_made_clips(device: Device, tmp_path: Path) -> None:
 
 
 def test_containers(device: Device, tmp_path: Path) -> None:
-    """A transport stream cannot be planned for and is decoded whole, on the device; without any pts, the CPU."""
+    """Planned in each container; without any pts, the CPU decodes."""
     for codec, suffix in (("libx264", "ts"), ("libx265", "ts"), ("libx264", "mkv"), ("libx265", "mkv")):
         path = render(tmp_path / f"{codec}.{suffix}", range(40), base=Fraction(1, 25), codec=codec, size=(160, 144))
         check(device, path, Sampling("all"))
@@ -387,6 +391,7 @@ def test_parameter_sets() -> None:
     ids=["closed", "open", "open-hevc", "one-group"],
 )
 @pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.full
 def test_seams_are_exact(
     device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, options: dict[str, str], count: int
 ) -> None:
@@ -496,6 +501,7 @@ def test_the_key_holds_all_that_shapes_a_decoder(device: Device, tmp_path: Path)
     assert formats[0].coded == formats[1].coded  # told apart by their parameter sets
 
 
+@pytest.mark.full
 def test_hundreds_of_opens(host: Device, tmp_path: Path) -> None:
     """Of mixed sizes, some left early: few decoders are open, all of them at rest at the end, every frame right."""
     host.pool.limit = 4
@@ -518,6 +524,7 @@ def test_hundreds_of_opens(host: Device, tmp_path: Path) -> None:
     assert len(host.module.alive) == 0
 
 
+@pytest.mark.full
 def test_short_looks_into_one_file_share_a_decoder(host: Device, media: Media) -> None:
     path = media("natural/bikes.mp4")
     with Source(path) as source:
@@ -530,6 +537,7 @@ def test_short_looks_into_one_file_share_a_decoder(host: Device, media: Media) -
     assert host.module.created == 1
 
 
+@pytest.mark.full
 def test_streams_at_the_same_time_have_their_own_decoders(
     host: Device, media: Media, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -586,6 +594,7 @@ def test_a_stream_left_early_is_closed_and_its_decoder_drained(host: Device, med
         (60, 3, "every"),
     ],
 )
+@pytest.mark.full
 def test_a_failure_on_the_way(
     host: Device, media: Media, monkeypatch: pytest.MonkeyPatch, at: int, count: int, mode: Any
 ) -> None:
@@ -662,6 +671,7 @@ def test_a_size_that_changes_on_the_way(host: Device, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.full
 def test_a_picture_that_does_not_come(host: Device, media: Media, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """The rest is not shown in the places of other frames."""
     real = HostDecoder.Decode
@@ -773,6 +783,7 @@ def test_the_pool_of_a_device_goes_with_it() -> None:
     assert len(nvdec._POOLS) == count - 1
 
 
+@pytest.mark.full
 def test_memory_stays_flat_on_a_long_file(host: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures wait neither in lanes nor in the queue beyond what is stated."""
     path = render(tmp_path / "long.mp4", range(0, 24_000, 40), options={"g": "10", "bf": "2", "preset": "ultrafast"})
