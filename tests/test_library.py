@@ -26,7 +26,7 @@ from keyreel import Engine, Library, Sampling, Summary
 from keyreel.config import DecodeLimits, IndexConfig, LibraryConfig, OutputConfig
 from keyreel.decode.source import Source
 from keyreel.demo import HEIGHT, SCENES, WIDTH
-from keyreel.errors import LibraryError, ModelMismatch, SourceError, SourceNotFound
+from keyreel.errors import LibraryError, ModelMismatch, SourceNotFound
 from keyreel.library import files
 from keyreel.library.types import Added, Example, Filter, Record
 from keyreel.render.pictures import at_most, pictures_at
@@ -209,6 +209,7 @@ def test_options_are_those_of_summarize(library: Library, engine: Engine, demo: 
     assert len(library.previews(demo)) == 2
 
 
+@pytest.mark.full
 def test_the_date_is_that_of_the_recording(tmp_path: Path, library: Library, clips: list[Path]) -> None:
     said = ["2019-06-07T08:09:10.000000Z", "1970-01-01T00:00:00.000000Z", "2090-01-01T00:00:00.000000Z"]
     for number, time in enumerate(said):
@@ -517,6 +518,7 @@ def test_a_video_that_breaks_loses_its_rows(folder: Path, library: Library) -> N
     assert library.stats().failed == 1
 
 
+@pytest.mark.full
 def test_rows_stay_where_only_the_second_look_fails(
     folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -543,6 +545,7 @@ def test_files_that_may_not_be_read(folder: Path, library: Library) -> None:
     assert library.add([folder / "a.mp4"])[0].change == "added"
 
 
+@pytest.mark.full
 def test_a_disk_that_cannot_be_read_is_no_file_that_is_gone(
     folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -560,6 +563,7 @@ def test_a_disk_that_cannot_be_read_is_no_file_that_is_gone(
     assert content(library) == before
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["grows", "is cut", "is replaced", "vanishes"])
 def test_a_file_that_changes_while_it_is_read_is_found_out(
     folder: Path, library: Library, clips: list[Path], how: str
@@ -592,6 +596,7 @@ def test_a_file_that_changes_while_it_is_read_is_found_out(
         assert library.record(path).fingerprint == files.fingerprint(path)
 
 
+@pytest.mark.full
 def test_damaged_clips_give_what_can_be_read(media: Callable[[str], Path], library: Library, engine: Engine) -> None:
     videos = sorted(media("broken/corrupted.mp4").parent.iterdir())
     found = library.add(videos, IndexConfig(workers=2))
@@ -803,6 +808,7 @@ def test_stats_and_compact(library: Library, clips: list[Path], engine: Engine) 
     assert library.verify() == ()
 
 
+@pytest.mark.full
 def test_compact_builds_the_index_of_a_large_library(tmp_path: Path, full: Library, engine: Engine) -> None:
     shutil.copytree(full.uri, tmp_path / "copy")
     small = LibraryConfig(exact_rows=10, fold_similarity=1.0)
@@ -830,6 +836,7 @@ def test_wrong_arguments(library: Library, clips: list[Path]) -> None:
 # --- threads, progress, stopping --------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_three_workers_give_what_one_gives(tmp_path: Path, engine: Engine, clips: list[Path]) -> None:
     contents = []
     for workers in (1, 3):
@@ -839,6 +846,7 @@ def test_three_workers_give_what_one_gives(tmp_path: Path, engine: Engine, clips
     assert contents[0] == contents[1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("workers", [1, 2])
 def test_progress_of_each_and_of_all(library: Library, clips: list[Path], workers: int) -> None:
     whole: list[tuple[str, float, float | None]] = []
@@ -881,6 +889,7 @@ def test_progress_of_each_and_of_all(library: Library, clips: list[Path], worker
         assert all(total is not None and value <= total for value, total in steps)
 
 
+@pytest.mark.full
 def test_stop_leaves_what_was_committed(library: Library, clips: list[Path]) -> None:
     """Wherever it strikes: no video is half there, none is called a failure, and a second run finishes the rest."""
     undisturbed = Library(library.uri + "-whole", library.engine)
@@ -901,6 +910,7 @@ def test_stop_leaves_what_was_committed(library: Library, clips: list[Path]) -> 
     assert calls > 15  # asked often
 
 
+@pytest.mark.full
 def test_stop_is_no_failure_of_what_was_there(library: Library, clips: list[Path]) -> None:
     library.add(clips[:1])
     before, records = content(library), library.list()
@@ -911,6 +921,7 @@ def test_stop_is_no_failure_of_what_was_there(library: Library, clips: list[Path
     assert library.list() == records
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupt_leaves_what_was_committed(library: Library, clips: list[Path], workers: int) -> None:
     told = []
@@ -932,6 +943,7 @@ def test_an_interrupt_leaves_what_was_committed(library: Library, clips: list[Pa
     assert sum(entry.change == "added" for entry in found) == 4 - len(told)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("which", ["progress", "begin", "stage", "tell", "stop"])
 def test_an_error_in_a_callback_is_the_callers(library: Library, clips: list[Path], workers: int, which: str) -> None:
@@ -950,6 +962,7 @@ def test_an_error_in_a_callback_is_the_callers(library: Library, clips: list[Pat
         assert not library.exists()
 
 
+@pytest.mark.full
 def test_a_library_that_cannot_be_written_ends_the_run(
     library: Library, clips: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -966,6 +979,7 @@ def test_a_library_that_cannot_be_written_ends_the_run(
     assert content(library) == before
 
 
+@pytest.mark.full
 def test_two_libraries_over_one_folder_agree(tmp_path: Path, engine: Engine, clips: list[Path]) -> None:
     first, second = Library(tmp_path / "library", engine), Library(tmp_path / "library", engine)
     clips = clips[:2]
@@ -984,6 +998,7 @@ def test_two_libraries_over_one_folder_agree(tmp_path: Path, engine: Engine, cli
     assert [len(rows(first, record)) for record in first.list()] == [record.frames for record in first.list()]
 
 
+@pytest.mark.full
 def test_async_use(library: Library, clips: list[Path], demo: Path) -> None:
     async def use() -> list[Any]:
         beats = 0
@@ -1013,14 +1028,7 @@ def test_async_use(library: Library, clips: list[Path], demo: Path) -> None:
     assert len(library.list()) == 5
 
 
-def test_errors_carry_what_to_do(library: Library) -> None:
-    with pytest.raises(LibraryError) as caught:
-        library.list()
-    assert caught.value.hint
-    assert isinstance(caught.value, keyreel.KeyreelError)
-    assert not isinstance(caught.value, SourceError)
-
-
+@pytest.mark.full
 def test_a_copy_whose_original_goes_away_is_indexed(
     library: Library, folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

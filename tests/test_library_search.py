@@ -274,6 +274,7 @@ WHERE = st.builds(
 NO_FILTER = Filter()
 
 
+@pytest.mark.full
 @settings(max_examples=70, deadline=None)
 @given(
     number=st.integers(0, 2**32 - 1),
@@ -437,6 +438,7 @@ def test_what_cannot_be_searched_for() -> None:
 # --- kept up to date ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @settings(max_examples=25, deadline=None)
 @given(number=st.integers(0, 2**32 - 1), steps=st.lists(st.sampled_from(["put", "put", "drop", "fail", "move"])))
 def test_a_library_that_changes(number: int, steps: list[str]) -> None:
@@ -601,6 +603,7 @@ def test_the_real_store(library: Callable[[int, int], Tables]) -> None:
     check_against_brute_force(SearchIndex(store, dataclasses.replace(CONFIG, exact_rows=0)), mirrored(store), asked)
 
 
+@pytest.mark.full
 def test_an_index_beyond_memory(library: Callable[[int, int], Tables]) -> None:
     store = library(60, 32)
     draw = np.random.default_rng(15)

@@ -223,6 +223,7 @@ def test_orphans_are_found_and_deleted_after_an_hour(tables: Tables, monkeypatch
     assert tables.table(VECTORS).count_rows() == sum(one.frames for one in tables.records())
 
 
+@pytest.mark.full
 def test_small_files_are_merged_now_and_then(tables: Tables) -> None:
     most = 0
     for number in range(40):
@@ -233,6 +234,7 @@ def test_small_files_are_merged_now_and_then(tables: Tables) -> None:
     assert verify(tables) == ()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", range(int(os.environ.get("KEYREEL_DAMAGES", "6"))))
 def test_damage_is_found_and_repaired(tables: Tables, seed: int) -> None:
     videos = filled(tables, 5)

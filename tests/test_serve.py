@@ -156,12 +156,14 @@ def test_pictures_and_frames_are_queries_too(service: Served, library: Library) 
     weak = service.http.get("/api/v1/search", params={"q": "a dog"}).json()["weak_score"]
     assert (
         weak
-        == library.weak_score()
+        == library.match_threshold()
         == Bundle.find("builtin").match_threshold(sum(len(v.shots) for v in library.list()))
     )
     one = Filter(path="*a.mp4")
     alone = service.http.get("/api/v1/search", params={"q": "a dog", "path": "*a.mp4"}).json()["weak_score"]
-    assert alone == library.weak_score(one) == Bundle.find("builtin").match_threshold(len(library.list(one)[0].shots))
+    assert (
+        alone == library.match_threshold(one) == Bundle.find("builtin").match_threshold(len(library.list(one)[0].shots))
+    )
     picture = np.random.default_rng(3).integers(0, 255, (40, 60, 3)).astype(np.uint8)
     answer = service.http.post("/api/v1/search", params={"k": 3}, files={"file": ("p.png", jpeg(picture))})
     assert answer.json()["weak_score"] is None  # it is of texts only

@@ -158,7 +158,7 @@ def _search_videos(
 def _search_library(
     library: Library, query: Any, name: str, k: int, where: Filter, *, videos: bool, pictures: bool
 ) -> Found:
-    weak = library.weak_score(where) if isinstance(query, str) else None
+    weak = library.match_threshold(where) if isinstance(query, str) else None
     best = library.search_videos(query, k=k, where=where) if videos else None
     hits = library.search(query, k=k, where=where) if best is None else [m for v in best for m in v.moments]
     images = [library.preview(hit.video_id, hit.keyframe_seconds) for hit in hits] if pictures else []

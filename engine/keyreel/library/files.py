@@ -1,4 +1,4 @@
-"""Files: what they are called in a library, whether they changed, and whether two hold the same."""
+"""Files: their names in a library, whether they changed, and whether two have the same content."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _BYTE_PATH = "file://"  # a path that is no text, as a URL with its bytes escape
 
 
 def name_of(video: str | os.PathLike[str]) -> str:
-    """What a video is called in a library: its absolute path, or its URL.
+    """A video's name in a library: its absolute path, or its URL.
 
-    Symbolic links keep their own name. A path whose bytes are no UTF-8 is called file:///... with them escaped, since
-    tables hold text.
+    Symbolic links keep their own name. A path that is not UTF-8 becomes file:///... with escaped bytes, since tables
+    hold text.
 
     Raises:
         ValueError: an empty name.
@@ -47,14 +47,14 @@ def name_of(video: str | os.PathLike[str]) -> str:
 
 
 def path_of(name: str) -> Path | None:
-    """The file that a name of `name_of` stands for; None for a URL."""
+    """The inverse of `name_of`; None for a URL."""
     if name.startswith(_BYTE_PATH):
         return Path(os.fsdecode(unquote_to_bytes(name[len(_BYTE_PATH) :])))
     return Path(name) if os.path.isabs(name) else None
 
 
 def real_name(name: str) -> str:
-    """The name without symbolic links; as it is where that cannot be told."""
+    """The name with symbolic links resolved, if possible."""
     path = path_of(name)
     try:
         return name if path is None else name_of(os.path.realpath(path))
@@ -64,17 +64,17 @@ def real_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What changes when a file's content does."""
+    """Size and time of the last change of a file."""
 
     size: int  # bytes
     mtime_ns: int
 
     @classmethod
     def of(cls, path: Path | None) -> FileState | None:
-        """None where there is no such regular file.
+        """None if there is no such regular file.
 
         Raises:
-            SourceError: it cannot be told, for lack of a permission or of a disk.
+            SourceError: the file cannot be looked up, for lack of a permission or of a disk.
         """
         if path is None:
             return None
@@ -87,12 +87,12 @@ class FileState:
         return cls(found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
     def fits(self, record: Record) -> bool:
-        """Whether the file is as it was when it was recorded."""
+        """Whether the file is unchanged since it was indexed."""
         return (self.size, self.mtime_ns) == (record.size, record.mtime_ns)
 
 
 def is_gone(name: str) -> bool:
-    """Whether the file of a name is not there any more; a disk that cannot be read says nothing of its files."""
+    """Whether a file is missing; an unreadable disk does not count as missing files."""
     path = path_of(name)
     try:
         return path is not None and FileState.of(path) is None
@@ -101,18 +101,17 @@ def is_gone(name: str) -> bool:
 
 
 def unreadable(path: Path, error: Exception) -> SourceError:
-    """What is said of a file that the system does not let us read."""
+    """The error for a file that the system does not let us read."""
     reason = getattr(error, "strerror", None) or error
     return SourceError(f"{path}: cannot be read: {reason}.", hint="Check its permissions and its disk.")
 
 
 def fingerprint(path: Path) -> str:
-    """What a file holds, as 32 hexadecimal digits: BLAKE2b over its size and its bytes.
+    """A hash of a file's content, as 32 hexadecimal digits: BLAKE2b over its size and its bytes.
 
-    Files up to 64 MiB are read whole. Of larger ones 64 blocks of 1 MiB are: the first, the last and others evenly
-    between, so that what it costs does not grow with the file. A change that keeps the size and lies between the
-    blocks is then not seen by this alone; it is seen by the time of the last change, and two such files are taken for
-    copies. `force` indexes again whatever the fingerprint says.
+    Files up to 64 MiB are read whole. Of larger ones 64 blocks of 1 MiB are read: the first, the last and others
+    evenly between, so that the cost does not grow with the file. Files of the same size that differ only between the
+    blocks count as copies; `force` indexes them nevertheless.
 
     Raises:
         SourceError: the file cannot be read.
@@ -133,7 +132,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _read(file: int, size: int) -> bytes:
-    """So many bytes, fewer at the end only: a network disk may give them in parts."""
+    """Reads in parts if needed, as from a network disk; fewer bytes only at the end."""
     parts = []
     while size and (part := os.read(file, size)):
         parts.append(part)
@@ -142,7 +141,7 @@ def _read(file: int, size: int) -> bytes:
 
 
 class Catalog:
-    """The records of a library at hand: by id, by path, by content. Safe to share between threads."""
+    """The records of a library by id, by path and by content. Safe to share between threads."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self._lock = threading.RLock()
@@ -160,14 +159,14 @@ class Catalog:
         return sorted(self._by_id.values(), key=lambda record: record.path)
 
     def find(self, video: str) -> Record | None:
-        """By id or by path, which may be relative or lead there through links."""
+        """By id or by path, which may be relative or contain links."""
         if not video:
             return None
         name = name_of(video)
         return self._by_id.get(video) or self.at(name) or self.at(real_name(name))
 
     def fitting(self, video: str) -> list[Record]:
-        """By id, path or glob over the whole path, in which * stands for slashes, too."""
+        """By id, path or glob over the whole path, in which * also matches slashes."""
         if (record := self.find(video)) is not None:
             return [record]
         globs = (video, os.path.abspath(video))
@@ -179,13 +178,13 @@ class Catalog:
             return self._by_id.get(self._by_path.get(path, ""))
 
     def like(self, content: str) -> list[Record]:
-        """Records of videos that hold the same and were indexed."""
+        """Indexed videos with this content."""
         with self._lock:
             found = [self._by_id[id] for id in self._by_content.get(content, ())]
         return [record for record in found if record.status == "ok"] if content else []
 
     def put(self, record: Record) -> None:
-        """Adds a record, or puts it in the place of the one of its id."""
+        """Adds or replaces a record."""
         with self._lock:
             self.drop(record.id)
             self._by_id[record.id] = record
@@ -193,7 +192,7 @@ class Catalog:
             self._by_content.setdefault(record.fingerprint, {})[record.id] = None
 
     def drop(self, id: str) -> None:
-        """Forgets a record, if it is there."""
+        """Removes a record, if it is there."""
         with self._lock:
             record = self._by_id.pop(id, None)
             if record is not None:

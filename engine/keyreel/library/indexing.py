@@ -150,14 +150,14 @@ class Indexer:
         self._committing = threading.Lock()
 
     def index(self, name: str, progress: Progress) -> Added:
-        """Brings one video in, where that is needed; what is wrong with it stands in the result.
+        """Indexes one video if needed; a failure is part of the result.
 
         Args:
             name: as `files.name_of` gives it.
-            progress: told the stages.
+            progress: called with the stages.
 
         Raises:
-            Halted: the caller wants no more.
+            Halted: the caller wants to stop.
             LibraryError: the library itself cannot be used.
             MissingExtra: a package is missing.
         """
@@ -174,10 +174,10 @@ class Indexer:
             else:
                 content = "" if path is None or state is None else fingerprint(path)
                 with self._claim(content):
-                    change, record = self._brought(name, known, state, content, progress)
+                    change, record = self._compared(name, known, state, content, progress)
         except (Halted, LibraryError, MissingExtra):
             raise
-        except Exception as error:  # noqa: BLE001 - one video must not take the others with it, whatever is wrong with it
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with one video, the others go on
             failure = Failure.of(name, _cause(error, path, state))
             change, record = "failed", self._failed(failure.error, name, known, state, content)
         return Added(name, change, record, failure, time.perf_counter() - began)
@@ -186,13 +186,13 @@ class Indexer:
 
     @contextmanager
     def _claim(self, content: str) -> Iterator[None]:
-        """Lets one thread at a time work on files that hold the same: the others then find copies."""
+        """Serialises files with the same content, so that later ones are recognised as copies."""
         with self._lock:
             claim = self._claims.setdefault(content, threading.Lock()) if content else threading.Lock()
         with claim:
             yield
 
-    def _brought(
+    def _compared(
         self, name: str, known: Record | None, state: FileState | None, content: str, progress: Progress
     ) -> tuple[Change, Record]:
         twins = [] if self._config.force else self._catalog.like(content)
@@ -290,13 +290,13 @@ class Indexer:
         return new
 
     def _current(self, id: str) -> Record | None:
-        """The record as it is in the store now, whoever wrote it."""
+        """The record as it is in the table now, whoever wrote it."""
         return next(iter(self._tables.records([id])), None) if self._tables.exists() else None
 
     def _failed(
         self, error: KeyreelError, name: str, known: Record | None, state: FileState | None, content: str
     ) -> Record | None:
-        """Keeps that and why a video failed. What was there of a file that did not change stays as it is."""
+        """Records why a video failed. Rows of a file that did not change stay."""
         intact = known is not None and known.status == "ok" and content in ("", known.fingerprint)
         if state is None or intact:
             return known
@@ -307,7 +307,7 @@ class Indexer:
         return self._put(record)
 
     def _record(self, name: str, known: Record | None, state: FileState | None, content: str) -> Record:
-        """A record without rows, of a file that was not read yet."""
+        """A record without rows, for a file that is about to be read."""
         bundle = self._engine.bundle
         return Record(
             id=self._new_id(name) if known is None else known.id,
@@ -332,7 +332,7 @@ class Indexer:
         )
 
     def _new_id(self, name: str) -> str:
-        """An id that all who add this file agree on, and that no video of another path has: one that was moved away."""
+        """An id that every process computes alike, and that no moved video has kept."""
         for number in itertools.count():
             id = hashlib.blake2b(f"{name}\n{number}".encode(), digest_size=16).hexdigest()
             current = self._current(id)
@@ -359,7 +359,7 @@ class Indexer:
 
 
 def _is_done(known: Record, path: Path | None, state: FileState | None) -> bool:
-    """Whether a video is in the library as it is now, as far as can be told without opening it."""
+    """Whether the library has the video in its current state, judged without opening it."""
     here = path is None if state is None else state.fits(known)
     return known.status == "ok" and here
 
@@ -369,7 +369,7 @@ def _joined(tags: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
 
 
 def _text(said: Any) -> str | None:
-    """As text that can be stored: names of files may hold bytes that are none."""
+    """Text that can be stored: names of files may have bytes that are not UTF-8."""
     return None if said is None else str(said).encode("utf-8", "backslashreplace").decode()
 
 
@@ -381,7 +381,7 @@ def _changed(name: str) -> SourceError:
 
 
 def _cause(error: Exception, path: Path | None, state: FileState | None) -> Exception:
-    """The error, or what lies behind it: a file that changes while it is read looks damaged."""
+    """The error, or its cause: a file that changes while it is read looks damaged."""
     try:
         same = state is None or FileState.of(path) == state
     except SourceError:

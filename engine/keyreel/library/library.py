@@ -54,9 +54,8 @@ class Library:
 
     Args:
         uri: a folder, or a URI such as "s3://bucket/library". Nothing is made there before the first `add`.
-        engine: turns videos, texts and pictures into vectors; stays open and belongs to the caller. Without one the
-            library can be listed, looked after, and searched by example or by vector.
-        config: sizes of pictures and what searching keeps in memory.
+        engine: makes vectors of videos, texts and pictures; it belongs to the caller and stays open. Without one the
+            library can be listed, maintained, and searched by example or by vector.
         storage_options: of the object store, passed through to LanceDB.
 
     Raises:
@@ -101,12 +100,12 @@ class Library:
         return self._tables.exists()
 
     def close(self) -> None:
-        """Lets go of the tables and of the vectors in memory. Idempotent; the engine stays open."""
+        """Closes the tables and frees the vectors in memory. Idempotent; the engine stays open."""
         with self._lock:
             self._searcher = None
         self._tables.close()
 
-    # --- what goes in and out -------------------------------------------------------------------------------------
+    # --- indexing -------------------------------------------------------------------------------------------------
 
     def add(
         self,
@@ -118,26 +117,26 @@ class Library:
         tell: Callable[[Added], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> builtins.list[Added]:
-        """Brings videos in; each is committed by itself, so that what is done stays done.
+        """Indexes videos. Each is committed by itself, so that what is done stays done.
 
-        A video that is there and unchanged (path, size and time of its last change) is not opened. One that holds the
-        same as another is moved, where the other's file is gone, or copied, without decoding it. Videos that failed
-        are tried again. What fails does not stop the others. The same file under several names is one video. With
-        another `config` than before, only `config.force` indexes again what is unchanged.
+        A video that is in the library and unchanged (path, size, time of last change) is not opened. A file with the
+        same content as another video's is not decoded: the record moves if the other file is gone, else the rows are
+        copied. Videos that failed are tried again. A failure does not stop the others. The same file under several
+        names is one video. Another `config` than before indexes unchanged videos again only with `config.force`.
 
         Args:
-            videos: paths; URLs where `config.limits` allows the network, which are never looked at again unless
-                forced. Each counts once.
-            config: how. Its tags are added to those that a video has; its workers are threads that share the engine.
-            progress: told ("videos", done, total) for all together; videos under way count in part.
-            begin: called with a video's name when its turn comes; gives what is told its own stages, "encode" in
-                seconds of video, "pictures" in pictures.
-            tell: called with what became of each video, as they end. Callbacks come from the threads that work, never
-                two at a time; an error in one ends the run and is raised.
-            stop: asked often; once it says True, what is under way is given up and the rest left.
+            videos: paths; URLs if `config.limits` allows the network, which are read again only with `config.force`.
+                Each counts once.
+            config: its tags are added to those that a video has; its workers are threads that share the engine.
+            progress: called with ("videos", done, total) for all; videos under way count in part.
+            begin: called when a video starts; returns that video's progress callback, for the stages "encode" in
+                seconds of video and "pictures" in pictures.
+            tell: called with the result of each video, as they end. Callbacks come from the working threads, never two
+                at a time; an error in one ends the run and is raised.
+            stop: asked often; once it returns True, videos under way are dropped and the rest is left.
 
         Returns:
-            What became of each video, in the order given; those that were not reached are left out.
+            The result for each video, in the order given, without those that were not reached.
 
         Raises:
             ValueError: there is no engine, or an empty name.
@@ -163,9 +162,9 @@ class Library:
         tell: Callable[[Added], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> builtins.list[Added]:
-        """Looks at every file of the library again: what changed or failed is indexed again, as by `add`.
+        """Checks every file of the library: what changed or failed is indexed again, as by `add`.
 
-        Files that are gone are told as "missing". Where a disk may be away for a while, do not prune.
+        Files that are gone are reported as "missing". Do not prune if a disk may only be disconnected.
 
         Args:
             prune: removes the videos whose files are gone.
@@ -194,13 +193,13 @@ class Library:
         """Removes videos from the library, not from the disk; `compact` gives their space back.
 
         Args:
-            videos: ids, paths or globs over the whole path, in which * stands for slashes, too.
+            videos: ids, paths or globs over the whole path, in which * also matches slashes.
 
         Returns:
             What was removed, in order of path.
 
         Raises:
-            LibraryError: a name fits nothing; then nothing is removed.
+            LibraryError: a name matches nothing; then nothing is removed.
         """
         given = [videos] if isinstance(videos, (str, os.PathLike)) else videos
         catalog = Catalog(self._tables.records())
@@ -221,7 +220,7 @@ class Library:
         Args:
             query: a text; a picture as a `Path` or as [H, W, 3] uint8; a frame of the library as an `Example`; a
                 vector [D] of the model's space.
-            where: which videos and times are looked at.
+            where: which videos and times to search.
 
         Raises:
             ValueError: a text or a picture, and the library has no engine; or a vector of another length.
@@ -253,14 +252,14 @@ class Library:
         vectors, own = self._vectors([query])
         return self._search().videos(vectors[0], k, moments, self._where(where), own[0])
 
-    def weak_score(self, where: Filter | None = None) -> float | None:
-        """A best score of a text under this says that nothing matches it well, see `Bundle.match_threshold`.
+    def match_threshold(self, where: Filter | None = None) -> float | None:
+        """If a text's best score is lower, nothing matches it well; see `Bundle.match_threshold`.
 
         Args:
-            where: as for `search`; of its times nothing is taken into account.
+            where: as for `search`; its times are ignored.
 
         Returns:
-            None where the library has no engine or its model was not calibrated.
+            None if the library has no engine or its model was not calibrated.
 
         Raises:
             LibraryError: there is no library, or no such video in it, and there is an engine.
@@ -300,7 +299,7 @@ class Library:
         return record
 
     def preview(self, video: str | os.PathLike[str], seconds: float) -> bytes:
-        """The key-frame that is nearest to a time, as a JPEG file; `LibraryHit.keyframe_seconds` names one.
+        """The key-frame nearest to a time, such as `LibraryHit.keyframe_seconds`, as a JPEG file.
 
         Raises:
             LibraryError: no such video, or it has no key-frames since it failed.
@@ -323,7 +322,7 @@ class Library:
         return self._tables.previews(self.record(video).generation)
 
     def extras(self, video: str | os.PathLike[str]) -> Extras:
-        """Thumbnails, their WebVTT, and what was found out about the key-frames.
+        """Thumbnails, their WebVTT, and facts about the key-frames.
 
         Raises:
             LibraryError: no such video, or it failed.
@@ -356,11 +355,11 @@ class Library:
     # --- upkeep ---------------------------------------------------------------------------------------------------
 
     def verify(self, *, repair: bool = False) -> tuple[Finding, ...]:
-        """Reads everything and says what is wrong with it.
+        """Reads everything and reports what is damaged.
 
         Args:
-            repair: drops what cannot be read and keeps the rest; videos that lost something are then "failed", and the
-                next `add` or `update` indexes them again.
+            repair: drops what cannot be read and keeps the rest; videos that lost rows are then "failed", and the next
+                `add` or `update` indexes them again.
 
         Raises:
             LibraryError: there is no library.
@@ -368,12 +367,12 @@ class Library:
         return upkeep.verify(self._tables, repair=repair)
 
     def compact(self, *, alone: bool = False) -> int:
-        """Puts small files together and deletes what nobody needs any more; returns the bytes given back.
+        """Merges small files and deletes what is no longer needed; returns the bytes given back.
 
         With more frames than `config.exact_rows` it also builds the vector index, once; that takes minutes.
 
         Args:
-            alone: the caller knows that nobody else writes: what others might be about to commit is deleted, too.
+            alone: nobody else writes: what others might be about to commit is deleted, too.
 
         Raises:
             LibraryError: there is no library, or it cannot be written.
@@ -401,7 +400,7 @@ class Library:
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _needed(self, purpose: str) -> Engine:
+    def _engine_for(self, purpose: str) -> Engine:
         if self.engine is None:
             raise ValueError(f"{purpose} needs an engine: Library({self.uri!r}, Engine.from_pretrained(...))")
         return self.engine
@@ -417,7 +416,7 @@ class Library:
             )
 
     def _indexer(self, config: IndexConfig, run: IndexRun) -> Indexer:
-        engine = self._needed("adding videos")
+        engine = self._engine_for("adding videos")
         there = self._tables.exists()
         if there:
             self._check_model(engine)
@@ -440,7 +439,7 @@ class Library:
     def _vectors(self, queries: Sequence[Query]) -> tuple[F32, builtins.list[Example | None]]:
         """[Q, D] float32, all texts in one go; and the examples that they are the vectors of."""
         texts = [query for query in queries if isinstance(query, str)]
-        encoded = iter(self._needed("searching for a text").encode_text(texts) if texts else ())
+        encoded = iter(self._engine_for("searching for a text").encode_text(texts) if texts else ())
         width = self._tables.model()[2]
         rows: builtins.list[F32] = []
         own: builtins.list[Example | None] = []
@@ -456,7 +455,7 @@ class Library:
                     raise ValueError(f"a vector of this library has {width} numbers, got {len(query)}")
                 rows.append(np.asarray(query, np.float32))
             else:
-                rows.append(self._needed("searching for a picture").encode_image(query)[0])
+                rows.append(self._engine_for("searching for a picture").encode_image(query)[0])
             own.append(example)
         return np.stack(rows), own
 

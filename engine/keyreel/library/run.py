@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
@@ -12,22 +12,22 @@ from keyreel.types import Progress
 
 T = TypeVar("T")
 
-# How much of a video's work lies behind when a stage begins, and how much the stage is: about what was measured.
-_SHARES = {"encode": (0.0, 0.8), "pictures": (0.8, 0.2)}
+# Where in a video's work each stage begins, and its part of the work, as measured.
+_STAGES = {"encode": (0.0, 0.8), "pictures": (0.8, 0.2)}
 
 
 class Halted(Exception):
-    """The caller wants no more: raised where the work is, and ends it."""
+    """The caller wants to stop; ends the work from within."""
 
 
 class IndexRun:
-    """One run over several videos. The callbacks are called from the threads that work, never two at a time.
+    """One run over several videos. Callbacks come from the working threads, never two at a time.
 
     Args:
         stop: asked often; True ends the run.
-        progress: told ("videos", done, total) for all of them, those under way in parts.
-        begin: called with a video's name when work on it begins; gives what is told that video's own stages.
-        tell: called with what became of each video, in the order in which they end.
+        progress: called with ("videos", done, total) for all; videos under way count in part.
+        begin: called when a video starts; returns that video's progress callback.
+        tell: called with the result of each video, as they end.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class IndexRun:
     ) -> None:
         self._stop, self._progress, self._begin, self._tell = stop, progress, begin, tell
         self._ended = threading.Event()
-        self._problem: Exception | None = None
+        self._problem: Exception | None = None  # that a callback raised
         self._lock = threading.RLock()
-        self._shares: dict[int, float] = {}  # of the videos under way, how much of each is done
+        self._parts: dict[int, float] = {}  # how much of each video under way is done
         self._done = self._total = 0
 
     def checkpoint(self) -> None:
@@ -52,7 +52,7 @@ class IndexRun:
             raise Halted
 
     def run(self, names: Sequence[str], work: Callable[[str, Progress], Added], workers: int) -> list[Added]:
-        """Calls `work` for each name, and gives what came of those that were done, in the order of the names.
+        """Calls `work` for each name and returns the results so far, in the order of the names.
 
         Raises:
             whatever `work` or a callback raises, and KeyboardInterrupt: after the other threads have ended.
@@ -63,7 +63,12 @@ class IndexRun:
 
         def share() -> None:
             try:
-                while (place := self._next(places)) is not None:
+                while True:
+                    self.checkpoint()
+                    with self._lock:
+                        place = next(places, None)
+                    if place is None:
+                        return
                     found[place] = self._one(place, names[place], work)
             except Halted:
                 return
@@ -84,40 +89,33 @@ class IndexRun:
             raise self._problem
         return [found[place] for place in sorted(found)]
 
-    # --- inside ---------------------------------------------------------------------------------------------------
-
-    def _next(self, places: Iterator[int]) -> int | None:
-        self.checkpoint()
-        with self._lock:
-            return next(places, None)
-
     def _one(self, place: int, name: str, work: Callable[[str, Progress], Added]) -> Added:
         own = None if self._begin is None else self._call(self._begin, name)
 
         def progress(stage: str, done: float, total: float | None) -> None:
             self.checkpoint()
-            before, part = _SHARES.get(stage, (0.0, 0.0))
-            self._shares[place] = before + part * (min(done / total, 1.0) if total else 0.0)
+            before, part = _STAGES.get(stage, (0.0, 0.0))
+            self._parts[place] = before + part * (min(done / total, 1.0) if total else 0.0)
             if own is not None:
                 self._call(own, stage, done, total)
-            self._say()
+            self._report()
 
         added = work(name, progress)
         with self._lock:
-            self._shares.pop(place, None)
+            self._parts.pop(place, None)
             self._done += 1
         if self._tell is not None:
             self._call(self._tell, added)
-        self._say()
+        self._report()
         return added
 
-    def _say(self) -> None:
+    def _report(self) -> None:
         if self._progress is not None:
             with self._lock:
-                self._call(self._progress, "videos", self._done + sum(self._shares.values()), float(self._total))
+                self._call(self._progress, "videos", self._done + sum(self._parts.values()), float(self._total))
 
     def _call(self, callback: Callable[..., T], *values: object) -> T:
-        """One callback at a time; an error in one is the caller's, not the video's, and ends the run."""
+        """Calls one callback at a time. An error in it is the caller's, not the video's, and ends the run."""
         with self._lock:
             try:
                 return callback(*values)

@@ -154,7 +154,7 @@ class Service:
         self._check(where, k)
         if not self.library.exists():
             return [([], None) for _ in texts]
-        weak = self.library.weak_score(where)
+        weak = self.library.match_threshold(where)
         return [(hits, weak) for hits in self.library.search_many(texts, k=k, where=where)]
 
     def _add(self, path: Path, report: Progress, stop: Callable[[], bool]) -> Added | None:
