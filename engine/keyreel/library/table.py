@@ -427,12 +427,13 @@ class Tables:
             Full: there is no room; then the table is as before.
         """
         self.ask_for_room(size)
-        before = self.open(name).version
-        result = self.retried(lambda: work(self.table(name)))
+        table = self.table(name)
+        before = table.version
+        result = self.retried(lambda: work(table))
         version = int(result.version)
         if version == before:  # nothing was written
             return result
-        committed = self.open(name, version)
+        committed = table if table.version == version else self.open(name, version)
         try:
             with lance_errors(self.uri):
                 committed.take_offsets([committed.count_rows() - 1]).select(["check"]).to_arrow()
