@@ -60,7 +60,7 @@ def test_a_changed_or_missing_file_is_refused(copy: Path, name: str) -> None:
     [
         ({"schema": "other/1"}, "schema"),
         ({"grid": None}, "bad or missing entry"),
-        ({"image": {"height": -1, "width": 2}}, "bad size"),
+        ({"image": {"height": -1, "width": 2}}, "height must be"),
         ({"files": {}}, "does not list"),
         ({"files": None}, "lists no files"),
     ],
