@@ -177,4 +177,4 @@ def test_warming_up_runs_everything_once(engine: keyreel.Engine, monkeypatch: py
         Cuda, "launch", lambda self, file, *a, **k: (launched.add(file), launch(self, file, *a, **k))[1]
     )
     engine.warmup()
-    assert launched >= {"color.cu", "kmeans_seed.cu", "kmeans.cu"}
+    assert launched >= {"pictures.cu", "kmeans_seed.cu", "kmeans.cu"}
