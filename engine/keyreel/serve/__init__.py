@@ -15,16 +15,21 @@ cookie `keyreel_token=TOKEN` (URL-encoded), which the page sets itself, with Sam
 
 from __future__ import annotations
 
+import signal
+import socket
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from keyreel.config import ServeConfig
-from keyreel.errors import import_extra
+from keyreel.errors import RenderError, import_extra
 
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
 
     from keyreel import Library
+    from keyreel.serve.service import Service
 
 
 def router(library: Library, config: ServeConfig | None = None) -> APIRouter:
@@ -36,11 +41,10 @@ def router(library: Library, config: ServeConfig | None = None) -> APIRouter:
     Raises:
         MissingExtra: FastAPI or what it needs is not installed.
     """
-    _require()
+    service = _service(library, config)
     from keyreel.serve.app import make_router
-    from keyreel.serve.service import Service
 
-    return make_router(Service(library, config or ServeConfig()))
+    return make_router(service)
 
 
 def app(library: Library, config: ServeConfig | None = None) -> FastAPI:
@@ -49,11 +53,10 @@ def app(library: Library, config: ServeConfig | None = None) -> FastAPI:
     Raises:
         MissingExtra: FastAPI or what it needs is not installed.
     """
-    _require()
-    from keyreel.serve.server import make_app
-    from keyreel.serve.service import Service
+    service = _service(library, config)
+    from keyreel.serve.app import make_app
 
-    return make_app(Service(library, config or ServeConfig()))
+    return make_app(service)
 
 
 def run(
@@ -71,13 +74,46 @@ def run(
         RenderError: the port is taken, or the host is not an address of this machine.
         LibraryError: another server works in the same folder, or the folder cannot be written.
     """
-    _require()
+    service = _service(library, config)
     import_extra("uvicorn", extra="serve", purpose="keyreel serve")
-    from keyreel.serve.server import serve
+    import uvicorn
 
-    serve(library, config or ServeConfig(), listening)
+    from keyreel.serve.app import make_app
+
+    config = service.config
+    seconds = max(1, round(config.drain_seconds))
+    options = uvicorn.Config(
+        make_app(service), log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=seconds
+    )
+    main = threading.current_thread() is threading.main_thread()
+    # uvicorn raises the signal again after it has drained; ignored here, so that the exit status is 0.
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN) if main else None
+    try:
+        with _listen(config) as listener:
+            # Here and not in uvicorn, which would log an error and end the process.
+            service.jobs.start()
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            listening(f"http://{host}:{listener.getsockname()[1]}")
+            with suppress(KeyboardInterrupt):  # raised again after the drain
+                uvicorn.Server(options).run(sockets=[listener])
+    finally:
+        service.close()
+        if main:
+            signal.signal(signal.SIGTERM, previous)
 
 
-def _require() -> None:
+def _service(library: Library, config: ServeConfig | None) -> Service:
     for module in ("fastapi", "python_multipart", "prometheus_client"):
         import_extra(module, extra="serve", purpose="the service")
+    from keyreel.serve.service import Service
+
+    return Service(library, config or ServeConfig())
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        reason = f"{config.host}:{config.port}: cannot listen there: {error.strerror or error}"
+        raise RenderError(reason, hint="--port takes another port, --host another address of this machine") from error

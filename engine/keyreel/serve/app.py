@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
+from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
-from keyreel.library.types import Example, Filter
+from keyreel.library.types import Example, Extras, Filter
 from keyreel.serve import models, uploads
 from keyreel.serve.files import OpenFile, safe_name
 from keyreel.serve.metrics import CONTENT_TYPE
-from keyreel.serve.security import ApiError, Security, too_busy
+from keyreel.serve.security import LOOPBACK, ApiError, Security, to_api_error, too_busy
 from keyreel.serve.service import Service
 
 PAGE = Path(__file__).with_name("page")
@@ -39,6 +40,23 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": models.Refusal, "description": "refused"},
     422: {"model": models.Refusal, "description": "not a valid request"},
 }
+
+
+def make_app(service: Service) -> FastAPI:
+    """See `keyreel.serve.app`."""
+    # FastAPI's own documentation pages load scripts from other hosts; redirects would trust the Host header.
+    app = FastAPI(title="keyreel", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    config = service.config
+    own = (*LOOPBACK, config.host) if config.loopback and not config.hosts else ()
+    app.include_router(make_router(service, hosts=own, alone=True))
+
+    @app.exception_handler(HTTPException)
+    async def no_route(_: Request, error: Any) -> Response:
+        answer = to_api_error(error)
+        assert answer is not None
+        return answer.response()
+
+    return app
 
 
 def make_router(service: Service, *, hosts: tuple[str, ...] = (), alone: bool = False) -> APIRouter:
@@ -184,15 +202,18 @@ def _add_videos(router: APIRouter, service: Service) -> None:
         data = await service.pool.run(service.preview, id, seconds)
         return Response(data, media_type="image/jpeg", headers=_SHORT)
 
+    async def extras(id: str) -> Extras:
+        return await service.pool.run(service.extras, id)
+
     @router.get("/api/v1/videos/{id}/sprite.jpg", tags=["videos"], response_class=Response)
     async def sprite(id: str) -> Response:
         """Small pictures of the whole video in one JPEG picture."""
-        return Response(await service.pool.run(service.sprite, id), media_type="image/jpeg", headers=_SHORT)
+        return Response((await extras(id)).sprite, media_type="image/jpeg", headers=_SHORT)
 
     @router.get("/api/v1/videos/{id}/thumbs.vtt", tags=["videos"], response_class=Response)
     async def thumbs(id: str) -> Response:
         """A WebVTT track that says which part of sprite.jpg shows which second."""
-        return Response(await service.pool.run(service.thumbs, id), media_type="text/vtt", headers=_SHORT)
+        return Response((await extras(id)).vtt, media_type="text/vtt", headers=_SHORT)
 
     @router.get("/api/v1/videos/{id}/file", tags=["videos"], response_class=Response)
     async def file(id: str) -> Response:
@@ -203,8 +224,8 @@ def _add_videos(router: APIRouter, service: Service) -> None:
 
 
 def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:
-    jobs, config, uploading = service.jobs, service.config, asyncio.Semaphore(MAX_UPLOADS)
-    idle = config.timeout_seconds
+    jobs, uploading = service.jobs, asyncio.Semaphore(MAX_UPLOADS)
+    idle, most = service.config.timeout_seconds, service.config.upload_bytes
 
     async def receive(request: Request) -> models.JobState:
         """Streams an upload to disk; one that is not whole leaves nothing."""
@@ -215,7 +236,7 @@ def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:
         async with uploading:
             try:
                 with await asyncio.to_thread(part.open, "xb") as file:
-                    name = await uploads.read_file(request, file, max_bytes=config.upload_bytes, idle_seconds=idle)
+                    name = await uploads.read_file(request, file, max_bytes=most, idle_seconds=idle)
                     await asyncio.to_thread(file.flush)
                     await asyncio.to_thread(os.fsync, file.fileno())
                 service.metrics.upload_bytes.inc(part.stat().st_size)

@@ -156,7 +156,7 @@ class Jobs:
         with self._changed:
             self._write(
                 "INSERT INTO jobs (id, state, path, uploaded, created) VALUES (?, 'queued', ?, ?, ?)",
-                (id, str(path).encode("utf-8", "surrogateescape"), part is not None, time.time()),
+                (id, os.fsencode(path), part is not None, time.time()),
             )
             if part is not None:  # if the process ends before this, the next start does it
                 _rename(part, path)
@@ -228,6 +228,7 @@ class Jobs:
 
     def _open(self) -> None:
         base = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
+        base.row_factory = sqlite3.Row
         base.execute("PRAGMA journal_mode = WAL")
         base.execute("PRAGMA synchronous = FULL")
         base.execute(_SCHEMA)
@@ -318,17 +319,13 @@ class Jobs:
         with self._changed:
             if self._base is None:
                 return []
-            columns = "id, state, path, uploaded, created, video, error"
-            rows = self._base.execute(f"SELECT {columns} FROM jobs {rest}", values).fetchall()
-            jobs = []
-            for id, state, path, uploaded, created, video, error in rows:
-                place = Path(path.decode("utf-8", "surrogateescape"))
-                running = self._running.get(id)
-                progress = running.progress if running else float(state == "done")
-                row = {"id": id, "state": state, "created": created, "progress": progress, "video": video}
-                error = json.loads(error) if error else None
-                jobs.append(Job(**row, error=error, name=file_name(str(place)), path=place, uploaded=uploaded))
-            return jobs
+            return [self._job(row) for row in self._base.execute(f"SELECT * FROM jobs {rest}", values).fetchall()]
+
+    def _job(self, row: sqlite3.Row) -> Job:
+        path, running = Path(os.fsdecode(row["path"])), self._running.get(row["id"])
+        progress = running.progress if running else float(row["state"] == "done")
+        found = dict(row) | {"path": path, "error": row["error"] and json.loads(row["error"])}
+        return Job(**found, progress=progress, name=file_name(str(path)))
 
 
 def _ending() -> ApiError:

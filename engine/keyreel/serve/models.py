@@ -213,15 +213,10 @@ class LikeRequest(BaseModel):
 
 def body(model: type[BaseModel]) -> dict[str, Any]:
     """What OpenAPI says of a body that is JSON or a file."""
-    multipart = {
-        "type": "object",
-        "properties": {"file": {"type": "string", "format": "binary"}},
-        "required": ["file"],
-    }
-    content = {
-        "application/json": {"schema": model.model_json_schema()},
-        "multipart/form-data": {"schema": multipart},
-    }
+    file = {"type": "string", "format": "binary"}
+    multipart = {"type": "object", "properties": {"file": file}, "required": ["file"]}
+    schemas = {"application/json": model.model_json_schema(), "multipart/form-data": multipart}
+    content = {kind: {"schema": schema} for kind, schema in schemas.items()}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -236,7 +231,21 @@ def moments(hits: Sequence[LibraryHit], base: str) -> list[Moment]:
 
 def video(record: Record, base: str) -> Video:
     """A record of the library, with addresses under `base`."""
-    return Video(**_facts(record, base))
+    third = (record.duration_seconds or 0.0) / 3  # the first key-frame is often a title or black
+    return Video(
+        id=record.id,
+        name=file_name(record.path),
+        status=record.status,
+        error=record.error and redact_paths(record.error, record.path),
+        hint=record.hint,
+        duration_seconds=record.duration_seconds,
+        width=record.probe.get("width"),
+        height=record.probe.get("height"),
+        frames=record.frames,
+        tags=list(record.tags),
+        date=record.date,
+        poster=_preview(base, record.id, round(third, 3)) if record.status == "ok" else None,
+    )
 
 
 def video_detail(
@@ -259,7 +268,7 @@ def video_detail(
     ]
     sprite = Sprite(image=f"{own}/sprite.jpg", vtt=f"{own}/thumbs.vtt", **overview["sprite"]) if extras else None
     return VideoDetail(
-        **_facts(record, base),
+        **video(record, base).model_dump(),
         indexed_at=record.indexed_at,
         codec=record.probe.get("codec"),
         average_fps=record.probe.get("average_fps"),
@@ -271,24 +280,6 @@ def video_detail(
         shots=list(record.shots),
         sprite=sprite,
     )
-
-
-def _facts(record: Record, base: str) -> dict[str, Any]:
-    third = (record.duration_seconds or 0.0) / 3  # the first key-frame is often a title or black
-    return {
-        "id": record.id,
-        "name": file_name(record.path),
-        "status": record.status,
-        "error": record.error and redact_paths(record.error, record.path),
-        "hint": record.hint,
-        "duration_seconds": record.duration_seconds,
-        "width": record.probe.get("width"),
-        "height": record.probe.get("height"),
-        "frames": record.frames,
-        "tags": list(record.tags),
-        "date": record.date,
-        "poster": _preview(base, record.id, round(third, 3)) if record.status == "ok" else None,
-    }
 
 
 def _preview(base: str, id: str, seconds: float) -> str:

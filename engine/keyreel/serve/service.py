@@ -15,7 +15,7 @@ from keyreel import Library
 from keyreel.config import ServeConfig
 from keyreel.errors import LibraryError
 from keyreel.library.files import path_of
-from keyreel.library.types import Added, Example, Filter, LibraryHit, Record
+from keyreel.library.types import Added, Example, Extras, Filter, LibraryHit, Record
 from keyreel.serve import models
 from keyreel.serve.files import Roots, discard, file_name
 from keyreel.serve.jobs import Jobs
@@ -118,11 +118,8 @@ class Service:
     def preview(self, id: str, seconds: float) -> bytes:
         return self.library.preview(self.record(id, indexed=True).id, seconds)
 
-    def sprite(self, id: str) -> bytes:
-        return self.library.extras(self.record(id, indexed=True).id).sprite
-
-    def thumbs(self, id: str) -> str:
-        return self.library.extras(self.record(id, indexed=True).id).vtt
+    def extras(self, id: str) -> Extras:
+        return self.library.extras(self.record(id, indexed=True).id)
 
     def open(self, id: str) -> tuple[FileIO, str]:
         """The video itself, open, and its file name.
