@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from render_clips import make_summary, write_clip
 
 from keyreel import SearchHit, Shot, Summary
 from keyreel.decode.source import Source
-from keyreel.errors import Failure, MissingExtra, SourceError
+from keyreel.errors import Failure, SourceError
 from keyreel.render.documents import (
     FoundVideo,
     ReelEntry,
@@ -164,13 +163,3 @@ def test_edl_reads_back(summary: Summary, tmp_path: Path, fps: float | None) -> 
     for clip, span in zip(track, SPANS, strict=True):
         assert clip.source_range.start_time.to_seconds() == pytest.approx(span.start_seconds, abs=0.06)
         assert clip.source_range.duration.to_seconds() == pytest.approx(span.duration_seconds, abs=0.06)
-
-
-@pytest.mark.parametrize("write", [write_otio, write_edl])
-def test_missing_otio(
-    summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., None]
-) -> None:
-    monkeypatch.setitem(sys.modules, "opentimelineio", None)
-    with pytest.raises(MissingExtra, match=r"keyreel\[otio\]"):
-        write(summary.video, "x", SPANS, tmp_path / "reel.file")
-    assert not list(tmp_path.glob("reel.*"))

@@ -96,26 +96,6 @@ def test_standard_input(clip: Path) -> None:
     assert done.stdout.decode().splitlines() == [f"<stdin> None [{total}]"] * 2
 
 
-def test_names_and_paths(clip: Path) -> None:
-    data = clip.read_bytes()
-    assert (Source(clip).name, Source(clip).path) == (str(clip), clip)
-    assert (Source(data).name, Source(data).path) == ("<bytes>", None)
-    assert (Source(io.BytesIO(data)).name, Source(io.BytesIO(data)).path) == ("<stream>", None)
-    assert (Source("-").name, Source("-").path) == ("<stdin>", None)
-
-
-def test_several_containers_share_one_file_object(clip: Path) -> None:
-    with clip.open("rb") as file, Source(file) as source:
-        one, two = source.open(), source.open()
-        with one, two:
-            pairs = [
-                (a.to_ndarray(format="rgb24"), b.to_ndarray(format="rgb24"))
-                for a, b in zip(one.decode(video=0), two.decode(video=0), strict=True)
-            ]
-    assert len(pairs) == 12
-    assert all((a == b).all() for a, b in pairs)
-
-
 def test_sources_are_shared_between_threads(clip: Path) -> None:
     expected = pixels(Source(clip))
     found: list[np.ndarray] = []
