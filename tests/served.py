@@ -6,11 +6,10 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from keyreel.config import ServeConfig
 from keyreel.serve import run
 library, options = json.loads(sys.argv[1])
 with Engine.from_pretrained(device="cpu", threads=1) as engine, Library(library, engine) as opened:
-    run(opened, ServeConfig(**options))
+    run(opened, ServeConfig(**options), listening=lambda address: print(address, flush=True))
 """
 
 
@@ -41,15 +40,16 @@ class Served:
         self.process.send_signal(how)
         return self.process.wait(60)
 
-    def wait(self, id: str, *states: str, seconds: float = 60) -> dict[str, Any]:
+    def wait(self, id: str, *states: str) -> dict[str, Any]:
         """A job, once it is in one of the states."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            job = self.http.get(f"/api/v1/jobs/{id}").json()
-            if job["state"] in states:
-                return job
-            time.sleep(0.05)
-        raise AssertionError(f"job is {job}")
+        job: dict[str, Any] = {}
+
+        def ended() -> bool:
+            job.update(self.http.get(f"/api/v1/jobs/{id}").json())
+            return job["state"] in states
+
+        until(ended)
+        return job
 
     def index(self, *paths: Path) -> list[dict[str, Any]]:
         """Submits videos and waits for them."""
@@ -58,27 +58,26 @@ class Served:
         return [self.wait(job.json()["id"], "done", "failed") for job in jobs]
 
 
+def until(holds: Callable[[], bool]) -> None:
+    """Waits until it holds."""
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 @contextmanager
 def served(library: Path, **options: Any) -> Iterator[Served]:
     """Starts a service on a free port of this machine; killed at the end if it still runs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = json.dumps([str(library), {"port": port, "drain_seconds": 5.0, **options}])
+    arguments = json.dumps([str(library), {"port": 0, "drain_seconds": 5.0, **options}])
     environment = {**os.environ, "KEYREEL_CPU_RUNTIME": "onnxruntime"}
-    process = subprocess.Popen([sys.executable, "-W", "error", "-c", START, arguments], env=environment)
-    headers = {"Authorization": f"Bearer {options['token']}"} if options.get("token") else {}
-    address = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=address, timeout=60, headers=headers, trust_env=False) as client:
+    command = [sys.executable, "-W", "error", "-c", START, arguments]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().decode().strip()
+        assert address, "the service did not start"
         try:
-            for _ in range(600):
-                assert process.poll() is None, "the service did not start"
-                try:
-                    if client.get("/healthz").status_code == 200:
-                        break
-                except httpx.ConnectError:
-                    time.sleep(0.1)
-            yield Served(process, client, address)
+            with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+                yield Served(process, client, address)
         finally:
             process.kill()
-            process.wait()

@@ -12,8 +12,7 @@ import os
 import signal
 import socket
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import pytest
 from encoded_clips import encode
 from fastapi import FastAPI
 from PIL import Image
-from served import Served, served
+from served import Served, served, until
 
 from keyreel import Engine, Library
 from keyreel.config import ServeConfig
@@ -82,21 +81,16 @@ def ids(service: Served) -> dict[str, str]:
     return {video["name"]: video["id"] for video in service.http.get("/api/v1/videos").json()["videos"]}
 
 
-def told(hits: list[LibraryHit]) -> list[tuple[Any, ...]]:
-    return [
-        (hit.video_id, hit.start_seconds, hit.stop_seconds, hit.pts_seconds, hit.keyframe_seconds, hit.folded)
-        for hit in hits
-    ]
+SPAN = ("video_id", "start_seconds", "stop_seconds", "pts_seconds", "keyframe_seconds", "folded")
 
 
-def given(answer: httpx.Response) -> list[tuple[Any, ...]]:
+def same(answer: httpx.Response, expected: list[LibraryHit]) -> int:
+    """The answer has the library's hits; their number."""
     assert answer.status_code == 200, answer.text
-    names = ("video_id", "start_seconds", "stop_seconds", "pts_seconds", "keyframe_seconds", "folded")
-    return [tuple(hit[name] for name in names) for hit in answer.json()["hits"]]
-
-
-def scores(answer: httpx.Response) -> list[float]:
-    return [hit["score"] for hit in answer.json()["hits"]]
+    hits = answer.json()["hits"]
+    assert [[hit[name] for name in SPAN] for hit in hits] == [[getattr(hit, name) for name in SPAN] for hit in expected]
+    np.testing.assert_allclose([hit["score"] for hit in hits], [hit.score for hit in expected], atol=1e-5)
+    return len(hits)
 
 
 def jpeg(picture: np.ndarray) -> bytes:
@@ -120,8 +114,7 @@ def error(answer: httpx.Response) -> dict[str, Any]:
 def test_a_search_answers_what_the_library_does(service: Served, library: Library) -> None:
     expected = library.search("a cat", k=4)
     answer = service.http.get("/api/v1/search", params={"q": "a cat", "k": 4})
-    assert given(answer) == told(expected)
-    np.testing.assert_allclose(scores(answer), [hit.score for hit in expected], atol=1e-5)
+    same(answer, expected)
     assert [hit["video"] for hit in answer.json()["hits"]] == [Path(hit.video).name for hit in expected]
     for hit, own in zip(answer.json()["hits"], expected, strict=True):
         picture = service.http.get(hit["preview"])
@@ -142,37 +135,28 @@ def test_filters_are_the_librarys(service: Served, library: Library, place: Path
     ]
     seen = []
     for given_filter, where in cases:
-        answer = given(service.http.get("/api/v1/search", params={"q": "a dog", "k": 9, **given_filter}))
-        assert answer == told(library.search("a dog", k=9, where=where)), given_filter
+        answer = service.http.get("/api/v1/search", params={"q": "a dog", "k": 9, **given_filter})
+        seen.append(same(answer, library.search("a dog", k=9, where=where)))
         listed = service.http.get("/api/v1/videos", params=given_filter).json()
         assert [video["id"] for video in listed["videos"]] == [record.id for record in library.list(where)]
-        seen.append(len(answer))
     assert seen[5] == seen[6] == 0 < min(seen[:5])
-    moments = given(service.http.get(f"/api/v1/videos/{one}/moments", params={"q": "a dog", "k": 9}))
-    assert moments == told(library.search("a dog", k=9, where=Filter(videos=(one,))))
+    moments = service.http.get(f"/api/v1/videos/{one}/moments", params={"q": "a dog", "k": 9})
+    same(moments, library.search("a dog", k=9, where=Filter(videos=(one,))))
 
 
 def test_pictures_and_frames_are_queries_too(service: Served, library: Library) -> None:
-    weak = service.http.get("/api/v1/search", params={"q": "a dog"}).json()["weak_score"]
-    assert (
-        weak
-        == library.match_threshold()
-        == Bundle.find("builtin").match_threshold(sum(len(v.shots) for v in library.list()))
-    )
-    one = Filter(path="*a.mp4")
-    alone = service.http.get("/api/v1/search", params={"q": "a dog", "path": "*a.mp4"}).json()["weak_score"]
-    assert (
-        alone == library.match_threshold(one) == Bundle.find("builtin").match_threshold(len(library.list(one)[0].shots))
-    )
+    bundle = Bundle.find("builtin")
+    for query, where in (({}, None), ({"path": "*a.mp4"}, Filter(path="*a.mp4"))):
+        answer = service.http.get("/api/v1/search", params={"q": "a dog", **query}).json()
+        expected_weak = bundle.match_threshold(sum(len(video.shots) for video in library.list(where)))
+        assert answer["weak_score"] == library.match_threshold(where) == expected_weak
     picture = np.random.default_rng(3).integers(0, 255, (40, 60, 3)).astype(np.uint8)
     answer = service.http.post("/api/v1/search", params={"k": 3}, files={"file": ("p.png", jpeg(picture))})
     assert answer.json()["weak_score"] is None  # it is of texts only
-    expected = library.search(picture, k=3)
-    assert given(answer) == told(expected)
-    np.testing.assert_allclose(scores(answer), [hit.score for hit in expected], atol=1e-5)
+    same(answer, library.search(picture, k=3))
     id = ids(service)["a.mp4"]
     answer = service.http.post("/api/v1/search", params={"k": 3}, json={"like": {"video_id": id, "seconds": 1.0}})
-    assert given(answer) == told(library.search(Example(id, 1.0), k=3))
+    same(answer, library.search(Example(id, 1.0), k=3))
 
 
 def test_a_video_in_full(service: Served, library: Library, place: Path) -> None:
@@ -243,45 +227,25 @@ def test_counters_for_prometheus(service: Served) -> None:
 @pytest.mark.parametrize(
     ("ranges", "status", "part"),
     [
-        (None, 200, slice(None)),
-        ("bytes=0-99", 206, slice(0, 100)),
-        ("bytes=100-", 206, slice(100, None)),
-        ("bytes=-57", 206, slice(-57, None)),
-        ("bytes=0-999999999", 206, slice(None)),
-        ("bytes=999999999-", 416, None),
-        ("bytes=5-2", 4, None),
-        ("lines=1-2", 4, None),
+        ({}, 200, slice(None)),
+        ({"Range": "bytes=0-99"}, 206, slice(0, 100)),
+        ({"Range": "bytes=-57"}, 206, slice(-57, None)),
+        ({"Range": "bytes=0-9", "If-Range": '"another"'}, 200, slice(None)),
+        ({"Range": "bytes=999999999-"}, 416, slice(0, 0)),
     ],
 )
-def test_ranges(service: Served, place: Path, ranges: str | None, status: int, part: slice | None) -> None:
+def test_ranges(service: Served, place: Path, ranges: dict[str, str], status: int, part: slice) -> None:
     whole = (place / "videos/a.mp4").read_bytes()
     address = f"/api/v1/videos/{ids(service)['a.mp4']}/file"
-    headers = {} if ranges is None else {"Range": ranges}
-    answer = service.http.get(address, headers=headers)
-    if part is None:
-        assert answer.status_code == status or answer.status_code // 100 == status
-        if status == 416:
-            assert answer.headers["content-range"] == f"bytes */{len(whole)}"
-        return
-    assert answer.status_code == status
-    assert answer.content == whole[part]
-    assert answer.headers["accept-ranges"] == "bytes"
-    assert answer.headers["content-type"] == "video/mp4"
-    if status == 206:
-        start, stop, _ = part.indices(len(whole))
-        assert answer.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(whole)}"
-    head = service.http.head(address, headers=headers)
-    assert (head.status_code, head.content) == (status, b"")
-    assert head.headers["content-length"] == str(len(answer.content))
-
-
-def test_a_range_of_another_version_gives_the_whole(service: Served, place: Path) -> None:
-    whole = (place / "videos/a.mp4").read_bytes()
-    address = f"/api/v1/videos/{ids(service)['a.mp4']}/file"
-    tag = service.http.head(address).headers["etag"]
-    for sent, status, size in ((tag, 206, 10), ('"another"', 200, len(whole))):
-        answer = service.http.get(address, headers={"Range": "bytes=0-9", "If-Range": sent})
-        assert (answer.status_code, len(answer.content)) == (status, size)
+    answer, head = service.http.get(address, headers=ranges), service.http.head(address, headers=ranges)
+    assert answer.status_code == head.status_code == status
+    start, stop, _ = part.indices(len(whole))
+    expected = {200: None, 206: f"bytes {start}-{stop - 1}/{len(whole)}", 416: f"bytes */{len(whole)}"}
+    assert answer.headers.get("content-range") == expected[status]
+    if status < 400:
+        assert answer.content == whole[part]
+        assert (answer.headers["accept-ranges"], answer.headers["content-type"]) == ("bytes", "video/mp4")
+        assert (head.content, head.headers["content-length"]) == (b"", str(len(answer.content)))
 
 
 def test_a_reader_who_leaves_takes_no_descriptor_along(service: Served) -> None:
@@ -289,23 +253,16 @@ def test_a_reader_who_leaves_takes_no_descriptor_along(service: Served) -> None:
     address = f"/api/v1/videos/{ids(service)['a.mp4']}/file"
     folder = Path(f"/proc/{service.process.pid}/fd")
 
-    def open_videos() -> int:
-        names = []
-        for entry in list(folder.iterdir()):
-            try:
-                names.append(str(entry.readlink()))
-            except FileNotFoundError:
-                continue
-        return sum(name.endswith("a.mp4") for name in names)
+    def is_open(entry: Path) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return str(entry.readlink()).endswith("a.mp4")
+        return False
 
     for _ in range(20):
         with connect(service) as raw:
             raw.sendall(f"GET {address} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             raw.recv(64)
-    until = time.monotonic() + 10
-    while open_videos() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert open_videos() == 0
+    until(lambda: not any(map(is_open, list(folder.iterdir()))))
 
 
 def test_a_video_that_became_a_link_is_not_given_out(service: Served, place: Path) -> None:
@@ -330,13 +287,11 @@ def test_no_path_leaves_the_allowed_folders(service: Served, place: Path) -> Non
     for path, status in (
         (str(secret), 403),
         (str(secret.with_name("not there")), 403),  # whether it exists is not told
-        ("../outside/secret.mp4", 403),
         ("more/../../outside/secret.mp4", 403),
         ("link.mp4", 403),
         ("folder/secret.mp4", 403),
         ("/etc/passwd", 403),
         (f"{place}/videosX/a.mp4", 403),
-        ("..", 403),
         (".", 403),
         ("more", 422),
         ("loop.mp4", 422),
@@ -365,29 +320,22 @@ def test_hostile_queries_are_refused(service: Served) -> None:
         "search?q=x&k=100000000000000000000000",
         "search?q=x&k=101",
         "search?q=x&k=0",
-        "search?q=x&k=-1",
-        "search?q=x&k=nan",
         "search?q=",
         "search?q=%20%20",
         "search",
         f"search?q={'x' * 1001}",
         "search?q=x&start=nan",
-        "search?q=x&stop=inf",
         "search?q=x&start=-1",
         "search?q=x&min_duration=1e400",
         "search?q=x&after=yesterday",
         "search?q=x&after=99999999999999999999",
         "search?q=x&video=nobody",
-        "search?q=x&video=*",
         f"videos/{id}/moments?q=x&k=100000",
         "videos?offset=-1",
         "videos?limit=100000000",
-        "videos/nobody",
         "videos/*",
         "videos/%2Fetc%2Fpasswd",
         f"videos/{id}/previews/nan.jpg",
-        f"videos/{id}/previews/-1.jpg",
-        f"videos/{id}/previews/x.jpg",
         f"videos/{id}/nothing",
         "jobs/nobody",
         "nothing",
@@ -424,13 +372,11 @@ def test_hostile_bodies_are_refused(service: Served, place: Path) -> None:
         ("search", {"content": b"[" * 60_000, "headers": plain}, (422,)),
         ("search", {"content": b"\xff\xfe", "headers": plain}, (422,)),
         ("search", {"content": b" " * 70_000, "headers": plain}, (413,)),
-        ("search", {"json": [1, 2]}, (422,)),
         ("search", {"json": {"like": {}, "more": 1}}, (422,)),
         ("search", {}, (422,)),
         ("jobs", {"json": {"path": 5}}, (422,)),
         ("jobs", {"json": {"path": "a.mp4", "force": True}}, (422,)),
         ("jobs", {"content": b"", "headers": multipart}, (400, 422)),
-        ("jobs", {"content": b"--x--\r\n", "headers": multipart}, (400, 422)),
         ("jobs", {"content": b"--y\r\n\r\n", "headers": multipart}, (400,)),
         ("jobs", {"content": start + b"half a video", "headers": multipart}, (400,)),
         ("jobs", {"content": start[:-2] + b"Bad header\r\n\r\n\r\n--x--", "headers": multipart}, (400,)),
@@ -553,23 +499,16 @@ def test_an_upload_that_is_cut_off_leaves_nothing(service: Served, place: Path) 
         head = "POST /api/v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 200000\r\n"
         raw.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode())
         raw.sendall(b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\n' + b"v" * 100_000)
-        until = time.monotonic() + 10
-        while not list(uploads.glob("*.part")) and time.monotonic() < until:
-            time.sleep(0.02)
-        assert len(list(uploads.glob("*.part"))) == 1
-    while list(uploads.iterdir()) and time.monotonic() < until:
-        time.sleep(0.02)
-    assert list(uploads.iterdir()) == []
+        until(lambda: len(list(uploads.glob("*.part"))) == 1)
+    until(lambda: not list(uploads.iterdir()))
 
 
 @pytest.mark.parametrize(
     ("name", "safe"),
     [
-        ("clip.mp4", "clip.mp4"),
         ("/etc/passwd", "passwd"),
         ("C:\\videos\\clip.mp4", "clip.mp4"),
         ("..", "video"),
-        (".hidden", "hidden"),
         ("", "video"),
         ("a\nb\0c;rm -rf $HOME.mkv", "a_b_c_rm -rf _HOME.mkv"),
         ("x" * 300 + ".mp4", "x" * 120 + ".mp4"),
@@ -667,21 +606,13 @@ async def _ask(made: FastAPI, address: str, *, method: str = "GET", **more: Any)
         return await client.request(method, address, **more)
 
 
-async def _until(holds: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if holds():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not happen")
-
-
 def test_queries_that_come_together_share_a_pass(gated: Gated, library: Library, tmp_path: Path) -> None:
     made = app(gated, ServeConfig(folder=str(tmp_path)))  # type: ignore[arg-type]
     texts = ["a red car", "a dog", "the sea", "night", "a face", "unlucky", "a red car"]
 
     async def run() -> list[httpx.Response]:
         first = asyncio.create_task(_ask(made, "/api/v1/search?q=first"))
-        await _until(lambda: len(gated.asked) == 1)
+        await asyncio.to_thread(until, lambda: len(gated.asked) == 1)
         rest = [asyncio.create_task(_ask(made, f"/api/v1/search?q={text}")) for text in texts]
         other = asyncio.create_task(_ask(made, "/api/v1/search?q=first&k=2"))
         await asyncio.sleep(0.3)
@@ -697,8 +628,7 @@ def test_queries_that_come_together_share_a_pass(gated: Gated, library: Library,
             assert (answer.status_code, error(answer)["message"]) == (503, "bad luck")
             continue
         expected = library.search(text)
-        assert given(answer) == told(expected)
-        np.testing.assert_allclose(scores(answer), [hit.score for hit in expected], atol=1e-5)
+        same(answer, expected)
     assert len(answers[-2].json()["hits"]) == 2
 
 
@@ -711,13 +641,13 @@ def test_who_comes_when_the_queue_is_full_is_told_when_to_come_back(
 
     async def run() -> tuple[list[int], httpx.Response, httpx.Response]:
         text = asyncio.create_task(_ask(made, "/api/v1/search?q=0"))
-        await _until(lambda: len(gated.asked) == 1)
+        await asyncio.to_thread(until, lambda: len(gated.asked) == 1)
         waiting = [asyncio.create_task(_ask(made, f"/api/v1/search?q={n}")) for n in range(2)]
         await asyncio.sleep(0.1)
         refused = await _ask(made, "/api/v1/search?q=late")
         body = {"json": {"like": {"video_id": gated.list()[0].id, "seconds": 0.0}}}
         frames = [asyncio.create_task(_ask(made, "/api/v1/search", method="POST", **body)) for _ in range(3)]
-        await _until(lambda: len(gated.asked) == 2)
+        await asyncio.to_thread(until, lambda: len(gated.asked) == 2)
         refused_frame = await _ask(made, "/api/v1/search", method="POST", **body)
         assert (await _ask(made, "/healthz")).status_code == 200
         gated.open.set()
@@ -749,7 +679,7 @@ def test_nobody_works_for_a_caller_who_left(gated: Gated, tmp_path: Path) -> Non
 
     async def run() -> None:
         first = asyncio.create_task(_ask(made, "/api/v1/search?q=first"))
-        await _until(lambda: len(gated.asked) == 1)
+        await asyncio.to_thread(until, lambda: len(gated.asked) == 1)
         gone = asyncio.Event()
 
         async def receive() -> dict[str, Any]:
@@ -782,31 +712,13 @@ def test_three_lines_put_it_into_ones_own_application(library: Library, tmp_path
         async with own.router.lifespan_context(own):
             assert (await _ask(own, "/")).json() == "mine"
             answer = await _ask(own, "/video/api/v1/search?q=a cat")
-            assert given(answer) == told(library.search("a cat"))
+            same(answer, library.search("a cat"))
             preview = await _ask(own, answer.json()["hits"][0]["preview"])
             assert Image.open(io.BytesIO(preview.content)).format == "JPEG"
             assert "static/page.js" in (await _ask(own, "/video/")).text
             assert (await _ask(own, "/video/api/v1/videos/nobody")).json()["error"]["kind"] == "not_found"
 
     asyncio.run(run())
-
-
-def test_it_runs_on_a_free_port_and_tells_which(library: Library, tmp_path: Path) -> None:
-    answers: list[int] = []
-
-    def look(address: str) -> None:
-        answers.append(httpx.get(f"{address}/healthz", trust_env=False).status_code)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    begun: list[threading.Thread] = []
-
-    def listening(address: str) -> None:
-        begun.append(threading.Thread(target=look, args=(address,)))
-        begun[0].start()
-
-    run(library, ServeConfig(port=0, folder=str(tmp_path)), listening=listening)
-    begun[0].join()
-    assert answers == [200]
 
 
 def test_what_keeps_it_from_starting_is_said(library: Library, tmp_path: Path) -> None:
@@ -830,11 +742,19 @@ def test_what_keeps_it_from_starting_is_said(library: Library, tmp_path: Path) -
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
-def test_on_loopback_only_its_own_names_are_answered(library: Library, tmp_path: Path, host: str) -> None:
-    made = app(library, ServeConfig(host=host, folder=str(tmp_path)))
-    name = f"[{host}]" if ":" in host else host
-    evil = ("evil.example", "127.0.0.1.evil.example:8000")
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"host": "127.0.0.1"}, "127.0.0.1"),
+        ({"host": "127.0.0.2"}, "127.0.0.2"),
+        ({"host": "::1"}, "[::1]"),
+        ({"host": "localhost"}, "localhost"),
+        ({"hosts": ("Video.Example",)}, "video.example"),
+    ],
+)
+def test_only_its_own_names_are_answered(library: Library, tmp_path: Path, config: dict[str, Any], name: str) -> None:
+    made = app(library, ServeConfig(**config, folder=str(tmp_path)))
+    evil = ("evil.example", "127.0.0.1.evil.example:8000", *(["localhost"] if "hosts" in config else []))
     for given, status in ((f"{name}:8000", 200), (name.upper(), 200), *((one, 403) for one in evil)):
         answer = asyncio.run(_ask(made, "/api/v1/videos", headers={"Host": given}))
         assert answer.status_code == status, given
@@ -842,12 +762,6 @@ def test_on_loopback_only_its_own_names_are_answered(library: Library, tmp_path:
     for address in ("/api/v1/jobs/", "/static/page.js/", "/healthz/"):
         answer = asyncio.run(_ask(made, address, headers={"Host": "evil.example"}))
         assert (answer.status_code, "location" in answer.headers) == (404, False)
-
-
-def test_names_that_are_answered_are_of_any_case(library: Library, tmp_path: Path) -> None:
-    made = app(library, ServeConfig(hosts=("Video.Example",), folder=str(tmp_path)))
-    for given, status in (("video.example", 200), ("VIDEO.example:80", 200), ("localhost", 403)):
-        assert asyncio.run(_ask(made, "/healthz", headers={"Host": given})).status_code == status
 
 
 def test_a_job_that_outlived_its_folder_is_refused(library: Library, place: Path, tmp_path: Path) -> None:

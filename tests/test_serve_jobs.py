@@ -7,7 +7,6 @@ import os
 import signal
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from encoded_clips import encode
-from served import Served, served
+from served import Served, served, until
 
 from keyreel import Engine, Library
 from keyreel.config import ServeConfig
@@ -73,7 +72,7 @@ def jobs(tmp_path: Path, work: Work) -> Iterator[Jobs]:
 
 
 def make(folder: Path, work: Work, **options: Any) -> Jobs:
-    return Jobs(folder / "state", work.add, work.forget, ServeConfig(**options), Metrics())
+    return Jobs(folder / "state", work.add, work.forget, ServeConfig(**options), Metrics(), ("/srv/library",))
 
 
 def submit(jobs: Jobs, name: str | Path, **more: Any) -> Job:
@@ -93,13 +92,6 @@ def upload(jobs: Jobs, name: str) -> Job:
     part = jobs.uploads / f"{name}.part"
     part.write_bytes(b"x")
     return submit(jobs, jobs.uploads / name / name, id=name, part=part)
-
-
-def until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_one_after_another_in_the_order_given(jobs: Jobs, work: Work) -> None:
@@ -155,13 +147,21 @@ def test_a_full_queue_refuses_and_takes_again(jobs: Jobs, work: Work) -> None:
 
 
 def test_what_fails_says_why_and_an_upload_goes_with_it(jobs: Jobs, work: Work) -> None:
-    work.wrong = {"a": SourceError("no video", hint="try another"), "b": RuntimeError("a bug")}
-    first, second = submit(jobs, "a"), upload(jobs, "b")
+    """And no message tells a folder."""
+    work.wrong = {
+        "a": SourceError("/videos/a: no video", hint="try another"),
+        "b": OSError(5, "broken", str(jobs.uploads / "b" / "b")),
+        "c": LibraryError("/srv/library: cannot be written"),
+    }
+    first, second, third = submit(jobs, "a"), upload(jobs, "b"), submit(jobs, "c")
     assert [one.relative_to(jobs.uploads).as_posix() for one in jobs.uploads.rglob("*")] == ["b", "b/b"]
-    work.go.release(2)
-    until(lambda: jobs.get(second.id).state == "failed")
-    assert jobs.get(first.id).error == Problem(kind="source", message="no video", hint="try another")
-    assert jobs.get(second.id).error == Problem(kind="failed", message="RuntimeError: a bug", hint=None)
+    work.go.release(3)
+    until(lambda: jobs.get(third.id).state == "failed")
+    assert [jobs.get(job.id).error for job in (first, second, third)] == [
+        Problem(kind="source", message="a: no video", hint="try another"),
+        Problem(kind="failed", message="OSError: [Errno 5] broken: 'b'", hint=None),
+        Problem(kind="library", message="library: cannot be written", hint=None),
+    ]
     assert work.forgotten == ["b"]  # a path of the user's stays in the library as failed
     assert list(jobs.uploads.iterdir()) == []
 
@@ -192,6 +192,16 @@ def test_the_end_waits_for_what_is_under_way(tmp_path: Path, work: Work) -> None
     jobs.drain(20)
     assert work.done == ["a"]  # and "b" did not begin
     assert dict(sql(tmp_path, "SELECT id, state FROM jobs")) == {made[0].id: "done", made[1].id: "queued"}
+
+
+def test_what_was_cancelled_stays_so_when_the_service_ends(tmp_path: Path, work: Work) -> None:
+    jobs = make(tmp_path, work)
+    jobs.start()
+    job = submit(jobs, "a")
+    until(lambda: work.begun == ["a"])
+    jobs.cancel(job.id)
+    jobs.drain(0)
+    assert sql(tmp_path, "SELECT state FROM jobs") == [("cancelled",)]
 
 
 def test_a_video_that_takes_the_process_with_it_is_given_up(tmp_path: Path, work: Work) -> None:
@@ -246,43 +256,6 @@ def test_the_library_forgets_without_holding_the_others_up(jobs: Jobs, work: Wor
     go.set()
     assert not held
     until(lambda: jobs.get("a").state == "failed")
-
-
-def test_what_was_cancelled_stays_so_when_the_service_ends(tmp_path: Path, work: Work) -> None:
-    jobs = make(tmp_path, work)
-
-    def slow(path: Path, tell: Any, stop: Callable[[], bool]) -> Added | None:
-        work.begun.append(path.name)
-        until(lambda: stop() and jobs._ending)
-        return None
-
-    jobs._work = slow
-    jobs.start()
-    job = submit(jobs, "a")
-    until(lambda: work.begun == ["a"])
-    jobs.cancel(job.id)
-    jobs.drain(0)
-    assert sql(tmp_path, "SELECT state FROM jobs") == [("cancelled",)]
-
-
-def test_errors_of_jobs_tell_no_folders(tmp_path: Path, work: Work) -> None:
-    jobs = Jobs(tmp_path / "state", work.add, work.forget, ServeConfig(), Metrics(), ("/srv/library",))
-    jobs.start()
-    work.wrong = {
-        "a": SourceError("/videos/a: no video"),
-        "b": OSError(5, "broken", "/videos/b"),
-        "c": LibraryError("/srv/library: cannot be written"),
-    }
-    made = [submit(jobs, name) for name in "abc"]
-    work.go.release(3)
-    until(lambda: all(jobs.get(job.id).state == "failed" for job in made))
-    errors = [jobs.get(job.id).error for job in made]
-    jobs.drain(5)
-    assert [error and error.message for error in errors] == [
-        "a: no video",
-        "OSError: [Errno 5] broken: 'b'",
-        "library: cannot be written",
-    ]
 
 
 def test_uploads_are_finished_or_swept_at_the_start(tmp_path: Path, work: Work) -> None:
