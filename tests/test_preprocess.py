@@ -22,7 +22,6 @@ from keyreel.config import ImageTransform
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.types import F32, U8
-from keyreel_export.torchvision_cpu import import_open_clip
 
 pytestmark = pytest.mark.full
 
@@ -67,6 +66,8 @@ def ninth_frame(path: Path, matrix: int) -> tuple[int, Image.Image]:
 
 @pytest.fixture(scope="module")
 def open_clip() -> Any:
+    from keyreel_export.torchvision_cpu import import_open_clip
+
     return import_open_clip()
 
 

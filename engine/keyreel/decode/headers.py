@@ -73,8 +73,9 @@ class FrameNumbers:
         self._width = _length_bytes("h264", extradata)
         self._bits: int | None = None
         self._last = 0  # frame_num of the last picture that others may refer to
-        if sequence := re.search(rb"[\x27\x47\x67](?=[\x42-\xf4])", extradata[4:]):
-            self._bits = _frame_num_bits(extradata[4 + sequence.end() :][:40])
+        # The first sequence parameter set, behind a start code or at its place in ISO/IEC 14496-15's record.
+        if sequence := re.search(rb"(?:\0\0\x01|^\x01.{7})[\x27\x47\x67]", extradata, re.DOTALL):
+            self._bits = _frame_num_bits(extradata[sequence.end() :][:40])
 
     @property
     def known(self) -> bool:
