@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from av.packet import Packet
 from conftest import MEDIA
-from encoded_clips import encode, field_pictures, reordered_pictures
+from encoded_clips import encode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -654,39 +654,24 @@ def test_closed_while_its_thread_starts(tmp_path: Path, monkeypatch: pytest.Monk
 # --- packets that are no frames
 
 
-def write_packets(path: Path, parts: list[tuple[bytes, int, bool]]) -> Path:
-    """A file of H.264 packets: data, pts in fields of 1/50 s, key."""
-    with av.open(str(path), "w", format="mpegts" if path.suffix == ".ts" else "matroska") as output:
-        stream = output.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        for data, pts, key in parts:
-            packet = Packet(data)
-            packet.pts = packet.dts = pts
-            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 50), stream, key
-            output.mux(packet)
-    return path
+# These two kinds no encoder here makes; the clips were written bit by bit, by tests/encoded_clips.py of commit ea3cbff.
+MADE_BY_HAND = Path(__file__).parent / "clips"
 
 
-@pytest.mark.parametrize(("container", "joined"), [("ts", True), ("ts", False), ("mkv", True), ("mkv", False)])
-def test_pairs_of_fields(tmp_path: Path, container: str, joined: bool) -> None:
-    """PAFF: a field alone is half a picture, whose packet looks like that of a frame."""
-    parts = []
-    for n, pair in enumerate(field_pictures(8)):
-        for k, data in enumerate([b"".join(pair)] if joined else pair):
-            parts.append((data, 2 * n + k, n % 8 == 0 and k == 0))
-    path = write_packets(tmp_path / f"fields.{container}", parts)
-    reference = whole(path)
+@pytest.mark.parametrize("name", ["fields.ts", "fields.mkv", "pairs.ts", "pairs.mkv"])
+def test_pairs_of_fields(name: str) -> None:
+    """PAFF: pairs of fields and frames take turns; each field in a packet of its own, or both of a pair in one."""
+    reference = whole(MADE_BY_HAND / name)
     assert len(reference.pictures) == 64
     for sampling in [*modes(reference, 3), Sampling("times", times=(1.28,))]:
-        check(path, reference, sampling, threads=1)
+        check(MADE_BY_HAND / name, reference, sampling, threads=1)
 
 
-def test_frames_that_are_reordered_further_from_some_place_on(tmp_path: Path) -> None:
-    """FFmpeg loses frames there, if nothing told it before."""
-    mixed = [400 + 4 * n + k for n in range(20) for k in (3, 1, 0, 2)]
-    path = reordered_pictures(tmp_path / "late", [*range(400), *mixed])
+def test_frames_that_are_reordered_further_from_some_place_on() -> None:
+    """From frame 400 on, three frames back instead of none. FFmpeg loses frames there, as nothing told it before."""
+    path = MADE_BY_HAND / "reordered.ts"
     reference = whole(path)
-    assert len(reference.pictures) < 480
+    assert 400 < len(reference.pictures) < 480
     for sampling in (Sampling("fps", fps=1), Sampling("keyframes"), Sampling("every", every=50)):
         check(path, reference, sampling)
 
@@ -703,7 +688,15 @@ def test_two_parameter_sets_in_one_stream(tmp_path: Path) -> None:
             data += [bytes(packet) for packet in container.demux(video=0) if packet.size]
     idr = [n for n, packet in enumerate(data) if b"\0\0\1\x65" in packet]
     bare = [packet[packet.index(b"\0\0\1\x65") :] if n in idr and n > 48 else packet for n, packet in enumerate(data)]
-    path = write_packets(tmp_path / "both.ts", [(packet, 2 * n, n in idr) for n, packet in enumerate(bare)])
+    path = tmp_path / "both.ts"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for n, content in enumerate(bare):
+            part = Packet(content)
+            part.pts = part.dts = n
+            part.time_base, part.stream, part.is_keyframe = Fraction(1, 25), stream, n in idr
+            output.mux(part)
     reference = whole(path)
     for sampling in (Sampling("fps", fps=2), Sampling("keyframes"), Sampling("times", times=(3.5,))):
         check(path, reference, sampling)
