@@ -17,7 +17,7 @@ from keyreel.errors import SourceError
 from keyreel.library.types import Record
 
 WHOLE_BYTES = 64 << 20  # files up to this size are read whole
-BLOCK_BYTES = 1 << 20  # of larger ones, so many bytes at a time: the first, the last, and others evenly between
+BLOCK_BYTES = 1 << 20  # of larger ones, blocks of this size: the first, the last, and others evenly between
 _BYTE_PATH = "file://"  # a path that is no text, as a URL with its bytes escaped (RFC 8089)
 
 
@@ -71,11 +71,7 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path | None) -> FileState | None:
-        """None if there is no such regular file.
-
-        Raises:
-            SourceError: the file cannot be looked up, for lack of a permission or of a disk.
-        """
+        """None if there is no such regular file; SourceError if it cannot be looked up."""
         if path is None:
             return None
         try:
@@ -83,7 +79,7 @@ class FileState:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
-            raise unreadable(path, error) from error
+            raise _unreadable(path, error) from error
         return cls(found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
     def fits(self, record: Record) -> bool:
@@ -100,8 +96,7 @@ def is_gone(name: str) -> bool:
         return False
 
 
-def unreadable(path: Path, error: Exception) -> SourceError:
-    """The error for a file that the system does not let us read."""
+def _unreadable(path: Path, error: Exception) -> SourceError:
     reason = getattr(error, "strerror", None) or error
     return SourceError(f"{path}: cannot be read: {reason}.", hint="Check its permissions and its disk.")
 
@@ -109,15 +104,14 @@ def unreadable(path: Path, error: Exception) -> SourceError:
 def fingerprint(path: Path) -> str:
     """A hash of a file's content, as 32 hexadecimal digits: BLAKE2b over its size and its bytes.
 
-    Files up to 64 MiB are read whole. Of larger ones 64 blocks of 1 MiB are read: the first, the last and others
-    evenly between, so that the cost does not grow with the file. Files of the same size that differ only between the
-    blocks count as copies; `force` indexes them nevertheless.
+    Of files over 64 MiB only 64 blocks of 1 MiB are read, evenly spaced. Files of the same size that differ only
+    between the blocks count as copies; `force` indexes them nevertheless.
 
     Raises:
         SourceError: the file cannot be read.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
             count = WHOLE_BYTES // BLOCK_BYTES
@@ -125,19 +119,10 @@ def fingerprint(path: Path) -> str:
             step = BLOCK_BYTES if whole else (size - BLOCK_BYTES) / (count - 1)
             for number in range(-(-size // BLOCK_BYTES) if whole else count):
                 file.seek(round(number * step))
-                digest.update(_read(file.fileno(), BLOCK_BYTES))
+                digest.update(file.read(BLOCK_BYTES))
     except (OSError, ValueError) as error:
-        raise unreadable(path, error) from error
+        raise _unreadable(path, error) from error
     return digest.hexdigest()
-
-
-def _read(file: int, size: int) -> bytes:
-    """Reads in parts if needed, as from a network disk; fewer bytes only at the end."""
-    parts = []
-    while size and (part := os.read(file, size)):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
 
 
 class Catalog:
@@ -150,9 +135,6 @@ class Catalog:
         self._by_content: dict[str, dict[str, None]] = {}  # ids, in order
         for record in records:
             self.put(record)
-
-    def __len__(self) -> int:
-        return len(self._by_id)
 
     def records(self) -> list[Record]:
         """All, in order of path."""

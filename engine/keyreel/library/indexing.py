@@ -62,10 +62,6 @@ def contents(
         summary: of the video.
         source: the video; it must still be readable.
         progress: called with ("pictures", done, total).
-
-    Raises:
-        RenderError: a picture cannot be made.
-        SourceError: the video can no longer be read.
     """
     embedding, frames = summary.embedding, summary.keyframes
     step, tile_seconds = tile_times(summary.stop_seconds)
@@ -150,16 +146,9 @@ class Indexer:
         self._committing = threading.Lock()
 
     def index(self, name: str, progress: Progress) -> Added:
-        """Indexes one video if needed; a failure is part of the result.
+        """Indexes one video, by its name from `files.name_of`, if needed.
 
-        Args:
-            name: as `files.name_of` gives it.
-            progress: called with the stages.
-
-        Raises:
-            Halted: the caller wants to stop.
-            LibraryError: the library itself cannot be used.
-            MissingExtra: a package is missing.
+        A failure is part of the result; errors of the library itself, a missing package and Halted are raised.
         """
         began = time.perf_counter()
         known = self._catalog.at(name) or self._catalog.at(real_name(name))
@@ -315,18 +304,9 @@ class Indexer:
             size=0 if state is None else state.size,
             mtime_ns=0 if state is None else state.mtime_ns,
             fingerprint=content,
-            generation="",
-            frames=0,
-            status="ok",
-            error=None,
-            hint=None,
             tags=_joined(() if known is None else known.tags, self._config.tags),
             date=None if state is None else state.mtime_ns / 1e9,
-            duration_seconds=None,
             indexed_at=time.time(),
-            probe={},
-            grid=(0, 0),
-            shots=(),
             model=bundle.name,
             model_sha256=bundle.sha256,
         )

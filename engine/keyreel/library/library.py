@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyreel.config import IndexConfig, LibraryConfig
-from keyreel.errors import Damaged, LibraryError, ModelMismatch
+from keyreel.errors import Damaged, LibraryError
 from keyreel.library import upkeep
 from keyreel.library.files import Catalog, is_gone, name_of, real_name
 from keyreel.library.indexing import Indexer
@@ -50,7 +50,8 @@ class Library:
             best = library.search("a red bus")[0]
 
     Several processes may write and read one library at a time. A service calls
-    `await asyncio.to_thread(library.search, "a red bus")`.
+    `await asyncio.to_thread(library.search, "a red bus")`. All methods but `add` raise LibraryError where there is no
+    library, or no such video in it.
 
     Args:
         uri: a folder, or a URI such as "s3://bucket/library". Nothing is made there before the first `add`.
@@ -169,9 +170,6 @@ class Library:
         Args:
             prune: removes the videos whose files are gone.
             config, progress, begin, tell, stop: as for `add`.
-
-        Raises:
-            ValueError, ModelMismatch, LibraryError: as `add`; LibraryError also where there is no library.
         """
         config = config or IndexConfig()
         run = IndexRun(stop=stop, progress=progress, begin=begin, tell=tell)
@@ -196,10 +194,7 @@ class Library:
             videos: ids, paths or globs over the whole path, in which * also matches slashes.
 
         Returns:
-            What was removed, in order of path.
-
-        Raises:
-            LibraryError: a name matches nothing; then nothing is removed.
+            What was removed, in order of path. If a name matches nothing, nothing is removed.
         """
         given = [videos] if isinstance(videos, (str, os.PathLike)) else videos
         catalog = Catalog(self._tables.records())
@@ -224,7 +219,6 @@ class Library:
 
         Raises:
             ValueError: a text or a picture, and the library has no engine; or a vector of another length.
-            LibraryError: there is no library, or no such video in it.
         """
         return self.search_many([query], k=k, where=where)[0]
 
@@ -245,9 +239,6 @@ class Library:
         Args:
             query, where: as for `search`.
             moments: of each video, at most.
-
-        Raises:
-            ValueError, LibraryError: as `search`.
         """
         vectors, own = self._vectors([query])
         return self._search().videos(vectors[0], k, moments, self._where(where), own[0])
@@ -260,9 +251,6 @@ class Library:
 
         Returns:
             None if the library has no engine or its model was not calibrated.
-
-        Raises:
-            LibraryError: there is no library, or no such video in it, and there is an engine.
         """
         if self.engine is None:
             return None
@@ -275,23 +263,12 @@ class Library:
     # --- what is in it --------------------------------------------------------------------------------------------
 
     def list(self, where: Filter | None = None) -> builtins.list[Record]:
-        """The videos, in order of path, also those that failed.
-
-        Raises:
-            LibraryError: there is no library.
-        """
+        """The videos, in order of path, also those that failed."""
         records, where = self._tables.records(), self._where(where)
         return records if where is None else [record for record in records if fits(record, where)]
 
     def record(self, video: str | os.PathLike[str]) -> Record:
-        """The record of a video.
-
-        Args:
-            video: its id or its path.
-
-        Raises:
-            LibraryError: there is no library, or no such video in it.
-        """
+        """The record of a video, by its id or its path."""
         given = os.fspath(video)
         record = next(iter(self._tables.records([given])), None) or Catalog(self._tables.records()).find(given)
         if record is None:
@@ -299,11 +276,7 @@ class Library:
         return record
 
     def preview(self, video: str | os.PathLike[str], seconds: float) -> bytes:
-        """The key-frame nearest to a time, such as `LibraryHit.keyframe_seconds`, as a JPEG file.
-
-        Raises:
-            LibraryError: no such video, or it has no key-frames since it failed.
-        """
+        """The key-frame nearest to a time, such as `LibraryHit.keyframe_seconds`, as a JPEG file."""
         record = self.record(video)
         picture = self._tables.preview(record.generation, seconds)
         if picture is None:
@@ -314,19 +287,11 @@ class Library:
         return picture
 
     def previews(self, video: str | os.PathLike[str]) -> tuple[Preview, ...]:
-        """The key-frames of a video with their attention maps, in order of time.
-
-        Raises:
-            LibraryError: no such video.
-        """
+        """The key-frames of a video with their attention maps, in order of time."""
         return self._tables.previews(self.record(video).generation)
 
     def extras(self, video: str | os.PathLike[str]) -> Extras:
-        """Thumbnails, their WebVTT, and facts about the key-frames.
-
-        Raises:
-            LibraryError: no such video, or it failed.
-        """
+        """Thumbnails, their WebVTT, and facts about the key-frames."""
         record = self.record(video)
         extras = self._tables.extras(record.generation)
         if extras is None:
@@ -334,11 +299,7 @@ class Library:
         return extras
 
     def stats(self) -> LibraryStats:
-        """Sizes of the library.
-
-        Raises:
-            LibraryError: there is no library.
-        """
+        """Sizes of the library."""
         records = self._tables.records()
         name, sha256, width = self._tables.model()
         return LibraryStats(
@@ -360,9 +321,6 @@ class Library:
         Args:
             repair: drops what cannot be read and keeps the rest; videos that lost rows are then "failed", and the next
                 `add` or `update` indexes them again.
-
-        Raises:
-            LibraryError: there is no library.
         """
         return upkeep.verify(self._tables, repair=repair)
 
@@ -373,9 +331,6 @@ class Library:
 
         Args:
             alone: nobody else writes: what others might be about to commit is deleted, too.
-
-        Raises:
-            LibraryError: there is no library, or it cannot be written.
         """
         given = upkeep.compact(self._tables, alone=alone)
         if sum(record.frames for record in self._tables.records()) > self.config.exact_rows:
@@ -392,9 +347,6 @@ class Library:
 
         Returns:
             The number of videos converted; 0 if the library has the current format.
-
-        Raises:
-            LibraryError: there is no library, or it cannot be written.
         """
         return upkeep.upgrade(self._tables, progress)
 
@@ -406,14 +358,7 @@ class Library:
         return self.engine
 
     def _check_model(self, engine: Engine) -> None:
-        name, sha256, width = self._tables.model()
-        own = engine.bundle
-        if (sha256, width) != (own.sha256, own.embedding_width):
-            raise ModelMismatch(
-                f"the library {self.uri} holds vectors of the model {name!r} (D = {width}, sha256 {sha256[:12]}), the "
-                f"engine's is {own.name!r} (D = {own.embedding_width}, sha256 {own.sha256[:12]})",
-                hint="use that model, or another library for this one",
-            )
+        self._tables.check_model(engine.bundle.name, engine.bundle.sha256, engine.bundle.embedding_width)
 
     def _indexer(self, config: IndexConfig, run: IndexRun) -> Indexer:
         engine = self._engine_for("adding videos")
@@ -440,7 +385,6 @@ class Library:
         """[Q, D] float32, all texts in one go; and the examples that they are the vectors of."""
         texts = [query for query in queries if isinstance(query, str)]
         encoded = iter(self._engine_for("searching for a text").encode_text(texts) if texts else ())
-        width = self._tables.model()[2]
         rows: builtins.list[F32] = []
         own: builtins.list[Example | None] = []
         for query in queries:
@@ -451,8 +395,6 @@ class Library:
                 example = replace(query, video=self.record(query.video).id)
                 rows.append(self._search().vector(example))
             elif isinstance(query, np.ndarray) and query.ndim == 1:
-                if len(query) != width:
-                    raise ValueError(f"a vector of this library has {width} numbers, got {len(query)}")
                 rows.append(np.asarray(query, np.float32))
             else:
                 rows.append(self._engine_for("searching for a picture").encode_image(query)[0])

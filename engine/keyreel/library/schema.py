@@ -33,20 +33,12 @@ _KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 
 def arrow() -> ModuleType:
-    """pyarrow.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
+    """pyarrow."""
     return import_extra("pyarrow", extra="library", purpose="a library of videos")
 
 
 def schemas(model: str, model_sha256: str, width: int) -> dict[str, Any]:
-    """The pyarrow schema of each table, with the model in its metadata.
-
-    Args:
-        width: D, length of a vector.
-    """
+    """The pyarrow schema of each table, with the model and D in its metadata."""
     pa = arrow()
     text, float64, int64 = pa.string(), pa.float64(), pa.int64()
     columns = {
@@ -101,11 +93,7 @@ def schemas(model: str, model_sha256: str, width: int) -> dict[str, Any]:
 
 
 def model_of(schema: Any) -> tuple[str, str, int]:
-    """Name, sha256 and D from a table's metadata.
-
-    Raises:
-        LibraryError: the table was not made by keyreel, or by a newer one.
-    """
+    """Name, sha256 and D from a table's metadata; LibraryError if another program or a newer keyreel made it."""
     about = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
     if "keyreel.format" not in about:
         raise LibraryError("these tables were not made by keyreel", hint="give another folder for the library")
@@ -178,11 +166,6 @@ def preview_of(row: Mapping[str, Any]) -> Preview:
     """A key-frame's row as a Preview; the attention sums to 1 again after 16 bits."""
     attention = np.asarray(row["attention"], np.float32)
     return Preview(row["pts_seconds"], row["preview"], attention / max(attention.sum(dtype=np.float32), 1e-12))
-
-
-def extras_of(row: Mapping[str, Any]) -> Extras:
-    """Sprite, thumbnails and overview from the first row of a video."""
-    return Extras(row["sprite"], row["vtt"], json.loads(row["overview"]))
 
 
 def checked(schema: Any, columns: Mapping[str, Any]) -> Any:

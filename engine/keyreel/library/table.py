@@ -8,6 +8,7 @@ upserted by id; LanceDB retries an upsert by itself when other processes commit 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import threading
 import time
@@ -90,7 +91,8 @@ def lance_errors(uri: str) -> Iterator[None]:
 class Tables:
     """A library's tables in a folder or at a URI such as `s3://bucket/library`. Safe to share between threads.
 
-    Several processes may read and write. Not fork-safe: start processes with spawn.
+    Several processes may read and write. Not fork-safe: start processes with spawn. All methods raise LibraryError
+    where there is no library, or this keyreel cannot read it.
 
     Args:
         uri: folder or URI; nothing is opened or made before it is needed.
@@ -129,19 +131,11 @@ class Tables:
         except Absent:
             return False
         except (Damaged, Outdated):
-            return True
+            pass
         return True
 
     def create(self, *, model: str, model_sha256: str, width: int) -> None:
-        """Makes the tables, or checks that they are of this model; several processes may do so at once.
-
-        Args:
-            width: D, length of a vector.
-
-        Raises:
-            ModelMismatch: the library holds vectors of another model.
-            LibraryError: it cannot be made there.
-        """
+        """Makes the tables, or checks that they are of this model; several processes may do so at once."""
         if self.exists():
             self.table(RECORDS)  # raises where it is outdated
         for name, columns in schema.schemas(model, model_sha256, width).items():
@@ -152,30 +146,27 @@ class Tables:
             except LibraryError as error:  # usually because it exists already; otherwise opening it fails, too
                 failure = error
             try:
-                known = schema.model_of(self.table(name).schema)
+                self.table(name)
             except Absent as error:
                 raise failure or error from None
-            if known[1:] != (model_sha256, width):
-                raise ModelMismatch(
-                    f"the library {self.uri} holds vectors of the model {known[0]!r} (D = {known[2]}, sha256 "
-                    f"{known[1][:12]}), not of {model!r} (D = {width}, sha256 {model_sha256[:12]})",
-                    hint="use that model, or another folder for this one",
-                )
+            self.check_model(model, model_sha256, width, name)
+
+    def check_model(self, model: str, model_sha256: str, width: int, name: str = RECORDS) -> None:
+        """Raises ModelMismatch if another model made the vectors."""
+        known, sha256, known_width = schema.model_of(self.table(name).schema)
+        if (sha256, known_width) != (model_sha256, width):
+            raise ModelMismatch(
+                f"the library {self.uri} holds vectors of the model {known!r} (D = {known_width}, sha256 "
+                f"{sha256[:12]}), not of {model!r} (D = {width}, sha256 {model_sha256[:12]})",
+                hint="use that model, or another library for this one",
+            )
 
     def model(self) -> tuple[str, str, int]:
-        """Name, sha256 and D of the model that made the vectors.
-
-        Raises:
-            LibraryError: there is no library.
-        """
+        """Name, sha256 and D of the model that made the vectors."""
         return schema.model_of(self.table(RECORDS).schema)
 
     def table(self, name: str) -> Any:
-        """A LanceDB table; each read of it sees the newest version.
-
-        Raises:
-            LibraryError: there is no library, or this keyreel cannot read its format.
-        """
+        """A LanceDB table; each read of it sees the newest version."""
         with self._lock:
             if name not in self._tables:
                 if not self._upgrading and self.is_outdated():
@@ -277,7 +268,7 @@ class Tables:
         """Sprite, thumbnails and overview of one generation; None without any."""
         where = f"generation = {quoted([generation])} AND row = 0 AND sprite IS NOT NULL"
         rows = self.select(VECTORS, where, schema.EXTRAS)
-        return schema.extras_of(rows[0]) if rows else None
+        return Extras(rows[0]["sprite"], rows[0]["vtt"], json.loads(rows[0]["overview"])) if rows else None
 
     def select(self, name: str, where: str | None, columns: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
         """Rows of a table as dictionaries."""
@@ -355,16 +346,13 @@ class Tables:
         Args:
             record: with rows, its generation is a new one, `uuid.uuid4().hex`; without, it is empty.
             previews: of the key-frames among the rows.
-
-        Raises:
-            LibraryError: it cannot be written; then nothing has changed.
         """
         count = 0 if rows is None else len(rows)
         if record.frames != count or bool(record.generation) != (rows is not None):
             raise ValueError(f"{count} rows do not fit generation {record.generation!r} of {record.frames} frames")
         if rows is not None:
             self.add_rows(schema.vector_rows(self.table(VECTORS).schema, record, rows, previews, extras))
-        self._upsert([record])
+        self.upsert([record])
 
     def renew(self, record: Record) -> bool:
         """Replaces the record of a video and keeps its rows.
@@ -372,11 +360,7 @@ class Tables:
         Returns:
             False if another process has removed the video or written other rows for it; then nothing has changed.
         """
-        return self._upsert([record], same_generation=True) > 0
-
-    def put_all(self, records: Sequence[Record]) -> None:
-        """Commits the records of videos whose rows were written by `add_rows`."""
-        self._upsert(records)
+        return self.upsert([record], same_generation=True) > 0
 
     def add_rows(self, rows: Any) -> None:
         """Adds rows that no record names yet."""
@@ -394,8 +378,8 @@ class Tables:
         """Deletes rows of a table."""
         self.retried(lambda: self.table(name).delete(where))
 
-    def _upsert(self, records: Sequence[Record], *, same_generation: bool = False) -> int:
-        """Updates or inserts records; returns how many were written."""
+    def upsert(self, records: Sequence[Record], *, same_generation: bool = False) -> int:
+        """Updates or inserts the records of videos whose rows are there; returns how many were written."""
         if not records:
             return 0
         rows = schema.record_rows(self.table(RECORDS).schema, records)
@@ -407,8 +391,7 @@ class Tables:
             return merge.when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
         with self._writing:
-            before = self.version()
-            result = self._commit(RECORDS, rows.nbytes, work)
+            before, result = self._commit(RECORDS, rows.nbytes, work)
             count, after = int(result.num_inserted_rows + result.num_updated_rows), int(result.version)
             with self._lock:
                 if count and self._seen == before and after == before + 1:  # no other commit: no need to read it
@@ -417,8 +400,8 @@ class Tables:
                     self._seen = after
         return count
 
-    def _commit(self, name: str, size: int, work: Callable[[Any], Any]) -> Any:
-        """Writes, then reads the last row back.
+    def _commit(self, name: str, size: int, work: Callable[[Any], Any]) -> tuple[int, Any]:
+        """Writes, then reads the last row back; gives the version before, and LanceDB's result.
 
         LanceDB does not notice when the disk is full at the last piece of a file: the file is cut short, the commit
         succeeds, and no reader can use the table.
@@ -428,11 +411,12 @@ class Tables:
         """
         self.ask_for_room(size)
         table = self.table(name)
-        before = table.version
+        with lance_errors(self.uri):
+            before = int(table.version)
         result = self.retried(lambda: work(table))
         version = int(result.version)
         if version == before:  # nothing was written
-            return result
+            return before, result
         committed = table if table.version == version else self.open(name, version)
         try:
             with lance_errors(self.uri):
@@ -444,7 +428,7 @@ class Tables:
                 last = int(self.row_ids(committed)[-1]) >> 32
                 self.delete(name, f"_rowid >= {last << 32} AND _rowid < {(last + 1) << 32}")
             raise self.cut_short() from error
-        return result
+        return before, result
 
     def restore(self, name: str, version: int) -> None:
         """Makes an older version the newest one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -28,11 +28,6 @@ class Rows:
     keyframe: BOOL  # [T] bool
     weight: F32  # [T] float32 in 0..1, importance
 
-    def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in self.__slots__}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"Rows: the arrays differ in length: {lengths}")
-
     def __len__(self) -> int:
         return len(self.pts_seconds)
 
@@ -55,7 +50,7 @@ class Extras:
     overview: Mapping[str, Any]  # of the key-frames: pts_seconds, frame_index, cluster, weight, score, quality, shot
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One video of a library."""
 
@@ -64,18 +59,18 @@ class Record:
     size: int  # bytes
     mtime_ns: int  # of the file
     fingerprint: str  # of the content, see files.fingerprint
-    generation: str  # names its rows, a new one each time that they are written; "" without rows
-    frames: int
-    status: Status
-    error: str | None  # why indexing failed
-    hint: str | None
-    tags: tuple[str, ...]
-    date: float | None  # recording time from the file, else its last change; seconds since 1970
-    duration_seconds: float | None
+    generation: str = ""  # names its rows, a new one each time that they are written; "" without rows
+    frames: int = 0
+    status: Status = "ok"
+    error: str | None = None  # why indexing failed
+    hint: str | None = None
+    tags: tuple[str, ...] = ()
+    date: float | None = None  # recording time from the file, else its last change; seconds since 1970
+    duration_seconds: float | None = None
     indexed_at: float  # seconds since 1970
-    probe: Mapping[str, Any]  # fields of VideoInfo; empty if indexing failed
-    grid: tuple[int, int]  # (h, w) of the attention maps
-    shots: tuple[tuple[float, float], ...]  # [start, stop) in seconds
+    probe: Mapping[str, Any] = field(default_factory=dict)  # fields of VideoInfo; empty if indexing failed
+    grid: tuple[int, int] = (0, 0)  # (h, w) of the attention maps
+    shots: tuple[tuple[float, float], ...] = ()  # [start, stop) in seconds
     model: str
     model_sha256: str
 

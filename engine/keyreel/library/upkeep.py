@@ -118,7 +118,6 @@ def verify(tables: Tables, *, repair: bool = False) -> tuple[Finding, ...]:
 
     Raises:
         Damaged: no version of a table can be opened, so that nothing can be repaired.
-        LibraryError: there is no library.
     """
     findings = [finding for name in TABLES for finding in _opened(tables, name, repair)]
     if findings and not repair:
@@ -226,9 +225,6 @@ def upgrade(tables: Tables, progress: Callable[[int, int], None] = lambda done, 
 
     Returns:
         The number of videos converted; 0 if the library has the current format.
-
-    Raises:
-        LibraryError: there is no library, or it cannot be written.
     """
     if not tables.is_outdated():
         tables.table(RECORDS)
@@ -243,7 +239,7 @@ def upgrade(tables: Tables, progress: Callable[[int, int], None] = lambda done, 
     records = [schema.record_of(row) for id, row in newest.items() if id not in done]
     for start in range(0, len(records), _UPGRADED):
         progress(len(done) + start, len(newest))
-        new.put_all(list(_converted(new, records[start : start + _UPGRADED])))
+        new.upsert(list(_converted(new, records[start : start + _UPGRADED])))
     progress(len(newest), len(newest))
     new.drop_tables("frames", "videos")
     tables.close()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from keyreel.errors import Damaged
-from keyreel.library.types import BOOL, Record, Rows
+from keyreel.library.table import Tables
+from keyreel.library.types import BOOL, Record
 from keyreel.types import F32, F64, I64
 from keyreel_kernels.arrays import Arrays
 
@@ -19,14 +20,6 @@ SPARE_ROWS = 65_536  # room for rows that others add, besides an eighth of what 
 PATIENCE_SECONDS = 0.25
 ATTEMPTS = 4  # videos may be replaced between reading the records and reading the rows
 _REPAIR = "`keyreel library verify --repair` finds the videos and has them indexed again"
-
-
-class RowStore(Protocol):
-    """What `Vectors` needs of the tables."""
-
-    def version(self) -> int: ...
-    def records(self, ids: Sequence[str] | None = None) -> list[Record]: ...
-    def rows(self, generations: Sequence[str]) -> Iterator[tuple[str, Rows]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +77,8 @@ class Vectors:
         limit: with more rows, none are held.
     """
 
-    def __init__(self, store: RowStore, width: int, arrays: Arrays, limit: int) -> None:
-        self._store, self._width, self._arrays, self._limit = store, width, arrays, limit
+    def __init__(self, tables: Tables, width: int, arrays: Arrays, limit: int) -> None:
+        self._tables, self._width, self._arrays, self._limit = tables, width, arrays, limit
         self._matrix = Matrix.empty(0, width, arrays)
         self._places: dict[str, tuple[int, int]] = {}  # generation -> rows [low, high)
         self._used = 0
@@ -93,20 +86,15 @@ class Vectors:
         self._loading = threading.Lock()
 
     def snapshot(self) -> Snapshot:
-        """The library as it is now. While another thread loads for long: as it was before, except the first time.
-
-        Raises:
-            Damaged: rows are missing or not finite.
-            LibraryError: the tables cannot be read.
-        """
+        """The library as it is now. While another thread loads for long: as it was before, except the first time."""
         held = self._snapshot
-        if held is not None and held.version == self._store.version():
+        if held is not None and held.version == self._tables.version():
             return held
         if not self._loading.acquire(timeout=-1 if held is None else PATIENCE_SECONDS):
             return self._snapshot or self.snapshot()
         try:
             held = self._snapshot
-            if held is None or held.version != self._store.version():
+            if held is None or held.version != self._tables.version():
                 self._snapshot = held = self._load()
             return held
         finally:
@@ -115,7 +103,7 @@ class Vectors:
     def part(self, snapshot: Snapshot, numbers: I64) -> Snapshot:
         """A snapshot of a few videos of a larger one, with their rows."""
         records = [snapshot.records[number] for number in np.sort(numbers).tolist()]
-        part = Vectors(self._store, self._width, self._arrays, self._limit)
+        part = Vectors(self._tables, self._width, self._arrays, self._limit)
         part._matrix = Matrix.empty(sum(record.frames for record in records), self._width, self._arrays)
         if lacking := part._hold(records):
             raise _missing(lacking)
@@ -125,8 +113,8 @@ class Vectors:
     def _load(self) -> Snapshot:
         lacking: list[Record] = []
         for _ in range(ATTEMPTS):
-            version = self._store.version()  # first: what is committed later is seen by the next load
-            known = self._store.records()
+            version = self._tables.version()  # first: what is committed later is seen by the next load
+            known = self._tables.records()
             records = [record for record in known if record.status == "ok" and record.frames]
             names = {name: -1 for record in known for name in (record.id, record.path)}
             names |= {name: number for number, record in enumerate(records) for name in (record.id, record.path)}
@@ -157,7 +145,7 @@ class Vectors:
         new, kept = sum(wanted[name] for name in missing), sum(high - low for low, high in self._places.values())
         if self._used + new > len(self._matrix.pts_seconds) or self._used > 2 * kept + SPARE_ROWS:
             self._move(kept + new)
-        for name, rows in self._store.rows(missing) if missing else ():
+        for name, rows in self._tables.rows(missing) if missing else ():
             if not np.isfinite(rows.vectors).all():  # they would spoil the order of all videos
                 raise Damaged(f"vectors of generation {name} hold values that are not finite", hint=_REPAIR)
             if len(rows) == wanted[name]:
