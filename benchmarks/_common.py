@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -40,8 +41,6 @@ _SPAWN = multiprocessing.get_context("spawn")
 
 
 class Absent(Exception):
-    """Why a system has no values."""
-
     def __init__(self, reason: str, kind: str = "skipped") -> None:
         super().__init__(reason)
         self.kind = kind  # or "failed"
@@ -108,14 +107,8 @@ def _why(error: Exception) -> tuple[str, str]:
 
 
 def cpu_seconds() -> float:
-    """Of all threads of this process and of the processes that it has waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
-
-
-def peak_mib() -> float:
-    """The most memory that this process has held."""
-    return next(int(line.split()[1]) / 1024 for line in _lines("/proc/self/status") if line.startswith("VmHWM:"))
 
 
 _prepared: list[Callable[[], Any]] = []  # in a worker: the function to time
@@ -124,7 +117,7 @@ _prepared: list[Callable[[], Any]] = []  # in a worker: the function to time
 def _first(system: System) -> dict[str, float]:
     _prepared.append(system.prepare())
     result = _prepared[-1]()
-    return {"peak_mib": peak_mib(), **(system.check(result) if system.check else {})}
+    return system.check(result) if system.check else {}
 
 
 def _again(loops: int) -> dict[str, float]:
@@ -142,8 +135,8 @@ def compare(
 ) -> list[Row]:
     """Prepares all systems, then runs them in turn, so that what disturbs the machine disturbs them all.
 
-    The first run of each warms up, is checked, and gives the peak memory; the others give the times, if `runs` is not
-    0. No new round begins after `seconds`, and a run that takes `limit_seconds` has failed.
+    The first run of each warms up and is checked; the others give the times, if `runs` is not 0. No new round begins
+    after `seconds`, and a run that takes `limit_seconds` has failed.
     """
     say(f"{case} {' '.join(f'{key}={value}' for key, value in params.items())}")
     workers = {system.name: Worker() for system in systems}
@@ -208,20 +201,16 @@ def commit() -> str:
 def environment() -> Row:
     """Machine, versions and load, as they go into each row."""
     installed = {one.name.lower(): one.version for one in metadata.distributions()}
-    names = [line.split(": ", 1)[1] for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    processor = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "cpu": names[0] if names else "unknown",
+        "cpu": processor[1] if processor else "unknown",
         "cores": os.cpu_count(),
         "load_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: installed[name] for name in PACKAGES if name in installed},
     }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines()
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:
@@ -246,7 +235,6 @@ def run(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace],
             line = json.dumps({**row, **about})
             print(line, flush=True)
             if options.output:
-                options.output.parent.mkdir(parents=True, exist_ok=True)
                 with options.output.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
             failed |= "failed" in row and str(row.get("system", "keyreel")).startswith("keyreel")

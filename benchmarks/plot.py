@@ -1,4 +1,4 @@
-"""Draws charts/decode.svg, and fills the tables of README.md and the model card, from results/*.jsonl alone.
+"""Fills the tables of README.md and the model card from results/*.jsonl alone.
 
     python -m benchmarks.plot
 
@@ -20,11 +20,9 @@ from benchmarks._common import RESULTS, ROOT
 Medians = dict[str, float]  # by metric
 MODELS = ROOT / "engine" / "keyreel" / "models"
 PAGES = (ROOT / "README.md", MODELS / "MODEL_CARD.md")
-CHART = ROOT / "benchmarks" / "charts" / "decode.svg"
 _DECODERS = ("pyav", "torchcodec", "decord", "opencv")
 _RUNTIMES = ("onnxruntime fp32", "torch bf16", "openvino bf16")
-_KMEANS = ("scikit-learn n_init=1",)
-_SEARCHERS = ("one pass over memory", "numpy", "faiss flat", "lancedb flat")
+_SEARCHERS = ("numpy", "faiss flat", "lancedb flat")
 
 
 @cache
@@ -63,7 +61,11 @@ def speed() -> str:
         ("one frame a second of {seconds} s of 1080p H.264, a key frame every {gop} frames", _DECODERS, by_gop),
         ("the same and their ViT-B/32 vectors, a key frame every {gop} frames", ("pyav + PIL + open_clip",), whole),
         ("{images} pictures through ViT-B/32", _RUNTIMES, groups("encode", model="ViT-B-32")),
-        ("{clusters} clusters of {frames:,} frames ({data})", _KMEANS, groups("select", frames=3_000)),
+        (
+            "{clusters} clusters of {frames:,} frames ({data})",
+            ("scikit-learn n_init=1",),
+            groups("select", frames=3_000),
+        ),
         ("one query to {rows:,} frames, median, wall time", _SEARCHERS, searched),
     )
     lines = []
@@ -77,18 +79,6 @@ def speed() -> str:
     head = ["CPU-seconds, all cores", "keyreel", "others take"]
     machine = rows()[-1]["environment"]
     return f"{table(head, lines)}\n\nMedians of interleaved runs, {machine['cpu']}, {machine['cores']} cores."
-
-
-def keyframes() -> str:
-    lines = []
-    for _, group in groups("keyframes"):
-        for name, value in group.items():
-            scenes = f"{value['scenes']:.2f} ({value['scenes_worst']:.0f})"
-            count = f"{value['keyframes']:.2f} ({value['keyframes_most']:.0f})"
-            rest = (f"{value['coverage']:.4f}", f"{value['flashes']:.2f}", count, number(value["video_cpu_seconds"]))
-            lines.append([name, scenes, *rest])
-    head = ["", "scenes found of 8 (worst draw)", "coverage", "flash frames", "key-frames (most)", "CPU-s"]
-    return table(head, lines)
 
 
 def library() -> str:
@@ -163,11 +153,10 @@ def quality() -> str:
     return table(["measured", "n", "value"], lines)
 
 
-SECTIONS = {"speed": speed, "keyframes": keyframes, "library": library, "quality": quality}
+SECTIONS = {"speed": speed, "library": library, "quality": quality}
 
 
 def filled(page: str) -> str:
-    """A page with today's tables between its markers."""
     for name, section in SECTIONS.items():
         if f"<!-- {name} -->" in page:
             block = f"<!-- {name} -->\n{section()}\n<!-- /{name} -->"
@@ -175,49 +164,6 @@ def filled(page: str) -> str:
     return page
 
 
-# --- charts -----------------------------------------------------------------------------------------------------------
-
-_STYLE = """<style>
-.ground{fill:#ffffff}text{font:13px system-ui,sans-serif;fill:#1f2328}.soft{fill:#59636e}.end{text-anchor:end}
-.title{font-weight:600;font-size:15px}.own{fill:#1a7f64}.other{fill:#9aa4af}
-@media(prefers-color-scheme:dark){.ground{fill:#0d1117}text{fill:#e6edf3}.soft{fill:#9198a1}.own{fill:#3fb68f}
-.other{fill:#5b6673}}
-</style>"""
-
-
-def chart() -> str:
-    """Decoding as horizontal bars of CPU-seconds, light or dark as the reader's page, each set on the same scale."""
-    title, y = "One frame a second of 1080p H.264: CPU-seconds, all cores", 50
-    found = groups("decode", codec="h264", height=1080)
-    longest = max(value["cpu_seconds"] for _, group in found for value in group.values())
-    parts = [_text(16, 30, title, "title")]
-    for params, group in found:
-        parts.append(_text(16, y + 14, f"{params['seconds']} s, a key frame every {params['gop']} frames", "soft"))
-        for name, value in sorted(group.items(), key=lambda item: item[1]["cpu_seconds"]):
-            y += 22
-            length, kind = 380 * value["cpu_seconds"] / longest, "own" if name.startswith("keyreel") else "other"
-            wrong = f", {value['wrong_frames']:.0f} wrong frames" if value["wrong_frames"] else ""
-            said = f"{number(value['cpu_seconds'])} s{wrong}"
-            parts += [
-                _text(202, y + 20, name, "end"),
-                f'<rect class="{kind}" x="210" y="{y + 8}" width="{length:.1f}" height="16" rx="2"/>',
-                _text(217 + length, y + 20, said, ""),
-            ]
-        y += 40
-    size = f'width="760" height="{y}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 760 {y}" role="img" aria-label="{title}">'
-    return "\n".join([head, _STYLE, f'<rect class="ground" {size} rx="8"/>', *parts, "</svg>\n"])
-
-
-def _text(x: float, y: float, said: str, kind: str) -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{said}</text>'
-
-
-def main() -> None:
-    CHART.write_text(chart(), encoding="utf-8")
+if __name__ == "__main__":
     for page in PAGES:
         page.write_text(filled(page.read_text("utf-8")), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

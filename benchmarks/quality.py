@@ -20,6 +20,18 @@ import numpy as np
 from benchmarks._common import ROOT, Row, parser_of, run, say
 from keyreel import Engine, Sampling, Summary
 from keyreel.runtime.bundle import Bundle
+from keyreel.types import F32
+from keyreel_export.builtin.data import SIZE, read_examples
+from keyreel_export.builtin.measure import (
+    STRENGTHS,
+    Shown,
+    Towers,
+    ask_libraries,
+    halves,
+    measure_labels,
+    show,
+)
+from keyreel_export.builtin.saliency import find_objects, marked
 from tests.concatenated import concatenate, stretches
 
 CLIPS = json.loads((ROOT / "benchmarks" / "quality_clips.json").read_text("utf-8"))
@@ -27,17 +39,92 @@ FRAMES = 8
 
 
 def photographs(model: str, trainset: Path) -> Iterator[Row]:
-    """Labels at each attention strength; captions, absent things, attention and scenes at the model's own."""
-    from benchmarks import quality_measures as measure
-
-    towers = measure.Towers(Bundle.find(model).folder)
-    shown, strength = measure.show(towers, trainset), towers.bundle.strength_default
-    yield from ({"part": "labels", **row} for row in measure.measure_labels(towers, shown))
-    yield {"part": "captions", "strength": strength, **measure.measure_captions(towers, trainset, strength)}
-    for row in measure.measure_absent(towers, measure.halves(shown)[1], strength):
+    """Labels at each attention strength; captions, absent things and attention at the model's own."""
+    towers = Towers(Bundle.find(model).folder)
+    shown, strength = show(towers, trainset), towers.bundle.strength_default
+    yield from ({"part": "labels", **row} for row in measure_labels(towers, shown))
+    yield {"part": "captions", "strength": strength, **measure_captions(towers, trainset, strength)}
+    for row in measure_absent(towers, halves(shown)[1], strength):
         yield {"part": "absent", "strength": strength, **row}
-    yield {"part": "attention", **measure.measure_attention(towers, trainset)}
-    yield {"part": "scenes", "strength": strength, **measure.measure_scenes(towers, strength)}
+    yield {"part": "attention", **measure_attention(towers, trainset)}
+
+
+def measure_absent(towers: Towers, shown: Shown, strength: float) -> list[Row]:
+    """Are present labels told from absent ones? A row for each size of library, at the bundle's own thresholds.
+
+    `present_kept`: the share of present labels that reach the threshold. `absent_told`: the share of absent ones that
+    do not. `auc`: the chance that a present one scores higher.
+    """
+    table = []
+    for size, present, absent in ask_libraries(towers, shown, strength, libraries=1500, seed=1):
+        row = {"images": float(size), "libraries": float(len(present))}
+        row["auc"] = round(float((present[:, None] > absent).mean()), 4)
+        weak = towers.bundle.match_threshold(size)
+        if weak is not None:
+            row |= {"weak_score": round(weak, 4), "present_kept": round(float((present >= weak).mean()), 6)}
+            row["absent_told"] = round(float((absent < weak).mean()), 6)
+        table.append(row)
+    return table
+
+
+def measure_captions(towers: Towers, trainset: Path, strength: float) -> Row:
+    """COCO captions to images: recall at 1 and 5, median rank among the captioned validation images."""
+    shown = show(towers, trainset, captioned=True)
+    if not shown.examples:
+        return {}
+    captions = [(caption, row) for row, example in enumerate(shown.examples) for caption in example.captions]
+    vectors = shown.vectors[STRENGTHS.index(strength)]
+    scores = towers.texts([caption for caption, _ in captions]) @ vectors.T
+    own = scores[np.arange(len(captions)), [row for _, row in captions]]
+    rank = (scores > own[:, None]).sum(axis=1) + 1
+    return {
+        "captions": float(len(captions)),
+        "caption_images": float(len(shown.examples)),
+        "caption_recall_at_1": round(float((rank <= 1).mean()), 4),
+        "caption_recall_at_5": round(float((rank <= 5).mean()), 4),
+        "caption_median_rank": float(np.median(rank)),
+    }
+
+
+def measure_attention(towers: Towers, trainset: Path) -> Row:
+    """Does the map find the one object of a picture better than the middle does? Mean area under the curve.
+
+    Of validation images: objects before a plain ground as they are, and the same objects put on photographs of places.
+    """
+    objects, places = find_objects(trainset, read_examples(trainset, "val"))
+    if not objects or not places:
+        return {}
+    grid = towers.bundle.grid
+    y, x = (np.linspace(-1, 1, n) for n in grid)
+    # A normal distribution around the middle, of a third of the side: what photographers do.
+    centre = np.exp(-0.5 * (y[:, None] ** 2 + x[None] ** 2) / (2 / 3) ** 2).reshape(1, -1)
+    found: Row = {}
+    kinds = marked(objects, places, SIZE, grid, count=400, seed=1)
+    for name, kind in zip(("plain", "placed"), kinds, strict=True):
+        parts = [kind.frames[first : first + 64] for first in range(0, len(kind.frames), 64)]
+        maps = np.concatenate([towers.run("attention", tokens=towers.run("backbone", frames=part)) for part in parts])
+        prior = np.broadcast_to(centre, maps.shape)
+        both = area_under_curve(maps, kind.masks), area_under_curve(prior, kind.masks)
+        clear = np.isfinite(both[0])
+        found |= {
+            f"attention_{name}_auc": round(float(both[0][clear].mean()), 4),
+            f"attention_{name}_centre_auc": round(float(both[1][clear].mean()), 4),
+            f"attention_{name}_pictures": float(clear.sum()),
+        }
+    return found
+
+
+def area_under_curve(maps: F32, masks: F32) -> F32:
+    """Of each picture, the chance that a patch of the object has more weight than one of the ground, [N].
+
+    A patch is the object's from half of it on; pictures without a patch of either kind give NaN.
+    """
+    found = np.full(len(maps), np.nan, np.float32)
+    for row, (weights, mask) in enumerate(zip(maps.reshape(len(maps), -1), masks.reshape(len(masks), -1), strict=True)):
+        inside, outside = weights[mask >= 0.5], weights[mask < 0.5]
+        if len(inside) and len(outside):
+            found[row] = ((inside[:, None] > outside).mean() + (inside[:, None] >= outside).mean()) / 2
+    return found
 
 
 def clips(engine: Engine, media: Path) -> Row:

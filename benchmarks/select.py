@@ -1,19 +1,15 @@
-"""Key-frame selection: k-means beside scikit-learn, and key-frames of videos whose scenes are known.
+"""k-means beside scikit-learn.
 
 Case "select": T unit vectors in K clusters. `objective` is the mean cosine of a frame to the mean direction of its
 cluster, from the labels alone: more is better. "scenes" are vectors as a video's frames have them: as many scenes as
 clusters, of all lengths, in a narrow cone, each with a slow drift and noise. "cloud" has no structure but a subspace
 of 16 dimensions, and no order in time.
-
-Case "keyframes": the videos of tests/planted.py, 365 vectors of 8 scenes, one of them 55 % of the video, with 3 lone
-flash frames; one thread. `coverage` is the mean cosine of a frame to its nearest key-frame, without flash frames.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,7 +17,6 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks._common import Row, System, compare, parser_of, run
-from tests.planted import embedding_of, planted
 
 WIDTH = 512
 _SIZES = (("scenes", 300, 8), ("scenes", 3_000, 32), ("cloud", 3_000, 32), ("scenes", 30_000, 32))
@@ -77,59 +72,6 @@ def keyreel(x: Any, count: int) -> peers.Run:
     return cluster
 
 
-def keyreel_keyframes(x: Any, draw: int, *, count: int | None) -> list[int]:
-    from keyreel import SelectConfig
-    from keyreel.select import select_keyframes
-    from keyreel_kernels import ops_for
-
-    config = SelectConfig(keyframes=count)
-    found = select_keyframes(embedding_of(x), config, ops_for("cpu"), duration_seconds=len(x) / 2)
-    return [frame.sample for frame in found.keyframes]
-
-
-def scikit_learn_keyframes(x: Any, draw: int, *, n_init: int) -> list[int]:
-    """The frame nearest to each centroid."""
-    from sklearn.cluster import KMeans
-
-    model = KMeans(8, n_init=n_init, random_state=draw).fit(x)
-    cosine = x @ (model.cluster_centers_ / np.linalg.norm(model.cluster_centers_, axis=1, keepdims=True)).T
-    inside = [np.flatnonzero(model.labels_ == j) for j in range(8)]
-    return [int(rows[cosine[rows, j].argmax()]) for j, rows in enumerate(inside) if len(rows)]
-
-
-def every_draw(way: Callable[[Any, int], list[int]], draws: int) -> peers.Run:
-    """Scenes, coverage, flash frames, key-frames and CPU-seconds of each draw."""
-    from threadpoolctl import threadpool_limits
-
-    videos = [planted(draw) for draw in range(draws)]
-    way(videos[0][0], 0)  # loads the libraries whose threads are limited
-    threadpool_limits(1)
-
-    def one(draw: int, x: Any, scene: Any) -> tuple[float, ...]:
-        began = time.process_time()
-        chosen = way(x, draw)
-        seconds, seen = time.process_time() - began, scene[chosen]
-        covered = float((x[scene >= 0] @ x[chosen].T).max(1).mean())
-        return len(set(seen.tolist()) - {-1}), covered, int((seen < 0).sum()), len(chosen), seconds
-
-    return lambda: np.array([one(draw, *video) for draw, video in enumerate(videos)])
-
-
-def figures(table: Any) -> dict[str, float]:
-    scenes, _, _, count, seconds = table.T
-    means = dict(zip(("scenes", "coverage", "flashes", "keyframes"), table.mean(0), strict=False))
-    extremes = {"scenes_worst": scenes.min(), "keyframes_most": count.max()}
-    return {**means, **extremes, "video_cpu_seconds": np.median(seconds)}
-
-
-_WAYS = {
-    "scikit-learn KMeans, n_init=1, K=8": partial(scikit_learn_keyframes, n_init=1),
-    "scikit-learn KMeans, n_init=10, K=8": partial(scikit_learn_keyframes, n_init=10),
-    "keyreel, K=8": partial(keyreel_keyframes, count=8),
-    "keyreel, automatic K": partial(keyreel_keyframes, count=None),
-}
-
-
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     for data, frames, clusters in (("scenes", 120, 4),) if options.quick else _SIZES:
         x = cloud(frames) if data == "cloud" else scenes(frames, clusters)
@@ -139,9 +81,6 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         ]
         params = {"data": data, "frames": frames, "clusters": clusters, "width": WIDTH}
         yield from compare("select", params, systems, runs=5, seconds=2 if options.quick else 15)
-    draws = 5 if options.quick else 100
-    systems = [System(name, partial(every_draw, way, draws), figures) for name, way in _WAYS.items()]
-    yield from compare("keyframes", {"draws": draws}, systems, runs=1)
 
 
 if __name__ == "__main__":
