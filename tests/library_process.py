@@ -9,6 +9,7 @@ It says on standard output what it begins and what it has done.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import random
 import sys
@@ -51,9 +52,6 @@ def made(number: int, state: int) -> tuple[Record, Rows, tuple[Preview, ...], Ex
         fingerprint=f"{number}:{state}",
         generation=uuid.uuid4().hex,
         frames=count,
-        status="ok",
-        error=None,
-        hint=None,
         tags=("made", "up"),
         date=1e9 + number,
         duration_seconds=10.5,
@@ -109,6 +107,19 @@ def check(tables: Tables) -> int:
         np.testing.assert_array_equal(rows.pts_seconds, expected.pts_seconds)
         np.testing.assert_allclose(rows.vectors, expected.vectors, atol=1e-3)
     return len(records)
+
+
+def content(tables: Tables) -> dict[str, object]:
+    """All that a library holds, but for what differs from one run to the next."""
+    found: dict[str, object] = {}
+    for record in tables.records():
+        blocks = [
+            [getattr(rows, name).tobytes() for name in rows.__slots__] for _, rows in tables.rows([record.generation])
+        ]
+        shown = [(one.pts_seconds, one.jpeg, one.attention.tobytes()) for one in tables.previews(record.generation)]
+        same = dataclasses.replace(record, generation="", indexed_at=0.0)
+        found[record.path] = (same, blocks, shown, tables.extras(record.generation))
+    return found
 
 
 def main(folder: str, action: str, *numbers: str) -> None:

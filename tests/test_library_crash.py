@@ -17,7 +17,7 @@ from pathlib import Path
 
 import library_process
 import pytest
-from library_process import MODEL, check, do, put, steps, target
+from library_process import MODEL, check, content, do, put, steps, target
 
 from keyreel.errors import LibraryError
 from keyreel.library.schema import TABLES
@@ -38,18 +38,6 @@ def apply(state: dict[str, str], verb: str, what: str) -> dict[str, str]:
     if verb == "put":
         return state | {f"id{what.split(':')[0]}": what}
     return {id: fingerprint for id, fingerprint in state.items() if verb != "drop" or id != what}
-
-
-def content(store: Tables) -> dict[str, object]:
-    """All that a library says, but for the generations and when it was written."""
-    everything: dict[str, object] = {}
-    for record in store.records():
-        ((_, rows),) = store.rows([record.generation])
-        arrays = {name: getattr(rows, name).tolist() for name in rows.__slots__}
-        shown = [(one.pts_seconds, one.jpeg, one.attention.tolist()) for one in store.previews(record.generation)]
-        known = {name: getattr(record, name) for name in record.__slots__ if name not in ("generation", "indexed_at")}
-        everything[record.id] = (known, arrays, shown, store.extras(record.generation))
-    return everything
 
 
 def test_two_writers_and_readers_at_once(tmp_path: Path) -> None:

@@ -93,14 +93,10 @@ def video(name: str, vectors: Any, *, generation: str | None = None, step: float
         generation=generation or f"{name}-1",
         frames=count,
         status=about.pop("status", "ok"),
-        error=None,
-        hint=None,
         tags=about.pop("tags", ()),
         date=about.pop("date", None),
         duration_seconds=about.pop("duration", count * step),
         indexed_at=0.0,
-        probe={},
-        grid=(1, 1),
         shots=shots,
         model="made up",
         model_sha256="0" * 64,
@@ -375,16 +371,6 @@ def test_on_a_device(cuda: Cuda) -> None:
 
 
 # --- what is asked ------------------------------------------------------------------------------------------------
-
-
-def test_a_moment_is_shown_by_the_nearest_keyframe_of_its_shot() -> None:
-    east, north, up = np.eye(3, 8)
-    # Key-frames at 0.5, 2.0, 3.5; cuts at 2.4 and 4.9.
-    store = stored([video("v", [up, north, up, up, up, east, up, up, up, up, north])])
-    (hits,) = SearchIndex(store, CONFIG).hits(np.stack([east]).astype(np.float32), 1)
-    assert (hits[0].pts_seconds, hits[0].keyframe_seconds) == (2.5, 3.5)  # 2.0 is nearer, in the shot before
-    (hits,) = SearchIndex(store, CONFIG).hits(np.stack([north]).astype(np.float32), 2)
-    assert [(hit.pts_seconds, hit.keyframe_seconds) for hit in hits] == [(0.5, 0.5), (5.0, 5.0)]
 
 
 def test_an_example_does_not_find_itself() -> None:

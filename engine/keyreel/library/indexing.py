@@ -56,13 +56,7 @@ class _Watched(Source):
 def contents(
     summary: Summary, source: Source, preview_height: int, progress: Progress
 ) -> tuple[Rows, tuple[Preview, ...], Extras]:
-    """What a library keeps of a video; one more pass decodes the pictures.
-
-    Args:
-        summary: of the video.
-        source: the video; it must still be readable.
-        progress: called with ("pictures", done, total).
-    """
+    """What a library keeps of a video; one more pass decodes the pictures."""
     embedding, frames = summary.embedding, summary.keyframes
     step, tile_seconds = tile_times(summary.stop_seconds)
     times = [*(frame.pts_seconds for frame in frames), *tile_seconds]
@@ -124,10 +118,7 @@ def recorded_at(source: Source) -> float | None:
 class Indexer:
     """Indexes one video with each call of `index`. Safe to share between threads.
 
-    Args:
-        tables: of the library; made by the first commit if they are missing.
-        catalog: the records of the library; kept up to date here.
-        checkpoint: called often; raises Halted to stop.
+    The first commit makes the tables if they are missing. `checkpoint` is called often, and raises Halted to stop.
     """
 
     def __init__(

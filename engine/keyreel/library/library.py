@@ -330,7 +330,7 @@ class Library:
         With more frames than `config.exact_rows` it also builds the vector index, once; that takes minutes.
 
         Args:
-            alone: nobody else writes: what others might be about to commit is deleted, too.
+            alone: nobody else reads or writes: what others might be about to commit is deleted, too.
         """
         given = upkeep.compact(self._tables, alone=alone)
         if sum(record.frames for record in self._tables.records()) > self.config.exact_rows:

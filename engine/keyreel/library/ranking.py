@@ -64,8 +64,6 @@ class Ranking:
     Args:
         spans: the rows to search; none is empty.
         queries: [Q, D] float32, unit length.
-        where: whose times clip the moments.
-        with_pooled: whether `videos` will be asked for.
     """
 
     def __init__(

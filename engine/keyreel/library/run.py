@@ -21,14 +21,7 @@ class Halted(Exception):
 
 
 class IndexRun:
-    """One run over several videos. Callbacks come from the working threads, never two at a time.
-
-    Args:
-        stop: asked often; True ends the run.
-        progress: called with ("videos", done, total) for all; videos under way count in part.
-        begin: called when a video starts; returns that video's progress callback.
-        tell: called with the result of each video, as they end.
-    """
+    """One run over several videos, with the callbacks of `Library.add`."""
 
     def __init__(
         self,
@@ -54,8 +47,7 @@ class IndexRun:
     def run(self, names: Sequence[str], work: Callable[[str, Progress], Added], workers: int) -> list[Added]:
         """Calls `work` for each name and returns the results so far, in the order of the names.
 
-        Raises:
-            whatever `work` or a callback raises, and KeyboardInterrupt: after the other threads have ended.
+        What `work` or a callback raises, and KeyboardInterrupt, is raised after the other threads have ended.
         """
         found: dict[int, Added] = {}
         places = iter(range(len(names)))

@@ -30,16 +30,10 @@ _UPGRADED = 16  # videos that `upgrade` copies at once
 
 
 def compact(tables: Tables, *, alone: bool = False) -> int:
-    """Merges small files, deletes orphans and old versions.
+    """Merges small files, deletes orphans and old versions; returns the bytes given back, 0 for a URI.
 
-    Orphans are rows of videos that were removed or indexed again, or whose writer was killed before the commit.
-
-    Args:
-        alone: no other process reads or writes: what is younger than two minutes (files) or an hour (rows) is
-            deleted, too.
-
-    Returns:
-        Bytes given back; 0 for a URI, where this is not known.
+    Orphans are rows of videos that were removed or indexed again, or whose writer was killed before the commit. With
+    `alone`, what is younger than two minutes (files) or an hour (rows) is deleted, too.
     """
     before = tables.bytes()
     _delete_orphans(tables, 0.0 if alone else _ORPHAN_AGE_SECONDS)
@@ -111,13 +105,9 @@ def _optimize(tables: Tables, name: str, alone: bool) -> None:
 def verify(tables: Tables, *, repair: bool = False) -> tuple[Finding, ...]:
     """Reads every row of a library, compares its checksum, and reports what is wrong.
 
-    Args:
-        repair: mends what can be mended, while nobody else writes. A table whose newest version cannot be opened goes
-            back to the last one that can; the file is renamed to `.damaged`. Rows that cannot be read are dropped. A
-            video that lost rows becomes "failed", so that the next `add` indexes it again.
-
-    Raises:
-        Damaged: no version of a table can be opened, so that nothing can be repaired.
+    With `repair`, a table whose newest version cannot be opened goes back to the last one that can; the file is renamed
+    to `.damaged`. Damaged is raised if there is none. Rows that cannot be read are dropped. A video that lost rows
+    becomes "failed", so that the next `add` indexes it again.
     """
     findings = [finding for name in TABLES for finding in _opened(tables, name, repair)]
     if findings and not repair:
@@ -217,14 +207,8 @@ def upgrade(tables: Tables, progress: Callable[[int, int], None] = lambda done, 
     """Converts a library of format 1 and keeps all that it holds; goes on where it was interrupted.
 
     Format 1 has the tables `frames`, without kinds of vectors, and `videos`, to which rows were only appended: the one
-    of the highest `sequence`, then the last `written`, counts for its id. Both are deleted at the end. Nobody else may
-    use the library meanwhile; it needs free space of its own size.
-
-    Args:
-        progress: called with the number of videos that are done, and of all.
-
-    Returns:
-        The number of videos converted; 0 if the library has the current format.
+    of the highest `sequence`, then the last `written`, counts for its id. Both are deleted at the end. It needs free
+    space of the library's size.
     """
     if not tables.is_outdated():
         tables.table(RECORDS)

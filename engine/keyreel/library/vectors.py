@@ -51,13 +51,6 @@ class Matrix:
             vectors = arrays.xp.empty((rows, width), np.float32)
         return cls(vectors, np.empty(rows), np.empty(rows, np.bool_))  # pages that are not written take no memory
 
-    def write(self, low: int, vectors: Any, pts_seconds: F64, keyframe: BOOL, arrays: Arrays) -> None:
-        """Writes rows from `low` on."""
-        high = low + len(pts_seconds)
-        with arrays.scope():
-            self.vectors[low:high] = arrays.to_device(vectors)
-        self.pts_seconds[low:high], self.keyframe[low:high] = pts_seconds, keyframe
-
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -153,10 +146,12 @@ class Vectors:
         return [record for record in records if record.generation not in self._places]
 
     def _write(self, name: str, vectors: Any, pts_seconds: F64, keyframe: BOOL) -> None:
-        low = self._used
-        self._matrix.write(low, vectors, pts_seconds, keyframe, self._arrays)
-        self._used += len(pts_seconds)
-        self._places[name] = low, self._used
+        low, high = self._used, self._used + len(pts_seconds)
+        with self._arrays.scope():
+            self._matrix.vectors[low:high] = self._arrays.to_device(vectors)
+        self._matrix.pts_seconds[low:high], self._matrix.keyframe[low:high] = pts_seconds, keyframe
+        self._used = high
+        self._places[name] = low, high
 
     def _move(self, rows: int) -> None:
         """Copies what is kept to the start of a new matrix with room for this many rows and more."""
