@@ -65,14 +65,16 @@ def work() -> Work:
 
 @pytest.fixture
 def jobs(tmp_path: Path, work: Work) -> Iterator[Jobs]:
-    made = make(tmp_path, work, max_jobs=3)
+    with working(tmp_path, work, max_jobs=3) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def working(folder: Path, work: Work, **options: Any) -> Iterator[Jobs]:
+    made = Jobs(folder / "state", work.add, work.forget, ServeConfig(**options), Metrics(), ("/srv/library",))
     made.start()
     yield made
     made.drain(0)
-
-
-def make(folder: Path, work: Work, **options: Any) -> Jobs:
-    return Jobs(folder / "state", work.add, work.forget, ServeConfig(**options), Metrics(), ("/srv/library",))
 
 
 def submit(jobs: Jobs, name: str | Path, **more: Any) -> Job:
@@ -83,8 +85,8 @@ def submit(jobs: Jobs, name: str | Path, **more: Any) -> Job:
         jobs.release()
 
 
-def sql(folder: Path, statement: str, *values: Any) -> list[Any]:
-    with contextlib.closing(sqlite3.connect(folder / "state" / "jobs.sqlite", isolation_level=None)) as base:
+def sql(jobs: Jobs, statement: str, *values: Any) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(jobs.folder / "jobs.sqlite", isolation_level=None)) as base:
         return base.execute(statement, values).fetchall()
 
 
@@ -167,168 +169,132 @@ def test_what_fails_says_why_and_an_upload_goes_with_it(jobs: Jobs, work: Work) 
 
 
 def test_the_end_puts_back_what_it_interrupts(tmp_path: Path, work: Work) -> None:
-    first = make(tmp_path, work)
-    first.start()
-    made = [submit(first, name) for name in ("a", "b")]
-    until(lambda: work.begun == ["a"])
-    first.drain(0)
+    with working(tmp_path, work) as first:
+        made = [submit(first, name) for name in ("a", "b")]
+        until(lambda: work.begun == ["a"])
     with pytest.raises(ApiError, match="ending"):
         first.reserve()
     assert work.done == []
-    second = make(tmp_path, work)
-    second.start()
-    work.go.release(2)
-    until(lambda: work.done == ["a", "b"])
-    until(lambda: [second.get(job.id).state for job in made] == ["done", "done"])
-    second.drain(5)
+    with working(tmp_path, work) as second:
+        work.go.release(2)
+        until(lambda: [second.get(job.id).state for job in made] == ["done", "done"])
+    assert work.done == ["a", "b"]
 
 
-def test_the_end_waits_for_what_is_under_way(tmp_path: Path, work: Work) -> None:
-    jobs = make(tmp_path, work)
-    jobs.start()
+def test_the_end_waits_for_what_is_under_way(jobs: Jobs, work: Work) -> None:
     made = [submit(jobs, name) for name in ("a", "b")]
     until(lambda: work.begun == ["a"])
     threading.Timer(0.2, work.go.release).start()
     jobs.drain(20)
     assert work.done == ["a"]  # and "b" did not begin
-    assert dict(sql(tmp_path, "SELECT id, state FROM jobs")) == {made[0].id: "done", made[1].id: "queued"}
+    assert dict(sql(jobs, "SELECT id, state FROM jobs")) == {made[0].id: "done", made[1].id: "queued"}
 
 
-def test_what_was_cancelled_stays_so_when_the_service_ends(tmp_path: Path, work: Work) -> None:
-    jobs = make(tmp_path, work)
-    jobs.start()
+def test_what_was_cancelled_stays_so_when_the_service_ends(jobs: Jobs, work: Work) -> None:
     job = submit(jobs, "a")
     until(lambda: work.begun == ["a"])
     jobs.cancel(job.id)
     jobs.drain(0)
-    assert sql(tmp_path, "SELECT state FROM jobs") == [("cancelled",)]
+    assert sql(jobs, "SELECT state FROM jobs") == [("cancelled",)]
 
 
 def test_a_video_that_takes_the_process_with_it_is_given_up(tmp_path: Path, work: Work) -> None:
     """A crash leaves the row at work, without its thread to say how it ended."""
-    jobs = make(tmp_path, work)
-    jobs.start()
-    job = submit(jobs, "a")
-    until(lambda: work.begun == ["a"])
-    jobs.drain(0)
-    (jobs.uploads / "a").mkdir()
-    video = jobs.uploads / "a" / "a.mp4"
-    video.write_bytes(b"x")
-    for tries, state in ((1, "queued"), (2, "queued"), (3, "failed")):
-        assert video.exists()
-        values = (tries, str(video).encode())
-        sql(tmp_path, "UPDATE jobs SET state = 'running', uploaded = 1, tries = ?, path = ?", *values)
-        idle = make(tmp_path, work)
-        idle._run = lambda: None  # type: ignore[method-assign]
-        idle.start()
-        found = idle.get(job.id)
-        idle.drain(0)
-        assert found.state == state, tries
+    with working(tmp_path, work) as jobs:
+        job = upload(jobs, "a")
+        until(lambda: work.begun == ["a"])
+    for tries, states in ((1, ("queued", "running")), (2, ("queued", "running")), (3, ("failed",))):
+        assert job.path.exists()
+        sql(jobs, "UPDATE jobs SET state = 'running', tries = ?", tries)
+        with working(tmp_path, work) as again:
+            found = again.get(job.id)
+        assert found.state in states, tries
     assert found.error is not None
     assert "3 times" in found.error.message
-    assert work.forgotten == ["a.mp4"]
+    assert work.forgotten == ["a"]
     assert list(jobs.uploads.iterdir()) == []
 
 
-def test_a_library_that_cannot_forget_keeps_no_job_waiting(jobs: Jobs, work: Work) -> None:
+def test_a_library_that_cannot_forget_holds_nobody_up(jobs: Jobs, work: Work) -> None:
+    """Requests look at the jobs on the event loop, too."""
+    entered, go = threading.Event(), threading.Event()
+
     def fail() -> None:
+        entered.set()
+        assert go.wait(60)
         raise LibraryError("the disk is full")
 
     work.forgetting, work.wrong = fail, {"a": SourceError("no video")}
     first, second = upload(jobs, "a"), submit(jobs, "b")
     work.go.release(2)
-    until(lambda: jobs.get(second.id).state == "done")
-    assert jobs.get(first.id).state == "failed"
-
-
-def test_the_library_forgets_without_holding_the_others_up(jobs: Jobs, work: Work) -> None:
-    """Requests look at the jobs on the event loop, too."""
-    entered, go = threading.Event(), threading.Event()
-    work.forgetting = lambda: (entered.set(), go.wait(60), None)[2]
-    work.wrong = {"a": SourceError("no video")}
-    upload(jobs, "a")
-    work.go.release()
     assert entered.wait(60)
-    other = threading.Thread(target=jobs.release, daemon=True)
+    other = threading.Thread(target=jobs.counts, daemon=True)
     other.start()
     other.join(20)
     held = other.is_alive()
     go.set()
     assert not held
-    until(lambda: jobs.get("a").state == "failed")
+    until(lambda: jobs.get(second.id).state == "done")
+    assert jobs.get(first.id).state == "failed"
 
 
 def test_uploads_are_finished_or_swept_at_the_start(tmp_path: Path, work: Work) -> None:
     """The process ended between accepting an upload and naming it, and while another one came in."""
-    jobs = make(tmp_path, work)
-    jobs.start()
-    (jobs.uploads / "accepted.part").write_bytes(b"whole")
-    (jobs.uploads / "half.part").write_bytes(b"ha")
-    jobs.drain(0)
-    path = str(jobs.uploads / "accepted" / "v.mp4").encode()
+    with working(tmp_path, work) as jobs:
+        (jobs.uploads / "accepted.part").write_bytes(b"whole")
+        (jobs.uploads / "half.part").write_bytes(b"ha")
     values = "('accepted', 'queued', ?, 1, 0)"
-    sql(tmp_path, f"INSERT INTO jobs (id, state, path, uploaded, created) VALUES {values}", path)
-    again = make(tmp_path, work)
-    again.start()
-    there = {one.relative_to(again.uploads).as_posix() for one in again.uploads.rglob("*")}
-    assert there == {"accepted", "accepted/v.mp4"}
-    work.go.release()
-    until(lambda: work.done == ["v.mp4"])
-    until(lambda: again.get("accepted").state == "done")
-    again.drain(5)
+    path = str(jobs.uploads / "accepted" / "v.mp4").encode()
+    sql(jobs, f"INSERT INTO jobs (id, state, path, uploaded, created) VALUES {values}", path)
+    with working(tmp_path, work) as again:
+        there = {one.relative_to(again.uploads).as_posix() for one in again.uploads.rglob("*")}
+        assert there == {"accepted", "accepted/v.mp4"}
+        work.go.release()
+        until(lambda: again.get("accepted").state == "done")
+    assert work.done == ["v.mp4"]
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, work: Work) -> None:
     """SQLite is told that its file may not grow: what was accepted stays, what comes is refused as such."""
-    jobs = make(tmp_path, work)
-    jobs.start()
-    first = submit(jobs, "a")
-    until(lambda: work.begun == ["a"])
-    base = jobs._base
-    assert base is not None
-    (pages,) = base.execute("PRAGMA page_count").fetchone()
-    base.execute(f"PRAGMA max_page_count = {pages}")
 
-    def fill() -> None:
+    def fill(jobs: Jobs) -> None:
         for _ in range(200):
             submit(jobs, "x" * 100)
 
-    with pytest.raises(sqlite3.OperationalError, match="full") as full:
-        fill()
-    refused = to_api_error(full.value)
-    assert refused is not None
-    assert (refused.status, refused.kind) == (507, "storage")
-    accepted = [job.id for job in jobs.latest()]
-    work.go.release()
-    until(lambda: work.done == ["a"])
-    jobs.drain(0)
-    again = make(tmp_path, work)
-    again.start()
-    assert [job.id for job in again.latest()] == accepted
-    work.go.release(1000)
-    until(lambda: all(again.get(id).state == "done" for id in accepted))
+    with working(tmp_path, work) as jobs:
+        first = submit(jobs, "a")
+        until(lambda: work.begun == ["a"])
+        base = jobs._base
+        assert base is not None
+        (pages,) = base.execute("PRAGMA page_count").fetchone()
+        base.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(sqlite3.OperationalError, match="full") as full:
+            fill(jobs)
+        refused = to_api_error(full.value)
+        assert refused is not None
+        assert (refused.status, refused.kind) == (507, "storage")
+        accepted = [job.id for job in jobs.latest()]
+        work.go.release()
+        until(lambda: work.done == ["a"])
+    with working(tmp_path, work) as again:
+        assert [job.id for job in again.latest()] == accepted
+        work.go.release(1000)
+        until(lambda: all(again.get(id).state == "done" for id in accepted))
     assert first.id in accepted
-    again.drain(5)
 
 
 def test_one_server_a_folder(jobs: Jobs, tmp_path: Path, work: Work) -> None:
-    with pytest.raises(LibraryError, match="another server"):
-        make(tmp_path, work).start()
+    with pytest.raises(LibraryError, match="another server"), working(tmp_path, work):
+        pass
 
 
-def test_old_jobs_are_forgotten_and_open_ones_are_not(
-    tmp_path: Path, work: Work, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_jobs_are_forgotten_and_open_ones_are_not(jobs: Jobs, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs_module, "KEPT", 4)
-    jobs = make(tmp_path, work)
-    jobs.start()
-    names = [f"{n}" for n in range(9)]
-    for name in names:
+    for name in "abcdefghi":
         submit(jobs, name)
         work.go.release()
-        until(lambda: jobs.counts().get("queued", 0) == jobs.counts().get("running", 0) == 0)
-    assert [job.path.name for job in jobs.latest()] == names[:-5:-1]
-    jobs.drain(5)
+        until(lambda: sum(jobs.counts().get(state, 0) for state in ("queued", "running")) == 0)
+    assert [job.path.name for job in jobs.latest()] == list("ihgf")
 
 
 @pytest.fixture(scope="module")
