@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -306,59 +307,40 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Load:
-    """Callers that submit videos and search, each over a connection of its own, until the service is gone."""
-
-    def __init__(self) -> None:
-        self.accepted: list[str] = []
-        self.failed: list[str] = []
-        self.stopping = False
-
-    def run(self, running: Served, paths: list[Path], *, upload: bool) -> None:
-        with httpx.Client(base_url=running.address, timeout=30, trust_env=False) as client:
-            for path in paths:
-                try:
-                    if upload:
-                        answer = client.post("/api/v1/jobs", files={"file": (path.name, path.read_bytes())})
-                    else:
-                        answer = client.post("/api/v1/jobs", json={"path": str(path)})
-                    if answer.status_code == 202:
-                        self.accepted.append(answer.json()["id"])
-                    elif not (self.stopping and answer.status_code == 503):
-                        self.failed.append(answer.text)
-                    client.get("/api/v1/search", params={"q": "x"})
-                except httpx.HTTPError as error:
-                    if not self.stopping:
-                        self.failed.append(repr(error))
-                    return
-
-    def until_stopped(self, running: Served, paths: list[Path], end: int) -> None:
-        """Ends the service in the middle of it."""
-        self.stopping, before = False, len(self.accepted)
-        threads = [
-            threading.Thread(target=self.run, args=(running, paths[half::2]), kwargs={"upload": bool(half)})
-            for half in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        until(lambda: len(self.accepted) >= before + VIDEOS // 4 or bool(self.failed))
-        self.stopping = True
-        assert running.stop(end) == (0 if end == signal.SIGTERM else -end)
-        for thread in threads:
-            thread.join(30)
-        assert self.failed == []
+def call(running: Served, paths: list[Path], accepted: list[str], stopping: threading.Event) -> None:
+    """A caller who submits videos, every other one as an upload, and searches, until the service is gone."""
+    with httpx.Client(base_url=running.address, timeout=30, trust_env=False) as client:
+        for number, path in enumerate(paths):
+            body = {"files": {"file": (path.name, path.read_bytes())}} if number % 2 else {"json": {"path": str(path)}}
+            try:
+                answer = client.post("/api/v1/jobs", **body)
+                if answer.status_code == 202:
+                    accepted.append(answer.json()["id"])
+                else:
+                    assert (answer.status_code, stopping.is_set()) == (503, True), answer.text
+                client.get("/api/v1/search", params={"q": "x"})
+            except httpx.HTTPError:
+                assert stopping.is_set()
+                return
 
 
 @pytest.mark.full
 def test_no_accepted_job_is_lost(videos: Path, tmp_path: Path) -> None:
     """The process is told to end, then killed, while callers submit paths and uploads and search."""
-    load, paths = Load(), sorted(videos.iterdir())
+    accepted: list[str] = []
+    paths = sorted(videos.iterdir())
     options = {"roots": [str(videos)], "drain_seconds": 0.1}
     for end, share in ((signal.SIGTERM, paths[: VIDEOS // 2]), (signal.SIGKILL, paths[VIDEOS // 2 :])):
-        with served(tmp_path / "library", **options) as running:
-            load.until_stopped(running, share, end)
+        stopping, enough = threading.Event(), len(accepted) + VIDEOS // 4
+        with served(tmp_path / "library", **options) as running, ThreadPoolExecutor(2) as callers:
+            calls = [callers.submit(call, running, share[half::2], accepted, stopping) for half in range(2)]
+            until(lambda: len(accepted) >= enough or all(one.done() for one in calls))  # noqa: B023 - used at once
+            stopping.set()
+            assert running.stop(end) == (0 if end == signal.SIGTERM else -end)
+            for one in calls:
+                one.result(30)
     with served(tmp_path / "library", **options) as running:
-        jobs = [running.wait(id, "done", "failed", "cancelled") for id in load.accepted]
+        jobs = [running.wait(id, "done", "failed", "cancelled") for id in accepted]
         assert [(job["state"], job["error"]) for job in jobs] == [("done", None)] * len(jobs)
         assert running.stop() == 0
     assert len(jobs) >= 4

@@ -130,6 +130,12 @@ def _shown(page: Any) -> list[str]:
     return found
 
 
+def _numbers(page: Any, selector: str, name: str) -> list[float]:
+    code = f"all => all.map(one => parseFloat(one.getAttribute('{name}')))"
+    found: list[float] = page.eval_on_selector_all(selector, code)
+    return found
+
+
 def _comes(page: Any, expression: str, seconds: float = 20.0) -> None:
     """Waits until an expression holds. Playwright's own way evaluates in the page, which the content policy forbids."""
     stop = time.monotonic() + seconds
@@ -156,13 +162,11 @@ def test_typing_searches_and_the_address_holds_the_state(page: Any, site: Site) 
     assert len(asked) <= 3, "a request a letter"
     videos = len({hit["video_id"] for hit in hits})
     assert page.inner_text("#count").startswith(f"{len(hits)} moments in {videos} videos")
-    widths = page.eval_on_selector_all(
-        "#results .share rect", "all => all.map(one => parseFloat(one.getAttribute('width')))"
-    )
-    assert widths == pytest.approx([max(0, 100 * hit["score"] / hits[0]["score"]) for hit in hits], abs=0.06)
+    shares = [max(0, 100 * hit["score"] / hits[0]["score"]) for hit in hits]
+    assert _numbers(page, "#results .share rect", "width") == pytest.approx(shares, abs=0.06)
 
     page.click(".choice [value=videos]")
-    heads = page.eval_on_selector_all(".group h2", "all => all.map(one => one.textContent)")
+    heads = page.locator(".group h2").all_text_contents()
     order = sorted({(hit["video_score"], hit["video"]) for hit in hits}, reverse=True)
     assert heads == [name for _, name in order]
     address = page.url
@@ -172,7 +176,7 @@ def test_typing_searches_and_the_address_holds_the_state(page: Any, site: Site) 
     _comes(page, "document.querySelector('#count').textContent === '5 videos in the library'")
     page.goto(address)
     page.wait_for_selector(".group")
-    assert page.eval_on_selector_all(".group h2", "all => all.map(one => one.textContent)") == heads
+    assert page.locator(".group h2").all_text_contents() == heads
 
 
 def test_keyboard_opens_a_moment_and_comes_back(page: Any, site: Site) -> None:
@@ -260,23 +264,16 @@ def test_video_has_its_timeline_moments_and_attention(page: Any, site: Site) -> 
     page.goto(f"/?view=video&id={video['id']}&q=a+bus")
     page.wait_for_selector("#moments li")
 
-    def numbers(selector: str, name: str) -> list[float]:
-        code = f"all => all.map(one => parseFloat(one.getAttribute('{name}')))"
-        found: list[float] = page.eval_on_selector_all(selector, code)
-        return found
-
-    assert numbers(".timeline .shots rect", "x") == pytest.approx(
-        [100 * a / length for a, _ in video["shots"]], abs=1e-3
-    )
-    assert numbers(".timeline .found rect", "x") == pytest.approx(
-        [100 * h["start_seconds"] / length for h in hits], abs=1e-3
-    )
-    tall = numbers(".timeline .found rect", "height")
+    starts = [100 * start / length for start, _ in video["shots"]]
+    assert _numbers(page, ".timeline .shots rect", "x") == pytest.approx(starts, abs=1e-3)
+    starts = [100 * hit["start_seconds"] / length for hit in hits]
+    assert _numbers(page, ".timeline .found rect", "x") == pytest.approx(starts, abs=1e-3)
+    tall = _numbers(page, ".timeline .found rect", "height")
     assert tall == sorted(tall, reverse=True)
     assert tall[0] == pytest.approx(66)
     marks = [100 * frame["pts_seconds"] / length for frame in video["keyframes"]]
-    assert numbers(".timeline .marks circle", "cx") == pytest.approx(marks, abs=1e-3)
-    spans = page.eval_on_selector_all("#moments b", "all => all.map(one => one.textContent)")
+    assert _numbers(page, ".timeline .marks circle", "cx") == pytest.approx(marks, abs=1e-3)
+    spans = page.locator("#moments b").all_text_contents()
     assert spans == [f"{_clock(h['start_seconds'])} – {_clock(h['stop_seconds'])}" for h in hits]
 
     page.click("#moments button")
@@ -319,7 +316,7 @@ def test_library_shows_names_as_text_filters_and_failures(page: Any, site: Site)
     page.goto("/?view=library")
     page.wait_for_selector("#videos li")
     listed = site.get("videos")["videos"]
-    names = page.eval_on_selector_all("#videos .name", "all => all.map(one => one.textContent)")
+    names = page.locator("#videos .name").all_text_contents()
     assert names == [entry["name"] for entry in listed]
     assert {MARKUP, BROKEN} <= set(names)
     assert page.evaluate("[window.taken, document.querySelectorAll('[src=x]').length]") == [None, 0]

@@ -281,15 +281,13 @@ class Jobs:
             if state == "queued":  # interrupted by the end of the service
                 self._write("UPDATE jobs SET state = 'queued', tries = tries - 1 WHERE id = ?", (job.id,))
             elif state == "failed":
-                self._end(job, state, error=self._document(job, added, error or LibraryError("the file is gone")))
+                error = error or LibraryError("the file is gone")
+                names = (str(job.path), added.path if added else "", *self._private)
+                answer = to_api_error(error, *names) or to_api_error(Failure.of(job.path.name, error).error, *names)
+                self._end(job, state, error=answer.document() if answer else None)
             else:
                 record = added.record if added else None
                 self._end(job, state, video=record.id if record and state == "done" else None)
-
-    def _document(self, job: Job, added: Added | None, error: Exception) -> Mapping[str, Any] | None:
-        names = (str(job.path), added.path if added else "", *self._private)
-        answer = to_api_error(error, *names) or to_api_error(Failure.of(job.path.name, error).error, *names)
-        return answer.document() if answer else None
 
     def _discard(self, job: Job) -> None:
         """Removes an upload that did not become a video, since nobody could see it and it would fill the disk.
