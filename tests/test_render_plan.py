@@ -27,7 +27,6 @@ def plan(
     shots: tuple[Shot, ...],
     keyframes: list[KeyFrame],
     seconds: float | None,
-    span_seconds: float = 3.0,
     query: Callable[[F64], F64] | None = None,
 ) -> tuple[Shot, ...]:
     duration = shots[-1].stop_seconds
@@ -39,7 +38,6 @@ def plan(
         importance=np.linspace(0, 1, len(pts), dtype=np.float32),
         pts_seconds=pts,
         seconds=seconds,
-        span_seconds=span_seconds,
         query_scores=None if query is None else query(pts).astype(np.float32),
     )
 
@@ -49,19 +47,17 @@ def plan(
     lengths=st.lists(st.floats(0.02, 40), min_size=1, max_size=30),
     places=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=12),
     asked=st.one_of(st.none(), st.floats(0.05, 200)),
-    span=st.floats(0.2, 20),
     query=st.sampled_from([None, np.sin]),
 )
 def test_spans_are_sorted_disjoint_and_as_long_as_asked(
     lengths: list[float],
     places: list[tuple[float, float]],
     asked: float | None,
-    span: float,
     query: Callable[[F64], F64] | None,
 ) -> None:
     shots = cut_up(lengths)
     duration = shots[-1].stop_seconds
-    spans = plan(shots, [keyframe(place * duration, weight) for place, weight in places], asked, span, query)
+    spans = plan(shots, [keyframe(place * duration, weight) for place, weight in places], asked, query)
     assert spans[0].start_seconds >= 0
     assert spans[-1].stop_seconds <= duration + 1e-9
     assert all(one.start_seconds < one.stop_seconds for one in spans)

@@ -33,7 +33,6 @@ def plan_reel(
     importance: F32,
     pts_seconds: F64,
     seconds: float | None = None,
-    span_seconds: float = SPAN_SECONDS,
     query_scores: F32 | None = None,
 ) -> tuple[Shot, ...]:
     """Spans around the most important frames, in time order, disjoint, of the wished length together.
@@ -49,7 +48,6 @@ def plan_reel(
         importance: [T] float32, of the sampled frames.
         pts_seconds: [T] float64, of the sampled frames.
         seconds: wished length of the reel.
-        span_seconds: wished length of one span.
         query_scores: [T] float32, how well each sampled frame answers the query.
 
     Raises:
@@ -65,7 +63,7 @@ def plan_reel(
         return (Shot(0.0, duration_seconds),)
     cuts = sorted({0.0, duration_seconds} | {shot.start_seconds for shot in shots} | {s.stop_seconds for s in shots})
     cuts = [cut for cut in cuts if 0 <= cut <= duration_seconds]
-    wished = span_seconds
+    wished = SPAN_SECONDS
     if query_scores is None and keyframes:
         # Few key-frames for a long reel: longer spans around them rather than spans around lesser frames.
         wished = min(max(total / len(keyframes), wished), 2 * wished)
@@ -84,10 +82,9 @@ def plan_reel(
         taken.insert(bisect_left(taken, span), span)
         remaining -= span[1] - span[0]
     if not taken:
-        anchor = next(
-            (t for t in _anchors(keyframes, importance, pts_seconds, query_scores) if t < duration_seconds), 0.0
-        )
-        taken = [(max(anchor, 0.0), max(anchor, 0.0))]
+        anchors = _anchors(keyframes, importance, pts_seconds, query_scores)
+        anchor = max(next((t for t in anchors if t < duration_seconds), 0.0), 0.0)
+        taken = [(anchor, anchor)]
     taken = _grow(_merge(taken), cuts, remaining)
     return tuple(Shot(start, stop) for start, stop in taken)
 

@@ -231,21 +231,18 @@ def _faded(blocks: Iterator[F32], count: int) -> Iterator[F32]:
 def _sound(reader: _SoundReader, start_seconds: float, count: int) -> Iterator[F32]:
     """`count` samples [2, n] float32 at 48 kHz from `start_seconds` on, each at its time, silence in the gaps."""
     done = 0
-    for position, block in _placed(reader, start_seconds):
-        if position >= count:
-            break
-        while position > done:
-            silence = min(position - done, RATE)
+    end = (count, np.zeros((2, 0), np.float32))
+    for position, block in itertools.chain(_placed(reader, start_seconds), [end]):
+        while done < min(position, count):
+            silence = min(min(position, count) - done, RATE)
             yield np.zeros((2, silence), np.float32)
             done += silence
+        if position >= count:
+            return
         block = block[:, done - position : count - position]
         if block.shape[1]:
             yield block
             done += block.shape[1]
-    while done < count:
-        silence = min(count - done, RATE)
-        yield np.zeros((2, silence), np.float32)
-        done += silence
 
 
 def _placed(reader: _SoundReader, start_seconds: float) -> Iterator[tuple[int, F32]]:
