@@ -21,6 +21,7 @@ from encoded_clips import encode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from test_source import Pipe
 
 from keyreel.config import Sampling
 from keyreel.decode import decoder
@@ -290,18 +291,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Huffyuv": ("huffyuv", {"frames": 24}),
     "PNG": ("png", {"frames": 24}),
 }
-
-
-class Pipe:
-    """A file object that cannot seek, and gives little at a time."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    def read(self, size: int = -1) -> bytes:
-        found = self._data[self._at : self._at + min(size, 1500)]
-        self._at += len(found)
-        return found
 
 
 PLAIN = {

@@ -73,17 +73,12 @@ def test_summary(summary: Summary) -> None:
     "spoil",
     [
         lambda d: d.pop("video"),
-        lambda d: d.pop("schema"),
         lambda d: d.update(schema="keyreel.summary/2"),
         lambda d: d.update(more=1),
         lambda d: d["keyframes"].clear(),
         lambda d: d["keyframes"][0].pop("file"),
         lambda d: d["keyframes"][0].update(weight=3),
-        lambda d: d["keyframes"][0].update(frame_index=1.5),
         lambda d: d["video"].update(rotation_degrees=45),
-        lambda d: d["video"].update(duration_seconds="long"),
-        lambda d: d["timings_seconds"].pop("render"),
-        lambda d: d["reel"].pop("spans"),
     ],
 )
 def test_the_schema_refuses_wrong_summaries(summary: Summary, spoil: Callable[[Any], Any]) -> None:

@@ -103,13 +103,15 @@ class Encoder:
 
     def _encode(self, batches: Iterable[FrameBatch], config: EncodeConfig) -> Encoded:
         xp, ops = self._arrays.xp, self._ops
+        size = (self.bundle.image.height, self.bundle.image.width)
         window = _Window(xp)
         fused: list[tuple[Any, Any]] = []  # vectors, attention
         signals, times, places = [], [], []
         last: Any = None  # histogram of the frame before
         seconds = {"encode": 0.0, "fuse": 0.0}
         for batch in batches:
-            self._check(batch)
+            if batch.data.shape[1:3] != size:
+                raise ValueError(f"frames are {batch.data.shape[1:3]}, the model {self.bundle.name} takes {size}")
             with timed(seconds, "encode"):
                 frames = self._arrays.to_device(batch.data)
                 tokens = self._backbone.run({"frames": frames})["tokens"]
@@ -147,11 +149,6 @@ class Encoder:
                 model_sha256=self.bundle.sha256,
             )
         return Encoded(embedding, vectors, seconds)
-
-    def _check(self, batch: FrameBatch) -> None:
-        want = (self.bundle.image.height, self.bundle.image.width)
-        if batch.data.shape[1:3] != want:
-            raise ValueError(f"frames are {batch.data.shape[1:3]}, the model {self.bundle.name} takes {want}")
 
     def _fuse(self, window: _Window, config: EncodeConfig, *, at_end: bool) -> Iterator[tuple[Any, Any]]:
         """Fuses the frames whose halo is complete, a batch at a time; at the end, all."""

@@ -29,7 +29,7 @@ from keyreel.runtime.text import TextEncoder
 from keyreel.search import best_hits, moments
 from keyreel.select import Selection, select_keyframes
 from keyreel.shots import find_candidates, place_boundaries, shots_between
-from keyreel.types import F32, U8, Embedding, FrameBatch, Progress, Query, SearchHit, Shot, Summary
+from keyreel.types import F32, Embedding, FrameBatch, Progress, Query, SearchHit, Shot, Summary
 from keyreel_kernels.arrays import on_host
 
 Video: TypeAlias = Source | str | os.PathLike[str] | bytes | BinaryIO
@@ -167,7 +167,8 @@ class Engine:
                 raise TypeError(f"frames must be uint8, got {data.dtype}")
             count, size = np.arange(len(data)), self.backend.batch_size
             parts = (slice(start, start + size) for start in range(0, len(data), size))
-            batches = (FrameBatch(self._fitted(data[p]), count[p].astype(np.float64), count[p]) for p in parts)
+            fit, image = self.backend.ops.transform, dataclasses.asdict(self.bundle.image)
+            batches = (FrameBatch(fit(data[p], **image), count[p].astype(np.float64), count[p]) for p in parts)
             found = self._images.encode(batches, EncodeConfig())
         arrays.join()
         vectors: F32 = found.vectors if on_device else found.embedding.vectors
@@ -322,10 +323,6 @@ class Engine:
         if encoder is None:
             raise ValueError("the engine is closed")
         return encoder
-
-    def _fitted(self, data: U8) -> U8:
-        fitted: U8 = self.backend.ops.transform(data, **dataclasses.asdict(self.bundle.image))
-        return fitted
 
     def _select(self, encoded: Encoded, config: SelectConfig, duration_seconds: float) -> Selection:
         embedding, vectors, ops = encoded.embedding, encoded.vectors, self.backend.ops

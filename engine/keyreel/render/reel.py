@@ -79,7 +79,9 @@ def _write(source: Source, sound: _SoundReader, spans: Sequence[Shot], path: Pat
     total = sum(span.duration_seconds for span in spans)
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as output:
         video = _video_stream(output, info, height, width)
-        audio = _audio_stream(output) if info.has_audio else None
+        audio: Any = output.add_stream("aac", rate=RATE, layout="stereo") if info.has_audio else None
+        if audio is not None:
+            audio.codec_context.bit_rate = SOUND_BITS
         lasting: dict[int, int] = {}  # how long the frame of a pts is shown: the encoder guesses at the last one
 
         def coded(frame: av.VideoFrame | None) -> Any:
@@ -137,12 +139,6 @@ def _video_stream(output: Any, info: VideoInfo, height: int, width: int) -> Any:
     context.sample_aspect_ratio = Fraction(1, 1)
     context.color_primaries = context.color_trc = context.colorspace = BT709
     context.color_range = ColorRange.MPEG
-    return stream
-
-
-def _audio_stream(output: Any) -> Any:
-    stream = output.add_stream("aac", rate=RATE, layout="stereo")
-    stream.codec_context.bit_rate = SOUND_BITS
     return stream
 
 
@@ -254,9 +250,8 @@ def _placed(reader: _SoundReader, start_seconds: float) -> Iterator[tuple[int, F
     for frame, seconds in reader.frames(start_seconds):
         arrived = (frame.format.name, frame.layout.name, frame.sample_rate)
         if kind != arrived or (seconds is not None and abs(seconds - due) > SLACK_SECONDS):
-            if kind is not None:
-                for block in _blocks(resampler, None):
-                    yield round(position), block
+            for block in _blocks(resampler, None) if kind is not None else ():
+                yield round(position), block
             resampler, kind = AudioResampler(format="fltp", layout="stereo", rate=RATE), arrived
             due = seconds if seconds is not None else due
             position = (due - start_seconds) * RATE
