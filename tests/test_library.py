@@ -349,6 +349,19 @@ def test_changed_files_keep_their_id_and_get_new_rows(
     assert list(library._tables.rows([before.generation])) == []
 
 
+def test_swapped_names_are_told_by_content(folder: Path, library: Library) -> None:
+    library.add([folder / "a.mp4", folder / "b.mp4"])
+    first, second = (rows(library, record).vectors for record in library.list())
+    (folder / "a.mp4").rename(folder / "t")
+    (folder / "b.mp4").rename(folder / "a.mp4")
+    (folder / "t").rename(folder / "b.mp4")
+    assert set(changes(library.update()).values()) == {"changed"}
+    now_first, now_second = (rows(library, record).vectors for record in library.list())
+    np.testing.assert_allclose(now_first, second, atol=2**-11)
+    np.testing.assert_allclose(now_second, first, atol=2**-11)
+    assert np.abs(first - second).max() > 0.01
+
+
 def test_force_indexes_again_and_tags_add_up(folder: Path, library: Library) -> None:
     library.add([folder / "a.mp4"], IndexConfig(tags=("x",)))
     before = library.record(folder / "a.mp4")
@@ -554,6 +567,17 @@ def test_update_tells_what_is_missing_and_prunes_it(folder: Path, library: Libra
     assert [Path(record.path).name for record in library.list()] == ["a.mp4", "c.mp4"]
 
 
+def test_a_file_that_cannot_be_looked_up_is_not_pruned(folder: Path, library: Library) -> None:
+    path = folder / "a.mp4"
+    library.add([path])
+    before = content(library._tables)
+    path.unlink()
+    path.symlink_to(path)  # a loop: looking it up fails, as on a broken disk
+    (added,) = library.update(prune=True)
+    assert (added.change, added.record) == ("failed", library.record(path))
+    assert content(library._tables) == before
+
+
 def test_remove_by_id_path_and_glob(folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     (folder / "c.mp4").rename(folder / "c[1].mp4")
@@ -752,6 +776,8 @@ def test_wrong_arguments(library: Library, clips: list[Path]) -> None:
         library.add(clips, IndexConfig(workers=0))
     with pytest.raises(ValueError, match="tags are several texts"):
         IndexConfig(tags="holiday")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="empty name"):
+        Library("")
     with pytest.raises(ValueError, match="path or a URL"):
         library.add([""])
     assert [entry.path for entry in library.add(str(clips[0]))] == [str(clips[0])]  # one, not its letters
