@@ -25,11 +25,7 @@ SOME_FAILED = 8
 
 
 def sources(names: Sequence[str], *, allow_network: bool) -> list[Source | KeyreelError]:
-    """One entry a video: itself, those in a folder, or an error for a folder without any.
-
-    Raises:
-        ValueError: an empty name.
-    """
+    """The videos that the names stand for, and an error for each folder without any."""
     from keyreel.decode.source import Source
 
     limits = DecodeLimits(allow_network=allow_network)
@@ -37,11 +33,7 @@ def sources(names: Sequence[str], *, allow_network: bool) -> list[Source | Keyre
 
 
 def within(names: Sequence[str]) -> Iterator[tuple[str, str | Path | KeyreelError]]:
-    """Each name with its videos: itself, those in a folder, or an error for a folder without any.
-
-    Raises:
-        ValueError: an empty name.
-    """
+    """Each name with its videos: itself, those in a folder, or an error for a folder without any."""
     for name in names:
         if not name:
             raise ValueError("an empty name is no video")
@@ -82,11 +74,7 @@ def for_each(
 
 
 def exit_for(failed: Sequence[Failure], succeeded: int) -> None:
-    """Exits with the code that all failures share if nothing succeeded, else with that of some of many.
-
-    Raises:
-        typer.Exit: something failed.
-    """
+    """Exits with the code that all failures share if nothing succeeded, else with that of some of many."""
     codes = {failure.error.exit_code for failure in failed}
     if codes:
         raise typer.Exit(codes.pop() if not succeeded and len(codes) == 1 else SOME_FAILED)

@@ -32,11 +32,6 @@ def log(message: str, *, style: str = "") -> None:
     errors.print(printable(message), markup=False, style=style, soft_wrap=True)
 
 
-def log_failure(failure: Failure) -> None:
-    text = str(failure.error)
-    log(f"{failure.video}: {text}" if failure.video not in text else text, style="red")
-
-
 def log_failures(failed: Sequence[Failure]) -> None:
     """Prints a table of the videos that failed and why."""
     if failed:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from keyreel.cli.output import errors, log_failure, printable
+from keyreel.cli.output import errors, log, printable
 from keyreel.errors import Failure
 
 LONGEST = 40  # characters of a name; its end says more than its beginning
@@ -68,7 +68,8 @@ class Bars:
     def failed(self, failure: Failure) -> None:
         """Removes the bar of this thread's video, and prints why it failed."""
         self.finish()
-        log_failure(failure)
+        text = str(failure.error)
+        log(text if failure.video in text else f"{failure.video}: {text}", style="red")
 
     def whole(self, stage: str, done: float, total: float | None) -> None:
         """Moves the bar of all videos; a progress callback."""
