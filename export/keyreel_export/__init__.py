@@ -4,6 +4,6 @@ from keyreel.errors import import_extra
 
 import_extra("torch", extra="export", purpose="exporting a model")
 
-from keyreel_export.bundle import default_folder, export_model  # noqa: E402 - torch must be known to be there
+from keyreel_export.bundle import export_model  # noqa: E402 - torch must be known to be there
 
-__all__ = ["default_folder", "export_model"]
+__all__ = ["export_model"]

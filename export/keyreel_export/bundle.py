@@ -54,11 +54,6 @@ class Parts:
     sources: list[dict[str, str]]
 
 
-def default_folder(name: str) -> Path:
-    """Where `export_model` writes when no folder is given: the model's place in the user's cache."""
-    return bundle_folder(name)
-
-
 def export_model(
     name: str,
     folder: Path | None = None,
@@ -106,7 +101,7 @@ def export_model(
     recipe = pretrained.resolve(name, random_weights=random_weights)
     if precision != "fp32":
         name = f"{name}@{precision}"  # beside the other in the cache, not in its place
-    folder = default_folder(name) if folder is None else folder
+    folder = bundle_folder(name) if folder is None else folder
     check_replaceable(folder, _foreign)
     report("load", 0, 7)
     with torch.random.fork_rng(devices=[]):
@@ -121,7 +116,7 @@ def export_model(
         if precision == "int8":
             frames = quantize.pictures(image, verify_video, seed)
             measured = {graph: value for graph, value in measured.items() if not graph.startswith(("back", "ident"))}
-            measured |= quantize.quantize_backbone(made, frames, parts.tower.grid[0] * parts.tower.grid[1])
+            measured |= quantize.quantize_backbone(made, frames, parts.attention["input"])
         manifest = _manifest(name, parts, image, tokenizer, clean)
         write_manifest(made, {**manifest, "precision": precision, "versions": _versions(), "verify": measured})
         Bundle.load(made)
@@ -181,7 +176,8 @@ def _write_graphs(
         found = verify.run_graph(path, [case.feeds for case in own], precision)
         measured |= verify.check(graph, found, [case.expected for case in own], precision)
     if stock is not None:
-        fused = _stock_pooling(folder, cases, precision)
+        frames = [case.feeds for case in cases["backbone"]]
+        fused = verify.run_chain(folder, frames, parts.attention["input"], 0.0, precision)
         measured |= verify.check("identity", fused, stock, precision)
     if precision == "fp16":
         verify.write_reference(folder, {graph: (own[1], _OUTPUTS[graph]) for graph, own in cases.items()})
@@ -219,16 +215,6 @@ def _stock_vectors(model: Any, cases: list[verify.Case]) -> list[Any]:
     mean, std = (torch.tensor(model.visual.preprocess_cfg[key]) for key in ("mean", "std"))
     images = [(torch.from_numpy(case.feeds["frames"]).float() / 255 - mean) / std for case in cases]
     return [model.encode_image(image.permute(0, 3, 1, 2), normalize=True).numpy() for image in images]
-
-
-def _stock_pooling(folder: Path, cases: dict[str, list[verify.Case]], precision: str) -> list[Any]:
-    """The chain of graphs at strength 0."""
-    encoded = verify.run_graph(folder / "backbone.onnx", [case.feeds for case in cases["backbone"]], precision)
-    feeds: list[verify.Feeds] = [
-        {"tokens": found, "attention": case.expected, "strength": np.zeros((), np.float32)}
-        for found, case in zip(encoded, cases["attention"], strict=True)
-    ]
-    return verify.run_graph(folder / "fusion.onnx", feeds, precision)
 
 
 def _manifest(name: str, parts: Parts, image: ImageTransform, tokenizer: Tokenizer, clean: str) -> dict[str, Any]:

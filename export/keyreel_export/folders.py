@@ -11,15 +11,7 @@ from keyreel.errors import ModelError
 
 
 def check_replaceable(folder: Path, foreign: Callable[[Path], str | None]) -> None:
-    """Refuses to replace what an export did not write.
-
-    Args:
-        folder: may be missing or empty.
-        foreign: the name of something in the folder that does not belong to an export, or None.
-
-    Raises:
-        ModelError: a file, or a folder with other things.
-    """
+    """Refuses to replace a file, or a folder in which `foreign` finds something that an export did not write."""
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{folder} is a file", hint="name a folder")
     name = foreign(folder) if folder.is_dir() and any(folder.iterdir()) else None

@@ -16,9 +16,7 @@ from keyreel_export.towers import Tower
 class TemporalSpatialFusion(nn.Module):
     """z[t] = normalise(FC(Σ_i w'[t,i] · v(x̃[t,i]))), see `keyreel_export.towers` for w'.
 
-    Args:
-        tower: pools the tokens.
-        projection: FC; the tower's own, which keeps z in the space of its text encoder, by default.
+    FC is by default the tower's own, which keeps z in the space of its text encoder.
     """
 
     def __init__(self, tower: Tower, projection: nn.Module | None = None) -> None:
@@ -27,30 +25,13 @@ class TemporalSpatialFusion(nn.Module):
         self.projection = tower.projection if projection is None else projection
 
     def forward(self, tokens: Tensor, attention: Tensor, strength: Tensor) -> Tensor:
-        """Fuses shifted tokens under an attention map.
-
-        Args:
-            tokens: [N, R+P, C] float32.
-            attention: [N, P] float32, rows sum to 1.
-            strength: [] float32, γ.
-
-        Returns:
-            [N, D] float32, unit length.
-        """
+        """Tokens [N, R+P, C] under an attention map [N, P], rows sum to 1, with strength γ []: [N, D], unit length."""
         fused: Tensor = self.projection(self.tower.pooled(tokens, attention, strength))
         return F.normalize(fused.float(), dim=-1)
 
 
 def load_projection(path: Path, feature_width: int, embedding_width: int) -> tuple[nn.Linear, str]:
-    """Reads a trained FC: a safetensors file with `weight` [D, F] and, where it has one, `bias` [D].
-
-    Returns:
-        The layer and the sha256 of the file.
-
-    Raises:
-        ModelError: the file cannot be read.
-        CheckpointMismatch: it holds something else, or the shapes do not fit.
-    """
+    """Reads a trained FC, and the sha256 of its file: safetensors with `weight` [D, F] and, optional, `bias` [D]."""
     import safetensors
     from safetensors.torch import load
 

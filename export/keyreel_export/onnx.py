@@ -50,10 +50,6 @@ def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Seque
             dimension of all inputs but scalars is dynamic, and the same.
         outputs: names of the outputs.
         path: the .onnx file; weights of more than 2 GB go beside it, into `<path>.data`.
-
-    Raises:
-        MissingExtra: onnx or onnxscript is not installed.
-        ModelError: torch cannot export the module.
     """
     for package in ("onnx", "onnxscript"):
         import_extra(package, extra="export", purpose="exporting a model")
@@ -62,7 +58,7 @@ def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Seque
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     try:
         with contained(), torch.no_grad():
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 module.eval(),
                 tuple(inputs.values()),
                 input_names=list(inputs),
@@ -72,12 +68,8 @@ def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Seque
                 dynamo=True,
                 verbose=False,
             )
-            if program is None:
-                raise ModelError(f"torch gave no program for {path.name}")
             _forget_origin(program)
             program.save(str(path), external_data=size > LARGEST_INSIDE_BYTES)
-    except ModelError:
-        raise
     except Exception as error:
         raise ModelError(f"torch cannot export {path.name}: {error}") from error
 

@@ -33,11 +33,7 @@ def _source(what: str, origin: str | Path, licence: str = UNKNOWN) -> dict[str, 
 
 
 def resolve(name: str, *, random_weights: bool = False) -> Recipe:
-    """Takes a model's name apart, without loading or downloading anything.
-
-    Raises:
-        ModelNotFound: open_clip knows no such architecture or tag, and it is no file.
-    """
+    """Takes a model's name apart, without loading or downloading anything."""
     open_clip = import_open_clip()
     if name.startswith(HUB):
         return Recipe(name, None, _source(TOWERS, name))
@@ -63,12 +59,7 @@ def resolve(name: str, *, random_weights: bool = False) -> Recipe:
 
 
 def load_model(recipe: Recipe) -> Any:
-    """The open_clip model of a recipe, float32, in evaluation mode.
-
-    Raises:
-        CheckpointMismatch: the checkpoint is not one of this architecture.
-        ModelError: weights cannot be downloaded or read.
-    """
+    """The open_clip model of a recipe, float32, in evaluation mode."""
     open_clip = import_open_clip()
     wanted = recipe.pretrained is not None or recipe.architecture.startswith(HUB)
     try:
@@ -93,11 +84,7 @@ def load_model(recipe: Recipe) -> Any:
 
 
 def load_tokenizer(architecture: str) -> Any:
-    """open_clip's own tokenizer of a model.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
+    """open_clip's own tokenizer of a model."""
     open_clip = import_open_clip()
     try:
         with contained():
@@ -116,11 +103,6 @@ def load_attention(name: str, weights: Path | None, *, random_weights: bool) -> 
         name: timm's, with or without pretrained tag.
         weights: a local checkpoint, safetensors or what `torch.load(weights_only=True)` reads.
         random_weights: leave it untrained; for tests.
-
-    Raises:
-        ModelNotFound: timm has no model of that name.
-        CheckpointMismatch: `weights` are not the weights of this network.
-        ModelError: weights can neither be read nor downloaded.
     """
     import_open_clip()
     import timm
@@ -128,10 +110,10 @@ def load_attention(name: str, weights: Path | None, *, random_weights: bool) -> 
     if name.split(".")[0] not in timm.list_models():
         raise ModelNotFound(name, timm.list_models(), hint="any convolutional network of timm can give the attention")
     what = f"spatial attention: {name}"
-    if random_weights or weights is not None:
-        network = timm.create_model(name, pretrained=False, num_classes=0)
-        if random_weights or weights is None:
-            return network.eval(), _source(what, "random weights", "none")
+    if random_weights:
+        return timm.create_model(name, num_classes=0).eval(), _source(what, "random weights", "none")
+    if weights is not None:
+        network = timm.create_model(name, num_classes=0)
         _load_weights(network, weights)
         return network.eval(), _source(what, weights)
     try:

@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.source import Source
@@ -30,9 +29,6 @@ FRAMES = 16
 def pictures(image: ImageTransform, video: Path | None, seed: int) -> U8:
     """Frames to measure the quantised tower on: [N, H, W, 3] uint8, evenly spread over a video, or by default shapes
     with the power spectrum of photographs.
-
-    Raises:
-        SourceError: the video cannot be decoded, or does not say how long it is.
     """
     if video is None:  # every other one is white noise, which no video shows
         return verify.sample_frames(image.height, image.width, count=2 * FRAMES, seed=seed)[::2]
@@ -45,22 +41,18 @@ def pictures(image: ImageTransform, video: Path | None, seed: int) -> U8:
             return np.concatenate([batch.data for batch in stream])
 
 
-def quantize_backbone(folder: Path, frames: U8, patches: int) -> dict[str, float]:
+def quantize_backbone(folder: Path, frames: U8, attention_input: str) -> dict[str, float]:
     """Quantises the matrix products by constants of a bundle's float32 backbone.
 
     Weights get 7 of the 8 bits: CPUs without VNNI add pairs of products in 16 bits, which would overflow.
 
     Args:
-        folder: holds backbone.onnx, which is replaced, and fusion.onnx.
-        frames: [N, H, W, 3] uint8, one batch, to measure on.
-        patches: P.
+        folder: holds the graphs of images; backbone.onnx is replaced.
+        frames: [N, H, W, 3] uint8, one batch, to measure on with stock pooling.
+        attention_input: of the attention, "frames" or "tokens".
 
     Returns:
         "int8_cosine", the lowest between a vector and the one in float32, "int8_cosine_mean" and "int8_frames".
-
-    Raises:
-        MissingExtra: onnx or onnxruntime is not installed.
-        ModelError: there is nothing to quantise, it cannot be done, or a cosine is below MIN_COSINE.
     """
     onnx = import_extra("onnx", extra="export", purpose="quantising a model")
     import_extra("onnxruntime", extra="cpu", purpose="quantising a model")
@@ -68,7 +60,8 @@ def quantize_backbone(folder: Path, frames: U8, patches: int) -> dict[str, float
 
     source = folder / "backbone.onnx"
     files = list(folder.glob(f"{source.name}*"))  # weights may lie beside the graph
-    expected = vectors(folder, frames, patches)
+    feeds: list[verify.Feeds] = [{"frames": frames}]
+    (expected,) = verify.run_chain(folder, feeds, attention_input, 0.0, "fp32")
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         made = Path(aside) / source.name
         try:
@@ -92,23 +85,7 @@ def quantize_backbone(folder: Path, frames: U8, patches: int) -> dict[str, float
             file.unlink()
         for file in Path(aside).iterdir():
             file.rename(folder / file.name)
-    return agreement(vectors(folder, frames, patches), expected)
-
-
-def vectors(folder: Path, frames: U8, patches: int) -> NDArray[np.float32]:
-    """Frames through a bundle's backbone and fusion, with stock pooling: [N, D]."""
-    (tokens,) = verify.run_graph(folder / "backbone.onnx", [{"frames": frames}], "fp32")
-    feeds: verify.Feeds = {
-        "tokens": tokens,
-        "attention": np.full((len(tokens), patches), 1.0 / patches, np.float32),
-        "strength": np.zeros((), np.float32),
-    }
-    found: NDArray[np.float32] = verify.run_graph(folder / "fusion.onnx", [feeds], "fp32")[0]
-    return found
-
-
-def agreement(found: NDArray[np.float32], expected: NDArray[np.float32]) -> dict[str, float]:
-    """The cosines between vectors and those in float32, see `quantize_backbone`."""
+    (found,) = verify.run_chain(folder, feeds, attention_input, 0.0, "fp32")
     cosines = (found * expected).sum(axis=1)
     lowest = float(cosines.min())
     if not lowest >= MIN_COSINE:  # refuses NaN too

@@ -15,6 +15,7 @@ import regex  # type: ignore[import-untyped]
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from keyreel.errors import ModelError
+from keyreel.runtime.text import clean_text
 from keyreel.types import I64
 from keyreel_export.torchvision_cpu import import_open_clip
 
@@ -40,15 +41,9 @@ CORPUS = (
 def export_tokenizer(tokenizer: Any) -> tuple[Tokenizer, str]:
     """Rebuilds one of open_clip's tokenizers and checks it on `CORPUS`.
 
-    Args:
-        tokenizer: what `open_clip.get_tokenizer` gives.
-
     Returns:
         The tokenizer, which pads and cuts to the context length, and how texts are cleaned before it (the `how` of
         `keyreel.runtime.text.clean_text`).
-
-    Raises:
-        ModelError: this kind is not supported, or ids differ.
     """
     import_open_clip()
     from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, SimpleTokenizer
@@ -64,21 +59,15 @@ def export_tokenizer(tokenizer: Any) -> tuple[Tokenizer, str]:
         clean = _clean_name(tokenizer.clean_fn) if isinstance(tokenizer, HFTokenizer) else "canonicalize"
     else:
         raise ModelError(f"a tokenizer of type {type(tokenizer).__name__} is not supported")
-    differing = [text for text in CORPUS if not _same_ids(tokenizer, rebuilt, clean, text)]
-    if differing:
-        raise ModelError(f"tokenizer.json gives other ids than open_clip for {differing[0][:60]!r}")
+    for text in CORPUS:
+        if not np.array_equal(encode(rebuilt, clean, [text]), tokenizer([text]).numpy()):
+            raise ModelError(f"tokenizer.json gives other ids than open_clip for {text[:60]!r}")
     return rebuilt, clean
 
 
 def encode(tokenizer: Tokenizer, clean: str, texts: Sequence[str]) -> I64:
     """Token ids as keyreel makes them: [Q, L] int64."""
-    from keyreel.runtime.text import clean_text
-
     return np.array([row.ids for row in tokenizer.encode_batch([clean_text(text, clean) for text in texts])], np.int64)
-
-
-def _same_ids(tokenizer: Any, rebuilt: Tokenizer, clean: str, text: str) -> bool:
-    return bool(np.array_equal(encode(rebuilt, clean, [text]), tokenizer([text]).numpy()))
 
 
 def _clean_name(function: Any) -> str:

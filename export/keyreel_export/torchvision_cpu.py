@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import ModuleType
 from typing import Any
@@ -12,22 +11,24 @@ from keyreel.errors import import_extra
 _library: Any = None  # a definition lives as long as its Library
 
 
-def import_torchvision() -> ModuleType:
-    """Imports torchvision, also where its native library does not load.
+def import_open_clip() -> ModuleType:
+    """Imports open_clip, and with it timm, also where torchvision's native library does not load.
 
     PyPI's torchvision for Linux is a CUDA build. Beside a CPU build of torch its Python code registers fake kernels for
     operators that do not exist (https://github.com/pytorch/vision/issues/9085). Nothing here calls them: their schemas
     are enough.
-
-    Raises:
-        MissingExtra: torchvision is not installed.
     """
-    global _library
     try:
-        return import_extra("torchvision", extra="export", purpose="exporting a model")
+        import_extra("torchvision", extra="export", purpose="exporting a model")
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
+        _declare_operators()
+    return import_extra("open_clip", extra="export", purpose="exporting a model")
+
+
+def _declare_operators() -> None:
+    global _library
     import torch
 
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
@@ -36,14 +37,3 @@ def import_torchvision() -> ModuleType:
     for operator in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, operator):
             _library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return importlib.import_module("torchvision")
-
-
-def import_open_clip() -> ModuleType:
-    """Imports open_clip, and with it timm.
-
-    Raises:
-        MissingExtra: open_clip or torchvision is not installed.
-    """
-    import_torchvision()
-    return import_extra("open_clip", extra="export", purpose="exporting a model")

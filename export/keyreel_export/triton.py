@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +112,7 @@ def _verify(bundle: Bundle, graph: Path) -> None:
     frames: list[Feeds] = [
         {"frames": verify.sample_frames(height, width, count=count, seed=count)} for count in verify.BATCH_SIZES
     ]
-    tokens = verify.run_graph(bundle.file("backbone.onnx"), frames, precision)
-    seen: Sequence[Feeds] = frames if bundle.attention_input == "frames" else [{"tokens": own} for own in tokens]
-    maps = verify.run_graph(bundle.file("attention.onnx"), list(seen), precision)
-    strength = np.array(bundle.strength_default, np.float32)
-    feeds: list[Feeds] = [
-        {"tokens": own, "attention": attention, "strength": strength}
-        for own, attention in zip(tokens, maps, strict=True)
-    ]
-    expected = verify.run_graph(bundle.file("fusion.onnx"), feeds, precision)
+    expected = verify.run_chain(bundle.folder, frames, bundle.attention_input, bundle.strength_default, precision)
     verify.check("fusion", verify.run_graph(graph, frames, precision), expected, precision)
 
 

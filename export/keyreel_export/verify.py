@@ -26,7 +26,6 @@ Feeds: TypeAlias = Mapping[str, NDArray[Any]]
 
 BATCH_SIZES = (1, 3)
 
-
 # The largest absolute difference: of tokens relative to their largest value, of maps relative to 1/P.
 BOUNDS: Mapping[str, Mapping[str, float]] = {
     "fp32": {"backbone": 1e-4, "attention": 1e-3, "fusion": 1e-4, "identity": 1e-4, "text": 1e-5},
@@ -66,12 +65,7 @@ def cases(module: nn.Module, batches: list[Feeds]) -> list[Case]:
 
 
 def run_graph(path: Path, feeds: list[Feeds], precision: str) -> list[NDArray[Any]]:
-    """Runs an ONNX graph with one output on the CPU.
-
-    Raises:
-        MissingExtra: onnxruntime is not installed.
-        ModelError: the graph cannot be loaded or run.
-    """
+    """Runs an ONNX graph with one output on the CPU."""
     if precision == "fp16":
         return _run_in_process(path, feeds)
     runtime = import_extra("onnxruntime", extra="cpu", purpose="verifying an exported model")
@@ -82,6 +76,20 @@ def run_graph(path: Path, feeds: list[Feeds], precision: str) -> list[NDArray[An
         return [session.run(None, dict(feed))[0] for feed in feeds]
     except Exception as error:
         raise ModelError(f"onnxruntime cannot run {path.name}: {error}") from error
+
+
+def run_chain(
+    folder: Path, frames: list[Feeds], attention_input: str, strength: float, precision: str
+) -> list[NDArray[Any]]:
+    """Frames through a bundle's backbone, attention and fusion: [N, D] for each feed."""
+    tokens = run_graph(folder / "backbone.onnx", frames, precision)
+    seen: list[Feeds] = frames if attention_input == "frames" else [{"tokens": own} for own in tokens]
+    maps = run_graph(folder / "attention.onnx", seen, precision)
+    gamma = np.array(strength, np.float32)
+    fused: list[Feeds] = [
+        {"tokens": own, "attention": attention, "strength": gamma} for own, attention in zip(tokens, maps, strict=True)
+    ]
+    return run_graph(folder / "fusion.onnx", fused, precision)
 
 
 def _run_in_process(path: Path, feeds: list[Feeds]) -> list[NDArray[Any]]:
@@ -102,27 +110,19 @@ def _run_in_process(path: Path, feeds: list[Feeds]) -> list[NDArray[Any]]:
 
 def write_reference(folder: Path, cases: Mapping[str, tuple[Case, str]]) -> None:
     """Stores what TensorRT plans in half precision are checked against: a case of each graph, and its output's name."""
-    arrays: dict[str, NDArray[Any]] = {}
-    for graph, (case, output) in cases.items():
-        named = {**case.feeds, output: case.expected}
-        arrays |= {f"{graph}.{name}": array for name, array in named.items()}
+    arrays = {
+        f"{graph}.{name}": array
+        for graph, (case, output) in cases.items()
+        for name, array in {**case.feeds, output: case.expected}.items()
+    }
     np.savez(folder / REFERENCE, allow_pickle=False, **arrays)
 
 
 def check(graph: str, found: list[NDArray[Any]], expected: list[NDArray[Any]], precision: str) -> dict[str, float]:
-    """Compares a graph's results with torch's.
-
-    Args:
-        graph: "backbone", "attention", "fusion", "text", or "identity" for the chain against open_clip.
-        found: one array per case.
-        expected: the same, from torch.
-        precision: chooses the bounds.
+    """Compares a graph's results with torch's, one array per case. The graph "identity" is the chain of all.
 
     Returns:
         "<graph>_difference" and, for unit vectors, "<graph>_cosine".
-
-    Raises:
-        ModelError: a bound is exceeded, or shapes or dtypes differ.
     """
     pairs = list(zip(found, expected, strict=True))
     for a, b in pairs:

@@ -187,13 +187,7 @@ def _cuda(ops: Ops, reason: str, *, strict: bool) -> Backend:
 
 
 def open_cuda_session(path: Path, cuda: Cuda, *, batch_size: int) -> Session:
-    """A graph on the device: on TensorRT where one is installed that supports it, else on onnxruntime's CUDA provider.
-
-    Raises:
-        MissingExtra: neither is installed.
-        BackendUnavailable: the graph does not run on the device.
-        ModelError: TensorRT cannot build it, or its results differ from the graph's.
-    """
+    """A graph on TensorRT where one is installed that supports the device, else on onnxruntime's CUDA provider."""
     try:
         supported = load_tensorrt().supports(cuda.capability)
     except MissingExtra:

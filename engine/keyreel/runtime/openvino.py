@@ -27,10 +27,6 @@ def image_precision() -> Precision:
     """The precision of the image tower: bf16 where the CPU multiplies it in hardware, else float32.
 
     With AVX512_BF16, bf16 ran four towers 1.5 to 2.1 times as fast, with tokens at cosine >= 0.99997.
-
-    Raises:
-        MissingExtra: OpenVINO is not installed.
-        BackendUnavailable: it is installed but does not work.
     """
     return "bf16" if "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
 
@@ -39,15 +35,7 @@ class OpenVINOSession:
     """A graph of a bundle on OpenVINO's CPU device, for any number of rows; safe to share between threads.
 
     Only the backbone, where the time goes, may run in bf16. The compiled graph is cached under the user's cache folder.
-
-    Args:
-        path: the .onnx file.
-        threads: threads in all; 0 leaves the choice to OpenVINO.
-
-    Raises:
-        MissingExtra: OpenVINO is not installed.
-        BackendUnavailable: it is installed but does not work.
-        ModelError: the graph cannot be loaded.
+    With 0 `threads` OpenVINO chooses how many run in all.
     """
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:

@@ -53,11 +53,7 @@ class PlanKey:
 
     @classmethod
     def of(cls, path: Path, device: str, capability: tuple[int, int], profile: Profile) -> PlanKey:
-        """The key of the plan of a graph.
-
-        Raises:
-            MissingExtra: TensorRT is not installed.
-        """
+        """The key of the plan of a graph."""
         weights = path.with_name(path.name + ".data")
         digests = [sha256_of(file) for file in (path, weights) if file.is_file()]
         return cls(
@@ -89,11 +85,7 @@ def _precision(path: Path) -> str:
 
 
 def read_plan(key: PlanKey) -> bytes:
-    """The plan of a key.
-
-    Raises:
-        PlanStale: there is none, or it does not agree with its sidecar.
-    """
+    """The plan of a key; PlanStale where there is none that agrees with its sidecar."""
     hint = "`keyreel export MODEL --tensorrt` builds it"
     try:
         sidecar = json.loads(key.file(".json").read_bytes())
@@ -133,19 +125,10 @@ def building(key: PlanKey) -> Iterator[None]:
 
 def check_plan(path: Path, signature: Signature, largest: int, run: Callable[[Arrays], Arrays]) -> dict[str, float]:
     """Compares a plan's results with the float32 reference: a padded batch, then the largest one twice, since the
-    second may be a replay of the first.
-
-    Args:
-        path: the .onnx file.
-        signature: of the graph's inputs.
-        largest: rows of the largest batch.
-        run: NumPy arrays in, NumPy arrays out, through the plan.
+    second may be a replay of the first. `run` puts NumPy arrays through the plan.
 
     Returns:
         The lowest cosine of each output, over rows.
-
-    Raises:
-        ModelError: a cosine is below MIN_COSINE.
     """
     feeds, expected = reference(path, signature)
     lowest = dict.fromkeys(expected, 1.0)
@@ -168,10 +151,6 @@ def reference(path: Path, signature: Signature) -> tuple[Arrays, Arrays]:
 
     onnxruntime computes them here, but for a graph in half precision, which its CPU provider may not run: there the
     export stored those of torch.
-
-    Raises:
-        ModelError: a bundle in half precision without them.
-        MissingExtra: onnxruntime is not installed.
     """
     if _precision(path) == "fp32":
         feeds = sample_feeds(signature)

@@ -35,17 +35,7 @@ class Session(Protocol):
 
 
 class OnnxRuntimeSession:
-    """A graph on onnxruntime's CPU provider.
-
-    Args:
-        path: the .onnx file.
-        threads: threads inside one operator; 0 leaves the choice to onnxruntime.
-
-    Raises:
-        MissingExtra: onnxruntime is not installed.
-        ModelError: the graph cannot be loaded.
-        BackendUnavailable: the session does not run on the CPU.
-    """
+    """A graph on onnxruntime's CPU provider. With 0 `threads` onnxruntime chooses how many one operator takes."""
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
         runtime = import_runtime("cpu")
@@ -86,16 +76,7 @@ class OnnxRuntimeSession:
 
 
 class OnnxRuntimeCudaSession:
-    """A graph on onnxruntime's CUDA provider, on the device's stream; arrays are CuPy's and stay on the device.
-
-    Args:
-        path: the .onnx file.
-        cuda: the device.
-
-    Raises:
-        MissingExtra: onnxruntime is not installed.
-        BackendUnavailable: the session does not run on the device.
-    """
+    """A graph on onnxruntime's CUDA provider, on the device's stream; arrays are CuPy's and stay on the device."""
 
     _provider, _device = "CUDAExecutionProvider", "cuda"
 

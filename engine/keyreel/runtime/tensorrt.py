@@ -36,20 +36,12 @@ _log = logging.getLogger("keyreel.tensorrt")
 def open_tensorrt(
     path: Path, cuda: Cuda, *, batch_size: int, build: bool = True, progress: Progress | None = None
 ) -> TensorRTSession:
-    """A session of a graph on its cached plan.
+    """A session of one of a bundle's graphs on its cached plan.
 
     Args:
-        path: one of a bundle's graphs.
-        cuda: the device.
         batch_size: frames in one inference.
         build: build the plan if none fits, in seconds to minutes; without it PlanStale is raised.
         progress: called during a build, as progress("plan backbone", done, 1.0).
-
-    Raises:
-        MissingExtra: TensorRT is not installed.
-        PlanStale: `build` is off and no plan fits.
-        ModelError: the plan cannot be built, or its results differ from the graph's.
-        BackendError: the device cannot run it.
     """
     profile = profile_for(path.stem, batch_size)
     key = PlanKey.of(path, cuda.name, cuda.capability, profile)
@@ -84,16 +76,9 @@ def build_plans(bundle: Bundle, cuda: Cuda, *, batch_size: int, progress: Progre
 
 
 class TensorRTSession:
-    """A plan on a device. `run` is safe to call from several threads at once.
+    """A plan on the device and for the batch sizes that `build_plan` made it for.
 
-    Args:
-        plan: made by `build_plan`.
-        cuda: the device that it was made for.
-        profile: the batch sizes that it was made for.
-        name: of the graph, for messages.
-
-    Raises:
-        PlanStale: TensorRT does not accept the plan here.
+    `run` is safe to call from several threads at once.
     """
 
     def __init__(self, plan: bytes, cuda: Cuda, profile: Profile, *, name: str) -> None:
@@ -119,10 +104,8 @@ class TensorRTSession:
         self.outputs: tuple[str, ...] = tuple(name for name in names if name not in self.inputs)
         self._lock = threading.Lock()
         # None where a context is still to be made. Last in, first out, so that few are made.
-        self._contexts: dict[bool, queue.LifoQueue[_Context | None]] = {
-            True: queue.LifoQueue(),
-            False: queue.LifoQueue(),
-        }
+        self._contexts: dict[bool, queue.LifoQueue[_Context | None]]
+        self._contexts = {whole: queue.LifoQueue() for whole in (True, False)}
         for contexts in self._contexts.values():
             for _ in range(_MAX_CONTEXTS):
                 contexts.put(None)
@@ -134,15 +117,7 @@ class TensorRTSession:
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """One inference of any number of rows: as many largest batches as there are, then the tail, padded.
 
-        Args:
-            feeds: CuPy arrays of the graph's names, dtypes and shapes; NumPy arrays are copied to the device.
-
-        Returns:
-            CuPy arrays, ready on the device's stream.
-
-        Raises:
-            ModelError: the graph does not take such feeds.
-            BackendError: TensorRT fails.
+        Takes and gives CuPy arrays, ready on the device's stream; copies NumPy arrays to the device.
         """
         if self._engine is None:
             raise ValueError("the session is closed")

@@ -49,11 +49,7 @@ class TensorRT:
 
 @functools.cache
 def load_tensorrt() -> TensorRT:
-    """TensorRT, or TensorRT-RTX where only that is installed.
-
-    Raises:
-        MissingExtra: neither is.
-    """
+    """TensorRT, or TensorRT-RTX where only that is installed; MissingExtra where neither is."""
     for name, flavour in _MODULES.items():
         try:
             module = importlib.import_module(name)
@@ -117,19 +113,12 @@ def build_plan(
     timing_cache: Path | None = None,
     progress: Progress | None = None,
 ) -> bytes:
-    """Compiles a graph.
+    """Compiles a graph; only the first dimension of its inputs and outputs may be dynamic.
 
     Args:
-        path: the .onnx file; only the first dimension of its inputs and outputs may be dynamic.
-        profile: the batch sizes.
         capability: the compute capability to build for. TensorRT builds for the device it runs on.
         timing_cache: measurements of earlier builds, read and written; TensorRT-RTX measures nothing.
         progress: called as progress("plan <graph>", done, 1.0), from TensorRT's threads.
-
-    Raises:
-        MissingExtra: TensorRT is not installed.
-        BackendUnavailable: TensorRT-RTX does not build for such a device.
-        ModelError: the graph cannot be parsed or built.
     """
     found = load_tensorrt()
     trt = found.module

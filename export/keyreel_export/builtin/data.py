@@ -97,7 +97,7 @@ def random_view(image: Image.Image, rng: np.random.Generator, *, whole: bool) ->
         image = image.crop((int(left), int(top), int(left) + width, int(top) + height))
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    clean = teacher_view(image)
+    clean = np.asarray(image.resize((TEACHER_SIZE, TEACHER_SIZE), Image.Resampling.BILINEAR))
     if rng.random() < 0.25:
         small = int(rng.integers(36, 90))
         image = image.resize((small, small), Image.Resampling.BILINEAR)
@@ -115,11 +115,6 @@ def random_view(image: Image.Image, rng: np.random.Generator, *, whole: bool) ->
 def square_view(image: Image.Image) -> U8:
     """The whole image squashed to [SIZE, SIZE, 3], as the engine does."""
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-
-
-def teacher_view(image: Image.Image) -> U8:
-    """The whole image squashed to [TEACHER_SIZE, TEACHER_SIZE, 3]."""
-    return np.asarray(image.resize((TEACHER_SIZE, TEACHER_SIZE), Image.Resampling.BILINEAR))
 
 
 class Teacher:

@@ -80,12 +80,8 @@ def agreement(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 class Distillation:
-    """One training of the image tower.
-
-    Args:
-        scenes: rendered pictures beside the bank's, with the teacher's answers [R, F] and [R, C].
-        work: folder of the checkpoint.
-        lesson: for the joint stage.
+    """One training of the image tower, with rendered scenes beside the bank's crops and the teacher's answers for them
+    [R, F] and [R, C]. `work` is the folder of the checkpoint.
     """
 
     def __init__(

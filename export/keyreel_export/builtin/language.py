@@ -23,13 +23,8 @@ class Language:
 
     Args:
         classes: names of the teacher's classes (`phrases.read_classes`).
-        nouns: WordNet, or None to do without.
         words: the file of everyday words; `grammar.txt` lies beside it.
         tokenizer: file that the tokenizer is kept in, read where it exists.
-
-    Attributes:
-        things: names of all that pictures show; labels first.
-        tokenizer: trained on all of these texts.
     """
 
     def __init__(
@@ -69,7 +64,7 @@ class Language:
         self._captions = drawn[::3]
         tags = list(names)
         self._thing = {tag: place for place, tag in enumerate(tags)}
-        self.things = [names[tag][0] for tag in tags]
+        self.things = [names[tag][0] for tag in tags]  # all that pictures show, labels first
         self._words = self._stand_for(nouns, names, words)
         self._people = [w for w, parts in self._words.items() if set(parts) == {self._thing.get("person", -1)}] or [
             "person"
@@ -208,13 +203,7 @@ def _dress(text: str, rng: np.random.Generator) -> str:
 
 def read_lists(path: Path) -> dict[str, list[str]]:
     """Lines `word, word, ...: label, label, ...`: word -> labels, for each of the words."""
-    found: dict[str, list[str]] = {}
-    for line in path.read_text("utf-8").splitlines():
-        if line.strip() and not line.startswith("#"):
-            words, labels = line.rsplit(": ", 1)
-            for word in words.split(", "):
-                found[word.strip()] = [label.strip() for label in labels.split(", ")]
-    return found
+    return {word: labels for words, labels in _read_rows(path).items() for word in words.split(", ")}
 
 
 def _read_rows(path: Path) -> dict[str, list[str]]:

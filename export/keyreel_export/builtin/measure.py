@@ -63,11 +63,7 @@ class Shown:
 
 
 def show(towers: Towers, trainset: Path, *, captioned: bool = False) -> Shown:
-    """Runs the image tower over the validation images that have labels, or over those that have captions.
-
-    Raises:
-        ValueError: the bundle takes frames of another kind.
-    """
+    """Runs the image tower over the validation images that have labels, or over those that have captions."""
     bundle, expected = towers.bundle, ImageTransform(SIZE, SIZE, "squash", "bicubic")
     if (bundle.image, bundle.attention_input) != (expected, "tokens"):
         kind = f"that squash frames to {SIZE} pixels, bicubic, and whose attention takes tokens"
@@ -88,12 +84,7 @@ def halves(shown: Shown) -> tuple[Shown, Shown]:
 
 
 def label_ranks(scores: F32, right: Sequence[Sequence[int]]) -> F32:
-    """[N]: how many labels score higher than the best right one.
-
-    Args:
-        scores: [N, V] of images against label names.
-        right: columns of the labels of each image.
-    """
+    """[N]: how many labels of scores [N, V] are higher than the best of the `right` columns of each image."""
     best = np.array([row[list(columns)].max() for row, columns in zip(scores, right, strict=True)])
     return np.asarray((scores > best[:, None]).sum(axis=1), np.float32)
 

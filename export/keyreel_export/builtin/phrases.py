@@ -72,12 +72,9 @@ def describe(
     guesses: Sequence[int],
     broader: Mapping[str, frozenset[str]],
 ) -> list[View]:
-    """One View for each crop.
+    """One View for each crop: its example, and the class that the teacher is sure of, or -1.
 
-    Args:
-        places: the example of each crop.
-        guesses: the class that the teacher is sure of, or -1.
-        broader: labels that a tag implies ("dog" for "class 207").
+    `broader` has the labels that a tag implies ("dog" for "class 207").
     """
     counts = Counter(label for example in examples for label in example.labels)
     broad = frozenset(label for label, count in counts.items() if count >= BROAD)

@@ -61,11 +61,7 @@ class Recipe:
     scenes: int
 
     def make(self) -> Made:
-        """All steps. torch is left with one thread while processes train side by side.
-
-        Raises:
-            ValueError: the work folder was begun with other options.
-        """
+        """All steps. Refuses a work folder that was begun with other options."""
         self._check_options()
         train = read_examples(self.trainset, "train")
         bank = make_bank(

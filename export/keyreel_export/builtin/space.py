@@ -69,7 +69,7 @@ def contrast(vectors: Tensor, texts: Tensor, true: Tensor, unknown: Tensor, scal
 
     Args:
         vectors: [B, D] unit.
-        texts: [Q, D] unit, the first B of them each made for its picture.
+        texts: [Q, D] unit.
         true: [B, Q], the weight of a text that is true of the picture, else 0.
         unknown: [B, Q] bool, where it may be true without a label; left out.
     """
@@ -89,13 +89,9 @@ def train_space(
     log: Path,
     start: Space | None = None,
 ) -> Space:
-    """Trains a new space, or continues with one.
+    """Trains a space on features of photographs [M, F] and of scenes [R, F], and what is known of each.
 
-    Args:
-        features: of photographs [M, F] and of scenes [R, F].
-        views: what is known of each of them.
-        log: JSON lines are written to this file.
-        start: a space for features of the same width to continue with, slower, without the mean of its label names.
+    Continues with `start`, slower, without the mean of its label names. Writes JSON lines to `log`.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
