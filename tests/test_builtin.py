@@ -131,16 +131,6 @@ def test_fusion_is_a_weighted_mean_then_one_linear_map(bundle: Bundle, tokens: n
     np.testing.assert_allclose(bundle.fuse(tokens, attention, strength), expected, atol=2e-5)
 
 
-def test_without_strength_the_map_does_not_matter(bundle: Bundle, tokens: np.ndarray) -> None:
-    rng = np.random.default_rng(2)
-    attention = rng.dirichlet(np.full(tokens.shape[1], 0.3), len(tokens)).astype(np.float32)
-    uniform = np.full_like(attention, 1 / tokens.shape[1])
-    plain = bundle.fuse(np.repeat(tokens.mean(axis=1, keepdims=True), tokens.shape[1], axis=1), uniform, 1.0)
-    np.testing.assert_allclose(bundle.fuse(tokens, attention, 0.0), plain, atol=1e-5)
-    np.testing.assert_allclose(bundle.fuse(tokens, uniform, 2.0), plain, atol=1e-5)
-    assert np.abs(bundle.fuse(tokens, attention, 1.0) - plain).max() > 1e-3
-
-
 def test_odd_texts_give_unit_vectors(bundle: Bundle) -> None:
     texts = ["", " ", "🎬🐕🏽 👨‍👩‍👧", "日本語の字幕", "word " * 5000, "\x00\ufffd", "x" * 20_000]
     found = bundle.text(*texts)

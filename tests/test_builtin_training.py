@@ -21,7 +21,7 @@ from keyreel_export.builtin.__main__ import main  # noqa: E402
 from keyreel_export.builtin.bundle import Texts  # noqa: E402
 from keyreel_export.builtin.data import Bank, Example, random_view  # noqa: E402
 from keyreel_export.builtin.distil import Distillation, Lesson, Plan, draw_scenes  # noqa: E402
-from keyreel_export.builtin.language import Language, plural, read_lists  # noqa: E402
+from keyreel_export.builtin.language import Language, plural  # noqa: E402
 from keyreel_export.builtin.measure import Shown, best_strength, label_ranks, match_thresholds  # noqa: E402
 from keyreel_export.builtin.phrases import describe  # noqa: E402
 from keyreel_export.builtin.saliency import compose, outline, train_attention  # noqa: E402
@@ -182,16 +182,6 @@ def test_language_says_what_is_true(nouns: Nouns, tmp_path: Path) -> None:
     assert (true > 0).tolist() == [[True, False, True], [False, True, True]]
     again = Language(found, classes, [], nouns, words, tmp_path / "tokenizer.json")
     assert again.encode(sentences).tolist() == language.encode(sentences).tolist()
-
-
-def test_lists_of_the_package_say_one_thing_each() -> None:
-    folder = Path(data.__file__).parent
-    words = read_lists(folder / "words.txt")
-    assert words["puppy"] == ["dog"]
-    assert all(word == word.lower() and word.strip() and labels for word, labels in words.items())
-    rows = dict(line.split(": ", 1) for line in (folder / "grammar.txt").read_text().splitlines() if line[0] != "#")
-    for fillers in ("adjectives", "verbs", "prepositions"):  # what says nothing must not mean something elsewhere
-        assert not set(rows[fillers].split(", ")) & set(words), fillers
 
 
 def test_a_rare_label_means_what_the_list_says(tmp_path: Path) -> None:

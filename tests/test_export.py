@@ -24,8 +24,6 @@ from keyreel.runtime.bundle import Bundle
 from keyreel_export import bundle as module
 from keyreel_export import onnx as graphs
 from keyreel_export import pretrained, verify
-from keyreel_export.fusion import TemporalSpatialFusion
-from keyreel_export.towers import split_tower
 from keyreel_export.triton import export_triton
 
 pytestmark = pytest.mark.full
@@ -115,28 +113,6 @@ def test_frames_are_cast_before_anything_else(exported: Path, graph: str) -> Non
     assert str(Path(torch.__file__).parent).encode() not in model.SerializeToString()
 
 
-@pytest.mark.parametrize("name", ["keyreel-tiny-map", "keyreel-tiny-token", "keyreel-tiny-avg"])
-def test_fusion_of_the_other_families(open_clip: Any, tmp_path: Path, name: str) -> None:
-    fusion = TemporalSpatialFusion(split_tower(tiny_models.build(open_clip, name, text=False)))
-    tower, random = fusion.tower, np.random.default_rng(0)
-    patches = tower.grid[0] * tower.grid[1]
-
-    def feeds(count: int) -> dict[str, Any]:
-        attention = random.random((count, patches), np.float32) + 1e-3
-        return {
-            "tokens": random.standard_normal((count, tower.prefix_tokens + patches, tower.token_width), np.float32),
-            "attention": attention / attention.sum(1, keepdims=True),
-            "strength": np.array(1.5, np.float32),
-        }
-
-    example = {name: torch.from_numpy(array) for name, array in feeds(2).items()}
-    graphs.export_graph(fusion, example, ["vectors"], tmp_path / "fusion.onnx")
-    for count in (1, 4):
-        case = verify.cases(fusion, [feeds(count)])[0]
-        found = verify.run_graph(tmp_path / "fusion.onnx", [case.feeds], "fp32")
-        assert verify.check("fusion", found, [case.expected], "fp32")["fusion_difference"] <= 1e-6
-
-
 def test_half_precision_with_a_trained_projection(open_clip: Any, tmp_path: Path) -> None:
     weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
     save_file({"weight": weight}, tmp_path / "fc.safetensors")
@@ -169,20 +145,6 @@ def test_weights_beside_the_graph_when_too_large(tmp_path: Path, monkeypatch: py
     case = verify.cases(layer, [{"x": np.ones((3, 64), np.float32)}])[0]
     found = verify.run_graph(tmp_path / "layer.onnx", [case.feeds], "fp32")[0]
     np.testing.assert_allclose(found, case.expected, atol=1e-6)
-
-
-def test_nothing_is_left_of_an_export_that_fails(
-    open_clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def differs(*_args: Any) -> dict[str, float]:
-        raise ModelError("an exported graph differs from torch")
-
-    monkeypatch.setattr(verify, "check", differs)
-    monkeypatch.setattr(verify, "run_graph", lambda *_args: [])
-    monkeypatch.setattr(module, "export_graph", lambda *_args: None)
-    with pytest.raises(ModelError, match="differs"):
-        module.export_model(VIT, tmp_path / "out", attention="uniform", random_weights=True)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_folders_are_left_alone(open_clip: Any, tmp_path: Path) -> None:

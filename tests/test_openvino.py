@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 from bounds import BF16_COSINE, F32_COSINE
 
-from keyreel.config import EncodeConfig
-from keyreel.encode import Encoder
 from keyreel.engine import Engine
 from keyreel.errors import ModelError
 from keyreel.runtime import backend
@@ -26,7 +24,6 @@ from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.doctor import probes
 from keyreel.runtime.openvino import OpenVINOSession, image_precision
 from keyreel.runtime.sessions import OnnxRuntimeSession
-from keyreel.types import FrameBatch
 
 pytest.importorskip("openvino", reason="the extra openvino is not installed")
 pytestmark = pytest.mark.full
@@ -103,21 +100,6 @@ def test_any_number_of_rows(streams: int) -> None:
         kept = found.copy()
         session.run({**feeds, "tokens": -feeds["tokens"]})
         np.testing.assert_array_equal(found, kept)  # results are the caller's own
-
-
-def test_windows_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KEYREEL_CPU_RUNTIME", "openvino")
-    encoder = Encoder(BUILTIN, backend.resolve("cpu"))
-    frames, numbers = pictures(13, seed=3), np.arange(13)
-
-    def embed(*sizes: int) -> Any:
-        stops = np.cumsum(sizes)
-        spans = [slice(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
-        batches = [FrameBatch(frames[span], numbers[span] / 2, numbers[span]) for span in spans]
-        return encoder.encode(batches, EncodeConfig(shift="adaptive", attention_strength=1.0)).embedding.vectors
-
-    assert cosines(embed(5, 4, 4), embed(13)).min() >= F32_COSINE
-    np.testing.assert_array_equal(embed(5, 4, 4), embed(5, 4, 4))
 
 
 def test_threads_share_a_session() -> None:

@@ -31,7 +31,7 @@ from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.plans import PlanKey, building, read_plan, sample_feeds
 from keyreel.runtime.sessions import OnnxRuntimeSession
 from keyreel.runtime.tensorrt import build_plans, open_tensorrt
-from keyreel.runtime.tensorrt_build import Profile, TensorRT, profile_for
+from keyreel.runtime.tensorrt_build import TensorRT, profile_for
 from keyreel_kernels.cuda import Cuda
 
 pytestmark = pytest.mark.full
@@ -207,14 +207,6 @@ def test_feeds_that_do_not_fit(trt: Recording, recorded: Cuda) -> None:
 # --- plans ----------------------------------------------------------------------------------------------------------
 
 
-def test_profiles() -> None:
-    assert [profile_for("backbone", 24).padded(rows) for rows in (1, 2, 3, 5, 9, 16, 17, 24)] == [
-        1, 2, 4, 8, 16, 16, 24, 24,
-    ]  # fmt: skip
-    assert profile_for("text", 24) == Profile(1, 1, 64)
-    assert Profile(4, 4, 8).padded(1) == 4
-
-
 def test_a_plan_is_built_for_the_batches_of_the_engine(trt: Recording, recorded: Cuda) -> None:
     build_plans(Bundle.find("builtin"), recorded, batch_size=BATCH)
     assert [Path(path).name for (path,) in trt.noted("parse")] == [
@@ -384,15 +376,6 @@ def test_what_cannot_be_built_is_told(trt: Recording, recorded: Cuda, tmp_path: 
     trt.refused = {"build"}
     with pytest.raises(ModelError, match=r"cannot build fusion\.onnx: build is out of order"):
         open_tensorrt(FUSION, recorded, batch_size=BATCH)
-    trt.refused = set()
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    trt.calls.clear()
-    with pytest.raises(KeyboardInterrupt):
-        open_tensorrt(FUSION, recorded, batch_size=BATCH, progress=stop)
-    assert trt.noted("build") == []
     assert files(tmp_path) == [".lock"]
 
 

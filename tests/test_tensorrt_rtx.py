@@ -105,41 +105,6 @@ def test_the_builtin_model_builds() -> None:
         assert len(build_plan(path, profile_for(path.stem, 64), capability=AMPERE)) > path.stat().st_size // 2
 
 
-def test_the_profile_is_the_one_that_was_asked_for(
-    exported: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The dimensions that the library itself accepts and keeps for each input."""
-    made: list[Any] = []
-    builder = trt.Builder
-
-    class Watched:
-        def __init__(self, logger: Any) -> None:
-            self._builder = builder(logger)
-
-        def create_optimization_profile(self) -> Any:
-            made.append(self._builder.create_optimization_profile())
-            return made[-1]
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._builder, name)
-
-    monkeypatch.setattr(trt, "Builder", Watched)
-    if load_tensorrt().module is not trt:
-        monkeypatch.setattr(load_tensorrt().module, "Builder", Watched)
-    folder = exported["cls", "fp32"]
-    for graph, name, dims in (
-        ("backbone", "frames", (64, 64, 3)),
-        ("fusion", "tokens", (17, 64)),
-        ("fusion", "attention", (16,)),
-        ("text", "token_ids", (77,)),
-    ):
-        profile = profile_for(graph, 24)
-        build_plan(folder / f"{graph}.onnx", profile, capability=AMPERE)
-        shapes = [tuple(shape) for shape in made[-1].get_shape(name)]
-        assert shapes == [(size, *dims) for size in (profile.smallest, profile.typical, profile.largest)]
-        assert bool(made[-1])  # consistent, says the library
-
-
 def test_devices_that_it_has_no_plans_for(exported: dict[tuple[str, str], Path]) -> None:
     path = exported["cls", "fp16"] / "fusion.onnx"
     assert load_tensorrt().flavour == "tensorrt_rtx"

@@ -65,12 +65,6 @@ def test_identity_with_open_clip(open_clip: Any, name: str) -> None:
     assert float((pooled[2] - stock).abs().max()) >= 1e-4
 
 
-def test_bias_is_the_logarithm_of_the_relative_attention() -> None:
-    attention = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
-    bias = towers.pooling_bias(attention, torch.tensor(2.0))
-    np.testing.assert_allclose(bias.exp().numpy(), [[4.0, 1.0, 0.25, 0.25]], rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
