@@ -9,6 +9,7 @@ const rows = new Map(); // by id: {node, job}
 let page = null; // what page.js lends: link, changed
 let sending = Promise.resolve(); // uploads, one after another
 let unsent = 0, numbers = 0, timer = null;
+let lost = false; // the note says that the list could not be fetched
 
 function draw(job) {
   if (!rows.has(job.id)) {
@@ -55,9 +56,10 @@ async function poll() {
     const { jobs } = await api("jobs"), there = new Set(jobs.map((job) => job.id));
     for (const [id, { node, job }] of rows) if (!job.file && !there.has(id)) node.remove(), rows.delete(id);
     for (const job of jobs.toReversed()) draw(job); // each new row goes on top
-    complain(note, null);
+    if (lost) complain(note, null); // what a form was refused stays
+    lost = false;
   } catch (error) {
-    if (!$("#jobs").hidden) complain(note, error, poll);
+    if (!$("#jobs").hidden) complain(note, error, poll), lost = true;
   }
   const open = tally();
   clearTimeout(timer);
@@ -130,7 +132,7 @@ $("#path").addEventListener("submit", async (event) => {
     complain(note, null);
     poll();
   } catch (error) {
-    complain(note, error);
+    complain(note, error), lost = false;
     field.focus();
   }
 });
