@@ -143,6 +143,16 @@ def some_tokens(draw: np.random.Generator, count: int, places: int, columns: int
     return (draw.normal(size=(1, places, columns)) + np.cumsum(steps, axis=0)).astype(dtype)
 
 
+def panned(draw: np.random.Generator, count: int, grid: tuple[int, int], columns: int, dtype: Any) -> Any:
+    """[T, P, C]: a picture under a camera that moves by a patch at most, here and there with noise."""
+    h, w = grid
+    world = draw.normal(size=(h + 2 * count, w + 2 * count, columns))
+    y, x = (count + np.cumsum(draw.integers(-1, 2, count)) for _ in range(2))
+    frames = np.array([world[y[t] : y[t] + h, x[t] : x[t] + w] for t in range(count)]).reshape(count, h * w, columns)
+    noise = draw.normal(size=frames.shape) * (draw.random((count, h * w, 1)) < 0.2)
+    return ((frames + noise) * draw.uniform(0.5, 2, (count, h * w, 1))).astype(dtype)
+
+
 def undecided(patches: Any, linked: Bools, steps: int, threshold: float) -> Bools:
     """[T, P]: where the definition, computed in float64, decides by less than SHIFT_MARGIN."""
     count, places = patches.shape[:2]
@@ -183,6 +193,58 @@ def check_adaptive_shift(
     clear = np.ones(found.shape, bool) if exact else ~undecided(patches, linked, steps, threshold)
     np.testing.assert_array_equal(np.where(clear, found, -1), np.where(clear, expected, -1))
     return float(clear.mean())
+
+
+def change_by_loops(
+    patches: Any, grid: tuple[int, int], linked: Bools, steps: int
+) -> tuple[NDArray[np.float64], Bools]:
+    """`patch_change` in float64, [T, P]; and [T] bool: where the best displacement leads by SHIFT_MARGIN or less.
+
+    There the order of summation in float32 may decide for another displacement.
+    """
+    count, places = patches.shape[:2]
+    height, width = grid
+    e = patches.astype(np.float64)
+    e /= np.maximum(np.linalg.norm(e, axis=-1, keepdims=True), 1e-12)
+    change, close = np.zeros((count, places)), np.zeros(count, bool)
+    for t in range(count):
+        rows = []
+        for u in range(max(t - steps, 0), min(t + steps, count - 1) + 1):
+            if u == t or not all(linked[min(t, u) + 1 : max(t, u) + 1]):
+                continue
+            found = []
+            for dy, dx in [(0, 0), (-1, 0), (0, -1), (0, 1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]:
+                cosine = {}
+                for i in range(places):
+                    row, column = i // width + dy, i % width + dx
+                    if 0 <= row < height and 0 <= column < width:
+                        cosine[i] = float(e[t, i] @ e[u, row * width + column])
+                if cosine:
+                    bonus = 0.005 if dy == dx == 0 else 0.0
+                    found.append((math.fsum(cosine.values()) / len(cosine) + bonus, cosine))
+            still = found[0][1]
+            scores = [score for score, _ in found]
+            best = scores.index(max(scores))
+            ranked = sorted(scores)
+            close[t] |= len(ranked) > 1 and ranked[-1] - ranked[-2] <= SHIFT_MARGIN
+            rows.append([min(max(1 - found[best][1].get(i, still[i]), 0.0), 2.0) for i in range(places)])
+        if rows:
+            change[t] = np.mean(rows, axis=0)
+    return change, close
+
+
+def check_patch_change(
+    cuda: Cuda, patches: Any, grid: tuple[int, int], linked: Bools, steps: int, *, exact: bool = False
+) -> float:
+    """Compares the frames whose displacements have a margin; returns their share. exact: all frames have."""
+    found = on(cuda, "patch_change", patches, grid, linked, steps=steps)
+    expected = shift.patch_change(patches.astype(np.float32), grid, linked, steps=steps)
+    assert (found.dtype, found.shape) == (np.float32, expected.shape)
+    clear = np.ones(len(found), bool) if exact else ~change_by_loops(patches, grid, linked, steps)[1]
+    np.testing.assert_allclose(found[clear], expected[clear], rtol=0, atol=SHIFT_MARGIN)
+    assert ((found >= 0) & (found <= 2)).all()
+    np.testing.assert_array_equal(found, on(cuda, "patch_change", patches, grid, linked, steps=steps))
+    return float(clear.mean()) if len(clear) else 1.0
 
 
 def check_equal(cuda: Cuda, name: str, *args: Any, **options: Any) -> None:
@@ -370,6 +432,9 @@ def case(cuda: Cuda, name: str) -> None:
     elif name == "adaptive_shift":
         for dtype, columns in ((np.float32, 19), (np.float16, 264)):
             check_adaptive_shift(cuda, some_tokens(draw, 6, 15, columns, dtype), grid, linked, 3, 0.1)
+    elif name == "patch_change":
+        for dtype, columns in ((np.float32, 19), (np.float16, 264)):
+            check_patch_change(cuda, panned(draw, 6, grid, columns, dtype), grid, linked, 2)
     elif name == "shift_tokens":
         for dtype, columns in ((np.float32, 19), (np.float16, 264)):
             check_equal(cuda, name, some_tokens(draw, 6, 15, columns, dtype), draw.integers(6, size=(6, 13)), 2)

@@ -57,6 +57,7 @@ def test_arguments_are_left_alone() -> None:
         array.flags.writeable = False
     ops = ops_for("cpu")
     ops.adaptive_shift(tokens, (3, 3), linked, steps=2, threshold=0.1)
+    ops.patch_change(tokens, (3, 3), linked, steps=2)
     ops.shift_tokens(tokens, source, 0)
     ops.shift_pixels(frames, source, (3, 3))
     ops.frame_signals(frames)

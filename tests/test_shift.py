@@ -7,9 +7,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from bounds import FLOAT32
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import some_linked
+from kernel_cases import change_by_loops, panned, some_linked
 from numpy.typing import NDArray
 
 from keyreel_kernels import Ops
@@ -152,6 +153,88 @@ def test_windows_with_a_halo_decide_as_the_whole(number: int, count: int, steps:
         np.testing.assert_array_equal(part[start - low : stop - low], whole[start:stop])
         part = OPS.fixed_shift(high - low, (3, 4), inside, fraction=0.25, step=steps) + low
         np.testing.assert_array_equal(part[start - low : stop - low], fixed[start:stop])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    DRAWS,
+    st.integers(1, 7),
+    st.tuples(st.integers(1, 4), st.integers(1, 5)),
+    st.integers(1, 20),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_patch_change_equals_a_loop(
+    number: int, count: int, grid: tuple[int, int], columns: int, steps: int, moving: bool
+) -> None:
+    """Where no displacement leads by so little that float32 may decide otherwise."""
+    draw = np.random.default_rng(number)
+    places = grid[0] * grid[1]
+    patches = panned(draw, count, grid, columns, np.float32) if moving else some_patches(draw, count, places)
+    patches[draw.random((count, places)) < 0.05] = 0
+    linked = some_linked(draw, count)
+    expected, close = change_by_loops(patches, grid, linked, steps)
+    found = OPS.patch_change(patches, grid, linked, steps=steps)
+    assert (found.dtype, found.shape) == (np.float32, (count, places))
+    assert 0 <= found.min() <= found.max() <= 2
+    np.testing.assert_allclose(found[~close], expected[~close], rtol=0, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("way", [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx])
+def test_patch_change_takes_out_the_motion_of_the_camera(way: tuple[int, int]) -> None:
+    """Orthogonal patches under a camera that moves by one patch a frame and follows an object in the middle."""
+    (h, w), (dy, dx), middle = (5, 6), way, (2, 3)
+    axes = np.eye((h + 2) * (w + 2) + 1, dtype=np.float32)
+    world = axes[1:].reshape(h + 2, w + 2, -1)
+    patches = np.stack([world[1 + dy * t : 1 + dy * t + h, 1 + dx * t : 1 + dx * t + w] for t in (-1, 0, 1)])
+    patches[:, *middle] = axes[0]
+    expected = np.zeros((h, w))
+    for row, column in np.ndindex(h, w):
+        for sign in (-1, 1):
+            other = row + sign * dy, column + sign * dx
+            outside = not (0 <= other[0] < h and 0 <= other[1] < w)
+            expected[row, column] += 0.5 * (outside or middle in ((row, column), other))
+    found = OPS.patch_change(patches.reshape(3, h * w, -1), (h, w), np.array([False, True, True]), steps=1)
+    np.testing.assert_array_equal(found[1].reshape(h, w), expected)
+
+
+def test_an_object_that_moves_by_a_patch_does_not_explain_itself_away() -> None:
+    axes = np.eye(21, dtype=np.float32)
+    patches = np.stack([axes[:20]] * 3)
+    for t, place in enumerate((6, 7, 8)):
+        patches[t, place] = axes[20]
+    found = OPS.patch_change(patches, (4, 5), np.array([False, True, True]), steps=1)
+    expected = np.zeros((3, 20))
+    expected[0, [6, 7]] = expected[2, [7, 8]] = expected[1, 7] = 1
+    expected[1, [6, 8]] = 0.5
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_camera_is_still_unless_a_displacement_explains_more() -> None:
+    """Even pictures: all displacements explain as much. A lead below the bonus does not count, one above it does."""
+    linked = np.array([False, True])
+    assert not OPS.patch_change(np.ones((2, 12, 4), np.float32), (3, 4), linked, steps=3).any()
+    for lead, expected in ((0.004, [0.004] * 9), (0.006, [0.006] + [0.0] * 8)):
+        # One row, each patch turned against the one before it; a move by one patch turns all of them back.
+        angle = np.arccos(1 - lead) * (np.arange(9) + np.array([[0], [1]]))
+        patches = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
+        found = OPS.patch_change(patches, (1, 9), linked, steps=1)
+        np.testing.assert_allclose(found[0], expected, atol=FLOAT32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(DRAWS, st.integers(1, 24), st.integers(1, 4), st.integers(1, 7))
+def test_windows_with_a_halo_change_as_the_whole(number: int, count: int, steps: int, size: int) -> None:
+    draw = np.random.default_rng(number)
+    linked, patches = some_linked(draw, count), panned(draw, count, (3, 4), 8, np.float32)
+    whole = OPS.patch_change(patches, (3, 4), linked, steps=steps)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        low, high = max(start - steps, 0), min(stop + steps, count)
+        inside = linked[low:high].copy()
+        inside[0] = False
+        part = OPS.patch_change(patches[low:high], (3, 4), inside, steps=steps)
+        np.testing.assert_allclose(part[start - low : stop - low], whole[start:stop], rtol=0, atol=FLOAT32)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])

@@ -43,13 +43,9 @@ def adaptive_shift(
     source = cuda.cupy.empty((count, places), np.int64)
     if not source.size:
         return source
-    patches = _tokens(cuda, patches)
+    patches, stride, aligned = _patches(cuda, patches)
     size = patches.dtype.itemsize
-    if patches.strides[1:] != (columns * size, size):
-        patches = cuda.cupy.ascontiguousarray(patches)
-    stride, rest = divmod(patches.strides[0] if count > 1 else places * columns * size, size)
     name = "patch_products_half" if size == 2 else "patch_products_float"
-    aligned = not (rest or patches.data.ptr % 16 or stride * size % 16 or columns * size % 16)
     width = ring_columns(columns, size, steps)
     span = frames_of_a_warp(count, places, steps, cuda.multiprocessors)
     shape = blocks(places, _WARPS), blocks(count, span)
@@ -66,6 +62,28 @@ def adaptive_shift(
     shared = 4 * (_WARPS * places + steps)
     cuda.launch(FILE, "decide_sources", (count,), (32 * _WARPS,), args, shared=shared)
     return source
+
+
+def patch_change(cuda: Cuda, patches: Any, grid: tuple[int, int], linked: Any, *, steps: int) -> Any:
+    """`shift.patch_change` on [T, P, C] float32 or float16; [T, P] float32 on the device.
+
+    Displacements whose means differ by less than the rounding of float32 may be chosen otherwise.
+    """
+    count, places, columns = patches.shape
+    change = cuda.cupy.zeros((count, places), np.float32)
+    steps = min(steps, count - 1)
+    if not change.size or steps < 1:
+        return change
+    patches, stride, aligned = _patches(cuda, patches)
+    products = cuda.cupy.empty((steps, len(shift.OFFSETS), count, places), np.float32)
+    lengths = cuda.cupy.empty((count, places), np.float32)
+    sizes = tuple(map(np.int32, (count, *grid, steps)))
+    name = "moved_products_half" if patches.dtype.itemsize == 2 else "moved_products_float"
+    args = (patches, np.int64(stride), np.int32(columns), np.int32(aligned), *sizes, products, lengths)
+    cuda.launch(FILE, name, (blocks(count * places, _WARPS),), (32 * _WARPS,), args)
+    args = (products, lengths, _shots(cuda, linked), *sizes, np.float32(shift.STILL_BONUS), change)
+    cuda.launch(FILE, "mean_change", (count,), (32 * _WARPS,), args, shared=4 * 2 * steps)
+    return change
 
 
 def blocks(number: int, size: int) -> int:
@@ -110,6 +128,20 @@ def shift_pixels(cuda: Cuda, frames: Any, source: Any, grid: tuple[int, int]) ->
         args = (frames, _sources(cuda, source), *map(np.int32, (height, width, *grid)), out)
         cuda.launch(FILE, f"gather_pixels_{word}", (count * height,), (128,), args)
     return out
+
+
+def _patches(cuda: Cuda, patches: Any) -> tuple[Any, int, bool]:
+    """[T, P, C] with the patches of a frame one after the other, numbers from frame to frame, rows aligned to 16 bytes?
+
+    A view without a prefix stays a view.
+    """
+    patches = _tokens(cuda, patches)
+    count, places, columns = patches.shape
+    size = patches.dtype.itemsize
+    if patches.strides[1:] != (columns * size, size):
+        patches = cuda.cupy.ascontiguousarray(patches)
+    stride, rest = divmod(patches.strides[0] if count > 1 else places * columns * size, size)
+    return patches, stride, not (rest or patches.data.ptr % 16 or stride * size % 16 or columns * size % 16)
 
 
 def _tokens(cuda: Cuda, tokens: Any) -> Any:

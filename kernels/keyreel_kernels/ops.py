@@ -32,6 +32,7 @@ class Ops:
     histogram_distance: Operation = pictures.histogram_distance
     fixed_shift: Operation = shift.fixed_shift
     adaptive_shift: Operation = shift.adaptive_shift
+    patch_change: Operation = shift.patch_change
     shift_tokens: Operation = shift.shift_tokens
     shift_pixels: Operation = shift.shift_pixels
     neighbour_similarity: Operation = clustering.neighbour_similarity

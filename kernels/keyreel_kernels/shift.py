@@ -5,6 +5,7 @@ Letters: T frames, P patches (grid h x w), C token width, H x W pixels.
 
 from __future__ import annotations
 
+import itertools
 from typing import TypeAlias
 
 import numpy as np
@@ -14,6 +15,11 @@ U8: TypeAlias = NDArray[np.uint8]
 F32: TypeAlias = NDArray[np.float32]
 I64: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]
+
+# The camera's displacements (dy, dx) in patches, in the order in which ties go to the first; as in shift.cu.
+OFFSETS = sorted(itertools.product((-1, 0, 1), repeat=2), key=lambda o: (abs(o[0]) + abs(o[1]), *o))
+# Added to the mean cosine of (0, 0): a camera is taken to be still unless a displacement explains more.
+STILL_BONUS = 0.005
 
 
 def fixed_shift(count: int, grid: tuple[int, int], linked: Bools, *, fraction: float, step: int) -> I64:
@@ -52,7 +58,7 @@ def adaptive_shift(patches: F32, grid: tuple[int, int], linked: Bools, *, steps:
         [T, P] int64: the frame that each patch is taken from, its own where nothing is shifted.
     """
     count, places = patches.shape[:2]
-    unit = patches / np.maximum(np.linalg.norm(patches, axis=-1, keepdims=True), 1e-12)
+    unit = _unit(patches)
     shot = np.cumsum(~linked)
     change = np.zeros((steps, count, places), np.float32)
     for s in range(1, min(steps, count - 1) + 1):
@@ -66,6 +72,70 @@ def adaptive_shift(patches: F32, grid: tuple[int, int], linked: Bools, *, steps:
     row, column = np.divmod(np.arange(places), grid[1])
     chequered = np.where((row + column) % 2 == 0, -1, 1)
     return _sources(step, (own > threshold) & (rank < places // 2), chequered, linked)
+
+
+def patch_change(patches: F32, grid: tuple[int, int], linked: Bools, *, steps: int) -> F32:
+    """How much each patch changes against the frames around it, after the camera's own displacement is taken out.
+
+    Two frames of a shot, at most S apart, are compared at one displacement o of the camera: that of `OFFSETS` with the
+    largest mean of <e[t,i], e[u,i+o]> over the patches i whose i+o lies inside the grid, where e are the unit patch
+    embeddings; (0, 0) has STILL_BONUS on top. The change of patch i is 1 - <e[t,i], e[u,i+o]>, at o = (0, 0) where i+o
+    lies outside, clipped to [0, 2]. The result is its mean over the frames u = t-S..t+S of the same shot without t, and
+    0 if there are none; so it depends on frames t-S..t+S only. Global motion estimation by exhaustive block matching,
+    on embeddings instead of pixels.
+
+    Two displacements whose means differ by no more than float32 rounds may swap with the order of summation.
+
+    Args:
+        patches: [T, P, C] float32 tokens without prefix. linked: [T] bool, as in `fixed_shift`. steps: S.
+
+    Returns:
+        [T, P] float32 in [0, 2].
+    """
+    count, places, columns = patches.shape
+    unit = _unit(patches).reshape(count, *grid, columns)
+    shot = np.cumsum(~linked)
+    total, pairs = np.zeros((count, *grid), np.float32), np.zeros(count, np.float32)
+    for s in range(1, min(steps, count - 1) + 1):
+        same_shot = shot[s:] == shot[:-s]
+        early, late = slice(None, -s), slice(s, None)
+        for own, other in ((early, late), (late, early)):
+            total[own] += np.where(same_shot[:, None, None], _change_between(unit[own], unit[other]), 0)
+            pairs[own] += same_shot
+    total /= np.maximum(pairs, 1)[:, None, None]
+    return total.reshape(count, places)
+
+
+def _change_between(own: F32, other: F32) -> F32:
+    """[N, h, w]: the change of each patch of `own` to the frame beside it in `other`, both [N, h, w, C] of unit length.
+
+    One displacement for all patches of a frame, not one for each: an object that moves by a patch would otherwise
+    explain itself away.
+    """
+    still = np.einsum("nhwc,nhwc->nhw", own, other)
+    best, similarity = still.mean((1, 2)) + STILL_BONUS, still
+    for dy, dx in OFFSETS[1:]:
+        if abs(dy) >= own.shape[1] or abs(dx) >= own.shape[2]:
+            continue  # i+o is outside for every i
+        here = slice(None), _inside(dy, own.shape[1]), _inside(dx, own.shape[2])
+        there = slice(None), _inside(-dy, own.shape[1]), _inside(-dx, own.shape[2])
+        moved = still.copy()
+        moved[here] = np.einsum("nhwc,nhwc->nhw", own[here], other[there])
+        mean = moved[here].mean((1, 2))
+        better = mean > best
+        best, similarity = np.where(better, mean, best), np.where(better[:, None, None], moved, similarity)
+    change: F32 = np.clip(1 - similarity, 0, 2)
+    return change
+
+
+def _inside(by: int, size: int) -> slice:
+    """The places of an axis that are still inside after a move by `by`."""
+    return slice(max(-by, 0), size - max(by, 0))
+
+
+def _unit(patches: F32) -> F32:
+    unit: F32 = patches / np.maximum(np.linalg.norm(patches, axis=-1, keepdims=True), 1e-12)
+    return unit
 
 
 def _sources(step: I64, chosen: Bools, direction: I64, linked: Bools) -> I64:
