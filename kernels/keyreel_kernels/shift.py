@@ -92,45 +92,38 @@ def patch_change(patches: F32, grid: tuple[int, int], linked: Bools, *, steps: i
     Returns:
         [T, P] float32 in [0, 2].
     """
-    count, places, columns = patches.shape
-    unit = _unit(patches).reshape(count, *grid, columns)
-    shot = np.cumsum(~linked)
-    total, pairs = np.zeros((count, *grid), np.float32), np.zeros(count, np.float32)
+    count, places = patches.shape[:2]
+    unit, shot = _unit(patches), np.cumsum(~linked)
+    total, pairs = np.zeros((count, places), np.float32), np.zeros(count, np.float32)
     for s in range(1, min(steps, count - 1) + 1):
         same_shot = shot[s:] == shot[:-s]
         early, late = slice(None, -s), slice(s, None)
-        for own, other in ((early, late), (late, early)):
-            total[own] += np.where(same_shot[:, None, None], _change_between(unit[own], unit[other]), 0)
+        # All pairs of patches, though nine a patch are looked at: one product of matrices is faster than nine of rows.
+        cosines = unit[early] @ unit[late].swapaxes(1, 2)
+        for own, seen in ((early, cosines), (late, cosines.swapaxes(1, 2))):
+            total[own] += np.where(same_shot[:, None], _change_between(seen, grid), 0)
             pairs[own] += same_shot
-    total /= np.maximum(pairs, 1)[:, None, None]
-    return total.reshape(count, places)
+    total /= np.maximum(pairs, 1)[:, None]
+    return total
 
 
-def _change_between(own: F32, other: F32) -> F32:
-    """[N, h, w]: the change of each patch of `own` to the frame beside it in `other`, both [N, h, w, C] of unit length.
+def _change_between(cosines: F32, grid: tuple[int, int]) -> F32:
+    """[N, P]: the change of each patch of a frame to another, from the cosines [N, P, P] of the one's to the other's.
 
     One displacement for all patches of a frame, not one for each: an object that moves by a patch would otherwise
     explain itself away.
     """
-    still = np.einsum("nhwc,nhwc->nhw", own, other)
-    best, similarity = still.mean((1, 2)) + STILL_BONUS, still
-    for dy, dx in OFFSETS[1:]:
-        if abs(dy) >= own.shape[1] or abs(dx) >= own.shape[2]:
-            continue  # i+o is outside for every i
-        here = slice(None), _inside(dy, own.shape[1]), _inside(dx, own.shape[2])
-        there = slice(None), _inside(-dy, own.shape[1]), _inside(-dx, own.shape[2])
-        moved = still.copy()
-        moved[here] = np.einsum("nhwc,nhwc->nhw", own[here], other[there])
-        mean = moved[here].mean((1, 2))
-        better = mean > best
-        best, similarity = np.where(better, mean, best), np.where(better[:, None, None], moved, similarity)
-    change: F32 = np.clip(1 - similarity, 0, 2)
+    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    y, x = (np.array(by)[:, None] + at for by, at in zip(zip(*OFFSETS, strict=True), (row, column), strict=True))
+    inside = (y >= 0) & (y < grid[0]) & (x >= 0) & (x < grid[1])
+    there = np.where(inside, y * grid[1] + x, np.arange(len(row)))
+    moved = cosines[:, np.arange(len(row)), there]  # [N, 9, P]
+    known = np.maximum(inside.sum(1), 1)
+    mean = np.where(inside.any(1), (moved * inside).sum(2) / known, -np.inf)
+    mean[:, 0] += STILL_BONUS
+    best = mean.argmax(1)
+    change: F32 = np.clip(1 - moved[np.arange(len(moved)), best], 0, 2)
     return change
-
-
-def _inside(by: int, size: int) -> slice:
-    """The places of an axis that are still inside after a move by `by`."""
-    return slice(max(-by, 0), size - max(by, 0))
 
 
 def _unit(patches: F32) -> F32:
