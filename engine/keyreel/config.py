@@ -90,10 +90,10 @@ class EncodeConfig:
     """From frames to vectors."""
 
     shift: ShiftMode | None = None  # temporal shift; None: the model's own default
-    shift_steps: int = 3  # how many sampled frames the shift may reach
+    shift_steps: int = 3  # how many sampled frames the shift and the change of patches may reach
     shift_share: float = 0.25  # fraction of the patches that the fixed shift replaces
     shift_threshold: float = 0.15  # change (1 - cosine) a patch must pass to be shifted, mode adaptive
-    attention_strength: float | None = None  # exponent on the attention map; 0: stock CLIP pooling; None: the model's
+    subject: bool = True  # a second vector a frame, of the subject; without it there is the scene's alone
     batch_size: int | None = None  # frames in one inference; None: what suits the device
 
     def __post_init__(self) -> None:
@@ -102,7 +102,6 @@ class EncodeConfig:
         _check_within(self, "[1, 32]", "shift_steps")
         _check_within(self, "(0, 0.5]", "shift_share")
         _check_within(self, "[0, 2]", "shift_threshold")
-        _check_within(self, "[0, 8]", "attention_strength")
         _check_within(self, "[1, 1024]", "batch_size")
 
 
@@ -155,7 +154,7 @@ class OutputConfig:
 class LibraryConfig:
     """How a library keeps and searches its videos."""
 
-    exact_rows: int = 2_000_000  # search exactly, from memory, up to so many frames; an index beyond
+    exact_rows: int = 2_000_000  # search exactly, from memory, up to so many vectors; an index beyond
     fold_similarity: float = 0.98  # moments of different videos more alike than this are shown as one
     preview_height: int = 240  # pixels of the previews
 

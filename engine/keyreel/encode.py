@@ -1,4 +1,4 @@
-"""Frames to fused vectors: backbone, temporal shift, spatial attention, fusion; a window at a time.
+"""Frames to a scene and a subject vector each: backbone, temporal shift, attention, fusion; a window at a time.
 
 Every decision on frame t depends on frames within `shift_steps` of t only. So a window with a halo of that many frames
 on both sides gives the same as the whole video, and memory does not grow with the video.
@@ -17,7 +17,7 @@ import numpy as np
 from keyreel.config import EncodeConfig, ShiftMode
 from keyreel.runtime.backend import Backend
 from keyreel.runtime.bundle import Bundle
-from keyreel.types import Embedding, FrameBatch
+from keyreel.types import JOINT, Embedding, FrameBatch
 
 # Histogram distance that counts as a cut for the shift. In the test clips at 2 fps it is below 0.4 within a scene and
 # mostly above 0.6 across a cut. A missed cut only mixes patches of a few frames.
@@ -37,7 +37,8 @@ class Encoded:
     """The result of encoding a video."""
 
     embedding: Embedding
-    vectors: Any  # [T, D] float32, those of the embedding, still on the device
+    vectors: Any  # [T, D] float32, the scene's, still on the device
+    joint: Any  # [T, 2 D] float32, `Embedding.joint`, still on the device
     seconds: Mapping[str, float]  # time of the stages "encode" (backbone) and "fuse" (the rest), as this thread sees it
 
 
@@ -87,11 +88,6 @@ class Encoder:
         """The shift that is in force: the caller's, else the bundle's."""
         return config.shift if config.shift is not None else self.bundle.shift_default
 
-    def strength(self, config: EncodeConfig) -> float:
-        """The attention strength that is in force: the caller's, else the bundle's."""
-        own = config.attention_strength
-        return self.bundle.strength_default if own is None else own
-
     def encode(self, batches: Iterable[FrameBatch], config: EncodeConfig) -> Encoded:
         """Encodes a stream of frames of the model's size. Only the embedding leaves the device, at the end.
 
@@ -105,7 +101,7 @@ class Encoder:
         xp, ops = self._arrays.xp, self._ops
         size = (self.bundle.image.height, self.bundle.image.width)
         window = _Window(xp)
-        fused: list[tuple[Any, Any]] = []  # vectors, attention
+        fused: list[tuple[Any, Any, Any]] = []  # scene, subject, map
         signals, times, places = [], [], []
         last: Any = None  # histogram of the frame before
         seconds = {"encode": 0.0, "fuse": 0.0}
@@ -132,11 +128,15 @@ class Encoder:
             raise ValueError("there are no frames to encode")
         with timed(seconds, "fuse"):
             fused += self._fuse(window, config, at_end=True)
-            vectors, maps = (xp.concatenate(part) for part in zip(*fused, strict=True))
+            scene, subject, maps = (xp.concatenate(part) for part in zip(*fused, strict=True))
+            joint = scene
+            if config.subject:
+                joint = xp.concatenate([JOINT[0] * scene, JOINT[1] * subject], axis=1)
             to_host = self._arrays.to_host
             sharpness, mean, spread, change = to_host(xp.concatenate(signals)).astype(np.float32).T.copy()
             embedding = Embedding(
-                vectors=to_host(vectors),
+                vectors=to_host(scene),
+                subject=to_host(subject) if config.subject else None,
                 pts_seconds=np.concatenate(times),
                 frame_index=np.concatenate(places),
                 attention=to_host(maps),
@@ -148,13 +148,13 @@ class Encoder:
                 model=self.bundle.name,
                 model_sha256=self.bundle.sha256,
             )
-        return Encoded(embedding, vectors, seconds)
+        return Encoded(embedding, scene, joint, seconds)
 
-    def _fuse(self, window: _Window, config: EncodeConfig, *, at_end: bool) -> Iterator[tuple[Any, Any]]:
+    def _fuse(self, window: _Window, config: EncodeConfig, *, at_end: bool) -> Iterator[tuple[Any, Any, Any]]:
         """Fuses the frames whose halo is complete, a batch at a time; at the end, all."""
-        shift, size = self.shift_mode(config), config.batch_size or self._batch_size
-        halo = 0 if shift == "off" else config.shift_steps
-        strength = self._arrays.to_device(np.array(self.strength(config), np.float32))
+        shift = self.shift_mode(config) if config.subject else "off"
+        size = config.batch_size or self._batch_size
+        halo = config.shift_steps if config.subject else 0
         while True:
             stop = min(window.done + size, window.stop)
             if stop == window.done or (not at_end and (stop - window.done < size or stop + halo > window.stop)):
@@ -162,24 +162,30 @@ class Encoder:
             low, high = max(window.done - halo, window.first), min(stop + halo, window.stop)
             core = slice(window.done - low, stop - low)
             tokens, frames, linked = window.rows(low, high)
+            # Nothing can be taken from the frame before the window: its first frame starts a run.
+            linked = linked.copy()
+            linked[0] = False
+            by_frames = self.bundle.attention_input == "frames"
+            seen = frames if by_frames else tokens
             if shift != "off":
                 source = self._sources(tokens, linked, shift, config)
-                tokens = self._ops.shift_tokens(tokens, source, self.bundle.prefix_tokens)
-                if self.bundle.attention_input == "frames":
-                    frames = self._ops.shift_pixels(frames, source, self.bundle.grid)
-            tokens, frames = tokens[core], frames[core]
-            seen = {"frames": frames} if self.bundle.attention_input == "frames" else {"tokens": tokens}
-            attention = self._attention.run(seen)["attention"]
-            feeds = {"tokens": tokens, "attention": attention, "strength": strength}
-            yield self._fusion.run(feeds)["vectors"], attention
+                if by_frames:
+                    seen = self._ops.shift_pixels(frames, source, self.bundle.grid)
+                else:
+                    seen = self._ops.shift_tokens(tokens, source, self.bundle.prefix_tokens)
+            attention = self._attention.run({self.bundle.attention_input: seen[core]})["attention"]
+            if config.subject:
+                patches = tokens[:, self.bundle.prefix_tokens :]
+                change = self._ops.patch_change(patches, self.bundle.grid, linked, steps=config.shift_steps)[core]
+            else:
+                change = self._arrays.xp.zeros_like(attention)
+            fused = self._fusion.run({"tokens": tokens[core], "attention": attention, "change": change})
+            yield fused["scene"], fused["subject"], fused["map"]
             window.done = stop
             window.drop_before(stop - halo)
 
     def _sources(self, tokens: Any, linked: Any, shift: ShiftMode, config: EncodeConfig) -> Any:
         """[n, P] int64: the frame of the window that each patch is taken from."""
-        # Nothing can be taken from the frame before the window: its first frame starts a run.
-        linked = linked.copy()
-        linked[0] = False
         if shift == "fixed":
             return self._ops.fixed_shift(len(tokens), self.bundle.grid, linked, fraction=config.shift_share, step=1)
         patches = tokens[:, self.bundle.prefix_tokens :]

@@ -19,14 +19,14 @@ from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, distinct
 from keyreel.encode import Encoded, Encoder, timed
 from keyreel.errors import ModelError
-from keyreel.render.pictures import read_picture
+from keyreel.render.pictures import attended_area, read_picture
 from keyreel.render.reel import write_reel
 from keyreel.render.save import reel_spans, save_summary
 from keyreel.runtime.backend import Backend, resolve
-from keyreel.runtime.bundle import BUILTIN, Bundle
+from keyreel.runtime.bundle import BUILTIN, Bundle, SubjectScale
 from keyreel.runtime.telemetry import record_stages, span, traced
 from keyreel.runtime.text import TextEncoder
-from keyreel.search import best_hits, moments
+from keyreel.search import FrameScores, answered, best_hits, frame_scores, moments
 from keyreel.select import Selection, select_keyframes
 from keyreel.shots import find_candidates, place_boundaries, shots_between
 from keyreel.types import F32, Embedding, FrameBatch, Progress, Query, SearchHit, Shot, Summary
@@ -148,7 +148,8 @@ class Engine:
                 be neighbours in the array.
 
         Returns:
-            [T, D] float32, unit length; where the frames are: a CuPy array for frames on the engine's CUDA device.
+            [T, D] float32, unit length, the scene's; where the frames are: a CuPy array for frames on the engine's
+            CUDA device.
 
         Raises:
             ValueError, TypeError: not such an array, or one on another device.
@@ -169,7 +170,7 @@ class Engine:
             parts = (slice(start, start + size) for start in range(0, len(data), size))
             fit, image = self.backend.ops.transform, dataclasses.asdict(self.bundle.image)
             batches = (FrameBatch(fit(data[p], **image), count[p].astype(np.float64), count[p]) for p in parts)
-            found = self._images.encode(batches, EncodeConfig())
+            found = self._images.encode(batches, EncodeConfig(subject=False))
         arrays.join()
         vectors: F32 = found.vectors if on_device else found.embedding.vectors
         return vectors
@@ -182,7 +183,7 @@ class Engine:
         encode: EncodeConfig | None = None,
         progress: Progress | None = None,
     ) -> Embedding:
-        """A video -> one vector for each sampled frame, with attention maps and picture signals.
+        """A video -> a scene and a subject vector for each sampled frame, with maps and picture signals.
 
         Raises:
             SourceError: the video cannot be decoded.
@@ -290,7 +291,6 @@ class Engine:
                 "encode": {
                     **dataclasses.asdict(encode),
                     "shift": self._images.shift_mode(encode),
-                    "attention_strength": self._images.strength(encode),
                 },
                 "select": dataclasses.asdict(select),
                 "image": dataclasses.asdict(self.bundle.image),
@@ -302,17 +302,20 @@ class Engine:
 
     def search(self, query: Query, summaries: Sequence[Summary], *, k: int = 5) -> list[SearchHit]:
         """The k best moments of several videos that answer a text or a picture, best first."""
-        vector = self._query_vector(query)
-        hits: list[SearchHit] = []
+        vector, scale = self._query_vector(query), self._scale(query)
+        image, hits = dataclasses.asdict(self.bundle.image), list[SearchHit]()
         for summary in summaries:
-            hits += moments(
-                self._cosines(summary, vector),
-                summary.embedding.pts_seconds,
+            embedding, scores = summary.embedding, self._scores(summary, vector, scale)
+            area = attended_area(summary.video, image)
+            found = moments(
+                scores.best,
+                embedding.pts_seconds,
                 summary.shots,
                 video=summary.video.path,
                 stop_seconds=summary.stop_seconds,
                 k=k,
             )
+            hits += [answered(hit, scores, embedding, area) for hit in found]
         return best_hits(hits, k)
 
     # --- inside ---------------------------------------------------------------------------------------------------
@@ -325,18 +328,22 @@ class Engine:
         return encoder
 
     def _select(self, encoded: Encoded, config: SelectConfig, duration_seconds: float) -> Selection:
-        embedding, vectors, ops = encoded.embedding, encoded.vectors, self.backend.ops
+        embedding, vectors, ops = encoded.embedding, encoded.joint, self.backend.ops
         return select_keyframes(embedding, config, ops, duration_seconds=duration_seconds, vectors=vectors)
 
     def _query_vector(self, query: Query) -> F32:
         vector: F32 = (self.encode_text(query) if isinstance(query, str) else self.encode_image(query))[0]
         return vector
 
-    def _cosines(self, summary: Summary, vector: F32) -> F32:
+    def _scale(self, query: Query) -> SubjectScale:
+        """The model's scale holds between texts and pictures; two pictures are compared by plain cosines."""
+        own = self.bundle.subject
+        return own if isinstance(query, str) else SubjectScale(novelty=own.novelty)
+
+    def _scores(self, summary: Summary, vector: F32, scale: SubjectScale) -> FrameScores:
         if summary.embedding.model_sha256 != self.bundle.sha256:
             raise ValueError(f"the summary was made with {summary.embedding.model!r}, this is {self.bundle.name!r}")
-        cosines: F32 = summary.embedding.vectors @ vector
-        return cosines
+        return frame_scores(summary.embedding.scene, summary.embedding.subject, vector, scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,7 +370,10 @@ class _Actions:
         self.source.close()
 
     def _scores(self, summary: Summary, output: OutputConfig) -> F32 | None:
-        return None if output.query is None else self.engine._cosines(summary, self.engine._query_vector(output.query))
+        if output.query is None:
+            return None
+        engine, query = self.engine, output.query
+        return engine._scores(summary, engine._query_vector(query), engine._scale(query)).best
 
 
 def _as_source(video: Video) -> Source:

@@ -3,16 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
+from keyreel.runtime.bundle import SubjectScale
 from keyreel.shots import shot_of
-from keyreel.types import F32, F64, SearchHit, Shot
+from keyreel.types import F32, F64, Embedding, Region, SearchHit, Shot
 
 # A moment extends while the score stays above this fraction of the way from the video's median score to its peak,
 HOLDS = 0.5
 # and in any case while it is within this fraction of the peak: in a take of one thing the scores hardly differ.
 NEAR = 0.1
+# A patch belongs to the subject where the map reaches this fraction of its largest value.
+OUTLINE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class FrameScores:
+    """How well each frame answers a query."""
+
+    best: F32  # [T, ...] float32: max(<q, scene>, slope <q, subject> + offset)
+    by_subject: NDArray[np.bool_]  # [T, ...] whether it was the subject
+
+
+def frame_scores(scene: F32, subject: F32 | None, query: F32, scale: SubjectScale) -> FrameScores:
+    """Scores of a query [D], or of several [D, Q], against the better of each frame's two vectors.
+
+    As in a library, a subject counts only where it says something new: below `scale.novelty`.
+
+    Args:
+        scene, subject: [T, D] float32, unit length; no subject, no choice.
+    """
+    answer: F32 = scene @ query
+    if subject is None:
+        return FrameScores(answer, np.zeros(answer.shape, bool))
+    other = np.float32(scale.slope) * (subject @ query) + np.float32(scale.offset)
+    new = np.vecdot(scene, subject) < scale.novelty
+    wins: NDArray[np.bool_] = new.reshape(-1, *[1] * (answer.ndim - 1)) & (other > answer)
+    return FrameScores(np.where(wins, other, answer), wins)
+
+
+def answered(
+    hit: SearchHit, scores: FrameScores, embedding: Embedding, area: tuple[float, float, float, float]
+) -> SearchHit:
+    """The hit with which vector of its best frame answered, and where its subject is.
+
+    Args:
+        area: (left, top, right, bottom) of the map on the picture, see `attended_area`.
+    """
+    if embedding.subject is None:
+        return hit
+    row = int(np.searchsorted(embedding.pts_seconds, hit.pts_seconds))
+    where = region_on(area, region(embedding.attention[row], embedding.grid))
+    return replace(hit, answered_by="subject" if scores.by_subject[row] else "scene", region=where)
+
+
+def region(weights: F32, grid: tuple[int, int]) -> Region:
+    """The box around the subject: the patches that reach OUTLINE of the map's peak and touch it, side by side.
+
+    Args:
+        weights: [P] float32, a row of `Embedding.attention`. grid: (h, w).
+    """
+    table = weights.reshape(grid)
+    strong = table >= OUTLINE * table.max()
+    inside = np.zeros(grid, bool)
+    inside[np.unravel_index(int(table.argmax()), grid)] = True
+    while True:
+        grown = inside.copy()
+        grown[1:] |= inside[:-1]
+        grown[:-1] |= inside[1:]
+        grown[:, 1:] |= inside[:, :-1]
+        grown[:, :-1] |= inside[:, 1:]
+        grown &= strong
+        if (grown == inside).all():
+            break
+        inside = grown
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    x, y = columns[0] / grid[1], rows[0] / grid[0]
+    return float(x), float(y), float((columns[-1] + 1) / grid[1] - x), float((rows[-1] + 1) / grid[0] - y)
+
+
+def region_on(area: tuple[float, float, float, float], part: Region) -> Region:
+    """A region of the model's input as one of the whole picture, cut off at its edges.
+
+    Args:
+        area: (left, top, right, bottom) of the input as shares of the picture, see `attended_area`.
+    """
+    left, top, right, bottom = area
+    x, y, width, height = part
+    edges = left + x * (right - left), top + y * (bottom - top)
+    ends = left + (x + width) * (right - left), top + (y + height) * (bottom - top)
+    (x, y), (stop_x, stop_y) = ((min(max(a, 0.0), 1.0), min(max(b, 0.0), 1.0)) for a, b in (edges, ends))
+    return x, y, stop_x - x, stop_y - y
 
 
 def moments(

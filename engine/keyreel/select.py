@@ -63,12 +63,13 @@ def select_keyframes(
     """Chooses the key-frames of one video; at least one.
 
     Args:
-        vectors: [T, D] float32, the embedding's, where they still are on the device of `ops`.
+        vectors: [T, 2 D] float32, the embedding's `joint`, where it still is on the device of `ops`: frames are apart
+            where their scenes or their subjects are.
 
     Raises:
         ValueError: the embedding is empty.
     """
-    x = embedding.vectors
+    x = embedding.joint
     if not len(x):
         raise ValueError("there are no frames to choose from")
     arrays = ops.arrays
@@ -79,7 +80,7 @@ def select_keyframes(
         w = np.where(level >= 2, FAINT, 1.0).astype(np.float32)
         found, wished = _clusters(z, smooth, arrays.to_device(w), config, ops, duration_seconds)
     centroids = found.centroids[0]
-    chosen = _representatives(embedding, found.labels, found.similarity, level, config)
+    chosen = _representatives(x, embedding.pts_seconds, found, level, config)
     kept = sorted(chosen, key=lambda pair: embedding.pts_seconds[pair[1]])
     # Frames of dropped clusters count with the nearest remaining key-frame.
     cosine = x @ centroids[[cluster for cluster, _ in kept]].T
@@ -231,11 +232,9 @@ def knee(gap: F64, *, enough: float, covered: float) -> int:
     return min(max(best, min_k), max_k)
 
 
-def _representatives(
-    embedding: Embedding, labels: I64, similarity: F32, level: I64, config: SelectConfig
-) -> list[tuple[int, int]]:
+def _representatives(x: F32, pts: F64, found: Clusters, level: I64, config: SelectConfig) -> list[tuple[int, int]]:
     """(cluster, row) of each key-frame, the largest cluster first."""
-    x, pts = embedding.vectors, embedding.pts_seconds
+    labels, similarity = found.labels, found.similarity
     taken: list[tuple[int, int]] = []
     fallback: list[tuple[tuple[int, float], int, int]] = []
     sizes = np.bincount(labels, weights=np.where(level >= 2, FAINT, 1.0))
@@ -244,7 +243,8 @@ def _representatives(
         if not len(rows):
             continue
         best_level = level[rows].min()
-        rows = rows[np.lexsort((-similarity[rows], level[rows]))]
+        # Two frames are equally near the centroid between them: the earlier one, whatever a device's rounding says.
+        rows = rows[np.lexsort((-similarity[rows].round(4), level[rows]))]
         fallback.append(((int(best_level), -float(similarity[rows[0]])), int(cluster), int(rows[0])))
         if best_level >= 2:
             continue  # black or a lone flash is no scene

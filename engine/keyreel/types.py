@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,15 @@ I64: TypeAlias = NDArray[np.int64]
 
 Progress: TypeAlias = Callable[[str, float, float | None], None]
 """progress(stage, done, total): called from the working thread, in seconds of video or in items; total may be None."""
+
+# Of scene and subject in `Embedding.joint`: the subject is a quarter of the cosine. With a half, fewer of eight real
+# clips in a row got a key-frame (95.0 % against 96.2 %, K = 8).
+JOINT = np.sqrt(np.array([0.75, 0.25], np.float32))
+
+AnsweredBy: TypeAlias = Literal["scene", "subject"]
+
+Region: TypeAlias = tuple[float, float, float, float]
+"""(x, y, width, height) of a part of a picture, as shares of its width and height."""
 
 Query: TypeAlias = str | os.PathLike[str] | NDArray[Any]
 """A text; or a picture, as the path of a file or as [H, W, 3] uint8 RGB."""
@@ -86,12 +95,12 @@ class FrameBatch:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """One fused vector a frame, and what was measured on the way."""
+    """Two fused vectors a frame, and what was measured on the way."""
 
-    vectors: F32  # [T, D] float32, unit length, in the text encoder's space
+    vectors: F32  # [T, D] float32, unit length, in the text encoder's space: of the whole picture, stock CLIP
     pts_seconds: F64  # [T] float64
     frame_index: I64  # [T] int64
-    attention: F32  # [T, P] float32, each row sums to 1
+    attention: F32  # [T, P] float32, each row sums to 1: where the subject is
     grid: tuple[int, int]  # (h, w), h * w = P
     sharpness: F32  # [T] float32 >= 0: variance of the luma's Laplacian, luma in 0..1
     luma_mean: F32  # [T] float32 in 0..1
@@ -99,6 +108,21 @@ class Embedding:
     pixel_change: F32  # [T] float32 in 0..1: how far the picture differs from the one before, 0 for the first
     model: str  # name of the bundle
     model_sha256: str  # fingerprint of the bundle's manifest
+    subject: F32 | None = None  # [T, D] float32, unit length: of what stands out or moves; None where it is off
+
+    @property
+    def scene(self) -> F32:
+        """[T, D] float32: `vectors` by the name that tells them from `subject`."""
+        return self.vectors
+
+    @property
+    def joint(self) -> F32:
+        """[T, 2 D] float32, unit length: both as one. Its cosine is theirs, weighed; without subject `vectors`."""
+        if self.subject is None:
+            return self.vectors
+        scene, subject = JOINT
+        joint: F32 = np.concatenate([scene * self.vectors, subject * self.subject], axis=1)
+        return joint
 
     def __post_init__(self) -> None:
         _check_lengths(self)
@@ -145,8 +169,10 @@ class SearchHit:
     start_seconds: float
     stop_seconds: float
     pts_seconds: float  # the best frame's time
-    score: float  # cosine between query and the best frame
+    score: float  # cosine between query and the best frame, or what stands for it where the subject answered
     preview: str | None = None  # path of a picture of the best frame, where one was written
+    answered_by: AnsweredBy = "scene"  # which vector of the best frame answered
+    region: Region | None = None  # where the subject of the best frame is; None where subjects are off
 
 
 class SummaryActions(Protocol):

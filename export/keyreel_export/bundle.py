@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-from dataclasses import dataclass
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from keyreel.config import ImageTransform
-from keyreel.runtime.bundle import MANIFEST, SCHEMA, Bundle, bundle_folder, write_manifest
+from keyreel.errors import KeyreelError
+from keyreel.runtime.bundle import MANIFEST, SCHEMA, Bundle, SubjectScale, bundle_folder, sha256_of, write_manifest
 from keyreel.types import Progress
-from keyreel_export import pretrained, quantize, tokens, verify
+from keyreel_export import pictures, pretrained, quantize, subject, tokens, verify
 from keyreel_export.attention import DEFAULT_NETWORK, FORMULA, SpatialAttention, UniformAttention
 from keyreel_export.folders import check_replaceable, replacing
 from keyreel_export.fusion import TemporalSpatialFusion, load_projection
@@ -26,8 +29,14 @@ from keyreel_export.onnx import export_graph
 from keyreel_export.towers import Tower, split_tower
 
 UNIFORM = "uniform"
+SAME = {"fp32": 1e-5, "fp16": 2e-3}  # the largest difference of scene vectors that are the same
 PRECISIONS = ("fp32", "fp16", "int8")
-_OUTPUTS = {"backbone": "tokens", "attention": "attention", "fusion": "vectors", "text": "vectors"}
+OUTPUTS = {
+    "backbone": ("tokens",),
+    "attention": ("attention",),
+    "fusion": ("scene", "subject", "map"),
+    "text": ("vectors",),
+}
 _PACKAGES = ("keyreel", "torch", "open_clip_torch", "timm", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 
 
@@ -52,6 +61,8 @@ class Parts:
     attention: dict[str, str]  # the manifest's entry
     projection_sha256: str  # "" for the tower's own projection
     sources: list[dict[str, str]]
+    scale: SubjectScale = field(default_factory=SubjectScale)
+    fit: subject.Fit | None = None
 
 
 def export_model(
@@ -65,6 +76,8 @@ def export_model(
     random_weights: bool = False,
     seed: int = 0,
     verify_video: Path | None = None,
+    fit: Path | None = None,
+    fit_epochs: int = subject.EPOCHS,
     progress: Progress | None = None,
 ) -> Path:
     """Writes the bundle of an open_clip model: graphs, tokenizer, manifest; verified, whole or not at all.
@@ -80,6 +93,9 @@ def export_model(
         random_weights: leave all weights untrained; for tests.
         seed: of the random weights and of the frames that verify.
         verify_video: a video to measure an int8 backbone on, instead of random shapes.
+        fit: a folder of labelled pictures to fit the subject's side to: a subfolder for each label, or `labels.csv`
+            with the columns file,label (several labels of a picture are separated by ";"; a caption is a label too).
+        fit_epochs: how often the fit sees each of its frames.
         progress: called with the stage's name, stages done, stages in all.
 
     Returns:
@@ -89,7 +105,8 @@ def export_model(
         ModelNotFound: no such architecture or tag; `near` has close ones.
         CheckpointMismatch: weights that do not fit.
         ModelError: weights cannot be loaded, a tower that is not supported, a graph that differs from torch, an int8
-            backbone that differs from its float32 or would not be faster, or a folder that holds something else.
+            backbone that differs from its float32 or would not be faster, a folder that holds something else, or
+            pictures that are too few or cannot be read.
         SourceError: `verify_video` cannot be decoded.
         MissingExtra: a package of the extra `export` is not installed.
     """
@@ -103,6 +120,7 @@ def export_model(
         name = f"{name}@{precision}"  # beside the other in the cache, not in its place
     folder = bundle_folder(name) if folder is None else folder
     check_replaceable(folder, _foreign)
+    shown = None if fit is None else pictures.split(pictures.read_pictures(fit), seed)
     report("load", 0, 7)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -110,15 +128,35 @@ def export_model(
     report("tokenizer", 1, 7)
     tokenizer, clean = tokens.export_tokenizer(pretrained.load_tokenizer(recipe.architecture))
     image = _image(parts)
+
+    def texts(given: Sequence[str]) -> Tensor:
+        ids = torch.from_numpy(tokens.encode(tokenizer, clean, given))
+        with torch.no_grad():
+            return torch.cat([parts.modules["text"](some) for some in torch.split(ids, 64)])
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if shown is not None:
+            report("fit", 2, 7)
+            side = _side(parts, image)
+            parts = _fitted(parts, subject.fit_to_pictures(side, texts, *shown, epochs=fit_epochs, seed=seed))
+        else:
+            scale, _ = subject.calibrate(_side(parts, image), texts)
+            parts = dataclasses.replace(parts, scale=scale)
     with replacing(folder) as made:
         tokenizer.save(str(made / "tokenizer.json"), pretty=False)
+        if parts.fit is not None:  # before the weights are halved
+            subject.write_tensors(parts.fit, made)
+        manifest = _manifest(name, parts, image, tokenizer, clean)
         measured = _write_graphs(made, parts, tokens.encode(tokenizer, clean, tokens.CORPUS), precision, seed, report)
         if precision == "int8":
             frames = quantize.pictures(image, verify_video, seed)
             measured = {graph: value for graph, value in measured.items() if not graph.startswith(("back", "ident"))}
             measured |= quantize.quantize_backbone(made, frames, parts.attention["input"])
-        manifest = _manifest(name, parts, image, tokenizer, clean)
-        write_manifest(made, {**manifest, "precision": precision, "versions": _versions(), "verify": measured})
+        if parts.fit is not None:
+            measured |= parts.fit.measured
+        manifest |= {"precision": precision, "versions": _versions(), "verify": measured}
+        _write_manifest(made, manifest, folder, parts)
         Bundle.load(made)
     report("done", 7, 7)
     return folder
@@ -143,10 +181,35 @@ def _take_apart(
     modules = {
         "backbone": tower,
         "attention": spatial,
-        "fusion": TemporalSpatialFusion(tower, layer),
+        "fusion": TemporalSpatialFusion(tower, tower.projection if layer is None else layer),
         "text": TextEncoder(model),
     }
     return Parts(model, tower, modules, described, digest, sources)
+
+
+def _side(parts: Parts, image: ImageTransform) -> subject.ImageSide:
+    fusion = parts.modules["fusion"]
+    assert isinstance(fusion, TemporalSpatialFusion)
+    return subject.ImageSide(parts.tower, parts.modules["attention"], parts.attention["input"], fusion, image)
+
+
+def _fitted(parts: Parts, fit: subject.Fit) -> Parts:
+    """The same model with the fitted attention in place of the CNN, and the fitted layer."""
+    head = fit.head.requires_grad_(False)
+    fusion = TemporalSpatialFusion(
+        parts.tower, head.scene, head.projection, power=float(head.power), floor=float(head.log_floor.exp())
+    )
+    described = {
+        "input": "tokens",
+        "source": "1x1 and 3x3 convolutions and a sigmoid on the tower's tokens, fitted to labelled pictures, after "
+        "the spatial branch of CBAM (Woo et al. 2018, arXiv:1807.06521)",
+        "layer": "the tower's tokens",
+        "formula": f"s_i = {head.attention.floor} + sigmoid(conv3x3(relu(W x_i / rms(x)))_i); a_i = s_i / sum_j s_j",
+    }
+    modules = {**parts.modules, "attention": head.attention.eval(), "fusion": fusion}
+    return dataclasses.replace(
+        parts, modules=modules, attention=described, sources=parts.sources[:1], scale=fit.scale, fit=fit
+    )
 
 
 def _image(parts: Parts) -> ImageTransform:
@@ -172,15 +235,15 @@ def _write_graphs(
         path, own = folder / f"{graph}.onnx", cases[graph]
         # The second batch has several rows, see `export_graph`.
         inputs = {name: torch.from_numpy(array) for name, array in own[1].feeds.items()}
-        export_graph(module.half() if precision == "fp16" else module, inputs, [_OUTPUTS[graph]], path)
+        export_graph(module.half() if precision == "fp16" else module, inputs, OUTPUTS[graph], path)
         found = verify.run_graph(path, [case.feeds for case in own], precision)
         measured |= verify.check(graph, found, [case.expected for case in own], precision)
     if stock is not None:
         frames = [case.feeds for case in cases["backbone"]]
-        fused = verify.run_chain(folder, frames, parts.attention["input"], 0.0, precision)
-        measured |= verify.check("identity", fused, stock, precision)
+        chained = verify.run_chain(folder, frames, parts.attention["input"], precision)
+        measured |= verify.check("identity", [(scene,) for scene, _, _ in chained], stock, precision)
     if precision == "fp16":
-        verify.write_reference(folder, {graph: (own[1], _OUTPUTS[graph]) for graph, own in cases.items()})
+        verify.write_reference(folder, {graph: (own[1], OUTPUTS[graph]) for graph, own in cases.items()})
     return measured
 
 
@@ -193,13 +256,14 @@ def _cases(parts: Parts, token_ids: Any, seed: int) -> dict[str, list[verify.Cas
     ]
     backbone = verify.cases(tower, frames)
     fused: list[verify.Feeds] = []
-    for case, strength in zip(backbone, (1.0, 2.5), strict=True):
+    for case in backbone:
         # A map with strong contrasts, which an untrained CNN would not give.
-        random = np.random.default_rng(seed)
-        energy = random.random((len(case.expected), tower.grid[0] * tower.grid[1]), np.float32) ** 3 + 1e-4
+        random, (found,) = np.random.default_rng(seed), case.expected
+        energy = random.random((len(found), tower.grid[0] * tower.grid[1]), np.float32) ** 3 + 1e-4
         attention = energy / energy.sum(axis=1, keepdims=True)
-        fused.append({"tokens": case.expected, "attention": attention, "strength": np.array(strength, np.float32)})
-    fed: list[verify.Feeds] = [{"tokens": case.expected} for case in backbone]
+        change = random.random(attention.shape, np.float32) ** 3
+        fused.append({"tokens": found, "attention": attention, "change": change})
+    fed: list[verify.Feeds] = [{"tokens": case.expected[0]} for case in backbone]
     texts: list[verify.Feeds] = [{"token_ids": token_ids[:count]} for count in (*verify.BATCH_SIZES, len(token_ids))]
     return {
         "backbone": backbone,
@@ -210,15 +274,61 @@ def _cases(parts: Parts, token_ids: Any, seed: int) -> dict[str, list[verify.Cas
 
 
 @torch.no_grad()
-def _stock_vectors(model: Any, cases: list[verify.Case]) -> list[Any]:
+def _stock_vectors(model: Any, cases: list[verify.Case]) -> list[verify.Found]:
     """open_clip's own encode_image(normalize=True), on images normalised as open_clip does."""
     mean, std = (torch.tensor(model.visual.preprocess_cfg[key]) for key in ("mean", "std"))
     images = [(torch.from_numpy(case.feeds["frames"]).float() / 255 - mean) / std for case in cases]
-    return [model.encode_image(image.permute(0, 3, 1, 2), normalize=True).numpy() for image in images]
+    return [(model.encode_image(image.permute(0, 3, 1, 2), normalize=True).numpy(),) for image in images]
+
+
+def _write_manifest(made: Path, manifest: dict[str, Any], replaced: Path, parts: Parts) -> None:
+    """Writes the manifest; names in it the bundle that is replaced, and those which that one names, if the scene's
+    vectors are the same.
+    """
+    earlier: dict[str, str] = manifest["fusion"]["same_scene"]
+    try:
+        old: Bundle | None = Bundle.load(replaced)
+    except KeyreelError:  # there is none, or it cannot be used
+        old = None
+    if old is None or not _same_scene(old, made, manifest, parts):
+        write_manifest(made, manifest)
+        return
+    earlier.update(old.same_scene)
+    for name in filter(None, old.same_scene.values()):
+        shutil.copyfile(old.file(name), made / name)
+    write_manifest(made, manifest)
+    if sha256_of(made / MANIFEST) != old.sha256:
+        earlier[old.sha256] = ""
+        write_manifest(made, manifest)
+
+
+def _same_scene(old: Bundle, made: Path, manifest: dict[str, Any], parts: Parts) -> bool:
+    """Whether both bundles make the same scene vectors: of the same pictures the same tokens, of these the same
+    vectors. The layers after the tokens are compared by what they make, since the graphs differ by the subject's.
+    """
+    if dataclasses.asdict(old.image) != manifest["image"]:
+        return False
+    if old.manifest["files"]["backbone.onnx"]["sha256"] != sha256_of(made / "backbone.onnx"):
+        return False
+    random = np.random.default_rng(0)
+    patches = parts.tower.grid[0] * parts.tower.grid[1]
+    fed: list[verify.Feeds] = [
+        {
+            "tokens": random.standard_normal((4, old.prefix_tokens + patches, old.token_width), np.float32),
+            "attention": np.full((4, patches), 1 / patches, np.float32),
+            "change": np.zeros((4, patches), np.float32),
+        }
+    ]
+    precision = "fp16" if manifest["precision"] == "fp16" else "fp32"
+    ((before, *_),), ((after, *_),) = (
+        verify.run_graph(at / "fusion.onnx", fed, precision) for at in (old.folder, made)
+    )
+    return before.shape == after.shape and bool(np.abs(before - after).max() <= SAME[precision])
 
 
 def _manifest(name: str, parts: Parts, image: ImageTransform, tokenizer: Tokenizer, clean: str) -> dict[str, Any]:
-    tower = parts.tower
+    tower, fusion = parts.tower, parts.modules["fusion"]
+    assert isinstance(fusion, TemporalSpatialFusion)
     return {
         "name": name,
         "family": tower.family,
@@ -229,8 +339,15 @@ def _manifest(name: str, parts: Parts, image: ImageTransform, tokenizer: Tokeniz
         "embedding_width": tower.embedding_width,
         "text": {"context_length": int((tokenizer.truncation or {})["max_length"]), "clean": clean},
         "attention": parts.attention,
-        # Stock CLIP, until a measurement speaks for more.
-        "fusion": {"strength_default": 0.0, "shift_default": "off", "projection_sha256": parts.projection_sha256},
+        "fusion": {
+            "shift_default": "off",
+            "power": round(fusion.power, 4),
+            "floor": round(fusion.floor, 4),
+            "projection_sha256": parts.projection_sha256,
+            "subject_projection_sha256": "" if parts.fit is None else subject.digest(parts.fit.head.projection),
+            "same_scene": {},
+        },
+        "subject": dataclasses.asdict(parts.scale),
         "sources": parts.sources,
     }
 

@@ -1,33 +1,82 @@
-"""Temporal-spatial fusion: tokens times attention, pooled, through a fully connected layer, to unit length."""
+"""Temporal-spatial fusion: from the same tokens a vector of the whole picture and one of its subject.
+
+    scene   = normalise(FC_s(pooled(x, the tower's own weights w)))
+    subject = normalise(FC_o(pooled(x, w · P m)))           m_i ∝ SAM(x̃)_i^p (ε + d_i)
+
+SAM is the spatial attention, of the time-shifted frame x̃ where the shift is on; d is how much each patch changes
+(`keyreel_kernels.shift`, `patch_change`). One vector that is weighed anew finds the subject and loses the scene: label
+recall fell by 0.6 to 8.7 points.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from keyreel.errors import CheckpointMismatch, ModelError
-from keyreel_export.towers import Tower
+from keyreel_export.towers import pooling_bias
+
+POWER, FLOOR = 2.0, 0.02  # p and ε without training
+
+
+class Pooling(Protocol):
+    """What a `towers.Tower` is to the fusion: tokens [N, R+P, C] and a bias of the patches' logits [N, P], pooled."""
+
+    def features(self, tokens: Tensor, bias: Tensor) -> Tensor: ...
+
+
+class AveragePooling(nn.Module):
+    """The mean over patches, of towers that end in one and in nothing else."""
+
+    def features(self, tokens: Tensor, bias: Tensor) -> Tensor:
+        """Tokens [N, P, C] and a bias of their logits [N, P] -> [N, C]."""
+        return (bias.softmax(-1).to(tokens.dtype)[:, None] @ tokens)[:, 0]
+
+
+def subject_map(attention: Tensor, change: Tensor, power: Tensor | float, floor: Tensor | float) -> Tensor:
+    """m ∝ SAM^p (ε + d) in float32: [N, P], [N, P] -> [N, P], rows sum to 1."""
+    weights = attention.float().clamp_min(1e-6) ** power * (floor + change.float())
+    return weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
 class TemporalSpatialFusion(nn.Module):
-    """z[t] = normalise(FC(Σ_i w'[t,i] · v(x̃[t,i]))), see `keyreel_export.towers` for w'.
+    """Tokens, attention and change to both vectors and the map that weighed the subject's.
 
-    FC is by default the tower's own, which keeps z in the space of its text encoder.
+    FC_s is the tower's own layer unless another is given, FC_o is FC_s unless another is given: both vectors are in the
+    space of the text encoder.
     """
 
-    def __init__(self, tower: Tower, projection: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        pooling: Pooling,
+        projection: nn.Module,
+        subject_projection: nn.Module | None = None,
+        *,
+        power: float = POWER,
+        floor: float = FLOOR,
+    ) -> None:
         super().__init__()
-        self.tower = tower
-        self.projection = tower.projection if projection is None else projection
+        self.pooling, self.power, self.floor = pooling, power, floor
+        self.projection = projection
+        self.subject_projection = projection if subject_projection is None else subject_projection
 
-    def forward(self, tokens: Tensor, attention: Tensor, strength: Tensor) -> Tensor:
-        """Tokens [N, R+P, C] under an attention map [N, P], rows sum to 1, with strength γ []: [N, D], unit length."""
-        fused: Tensor = self.projection(self.tower.pooled(tokens, attention, strength))
-        return F.normalize(fused.float(), dim=-1)
+    def forward(self, tokens: Tensor, attention: Tensor, change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [N, R+P, C], attention [N, P], rows sum to 1, change [N, P] in 0..2.
+
+        Returns:
+            scene [N, D] and subject [N, D], unit length, and the map [N, P], rows sum to 1; float32.
+        """
+        weights = subject_map(attention, change, self.power, self.floor)
+        bias = pooling_bias(weights, torch.ones(()))
+        tokens = tokens.to(next(self.parameters()).dtype)
+        scene = self.projection(self.pooling.features(tokens, torch.zeros_like(bias)))
+        subject = self.subject_projection(self.pooling.features(tokens, bias))
+        return F.normalize(scene.float(), dim=-1), F.normalize(subject.float(), dim=-1), weights
 
 
 def load_projection(path: Path, feature_width: int, embedding_width: int) -> tuple[nn.Linear, str]:

@@ -13,7 +13,7 @@ import onnxruntime
 
 
 def main(graph: str, given: str, got: str) -> None:
-    """FEEDS.npz holds "<index>.<input>" arrays; OUT.npz gets the first output of each feed as "<index>"."""
+    """FEEDS.npz holds "<index>.<input>" arrays; OUT.npz gets the outputs of each feed as "<index>.<number>"."""
     feeds: dict[int, dict[str, Any]] = {}
     with np.load(given, allow_pickle=False) as file:
         for key in file.files:
@@ -23,7 +23,11 @@ def main(graph: str, given: str, got: str) -> None:
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    results = {str(index): session.run(None, feed)[0] for index, feed in feeds.items()}
+    results = {
+        f"{index}.{number}": array
+        for index, feed in feeds.items()
+        for number, array in enumerate(session.run(None, feed))
+    }
     np.savez(got, allow_pickle=False, **results)
 
 

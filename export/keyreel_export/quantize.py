@@ -61,7 +61,7 @@ def quantize_backbone(folder: Path, frames: U8, attention_input: str) -> dict[st
     source = folder / "backbone.onnx"
     files = list(folder.glob(f"{source.name}*"))  # weights may lie beside the graph
     feeds: list[verify.Feeds] = [{"frames": frames}]
-    (expected,) = verify.run_chain(folder, feeds, attention_input, 0.0, "fp32")
+    ((expected, _, _),) = verify.run_chain(folder, feeds, attention_input, "fp32")
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         made = Path(aside) / source.name
         try:
@@ -85,7 +85,7 @@ def quantize_backbone(folder: Path, frames: U8, attention_input: str) -> dict[st
             file.unlink()
         for file in Path(aside).iterdir():
             file.rename(folder / file.name)
-    (found,) = verify.run_chain(folder, feeds, attention_input, 0.0, "fp32")
+    ((found, _, _),) = verify.run_chain(folder, feeds, attention_input, "fp32")
     cosines = (found * expected).sum(axis=1)
     lowest = float(cosines.min())
     if not lowest >= MIN_COSINE:  # refuses NaN too

@@ -1,7 +1,7 @@
 """From a bundle to a model repository of Triton Inference Server: an image and a text encoder.
 
-    keyreel_image/config.pbtxt      frames u8 [N, H, W, 3] -> vectors f32 [N, D]
-    keyreel_image/1/model.onnx      backbone, attention and fusion as one graph, the bundle's strength a constant in it
+    keyreel_image/config.pbtxt      frames u8 [N, H, W, 3] -> scene f32 [N, D], subject f32 [N, D], map f32 [N, P]
+    keyreel_image/1/model.onnx      backbone, attention and fusion as one graph
     keyreel_text/config.pbtxt       token_ids i64 [Q, L]   -> vectors f32 [Q, D]
     keyreel_text/1/model.onnx
     keyreel_text/tokenizer.json     for clients, who clean and tokenize texts
@@ -15,8 +15,6 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from keyreel.errors import ModelError, import_extra
 from keyreel.runtime.bundle import Bundle
@@ -40,7 +38,7 @@ _QUEUE_MICROSECONDS = 2000
 def export_triton(bundle: Bundle, folder: Path, *, max_batch_size: int = 64, instances: int = 1) -> Path:
     """Writes the model repository of a bundle, verified against the bundle's own graphs, whole or not at all.
 
-    There is no temporal shift, since a batch mixes frames of many requests.
+    Frames are stills to it, without temporal shift and change, since a batch mixes frames of many requests.
 
     Args:
         folder: new, empty, or an earlier export, which is replaced.
@@ -69,11 +67,14 @@ def export_triton(bundle: Bundle, folder: Path, *, max_batch_size: int = 64, ins
         _save(onnx, _merged(onnx, bundle), graph)
         _save(onnx, onnx.load(bundle.file("text.onnx")), made / TEXT / VERSION / "model.onnx")
         _verify(bundle, graph)
-        for model, feed in (
-            (IMAGE, ("frames", "TYPE_UINT8", size)),
-            (TEXT, ("token_ids", "TYPE_INT64", (bundle.context_length,))),
+        width = bundle.embedding_width
+        vectors = {"scene": width, "subject": width, "map": bundle.grid[0] * bundle.grid[1]}
+        for model, takes, gives in (
+            (IMAGE, ("frames", "TYPE_UINT8", size), vectors),
+            (TEXT, ("token_ids", "TYPE_INT64", (bundle.context_length,)), {"vectors": width}),
         ):
-            (made / model / "config.pbtxt").write_text(_config(bundle, model, feed, max_batch_size, instances))
+            config = _config(bundle, model, takes, gives, max_batch_size, instances)
+            (made / model / "config.pbtxt").write_text(config)
         shutil.copyfile(bundle.file("tokenizer.json"), made / TEXT / "tokenizer.json")
     return folder
 
@@ -95,13 +96,15 @@ def _merged(onnx: Any, bundle: Bundle) -> Any:
     opsets = [sorted((entry.domain, entry.version) for entry in part.opset_import) for part in parts]
     if any(opset != opsets[0] for opset in opsets) or any(part.functions for part in parts):
         raise ModelError(f"the graphs of {bundle.name} do not go together", hint="export the model again")
-    strength = onnx.numpy_helper.from_array(np.array(bundle.strength_default, np.float32), "strength")
+    # Nothing is known to move. The attention gives the zeros their shape.
+    still = onnx.helper.make_node("Sub", ["attention", "attention"], ["change"], "change")
+    parts[1].graph.node.append(still)
     graph = onnx.helper.make_graph(
         [node for part in parts for node in part.graph.node],
         "keyreel_image",
         list(first.graph.input),
         list(last.graph.output),
-        [strength, *(tensor for part in parts for tensor in part.graph.initializer)],
+        [tensor for part in parts for tensor in part.graph.initializer],
     )
     return onnx.helper.make_model(graph, opset_imports=first.opset_import, ir_version=first.ir_version)
 
@@ -112,22 +115,28 @@ def _verify(bundle: Bundle, graph: Path) -> None:
     frames: list[Feeds] = [
         {"frames": verify.sample_frames(height, width, count=count, seed=count)} for count in verify.BATCH_SIZES
     ]
-    expected = verify.run_chain(bundle.folder, frames, bundle.attention_input, bundle.strength_default, precision)
+    expected = verify.run_chain(bundle.folder, frames, bundle.attention_input, precision)
     verify.check("fusion", verify.run_graph(graph, frames, precision), expected, precision)
 
 
 def _config(
-    bundle: Bundle, model: str, takes: tuple[str, str, tuple[int, ...]], max_batch_size: int, instances: int
+    bundle: Bundle,
+    model: str,
+    takes: tuple[str, str, tuple[int, ...]],
+    gives: dict[str, int],
+    max_batch_size: int,
+    instances: int,
 ) -> str:
     """config.pbtxt: the text form of Triton's ModelConfig. Dimensions are those of one row."""
     name, kind, shape = takes
     # onnxruntime's CPU kernels for half precision are few and slow, and some graphs crash there.
+    outputs = ", ".join(f'{{ name: "{key}" data_type: TYPE_FP32 dims: [{width}] }}' for key, width in gives.items())
     device = "KIND_GPU" if bundle.precision == "fp16" else "KIND_AUTO"
     return f"""name: "{model}"
 platform: "onnxruntime_onnx"
 max_batch_size: {max_batch_size}
 input [ {{ name: "{name}" data_type: {kind} dims: {list(shape)} }} ]
-output [ {{ name: "vectors" data_type: TYPE_FP32 dims: [{bundle.embedding_width}] }} ]
+output [ {outputs} ]
 instance_group [ {{ count: {instances} kind: {device} }} ]
 dynamic_batching {{ max_queue_delay_microseconds: {_QUEUE_MICROSECONDS} }}
 version_policy {{ latest {{ num_versions: 1 }} }}

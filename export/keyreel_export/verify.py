@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,6 +23,7 @@ from keyreel.runtime.plans import REFERENCE
 from keyreel.types import U8
 
 Feeds: TypeAlias = Mapping[str, NDArray[Any]]
+Found: TypeAlias = tuple[NDArray[Any], ...]  # the outputs of a graph, in its order
 
 BATCH_SIZES = (1, 3)
 
@@ -36,10 +37,10 @@ MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999}  # between a vector and its referen
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One feed of a graph and torch's result."""
+    """One feed of a graph and torch's results."""
 
     feeds: Feeds
-    expected: NDArray[Any]
+    expected: Found
 
 
 def sample_frames(height: int, width: int, *, count: int, seed: int) -> U8:
@@ -61,11 +62,16 @@ def sample_frames(height: int, width: int, *, count: int, seed: int) -> U8:
 @torch.no_grad()
 def cases(module: nn.Module, batches: list[Feeds]) -> list[Case]:
     """Runs `module` on each batch; the feeds' names are those of the graph's inputs, in the module's order."""
-    return [Case(feeds, module(*(torch.from_numpy(array) for array in feeds.values())).numpy()) for feeds in batches]
+    found = []
+    for feeds in batches:
+        outputs = module(*(torch.from_numpy(array) for array in feeds.values()))
+        several = outputs if isinstance(outputs, tuple) else (outputs,)
+        found.append(Case(feeds, tuple(output.numpy() for output in several)))
+    return found
 
 
-def run_graph(path: Path, feeds: list[Feeds], precision: str) -> list[NDArray[Any]]:
-    """Runs an ONNX graph with one output on the CPU."""
+def run_graph(path: Path, feeds: list[Feeds], precision: str) -> list[Found]:
+    """Runs an ONNX graph on the CPU."""
     if precision == "fp16":
         return _run_in_process(path, feeds)
     runtime = import_extra("onnxruntime", extra="cpu", purpose="verifying an exported model")
@@ -73,26 +79,24 @@ def run_graph(path: Path, feeds: list[Feeds], precision: str) -> list[NDArray[An
     options.log_severity_level = 3
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return [session.run(None, dict(feed))[0] for feed in feeds]
+        return [tuple(session.run(None, dict(feed))) for feed in feeds]
     except Exception as error:
         raise ModelError(f"onnxruntime cannot run {path.name}: {error}") from error
 
 
-def run_chain(
-    folder: Path, frames: list[Feeds], attention_input: str, strength: float, precision: str
-) -> list[NDArray[Any]]:
-    """Frames through a bundle's backbone, attention and fusion: [N, D] for each feed."""
+def run_chain(folder: Path, frames: list[Feeds], attention_input: str, precision: str) -> list[Found]:
+    """Frames through a bundle's backbone, attention and fusion, as stills: scene, subject and map for each feed."""
     tokens = run_graph(folder / "backbone.onnx", frames, precision)
-    seen: list[Feeds] = frames if attention_input == "frames" else [{"tokens": own} for own in tokens]
+    seen: list[Feeds] = frames if attention_input == "frames" else [{"tokens": own} for (own,) in tokens]
     maps = run_graph(folder / "attention.onnx", seen, precision)
-    gamma = np.array(strength, np.float32)
     fused: list[Feeds] = [
-        {"tokens": own, "attention": attention, "strength": gamma} for own, attention in zip(tokens, maps, strict=True)
+        {"tokens": own, "attention": attention, "change": np.zeros_like(attention)}
+        for (own,), (attention,) in zip(tokens, maps, strict=True)
     ]
     return run_graph(folder / "fusion.onnx", fused, precision)
 
 
-def _run_in_process(path: Path, feeds: list[Feeds]) -> list[NDArray[Any]]:
+def _run_in_process(path: Path, feeds: list[Feeds]) -> list[Found]:
     runner = Path(__file__).with_name("half_runner.py")
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder) / "feeds.npz", Path(folder) / "out.npz"
@@ -105,42 +109,45 @@ def _run_in_process(path: Path, feeds: list[Feeds]) -> list[NDArray[Any]]:
             last = done.stderr.strip().splitlines()[-1:] or [f"signal {-done.returncode}"]
             raise ModelError(f"onnxruntime cannot run {path.name}: {last[0]}")
         with np.load(got, allow_pickle=False) as file:
-            return [file[str(index)] for index in range(len(feeds))]
+            count = len(file.files) // len(feeds)
+            return [tuple(file[f"{index}.{number}"] for number in range(count)) for index in range(len(feeds))]
 
 
-def write_reference(folder: Path, cases: Mapping[str, tuple[Case, str]]) -> None:
-    """Stores what TensorRT plans in half precision are checked against: a case of each graph, and its output's name."""
+def write_reference(folder: Path, cases: Mapping[str, tuple[Case, Sequence[str]]]) -> None:
+    """Stores what TensorRT plans in half precision are checked against: a case of each graph and its outputs' names."""
     arrays = {
         f"{graph}.{name}": array
-        for graph, (case, output) in cases.items()
-        for name, array in {**case.feeds, output: case.expected}.items()
+        for graph, (case, outputs) in cases.items()
+        for name, array in {**case.feeds, **dict(zip(outputs, case.expected, strict=True))}.items()
     }
     np.savez(folder / REFERENCE, allow_pickle=False, **arrays)
 
 
-def check(graph: str, found: list[NDArray[Any]], expected: list[NDArray[Any]], precision: str) -> dict[str, float]:
-    """Compares a graph's results with torch's, one array per case. The graph "identity" is the chain of all.
+def check(graph: str, found: list[Found], expected: list[Found], precision: str) -> dict[str, float]:
+    """Compares a graph's results with torch's, case by case. The graph "identity" is the scene of the whole chain.
 
     Returns:
         "<graph>_difference" and, for unit vectors, "<graph>_cosine".
     """
-    pairs = list(zip(found, expected, strict=True))
+    pairs = [pair for own, wanted in zip(found, expected, strict=True) for pair in zip(own, wanted, strict=True)]
     for a, b in pairs:
         if a.shape != b.shape or a.dtype != b.dtype:
             raise ModelError(f"the graph gives {a.dtype} {a.shape}, torch {b.dtype} {b.shape}")
-    difference = max(float(np.abs(a - b).max()) for a, b in pairs)
+    difference = float(np.max([np.abs(a - b).max() for a, b in pairs]))  # NaN stays NaN
     if graph == "backbone":
         difference /= max(float(np.abs(b).max()) for _, b in pairs)
     elif graph == "attention":
-        difference *= expected[0].shape[1]
+        difference *= expected[0][0].shape[1]
     measured = {f"{graph}_difference": difference}
     bound = BOUNDS[precision][graph]
     if not difference <= bound:  # refuses NaN too
         message = f"{graph}_difference {difference:.3g}, allowed <= {bound}"
         raise ModelError(f"an exported graph differs from torch: {message}")
     if graph not in ("backbone", "attention"):
-        cosine = measured[f"{graph}_cosine"] = min(float((a * b).sum(axis=1).min()) for a, b in pairs)
-        if cosine < MIN_COSINE[precision]:
+        # A map is no unit vector: it is divided by its length.
+        cosines = [(a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1)) for a, b in pairs]
+        cosine = measured[f"{graph}_cosine"] = float(np.min([cosine.min() for cosine in cosines]))
+        if not cosine >= MIN_COSINE[precision]:
             message = f"{graph}_cosine {cosine:.6f}, allowed >= {MIN_COSINE[precision]}"
             raise ModelError(f"an exported graph differs from torch: {message}")
     return measured

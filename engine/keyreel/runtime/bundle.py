@@ -2,7 +2,8 @@
 
     backbone.onnx   frames u8 [N, H, W, 3]                    -> tokens f32 [N, R+P, C]
     attention.onnx  frames u8 [N, H, W, 3] or tokens          -> attention f32 [N, P], rows sum to 1
-    fusion.onnx     tokens, attention, strength f32 []        -> vectors f32 [N, D], unit length
+    fusion.onnx     tokens, attention, change f32 [N, P]      -> scene and subject f32 [N, D], unit length, and
+                                                                 map f32 [N, P], rows sum to 1
     text.onnx       token_ids i64 [Q, L]                      -> vectors f32 [Q, D], unit length
     tokenizer.json  read by the package tokenizers
     reference.npz   in half precision: a few feeds and torch's float32 results, to check TensorRT plans against
@@ -27,9 +28,9 @@ import numpy as np
 from keyreel.config import ImageTransform, ShiftMode
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 from keyreel.render.files import atomic_write
-from keyreel.types import F64
+from keyreel.types import F32, F64
 
-SCHEMA = "keyreel.bundle/1"
+SCHEMA = "keyreel.bundle/2"
 MANIFEST = "manifest.json"
 BUILTIN = "builtin"
 AttentionInput = Literal["frames", "tokens"]
@@ -70,6 +71,19 @@ def sha256_of(path: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class SubjectScale:
+    """What makes a subject's cosine comparable with a scene's: slope * cosine + offset, fitted with the model."""
+
+    slope: float = 1.0
+    offset: float = 0.0
+    novelty: float = 1.0  # a subject is stored where its cosine to the scene is below this
+
+    def __post_init__(self) -> None:
+        if not (0 < self.slope < 100 and abs(self.offset) < 100 and -1 <= self.novelty <= 2):
+            raise ValueError(f"subject is {self}, expected a slope above 0, a finite offset, a cosine")
+
+
+@dataclass(frozen=True, slots=True)
 class Bundle:
     """A checked model folder. `sha256` is the digest of its manifest, which holds the digests of all other files."""
 
@@ -84,8 +98,10 @@ class Bundle:
     context_length: int  # L
     clean: str  # how texts are cleaned before the tokenizer, see `text.clean_text`
     attention_input: AttentionInput
-    strength_default: float
     shift_default: ShiftMode
+    subject: SubjectScale
+    same_scene: Mapping[str, str]  # by sha256 of an earlier bundle's manifest: the file of the matrix [D, D] that takes
+    # its scene vectors to this one's, "" where they are the same
     sha256: str
     manifest: Mapping[str, Any] = field(repr=False)
 
@@ -143,8 +159,9 @@ class Bundle:
                 context_length=int(manifest["text"]["context_length"]),
                 clean=str(manifest["text"]["clean"]),
                 attention_input=manifest["attention"]["input"],
-                strength_default=float(manifest["fusion"]["strength_default"]),
                 shift_default=manifest["fusion"]["shift_default"],
+                subject=SubjectScale(**{key: float(value) for key, value in dict(manifest["subject"]).items()}),
+                same_scene={str(key): str(value) for key, value in manifest["fusion"].get("same_scene", {}).items()},
                 sha256=hashlib.sha256(raw).hexdigest(),
                 manifest=manifest,
             )
@@ -167,6 +184,13 @@ class Bundle:
         """
         table = _thresholds(self.manifest)
         return None if table is None else float(np.interp(np.log(max(moments, 1)), np.log(table[:, 0]), table[:, 1]))
+
+    def scene_update(self, sha256: str) -> F32 | None:
+        """[D, D] float32: what takes the scene vectors of an earlier bundle, one of `same_scene`, to this one's; None
+        where they are the same. The result is not of unit length.
+        """
+        name = self.same_scene[sha256]
+        return np.load(self.file(name), allow_pickle=False).astype(np.float32) if name else None
 
     def file(self, name: str) -> Path:
         return self.folder / name

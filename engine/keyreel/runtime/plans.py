@@ -169,7 +169,8 @@ def reference(path: Path, signature: Signature) -> tuple[Arrays, Arrays]:
 
 
 def sample_feeds(signature: Signature) -> dict[str, NDArray[Any]]:
-    """Three rows of pseudo-random values, always the same: noise for frames and tokens, maps whose rows sum to 1."""
+    """Three rows of pseudo-random values, always the same: noise for frames and tokens, maps whose rows sum to 1,
+    changes of patches from 0 to 2."""
     random = np.random.default_rng(20)
     feeds: dict[str, NDArray[Any]] = {}
     for name, (dtype, dims) in signature.items():
@@ -180,6 +181,8 @@ def sample_feeds(signature: Signature) -> dict[str, NDArray[Any]]:
         elif name == "attention":
             energy = random.random((_ROWS, *dims)) ** 3 + 1e-4
             feeds[name] = (energy / energy.sum(axis=1, keepdims=True)).astype(dtype)
+        elif name == "change":
+            feeds[name] = (2 * random.random((_ROWS, *dims)) ** 3).astype(dtype)
         else:
             feeds[name] = random.standard_normal((_ROWS, *dims)).astype(dtype)
     return feeds

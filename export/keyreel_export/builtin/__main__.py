@@ -2,7 +2,7 @@
 
 Steps, each kept in the work folder and not done again: crops with the teacher's answers; the joint space on the
 teacher's features; distillation of the image tower (by far the longest); the joint space on the student's features; the
-attention head. Then the graphs and the measurements.
+attention, the scene's and the subject's layers. Then the graphs and the measurements.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     recipe = Recipe(**{name: value for name, value in vars(options).items() if name != "output"})
     made = recipe.make()
-    manifest = write_graphs(options.output, made.image, made.attention, made.texts, tokenizer_json(made.tokenizer))
+    manifest = write_graphs(options.output, made.image, made.texts, tokenizer_json(made.tokenizer), made.fitted)
     *sources, wordnet = json.loads(Path(__file__).with_name("sources.json").read_text("utf-8"))
     manifest["sources"] = [*sources, *([wordnet] if options.wordnet else [])]
     write_manifest(options.output, manifest)

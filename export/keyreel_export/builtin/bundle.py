@@ -6,8 +6,10 @@ Weights are stored as fp16 and cast to fp32 when a session is made; all arithmet
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from keyreel.runtime.bundle import SubjectScale
 from keyreel_export.builtin.data import SIZE
-from keyreel_export.builtin.saliency import SpatialAttention
 from keyreel_export.builtin.student import CONTEXT_LENGTH, EMBEDDING_WIDTH, TOKEN_WIDTH, ImageTower, TextTower
+from keyreel_export.bundle import OUTPUTS
+from keyreel_export.fit import TokenAttention
+from keyreel_export.fusion import AveragePooling, TemporalSpatialFusion
 from keyreel_export.onnx import export_graph
-from keyreel_export.verify import run_graph
+from keyreel_export.verify import cases, run_graph
 
 GRID = SIZE // 16
 
@@ -53,20 +58,6 @@ class Texts(nn.Module):
         return functional.normalize(self.tower(ids) - self.common, dim=-1, eps=1e-6)
 
 
-class Fusion(nn.Module):
-    """tokens [N, P, C], attention [N, P], strength [] -> unit vectors [N, D]; strength 0 is average pooling."""
-
-    def __init__(self, project: nn.Linear) -> None:
-        super().__init__()
-        self.project = project
-
-    def forward(self, tokens: Tensor, attention: Tensor, strength: Tensor) -> Tensor:
-        weights = torch.pow(attention * tokens.shape[1], strength)
-        weights = weights / weights.sum(-1, keepdim=True)
-        pooled = (weights[..., None] * tokens).sum(1)
-        return functional.normalize(self.project(pooled), dim=-1, eps=1e-6)
-
-
 def _fuse(module: nn.Module) -> None:
     """Folds each BatchNorm into the convolution before it, in place."""
     for child in module.children():
@@ -78,9 +69,9 @@ def _fuse(module: nn.Module) -> None:
         _fuse(child)
 
 
-def _write(module: nn.Module, inputs: Mapping[str, Tensor], output: str, path: Path) -> float:
+def _write(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], path: Path) -> float:
     """Exports a module with its large weights as fp16: the largest difference between onnxruntime and torch."""
-    export_graph(module, inputs, [output], path)
+    export_graph(module, inputs, outputs, path)
     model = onnx.load(str(path))
     for weight in list(model.graph.initializer):
         values = numpy_helper.to_array(weight)
@@ -92,38 +83,92 @@ def _write(module: nn.Module, inputs: Mapping[str, Tensor], output: str, path: P
     del model.graph.value_info[:]
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
-    [found] = run_graph(path, [{name: value.numpy() for name, value in inputs.items()}], "fp32")
-    with torch.inference_mode():
-        return float(np.abs(found - module(*inputs.values()).numpy()).max())
+    [case] = cases(module, [{name: value.numpy() for name, value in inputs.items()}])
+    [found] = run_graph(path, [case.feeds], "fp32")
+    return max(float(np.abs(own - wanted).max()) for own, wanted in zip(found, case.expected, strict=True))
 
 
-def write_graphs(
-    folder: Path, image: ImageTower, attention: SpatialAttention, text: Texts, tokenizer: str
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The image side of a bundle after its tokens."""
+
+    scene: nn.Linear
+    attention: TokenAttention
+    subject: nn.Linear
+    power: float
+    floor: float
+    scale: SubjectScale
+    log: list[dict[str, Any]]
+
+
+def write_fusion(folder: Path, fitted: Fitted) -> dict[str, Any]:
+    """Writes attention.onnx and fusion.onnx; returns their entries of the manifest."""
+    attention, scene, subject = copy.deepcopy((fitted.attention.eval(), fitted.scene, fitted.subject))
+    with torch.no_grad():
+        for parameter in (*attention.parameters(), *scene.parameters(), *subject.parameters()):
+            parameter.copy_(parameter.half().float())
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.rand(3, GRID * GRID, TOKEN_WIDTH, generator=random)
+    change = torch.rand(3, GRID * GRID, generator=random)
+    with torch.no_grad():
+        weights = attention(tokens)
+    fusion = TemporalSpatialFusion(AveragePooling(), scene, subject, power=fitted.power, floor=fitted.floor)
+    fed = {"tokens": tokens, "attention": weights, "change": change}
+    verify = {
+        "attention_max_abs_difference": _write(
+            attention, {"tokens": tokens}, OUTPUTS["attention"], folder / "attention.onnx"
+        ),
+        "fusion_max_abs_difference": _write(fusion, fed, OUTPUTS["fusion"], folder / "fusion.onnx"),
+    }
+    return {
+        "attention": {
+            "input": "tokens",
+            "source": "1x1 and 3x3 convolutions and a sigmoid on the last feature map, fitted to outlines of objects "
+            "and to finding objects by name, after the spatial branch of CBAM (Woo et al. 2018, arXiv:1807.06521)",
+            "layer": "last feature map, after ReLU",
+            "formula": f"s_i = {attention.floor} + sigmoid(conv3x3(relu(W x_i / rms(x)))_i); a_i = s_i / sum_j s_j",
+        },
+        "fusion": {
+            "shift_default": "off",
+            "power": round(fitted.power, 4),
+            "floor": round(fitted.floor, 4),
+            "projection_sha256": _digest(scene),
+            "subject_projection_sha256": _digest(subject),
+            "same_scene": {},
+        },
+        "subject": dataclasses.asdict(fitted.scale),
+        "verify": verify,
+    }
+
+
+def _digest(layer: nn.Linear) -> str:
+    weights = layer.weight.detach().numpy().tobytes() + layer.bias.detach().numpy().tobytes()
+    return hashlib.sha256(weights).hexdigest()
+
+
+def write_graphs(folder: Path, image: ImageTower, text: Texts, tokenizer: str, fitted: Fitted) -> dict[str, Any]:
     """Writes all of the bundle but its manifest, which it returns without "sources"."""
     folder.mkdir(parents=True, exist_ok=True)
-    image, attention, text = copy.deepcopy((image.eval(), attention.eval(), text.eval()))
+    image, text = copy.deepcopy((image.eval(), text.eval()))
     _fuse(image)
     with torch.no_grad():
-        for parameter in (*image.parameters(), *attention.parameters(), *text.parameters()):
+        for parameter in (*image.parameters(), *text.parameters()):
             parameter.copy_(parameter.half().float())
     rng = np.random.default_rng(0)
     frames = torch.from_numpy(rng.integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8))
     ids = torch.from_numpy(rng.integers(1, text.tower.embedding.num_embeddings, (3, CONTEXT_LENGTH)))
     ids[1, 5:] = 0
-    with torch.no_grad():
-        tokens = Backbone(image)(frames)
-        fed = {"tokens": tokens, "attention": attention(tokens), "strength": torch.tensor(0.5)}
-    jobs: dict[str, tuple[nn.Module, dict[str, Tensor], str]] = {
-        "backbone": (Backbone(image), {"frames": frames}, "tokens"),
-        "attention": (attention, {"tokens": tokens}, "attention"),
-        "fusion": (Fusion(image.project), fed, "vectors"),
-        "text": (text, {"token_ids": ids}, "vectors"),
+    jobs: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {
+        "backbone": (Backbone(image), {"frames": frames}),
+        "text": (text, {"token_ids": ids}),
     }
-    verify = {f"{name}_max_abs_difference": _write(*job, folder / f"{name}.onnx") for name, job in jobs.items()}
+    verify = {
+        f"{name}_max_abs_difference": _write(*job, OUTPUTS[name], folder / f"{name}.onnx") for name, job in jobs.items()
+    }
     (folder / "tokenizer.json").write_text(tokenizer, "utf-8")
-    weight = image.project.weight.detach().numpy().tobytes() + image.project.bias.detach().numpy().tobytes()
+    written = write_fusion(folder, fitted)
     return {
+        **written,
         "name": "builtin",
         "family": "average",
         "precision": "fp32",
@@ -133,18 +178,6 @@ def write_graphs(
         "token_width": TOKEN_WIDTH,
         "embedding_width": EMBEDDING_WIDTH,
         "text": {"context_length": CONTEXT_LENGTH, "clean": "lower"},
-        "attention": {
-            "input": "tokens",
-            "source": "1x1 convolution and sigmoid on the last feature map, fitted to outlines of objects, after the "
-            "spatial branch of CBAM (Woo et al. 2018, arXiv:1807.06521)",
-            "layer": "last feature map, after ReLU",
-            "formula": f"s_i = {SpatialAttention.floor} + sigmoid(w . x_i / rms(x) + b); a_i = s_i / sum_j s_j",
-        },
-        "fusion": {
-            "strength_default": 0.0,
-            "shift_default": "off",
-            "projection_sha256": hashlib.sha256(weight).hexdigest(),
-        },
         "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
-        "verify": verify,
+        "verify": verify | written["verify"],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,19 +15,18 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from keyreel.render.files import atomic_write
-from keyreel_export.builtin.bundle import GRID, Backbone, Texts
-from keyreel_export.builtin.data import F16, SIZE, U8, Bank, Example, ask_teacher, make_bank, read_examples
+from keyreel_export.builtin.bundle import Backbone, Fitted, Texts
+from keyreel_export.builtin.data import F16, F32, SIZE, U8, Bank, Example, ask_teacher, make_bank, read_examples
 from keyreel_export.builtin.distil import Distillation, Lesson, Plan, draw_scenes, spread_of
 from keyreel_export.builtin.language import Language
 from keyreel_export.builtin.phrases import View, describe, read_classes
-from keyreel_export.builtin.saliency import SpatialAttention, find_objects, marked, train_attention
 from keyreel_export.builtin.space import Space, train_space
 from keyreel_export.builtin.student import ImageTower
+from keyreel_export.builtin.subject import fit
 from keyreel_export.builtin.wordnet import Nouns
 
 SURE = 0.6  # from this probability on, the teacher's class is taken for a label
 STUDENT_VIEWS = 3  # crops of each image for the last joint space
-MARKED = 3000  # pictures with outlines for the attention head, of each kind
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -37,9 +36,9 @@ class Made:
     """The result of a training."""
 
     image: ImageTower
-    attention: SpatialAttention
     texts: Texts
     tokenizer: Tokenizer
+    fitted: Fitted
     facts: dict[str, float]
     log: list[dict[str, Any]]
 
@@ -106,10 +105,27 @@ class Recipe:
         name = f"space-student-{run.step}"
         final = self._kept(Space(image.project.in_features, vocabulary), name, second_space)
         image.project.load_state_dict(final.place.state_dict())
-        attention = self._kept(SpatialAttention(), f"attention-{run.step}", lambda _: self._attention(image, train))
+        texts, backbone = Texts(final.text, final.common), Backbone(image.eval())
+
+        @torch.no_grad()
+        def tokens(frames: U8) -> F32:
+            found: F32 = backbone(torch.from_numpy(frames)).numpy()
+            return found
+
+        @torch.no_grad()
+        def vectors(told: Sequence[str]) -> F32:
+            parts = [texts(language.encode(told[n : n + 256])) for n in range(0, len(told), 256)]
+            found: F32 = torch.cat(parts).numpy()
+            return found
+
+        fitted = fit(tokens, vectors, image.project, self.trainset, self._folder(f"subject-{run.step}"), self.seed)
         facts = {"training_images_seen": float(run.seen), "training_minutes": round(run.seconds / 60, 1)}
         log = [*self._log("space-teacher", "space-teacher"), *run.log, *self._log(name, "space-student")]
-        return Made(image, attention, Texts(final.text, final.common), language.tokenizer, facts, log)
+        return Made(image, texts, language.tokenizer, fitted, facts, [*log, *fitted.log])
+
+    def _folder(self, name: str) -> Path:
+        (self.work / name).mkdir(exist_ok=True)
+        return self.work / name
 
     def _check_options(self) -> None:
         """Stores what decides the result: options, size of pictures, lists of words. Refuses to go on with others."""
@@ -137,19 +153,6 @@ class Recipe:
                 torch.save(made.state_dict(), part)
         empty.load_state_dict(torch.load(path, weights_only=True))
         return empty.eval()
-
-    def _attention(self, image: ImageTower, train: list[Example]) -> SpatialAttention:
-        objects, places = find_objects(self.trainset, train)
-        if not objects or not places:
-            return SpatialAttention().eval()
-        pictures = marked(objects, places, SIZE, (GRID, GRID), count=min(MARKED, len(objects)), seed=self.seed)
-        tokens, masks = [], []
-        with torch.inference_mode():
-            for kind in pictures:
-                for first in range(0, len(kind.frames), 64):
-                    tokens.append(Backbone(image.eval())(torch.from_numpy(kind.frames[first : first + 64])))
-                masks.append(kind.masks)
-        return train_attention(torch.cat(tokens).clone(), np.concatenate(masks), seed=self.seed)
 
 
 def standardised(features: F16, mean: Tensor, spread: Tensor) -> Tensor:

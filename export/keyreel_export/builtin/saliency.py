@@ -1,4 +1,4 @@
-"""Where the object is: pictures of one object with a known outline, and a head that finds it.
+"""Where the object is: pictures of one object with a known outline.
 
 Outlines come without annotation: of a picture before a plain ground, what a flood from the border does not reach. Such
 objects are also cut out and put anywhere on a photograph of a place, so that neither the middle of the picture nor an
@@ -12,13 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFilter
-from torch import Tensor, nn
-from torch.nn import functional
 
 from keyreel_export.builtin.data import F32, U8, Example, read_images
-from keyreel_export.builtin.student import TOKEN_WIDTH
 
 PLAIN = frozenset({"caltech101", "pacs", "clothing", "grocery"})  # sources with objects before plain grounds
 PLACES = frozenset({"cmu-sun-scenes", "houses"})
@@ -111,44 +107,3 @@ def _stack(pairs: Sequence[tuple[Image.Image, Image.Image]], grid: tuple[int, in
     frames = np.stack([np.asarray(image) for image, _ in pairs])
     small = [mask.resize((grid[1], grid[0]), Image.Resampling.BOX) for _, mask in pairs]
     return Marked(frames, np.stack([np.asarray(mask, np.float32) / 255 for mask in small]))
-
-
-class SpatialAttention(nn.Module):
-    """tokens [N, P, C] -> attention [N, P], rows sum to 1.
-
-    `a_i = s_i / sum_j s_j`, `s_i = floor + sigmoid(w . x_i / rms(x) + b)`: a 1x1 convolution and a sigmoid on the last
-    feature map, as in the spatial branch of CBAM (Woo et al. 2018, arXiv:1807.06521) without pooling over channels.
-    """
-
-    floor = 0.05  # so that no patch has weight 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weigh = nn.Linear(TOKEN_WIDTH, 1)
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """[N, P]; divided by each picture's root mean square, so that contrast and exposure do not matter."""
-        size = tokens.square().mean((1, 2), keepdim=True).add(1e-6).sqrt()
-        found: Tensor = self.weigh(tokens / size).squeeze(-1)
-        return found
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        weights = self.floor + torch.sigmoid(self.logits(tokens))
-        return weights / weights.sum(-1, keepdim=True)
-
-
-def train_attention(tokens: Tensor, masks: F32, *, steps: int = 600, seed: int = 0) -> SpatialAttention:
-    """Fits the head to tokens [N, P, C] of marked pictures and their masks, by logistic regression."""
-    torch.manual_seed(seed)
-    head = SpatialAttention()
-    wanted = torch.from_numpy(masks.reshape(len(masks), -1))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.05)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - step / steps)
-        rows = torch.randint(len(tokens), (128,))
-        loss = functional.binary_cross_entropy_with_logits(head.logits(tokens[rows].float()), wanted[rows])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return head.eval()
