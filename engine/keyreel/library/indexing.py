@@ -26,12 +26,13 @@ from keyreel.library import upkeep
 from keyreel.library.files import Catalog, FileState, fingerprint, is_gone, path_of, real_name
 from keyreel.library.run import Halted
 from keyreel.library.table import Tables
-from keyreel.library.types import Added, Change, Extras, Preview, Record, Rows
+from keyreel.library.types import Added, Change, Extras, Preview, Record, Rows, Subjects
 from keyreel.render.documents import plain
 from keyreel.render.pictures import at_most, attended_area, jpeg, pictures_at
 from keyreel.render.thumbnails import sprite, tile, tile_times, webvtt
+from keyreel.search import region, region_on
 from keyreel.shots import shot_of
-from keyreel.types import Progress, Summary
+from keyreel.types import Embedding, Progress, Summary
 
 if TYPE_CHECKING:
     from keyreel.engine import Engine
@@ -54,7 +55,7 @@ class _Watched(Source):
 
 
 def contents(
-    summary: Summary, source: Source, preview_height: int, progress: Progress
+    summary: Summary, source: Source, preview_height: int, novelty: float, progress: Progress
 ) -> tuple[Rows, tuple[Preview, ...], Extras]:
     """What a library keeps of a video; one more pass decodes the pictures."""
     embedding, frames = summary.embedding, summary.keyframes
@@ -70,6 +71,7 @@ def contents(
         else:
             tiles.append(tile(picture))
     shot = shot_of(summary.shots, embedding.pts_seconds)
+    area = attended_area(summary.video, summary.config["image"])
     rows = Rows(
         pts_seconds=embedding.pts_seconds,
         frame_index=embedding.frame_index,
@@ -77,6 +79,7 @@ def contents(
         shot=shot,
         keyframe=np.isin(np.arange(len(embedding)), [frame.sample for frame in frames]),
         weight=summary.importance,
+        subjects=subjects_of(embedding, novelty, area),
     )
     sheet, boxes = sprite(tiles)
     overview = {
@@ -93,12 +96,23 @@ def contents(
             for frame in frames
         ],
         "sprite": {"step_seconds": step, "columns": sheet.width // boxes[0][2], "tile": boxes[0][2:]},
-        "attended_area": attended_area(summary.video, summary.config["image"]),
+        "attended_area": area,
         "config": summary.config,
         "warnings": summary.warnings,
     }
     extras = Extras(jpeg(sheet, JPEG_QUALITY), webvtt(boxes, step, summary.stop_seconds, SPRITE), plain(overview))
     return rows, tuple(previews), extras
+
+
+def subjects_of(embedding: Embedding, novelty: float, area: tuple[float, float, float, float]) -> Subjects | None:
+    """The subjects whose cosine to their scene's is below `novelty`, and where all subjects are on the picture,
+    of which the model sees `area`: left, top, right, bottom.
+    """
+    if embedding.subject is None:
+        return None
+    row = np.flatnonzero(np.vecdot(embedding.vectors, embedding.subject) < novelty)
+    regions = [region_on(area, region(weights, embedding.grid)) for weights in embedding.attention]
+    return Subjects(row, embedding.subject[row], np.array(regions, np.float32))
 
 
 def recorded_at(source: Source) -> float | None:
@@ -202,17 +216,20 @@ class Indexer:
             summary = self._engine.summarize(
                 source, sampling=config.sampling, encode=config.encode, select=config.select, progress=progress
             )
-            rows, previews, extras = contents(summary, source, self._preview_height, progress)
+            novelty = self._engine.bundle.subject.novelty
+            rows, previews, extras = contents(summary, source, self._preview_height, novelty, progress)
             date = recorded_at(source)
         if state is not None and FileState.of(path) != state:
             raise _changed(record.path)
+        count, subjects = rows.counts
         end = summary.stop_seconds
         if config.sampling.stop_seconds is not None:
             end = summary.video.duration_seconds or end
         record = dataclasses.replace(
             record,
             generation=uuid.uuid4().hex,
-            frames=len(rows),
+            frames=count,
+            subjects=subjects,
             date=record.date if date is None else date,
             duration_seconds=end,
             probe={**dataclasses.asdict(summary.video), "path": record.path},
@@ -229,9 +246,11 @@ class Indexer:
         except LibraryError:
             return None
         rows = found.get(twin.generation)
-        if rows is None or extras is None or (len(rows), len(previews)) != (twin.frames, int(rows.keyframe.sum())):
+        if rows is None or extras is None or rows.counts != (twin.frames, twin.subjects):
             return None
-        same = {name: getattr(twin, name) for name in ("frames", "duration_seconds", "grid", "shots")}
+        if len(previews) != rows.keyframe.sum():
+            return None
+        same = {name: getattr(twin, name) for name in ("frames", "subjects", "duration_seconds", "grid", "shots")}
         record = dataclasses.replace(
             record,
             generation=uuid.uuid4().hex,

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyreel.config import IndexConfig, LibraryConfig
-from keyreel.errors import Damaged, LibraryError
+from keyreel.errors import Damaged, LibraryError, ModelNotFound
 from keyreel.library import upkeep
+from keyreel.library.errors import Outdated
 from keyreel.library.files import Catalog, is_gone, name_of, real_name
 from keyreel.library.indexing import Indexer
 from keyreel.library.run import IndexRun
-from keyreel.library.search import SearchIndex, fits
-from keyreel.library.table import Outdated, Tables
+from keyreel.library.search import PLAIN, SearchIndex, fits
+from keyreel.library.table import Tables
 from keyreel.library.types import (
     Added,
     Example,
@@ -33,6 +34,7 @@ from keyreel.library.types import (
     Record,
     VideoHit,
 )
+from keyreel.runtime.bundle import Bundle, SubjectScale
 from keyreel.types import F32, Progress
 
 if TYPE_CHECKING:
@@ -212,9 +214,13 @@ class Library:
     def search(self, query: Query, *, k: int = 10, where: Filter | None = None) -> builtins.list[LibraryHit]:
         """The k best moments of all videos, best first; near-duplicates of other videos are folded into one.
 
+        A frame's score is that of the better of its two vectors. For a text, the cosine with the subject is first
+        brought to the scale of that with the scene, as the model says (`Bundle.subject`). That is fitted on texts; all
+        other queries are compared by plain cosines.
+
         Args:
-            query: a text; a picture as a `Path` or as [H, W, 3] uint8; a frame of the library as an `Example`; a
-                vector [D] of the model's space.
+            query: a text; a picture as a `Path` or as [H, W, 3] uint8; a frame of the library as an `Example`, which
+                stands for its scene; a vector [D] of the model's space.
             where: which videos and times to search.
 
         Raises:
@@ -229,7 +235,8 @@ class Library:
         if not len(queries):
             return []
         vectors, own = self._vectors(queries)
-        return self._search().hits(vectors, k, self._where(where), own)
+        scales = [self._scale(query) for query in queries]
+        return self._search().hits(vectors, k, self._where(where), own, scales)
 
     def search_videos(
         self, query: Query, *, k: int = 10, moments: int = 3, where: Filter | None = None
@@ -241,7 +248,7 @@ class Library:
             moments: of each video, at most.
         """
         vectors, own = self._vectors([query])
-        return self._search().videos(vectors[0], k, moments, self._where(where), own[0])
+        return self._search().videos(vectors[0], k, moments, self._where(where), own[0], self._scale(query))
 
     def match_threshold(self, where: Filter | None = None) -> float | None:
         """If a text's best score is lower, nothing matches it well; see `Bundle.match_threshold`.
@@ -327,28 +334,29 @@ class Library:
     def compact(self, *, alone: bool = False) -> int:
         """Merges small files and deletes what is no longer needed; returns the bytes given back.
 
-        With more frames than `config.exact_rows` it also builds the vector index, once; that takes minutes.
+        With more vectors than `config.exact_rows` it also builds the vector index, once; that takes minutes.
 
         Args:
             alone: nobody else reads or writes: what others might be about to commit is deleted, too.
         """
         given = upkeep.compact(self._tables, alone=alone)
-        if sum(record.frames for record in self._tables.records()) > self.config.exact_rows:
+        if sum(record.rows for record in self._tables.records()) > self.config.exact_rows:
             self._search().build()
         return given
 
     def upgrade(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
-        """Converts a library that an older keyreel made and keeps all that it holds; see `upkeep.upgrade`.
+        """Converts a library that an older keyreel or an earlier model made, and decodes nothing.
 
-        Nobody else may use the library meanwhile. If it is interrupted, the next call goes on.
+        It keeps what the library holds, but no subjects: they come once a video is indexed again, with `force`. Nobody
+        else may use the library meanwhile. If it is interrupted, the next call does the rest.
 
         Args:
-            progress: called with the number of videos that are done, and of all.
+            progress: called with the number of videos that are done, and of all, also from another thread.
 
         Returns:
-            The number of videos converted; 0 if the library has the current format.
+            The number of videos, all of them without subjects now; 0 if the library was up to date.
         """
-        return upkeep.upgrade(self._tables, progress)
+        return upkeep.upgrade(self._tables, self._bundle(), progress)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -358,7 +366,20 @@ class Library:
         return self.engine
 
     def _check_model(self, engine: Engine) -> None:
-        self._tables.check_model(engine.bundle.name, engine.bundle.sha256, engine.bundle.embedding_width)
+        bundle = engine.bundle
+        self._tables.check_model(bundle.name, bundle.sha256, bundle.embedding_width, same_scene=bundle.same_scene)
+
+    def _bundle(self) -> Bundle | None:
+        """The engine's; without one, the model of the library's name if this machine has it."""
+        if self.engine is not None:
+            return self.engine.bundle
+        try:
+            return Bundle.find(upkeep.model_name(self._tables))
+        except ModelNotFound:
+            return None
+
+    def _scale(self, query: Query) -> SubjectScale:
+        return self.engine.bundle.subject if isinstance(query, str) and self.engine is not None else PLAIN
 
     def _indexer(self, config: IndexConfig, run: IndexRun) -> Indexer:
         engine = self._engine_for("adding videos")

@@ -12,9 +12,10 @@ import numpy as np
 
 from keyreel.library.types import Example, Filter, LibraryHit, Record, VideoHit
 from keyreel.library.vectors import Matrix, Snapshot, Spans
-from keyreel.search import moments
+from keyreel.runtime.bundle import SubjectScale
+from keyreel.search import FrameScores, moments
 from keyreel.shots import shot_of
-from keyreel.types import F32, F64, I64, SearchHit, Shot
+from keyreel.types import F32, F64, I64, AnsweredBy, Region, SearchHit, Shot
 from keyreel_kernels.arrays import Arrays, usable_cores
 
 TEMPERATURE = 0.02  # of the softmax over a video's frames that gives its score
@@ -57,6 +58,9 @@ def pooled(scores: F32, edges: I64) -> F64:
 class Ranking:
     """Scores of queries against all frames of some videos, and the best moments and videos by them.
 
+    The score of a frame is that of the better of its two vectors: max(<q, scene>, slope <q, subject> + offset), or
+    <q, scene> where it has no subject of its own.
+
     `_best` [Q, V] float32 and `_pooled` [Q, V] float64 are those of `_scores` and `_video_score` to within `_slack` and
     `_pooled_slack`: a product of several queries adds up in another order than that of one. What is shown is computed
     again for each query alone, so that it does not depend on the others.
@@ -64,6 +68,7 @@ class Ranking:
     Args:
         spans: the rows to search; none is empty.
         queries: [Q, D] float32, unit length.
+        scales: of each query; `novelty` plays no part.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Ranking:
         snapshot: Snapshot,
         spans: Spans,
         queries: F32,
+        scales: Sequence[SubjectScale],
         where: Filter,
         fold_similarity: float,
         arrays: Arrays,
@@ -82,10 +88,15 @@ class Ranking:
         self._matrix: Matrix = snapshot.matrix
         self._alike, self._arrays, self._with_pooled = fold_similarity - _ROUNDING, arrays, with_pooled
         self._on_host = arrays.xp is np
-        # |fl(<q, x>) - <q, x>| <= D u |q| |x| for any order of the sum (Higham 2002, section 3.1), u = 2^-24.
-        self._slack = 2.1 * queries.shape[1] * 2.0**-24
-        # The derivatives of a pooled score add up to no more than 1 + |s - pooled| / temperature.
-        self._pooled_slack = self._slack * (1 + 2 / TEMPERATURE)
+        slope, offset = np.array([(scale.slope, scale.offset) for scale in scales], np.float64).reshape(-1, 2).T
+        self._slope, self._offset = slope.astype(np.float32), offset.astype(np.float32)
+        # |fl(<q, x>) - <q, x>| <= D u |q| |x| for any order of the sum (Higham 2002, section 3.1), u = 2^-24. That of a
+        # subject is multiplied by the slope and rounded twice more. A maximum moves no further than its arguments.
+        width = queries.shape[1]
+        self._slack = 2.1 * (width * np.maximum(1, slope) + 2 * slope + np.abs(offset)) * 2.0**-24
+        # The derivatives of a pooled score add up to no more than 1 + |s - pooled| / temperature; scores lie between -1
+        # and the larger of 1 and slope + offset.
+        self._pooled_slack = self._slack * (1 + (1 + np.maximum(1, slope + offset)) / TEMPERATURE)
         parts = self._parts()
         if self._on_host and len(parts) >= THREADED_PARTS:
             with ThreadPoolExecutor(min(usable_cores(), len(parts) // 2)) as pool:
@@ -114,7 +125,7 @@ class Ranking:
         scores = self._pooled[query]
         if own is not None and (left_out := self._snapshot.names.get(own.video)) is not None:
             scores = np.where(self._spans.video == left_out, -np.inf, scores)
-        likely = _largest(scores, min(k, int(np.isfinite(scores).sum())), self._pooled_slack)
+        likely = _largest(scores, min(k, int(np.isfinite(scores).sum())), float(self._pooled_slack[query]))
         scored = [(-self._video_score(query, span), int(self._spans.video[span]), span) for span in likely]
         found = []
         for negative, number, span in sorted(scored)[:k]:
@@ -125,14 +136,23 @@ class Ranking:
 
     # --- scores ---------------------------------------------------------------------------------------------------
 
-    def _scores(self, query: int, span: int) -> F32:
-        """[T] float32: scores of the frames of a span."""
-        rows = self._matrix.vectors[int(self._spans.low[span]) : int(self._spans.high[span])]
-        scores: F32 = self._product(rows, self._queries[query : query + 1])[0]
-        return scores
+    def _scores(self, query: int, span: int) -> FrameScores:
+        """Scores of the frames of a span."""
+        spans = self._spans
+        low, high, first, last = (int(edge[span]) for edge in (spans.low, spans.high, spans.first, spans.last))
+        one, rows = self._queries[query : query + 1], self._matrix.vectors
+        scenes: F32 = self._product(rows[low:high], one)[0]
+        if first == last:
+            return FrameScores(scenes, np.zeros(len(scenes), np.bool_))
+        frames = np.arange(first, last) - self._matrix.back[first:last] - low
+        others = self._slope[query] * self._product(rows[first:last], one)[0] + self._offset[query]
+        best, better = scenes.copy(), np.zeros(len(scenes), np.bool_)
+        best[frames] = np.maximum(scenes[frames], others)
+        better[frames] = others > scenes[frames]
+        return FrameScores(best, better)
 
     def _video_score(self, query: int, span: int) -> float:
-        return float(pooled(self._scores(query, span)[None], np.zeros(1, np.int64))[0, 0])
+        return float(pooled(self._scores(query, span).best[None], np.zeros(1, np.int64))[0, 0])
 
     def _parts(self) -> list[tuple[int, int]]:
         """Spans [first, last) that lie close together, about a block of rows each."""
@@ -140,13 +160,21 @@ class Ranking:
         if not len(spans):
             return []
         block = BLOCK_ROWS if self._on_host else DEVICE_ROWS
-        new = (spans.low[1:] - spans.high[:-1] > GAP_ROWS) | (np.diff(spans.low // block) != 0)
+        new = (spans.low[1:] - spans.last[:-1] > GAP_ROWS) | (np.diff(spans.low // block) != 0)
         return list(itertools.pairwise([0, *(np.flatnonzero(new) + 1).tolist(), len(spans)]))
 
     def _part(self, part: tuple[int, int]) -> tuple[F32, F64]:
         own = self._spans[slice(*part)]
-        start, stop = int(own.low[0]), int(own.high[-1])
+        start, stop = int(own.low[0]), int(own.last[-1])
         scores = self._product(self._matrix.vectors[start:stop], self._queries)
+        back = self._matrix.back[start:stop]
+        rows = np.flatnonzero(back)
+        frames = rows - back[rows]
+        rows, frames = rows[frames >= 0], frames[frames >= 0]  # of others the scene lies before the times asked for
+        if len(rows):
+            others = self._slope[:, None] * scores[:, rows] + self._offset[:, None]
+            scores[:, frames] = np.maximum(scores[:, frames], others)
+        scores = scores[:, : int(own.high[-1]) - start]
         edges = np.stack([own.low, own.high], axis=1).ravel()[:-1] - start
         best = np.maximum.reduceat(scores, edges, axis=1)[:, ::2]
         return best, pooled(scores, edges) if self._with_pooled else np.empty((len(scores), 0))
@@ -177,12 +205,14 @@ class Ranking:
         Their scores are at least the k-th video's best frame, so that a video needs no more moments than it has frames
         like that.
         """
-        likely = _largest(self._best[query], k, self._slack)
-        exact = sorted((-float(self._scores(query, span).max()), int(self._spans.video[span]), span) for span in likely)
+        likely = _largest(self._best[query], k, float(self._slack[query]))
+        exact = sorted(
+            (-float(self._scores(query, span).best.max()), int(self._spans.video[span]), span) for span in likely
+        )
         floor = -exact[k - 1][0] if len(exact) >= k else -np.inf
         found = []
         for _, _, span in exact[:k]:
-            count = int((self._scores(query, span) >= floor).sum())
+            count = int((self._scores(query, span).best >= floor).sum())
             found += self._moments(query, span, min(k, count))
         found.sort(key=lambda moment: (-moment.hit.score, moment.hit.video, moment.hit.start_seconds))
         return found[:k]
@@ -193,9 +223,18 @@ class Ranking:
         shots = tuple(Shot(*edges) for edges in record.shots)
         ends = [*(shot.stop_seconds for shot in shots[-1:]), record.duration_seconds, float(pts[-1])]
         stop = next(end for end in ends if end is not None)
-        hits = moments(self._scores(query, span), pts, shots, video=record.path, stop_seconds=stop, k=k)
-        rows = low + np.searchsorted(pts, [hit.pts_seconds for hit in hits])
-        return [Moment(self._clipped(hit), span, row) for hit, row in zip(hits, rows.tolist(), strict=True)]
+        scores = self._scores(query, span)
+        hits = moments(scores.best, pts, shots, video=record.path, stop_seconds=stop, k=k)
+        rows = np.searchsorted(pts, [hit.pts_seconds for hit in hits])
+        answered: list[AnsweredBy] = ["subject" if scores.by_subject[row] else "scene" for row in rows]
+        return [
+            Moment(replace(self._clipped(hit), answered_by=by, region=self._region(low + row)), span, low + row)
+            for hit, row, by in zip(hits, rows.tolist(), answered, strict=True)
+        ]
+
+    def _region(self, row: int) -> Region | None:
+        x, y, width, height = self._matrix.region[row].astype(float).tolist()
+        return None if np.isnan(x) else (x, y, width, height)
 
     def _clipped(self, hit: SearchHit) -> SearchHit:
         """A shot may reach beyond the times that were asked for."""

@@ -1,9 +1,11 @@
 """The columns of a library's tables, and the conversion between their rows and the values of `types`.
 
-`vectors` has a row for each sampled frame and kind of vector. The row of a key-frame also holds its picture, and the
-first row of a video its sprite. Pictures lie in the table, not beside it, so that they are written atomically, work on
-object storage, and `compact` gives their space back. `records` has a row for each video; `id` is its primary key. Each
-row holds a checksum of itself, since the file format has none.
+`vectors` has a row for each vector: the scene of each sampled frame, and the subject of those where it differs. A
+scene's row holds all about its frame: where the subject is, of a key-frame also its picture, and the first one of a
+video its sprite. A subject's row holds the vector and what it is found by, the other columns are null. Pictures lie in
+the table, not beside it, so that they are written atomically, work on object storage, and `compact` gives their space
+back. `records` has a row for each video; `id` is its primary key. Each row holds a checksum of itself, since the file
+format has none.
 """
 
 from __future__ import annotations
@@ -18,16 +20,18 @@ from typing import Any
 import numpy as np
 
 from keyreel.errors import LibraryError, import_extra
-from keyreel.library.types import Extras, Preview, Record, Rows
-from keyreel.types import I64
+from keyreel.library.types import Extras, Preview, Record, Rows, Subjects
+from keyreel.types import F32, I64
 
-FORMAT = 2
+FORMAT = 3
 VECTORS, RECORDS = "vectors", "records"
 TABLES = (VECTORS, RECORDS)  # in the order in which they are made and written: `records` is the commit
-SCENE = "scene"  # the kind of a vector that stands for its whole frame
-NUMBERS = ("generation", "pts_seconds", "frame_index", "vector", "shot", "keyframe", "weight")
+FORMAT_1 = ("frames", "videos")  # what they were called in format 1
+SCENE, SUBJECT = "scene", "subject"  # kinds of vectors
+NUMBERS = ("generation", "row", "kind", "pts_seconds", "frame_index", "vector", "shot", "keyframe", "weight", "region")
 PREVIEW = ("pts_seconds", "preview", "attention")
 EXTRAS = ("sprite", "vtt", "overview")
+_MODEL = ("model", "model_sha256", "width")  # in the metadata
 # With a primary key, LanceDB lets one of two concurrent inserts of the same id retry as an update. Without, both stay.
 _KEY = {"lance-schema:unenforced-primary-key": "true"}
 
@@ -55,6 +59,7 @@ def schemas(model: str, model_sha256: str, width: int) -> dict[str, Any]:
             "weight": pa.float32(),
             "preview": pa.binary(),
             "attention": pa.list_(pa.float16()),
+            "region": pa.list_(pa.float16()),
             "sprite": pa.binary(),
             "vtt": text,
             "overview": text,
@@ -69,6 +74,7 @@ def schemas(model: str, model_sha256: str, width: int) -> dict[str, Any]:
             "fingerprint": text,
             "generation": text,
             "frames": int64,
+            "subjects": int64,
             "status": text,
             "error": text,
             "hint": text,
@@ -92,24 +98,30 @@ def schemas(model: str, model_sha256: str, width: int) -> dict[str, Any]:
     return made
 
 
-def model_of(schema: Any) -> tuple[str, str, int]:
-    """Name, sha256 and D from a table's metadata; LibraryError if another program or a newer keyreel made it."""
-    about = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-    if "keyreel.format" not in about:
+def format_of(schema: Any) -> int:
+    """The format from a table's metadata; LibraryError if another program or a newer keyreel made it."""
+    about = schema.metadata or {}
+    if b"keyreel.format" not in about:
         raise LibraryError("these tables were not made by keyreel", hint="give another folder for the library")
-    if int(about["keyreel.format"]) > FORMAT:
-        raise LibraryError(
-            f"the library has format {about['keyreel.format']}, this keyreel knows {FORMAT}", hint="update keyreel"
-        )
-    return about["keyreel.model"], about["keyreel.model_sha256"], int(about["keyreel.width"])
+    number = int(about[b"keyreel.format"])
+    if number > FORMAT:
+        raise LibraryError(f"the library has format {number}, this keyreel knows {FORMAT}", hint="update keyreel")
+    return number
+
+
+def model_of(schema: Any) -> tuple[str, str, int]:
+    """Name, sha256 and D from a table's metadata; LibraryError as for `format_of`."""
+    format_of(schema)
+    name, sha256, width = (schema.metadata[f"keyreel.{key}".encode()].decode() for key in _MODEL)
+    return name, sha256, int(width)
 
 
 def vector_rows(
     schema: Any, record: Record, rows: Rows, previews: Sequence[Preview] = (), extras: Extras | None = None
 ) -> Any:
-    """The scene vectors of one video as a pyarrow table."""
+    """The vectors of one video as a pyarrow table, the scenes' first."""
     pa = arrow()
-    count, width = rows.vectors.shape
+    count = len(rows)
     shown = {preview.pts_seconds: preview for preview in previews}
     pictures = [shown.get(pts) for pts in rows.pts_seconds.tolist()]
     attention = [None if one is None else one.attention.astype(np.float16) for one in pictures]
@@ -121,16 +133,30 @@ def vector_rows(
         "kind": [SCENE] * count,
         "pts_seconds": rows.pts_seconds,
         "frame_index": rows.frame_index,
-        "vector": pa.FixedSizeListArray.from_arrays(pa.array(rows.vectors.astype(np.float16).ravel()), width),
+        "vector": halves(rows.vectors),
         "shot": rows.shot.astype(np.int32),
         "keyframe": rows.keyframe,
         "weight": rows.weight,
         "preview": [one and one.jpeg for one in pictures],
         "attention": pa.array(attention, pa.list_(pa.float16())),
+        "region": None if rows.subjects is None else list(rows.subjects.region.astype(np.float16)),
         "written": np.full(count, time.time_ns()),
     }
     columns |= {name: [value, *[None] * (count - 1)] for name, value in zip(EXTRAS, first, strict=True)}
-    return checked(schema, columns)
+    scenes = checked(schema, columns)
+    if not rows.subjects:
+        return scenes
+    own, count = rows.subjects, len(rows.subjects)
+    columns = {
+        "video": [record.id] * count,
+        "generation": [record.generation] * count,
+        "row": own.row.astype(np.int32),
+        "kind": [SUBJECT] * count,
+        "pts_seconds": rows.pts_seconds[own.row],
+        "vector": halves(own.vectors),
+        "written": np.full(count, time.time_ns()),
+    }
+    return pa.concat_tables([scenes, checked(schema, columns)])
 
 
 def record_rows(schema: Any, records: Sequence[Record]) -> Any:
@@ -153,13 +179,35 @@ def record_of(row: Mapping[str, Any]) -> Record:
 
 def rows_of(table: Any) -> Rows:
     """The rows of one generation (columns `NUMBERS`) in order of time."""
-    order = np.argsort(table["pts_seconds"].to_numpy(), kind="stable")
-    columns = {name: table[name].to_numpy()[order] for name in NUMBERS if name not in ("generation", "vector")}
+    kind = table["kind"].to_numpy()
+    scenes, others = (table.filter(arrow().array(kind == name)) for name in (SCENE, SUBJECT))
+    order = np.argsort(scenes["pts_seconds"].to_numpy(), kind="stable")
+    plain = ("pts_seconds", "frame_index", "shot", "keyframe", "weight")
+    columns = {name: scenes[name].to_numpy()[order] for name in plain}
+    subjects, regions = None, scenes["region"].combine_chunks()
+    if len(regions) and not regions.null_count:
+        row = others["row"].to_numpy().astype(np.int64)
+        rising = np.argsort(row)
+        region = regions.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, 4)[order]
+        subjects = Subjects(row[rising], units(others)[rising], region)
+    columns |= {"shot": columns["shot"].astype(np.int64), "vectors": units(scenes)[order]}
+    return Rows(**columns, subjects=subjects)
+
+
+def units(table: Any) -> F32:
+    """[n, D] float32: the column `vector`, of unit length again after 16 bits."""
     stored = table["vector"].combine_chunks()
-    vectors = stored.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, stored.type.list_size)
+    vectors: F32 = stored.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    vectors = vectors.reshape(-1, stored.type.list_size)
     norms = np.sqrt(np.vecdot(vectors, vectors))[:, None]
-    vectors = np.divide(vectors, norms, out=vectors, where=norms > 0)  # unit length again, after 16 bits
-    return Rows(**columns | {"shot": columns["shot"].astype(np.int64), "vectors": vectors[order]})
+    np.divide(vectors, norms, out=vectors, where=norms > 0)
+    return vectors
+
+
+def halves(vectors: F32) -> Any:
+    """[n, D] float32 as a pyarrow array of lists in 16 bits."""
+    pa = arrow()
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).ravel()), vectors.shape[1])
 
 
 def preview_of(row: Mapping[str, Any]) -> Preview:
@@ -169,10 +217,16 @@ def preview_of(row: Mapping[str, Any]) -> Preview:
 
 
 def checked(schema: Any, columns: Mapping[str, Any]) -> Any:
-    """These columns as a pyarrow table, with the checksum of each row."""
+    """These columns as a pyarrow table, with the checksum of each row; a column that is missing or None is null."""
     pa = arrow()
+    count = len(next(iter(columns.values())))
     names = [field for field in schema if field.name != "check"]
-    table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in names})
+
+    def filled(field: Any) -> Any:
+        values = columns.get(field.name)
+        return pa.nulls(count, field.type) if values is None else pa.array(values, field.type)
+
+    table = pa.table({field.name: filled(field) for field in names})
     return table.append_column("check", pa.array(checks(table))).cast(schema)
 
 

@@ -1,18 +1,20 @@
 """Searching a library: the best moments of all videos, and the best videos.
 
-Up to `LibraryConfig.exact_rows` frames the answer is that of a look at every frame, from memory. Beyond, nothing is
+Up to `LibraryConfig.exact_rows` vectors the answer is that of a look at every frame, from memory. Beyond, nothing is
 held: an index over the stored vectors names candidates. It is LanceDB's IVF_RQ (RabitQ, one bit a dimension): on
 100,000 vectors of 512 numbers it took 24 CPU-seconds to build and 7 MB, with a recall@10 of 1.0 in 11 ms a search (0.98
 on 300,000). IVF_FLAT, IVF_SQ, IVF_PQ and IVF_HNSW_SQ took longer to build, and the first, second and last of them were
 ten times as large with a recall of 0.96 to 0.99. Rows that the index does not know yet are compared one by one. The
 candidates' videos are read and scored frame by frame with the stored vectors, so that scores, moments and their order
-are exact, and only a video may be missed.
+are exact, and only a video may be missed. Scenes and subjects are asked for apart: their cosines have different scales.
+If a scene makes a video one of the k best, fewer than k videos have a better scene, whatever their subjects are; the
+same holds for subjects. So the best of either kind are all that is needed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from fnmatch import translate
@@ -23,12 +25,14 @@ import numpy as np
 
 from keyreel.config import LibraryConfig
 from keyreel.errors import Damaged, LibraryError, import_extra
+from keyreel.library.errors import lance_errors
 from keyreel.library.ranking import Ranking
-from keyreel.library.schema import SCENE, VECTORS, quoted
-from keyreel.library.table import Tables, lance_errors
+from keyreel.library.schema import SCENE, SUBJECT, VECTORS, quoted
+from keyreel.library.table import Tables
 from keyreel.library.types import BOOL, Example, Filter, LibraryHit, Record, VideoHit
 from keyreel.library.vectors import ATTEMPTS, Snapshot, Spans, Vectors, vector_at
 from keyreel.runtime.backend import Backend
+from keyreel.runtime.bundle import SubjectScale
 from keyreel.types import F32, I64
 from keyreel_kernels.arrays import Arrays, HostArrays
 
@@ -38,6 +42,7 @@ FRAMES_A_VIDEO = 16
 FEW_ROWS = 65_536
 # Up to so many videos, a filter names them to the table; of more, what does not fit is dropped afterwards.
 FEW_VIDEOS = 1000
+PLAIN = SubjectScale()  # cosines as they are
 # Rows in one part of the index, rounds of its clustering, and parts that are looked at: at least so many, and a
 # fraction of all, or recall would fall as libraries grow.
 ROWS_A_PART, ROUNDS = 1000, 20
@@ -62,7 +67,12 @@ class SearchIndex:
         self._last: tuple[tuple[int, str], BOOL] | None = None  # a filter, and whom it lets through
 
     def hits(
-        self, queries: F32, k: int, where: Filter | None = None, own: Sequence[Example | None] = ()
+        self,
+        queries: F32,
+        k: int,
+        where: Filter | None = None,
+        own: Sequence[Example | None] = (),
+        scales: Sequence[SubjectScale] = (),
     ) -> list[list[LibraryHit]]:
         """The k best moments for each query, best first; ties in the order of paths and times.
 
@@ -74,24 +84,33 @@ class SearchIndex:
             k: at least 1; there may be fewer moments.
             own: the examples that the queries are the vectors of, None for others. The moment in which an example
                 lies is no answer to it.
+            scales: what makes cosines with subjects comparable with those with scenes, for each query; by default they
+                are as they are.
         """
         given, where, own = self._checked(queries, k), where or Filter(), own or [None] * len(queries)
+        scales = scales or [PLAIN] * len(given)
         with self._running():
             snapshot = self._vectors.snapshot()
             if snapshot.matrix is not None:
-                ranking = self._ranking(snapshot, self._chosen(snapshot, where), given, where)
+                ranking = self._ranking(snapshot, self._chosen(snapshot, where), given, where, scales)
                 return [ranking.hits(n, k, own[n]) for n in range(len(given))]
-            return [self._near_hits(query[None], k, where, own[n]) for n, query in enumerate(given)]
+            return [self._near_hits(query[None], k, where, own[n], scales[n]) for n, query in enumerate(given)]
 
     def videos(
-        self, query: F32, k: int, moments: int = 3, where: Filter | None = None, own: Example | None = None
+        self,
+        query: F32,
+        k: int,
+        moments: int = 3,
+        where: Filter | None = None,
+        own: Example | None = None,
+        scale: SubjectScale = PLAIN,
     ) -> list[VideoHit]:
         """The k best videos, best first, each with its best moments; ties in the order of paths.
 
         Args:
             query: [D] float32.
             moments: of each video, at most.
-            k, where, own: as for `hits`; an example's own video is no answer to it.
+            k, where, own, scale: as for `hits`; an example's own video is no answer to it.
         """
         given, where = self._checked(query[None], min(k, moments)), where or Filter()
         with self._running():
@@ -101,10 +120,11 @@ class SearchIndex:
             else:
                 snapshot, _ = self._near(given[0], where, 4 * k + 1)
                 chosen = np.ones(len(snapshot.records), np.bool_)
-            return self._ranking(snapshot, chosen, given, where, with_pooled=True).videos(0, k, moments, own)
+            ranking = self._ranking(snapshot, chosen, given, where, [scale], with_pooled=True)
+            return ranking.videos(0, k, moments, own)
 
     def vector(self, example: Example) -> F32:
-        """[D] float32: the vector of the frame shown at that time, the last one before or at it."""
+        """[D] float32: the scene's vector of the frame shown at that time, the last one before or at it."""
         with self._running():
             snapshot = self._vectors.snapshot()
             number = _number(snapshot, example.video)
@@ -166,22 +186,31 @@ class SearchIndex:
         return last[1]
 
     def _ranking(
-        self, snapshot: Snapshot, chosen: BOOL, queries: F32, where: Filter, *, with_pooled: bool = False
+        self,
+        snapshot: Snapshot,
+        chosen: BOOL,
+        queries: F32,
+        where: Filter,
+        scales: Sequence[SubjectScale],
+        *,
+        with_pooled: bool = False,
     ) -> Ranking:
         spans = snapshot.spans
         spans = spans if chosen.all() else spans[chosen[spans.video]]
         spans = _in_time(spans, snapshot, where)
         fold = self._config.fold_similarity
-        return Ranking(snapshot, spans, queries, where, fold, self._arrays, with_pooled=with_pooled)
+        return Ranking(snapshot, spans, queries, scales, where, fold, self._arrays, with_pooled=with_pooled)
 
     # --- beyond memory --------------------------------------------------------------------------------------------
 
-    def _near_hits(self, query: F32, k: int, where: Filter, own: Example | None) -> list[LibraryHit]:
+    def _near_hits(
+        self, query: F32, k: int, where: Filter, own: Example | None, scale: SubjectScale
+    ) -> list[LibraryHit]:
         wanted = 2 * k + 1
         while True:
             near, whole = self._near(query[0], where, wanted)
             every = np.ones(len(near.records), np.bool_)
-            hits = self._ranking(near, every, query, where).hits(0, k, own)
+            hits = self._ranking(near, every, query, where, [scale]).hits(0, k, own)
             if len(hits) == k or whole:
                 return hits
             wanted *= 4
@@ -200,18 +229,35 @@ class SearchIndex:
 
     def _candidates(self, snapshot: Snapshot, chosen: BOOL, query: F32, where: Filter, wanted: int) -> tuple[I64, bool]:
         numbers = np.flatnonzero(chosen)
-        frames = np.array([record.frames for record in snapshot.records], np.int64)
-        if len(numbers) <= wanted or frames[numbers].sum() <= min(self._config.exact_rows, FEW_ROWS):
+        rows = np.array([record.rows for record in snapshot.records], np.int64)
+        if len(numbers) <= wanted or rows[numbers].sum() <= min(self._config.exact_rows, FEW_ROWS):
             return numbers, True
         known = {snapshot.records[number].generation: number for number in numbers.tolist()}
-        conditions = [f"kind = '{SCENE}'"]
-        if len(known) <= FEW_VIDEOS and len(known) < len(frames):
+        conditions = []
+        if len(known) <= FEW_VIDEOS and len(known) < len(rows):
             conditions.append(f"generation IN ({quoted(known)})")
         if where.start_seconds is not None:
             conditions.append(f"pts_seconds >= {float(where.start_seconds)!r}")
         if where.stop_seconds is not None:
             conditions.append(f"pts_seconds < {float(where.stop_seconds)!r}")
-        probes = max(PROBES, int(PROBES_FRACTION * frames.sum() / ROWS_A_PART))
+        probes = max(PROBES, int(PROBES_FRACTION * rows.sum() / ROWS_A_PART))
+        kinds = [SCENE, SUBJECT] if any(snapshot.records[number].subjects for number in numbers.tolist()) else [SCENE]
+        found: dict[int, None] = {}
+        whole = True
+        for kind in kinds:
+            some, all_of_kind = self._nearest(query, [f"kind = '{kind}'", *conditions], known, wanted, probes)
+            found |= dict.fromkeys(some)
+            whole &= all_of_kind
+        return np.array(list(found), np.int64), whole
+
+    def _nearest(
+        self, query: F32, conditions: Sequence[str], known: Mapping[str, int], wanted: int, probes: int
+    ) -> tuple[list[int], bool]:
+        """The numbers of at least so many videos with the rows nearest to a query, and whether there are no others.
+
+        Args:
+            known: generation -> number of the videos that count.
+        """
         limit = wanted * FRAMES_A_VIDEO
         while True:
             search = self._tables.table(VECTORS).search(query, vector_column_name="vector").distance_type("l2")
@@ -222,7 +268,7 @@ class SearchIndex:
                 names = search.to_arrow()["generation"].to_pylist()
             found = list(dict.fromkeys(known[name] for name in names if name in known))
             if len(found) >= wanted or len(names) < limit:
-                return np.array(found, np.int64), len(names) < limit
+                return found, len(names) < limit
             limit *= 4
 
 
@@ -257,13 +303,22 @@ def _in_time(spans: Spans, snapshot: Snapshot, where: Filter) -> Spans:
     if where.start_seconds is None and where.stop_seconds is None:
         return spans
     assert snapshot.matrix is not None
-    low, high = spans.low.copy(), spans.high.copy()
-    used = int(spans.high.max(initial=0))
-    for edge, time in ((low, where.start_seconds), (high, where.stop_seconds)):
-        if time is not None:  # times rise within a video: so many of its rows lie before
-            before = np.concatenate([[0], np.cumsum(snapshot.matrix.pts_seconds[:used] < time)])
-            edge[:] = spans.low + before[spans.high] - before[spans.low]
-    return Spans(spans.video, low, high)[low < high]
+    low, high, first, last = spans.low, spans.high, spans.first, spans.last
+    used = int(last.max(initial=0))
+
+    def edges(time: float) -> tuple[I64, I64]:
+        """Where it lies among the scenes and the subjects of each video; times rise within both."""
+        before = np.concatenate([[0], np.cumsum(pts_seconds[:used] < time)])
+        return spans.low + before[spans.high] - before[spans.low], spans.first + before[spans.last] - before[
+            spans.first
+        ]
+
+    pts_seconds = snapshot.matrix.pts_seconds
+    if where.start_seconds is not None:
+        low, first = edges(where.start_seconds)
+    if where.stop_seconds is not None:
+        high, last = edges(where.stop_seconds)
+    return Spans(spans.video, low, high, first, last)[low < high]
 
 
 def _number(snapshot: Snapshot, name: str) -> int:

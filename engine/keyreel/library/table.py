@@ -12,8 +12,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +20,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from keyreel.errors import Damaged, KeyreelError, LibraryError, ModelMismatch, import_extra
+from keyreel.errors import Damaged, LibraryError, ModelMismatch, import_extra
 from keyreel.library import schema
+from keyreel.library.errors import MAKE, Absent, Conflict, Full, Outdated, Vanished, lance_errors
 from keyreel.library.schema import RECORDS, VECTORS, quoted
 from keyreel.library.types import Extras, Preview, Record, Rows
 from keyreel.types import I64
@@ -31,61 +31,6 @@ T = TypeVar("T")
 CHUNK = 128  # generations or ids named in one condition; for more, everything is read
 _ATTEMPTS = 10
 _SPARE_BYTES = 1 << 20  # left free on the disk for manifests and deletions
-
-_FULL_DISK = ("no space left", "file too large", "quota", "os error 27", "os error 28")
-_CONFLICTS = ("conflict", "concurrent", "preempted", "please retry")
-_DENIED = ("permission denied", "read-only", "operation not permitted", "accessdenied", "forbidden")
-_UNREACHABLE = ("failed to connect", "retryerror", "error sending request", "not a directory")
-_MAKE = "`keyreel index` or `Library.add` makes one"
-
-
-class Absent(LibraryError):
-    """There is no library."""
-
-
-class Outdated(LibraryError):
-    """The library has an older format."""
-
-
-class Conflict(LibraryError):
-    """Other writers committed first, more often than was tried again."""
-
-
-class Vanished(Damaged):
-    """A file is missing: lost, or deleted by a compaction after the table was opened."""
-
-
-class Full(LibraryError):
-    """There is no room to write."""
-
-
-@contextmanager
-def lance_errors(uri: str) -> Iterator[None]:
-    """Translates LanceDB's errors. They share one type, so the message decides."""
-    try:
-        yield
-    except (KeyreelError, ImportError):
-        raise
-    except Exception as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0].split(", /")[0]
-        small = text.lower()
-
-        def has(words: Sequence[str]) -> bool:
-            return any(word in small for word in words)
-
-        if "was not found" in small:
-            raise Absent(f"there is no library at {uri}", hint=_MAKE) from error
-        if has(_FULL_DISK):
-            hint = "make room on the disk; what was committed is safe"
-            raise Full(f"the library {uri} cannot be written: {text}", hint=hint) from error
-        if has(_CONFLICTS):
-            raise Conflict(f"other processes keep changing the library {uri}: {text}", hint="try again") from error
-        # Errors of the system about the folder have a number, errors about a damaged table have none.
-        if has(_DENIED) or has(_UNREACHABLE) or getattr(error, "errno", None):
-            raise LibraryError(f"the library {uri} cannot be used: {text}", hint="check place and access") from error
-        kind = Vanished if "not found" in small else Damaged
-        hint = "`keyreel library verify --repair` mends it"
-        raise kind(f"the library {uri} cannot be read: {text}", [text], hint=hint) from error
 
 
 class Tables:
@@ -151,9 +96,17 @@ class Tables:
                 raise failure or error from None
             self.check_model(model, model_sha256, width, name)
 
-    def check_model(self, model: str, model_sha256: str, width: int, name: str = RECORDS) -> None:
-        """Raises ModelMismatch if another model made the vectors."""
+    def check_model(
+        self, model: str, model_sha256: str, width: int, name: str = RECORDS, same_scene: Container[str] = ()
+    ) -> None:
+        """Raises ModelMismatch if another model made the vectors, Outdated if it is one of `same_scene`."""
         known, sha256, known_width = schema.model_of(self.table(name).schema)
+        if sha256 in same_scene:
+            raise Outdated(
+                f"the library {self.uri} holds vectors of an earlier model {known!r} (sha256 {sha256[:12]}), which "
+                f"{model!r} (sha256 {model_sha256[:12]}) can go on with",
+                hint=f"`keyreel library upgrade {self.uri}` makes it fit without decoding anything",
+            )
         if (sha256, known_width) != (model_sha256, width):
             raise ModelMismatch(
                 f"the library {self.uri} holds vectors of the model {known!r} (D = {known_width}, sha256 "
@@ -169,27 +122,29 @@ class Tables:
         """A LanceDB table; each read of it sees the newest version."""
         with self._lock:
             if name not in self._tables:
-                if not self._upgrading and self.is_outdated():
-                    raise Outdated(
-                        f"the library {self.uri} has an older format",
-                        hint=f"`keyreel library upgrade {self.uri}` converts it and keeps everything",
-                    )
+                if not self._upgrading and self.has_format_1():
+                    raise self._outdated()
                 table = self.open(name)
-                schema.model_of(table.schema)
+                if schema.format_of(table.schema) < schema.FORMAT and not self._upgrading:
+                    raise self._outdated()
                 self._tables[name] = table
             return self._tables[name]
 
-    def is_outdated(self) -> bool:
+    def _outdated(self) -> Outdated:
+        hint = f"`keyreel library upgrade {self.uri}` converts it and keeps everything"
+        return Outdated(f"the library {self.uri} has an older format", hint=hint)
+
+    def has_format_1(self) -> bool:
         """Whether tables of format 1 are there."""
         try:
-            return schema.model_of(self.open("videos").schema) is not None
+            return bool(schema.format_of(self.open(schema.FORMAT_1[-1]).schema))
         except (Absent, Damaged):
             return False
 
     def open(self, name: str, version: int | None = None) -> Any:
         """A view of its own of a table, at the newest or a given version."""
         if self.folder is not None and not self.folder.is_dir():  # connecting would make the folder
-            raise Absent(f"there is no library at {self.uri}", hint=_MAKE)
+            raise Absent(f"there is no library at {self.uri}", hint=MAKE)
         with lance_errors(self.uri):
             table = self._connection().open_table(name)
             if version is not None:
@@ -235,7 +190,7 @@ class Tables:
         return sorted(chosen, key=lambda record: (record.path, record.id))
 
     def rows(self, generations: Sequence[str]) -> Iterator[tuple[str, Rows]]:
-        """Each of these generations that is there, with its scene vectors, in any order."""
+        """Each of these generations that is there, in any order."""
         wanted = dict.fromkeys(generations)
         for attempt in range(_ATTEMPTS):
             if not wanted:
@@ -316,11 +271,10 @@ class Tables:
     def _runs(self, wanted: Mapping[str, Any]) -> Iterator[Any]:
         """One pyarrow table for each generation, in the order in which they are stored."""
         query = self.table(VECTORS).search().select(list(schema.NUMBERS))
-        where = f"kind = '{schema.SCENE}'"
         if len(wanted) <= CHUNK:
-            where += f" AND generation IN ({quoted(wanted)})"
+            query = query.where(f"generation IN ({quoted(wanted)})")
         pending: list[Any] = []  # batches of the generation that is being read
-        for batch in query.where(where).to_batches():
+        for batch in query.to_batches():
             names = batch["generation"].to_numpy(zero_copy_only=False)
             edges = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(names)]
             for start, stop in pairwise(edges) if len(names) else ():
@@ -347,9 +301,10 @@ class Tables:
             record: with rows, its generation is a new one, `uuid.uuid4().hex`; without, it is empty.
             previews: of the key-frames among the rows.
         """
-        count = 0 if rows is None else len(rows)
-        if record.frames != count or bool(record.generation) != (rows is not None):
-            raise ValueError(f"{count} rows do not fit generation {record.generation!r} of {record.frames} frames")
+        counts, known = (0, None) if rows is None else rows.counts, (record.frames, record.subjects)
+        if known != counts or bool(record.generation) != (rows is not None):
+            what = f"{counts} frames and subjects do not fit generation {record.generation!r} of {known}"
+            raise ValueError(what)
         if rows is not None:
             self.add_rows(schema.vector_rows(self.table(VECTORS).schema, record, rows, previews, extras))
         self.upsert([record])
@@ -429,6 +384,46 @@ class Tables:
                 self.delete(name, f"_rowid >= {last << 32} AND _rowid < {(last + 1) << 32}")
             raise self.cut_short() from error
         return before, result
+
+    def overwrite(self, name: str, columns: Any, batches: Iterable[Any]) -> None:
+        """Makes a table, or writes all of it anew in one commit; an error in `batches` leaves it as it was.
+
+        Args:
+            columns: its schema.
+            batches: pyarrow record batches of that schema; they are asked for in another thread.
+        """
+        problems: list[BaseException] = []
+
+        def told() -> Iterator[Any]:
+            try:
+                yield from batches
+            except BaseException as error:  # LanceDB would keep no more of it than its text
+                problems.append(error)
+                raise
+
+        with self._lock:
+            self._tables.pop(name, None)
+        try:
+            before = self.open(name).version
+        except Absent:
+            before = None
+        reader = schema.arrow().RecordBatchReader.from_batches(columns, told())
+        mode = "create" if before is None else "overwrite"
+        try:
+            with lance_errors(self.uri):
+                table = self._connection().create_table(name, data=reader, schema=columns, mode=mode)
+        except LibraryError as error:
+            raise (problems[0] if problems else error) from None
+        try:
+            with lance_errors(self.uri):
+                if count := table.count_rows():
+                    table.take_offsets([count - 1]).select(["check"]).to_arrow()
+        except Damaged as error:  # see `_commit`
+            if before is None:
+                self.drop_tables(name)
+            else:
+                self.restore(name, before)
+            raise self.cut_short() from error
 
     def restore(self, name: str, version: int) -> None:
         """Makes an older version the newest one."""

@@ -13,8 +13,22 @@ from keyreel.errors import Failure
 from keyreel.types import F32, F64, I64, SearchHit
 
 BOOL: TypeAlias = NDArray[np.bool_]
+F16: TypeAlias = NDArray[np.float16]
+I32: TypeAlias = NDArray[np.int32]
 Status = Literal["ok", "failed"]
 Change = Literal["added", "changed", "moved", "copied", "unchanged", "failed", "missing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Subjects:
+    """The subjects of one video's frames."""
+
+    row: I64  # [S] int64, rising: which frames have a vector of their own here
+    vectors: F32  # [S, D] float32, unit length; stored in 16 bits
+    region: F32  # [T, 4] float32, of every frame: x, y, width, height as shares of the picture; stored in 16 bits
+
+    def __len__(self) -> int:
+        return len(self.row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +37,19 @@ class Rows:
 
     pts_seconds: F64  # [T] float64
     frame_index: I64  # [T] int64
-    vectors: F32  # [T, D] float32, unit length; stored in 16 bits
+    vectors: F32  # [T, D] float32, unit length, of the scenes; stored in 16 bits
     shot: I64  # [T] int64, number of the shot
     keyframe: BOOL  # [T] bool
     weight: F32  # [T] float32 in 0..1, importance
+    subjects: Subjects | None = None  # None: indexed without
 
     def __len__(self) -> int:
         return len(self.pts_seconds)
+
+    @property
+    def counts(self) -> tuple[int, int | None]:
+        """`frames` and `subjects` of their record."""
+        return len(self), None if self.subjects is None else len(self.subjects)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +81,7 @@ class Record:
     fingerprint: str  # of the content, see files.fingerprint
     generation: str = ""  # names its rows, a new one each time that they are written; "" without rows
     frames: int = 0
+    subjects: int | None = None  # how many frames have a subject's vector, too; None: indexed without subjects
     status: Status = "ok"
     error: str | None = None  # why indexing failed
     hint: str | None = None
@@ -73,6 +94,11 @@ class Record:
     shots: tuple[tuple[float, float], ...] = ()  # [start, stop) in seconds
     model: str
     model_sha256: str
+
+    @property
+    def rows(self) -> int:
+        """How many vectors it has."""
+        return self.frames + (self.subjects or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +117,7 @@ class VideoHit:
 
     video: str  # path
     video_id: str
-    score: float  # sum of softmax(s / tau) s over its frames' cosines s (CLIP-Hitchhiker, Bain et al. 2022)
+    score: float  # sum of softmax(s / tau) s over its frames' scores s (CLIP-Hitchhiker, Bain et al. 2022)
     moments: tuple[LibraryHit, ...]  # its best ones, best first
 
 

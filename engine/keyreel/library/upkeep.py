@@ -9,22 +9,25 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 
 from keyreel.errors import Damaged
 from keyreel.library import schema
+from keyreel.library.errors import Absent, Conflict, Full, lance_errors
 from keyreel.library.schema import RECORDS, TABLES, VECTORS, quoted
-from keyreel.library.table import CHUNK, Conflict, Full, Tables, lance_errors
+from keyreel.library.table import CHUNK, Tables
 from keyreel.library.types import Finding, Record
-from keyreel.types import I64
+from keyreel.runtime.bundle import Bundle
+from keyreel.types import F32, I64
 
 COMPACT_EVERY = 256  # commits
 _ORPHAN_AGE_SECONDS = 3600.0  # younger rows may belong to a video that another process is about to commit
 _VERSION_AGE = timedelta(minutes=2)  # other processes may still read younger versions
 _FULL_FRAGMENT = 1 << 20  # rows; LanceDB leaves such files alone and merges all smaller ones
 _BATCH = 1024  # rows that `verify` reads at once
-_UPGRADED = 16  # videos that `upgrade` copies at once
+_UPGRADED = 16  # videos that `upgrade` reads at once
 
 # --- compaction -------------------------------------------------------------------------------------------------------
 
@@ -184,73 +187,135 @@ def _sound(tables: Tables, name: str, repair: bool) -> Iterator[Finding]:
 
 def _complete(tables: Tables, repair: bool) -> Iterator[Finding]:
     """Whether each video has the rows that its record counts."""
-    rows = tables.read(VECTORS, f"kind = '{schema.SCENE}'", ("generation", "row"))
-    groups = rows.group_by("generation").aggregate([("row", "count"), ("row", "count_distinct"), ("row", "max")])
-    there = {g["generation"]: (g["row_count"], g["row_count_distinct"], g["row_max"] + 1) for g in groups.to_pylist()}
-    wrong = [one for one in tables.records() if one.frames and there.get(one.generation) != (one.frames,) * 3]
+    rows = tables.read(VECTORS, None, ("generation", "kind", "row"))
+    groups = rows.group_by(["generation", "kind"]).aggregate(
+        [("row", how) for how in ("count", "count_distinct", "max")]
+    )
+    found = {
+        (group["generation"], group["kind"]): (group["row_count"], group["row_count_distinct"], group["row_max"] + 1)
+        for group in groups.to_pylist()
+    }
+
+    def there(record: Record, kind: str) -> tuple[int, int, int]:
+        return found.get((record.generation, kind), (0, 0, 0))
+
+    def is_whole(record: Record) -> bool:
+        subjects = there(record, schema.SUBJECT)[:2]
+        return there(record, schema.SCENE) == (record.frames,) * 3 and subjects == (record.subjects or 0,) * 2
+
+    wrong = [record for record in tables.records() if record.frames and not is_whole(record)]
     if wrong:
         paths = tuple(record.path for record in wrong)
         yield Finding("incomplete", f"{len(wrong)} videos lost rows", paths, repair)
     for record in wrong if repair else ():
-        tables.put(_lost(record, record.frames - there.get(record.generation, (0, 0, 0))[1]))
+        kept = sum(there(record, kind)[1] for kind in (schema.SCENE, schema.SUBJECT))
+        tables.put(_lost(record, record.rows - kept))
 
 
 def _lost(record: Record, rows: int) -> Record:
-    error = f"{rows} of its {record.frames} rows were damaged"
-    return replace(record, status="failed", error=error, hint="add it again", generation="", frames=0)
+    error = f"{rows} of its {record.rows} rows were damaged"
+    return replace(record, status="failed", error=error, hint="add it again", generation="", frames=0, subjects=None)
 
 
 # --- older formats ----------------------------------------------------------------------------------------------------
 
 
-def upgrade(tables: Tables, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
-    """Converts a library of format 1 and keeps all that it holds; goes on where it was interrupted.
+def upgrade(
+    tables: Tables, bundle: Bundle | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+) -> int:
+    """Converts a library of format 1 or 2, or of an earlier model that `bundle` can go on with; nothing is decoded.
+
+    It keeps the vectors of the scenes, the pictures and the records. The videos then have no subjects until they are
+    indexed again. Each table is written anew in one commit; an interrupted upgrade starts the table again. It needs
+    free space of the library's size.
 
     Format 1 has the tables `frames`, without kinds of vectors, and `videos`, to which rows were only appended: the one
-    of the highest `sequence`, then the last `written`, counts for its id. Both are deleted at the end. It needs free
-    space of the library's size.
+    of the highest `sequence`, then the last `written`, counts for its id. Both are deleted at the end.
+
+    Args:
+        bundle: the library gets its name and sha256 if the library's own is one of `bundle.same_scene`; the vectors are
+            turned by its matrix, if there is one.
+
+    Returns:
+        The number of videos; 0 if there was nothing to do.
     """
-    if not tables.is_outdated():
+    new = Tables(tables.uri, storage_options=tables.options, upgrading=True)
+    vectors, records = schema.FORMAT_1 if tables.has_format_1() else TABLES
+    source = new.open(records)
+    name, sha256, width = schema.model_of(source.schema)
+    matrix = None
+    if bundle is not None and sha256 in bundle.same_scene:
+        name, sha256, matrix = bundle.name, bundle.sha256, bundle.scene_update(sha256)
+    columns = schema.schemas(name, sha256, width)
+    if source.schema.metadata == columns[RECORDS].metadata:
         tables.table(RECORDS)
         return 0
-    new = Tables(tables.uri, storage_options=tables.options, upgrading=True)
-    name, sha256, width = schema.model_of(tables.open("videos").schema)
-    new.create(model=name, model_sha256=sha256, width=width)
-    _delete_orphans(new, 0.0)  # of a run that was interrupted
-    rows = new.open("videos").search().to_arrow().to_pylist()
-    newest = {row["id"]: row for row in sorted(rows, key=lambda row: (row["sequence"], row["written"]))}
-    done = {record.id for record in new.records()}
-    records = [schema.record_of(row) for id, row in newest.items() if id not in done]
-    for start in range(0, len(records), _UPGRADED):
-        progress(len(done) + start, len(newest))
-        new.upsert(list(_converted(new, records[start : start + _UPGRADED])))
-    progress(len(newest), len(newest))
-    new.drop_tables("frames", "videos")
+    with lance_errors(tables.uri):
+        rows = source.search().to_arrow()
+    rows = rows.filter(schema.arrow().array(schema.checks(rows) == rows["check"].to_numpy())).to_pylist()
+    newest = {row["id"]: row for row in sorted(rows, key=lambda row: (row.get("sequence", 0), row["written"]))}
+    about = {"model": name, "model_sha256": sha256, "subjects": None}
+    known = [schema.record_of(row | about) for row in newest.values()]
+    if not _is_written(new, columns[VECTORS]):
+        new.ask_for_room(int(new.open(vectors).stats()["total_bytes"]))
+        new.overwrite(VECTORS, columns[VECTORS], _converted(new, vectors, columns[VECTORS], known, matrix, progress))
+    there = Counter(new.read(VECTORS, None, ("generation",))["generation"].to_pylist())
+    lost = {one.id: one.frames - there[one.generation] for one in known if one.frames != there[one.generation]}
+    known = [_lost(one, lost[one.id]) if one.id in lost else one for one in known]
+    new.overwrite(RECORDS, columns[RECORDS], schema.record_rows(columns[RECORDS], known).to_batches())
+    progress(len(known), len(known))
+    new.drop_tables(*schema.FORMAT_1)
     tables.close()
     compact(tables, alone=True)
-    return len(newest)
+    return len(known)
 
 
-def _converted(tables: Tables, records: list[Record]) -> Iterator[Record]:
-    """Copies the rows of some videos of format 1, and gives their records."""
-    pa, columns = schema.arrow(), tables.table(VECTORS).schema
+def model_name(tables: Tables) -> str:
+    """The name of the model of a library of any format."""
+    name, _, _ = schema.model_of(tables.open((schema.FORMAT_1 if tables.has_format_1() else TABLES)[-1]).schema)
+    return name
+
+
+def _is_written(tables: Tables, columns: Any) -> bool:
+    """Whether a run that was interrupted has written the vectors to the end."""
+    try:
+        return bool(tables.open(VECTORS).schema.metadata == columns.metadata)
+    except Absent:
+        return False
+
+
+def _converted(
+    tables: Tables,
+    name: str,
+    columns: Any,
+    records: list[Record],
+    matrix: F32 | None,
+    progress: Callable[[int, int], None],
+) -> Iterator[Any]:
+    """The scenes' rows of these videos in an older table `vectors` or `frames`, sound ones only, as record batches."""
+    for start in range(0, len(records), _UPGRADED):
+        progress(start, len(records))
+        some = records[start : start + _UPGRADED]
+        for part in _sound_rows(tables, name, [one.generation for one in some if one.frames]):
+            kept = {key: part[key].combine_chunks() for key in part.column_names if key not in ("kind", "region")}
+            if matrix is not None:
+                turned = schema.units(part) @ matrix.T
+                kept["vector"] = schema.halves(turned / np.linalg.norm(turned, axis=1, keepdims=True))
+            yield from schema.checked(columns, kept | {"kind": [schema.SCENE] * len(part)}).to_batches()
+
+
+def _sound_rows(tables: Tables, name: str, generations: list[str]) -> Iterator[Any]:
+    """The rows that can be read and have the right checksum; of damaged files, those of the other generations."""
+    if not generations:
+        return
     try:
         with lance_errors(tables.uri):
-            names = quoted(record.generation for record in records)
-            old = tables.open("frames").search().where(f"generation IN ({names})").to_arrow()
+            rows = tables.open(name).search().where(f"generation IN ({quoted(generations)})").to_arrow()
     except Damaged:
-        if len(records) > 1:
-            for record in records:
-                yield from _converted(tables, [record])
-            return
-        old = tables.open("frames").schema.empty_table()
-    sound = schema.checks(old) == old["check"].to_numpy()
-    generations = old["generation"].to_numpy(zero_copy_only=False)
-    for record in records:
-        own = old.filter(pa.array(sound & (generations == record.generation)))
-        if len(own) != record.frames:
-            record = _lost(record, record.frames - len(own))
-        elif len(own):
-            own = own.append_column("kind", pa.array([schema.SCENE] * len(own)))
-            tables.add_rows(schema.checked(columns, {name: own[name].combine_chunks() for name in own.column_names}))
-        yield record
+        for one in generations if len(generations) > 1 else ():
+            yield from _sound_rows(tables, name, [one])
+        return
+    sound = schema.checks(rows) == rows["check"].to_numpy()
+    if "kind" in rows.column_names:
+        sound &= rows["kind"].to_numpy() == schema.SCENE
+    yield rows.filter(schema.arrow().array(sound))

@@ -11,7 +11,7 @@ import numpy as np
 
 from keyreel.errors import Damaged
 from keyreel.library.table import Tables
-from keyreel.library.types import BOOL, Record
+from keyreel.library.types import BOOL, F16, I32, Record, Rows
 from keyreel.types import F32, F64, I64
 from keyreel_kernels.arrays import Arrays
 
@@ -24,17 +24,19 @@ _REPAIR = "`keyreel library verify --repair` finds the videos and has them index
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Rows [low, high) of videos, in the order in which they lie in the matrix."""
+    """Rows of videos, in the order in which they lie in the matrix: scenes, and behind them subjects."""
 
     video: I64  # [V] int64: index of the record in its snapshot
-    low: I64  # [V] int64
-    high: I64  # [V] int64
+    low: I64  # [V] int64: first scene, one a frame
+    high: I64  # [V] int64: behind the last scene
+    first: I64  # [V] int64: first subject, >= high
+    last: I64  # [V] int64: behind the last subject
 
     def __len__(self) -> int:
         return len(self.video)
 
     def __getitem__(self, which: I64 | BOOL | slice) -> Spans:
-        return Spans(self.video[which], self.low[which], self.high[which])
+        return Spans(*(getattr(self, name)[which] for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,35 @@ class Matrix:
     vectors: Any  # [capacity, D] float32 on the device
     pts_seconds: F64  # [capacity] float64
     keyframe: BOOL  # [capacity] bool
+    back: I32  # [capacity] int32: a subject lies so many rows behind the scene of its frame; 0 of a scene
+    region: F16  # [capacity, 4] float16: `Subjects.region`, in the rows of scenes; NaN where there is none
 
     @classmethod
     def empty(cls, rows: int, width: int, arrays: Arrays) -> Matrix:
         with arrays.scope():
             vectors = arrays.xp.empty((rows, width), np.float32)
-        return cls(vectors, np.empty(rows), np.empty(rows, np.bool_))  # pages that are not written take no memory
+        # Pages that are not written take no memory.
+        numbers = np.empty(rows), np.empty(rows, np.bool_), np.empty(rows, np.int32), np.empty((rows, 4), np.float16)
+        return cls(vectors, *numbers)
+
+    def __getitem__(self, rows: slice) -> Matrix:
+        return Matrix(*(getattr(self, name)[rows] for name in self.__slots__))
+
+    @classmethod
+    def of(cls, rows: Rows) -> Matrix:
+        """The rows of one video, on the host."""
+        count, own = len(rows), rows.subjects
+        if own is None:
+            none = np.full((count, 4), np.nan, np.float16)
+            return cls(rows.vectors, rows.pts_seconds, rows.keyframe, np.zeros(count, np.int32), none)
+        back = count + np.arange(len(own)) - own.row
+        return cls(
+            np.concatenate([rows.vectors, own.vectors]),
+            np.concatenate([rows.pts_seconds, rows.pts_seconds[own.row]]),
+            np.concatenate([rows.keyframe, np.zeros(len(own), np.bool_)]),
+            np.concatenate([np.zeros(count, np.int32), back.astype(np.int32)]),
+            np.concatenate([own.region, np.full((len(own), 4), np.nan)]).astype(np.float16),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +89,7 @@ class Snapshot:
 
 
 class Vectors:
-    """The vectors of all videos, 4 D + 9 bytes a row. Safe to share between threads.
+    """The vectors of all videos, 4 D + 21 bytes a row. Safe to share between threads.
 
     Args:
         limit: with more rows, none are held.
@@ -73,7 +98,8 @@ class Vectors:
     def __init__(self, tables: Tables, width: int, arrays: Arrays, limit: int) -> None:
         self._tables, self._width, self._arrays, self._limit = tables, width, arrays, limit
         self._matrix = Matrix.empty(0, width, arrays)
-        self._places: dict[str, tuple[int, int]] = {}  # generation -> rows [low, high)
+        # generation -> its first scene, its first subject, the end
+        self._places: dict[str, tuple[int, int, int]] = {}
         self._used = 0
         self._snapshot: Snapshot | None = None
         self._loading = threading.Lock()
@@ -97,7 +123,7 @@ class Vectors:
         """A snapshot of a few videos of a larger one, with their rows."""
         records = [snapshot.records[number] for number in np.sort(numbers).tolist()]
         part = Vectors(self._tables, self._width, self._arrays, self._limit)
-        part._matrix = Matrix.empty(sum(record.frames for record in records), self._width, self._arrays)
+        part._matrix = Matrix.empty(sum(record.rows for record in records), self._width, self._arrays)
         if lacking := part._hold(records):
             raise _missing(lacking)
         names = {name: number for number, record in enumerate(records) for name in (record.id, record.path)}
@@ -111,20 +137,20 @@ class Vectors:
             records = [record for record in known if record.status == "ok" and record.frames]
             names = {name: -1 for record in known for name in (record.id, record.path)}
             names |= {name: number for number, record in enumerate(records) for name in (record.id, record.path)}
-            if sum(record.frames for record in records) > self._limit:
+            if sum(record.rows for record in records) > self._limit:
                 self._matrix, self._places, self._used = Matrix.empty(0, self._width, self._arrays), {}, 0
-                none = np.empty(0, np.int64)
-                return Snapshot(version, tuple(records), names, None, Spans(none, none, none))
+                return Snapshot(version, tuple(records), names, None, Spans(*[np.empty(0, np.int64)] * 5))
             lacking = self._hold(records)
             if not lacking:
                 return self._snapshot_of(version, records, names)
         raise _missing(lacking)
 
     def _snapshot_of(self, version: int, records: Sequence[Record], names: Mapping[str, int]) -> Snapshot:
-        places = np.array([self._places[record.generation] for record in records], np.int64).reshape(-1, 2)
+        places = np.array([self._places[record.generation] for record in records], np.int64).reshape(-1, 3)
         order = np.argsort(places[:, 0])
-        low, high = places[order].T.copy()
-        return Snapshot(version, tuple(records), names, self._matrix, Spans(order.astype(np.int64), low, high))
+        low, high, last = places[order].T.copy()
+        spans = Spans(order.astype(np.int64), low, high, high, last)
+        return Snapshot(version, tuple(records), names, self._matrix, spans)
 
     def _hold(self, records: Sequence[Record]) -> list[Record]:
         """Reads the rows that are not held yet.
@@ -132,38 +158,42 @@ class Vectors:
         Returns:
             The records whose rows are not as they should be: the video was replaced meanwhile, or is damaged.
         """
-        wanted = {record.generation: record.frames for record in records}
+        wanted = {record.generation: record for record in records}
         self._places = {name: place for name, place in self._places.items() if name in wanted}
         missing = [name for name in wanted if name not in self._places]
-        new, kept = sum(wanted[name] for name in missing), sum(high - low for low, high in self._places.values())
+        new, kept = sum(wanted[name].rows for name in missing), sum(end - low for low, _, end in self._places.values())
         if self._used + new > len(self._matrix.pts_seconds) or self._used > 2 * kept + SPARE_ROWS:
             self._move(kept + new)
         for name, rows in self._tables.rows(missing) if missing else ():
-            if not np.isfinite(rows.vectors).all():  # they would spoil the order of all videos
+            if rows.counts != (wanted[name].frames, wanted[name].subjects):
+                continue
+            block = Matrix.of(rows)
+            if not np.isfinite(block.vectors).all():  # they would spoil the order of all videos
                 raise Damaged(f"vectors of generation {name} hold values that are not finite", hint=_REPAIR)
-            if len(rows) == wanted[name]:
-                self._write(name, rows.vectors, rows.pts_seconds, rows.keyframe)
+            self._write(name, block, len(rows))
         return [record for record in records if record.generation not in self._places]
 
-    def _write(self, name: str, vectors: Any, pts_seconds: F64, keyframe: BOOL) -> None:
-        low, high = self._used, self._used + len(pts_seconds)
+    def _write(self, name: str, block: Matrix, frames: int) -> None:
+        low, end = self._used, self._used + len(block.pts_seconds)
+        place = self._matrix[low:end]
         with self._arrays.scope():
-            self._matrix.vectors[low:high] = self._arrays.to_device(vectors)
-        self._matrix.pts_seconds[low:high], self._matrix.keyframe[low:high] = pts_seconds, keyframe
-        self._used = high
-        self._places[name] = low, high
+            place.vectors[:] = self._arrays.to_device(block.vectors)
+        place.pts_seconds[:], place.keyframe[:], place.back[:] = block.pts_seconds, block.keyframe, block.back
+        place.region[:] = block.region
+        self._used = end
+        self._places[name] = low, low + frames, end
 
     def _move(self, rows: int) -> None:
         """Copies what is kept to the start of a new matrix with room for this many rows and more."""
         old, places = self._matrix, self._places
         self._matrix = Matrix.empty(rows + rows // 8 + SPARE_ROWS, self._width, self._arrays)
         self._places, self._used = {}, 0
-        for name, (low, high) in places.items():
-            self._write(name, old.vectors[low:high], old.pts_seconds[low:high], old.keyframe[low:high])
+        for name, (low, high, end) in places.items():
+            self._write(name, old[low:end], high - low)
 
 
 def _missing(records: Sequence[Record]) -> Damaged:
-    what = [f"{record.path}: not all of its {record.frames} rows are there" for record in records]
+    what = [f"{record.path}: not all of its {record.rows} rows are there" for record in records]
     return Damaged(f"{len(what)} video(s) of the library lack rows, {what[0]}", what, hint=_REPAIR)
 
 

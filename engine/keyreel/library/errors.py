@@ -1,0 +1,63 @@
+"""The errors of LanceDB, as a library's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from keyreel.errors import Damaged, KeyreelError, LibraryError
+
+_FULL_DISK = ("no space left", "file too large", "quota", "os error 27", "os error 28")
+_CONFLICTS = ("conflict", "concurrent", "preempted", "please retry")
+_DENIED = ("permission denied", "read-only", "operation not permitted", "accessdenied", "forbidden")
+_UNREACHABLE = ("failed to connect", "retryerror", "error sending request", "not a directory")
+MAKE = "`keyreel index` or `Library.add` makes one"
+
+
+class Absent(LibraryError):
+    """There is no library."""
+
+
+class Outdated(LibraryError):
+    """The library has an older format, or vectors of an earlier model that this one can go on with."""
+
+
+class Conflict(LibraryError):
+    """Other writers committed first, more often than was tried again."""
+
+
+class Vanished(Damaged):
+    """A file is missing: lost, or deleted by a compaction after the table was opened."""
+
+
+class Full(LibraryError):
+    """There is no room to write."""
+
+
+@contextmanager
+def lance_errors(uri: str) -> Iterator[None]:
+    """Translates LanceDB's errors. They share one type, so the message decides."""
+    try:
+        yield
+    except (KeyreelError, ImportError):
+        raise
+    except Exception as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0].split(", /")[0]
+        small = text.lower()
+
+        def has(words: Sequence[str]) -> bool:
+            return any(word in small for word in words)
+
+        if "was not found" in small:
+            raise Absent(f"there is no library at {uri}", hint=MAKE) from error
+        if has(_FULL_DISK):
+            hint = "make room on the disk; what was committed is safe"
+            raise Full(f"the library {uri} cannot be written: {text}", hint=hint) from error
+        if has(_CONFLICTS):
+            raise Conflict(f"other processes keep changing the library {uri}: {text}", hint="try again") from error
+        # Errors of the system about the folder have a number, errors about a damaged table have none.
+        if has(_DENIED) or has(_UNREACHABLE) or getattr(error, "errno", None):
+            raise LibraryError(f"the library {uri} cannot be used: {text}", hint="check place and access") from error
+        kind = Vanished if "not found" in small else Damaged
+        hint = "`keyreel library verify --repair` mends it"
+        raise kind(f"the library {uri} cannot be read: {text}", [text], hint=hint) from error
