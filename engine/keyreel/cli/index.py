@@ -53,7 +53,7 @@ def index(
     tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
     every: options.Every = options.SAMPLING.every,
     shift: options.Shift = options.ENCODING.shift,
-    attention_strength: options.AttentionStrength = options.ENCODING.attention_strength,
+    subject: options.Subject = options.ENCODING.subject,
     batch_size: options.BatchSize = options.ENCODING.batch_size,
     allow_network: options.AllowNetwork = False,
     workers: Workers = INDEXING.workers,
@@ -67,7 +67,7 @@ def index(
     """Brings videos into a library that can be searched; goes on where it was left."""
     config = IndexConfig(
         sampling=Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every),
-        encode=EncodeConfig(shift=shift, attention_strength=attention_strength, batch_size=batch_size),
+        encode=EncodeConfig(shift=shift, subject=subject, batch_size=batch_size),
         limits=DecodeLimits(allow_network=allow_network),
         tags=tuple(tag or ()),
         workers=workers,
@@ -121,7 +121,7 @@ def update(
     tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
     every: options.Every = options.SAMPLING.every,
     shift: options.Shift = options.ENCODING.shift,
-    attention_strength: options.AttentionStrength = options.ENCODING.attention_strength,
+    subject: options.Subject = options.ENCODING.subject,
     batch_size: options.BatchSize = options.ENCODING.batch_size,
     allow_network: options.AllowNetwork = False,
     workers: Workers = INDEXING.workers,
@@ -131,7 +131,7 @@ def update(
     """Looks at every video of a library again: indexes those that changed, tells those that are gone."""
     config = IndexConfig(
         sampling=Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every),
-        encode=EncodeConfig(shift=shift, attention_strength=attention_strength, batch_size=batch_size),
+        encode=EncodeConfig(shift=shift, subject=subject, batch_size=batch_size),
         limits=DecodeLimits(allow_network=allow_network),
         tags=tuple(tag or ()),
         workers=workers,

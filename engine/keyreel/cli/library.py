@@ -154,7 +154,8 @@ def upgrade(folder: options.Folder, as_json: options.Json = False) -> None:
     if as_json:
         print_json(Upgrade(library=folder, videos=videos))
     else:
-        print_line(f"{plural(videos, 'video')} converted")
+        without = "; they have no subjects until keyreel index --force" if videos else ""
+        print_line(f"{plural(videos, 'video')} converted{without}")
 
 
 def serve(

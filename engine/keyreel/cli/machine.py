@@ -10,7 +10,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,7 +70,7 @@ def bench(
         float | None, Option(help="end of what counts, exclusive; the video's end by default")
     ] = options.SAMPLING.stop_seconds,
     shift: options.Shift = options.ENCODING.shift,
-    attention_strength: options.AttentionStrength = options.ENCODING.attention_strength,
+    subject: options.Subject = options.ENCODING.subject,
     batch_size: options.BatchSize = options.ENCODING.batch_size,
     allow_network: options.AllowNetwork = False,
 ) -> None:
@@ -80,7 +80,7 @@ def bench(
     from keyreel.render.documents import FailedVideo
 
     frames = Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every, stop_seconds=stop_seconds)
-    encode = EncodeConfig(shift=shift, attention_strength=attention_strength, batch_size=batch_size)
+    encode = EncodeConfig(shift=shift, subject=subject, batch_size=batch_size)
     measured: dict[str, list[BenchVideo]] = {}
     began = time.perf_counter()
     with (
@@ -180,6 +180,10 @@ def export(
     ] = "mobilenetv3_small_100",
     attention_weights: Annotated[Path | None, Option(help="its weights, a local file")] = None,
     projection: Annotated[Path | None, Option(help="trained projection, safetensors")] = None,
+    fit: Annotated[
+        Path | None,
+        Option(metavar="FOLDER", help="learn what moves from your pictures: a subfolder for each label, or labels.csv"),
+    ] = None,
     random_weights: Annotated[bool, Option("--random-weights", help="for tests: weights that know nothing")] = False,
     seed: Annotated[int, Option(help="of the random weights")] = 0,
     triton: Annotated[
@@ -208,7 +212,8 @@ def export(
     from keyreel_export.triton import export_triton
 
     if (triton is not None or tensorrt) and (model == BUILTIN or (Path(model) / MANIFEST).is_file()):
-        if output or attention_weights or projection or random_weights or seed or precision != "fp32" or verify_video:
+        other = output or attention_weights or projection or fit or verify_video
+        if other or random_weights or seed or precision != "fp32":
             raise ValueError(f"{model} is a bundle already: only --triton and --tensorrt go with it")
         folder = Bundle.find(model).folder
     else:
@@ -222,6 +227,7 @@ def export(
             random_weights=random_weights,
             seed=seed,
             verify_video=verify_video,
+            fit=fit,
             progress=lambda stage, done, total: log(f"{stage} ..."),
         )
     if triton is not None:
@@ -232,8 +238,18 @@ def export(
             arrays: Any = backend.ops.arrays
             progress = bars.start(model)
             build_plans(Bundle.load(folder), arrays, batch_size=backend.batch_size, progress=progress)
+    manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    if fit is not None:
+        _log_fit(manifest["verify"])
     if as_json:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         print_json({"folder": str(folder), "manifest": manifest})
     else:
         print(folder)
+
+
+def _log_fit(measured: Mapping[str, float]) -> None:
+    fitted, held = (int(measured[name]) for name in ("fitted_pictures", "held_out_pictures"))
+    log(f"fitted to {plural(fitted, 'picture')}; mean average precision on clips made of {held} others, by name:")
+    for kind, what in (("objects", "what moves"), ("places", "the place")):
+        scene, free, own = (measured[f"held_out_{kind}_{way}"] for way in ("scene", "training_free", "fitted"))
+        log(f"  {what}: {scene:.3f} without a subject, {free:.3f} with one that is not fitted, {own:.3f} fitted")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -23,6 +23,14 @@ Device = Annotated[str, Option(help="auto, cpu or cuda:N; an explicit device nev
 Json = Annotated[bool, Option("--json", help="print one JSON document on stdout")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="no progress bars")]
 
+
+def _switch(given: str | bool) -> bool:
+    """on or off; Typer passes the default through, too."""
+    if isinstance(given, str) and given not in ("on", "off"):
+        raise typer.BadParameter(f"{given!r} is neither on nor off")
+    return given in ("on", True)
+
+
 # Config checks the modes: it knows one that only Python can give.
 Mode = Annotated[
     SamplingMode,
@@ -38,7 +46,16 @@ Shift = Annotated[
     ShiftMode | None,
     Option(parser=str, metavar="<str>", help="temporal shift: off, fixed or adaptive; the model's own default"),
 ]
-AttentionStrength = Annotated[float | None, Option(help="exponent on the attention map; 0 is stock CLIP pooling")]
+Subject = Annotated[
+    Any,  # a bool; Typer would make it a flag
+    Option(
+        "--subject",
+        parser=_switch,
+        metavar="<on|off>",
+        show_default=False,
+        help="on by default: a second vector a frame, of what stands out or moves; off: no attention, no shift",
+    ),
+]
 BatchSize = Annotated[int | None, Option(help="frames in one inference; by default what suits the device")]
 AllowNetwork = Annotated[bool, Option("--allow-network", help="allow http and https URLs")]
 

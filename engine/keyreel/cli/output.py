@@ -103,7 +103,8 @@ def print_hits(hits: Sequence[SearchHit]) -> None:
     for hit in hits:
         folded = getattr(hit, "folded", 0)
         name = hit.video + (f" (and {folded} much alike)" if folded else "")
-        rows.append((f"{hit.score:.3f}", span(hit.start_seconds, hit.stop_seconds), f"{hit.pts_seconds:.2f} s", name))
+        best = f"{hit.pts_seconds:.2f} s" + (", subject" if hit.answered_by == "subject" else "")
+        rows.append((f"{hit.score:.3f}", span(hit.start_seconds, hit.stop_seconds), best, name))
     print_table(("score", "moment", "best at", "video"), rows)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from keyreel.library.types import VideoHit
     from keyreel.types import U8, SearchHit, Summary
 
-_OF_VIDEOS = ["sampling", "fps", "tolerance", "every", "shift", "attention_strength", "batch_size", "allow_network"]
+_OF_VIDEOS = ["sampling", "fps", "tolerance", "every", "shift", "subject", "batch_size", "allow_network"]
 _OF_LIBRARY = ["within", "like", "start", "stop", "whole", "path", "tag", "after", "before"]
 _OF_LIBRARY += ["min_duration", "max_duration"]
 
@@ -62,7 +62,7 @@ def search(
     tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
     every: options.Every = options.SAMPLING.every,
     shift: options.Shift = options.ENCODING.shift,
-    attention_strength: options.AttentionStrength = options.ENCODING.attention_strength,
+    subject: options.Subject = options.ENCODING.subject,
     batch_size: options.BatchSize = options.ENCODING.batch_size,
     allow_network: options.AllowNetwork = False,
     library: Annotated[str | None, Option(help="search this library instead of VIDEO...")] = None,
@@ -114,7 +114,7 @@ def search(
             raise ValueError("search needs a text (or --image FILE) and at least one video, or --library DIR")
         query, name = (text, text or "") if image is None else (read_picture(image), str(image))
         frames = Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every)
-        encode = EncodeConfig(shift=shift, attention_strength=attention_strength, batch_size=batch_size)
+        encode = EncodeConfig(shift=shift, subject=subject, batch_size=batch_size)
         given = sources(names, allow_network=allow_network)
         with keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine, Bars(quiet=quiet) as bars:
             found = _search_videos(engine, bars, query, name, k, given, frames, encode, pictures=pictures)

@@ -55,7 +55,7 @@ def summarize(
     keyframe_height: Annotated[int, Option(help="tallest key-frame picture, in pixels")] = OUTPUT.keyframe_height,
     overwrite: Annotated[bool, Option("--overwrite", help="replace a folder that is there")] = OUTPUT.overwrite,
     shift: options.Shift = options.ENCODING.shift,
-    attention_strength: options.AttentionStrength = options.ENCODING.attention_strength,
+    subject: options.Subject = options.ENCODING.subject,
     batch_size: options.BatchSize = options.ENCODING.batch_size,
     allow_network: options.AllowNetwork = False,
 ) -> None:
@@ -84,7 +84,7 @@ def summarize(
         overwrite=overwrite,
     )
     frames = Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every)
-    encode = EncodeConfig(shift=shift, attention_strength=attention_strength, batch_size=batch_size)
+    encode = EncodeConfig(shift=shift, subject=subject, batch_size=batch_size)
     documents: list[dict[str, Any]] = []
     used: set[str] = set()
     existed = output.exists()

@@ -13,13 +13,14 @@ import numpy as np
 from msgspec import UNSET, Meta, UnsetType
 
 from keyreel.errors import Failure
-from keyreel.types import SearchHit, Shot, Summary
+from keyreel.types import AnsweredBy, SearchHit, Shot, Summary
 
 SUMMARY: Final = "keyreel.summary/1"
 
 Json: TypeAlias = dict[str, Any]
 Seconds: TypeAlias = Annotated[float, Meta(ge=0)]
 Cosine: TypeAlias = Annotated[float, Meta(ge=-1.001, le=1.001)]
+Score: TypeAlias = float  # of a search: a cosine, or what stands for one where a subject answered, see `SubjectScale`
 Fraction: TypeAlias = Annotated[float, Meta(ge=0, le=1.001)]
 Count: TypeAlias = Annotated[int, Meta(ge=0)]
 Size: TypeAlias = Annotated[int, Meta(ge=1)]
@@ -188,11 +189,13 @@ class HitEntry:
     start_seconds: Seconds
     stop_seconds: Seconds
     pts_seconds: Seconds
-    score: Cosine
+    score: Score
     preview: str | None
+    answered_by: AnsweredBy  # which vector of the best frame
+    region: tuple[Fraction, Fraction, Fraction, Fraction] | None  # x, y, width, height of its subject, as shares
     video_id: str | UnsetType = UNSET
     keyframe_seconds: Seconds | UnsetType = UNSET
-    video_score: Cosine | UnsetType = UNSET
+    video_score: Score | UnsetType = UNSET
     folded: Count | UnsetType = UNSET
 
 
@@ -202,7 +205,7 @@ class FoundVideo:
 
     video: str
     video_id: str
-    score: Cosine
+    score: Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +217,7 @@ class SearchDocument:
     hits: tuple[HitEntry, ...]  # best first
     failed: tuple[FailedVideo, ...]
     videos: tuple[FoundVideo, ...] | UnsetType = UNSET  # where videos of a library were asked for; the hits are theirs
-    weak_score: Cosine | UnsetType = UNSET  # hits below it hardly match a text, see `Bundle.match_threshold`
+    weak_score: Score | UnsetType = UNSET  # hits below it hardly match a text, see `Bundle.match_threshold`
 
 
 def search_document(

@@ -67,9 +67,6 @@ def storyboard_page(
     if reel is not None:
         facts.append(f"reel of {short_clock(sum(span.duration_seconds for span in reel.spans))}")
     tall = " tall" if pictures[0].height > pictures[0].width else ""
-    # At strength 0 the map does not affect the vectors.
-    encode = config.get("encode")
-    strength = encode.get("attention_strength") if isinstance(encode, Mapping) else None
     return _page(
         "storyboard.html",
         title=f"{name} · keyreel",
@@ -87,7 +84,7 @@ def storyboard_page(
         curve=_curve(summary.importance, summary.embedding.pts_seconds, duration),
         cards=_cards(summary, document, pictures),
         layout=tall or (" few" if len(pictures) <= 4 else ""),
-        attention_used=strength != 0,
+        has_subject=summary.embedding.subject is not None,
         made={
             "Model": f"{summary.embedding.model} ({summary.embedding.model_sha256[:12]})",
             "Device": f"{summary.device}: {summary.device_reason}",
@@ -109,12 +106,18 @@ def search_page(query: str, hits: Sequence[SearchHit], previews: Sequence[U8 | N
             where there is none.
     """
     edge = picture_edge(max(32, len(hits)))
+
+    def shown_seconds(hit: SearchHit) -> float:
+        return float(getattr(hit, "keyframe_seconds", hit.pts_seconds))
+
     best = max((hit.score for hit in hits), default=1.0)
     cards = [
         {
             "hit": hit,
             "picture": None if preview is None else Picture.of(shrink(preview, edge)),
-            "shown_seconds": getattr(hit, "keyframe_seconds", hit.pts_seconds),
+            "shown_seconds": shown_seconds(hit),
+            # The region is that of the best frame; in another picture the subject may be elsewhere.
+            "region": hit.region if hit.answered_by == "subject" and shown_seconds(hit) == hit.pts_seconds else None,
             "fraction": hit.score / best if best > 0 else 0.0,
             "name": _base(hit.video),
             "link": _moment_link(hit),

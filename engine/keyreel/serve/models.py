@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from keyreel.library.types import Extras, Filter, LibraryHit, Preview, Record
 from keyreel.serve.files import file_name
 from keyreel.serve.security import redact_paths
+from keyreel.types import AnsweredBy, Region
 
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 State = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -77,6 +78,8 @@ class Moment(BaseModel):
     stop_seconds: float
     pts_seconds: float
     score: float
+    answered_by: AnsweredBy  # the vector of the whole picture, or that of its subject
+    region: Region | None  # x, y, width, height of the subject in the best frame, as shares of the picture
     video_score: float
     keyframe_seconds: float
     folded: int
@@ -117,7 +120,7 @@ class Videos(BaseModel):
 
 
 class KeyFrame(BaseModel):
-    """A key-frame, with what the model attended to: [h * w], row by row, sums to 1."""
+    """A key-frame, with where its subject is: [h * w], row by row, sums to 1."""
 
     pts_seconds: float
     shot: int

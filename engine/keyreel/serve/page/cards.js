@@ -3,15 +3,17 @@
 import { $, $$, bar, between, clock, say, sprite, stamp, still } from "./base.js";
 
 // A card that shows a video at a time; the pointer moves through its thumbnails, and so do the focus and the keys , and .
-export function card({ id, name, seconds, picture, href, label }) {
+// `region`: the part of the picture that the subject takes, as shares; then the focus alone starts no thumbnails.
+export function card({ id, name, seconds, picture, href, label, region = null }) {
   const node = stamp("card"), anchor = $(".picture", node), image = $("img", node), canvas = $("canvas", node);
   Object.assign(anchor, { href, ariaLabel: label });
   if (picture) image.src = picture;
   image.hidden = !picture;
   image.onerror = () => { image.hidden = true; };
+  image.onload = () => outline($(".region", node), image, region);
   // The picture is the same link: once is enough for the keyboard.
   Object.assign($(".name", node), { textContent: name, title: name, href, tabIndex: -1 });
-  let shown = null, timer = null, wanted = 0;
+  let shown = null, timer = null, wanted = 0, entered = 0;
   // An SVG element has no property `hidden`.
   const reveal = (on) => { for (const part of [canvas, $(".at", node), $(".place", node)]) part.toggleAttribute("hidden", !on); };
   const draw = (sheet, at) => {
@@ -26,8 +28,11 @@ export function card({ id, name, seconds, picture, href, label }) {
     const mine = (wanted += 1), sheet = await sprite(id).catch(() => null);
     return mine === wanted ? sheet : null;
   };
+  anchor.onpointerenter = (event) => { entered = event.clientX; };
   anchor.onpointermove = async (event) => {
     if (event.pointerType === "touch") return;
+    // Thumbnails take the place of the frame around a subject only once the pointer moves along the video.
+    if (region && shown === null && Math.abs(event.clientX - entered) < 32) return;
     const { left, width } = anchor.getBoundingClientRect(), sheet = await load();
     if (sheet) draw(sheet, ((event.clientX - left) / width) * sheet.duration);
   };
@@ -38,7 +43,7 @@ export function card({ id, name, seconds, picture, href, label }) {
     reveal(false);
   };
   anchor.onfocus = async () => {
-    if (still.matches || !anchor.matches(":focus-visible")) return;
+    if (region || still.matches || !anchor.matches(":focus-visible")) return;
     const sheet = await load();
     if (!sheet || sheet.tiles < 2) return;
     let at = Math.floor(seconds / sheet.step) - 1;
@@ -52,6 +57,14 @@ export function card({ id, name, seconds, picture, href, label }) {
     say(`picture at ${$(".at", node).textContent}`);
   };
   return node;
+}
+
+function outline(frame, { naturalWidth: width, naturalHeight: height }, region) {
+  frame.toggleAttribute("hidden", region === null);
+  if (region === null) return;
+  const sizes = [width, height, width, height];
+  frame.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  for (const rect of $$("rect", frame)) ["x", "y", "width", "height"].forEach((name, n) => rect.setAttribute(name, region[n] * sizes[n]));
 }
 
 export const cardPictures = () => $$("main > section:not([hidden]) .cards .picture");

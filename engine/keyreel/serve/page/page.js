@@ -74,9 +74,13 @@ document.addEventListener("click", (event) => {
 function momentCard(hit, best) {
   const seconds = hit.pts_seconds, score = hit.score.toFixed(3), span = `${clock(hit.start_seconds)} – ${clock(hit.stop_seconds)}`;
   const href = link({ view: "video", id: hit.video_id, t: seconds.toFixed(3), ...origin() });
-  const node = card({ id: hit.video_id, name: hit.video, seconds, picture: hit.preview, href, label: `${hit.video}, ${span}, score ${score}` });
+  const subject = hit.answered_by === "subject", words = subject ? `${score}, subject` : score;
+  // The region is that of the best frame; in another picture the subject may be elsewhere.
+  const region = subject && hit.keyframe_seconds === seconds ? hit.region : null;
+  const node = card({ id: hit.video_id, name: hit.video, seconds, picture: hit.preview, href, label: `${hit.video}, ${span}, score ${words}`, region });
   $(".row b", node).textContent = span;
-  Object.assign($(".row span", node), { textContent: score, title: "cosine between the search and the best frame" });
+  const title = `cosine between the search and the best frame${subject ? ", by what stands out or moves in it" : ""}`;
+  Object.assign($(".row span", node), { textContent: words, title });
   bar($(".share", node), best > 0 ? hit.score / best : 0);
   const like = link({ like: `${hit.video_id}@${seconds.toFixed(3)}`, ...kept(address(), FILTERS) });
   Object.assign($(".like", node), { href: like, ariaLabel: `More like ${hit.video} at ${clock(seconds)}` });
