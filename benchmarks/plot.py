@@ -113,17 +113,25 @@ def percent(*values: float) -> str:
     return " / ".join(f"{100 * value:.1f}" for value in values) + " %"
 
 
-def quality() -> str:
-    """What the built-in model finds, with the attention and shift that it has by default."""
-    manifest = json.loads((MODELS / "builtin" / "manifest.json").read_text("utf-8"))["fusion"]
-    defaults = {"strength": manifest["strength_default"], "shift": manifest["shift_default"]}
+SCENE, BOTH = "scene", "scene and subject"
+
+
+def measured() -> dict[str, list[dict[str, Any]]]:
+    """The newest rows of each part of `benchmarks.quality`."""
     parts: dict[str, dict[Any, dict[str, Any]]] = {}
     for row in rows():
-        if row["case"] == "quality" and all(row.get(key, value) == value for key, value in defaults.items()):
-            size = {"absent": "images", "absent_clips": "clips"}.get(row["part"], "")
-            parts.setdefault(row["part"], {})[row.get(size)] = row
-    names = ("labels", "clips", "captions", "attention", "keyframes")
-    label, clip, caption, maps, keys = (parts[name][None] for name in names)
+        if row["case"] == "quality":
+            names = ("vectors", "images", "clips", "pan", "object_lines", "map")
+            key = tuple(row.get(name) for name in names if row["part"] != "labels" or name == "vectors")
+            parts.setdefault(row["part"], {})[key] = row
+    return {part: list(found.values()) for part, found in parts.items()}
+
+
+def quality() -> str:
+    """What the built-in model finds, as it is by default."""
+    parts = measured()
+    label, clip, caption = (next(r for r in parts[n] if r["vectors"] == BOTH) for n in ("labels", "clips", "captions"))
+    (maps,), (keys,) = parts["attention"], parts["keyframes"]
 
     def told(row: dict[str, Any]) -> str:
         return f"{percent(row['present_kept'], row['absent_told'])} (area under the curve {row['auc']:.3f})"
@@ -135,11 +143,12 @@ def quality() -> str:
     lines.append([what, f"{caption['captions']:.0f}", recall])
     what = f"own captions to one of {clip['clips']} real clips, recall at 1 / 5"
     lines.append([what, f"{clip['queries']}", percent(clip["recall_at_1"], clip["recall_at_5"])])
-    for images in (1, 20, 400):
-        what = f"a label asked of {images} photograph{'s' if images > 1 else ''}"
-        found = told(parts["absent"][images])
-        lines.append([f"{what}: there and above the weak score / absent and below it", "1,500 + 1,500", found])
-    for row in parts["absent_clips"].values():
+    for row in parts["absent"]:
+        if (images := row["images"]) in (1, 20, 400):
+            what = f"a label asked of {images:.0f} photograph{'s' if images > 1 else ''}"
+            what += ": there and above the weak score / absent and below it"
+            lines.append([what, "1,500 + 1,500", told(row)])
+    for row in parts["absent_clips"]:
         what = "each clip alone" if row["clips"] == 1 else f"the {row['clips']} clips together"
         count = f"{row['present']} + {row['absent']}"
         lines.append([f"own captions and absent things asked of {what}: the same", count, told(row)])
@@ -153,7 +162,25 @@ def quality() -> str:
     return table(["measured", "n", "value"], lines)
 
 
-SECTIONS = {"speed": speed, "library": library, "quality": quality}
+def subjects() -> str:
+    """What the second vector finds: a small object that crosses a place, and the place."""
+    found = {(row["pan"], row["object_lines"], row["map"]): row for row in measured()["composites"]}
+    ways = ("scene", "change", "attention", "attention and change", "attention of the shifted frame and change")
+    sizes = sorted({(pan, lines) for pan, lines, _ in found})
+    head = [
+        "camera, object's height of 112 lines",
+        *(f"{way} alone" if way == "scene" else way for way in ways),
+        "inside",
+    ]
+    lines = []
+    for pan, size in sizes:
+        own = [found[pan, size, way] for way in ways]
+        cells = [f"{row['object_map']:.3f} / {row['place_map']:.3f}" for row in own]
+        lines.append([f"{'pan' if pan else 'still'}, {size}", *cells, f"{own[3]['inside']:.2f}"])
+    return table(head, lines)
+
+
+SECTIONS = {"speed": speed, "library": library, "quality": quality, "subjects": subjects}
 
 
 def filled(page: str) -> str:

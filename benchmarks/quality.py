@@ -9,6 +9,7 @@ moment, which is compared with the weak score of as many shots.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -19,19 +20,16 @@ import numpy as np
 
 from benchmarks._common import ROOT, Row, parser_of, run, say
 from keyreel import Engine, Sampling, Summary
+from keyreel.config import EncodeConfig
 from keyreel.runtime.bundle import Bundle
+from keyreel.search import frame_scores
 from keyreel.types import F32
+from keyreel_export.builtin.composites import moving, read_parts
 from keyreel_export.builtin.data import SIZE, read_examples
-from keyreel_export.builtin.measure import (
-    STRENGTHS,
-    Shown,
-    Towers,
-    ask_libraries,
-    halves,
-    measure_labels,
-    show,
-)
+from keyreel_export.builtin.measure import Shown, Towers, ask_libraries, halves, measure_labels, show
 from keyreel_export.builtin.saliency import find_objects, marked
+from keyreel_export.fit import mean_average_precision
+from keyreel_kernels.shift import adaptive_shift, patch_change, shift_tokens
 from tests.concatenated import concatenate, stretches
 
 CLIPS = json.loads((ROOT / "benchmarks" / "quality_clips.json").read_text("utf-8"))
@@ -39,24 +37,25 @@ FRAMES = 8
 
 
 def photographs(model: str, trainset: Path) -> Iterator[Row]:
-    """Labels at each attention strength; captions, absent things and attention at the model's own."""
+    """Labels and captions by the scene alone and by both vectors; absent things; where the object is; composites."""
     towers = Towers(Bundle.find(model).folder)
-    shown, strength = show(towers, trainset), towers.bundle.strength_default
+    shown = show(towers, trainset)
     yield from ({"part": "labels", **row} for row in measure_labels(towers, shown))
-    yield {"part": "captions", "strength": strength, **measure_captions(towers, trainset, strength)}
-    for row in measure_absent(towers, halves(shown)[1], strength):
-        yield {"part": "absent", "strength": strength, **row}
+    yield from ({"part": "captions", **row} for row in measure_captions(towers, trainset))
+    for row in measure_absent(towers, halves(shown)[1]):
+        yield {"part": "absent", **row}
     yield {"part": "attention", **measure_attention(towers, trainset)}
+    yield from ({"part": "composites", **row} for row in measure_composites(towers, trainset))
 
 
-def measure_absent(towers: Towers, shown: Shown, strength: float) -> list[Row]:
+def measure_absent(towers: Towers, shown: Shown) -> list[Row]:
     """Are present labels told from absent ones? A row for each size of library, at the bundle's own thresholds.
 
     `present_kept`: the share of present labels that reach the threshold. `absent_told`: the share of absent ones that
     do not. `auc`: the chance that a present one scores higher.
     """
     table = []
-    for size, present, absent in ask_libraries(towers, shown, strength, libraries=1500, seed=1):
+    for size, present, absent in ask_libraries(towers, shown, libraries=1500, seed=1):
         row = {"images": float(size), "libraries": float(len(present))}
         row["auc"] = round(float((present[:, None] > absent).mean()), 4)
         weak = towers.bundle.match_threshold(size)
@@ -67,23 +66,81 @@ def measure_absent(towers: Towers, shown: Shown, strength: float) -> list[Row]:
     return table
 
 
-def measure_captions(towers: Towers, trainset: Path, strength: float) -> Row:
+def measure_captions(towers: Towers, trainset: Path) -> Iterator[Row]:
     """COCO captions to images: recall at 1 and 5, median rank among the captioned validation images."""
     shown = show(towers, trainset, captioned=True)
-    if not shown.examples:
-        return {}
     captions = [(caption, row) for row, example in enumerate(shown.examples) for caption in example.captions]
-    vectors = shown.vectors[STRENGTHS.index(strength)]
-    scores = towers.texts([caption for caption, _ in captions]) @ vectors.T
-    own = scores[np.arange(len(captions)), [row for _, row in captions]]
-    rank = (scores > own[:, None]).sum(axis=1) + 1
-    return {
-        "captions": float(len(captions)),
-        "caption_images": float(len(shown.examples)),
-        "caption_recall_at_1": round(float((rank <= 1).mean()), 4),
-        "caption_recall_at_5": round(float((rank <= 5).mean()), 4),
-        "caption_median_rank": float(np.median(rank)),
-    }
+    if not captions:
+        return
+    texts = towers.texts([caption for caption, _ in captions])
+    ways = {"scene": texts @ shown.scene.T, "scene and subject": shown.scores(texts, towers.bundle.subject).T}
+    for way, scores in ways.items():
+        own = scores[np.arange(len(captions)), [row for _, row in captions]]
+        rank = (scores > own[:, None]).sum(axis=1) + 1
+        yield {
+            "vectors": way,
+            "captions": len(captions),
+            "caption_images": len(shown.examples),
+            "caption_recall_at_1": round(float((rank <= 1).mean()), 4),
+            "caption_recall_at_5": round(float((rank <= 5).mean()), 4),
+            "caption_median_rank": float(np.median(rank)),
+        }
+
+
+def measure_composites(towers: Towers, trainset: Path) -> Iterator[Row]:
+    """Videos of a small object that crosses a place: are both found by their labels, and is the object where the map
+    says? Mean average precision over the videos, by the best frame of each; with parts of the map left out.
+
+    `inside`: share of the object's columns in the 9:16 part of a 16:9 frame that holds most of the map.
+    """
+    objects, places = read_parts(trainset, read_examples(trainset, "val"))
+    bundle = towers.bundle
+    for pan, size in itertools.product((0, 8), (36, 56, 76)):
+        made = moving(objects, places, size=size, pan=pan, count=min(300, len(objects)))
+        count, length = made.frames.shape[:2]
+        flat = made.frames.reshape(-1, *made.frames.shape[2:])
+        tokens = np.concatenate([towers.run("backbone", frames=flat[n : n + 64]) for n in range(0, len(flat), 64)])
+        linked, clips = np.arange(length) > 0, tokens.reshape(count, length, *tokens.shape[1:])
+        config = EncodeConfig()
+        steps, threshold = config.shift_steps, config.shift_threshold
+        sources = [adaptive_shift(own, bundle.grid, linked, steps=steps, threshold=threshold) for own in clips]
+        shifted = np.concatenate([shift_tokens(own, at, 0) for own, at in zip(clips, sources, strict=True)])
+        change = np.concatenate([patch_change(own, bundle.grid, linked, steps=steps) for own in clips])
+        attention = {name: towers.run("attention", tokens=seen) for name, seen in (("", tokens), ("shift", shifted))}
+        even = np.full_like(change, 1 / change.shape[1])
+        names = sorted({label for things in made.things for thing in things for label in thing.labels[:1]})
+        texts = towers.texts(names)
+        wanted = [np.array([[name == things[n].labels[0] for name in names] for things in made.things]) for n in (0, 1)]
+        ways = {
+            "scene": None,
+            "attention": (attention[""], np.ones_like(change)),
+            "change": (even, change),
+            "attention and change": (attention[""], change),
+            "attention of the shifted frame and change": (attention["shift"], change),
+        }
+        for way, (weights, moved) in ((way, parts or (even, change)) for way, parts in ways.items()):
+            found = towers.fused(tokens, weights, moved)
+            subject = None if way == "scene" else found["subject"]
+            scores = frame_scores(found["scene"], subject, texts.T, bundle.subject)
+            best = scores.best.reshape(count, length, -1).max(axis=1)
+            row: Row = {"pan": pan, "object_lines": size, "map": way, "videos": count}
+            for what, own in zip(("object", "place"), wanted, strict=True):
+                row[f"{what}_map"] = round(mean_average_precision(best, own), 4)
+            if way != "scene":
+                row["subject_wins"] = round(float(scores.by_subject.mean()), 4)
+                boxes = made.boxes.reshape(-1, 4)
+                shares = [share_inside(m, box, bundle.grid) for m, box in zip(found["map"], boxes, strict=True)]
+                row["inside"] = round(float(np.mean(shares)), 4)
+            yield row
+
+
+def share_inside(weights: F32, box: F32, grid: tuple[int, int]) -> float:
+    """Share of a box's columns inside the window, (9/16)² of the width, that holds the most of a map [P]."""
+    width = SIZE * (9 / 16) ** 2
+    sums = np.concatenate([[0.0], np.cumsum(weights.reshape(grid).sum(axis=0))])
+    starts, edges = np.linspace(0, SIZE - width, 33), np.linspace(0, SIZE, grid[1] + 1)
+    left = starts[(np.interp(starts + width, edges, sums) - np.interp(starts, edges, sums)).argmax()]
+    return float(max(0.0, min(box[2], left + width) - max(box[0], left)) / (box[2] - box[0]))
 
 
 def measure_attention(towers: Towers, trainset: Path) -> Row:
@@ -127,20 +184,22 @@ def area_under_curve(maps: F32, masks: F32) -> F32:
     return found
 
 
-def clips(engine: Engine, media: Path) -> Row:
-    """Place of the right clip for each caption."""
+def clips(engine: Engine, media: Path) -> Iterator[Row]:
+    """Place of the right clip for each caption, by the scene alone and by both vectors."""
     captions = CLIPS["clips"]
     texts = [(text, place) for place, own in enumerate(captions.values()) for text in own]
     queries, table = engine.encode_text([text for text, _ in texts]), []
     for name in captions:
-        vectors = engine.embed_video(media / name, sampling=Sampling(fps=2.0)).vectors
-        chosen = np.linspace(0, len(vectors) - 1, FRAMES).round().astype(int)
-        table.append((vectors[chosen] @ queries.T).mean(axis=0))
-    scores, own = np.stack(table), [place for _, place in texts]
-    ranks = (scores > scores[own, np.arange(len(own))]).sum(axis=0) + 1
-    recall = {f"recall_at_{depth}": round(float((ranks <= depth).mean()), 6) for depth in (1, 5)}
-    count = {"queries": len(texts), "clips": len(captions), "median_rank": float(np.median(ranks))}
-    return {"part": "clips", **count, **recall}
+        embedding = engine.embed_video(media / name, sampling=Sampling(fps=2.0))
+        chosen = np.linspace(0, len(embedding) - 1, FRAMES).round().astype(int)
+        both = frame_scores(embedding.scene, embedding.subject, queries.T, engine.bundle.subject).best
+        table.append([(embedding.scene @ queries.T)[chosen].mean(axis=0), both[chosen].mean(axis=0)])
+    own = [place for _, place in texts]
+    for way, scores in zip(("scene", "scene and subject"), np.stack(table, axis=1), strict=True):
+        ranks = (scores > scores[own, np.arange(len(own))]).sum(axis=0) + 1
+        recall = {f"recall_at_{depth}": round(float((ranks <= depth).mean()), 6) for depth in (1, 5)}
+        count = {"queries": len(texts), "clips": len(captions), "median_rank": float(np.median(ranks))}
+        yield {"part": "clips", "vectors": way, **count, **recall}
 
 
 def told(engine: Engine, asked: list[tuple[list[Summary], list[str]]]) -> Row:
@@ -181,8 +240,7 @@ def parts(options: argparse.Namespace) -> Iterator[Row]:
         yield from photographs(options.model, options.trainset)
     with Engine.from_pretrained(options.model, device="cpu") as engine:
         if (options.media / "natural").is_dir():
-            defaults = {"shift": engine.bundle.shift_default, "strength": engine.bundle.strength_default}
-            yield {**clips(engine, options.media), **defaults}
+            yield from clips(engine, options.media)
             every = [engine.summarize(options.media / name, keyframes=1) for name in CLIPS["clips"]]
             own = list(CLIPS["clips"].values())
             yield told(engine, [([video], texts) for video, texts in zip(every, own, strict=True)])
