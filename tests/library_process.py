@@ -20,22 +20,31 @@ import numpy as np
 
 from keyreel.library import upkeep
 from keyreel.library.table import Tables
-from keyreel.library.types import Extras, Preview, Record, Rows
+from keyreel.library.types import Extras, Preview, Record, Rows, Subjects
+from keyreel.types import F32
 
 WIDTH = 16
 MODEL = {"model": "made-up", "model_sha256": "ab" * 32, "width": WIDTH}
 VIDEOS = 10
 
 
-def made(number: int, state: int) -> tuple[Record, Rows, tuple[Preview, ...], Extras]:
-    """Video `number` after `state` changes; always the same, but for the generation."""
-    rng = np.random.default_rng([number, state])
-    count = 3 + number % 4
+def unit(rng: np.random.Generator, count: int) -> F32:
     vectors = rng.normal(size=(count, WIDTH)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+def made(number: int, state: int) -> tuple[Record, Rows, tuple[Preview, ...], Extras]:
+    """Video `number` after `state` changes; always the same, but for the generation. Every third has no subjects."""
+    rng = np.random.default_rng([number, state])
+    count = 3 + number % 4
+    vectors = unit(rng, count)
     times = np.sort(rng.random(count)) * 10
     attention = rng.random(4).astype(np.float32)
     shown = tuple(Preview(float(times[row]), rng.bytes(200), attention / attention.sum()) for row in (0, count - 1))
+    apart = np.random.default_rng([number, state, 1])
+    row = np.flatnonzero(apart.random(count) < 0.7)
+    subjects = Subjects(row, unit(apart, len(row)), apart.random((count, 4)).astype(np.float32))
     rows = Rows(
         pts_seconds=times,
         frame_index=np.arange(count) * 12,
@@ -43,6 +52,7 @@ def made(number: int, state: int) -> tuple[Record, Rows, tuple[Preview, ...], Ex
         shot=np.arange(count) // 2,
         keyframe=np.isin(np.arange(count), (0, count - 1)),
         weight=rng.random(count).astype(np.float32),
+        subjects=None if number % 3 == 2 else subjects,
     )
     record = Record(
         id=f"id{number}",
@@ -52,6 +62,7 @@ def made(number: int, state: int) -> tuple[Record, Rows, tuple[Preview, ...], Ex
         fingerprint=f"{number}:{state}",
         generation=uuid.uuid4().hex,
         frames=count,
+        subjects=rows.counts[1],
         tags=("made", "up"),
         date=1e9 + number,
         duration_seconds=10.5,
@@ -106,16 +117,24 @@ def check(tables: Tables) -> int:
         rows, expected = found[record.generation], made(number, state)[1]
         np.testing.assert_array_equal(rows.pts_seconds, expected.pts_seconds)
         np.testing.assert_allclose(rows.vectors, expected.vectors, atol=1e-3)
+        assert (rows.subjects is None) == (expected.subjects is None)
+        if rows.subjects is not None and expected.subjects is not None:
+            np.testing.assert_array_equal(rows.subjects.row, expected.subjects.row)
+            np.testing.assert_allclose(rows.subjects.vectors, expected.subjects.vectors, atol=1e-3)
+            np.testing.assert_allclose(rows.subjects.region, expected.subjects.region, atol=1e-3)
     return len(records)
+
+
+def _bytes(values: Rows | Subjects) -> list[object]:
+    columns = (getattr(values, name) for name in values.__slots__)
+    return [_bytes(one) if isinstance(one, Subjects) else one if one is None else one.tobytes() for one in columns]
 
 
 def content(tables: Tables) -> dict[str, object]:
     """All that a library holds, but for what differs from one run to the next."""
     found: dict[str, object] = {}
     for record in tables.records():
-        blocks = [
-            [getattr(rows, name).tobytes() for name in rows.__slots__] for _, rows in tables.rows([record.generation])
-        ]
+        blocks = [_bytes(rows) for _, rows in tables.rows([record.generation])]
         shown = [(one.pts_seconds, one.jpeg, one.attention.tobytes()) for one in tables.previews(record.generation)]
         same = dataclasses.replace(record, generation="", indexed_at=0.0)
         found[record.path] = (same, blocks, shown, tables.extras(record.generation))

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,21 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
 from keyreel.runtime.bundle import Bundle as Checked  # noqa: E402
+from keyreel.runtime.bundle import SubjectScale  # noqa: E402
 from keyreel_export.builtin import data  # noqa: E402
 from keyreel_export.builtin.__main__ import main  # noqa: E402
 from keyreel_export.builtin.bundle import Texts  # noqa: E402
 from keyreel_export.builtin.data import Bank, Example, random_view  # noqa: E402
 from keyreel_export.builtin.distil import Distillation, Lesson, Plan, draw_scenes  # noqa: E402
 from keyreel_export.builtin.language import Language, plural  # noqa: E402
-from keyreel_export.builtin.measure import Shown, best_strength, label_ranks, match_thresholds  # noqa: E402
+from keyreel_export.builtin.measure import Shown, label_ranks, match_thresholds  # noqa: E402
 from keyreel_export.builtin.phrases import describe  # noqa: E402
-from keyreel_export.builtin.saliency import compose, outline, train_attention  # noqa: E402
+from keyreel_export.builtin.saliency import compose, outline  # noqa: E402
 from keyreel_export.builtin.scenes import COLOURS as PALETTE  # noqa: E402
 from keyreel_export.builtin.scenes import KINDS, render_scene  # noqa: E402
 from keyreel_export.builtin.space import Space, contrast  # noqa: E402
 from keyreel_export.builtin.wordnet import Nouns  # noqa: E402
+from keyreel_export.fit import Outlined, TokenAttention, fit_attention  # noqa: E402
 
 pytestmark = pytest.mark.full
 
@@ -248,7 +251,9 @@ def test_the_attention_head_learns_what_is_marked() -> None:
     masks = (rng.random((300, 7, 7)) < 0.3).astype(np.float32)
     tokens = rng.random((300, 49, 512)).astype(np.float32)
     tokens[..., 5] += 2 * masks.reshape(300, 49)
-    head = train_attention(torch.from_numpy(tokens[:250]), masks[:250], steps=150)
+    head = TokenAttention(tokens.shape[2], (7, 7))
+    known = torch.from_numpy(masks[:250].reshape(250, -1))
+    fit_attention(head, Outlined(torch.from_numpy(tokens[:250]), known), steps=150)
     with torch.inference_mode():
         maps = head(torch.from_numpy(tokens[250:])).numpy()
     np.testing.assert_allclose(maps.sum(axis=1), 1.0, atol=1e-5)
@@ -261,6 +266,7 @@ class Said:
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
+        self.bundle = SimpleNamespace(subject=SubjectScale())
 
     def texts(self, texts: list[str]) -> np.ndarray:
         return np.eye(len(self._names), dtype=np.float32)[[self._names.index(text) for text in texts]]
@@ -271,11 +277,12 @@ def test_thresholds_are_what_nine_in_ten_present_labels_reach() -> None:
     vectors = np.eye(60, dtype=np.float32)
     vectors[::20] *= 0.5  # 3 of 60 images are found badly, fewer than are missed
     towers: Any = Said(names)
-    table = match_thresholds(towers, Shown(examples(*((name,) for name in names)), [vectors] * 5), 0.0, libraries=200)
+    table = match_thresholds(towers, Shown(examples(*((name,) for name in names)), vectors, 0 * vectors), libraries=200)
     assert table == [[1, 1], [2, 1], [5, 1], [10, 1], [20, 1]]
-    everything = Shown(examples(*(("thing", "other"),) * 8), [np.eye(2, dtype=np.float32)[[0] * 8]] * 5)
+    alike = np.eye(2, dtype=np.float32)[[0] * 8]
+    everything = Shown(examples(*(("thing", "other"),) * 8), alike, alike)
     towers = Said(["thing", "other"])
-    assert match_thresholds(towers, everything, 0.0, libraries=9) == []
+    assert match_thresholds(towers, everything, libraries=9) == []
 
 
 def test_label_ranks_and_plurals() -> None:
@@ -327,14 +334,9 @@ def test_distillation_goes_on_where_it_stopped_with_two_workers(tmp_path: Path) 
     assert all(torch.equal(same[name], weight) for name, weight in second["student"].items())
 
 
-def test_a_strength_becomes_the_default_only_where_it_helps() -> None:
-    def row(strength: float, top1: tuple[float, float, float], top5: tuple[float, float, float]) -> dict[str, Any]:
-        found = {"strength": strength, "top1": 0.5 + top1[0], "top5": 0.7 + top5[0]}
-        return {**found, "top1_against_0": list(top1), "top5_against_0": list(top5)}
-
-    plain = row(0.0, (0, 0, 0), (0, 0, 0))
-    noise = row(0.25, (0.01, -0.01, 0.03), (0.01, -0.01, 0.03))
-    better = row(0.5, (0.02, 0.01, 0.03), (0.0, -0.01, 0.01))
-    worse = row(1.0, (0.05, 0.04, 0.06), (-0.001, -0.01, 0.01))
-    assert best_strength([plain, noise]) == 0
-    assert best_strength([plain, noise, better, worse]) == 0.5
+def test_photographs_are_scored_by_the_better_of_both_vectors() -> None:
+    rng = np.random.default_rng(8)
+    scene, subject, texts = (rng.normal(size=(n, 6)).astype(np.float32) for n in (4, 4, 3))
+    found = Shown([], scene, subject).scores(texts, SubjectScale(1.5, -0.2))
+    for n, q in np.ndindex(4, 3):
+        assert found[n, q] == pytest.approx(max(scene[n] @ texts[q], 1.5 * (subject[n] @ texts[q]) - 0.2), abs=1e-5)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
-from keyreel.runtime.bundle import Bundle, bundle_folder, cached_names, sha256_of, write_manifest
+from keyreel.runtime.bundle import Bundle, SubjectScale, bundle_folder, cached_names, sha256_of, write_manifest
 
 
 @pytest.fixture
@@ -59,6 +59,12 @@ def test_a_changed_or_missing_file_is_refused(copy: Path, name: str) -> None:
     ("change", "message"),
     [
         ({"schema": "other/1"}, "schema"),
+        ({"schema": "keyreel.bundle/1"}, "schema"),  # with one vector a frame
+        ({"subject": {"slope": 0.0}}, "slope above 0"),
+        ({"subject": {"offset": float("nan")}}, "finite offset"),
+        ({"subject": {"novelty": 3.0}}, "a cosine"),
+        ({"subject": {"steep": 1.0}}, "bad or missing entry"),
+        ({"subject": None}, "bad or missing entry"),
         ({"grid": None}, "bad or missing entry"),
         ({"image": {"height": -1, "width": 2}}, "height must be"),
         ({"files": {}}, "does not list"),
@@ -70,6 +76,19 @@ def test_a_bad_manifest_is_refused(copy: Path, change: dict[str, object], messag
     (copy / "manifest.json").write_text(json.dumps({**manifest, **change}))
     with pytest.raises(ModelError, match=message):
         Bundle.load(copy)
+
+
+def test_what_a_bundle_says_of_its_subjects(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["subject"] = {"slope": 1.25, "offset": -0.1, "novelty": 0.8}
+    manifest["fusion"]["same_scene"] = {"0" * 64: "", "1" * 64: "update.npy"}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    bundle = Bundle.load(copy)
+    assert bundle.subject == SubjectScale(1.25, -0.1, 0.8)
+    assert bundle.same_scene == manifest["fusion"]["same_scene"]
+    del manifest["fusion"]["same_scene"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert Bundle.load(copy).same_scene == {}
 
 
 def with_thresholds(folder: Path, table: object) -> Bundle:
@@ -120,7 +139,7 @@ def test_write_manifest_lists_every_file(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"abc")
     write_manifest(tmp_path, {"name": "x"})
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["schema"] == "keyreel.bundle/1"
+    assert manifest["schema"] == "keyreel.bundle/2"
     assert manifest["files"] == {"a.bin": {"sha256": sha256_of(tmp_path / "a.bin"), "bytes": 3}}
     # SHA-256 of "abc" in FIPS 180-2
     assert sha256_of(tmp_path / "a.bin").startswith("ba7816bf8f01cfea414140de5dae2223")

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from commands import BARE, document, run, spawn, write_clip
 
-from keyreel import Sampling, __version__
+from keyreel import Sampling, SearchHit, __version__
 from keyreel.cli.documents import Bench, Doctor, Summaries
-from keyreel.cli.output import printable
+from keyreel.cli.output import print_hits, printable
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.demo import SCENES
@@ -148,6 +148,22 @@ def test_sampling_options_reach_the_decoder(clip: Path, tmp_path: Path) -> None:
         assert {name: given[name] for name in names} == {name: getattr(sampling, name) for name in names}
 
 
+def test_the_subject_is_switched_on_and_off(tiny: Path, tmp_path: Path) -> None:
+    for words, wanted in (((), True), (("--subject", "on"), True), (("--subject=off",), False)):
+        found = document(schema_of(SummaryDocument), "summarize", tiny, "-o", tmp_path, "--overwrite", *BARE, *words)
+        assert found["config"]["encode"]["subject"] is wanted
+    (hit,) = document(schema_of(SearchDocument), "search", "a dog", tiny, "--subject", "off")["hits"]
+    assert (hit["answered_by"], hit["region"]) == ("scene", None)
+    (hit,) = document(schema_of(SearchDocument), "search", "a dog", tiny)["hits"]
+    x, y, width, height = hit["region"]
+    assert 0 <= x < x + width <= 1 + 1e-6
+    assert 0 <= y < y + height <= 1 + 1e-6
+    for command in (("summarize",), ("search", "a"), ("index",), ("bench",)):
+        for wrong in ("maybe", "ON", "1", ""):
+            said = run(*command, tiny, "--subject", wrong, code=2).stderr
+            assert f"{wrong!r} is neither on nor off" in " ".join(said.split())
+
+
 def test_folders_of_others_are_not_overwritten(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     other, out = write_clip(tmp_path / "in" / "tiny.mp4"), tmp_path / "out"
@@ -177,6 +193,16 @@ def test_odd_names_stay_inside_the_output_folder(tiny: Path, tmp_path: Path) -> 
     assert len(list((tmp_path / "work" / "out").glob("*/summary.json"))) == len(names)
     assert "\x1b" not in done.output
     assert "a b'\"[red].mp4: 1 key-frame" in done.stdout
+
+
+def test_the_table_of_hits_names_the_subject(capsys: pytest.CaptureFixture[str]) -> None:
+    hits = [SearchHit("a.mp4", 1, 2, 1.5, 0.4, answered_by="subject"), SearchHit("b.mp4", 1, 2, 1.25, 0.3)]
+    print_hits(hits)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:] == [
+        ["0.400", "1.00", "-", "2.00", "s", "1.50", "s,", "subject", "a.mp4"],
+        ["0.300", "1.00", "-", "2.00", "s", "1.25", "s", "b.mp4"],
+    ]
 
 
 def test_terminals_get_no_control_characters() -> None:
@@ -269,7 +295,10 @@ def test_bench_measures_each_video(tmp_path: Path) -> None:
         assert video["times_real_time"] == pytest.approx(4 / video["seconds"], rel=0.01)
     assert found["config"]["sampling"]["fps"] == 5
     assert found["versions"]["keyreel"] == __version__
-    lines = run("bench", tmp_path / "a.mp4", "--runs", 1, "--sampling", "keyframes").stdout.splitlines()
+    assert found["config"]["encode"]["subject"]
+    words = ("--runs", 1, "--sampling", "keyframes", "--subject", "off")
+    assert not document(schema_of(Bench), "bench", tmp_path / "a.mp4", *words)["config"]["encode"]["subject"]
+    lines = run("bench", tmp_path / "a.mp4", *words).stdout.splitlines()
     assert lines[1].split()[-2:] == ["4", str(tmp_path / "a.mp4")]
     assert lines[2].startswith("builtin on cpu ")
 

@@ -196,13 +196,14 @@ def test_options_of_ray(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         options["tell"](Added(str(paths[0]), "added", None, None, 1.0))
 
     monkeypatch.setattr(indexing, "index", index)
-    flags = ("--library", tmp_path, "--workers", 3, "--fps", 1)
+    flags = ("--library", tmp_path, "--workers", 3, "--fps", 1, "--subject", "off")
     for words, address in ((), None), (("auto",), "auto"), (("ray://head:10001",), "ray://head:10001"):
         found = document(schema_of(Index), "index", "--ray", *words, small / "a.mp4", *flags)
         assert changes(found) == [("a.mp4", "added")]
         assert (given["paths"], given["uri"]) == ([str(small / "a.mp4")], str(tmp_path))
         assert (given["address"], given["model"]) == (address, "builtin")
         assert (given["config"].workers, given["config"].sampling.fps) == (3, 1)
+        assert not given["config"].encode.subject
     run("index", "--ray", small, "--library", tmp_path, "--watch", code=2)
 
 
@@ -220,6 +221,7 @@ def test_search_gives_what_the_library_gives(folder: Path, library: Path, tmp_pa
         for entry, hit in zip(found["hits"], hits, strict=True):
             names = ("video", "video_id", "start_seconds", "stop_seconds", "pts_seconds", "keyframe_seconds", "folded")
             assert {name: entry[name] for name in names} == {name: getattr(hit, name) for name in names}
+            assert (entry["answered_by"], entry["region"]) == (hit.answered_by, hit.region and list(hit.region))
             assert Path(entry["preview"]).read_bytes() == opened.preview(hit.video_id, hit.keyframe_seconds)
         page = (tmp_path / "hits.html").read_text()
         assert page.count("data:image/jpeg") == len(hits)

@@ -18,6 +18,8 @@ from keyreel import EncodeConfig, Engine, Sampling, SelectConfig, Summary
 from keyreel.config import OutputConfig
 from keyreel.errors import BackendUnavailable, ModelNotFound, SourceError, SourceNotFound
 from keyreel.render.save import reel_spans
+from keyreel.runtime.bundle import SubjectScale
+from keyreel.search import frame_scores, region
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,31 @@ def test_text_and_frames_live_in_one_space(engine: Engine, summary: Summary) -> 
     assert vectors.shape == (2, summary.embedding.vectors.shape[1])
     np.testing.assert_array_equal(engine.encode_text("a dog")[0], engine.encode_text(["a dog"])[0])
     hit = summary.search("a dog", k=1)[0]
-    assert hit.score == pytest.approx(float((summary.embedding.vectors @ vectors[0]).max()), abs=1e-6)
+    best = frame_scores(summary.embedding.scene, summary.embedding.subject, vectors[0], engine.bundle.subject).best
+    assert hit.score == pytest.approx(float(best.max()), abs=1e-6)
+
+
+def test_texts_are_scored_by_the_models_scale_and_pictures_by_plain_cosines(
+    engine: Engine, clip: Path, summary: Summary, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scale, embedding = SubjectScale(slope=0.5, offset=0.7, novelty=0.99), summary.embedding
+    monkeypatch.setattr(engine, "bundle", dataclasses.replace(engine.bundle, subject=scale))
+    assert embedding.subject is not None
+    text = engine.encode_text("a dog")[0]
+    hit = summary.search("a dog", k=1)[0]
+    new = (embedding.scene * embedding.subject).sum(1) < 0.99
+    assert hit.score == pytest.approx(float((0.5 * (embedding.subject @ text) + 0.7)[new].max()), abs=1e-6)
+    assert hit.answered_by == "subject"
+    row = int(np.searchsorted(embedding.pts_seconds, hit.pts_seconds))
+    assert hit.region == region(embedding.attention[row], embedding.grid)
+    spans = summary.render_reel(tmp_path / "reel.mp4", seconds=1.0, query="a dog")
+    output = OutputConfig(reel_seconds=1.0, query="a dog")
+    assert spans == reel_spans(summary, output, frame_scores(embedding.scene, embedding.subject, text, scale).best)
+    with engine.frames(clip, Sampling(mode="times", times=(1.0,))) as stream:
+        picture = next(iter(stream)).data[0]
+    vector = engine.encode_image(picture)[0]
+    plain = np.concatenate([embedding.scene @ vector, (embedding.subject @ vector)[new]])
+    assert summary.search(picture, k=1)[0].score == pytest.approx(float(plain.max()), abs=1e-6)
 
 
 def test_saved_summary_reads_back(summary: Summary, tmp_path: Path) -> None:
@@ -193,13 +219,14 @@ def test_options_reach_every_stage(engine: Engine, clip: Path) -> None:
         clip,
         progress=lambda *step: seen.append(step),
         sampling=Sampling(fps=4.0, start_seconds=0.5),
-        encode=EncodeConfig(shift="adaptive", attention_strength=1.0, batch_size=5),
+        encode=EncodeConfig(shift="fixed", subject=False, batch_size=5),
         select=SelectConfig(keyframes=2, min_gap_seconds=1.0),
     )
     assert len(summary.embedding) == 11
     assert [stage for stage, *_ in seen] == ["encode"] * 3
     assert [done for _, done, _ in seen] == pytest.approx([1.0, 2.25, 2.5], abs=0.05)  # seconds from the start
     assert seen[-1][2] == pytest.approx(2.7, abs=0.05)
-    assert summary.config["encode"]["shift"] == "adaptive"
-    assert summary.config["encode"]["attention_strength"] == 1.0
+    assert summary.config["encode"]["shift"] == "fixed"
+    assert summary.config["encode"]["subject"] is False
+    assert summary.embedding.subject is None
     assert len(summary.keyframes) <= 2

@@ -24,6 +24,7 @@ from keyreel.runtime.bundle import Bundle
 from keyreel_export import bundle as module
 from keyreel_export import onnx as graphs
 from keyreel_export import pretrained, verify
+from keyreel_export.fusion import FLOOR, POWER
 from keyreel_export.triton import export_triton
 
 pytestmark = pytest.mark.full
@@ -50,25 +51,35 @@ def exported(open_clip: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, graph: str, **feeds: Any) -> Any:
+    return outputs(folder, graph, **feeds)[0]
+
+
+def outputs(folder: Path, graph: str, **feeds: Any) -> list[Any]:
     session = onnxruntime.InferenceSession(str(folder / f"{graph}.onnx"), providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)[0]
+    assert tuple(output.name for output in session.get_outputs()) == module.OUTPUTS[graph]
+    return session.run(None, feeds)
 
 
-def chain(folder: Path, frames: Any, strength: float) -> Any:
+def chain(folder: Path, frames: Any, change: Any) -> tuple[list[Any], Any]:
+    """Scene, subject and map; and the attention that went into them."""
     found = run(folder, "backbone", frames=frames)
     uses_frames = Bundle.load(folder).attention_input == "frames"
     attention = run(folder, "attention", **({"frames": frames} if uses_frames else {"tokens": found}))
-    return run(folder, "fusion", tokens=found, attention=attention, strength=np.array(strength, np.float32))
+    return outputs(folder, "fusion", tokens=found, attention=attention, change=change), attention
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_images_equal_open_clip(open_clip: Any, exported: Path, count: int) -> None:
     frames = np.random.default_rng(count).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
     stock = tiny_models.stock_vectors(tiny_models.build(open_clip, VIT, seed=7), frames)
-    np.testing.assert_allclose(chain(exported, frames, 0.0), stock, atol=1e-5)
-    moved = chain(exported, frames, 2.0)
-    assert np.abs(moved - stock).max() > 1e-4
-    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1, atol=1e-5)
+    change = np.random.default_rng(count).random((count, 16), np.float32)
+    (scene, subject, weights), attention = chain(exported, frames, change)
+    np.testing.assert_allclose(scene, stock, atol=1e-5)
+    assert (scene * stock).sum(1).min() >= 0.9999
+    assert np.abs(subject - stock).max() > 1e-4
+    np.testing.assert_allclose(np.linalg.norm(subject, axis=1), 1, atol=1e-5)
+    expected = attention**POWER * (FLOOR + change)
+    np.testing.assert_allclose(weights, expected / expected.sum(1, keepdims=True), rtol=1e-4)
 
 
 def test_texts_equal_open_clip(open_clip: Any, exported: Path) -> None:
@@ -88,7 +99,7 @@ def test_manifest(exported: Path) -> None:
     assert (bundle.token_width, bundle.embedding_width, bundle.context_length) == (64, 32, 77)
     assert (bundle.image.height, bundle.image.width) == (64, 64)
     assert (bundle.image.mode, bundle.image.interpolation) == ("shortest", "bicubic")
-    assert (bundle.strength_default, bundle.shift_default, bundle.attention_input) == (0.0, "off", "frames")
+    assert (bundle.subject.slope, bundle.same_scene, bundle.attention_input) == (1.0, {}, "frames")
     manifest = json.loads((exported / "manifest.json").read_text())
     assert [entry["from"] for entry in manifest["sources"]] == ["random weights", "random weights"]
     assert manifest["versions"]["torch"] == torch.__version__
@@ -143,8 +154,8 @@ def test_weights_beside_the_graph_when_too_large(tmp_path: Path, monkeypatch: py
     graphs.export_graph(layer, {"x": torch.zeros(2, 64)}, ["y"], tmp_path / "layer.onnx")
     assert (tmp_path / "layer.onnx.data").stat().st_size >= 64 * 32 * 4
     case = verify.cases(layer, [{"x": np.ones((3, 64), np.float32)}])[0]
-    found = verify.run_graph(tmp_path / "layer.onnx", [case.feeds], "fp32")[0]
-    np.testing.assert_allclose(found, case.expected, atol=1e-6)
+    [(found,)] = verify.run_graph(tmp_path / "layer.onnx", [case.feeds], "fp32")
+    np.testing.assert_allclose(found, case.expected[0], atol=1e-6)
 
 
 def test_other_folders_are_left_alone(open_clip: Any, tmp_path: Path) -> None:
@@ -233,17 +244,22 @@ def test_differences_are_refused() -> None:
     unit = np.eye(2, 4, dtype=np.float32)
     turned = unit.copy()
     turned[0] = (0.99, 0.14106736, 0, 0)
-    assert verify.check("fusion", [unit], [unit], "fp32") == {"fusion_difference": 0.0, "fusion_cosine": 1.0}
+    good = [(unit, unit)]
+    assert verify.check("fusion", good, good, "fp32") == {"fusion_difference": 0.0, "fusion_cosine": 1.0}
     for graph in verify.BOUNDS["fp32"]:
         for wrong in (turned, unit * np.float32(np.nan)):
-            with pytest.raises(ModelError, match="differs from torch"):
-                verify.check(graph, [wrong], [unit], "fp32")
+            for found in ((wrong, unit), (unit, wrong)):  # any of a graph's outputs
+                with pytest.raises(ModelError, match="differs from torch"):
+                    verify.check(graph, [found], good, "fp32")
     with pytest.raises(ModelError, match="float64"):
-        verify.check("fusion", [unit.astype(np.float64)], [unit], "fp32")
+        verify.check("fusion", [(unit, unit.astype(np.float64))], good, "fp32")
 
 
 def test_a_map_made_from_frames_is_served_as_well(exported: Path, tmp_path: Path) -> None:
     export_triton(Bundle.load(exported), tmp_path / "models")
     frames = np.random.default_rng(4).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
-    found = run(tmp_path / "models" / "keyreel_image" / "1", "model", frames=frames)
-    np.testing.assert_allclose(found, chain(exported, frames, 0.0), atol=1e-5)
+    served = tmp_path / "models" / "keyreel_image" / "1" / "model.onnx"
+    found = onnxruntime.InferenceSession(str(served), providers=["CPUExecutionProvider"]).run(None, {"frames": frames})
+    expected, _ = chain(exported, frames, np.zeros((3, 16), np.float32))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Fusion: the product of weights and map, and the replaceable projection."""
+"""Fusion: both vectors and the map against their formulas, and the replaceable projections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from keyreel.errors import CheckpointMismatch, ModelError
-from keyreel_export.fusion import TemporalSpatialFusion, load_projection
+from keyreel_export.fusion import FLOOR, POWER, AveragePooling, TemporalSpatialFusion, load_projection
 from keyreel_export.towers import Tower, split_tower
 
 pytestmark = pytest.mark.full
@@ -28,48 +28,99 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Tower:
     return split_tower(tiny_models.build(open_clip, "keyreel-tiny-avg", text=False))
 
 
-def feeds(tower: Tower) -> tuple[torch.Tensor, torch.Tensor]:
+def feeds(tower: Tower) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, attention, change."""
     random = np.random.default_rng(5)
     patches = tower.grid[0] * tower.grid[1]
     energy = random.random((3, patches), np.float32) ** 4 + 1e-3
     tokens = random.standard_normal((3, patches, tower.token_width), np.float32)
-    return torch.from_numpy(tokens), torch.from_numpy(energy / energy.sum(1, keepdims=True))
+    change = 2 * random.random((3, patches), np.float32) ** 3
+    change[1] = 0  # a still picture
+    return tuple(map(torch.from_numpy, (tokens, energy / energy.sum(1, keepdims=True), change)))
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 3.0])
-def test_average_family_against_the_product(tower: Tower, strength: float) -> None:
-    """DESIGN's formula as it stands: weights times (P a)^γ, renormalised, then the tower's own head."""
-    tokens, attention = feeds(tower)
-    weights = np.power(attention.numpy().astype(np.float64) * attention.shape[1], strength)
-    weights /= weights.sum(1, keepdims=True)
-    mean = torch.from_numpy(np.einsum("np,npc->nc", weights, tokens.numpy()).astype(np.float32))
+def weights_of(attention: torch.Tensor, change: torch.Tensor, power: float, floor: float) -> np.ndarray:
+    """m of DESIGN, section 5, in float64."""
+    weights = np.float64(attention.numpy()) ** power * (floor + np.float64(change.numpy()))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(("power", "floor"), [(POWER, FLOOR), (0.0, 1.0), (1.0, 0.5)])
+def test_average_family_against_the_formulas(tower: Tower, power: float, floor: float) -> None:
+    """scene: the mean, then the tower's own head; subject: the mean weighed by the map, then the same head."""
+    tokens, attention, change = feeds(tower)
+    m = weights_of(attention, change, power, floor)
+
+    def expected(pooled: np.ndarray) -> np.ndarray:
+        feature_map = torch.from_numpy(pooled.astype(np.float32))[:, :, None, None].expand(-1, -1, *tower.grid)
+        with torch.no_grad():
+            return unit(tower.projection(tower.body.forward_head(feature_map.contiguous(), pre_logits=True)).numpy())
+
     with torch.no_grad():
-        feature_map = mean[:, :, None, None].expand(-1, -1, *tower.grid).contiguous()
-        expected = tower.projection(tower.body.forward_head(feature_map, pre_logits=True)).numpy()
-        found = TemporalSpatialFusion(tower)(tokens, attention, torch.tensor(strength)).numpy()
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+        found = TemporalSpatialFusion(tower, tower.projection, power=power, floor=floor)(tokens, attention, change)
+    scene, subject, weights = (output.numpy() for output in found)
+    whole = tokens.numpy().astype(np.float64)
+    np.testing.assert_allclose(weights, m, rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(scene, expected(whole.mean(1)), atol=1e-6)
+    np.testing.assert_allclose(subject, expected(np.einsum("np,npc->nc", m, whole)), atol=2e-6)
+    assert {output.dtype for output in (scene, subject, weights)} == {np.dtype(np.float32)}
+    # Without power and with nothing that changes the map is even, and the subject is the whole picture.
+    assert (np.abs(scene - subject)[1].max() < 1e-6) == (power == 0)
+
+
+def test_weights_of_nothing_are_even(tower: Tower) -> None:
+    """Maps of zeros give numbers."""
+    tokens, attention, change = feeds(tower)
+    with torch.no_grad():
+        found = TemporalSpatialFusion(tower, tower.projection)(tokens, attention * 0, change * 0)
+    np.testing.assert_allclose(found[2].numpy(), 1 / attention.shape[1], rtol=1e-5)
+    np.testing.assert_allclose(found[0].numpy(), found[1].numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_trained_projection(tower: Tower, tmp_path: Path, bias: bool) -> None:
+def test_trained_projections(tower: Tower, tmp_path: Path, bias: bool) -> None:
     random = np.random.default_rng(6)
     shape = (tower.embedding_width, tower.feature_width)
-    trained = {"weight": torch.from_numpy(random.standard_normal(shape, np.float32))}
-    if bias:
-        trained["bias"] = torch.from_numpy(random.standard_normal(shape[:1], np.float32))
-    path = tmp_path / "fc.safetensors"
-    save_file(trained, path)
-    layer, digest = load_projection(path, tower.feature_width, tower.embedding_width)
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    tokens, attention = feeds(tower)
-    strength = torch.tensor(1.0)
+    layers, arrays = [], []
+    for name in ("scene", "subject"):
+        trained = {"weight": torch.from_numpy(random.standard_normal(shape, np.float32))}
+        if bias:
+            trained["bias"] = torch.from_numpy(random.standard_normal(shape[:1], np.float32))
+        path = tmp_path / f"{name}.safetensors"
+        save_file(trained, path)
+        layer, digest = load_projection(path, tower.feature_width, tower.embedding_width)
+        assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+        layers.append(layer)
+        arrays.append({key: value.numpy().astype(np.float64) for key, value in trained.items()})
+    tokens, attention, change = feeds(tower)
+    patches = attention.shape[1]
+    m = torch.from_numpy(weights_of(attention, change, POWER, FLOOR)).float()
     with torch.no_grad():
-        features = tower.pooled(tokens, attention, strength).numpy()
-        found = TemporalSpatialFusion(tower, layer)(tokens, attention, strength).numpy()
-    expected = features @ trained["weight"].numpy().T + (trained["bias"].numpy() if bias else 0)
-    np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
+        pooled = [tower.features(tokens, row).numpy() for row in (torch.zeros_like(m), (patches * m).log())]
+        alone, both = (
+            TemporalSpatialFusion(tower, *given)(tokens, attention, change) for given in (layers[:1], layers)
+        )
+
+    def expected(features: np.ndarray, layer: dict[str, np.ndarray]) -> np.ndarray:
+        return unit(features @ layer["weight"].T + layer.get("bias", 0))
+
+    for found in (alone, both):
+        np.testing.assert_allclose(found[0].numpy(), expected(pooled[0], arrays[0]), atol=1e-5)
+    np.testing.assert_allclose(alone[1].numpy(), expected(pooled[1], arrays[0]), atol=1e-5)
+    np.testing.assert_allclose(both[1].numpy(), expected(pooled[1], arrays[1]), atol=1e-5)
+
+
+def test_average_pooling_is_the_weighted_mean() -> None:
+    """What the built-in model pools with."""
+    random = np.random.default_rng(7)
+    tokens, weights = random.standard_normal((2, 5, 4)), random.random((2, 5)) + 0.1
+    found = AveragePooling().features(torch.from_numpy(tokens), torch.from_numpy(np.log(3 * weights)))
+    expected = [np.average(t, axis=0, weights=w) for t, w in zip(tokens, weights, strict=True)]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
 
 
 def test_projections_that_do_not_fit(tower: Tower, tmp_path: Path) -> None:

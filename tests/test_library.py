@@ -30,6 +30,8 @@ from keyreel.errors import LibraryError, ModelMismatch, SourceNotFound
 from keyreel.library import files
 from keyreel.library.types import Added, Example, Filter, Record
 from keyreel.render.pictures import at_most, pictures_at
+from keyreel.runtime.bundle import Bundle, SubjectScale
+from keyreel.search import region
 
 pytest.importorskip("lancedb", reason="needs the extra `library`")
 
@@ -96,6 +98,12 @@ def library(tmp_path: Path, engine: Engine) -> Iterator[Library]:
         yield library
 
 
+def novel_frames(engine: Engine, summary: Summary) -> Any:
+    """[T] bool: whose subject is stored."""
+    scenes, subjects = (one.astype(np.float64) for one in (summary.embedding.vectors, summary.embedding.subject))
+    return (scenes * subjects).sum(1) < engine.bundle.subject.novelty
+
+
 def changes(added: list[Added]) -> dict[str, str]:
     return {Path(entry.path).name: entry.change for entry in added}
 
@@ -128,6 +136,7 @@ def test_rows_are_those_of_summarize(full: Library, engine: Engine, demo: Path, 
     assert record.date == pytest.approx(demo.stat().st_mtime, rel=0, abs=1e-5)
     assert record.duration_seconds == summary.shots[-1].stop_seconds == pytest.approx(24.0)
     assert (record.model, record.model_sha256) == (engine.bundle.name, engine.bundle.sha256)
+    assert record.rows == record.frames + record.subjects
     assert record.probe == dataclasses.asdict(summary.video)
     assert record.grid == summary.embedding.grid
     assert record.shots == tuple((s.start_seconds, s.stop_seconds) for s in summary.shots)
@@ -139,6 +148,12 @@ def test_rows_are_those_of_summarize(full: Library, engine: Engine, demo: Path, 
     np.testing.assert_allclose(block.vectors, embedding.vectors, rtol=2**-10, atol=2**-24)
     np.testing.assert_allclose(np.linalg.norm(block.vectors, axis=1), 1, atol=1e-6)
     np.testing.assert_array_equal(block.weight, summary.importance)
+    novel = novel_frames(engine, summary)
+    assert block.subjects.row.tolist() == np.flatnonzero(novel).tolist()
+    np.testing.assert_allclose(block.subjects.vectors, embedding.subject[novel], rtol=2**-10, atol=2**-24)
+    boxes = [region(weights, embedding.grid) for weights in embedding.attention]
+    np.testing.assert_allclose(block.subjects.region, boxes, atol=2**-11)
+    assert record.subjects == novel.sum()
     in_shot = [
         [n for n, s in enumerate(summary.shots) if s.start_seconds <= t < s.stop_seconds]
         for t in embedding.pts_seconds.tolist()
@@ -608,12 +623,13 @@ def test_finds_what_search_finds_in_a_summary(full: Library, engine: Engine, dem
         expected = engine.search(scene.caption, [summary], k=4)
         found = full.search(scene.caption, k=4, where=where)
         assert [hit.video for hit in found] == [str(demo)] * 4
-        for name in ("start_seconds", "stop_seconds", "pts_seconds"):
+        for name in ("start_seconds", "stop_seconds", "pts_seconds", "answered_by"):
             assert [getattr(hit, name) for hit in found] == [getattr(hit, name) for hit in expected]
+        for hit, other in zip(found, expected, strict=True):
+            assert hit.region == pytest.approx(other.region, abs=2**-11)
         np.testing.assert_allclose([hit.score for hit in found], [hit.score for hit in expected], atol=2e-3)
         assert {hit.video_id for hit in found} == {full.record(demo).id}
-        moments = {preview.pts_seconds for preview in full.previews(demo)}
-        assert {hit.keyframe_seconds for hit in found} <= moments
+        assert {hit.keyframe_seconds for hit in found} <= {one.pts_seconds for one in full.previews(demo)}
 
 
 def test_every_kind_of_query(
@@ -628,8 +644,11 @@ def test_every_kind_of_query(
     alone = [full.search(query, k=3) for query in queries]
     assert full.search_many(queries, k=3) == alone
     by_text, by_file, by_picture, by_vector, by_example, _ = alone
+    # A text alone is answered on the model's scale.
+    (vector,) = engine.encode_text(text)
+    assert by_text == full._search().hits(vector[None], 3, scales=[engine.bundle.subject])[0]
     assert [dataclasses.replace(hit, score=0.0, video_score=0.0) for hit in by_vector] == [
-        dataclasses.replace(hit, score=0.0, video_score=0.0) for hit in by_text
+        dataclasses.replace(hit, score=0.0, video_score=0.0) for hit in full._search().hits(vector[None], 3)[0]
     ]
     assert by_file == by_picture
     assert by_picture[0].start_seconds <= at < by_picture[0].stop_seconds
@@ -707,6 +726,109 @@ def test_another_model_is_refused(library: Library, engine: Engine, clips: list[
         with pytest.raises(ModelMismatch):
             work()
     assert content(library._tables) == before
+
+
+def scaled(engine: Engine, **about: Any) -> Engine:
+    """The same engine with another scale of subjects."""
+    return Engine(dataclasses.replace(engine.bundle, **about), engine.backend)
+
+
+def test_subjects_are_stored_where_they_are_new(tmp_path: Path, engine: Engine, media: Callable[[str], Path]) -> None:
+    clip, shares = media("natural/bikes.mp4"), []
+    for novelty in (-1.0, 0.8, 2.0):
+        own = scaled(engine, subject=SubjectScale(1.0, 0.0, novelty))
+        with Library(tmp_path / f"{novelty}", own) as library:
+            library.add([clip], IndexConfig(sampling=Sampling(stop_seconds=6.0)))
+            (record,) = library.list()
+            block = rows(library, record)
+        summary = engine.summarize(clip, sampling=Sampling(stop_seconds=6.0))
+        assert block.subjects.row.tolist() == np.flatnonzero(novel_frames(own, summary)).tolist()
+        shares.append(record.subjects / record.frames)
+    assert shares[0] == 0 <= shares[1] <= shares[2] == 1
+
+
+def test_the_scale_of_a_text_is_the_models(tmp_path: Path, engine: Engine, clips: list[Path]) -> None:
+    with Library(tmp_path / "library", scaled(engine, subject=SubjectScale(novelty=2.0))) as library:
+        library.add(clips)
+        with_scale = Library(library.uri, scaled(engine, subject=SubjectScale(1.0, 5.0)))  # subjects win
+        (query,) = engine.encode_text("a red circle")
+        best = {one.path: float((rows(library, one).subjects.vectors @ query).max()) for one in library.list()}
+        hits = with_scale.search("a red circle", k=1)
+        (video,) = with_scale.search_videos("a red circle", k=1)
+        assert (hits[0].video, hits[0].answered_by) == (max(best, key=best.__getitem__), "subject")
+        assert hits[0].score == pytest.approx(5 + max(best.values()), abs=1e-5)
+        assert video.score == pytest.approx(with_scale.search("a red circle", k=1)[0].video_score)
+        picture = np.asarray(Image.open(io.BytesIO(library.previews(clips[0])[0].jpeg)))
+        for asked in (picture, query, Example(str(clips[0]), 1.0)):
+            assert with_scale.search(asked, k=5) == library.search(asked, k=5)
+            assert all(hit.score <= 1 + 1e-6 for hit in library.search(asked, k=5))
+
+
+def test_videos_with_and_without_subjects(library: Library, clips: list[Path]) -> None:
+    library.add(clips[:2], IndexConfig(encode=keyreel.EncodeConfig(subject=False)))
+    plain, texts = library.list(), ["a red circle", "a sunset"]
+    assert [record.subjects for record in plain] == [None, None]
+    assert all(rows(library, record).subjects is None for record in plain)
+    before = library.search_many(texts, k=9)
+    assert {(hit.answered_by, hit.region) for hits in before for hit in hits} == {("scene", None)}
+    library.add(clips[2:])
+    assert [record.subjects is None for record in library.list()] == [True, True, False, False]
+    for hits in library.search_many(texts, k=99):
+        assert {hit.video for hit in hits} == {*map(str, clips)}
+        assert all((hit.region is None) == (hit.video in map(str, clips[:2])) for hit in hits)
+    assert changes(library.add(clips[:2])) == dict.fromkeys((clip.name for clip in clips[:2]), "unchanged")
+    library.add(clips[:2], IndexConfig(force=True))
+    assert all(record.subjects is not None for record in library.list())
+    with Library(library.uri + "-new", library.engine, config=library.config) as fresh:
+        fresh.add(clips)
+        assert content(library._tables) == content(fresh._tables)
+        assert library.search_many(texts, k=9) == fresh.search_many(texts, k=9)
+
+
+def test_an_earlier_model_is_gone_on_with(library: Library, engine: Engine, clips: list[Path]) -> None:
+    library.add(clips[:2])
+    later = scaled(engine, sha256="0" * 64, same_scene={engine.bundle.sha256: ""})
+    with Library(library.uri, later) as renewed:
+        for work in (lambda: renewed.add(clips), renewed.update, lambda: renewed.search("a")):
+            with pytest.raises(LibraryError, match="earlier model") as caught:
+                work()
+            assert f"keyreel library upgrade {library.uri}" in str(caught.value.hint)
+        assert renewed.upgrade() == 2
+        assert renewed.upgrade() == 0
+        assert {hit.region for hit in renewed.search("a")} == {None}
+        assert [record.subjects for record in renewed.list()] == [None, None]
+        assert {entry.change for entry in renewed.add(clips)} == {"unchanged", "added"}
+        renewed.add(clips, IndexConfig(force=True))
+        assert all(record.subjects is not None and record.model_sha256 == "0" * 64 for record in renewed.list())
+    with pytest.raises(ModelMismatch):
+        Library(library.uri, engine)
+
+
+def test_a_matrix_takes_the_scenes_to_a_later_model(
+    library: Library, engine: Engine, clips: list[Path], tmp_path: Path
+) -> None:
+    library.add(clips[:2])
+    before = {record.id: rows(library, record).vectors.astype(np.float64) for record in library.list()}
+    matrix = np.random.default_rng(3).normal(size=(engine.bundle.embedding_width,) * 2)
+    np.save(tmp_path / "turn.npy", matrix.astype(np.float16))
+    later = scaled(engine, sha256="0" * 64, same_scene={engine.bundle.sha256: str(tmp_path / "turn.npy")})
+    with Library(library.uri, later) as renewed:
+        assert renewed.upgrade() == 2
+        for record in renewed.list():
+            wanted = before[record.id] @ matrix.astype(np.float16).astype(np.float64).T
+            wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+            np.testing.assert_allclose(rows(renewed, record).vectors, wanted, atol=2e-3)
+
+
+def test_an_upgrade_without_an_engine_finds_the_model(
+    library: Library, engine: Engine, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.add(clips[:1])
+    later = dataclasses.replace(engine.bundle, sha256="0" * 64, same_scene={engine.bundle.sha256: ""})
+    monkeypatch.setattr(Bundle, "find", lambda name: {"builtin": later}[name])
+    with Library(library.uri) as plain:
+        assert plain.upgrade() == 1
+        assert plain.stats().model_sha256 == "0" * 64
 
 
 def test_without_an_engine(library: Library, clips: list[Path], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import resource
@@ -22,7 +23,8 @@ from library_process import MODEL, check, content, do, put, steps, target
 from keyreel.errors import LibraryError
 from keyreel.library.schema import TABLES
 from keyreel.library.table import Tables
-from keyreel.library.upkeep import compact, verify
+from keyreel.library.upkeep import compact, upgrade, verify
+from keyreel.runtime.bundle import Bundle
 
 pytestmark = pytest.mark.full
 
@@ -122,6 +124,19 @@ def test_no_file_can_grow_while_compacting(tmp_path: Path, limit: int) -> None:
     assert store.table("vectors").stats()["fragment_stats"]["num_fragments"] == 1
 
 
+@pytest.mark.parametrize("limit", [1700, 9000, 12000])
+def test_no_file_can_grow_while_upgrading(tmp_path: Path, limit: int) -> None:
+    before, builtin = five(tmp_path), Bundle.find("builtin")
+    later = dataclasses.replace(builtin, sha256="cd" * 32, same_scene={MODEL["model_sha256"]: ""})
+    with no_file_beyond(limit), pytest.raises(LibraryError, match=r"cannot be written: .*(too large|cut short)"):
+        upgrade(Tables(str(tmp_path)), later)
+    store = Tables(str(tmp_path))
+    assert (fingerprints(store), verify(store), check(store)) == (before, (), 5)
+    assert upgrade(store, later) == 5
+    assert (fingerprints(store), verify(store)) == (before, ())
+    assert store.model()[1] == "cd" * 32
+
+
 @contextmanager
 def no_file_beyond(size: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -204,7 +219,7 @@ def test_killed_at_any_point(tmp_path: Path) -> None:
             do(store, *step)
         compact(store, alone=True)
         assert not [step for step in steps(store, round) if step[0] != "compact"]
-        assert store.table("vectors").count_rows() == sum(record.frames for record in store.records())
+        assert store.table("vectors").count_rows() == sum(record.rows for record in store.records())
         assert store.table("records").count_rows() == len(target(round))
     assert content(disturbed) == content(undisturbed)
     # Only what was missing was written.

@@ -22,10 +22,11 @@ from keyreel.config import LibraryConfig
 from keyreel.errors import Damaged, LibraryError
 from keyreel.library import ranking, vectors
 from keyreel.library.ranking import TEMPERATURE
-from keyreel.library.search import SearchIndex, fits
+from keyreel.library.search import PLAIN, SearchIndex, fits
 from keyreel.library.table import Tables
-from keyreel.library.types import Example, Filter, LibraryHit, Record, Rows
+from keyreel.library.types import Example, Filter, LibraryHit, Record, Rows, Subjects
 from keyreel.runtime.backend import Backend, resolve
+from keyreel.runtime.bundle import SubjectScale
 from keyreel.search import moments
 from keyreel.types import Shot
 from keyreel_kernels.cuda import Cuda
@@ -80,7 +81,7 @@ Video = tuple[Record, Rows]
 def video(name: str, vectors: Any, *, generation: str | None = None, step: float = 0.5, **about: Any) -> Video:
     """A video whose frames are `step` apart; every third one is a key-frame, a cut lies before every fifth."""
     vectors = np.asarray(vectors, np.float32)
-    count = len(vectors)
+    count, subjects = len(vectors), about.pop("subjects", None)
     pts = np.arange(count) * step
     edges = [0.0, *(pts[5::5] - 0.1), count * step]
     shots = about.pop("shots", tuple((float(a), float(b)) for a, b in itertools.pairwise(edges)))
@@ -92,6 +93,7 @@ def video(name: str, vectors: Any, *, generation: str | None = None, step: float
         fingerprint=name,
         generation=generation or f"{name}-1",
         frames=count,
+        subjects=None if subjects is None else len(subjects),
         status=about.pop("status", "ok"),
         tags=about.pop("tags", ()),
         date=about.pop("date", None),
@@ -104,7 +106,13 @@ def video(name: str, vectors: Any, *, generation: str | None = None, step: float
     assert not about, about
     keyframe = np.arange(count) % 3 == 1
     index, weight = np.arange(count), np.ones(count, np.float32)
-    return record, Rows(pts, index, vectors, np.zeros(count, np.int64), keyframe, weight)
+    return record, Rows(pts, index, vectors, np.zeros(count, np.int64), keyframe, weight, subjects)
+
+
+def subjects(draw: np.random.Generator, count: int, make: Callable[[int], Any], share: float = 0.5) -> Subjects:
+    """Of about so many of `count` frames, with the vectors that `make` gives, and regions of all."""
+    row = np.flatnonzero(draw.random(count) < share)
+    return Subjects(row, make(len(row)), draw.random((count, 4)).astype(np.float32))
 
 
 def stored(videos: Sequence[Video]) -> Memory:
@@ -162,6 +170,7 @@ class Look:
     block: Rows
     rows: list[int]
     scores: list[float]
+    by_subject: list[bool]
 
     @property
     def pooled(self) -> float:
@@ -185,15 +194,30 @@ class Look:
             def shot(time: float) -> int:
                 return sum(time >= begin for begin, _ in self.record.shots[1:])
 
+            row = pts.tolist().index(hit.pts_seconds)
+            own = self.block.subjects
+            where_it_is = None if own is None else tuple(own.region[row].astype(np.float16).astype(float).tolist())
+            by = "subject" if self.by_subject[self.rows.index(row)] else "scene"
             same = [time for time in times if shot(time) == shot(hit.pts_seconds)]
             near = min(same or times or [hit.pts_seconds], key=lambda time: (abs(time - hit.pts_seconds), time))
             answers.append(
-                LibraryHit(hit.video, low, high, hit.pts_seconds, hit.score, None, self.record.id, near, self.pooled, 0)
+                LibraryHit(
+                    video=hit.video,
+                    start_seconds=low,
+                    stop_seconds=high,
+                    pts_seconds=hit.pts_seconds,
+                    score=hit.score,
+                    answered_by=by,
+                    region=where_it_is,
+                    video_id=self.record.id,
+                    keyframe_seconds=near,
+                    video_score=self.pooled,
+                )
             )
         return answers
 
 
-def looks(store: Any, query: Any, where: Filter) -> list[Look]:
+def looks(store: Any, query: Any, where: Filter, scale: SubjectScale) -> list[Look]:
     found = []
     for record in store.records():
         if record.status != "ok" or not record.frames or not allowed(record, where):
@@ -204,14 +228,25 @@ def looks(store: Any, query: Any, where: Filter) -> list[Look]:
         rows = [n for n, time in enumerate(block.pts_seconds) if low <= time < high]
         if rows:
             exact = block.vectors.astype(np.float64) @ query.astype(np.float64)
-            found.append(Look(record, block, rows, [float(exact[n]) for n in rows]))
+            other = np.full(len(exact), -np.inf)
+            if block.subjects is not None:
+                cosines = block.subjects.vectors.astype(np.float64) @ query.astype(np.float64)
+                other[block.subjects.row] = scale.slope * cosines + scale.offset
+            best, by = np.maximum(exact, other), other > exact
+            found.append(Look(record, block, rows, [float(best[n]) for n in rows], [bool(by[n]) for n in rows]))
     return found
 
 
 def brute_hits(
-    store: Any, query: Any, k: int, where: Filter, fold: float = CONFIG.fold_similarity, own: Example | None = None
+    store: Any,
+    query: Any,
+    k: int,
+    where: Filter,
+    fold: float = CONFIG.fold_similarity,
+    own: Example | None = None,
+    scale: SubjectScale = PLAIN,
 ) -> list[LibraryHit]:
-    everything = [(hit, look) for look in looks(store, query, where) for hit in look.hits(where)]
+    everything = [(hit, look) for look in looks(store, query, where, scale) for hit in look.hits(where)]
     everything.sort(key=lambda pair: (-pair[0].score, pair[0].video, pair[0].start_seconds))
     kept: list[tuple[LibraryHit, Any]] = []
     for hit, look in everything:
@@ -230,8 +265,10 @@ def brute_hits(
     return [hit for hit, _ in kept]
 
 
-def brute_videos(store: Any, query: Any, k: int, many: int, where: Filter) -> list[tuple[float, str, list[LibraryHit]]]:
-    found = [(look.pooled, look.record.path, look.hits(where)[:many]) for look in looks(store, query, where)]
+def brute_videos(
+    store: Any, query: Any, k: int, many: int, where: Filter, scale: SubjectScale = PLAIN
+) -> list[tuple[float, str, list[LibraryHit]]]:
+    found = [(look.pooled, look.record.path, look.hits(where)[:many]) for look in looks(store, query, where, scale)]
     return sorted(found, key=lambda one: (-one[0], one[1]))[:k]
 
 
@@ -279,9 +316,12 @@ NO_FILTER = Filter()
     share=st.sampled_from([0.0, 0.5]),
     fold=st.sampled_from([0.5, 0.75, 0.98, 1.0]),
     where=st.one_of(st.just(NO_FILTER), WHERE),
+    # Numbers with which products and sums stay exact.
+    slope=st.sampled_from([0.5, 1.0, 2.0, 8.0]),
+    offset=st.sampled_from([-0.5, 0.0, 0.25]),
 )
 def test_the_answers_are_those_of_brute_force(
-    number: int, lengths: list[int], k: int, share: float, fold: float, where: Filter
+    number: int, lengths: list[int], k: int, share: float, fold: float, where: Filter, slope: float, offset: float
 ) -> None:
     draw = np.random.default_rng(number)
     shown = quarters(draw, 3)  # few pictures: near-duplicates everywhere; without them, ties of different ones
@@ -296,20 +336,25 @@ def test_the_answers_are_those_of_brute_force(
         }
         if draw.random() < 0.2:
             about["shots"] = ()
+        if draw.random() < 0.7:
+            about["subjects"] = subjects(draw, count, lambda few: quarters(draw, few), draw.choice([0, 0.3, 1]))
         videos.append(video(f"v{n:02d}", frames, **about))
     store = stored([videos[n] for n in draw.permutation(len(videos))])
     queries = np.concatenate([shown[:2], quarters(draw, 1)])
     config = dataclasses.replace(CONFIG, fold_similarity=fold)
+    scales = [PLAIN, SubjectScale(slope, offset), SubjectScale(slope, -offset)]
     blocks, segments = small_blocks()
     with blocks, segments:
         searcher = SearchIndex(store, config)
-        together = searcher.hits(queries, k, where)
-        ranked = [searcher.videos(query, k, 3, where) for query in queries]
-        for n, query in enumerate(queries):
-            same(together[n], brute_hits(store, query, k, where, fold))
-            assert searcher.hits(query[None], k, where) == [together[n]]
+        together = searcher.hits(queries, k, where, scales=scales)
+        ranked = [
+            searcher.videos(query, k, 3, where, scale=scale) for query, scale in zip(queries, scales, strict=True)
+        ]
+        for n, (query, scale) in enumerate(zip(queries, scales, strict=True)):
+            same(together[n], brute_hits(store, query, k, where, fold, scale=scale))
+            assert searcher.hits(query[None], k, where, scales=[scale]) == [together[n]]
             # Pooled scores of different videos may differ by less than float64 can tell.
-            expected = brute_videos(store, query, len(videos), 3, where)
+            expected = brute_videos(store, query, len(videos), 3, where, scale)
             assert [hit.score for hit in ranked[n]] == pytest.approx([one[0] for one in expected[:k]], abs=1e-12)
             by_path = {path: hits for _, path, hits in expected}
             for hit in ranked[n]:
@@ -323,17 +368,26 @@ def device_backend(cuda: Cuda) -> Backend:
 
 
 def made_up(seed: int, count: int, width: int) -> list[Video]:
+    """Every third is without subjects."""
     draw = np.random.default_rng(seed)
-    return [video(f"v{n:03d}", scenes(draw, int(draw.integers(1, 90)), width)) for n in range(count)]
+    made = []
+    for n in range(count):
+        frames = scenes(draw, int(draw.integers(1, 90)), width)
+        own = subjects(draw, len(frames), lambda few: unit(draw.normal(size=(few, width))))
+        made.append(video(f"v{n:03d}", frames, subjects=None if n % 3 == 2 else own))
+    return made
 
 
 def check_against_brute_force(searcher: SearchIndex, store: Any, queries: Any) -> None:
     where = Filter(start_seconds=2.0, stop_seconds=20.0)
+    scales = [SubjectScale(1.3, 0.05), PLAIN, SubjectScale(0.7, -0.02), SubjectScale(9.0, -0.5)][: len(queries)]
     for chosen in (NO_FILTER, where):
-        found, ranked = searcher.hits(queries, 12, chosen), [searcher.videos(one, 7, 2, chosen) for one in queries]
+        found = searcher.hits(queries, 12, chosen, scales=scales)
+        ranked = [searcher.videos(one, 7, 2, chosen, scale=scales[n]) for n, one in enumerate(queries)]
         for n, query in enumerate(queries):
-            same(found[n], brute_hits(store, query, 12, chosen), FLOAT32)
-            expected = brute_videos(store, query, 7, 2, chosen)
+            same(found[n], brute_hits(store, query, 12, chosen, scale=scales[n]), 10 * FLOAT32)
+            assert searcher.hits(query[None], 12, chosen, scales=scales[n : n + 1]) == [found[n]]
+            expected = brute_videos(store, query, 7, 2, chosen, scales[n])
             assert [hit.video for hit in ranked[n]] == [path for _, path, _ in expected]
             for hit, (pooled, _, best) in zip(ranked[n], expected, strict=True):
                 assert hit.score == pytest.approx(pooled, abs=FLOAT32)
@@ -613,3 +667,39 @@ def test_an_index_beyond_memory(library: Callable[[int, int], Tables]) -> None:
     store.drop(["new"])
     assert {hit.video_id for hit in near.hits(new[1].vectors[7:8], 10)[0]}.isdisjoint({"new"})
     assert len(near.hits(asked[:1], 100_000)[0]) == len(exact.hits(asked[:1], 100_000)[0])
+
+
+@pytest.mark.parametrize("with_index", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_a_subject_is_found_beyond_memory(tmp_path: Path, with_index: bool) -> None:
+    """Its cosine is not the largest of all: those of scenes and of subjects have different scales."""
+    draw, width = np.random.default_rng(16), 32
+    query = np.eye(width, dtype=np.float32)[0]
+
+    def at(cosine: float, count: int) -> Any:
+        rest = unit(np.c_[np.zeros(count), draw.normal(size=(count, width - 1))])
+        return (cosine * query + np.sqrt(1 - cosine**2) * rest).astype(np.float32)
+
+    def with_subject(name: str, scene: float, subject: float) -> Video:
+        own = Subjects(np.array([4]), at(subject, 1), draw.random((30, 4)).astype(np.float32))
+        return video(name, at(scene, 30), subjects=own)
+
+    store = Tables(str(tmp_path / "library"))
+    store.create(model="made up", model_sha256="0" * 64, width=width)
+    for n in range(40):
+        store.put(*with_subject(f"subject{n:02d}", 0.1, 0.5))
+        store.put(*video(f"scene{n:02d}", at(0.3 + n / 1000, 30)))
+    for one in (with_subject("both", 0.35, 0.6), with_subject("hidden", 0.0, 0.8)):
+        store.put(*one)
+    scale = SubjectScale(2.0, -1.0)  # 0.8 -> 0.6, 0.6 -> 0.2, 0.5 -> 0
+    near, exact = SearchIndex(store, dataclasses.replace(CONFIG, exact_rows=0)), SearchIndex(store, CONFIG)
+    if with_index:
+        assert near.build()
+    (hits,) = near.hits(query[None], 3, scales=[scale])
+    assert [hit.video_id for hit in hits][:2] == ["hidden", "both"]
+    assert [hit.answered_by for hit in hits][:2] == ["subject", "scene"]
+    assert (hits[0].pts_seconds, hits[0].score) == (2.0, pytest.approx(0.6, abs=2e-3))
+    assert [hits] == exact.hits(query[None], 3, scales=[scale])
+    best = near.videos(query, 3, scale=scale)
+    assert [hit.video_id for hit in best] == ["hidden", "both", "scene39"]
+    assert best == exact.videos(query, 3, scale=scale)
+    assert [hit.video_id for hit in near.hits(query[None], 3)[0]][:2] == ["hidden", "both"]

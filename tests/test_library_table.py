@@ -24,8 +24,10 @@ from keyreel.library.schema import RECORDS, TABLES, VECTORS
 from keyreel.library.table import CHUNK, Tables
 from keyreel.library.types import Record
 from keyreel.library.upkeep import compact, orphans, upgrade, verify
+from keyreel.runtime.bundle import Bundle
 
 Video = tuple[Any, ...]
+NO_ROWS: dict[str, Any] = {"generation": "", "frames": 0, "subjects": None}
 
 
 @pytest.fixture
@@ -57,6 +59,13 @@ def assert_holds(tables: Tables, videos: dict[str, Video]) -> None:
         for name in ("pts_seconds", "frame_index", "shot", "keyframe", "weight"):
             np.testing.assert_array_equal(getattr(found, name), getattr(rows, name))
             assert getattr(found, name).dtype == getattr(rows, name).dtype
+        assert (found.subjects is None) == (rows.subjects is None)
+        if rows.subjects is not None:
+            np.testing.assert_array_equal(found.subjects.row, rows.subjects.row)
+            half = rows.subjects.vectors.astype(np.float16).astype(np.float64)
+            unit = half / np.sqrt((half**2).sum(1, keepdims=True))
+            np.testing.assert_allclose(found.subjects.vectors, unit, rtol=0, atol=1e-7)
+            np.testing.assert_array_equal(found.subjects.region, rows.subjects.region.astype(np.float16))
         shown = tables.previews(record.generation)
         assert [(one.pts_seconds, one.jpeg) for one in shown] == [(one.pts_seconds, one.jpeg) for one in previews]
         for one, other in zip(shown, previews, strict=True):
@@ -73,7 +82,7 @@ def test_what_was_put_comes_back(tables: Tables) -> None:
     assert_holds(Tables(tables.uri), videos)
     for changed in (
         made(1, 2),
-        (dataclasses.replace(made(2, 1)[0], status="failed", error="it's broken", generation="", frames=0),),
+        (dataclasses.replace(made(2, 1)[0], status="failed", error="it's broken", **NO_ROWS),),
     ):
         tables.put(*changed)
     videos["id1"], failed = made(1, 2), tables.records(["id2"])[0]
@@ -84,7 +93,8 @@ def test_what_was_put_comes_back(tables: Tables) -> None:
     videos["id1"] = (tables.records(["id1"])[0], *videos["id1"][1:])
     assert_holds(tables, videos)
     record, rows, *_ = made(9, 1)
-    for wrong in (dataclasses.replace(record, generation=""), dataclasses.replace(record, frames=9)):
+    for what in ({"generation": ""}, {"frames": 9}, {"subjects": 9}, {"subjects": None}):
+        wrong = dataclasses.replace(record, **what)
         with pytest.raises(ValueError, match="do not fit generation"):
             tables.put(wrong, rows)
 
@@ -122,10 +132,10 @@ def test_a_library_has_one_model_and_a_known_format(tables: Tables, tmp_path: Pa
     for other in ({"model_sha256": "cd" * 32}, {"width": 17}):
         with pytest.raises(ModelMismatch, match="'made-up'"):
             again.create(**MODEL | other)
-    for number, metadata in enumerate((None, {"keyreel.format": "3"})):
+    for number, metadata in enumerate((None, {"keyreel.format": "4"})):
         columns = schema.schemas(**MODEL)[RECORDS].with_metadata(metadata)
         lancedb.connect(tmp_path / f"{number}").create_table(RECORDS, schema=columns)
-        with pytest.raises(LibraryError, match=r"not made by keyreel|has format 3"):
+        with pytest.raises(LibraryError, match=r"not made by keyreel|has format 4"):
             Tables(str(tmp_path / f"{number}")).model()
 
 
@@ -192,9 +202,9 @@ def test_removed_videos_give_their_space_back(tables: Tables, tmp_path: Path) ->
     tables.drop(["id7", "id5"])
     assert verify(tables) == ()
     gone = [videos[f"id{n}"][0] for n in (0, 1, 2, 3, 5, 7)]
-    assert orphans(tables, 0.0) == {record.generation: record.frames for record in gone}
+    assert orphans(tables, 0.0) == {record.generation: record.rows for record in gone}
     compact(tables)  # others may be at work: rows of the last hour stay
-    living = sum(record.frames for record in tables.records())
+    living = sum(record.rows for record in tables.records())
     assert tables.table(VECTORS).count_rows() > living
     before, given = tables.bytes(), compact(tables, alone=True)
     assert tables.bytes() == before - given
@@ -210,17 +220,17 @@ def test_removed_videos_give_their_space_back(tables: Tables, tmp_path: Path) ->
 
 def test_orphans_are_found_and_deleted_after_an_hour(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(tables, 2)
-    record, rows, *_ = made(5, 1)
+    record, rows, *_ = made(6, 1)
     now = time.time_ns()
     monkeypatch.setattr(schema.time, "time_ns", lambda: now - 3601 * 10**9)
     tables.add_rows(schema.vector_rows(tables.table(VECTORS).schema, record, rows))  # and then the writer was killed
     monkeypatch.undo()
     (finding,) = verify(tables)
     assert (finding.kind, finding.repaired) == ("orphans", False)
-    assert finding.what.startswith(f"{len(rows)} rows of 1 videos")
+    assert finding.what.startswith(f"{record.rows} rows of 1 videos")
     compact(tables)
     assert verify(tables) == ()
-    assert tables.table(VECTORS).count_rows() == sum(one.frames for one in tables.records())
+    assert tables.table(VECTORS).count_rows() == sum(one.rows for one in tables.records())
 
 
 @pytest.mark.full
@@ -287,6 +297,26 @@ def test_a_changed_number_is_noticed(tables: Tables) -> None:
     assert {one.id for one in damaged.records() if one.status == "failed"} == {id}
 
 
+@pytest.mark.parametrize("what", ["vector", "region", "row"])
+def test_a_subject_that_is_damaged_is_noticed(tables: Tables, what: str) -> None:
+    videos = filled(tables, 3)
+    record, rows, *_ = videos["id1"]
+    where = f"generation = '{record.generation}' AND kind = '{'scene' if what == 'region' else 'subject'}'"
+    if what == "row":
+        tables.delete(VECTORS, where + f" AND row = {rows.subjects.row[0]}")
+    else:
+        values = {"vector": [0.25] * 16, "region": [0.0, 0.0, 0.5, 0.5]}
+        tables.table(VECTORS).update(where=where, values={what: values[what]})
+    found = verify(tables)
+    assert [one.kind for one in found] == ["incomplete" if what == "row" else "unreadable"]
+    assert [one.kind for one in verify(tables, repair=True)][-1] == "incomplete"
+    left = {one.id: one for one in tables.records()}
+    assert left["id1"].status == "failed"
+    count = {"row": 1, "vector": len(rows.subjects), "region": len(rows)}[what]
+    assert left["id1"].error == f"{count} of its {record.rows} rows were damaged"
+    assert (left["id0"], left["id2"]) == (videos["id0"][0], videos["id2"][0])
+
+
 def test_a_table_without_any_sound_version(tables: Tables) -> None:
     filled(tables, 1)
     for manifest in (Path(tables.uri) / f"{RECORDS}.lance/_versions").glob("*.manifest"):
@@ -307,7 +337,7 @@ def test_no_folder_at_a_uri() -> None:
     filled(tables, 3)
     assert (check(tables), tables.drop(["id1"])) == (3, 1)
     assert (tables.bytes(), compact(tables, alone=True)) == (None, 0)
-    assert tables.table(VECTORS).count_rows() == sum(record.frames for record in tables.records())
+    assert tables.table(VECTORS).count_rows() == sum(record.rows for record in tables.records())
     assert verify(tables) == ()
 
 
@@ -324,36 +354,49 @@ def test_what_cannot_be_reached_or_written(tmp_path: Path) -> None:
         Tables("s3://bucket/library", storage_options=options).create(**MODEL)
 
 
-# --- format 1 ---------------------------------------------------------------------------------------------------------
+# --- older formats ----------------------------------------------------------------------------------------------------
 
 
-def of_format_1(folder: Path, videos: dict[str, Video]) -> dict[str, Any]:
-    """Writes videos as the first keyreel did, with rows of `videos` that are superseded; returns the two tables."""
+def of_older_format(folder: Path, videos: dict[str, Video], number: int) -> dict[str, Any]:
+    """Writes the scenes of videos as keyreel did in format 1 or 2; returns the two tables by their new names.
+
+    In format 1 with rows of `videos` that are superseded.
+    """
     database, old = lancedb.connect(folder), {}
-    for name, new in (("frames", VECTORS), ("videos", RECORDS)):
+    later = {"region", "subjects", *(["kind"] if number == 1 else [])}
+    for name, new in zip(schema.FORMAT_1 if number == 1 else TABLES, TABLES, strict=True):
         columns = schema.schemas(**MODEL)[new]
-        fields = [pa.field(field.name, field.type) for field in columns if field.name != "kind"]
-        if name == "videos":
-            fields.insert(-1, pa.field("sequence", pa.int64()))
-        metadata = columns.metadata | {b"keyreel.format": b"1"}
-        old[name] = database.create_table(name, schema=pa.schema(fields, metadata=metadata))
-    for number, (record, *contents) in enumerate(videos.values()):
+        fields = [field for field in columns if field.name not in later]
+        if number == 1:
+            fields = [pa.field(field.name, field.type) for field in fields]
+            fields[-1:-1] = [pa.field("sequence", pa.int64())] if new == RECORDS else []
+        metadata = columns.metadata | {b"keyreel.format": str(number).encode()}
+        old[new] = database.create_table(name, schema=pa.schema(fields, metadata=metadata))
+    for place, (record, *contents) in enumerate(videos.values()):
         if contents:
             rows = schema.vector_rows(schema.schemas(**MODEL)[VECTORS], record, *contents)
-            parts = {name: rows[name].combine_chunks() for name in rows.column_names if name != "kind"}
-            old["frames"].add(schema.checked(old["frames"].schema, parts))
-        for sequence, path in ((7, "/superseded.mp4"), (10 + number, record.path)):
+            rows = rows.filter(pa.array(rows["kind"].to_numpy() == "scene"))
+            parts = {name: rows[name].combine_chunks() for name in rows.column_names}
+            old[VECTORS].add(schema.checked(old[VECTORS].schema, parts))
+        for sequence, path in ((7, "/superseded.mp4"), (10 + place, record.path))[number - 1 :]:
             row = {name: [getattr(record, name)] for name in Record.__slots__} | {"path": [path]}
             row |= {"probe": [json.dumps(record.probe)], "shots": [json.dumps(record.shots)]}
             row |= {"sequence": [sequence], "written": [100 - sequence]}  # a clock that goes back
-            old["videos"].add(schema.checked(old["videos"].schema, row))
+            old[RECORDS].add(schema.checked(old[RECORDS].schema, row))
     return old
 
 
-def test_a_library_of_format_1_is_converted(tmp_path: Path) -> None:
-    failed = dataclasses.replace(made(3, 1)[0], status="failed", error="no video", generation="", frames=0)
+def without_subjects(video: Video, **about: Any) -> Video:
+    record, *contents = video
+    record = dataclasses.replace(record, subjects=None, **about)
+    return (record, dataclasses.replace(contents[0], subjects=None), *contents[1:]) if contents else (record,)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_library_of_an_older_format_is_converted(tmp_path: Path, number: int) -> None:
+    failed = dataclasses.replace(made(3, 1)[0], status="failed", error="no video", **NO_ROWS)
     videos: dict[str, Video] = {f"id{n}": made(n, 1) for n in range(20)} | {"id3": (failed,)}
-    old = of_format_1(tmp_path, videos)
+    old = of_older_format(tmp_path, videos, number)
     tables = Tables(str(tmp_path))
     assert tables.exists()
     for ask in (tables.records, tables.version, lambda: verify(tables), lambda: tables.create(**MODEL)):
@@ -361,7 +404,7 @@ def test_a_library_of_format_1_is_converted(tmp_path: Path) -> None:
             ask()
         assert f"keyreel library upgrade {tmp_path}" in str(caught.value.hint)
     lost = videos["id5"][0]
-    old["frames"].delete(f"generation = '{lost.generation}' AND row = 0")
+    old[VECTORS].delete(f"generation = '{lost.generation}' AND row = 0")
     seen: list[tuple[int, int]] = []
 
     def interrupt(done: int, total: int) -> None:
@@ -370,7 +413,7 @@ def test_a_library_of_format_1_is_converted(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        upgrade(tables, interrupt)
+        upgrade(tables, progress=interrupt)
     with pytest.raises(LibraryError, match="has an older format"):
         Tables(str(tmp_path)).records()
     assert upgrade(tables) == 20
@@ -380,7 +423,71 @@ def test_a_library_of_format_1_is_converted(tmp_path: Path) -> None:
     assert found["id5"].error == f"1 of its {lost.frames} rows were damaged"
     assert found["id3"] == failed
     assert len(found) == 20
-    assert not {"frames.lance", "videos.lance"} & {path.name for path in tmp_path.iterdir()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["records.lance", "vectors.lance"]
     assert verify(tables) == ()
     tables.drop(["id3", "id5"])
-    assert_holds(tables, {id: video for id, video in videos.items() if id not in ("id3", "id5")})
+    converted = {id: without_subjects(video) for id, video in videos.items() if id not in ("id3", "id5")}
+    assert_holds(tables, converted)
+    tables.put(*made(1, 2))  # subjects come with the next indexing
+    tables.put(*made(30, 1))
+    converted |= {"id1": made(1, 2), "id30": made(30, 1)}
+    for id in ("id1", "id30"):
+        converted[id] = (tables.records([id])[0], *converted[id][1:])
+        assert converted[id][0].subjects
+    assert_holds(tables, converted)
+    assert verify(tables) == ()
+
+
+def test_an_upgrade_that_ends_between_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    videos = {f"id{n}": made(n, 1) for n in range(3)}
+    of_older_format(tmp_path, videos, 2)
+    overwrite, written = Tables.overwrite, []
+
+    def killed(self: Tables, name: str, *arguments: Any) -> None:
+        written.append(name)
+        if written == [VECTORS, RECORDS]:
+            raise KeyboardInterrupt
+        overwrite(self, name, *arguments)
+
+    monkeypatch.setattr(Tables, "overwrite", killed)
+    with pytest.raises(KeyboardInterrupt):
+        upgrade(Tables(str(tmp_path)))
+    tables = Tables(str(tmp_path))
+    with pytest.raises(LibraryError, match="has an older format"):
+        tables.records()
+    assert upgrade(tables) == 3
+    assert written == [VECTORS, RECORDS, RECORDS]
+    assert_holds(tables, {id: without_subjects(video) for id, video in videos.items()})
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_scenes_of_an_earlier_model_go_on(tmp_path: Path, number: int) -> None:
+    videos: dict[str, Video] = {f"id{n}": made(n, 1) for n in range(3)}
+    tables = Tables(str(tmp_path))
+    if number < schema.FORMAT:
+        of_older_format(tmp_path, videos, number)
+    else:
+        tables.create(**MODEL)
+        for video in videos.values():
+            tables.put(*video)
+    own, other = {"name": "new", "sha256": "cd" * 32}, {"name": "other", "sha256": "ef" * 32}
+    bundle = dataclasses.replace(Bundle.find("builtin"), **own, same_scene={"00" * 32: "", MODEL["model_sha256"]: ""})
+    stranger = dataclasses.replace(bundle, **other, same_scene={"00" * 32: ""})
+    asked = {"model": "new", "model_sha256": bundle.sha256, "width": 16}
+    if number == schema.FORMAT:
+        with pytest.raises(LibraryError, match=r"earlier model 'made-up'.*'new'") as caught:
+            tables.check_model(**asked, same_scene=bundle.same_scene)
+        assert f"keyreel library upgrade {tmp_path}" in str(caught.value.hint)
+    # Another model altogether changes the format only.
+    assert upgrade(tables, stranger) == (3 if number < schema.FORMAT else 0)
+    assert tables.model() == ("made-up", "ab" * 32, 16)
+    with pytest.raises(ModelMismatch):
+        tables.check_model(stranger.name, stranger.sha256, 16, same_scene=stranger.same_scene)
+    assert upgrade(tables, bundle) == 3
+    assert upgrade(tables, bundle) == 0
+    tables.check_model(**asked, same_scene=bundle.same_scene)
+    assert_holds(
+        tables,
+        {id: without_subjects(v, model="new", model_sha256=bundle.sha256) for id, v in videos.items()},
+    )
+    assert verify(tables) == ()

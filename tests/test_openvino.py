@@ -52,14 +52,14 @@ def cosines(found: Any, expected: Any) -> Any:
     return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
-def vectors(open_session: Callable[[Path], Any], frames: Any, strength: float) -> Any:
+def fused(open_session: Callable[[Path], Any], frames: Any) -> dict[str, Any]:
     """The chain of the built-in model's graphs."""
     tokens = open_session(BUILTIN.file("backbone.onnx")).run({"frames": frames})["tokens"]
     attention = open_session(BUILTIN.file("attention.onnx")).run({"tokens": tokens})["attention"]
     np.testing.assert_allclose(attention.sum(1), 1, atol=1e-5)
-    return open_session(FUSION).run(
-        {"tokens": tokens, "attention": attention, "strength": np.array(strength, np.float32)}
-    )["vectors"]
+    change = np.random.default_rng(1).random(attention.shape, np.float32)
+    found: dict[str, Any] = open_session(FUSION).run({"tokens": tokens, "attention": attention, "change": change})
+    return found
 
 
 # --- the same results -----------------------------------------------------------------------------------------------
@@ -71,10 +71,13 @@ def test_vectors_equal_those_of_onnxruntime(monkeypatch: pytest.MonkeyPatch, pre
         pytest.skip("this CPU does not multiply bf16")
     monkeypatch.setattr(session_openvino, "image_precision", lambda: precision)
     frames = pictures(11)
-    found, expected = (vectors(opens, frames, 2.0) for opens in (OpenVINOSession, OnnxRuntimeSession))
-    assert cosines(found, expected).min() >= bound
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-    assert cosines(found, np.roll(expected, 1, axis=0)).max() < bound
+    found, expected = (fused(opens, frames) for opens in (OpenVINOSession, OnnxRuntimeSession))
+    assert set(found) == set(expected) == {"scene", "subject", "map"}
+    for name in expected:
+        assert cosines(found[name], expected[name]).min() >= bound, name
+    for name in ("scene", "subject"):
+        np.testing.assert_allclose(np.linalg.norm(found[name], axis=1), 1, atol=1e-5)
+        assert cosines(found[name], np.roll(expected[name], 1, axis=0)).max() < bound
 
 
 def test_texts_are_in_float32() -> None:
@@ -93,13 +96,16 @@ def test_any_number_of_rows(streams: int) -> None:
         feeds = {
             "tokens": random.standard_normal((rows, 49, 512), np.float32),
             "attention": energy / energy.sum(1, keepdims=True),
-            "strength": np.array(1.5, np.float32),
+            "change": 2 * random.random((rows, 49), np.float32),
         }
-        found = session.run(feeds)["vectors"]
-        np.testing.assert_allclose(found, reference.run(feeds)["vectors"], atol=1e-6)
-        kept = found.copy()
+        found, expected = session.run(feeds), reference.run(feeds)
+        assert set(found) == set(expected)
+        for name, array in expected.items():
+            np.testing.assert_allclose(found[name], array, atol=1e-6)
+        kept = {name: array.copy() for name, array in found.items()}
         session.run({**feeds, "tokens": -feeds["tokens"]})
-        np.testing.assert_array_equal(found, kept)  # results are the caller's own
+        for name, array in kept.items():
+            np.testing.assert_array_equal(found[name], array)  # results are the caller's own
 
 
 def test_threads_share_a_session() -> None:

@@ -69,9 +69,8 @@ def test_dependencies_are_listed() -> None:
 def test_defaults_are_what_the_readme_says() -> None:
     bundle = Bundle.find("builtin")
     assert config.EncodeConfig().shift is None
-    assert config.EncodeConfig().attention_strength is None
-    assert (bundle.shift_default, bundle.strength_default) == ("off", 0.0)
-    assert "**temporal shift are off by default**" in README
+    assert config.EncodeConfig().subject
+    assert bundle.shift_default == "off"
 
 
 def test_figures_are_those_of_the_committed_results() -> None:

@@ -89,7 +89,11 @@ def test_the_schema_refuses_wrong_summaries(summary: Summary, spoil: Callable[[A
 
 
 def test_search_results_best_first() -> None:
-    hits = [SearchHit("a.mp4", 0.0, 2.0, 1.0, 0.2), SearchHit("b.mp4", 5.0, 7.0, 6.0, np.float32(0.5), "p.jpg")]
+    region = (0.25, 0.5, 0.25, 0.125)
+    hits = [
+        SearchHit("a.mp4", 0.0, 2.0, 1.0, 0.2),
+        SearchHit("b.mp4", 5.0, 7.0, 6.0, np.float32(1.5), "p.jpg", "subject", region),
+    ]
     failed = [Failure("c.mp4", SourceError("no", hint="try"))]
     document = json.loads(to_json(search_document("a red bus", hits, failed)))
     validator(SearchDocument).validate(document)
@@ -100,9 +104,15 @@ def test_search_results_best_first() -> None:
         "start_seconds": 5.0,
         "stop_seconds": 7.0,
         "pts_seconds": 6.0,
-        "score": 0.5,
+        "score": 1.5,  # scaled, it is no cosine
         "preview": "p.jpg",
+        "answered_by": "subject",
+        "region": list(region),
     }
+    assert (document["hits"][1]["answered_by"], document["hits"][1]["region"]) == ("scene", None)
+    wrong = json.loads(to_json(search_document("a red bus", hits)))
+    for spoil in ({"answered_by": "both"}, {"region": [0, 0, 1]}, {"region": [0, 0, 2, 1]}):
+        assert not validator(SearchDocument).is_valid({**wrong, "hits": [{**wrong["hits"][0], **spoil}]})
     assert document["failed"] == [{"video": "c.mp4", "error": "no\nHint: try", "exit_code": 3}]
     found = search_document("", [], videos=[FoundVideo("a", "1", 0.5)], weak_score=0.25)
     document = json.loads(to_json(found))

@@ -16,6 +16,7 @@ from render_clips import make_summary, write_clip
 
 from keyreel.config import OutputConfig
 from keyreel.decode.source import Source
+from keyreel.library.types import LibraryHit
 from keyreel.render.documents import ReelEntry, summary_document
 from keyreel.render.pictures import pictures_at, shrink
 from keyreel.render.save import save_summary
@@ -147,10 +148,11 @@ def test_links_are_relative_and_quoted(tmp_path):
 def test_search_page(tmp_path):
     file = tmp_path / "real & true.mp4"
     file.write_bytes(b"")
+    region = (0.25, 0.5, 0.5, 0.25)
     hits = [
         SearchHit("javascript:alert(1)", 1.0, 2.0, 1.5, 0.1),
         SearchHit(str(file), 61.0, 63.5, 62.0, 0.4),
-        SearchHit("https://example.org/a.mp4", 5.0, 6.0, 5.5, 0.2),
+        SearchHit("https://example.org/a.mp4", 5.0, 6.0, 5.5, 0.2, None, "subject", region),
     ]
     previews = [None, np.full((90, 160, 3), 128, np.uint8), np.zeros((90, 160, 3), np.uint8)]
     page = Page(search_page(HOSTILE, hits, previews))
@@ -160,8 +162,17 @@ def test_search_page(tmp_path):
         f"{file.as_uri()}#t=61.000,63.500",
         "https://example.org/a.mp4#t=5.000,6.000",
     ]
-    assert re.findall(r"score (\S+)", " ".join(page.text)) == ["0.400", "0.200", "0.100"]
-    assert [r["width"] for r in page.all("rect")] == ["100.0%", "50.0%", "25.0%"]
+    assert re.findall(r"score (\S+)", " ".join(page.text)) == ["0.400", "0.200,", "0.100"]
+    assert [r["width"] for r in page.all("rect") if "x" not in r] == ["100.0%", "50.0%", "25.0%"]
+    (frame,) = (svg for svg in page.all("svg") if svg["class"] == "region")
+    assert frame["viewbox"] == "0 0 160 90"
+    wanted = {"x": "40.00", "y": "45.00", "width": "80.00", "height": "22.50"}
+    assert [r for r in page.all("rect") if "x" in r] == [wanted, wanted]
+    # The picture of another frame than the best one has no frame around the subject.
+    moved = LibraryHit("a.mp4", 5.0, 6.0, 5.5, 0.2, None, "subject", region, keyframe_seconds=5.0)
+    for hit in (moved, dataclasses.replace(hits[2], answered_by="scene"), dataclasses.replace(hits[2], region=None)):
+        assert '<svg class="region"' not in search_page("x", [hit], previews[2:])
+    assert '<svg class="region"' in search_page("x", [dataclasses.replace(moved, keyframe_seconds=5.5)], previews[2:])
     assert "1:01.0 – 1:03.5" in page.text
     assert "Nothing was found." in Page(search_page("x", [], [])).text
 
@@ -228,6 +239,32 @@ def test_page_in_a_browser(source, tmp_path, browser):
     before = sum(max(0.0, min(stop, 4.5) - start) for start, stop in spans if start < 4.5)
     shown = next((max(4.5, start) for start, stop in spans if stop > 4.5), spans[-1][1])
     assert [float(entry) for entry in found[7:]] == pytest.approx([before, shown], abs=1e-6)
+
+
+@pytest.mark.full
+def test_search_page_in_a_browser(tmp_path, browser):
+    """With the focus on its card, the subject's part of the picture has a frame; the card stays as it was."""
+    hit = SearchHit("https://example.org/a.mp4", 5.0, 6.0, 5.5, 0.2, None, "subject", (0.0, 0.5, 0.5, 0.5))
+    text = search_page("x", [hit], [np.full((90, 160, 3), 128, np.uint8)])
+    page = tmp_path / "page.html"
+    page.write_text(text)
+    assert "Content Security Policy" not in browser(page, "--dump-dom")[1]
+    script = """<script>
+      const frame = document.querySelector(".region"), card = document.querySelector(".card");
+      const look = () => [getComputedStyle(frame).opacity, card.clientWidth, card.clientHeight].join();
+      const before = look(), box = card.querySelector("img").getBoundingClientRect();
+      card.querySelector("a").focus();
+      const own = frame.firstElementChild.getBoundingClientRect();
+      const part = [own.left - box.left, own.top - box.top, own.right - box.left, own.bottom - box.top];
+      const shares = part.map((value, n) => (value / (n % 2 ? box.height : box.width)).toFixed(3));
+      document.body.dataset.result = [before, look(), shares.join()].join(" ");
+    </script></body>"""
+    page.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace("</body>", script))
+    dom, _ = browser(page, "--dump-dom", "--window-size=500,900", "--force-prefers-reduced-motion")
+    before, after, shares = re.search(r'data-result="([^"]*)"', dom).group(1).split(" ")
+    assert (before.split(",")[0], after.split(",")[0]) == ("0", "1")
+    assert before.split(",")[1:] == after.split(",")[1:]
+    assert [float(share) for share in shares.split(",")] == pytest.approx([0, 0.5, 0.5, 1], abs=0.02)
 
 
 @pytest.mark.full

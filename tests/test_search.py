@@ -3,14 +3,94 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from planted import embedding_of, unit
 
-from keyreel.search import best_hits, moments
-from keyreel.types import SearchHit, Shot
+from keyreel.runtime.bundle import SubjectScale
+from keyreel.search import OUTLINE, answered, best_hits, frame_scores, moments, region, region_on
+from keyreel.types import Embedding, SearchHit, Shot
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+def both(number: int, count: int = 20) -> tuple[Embedding, np.ndarray]:
+    """An embedding with subjects, and a query."""
+    draw = np.random.default_rng(number)
+    scene, subject = unit(draw.normal(size=(2, count, 6)))
+    maps = draw.random((count, 12)).astype(np.float32)
+    maps /= maps.sum(1, keepdims=True)
+    embedding = replace(embedding_of(scene), subject=subject, attention=maps, grid=(3, 4))
+    return embedding, unit(draw.normal(size=6))
+
+
+@given(number=st.integers(0, 10_000), slope=st.floats(0.1, 3), offset=st.floats(-0.5, 0.5), novelty=st.floats(-1, 1.1))
+def test_the_better_of_both_vectors_answers(number: int, slope: float, offset: float, novelty: float) -> None:
+    embedding, query = both(number)
+    scale = SubjectScale(slope, offset, novelty)
+    found = frame_scores(embedding.scene, embedding.subject, query, scale)
+    assert embedding.subject is not None
+    for t in range(len(embedding)):
+        scene = sum(float(a) * float(b) for a, b in zip(embedding.scene[t], query, strict=True))
+        subject = slope * sum(float(a) * float(b) for a, b in zip(embedding.subject[t], query, strict=True)) + offset
+        alike = sum(float(a) * float(b) for a, b in zip(embedding.scene[t], embedding.subject[t], strict=True))
+        if abs(alike - novelty) < 1e-5 or abs(scene - subject) < 1e-5:
+            continue
+        wins = subject > scene and alike < novelty  # a subject that says nothing new is not asked
+        assert found.by_subject[t] == wins
+        assert found.best[t] == pytest.approx(subject if wins else scene, abs=2e-6)
+    alone = frame_scores(embedding.scene, None, query, scale)
+    np.testing.assert_array_equal(alone.best, embedding.scene @ query)
+    assert not alone.by_subject.any()
+
+
+def test_a_hit_says_which_vector_answered_and_where_the_subject_is() -> None:
+    embedding, query = both(4)
+    scores = frame_scores(embedding.scene, embedding.subject, query, SubjectScale())
+    assert set(scores.by_subject.tolist()) == {True, False}
+    for row in range(len(embedding)):
+        hit = SearchHit("v", 0, 10, float(embedding.pts_seconds[row]), float(scores.best[row]))
+        found = answered(hit, scores, embedding, WHOLE)
+        assert found.answered_by == ("subject" if scores.by_subject[row] else "scene")
+        assert found.region == region(embedding.attention[row], (3, 4))
+        assert replace(found, answered_by="scene", region=None) == hit
+        inside = answered(hit, scores, embedding, (0.25, 0.0, 0.75, 1.0))
+        assert inside.region == pytest.approx(region_on((0.25, 0.0, 0.75, 1.0), found.region))
+        assert answered(hit, scores, replace(embedding, subject=None), WHOLE) is hit
+
+
+@given(number=st.integers(0, 10_000), height=st.integers(1, 6), width=st.integers(1, 6), levels=st.integers(1, 4))
+def test_a_region_is_the_box_around_the_strong_patches_beside_the_peak(
+    number: int, height: int, width: int, levels: int
+) -> None:
+    draw = np.random.default_rng(number)
+    table = draw.integers(1, levels + 1, (height, width)).astype(np.float32)
+    table /= table.sum()
+    start = next((r, c) for r in range(height) for c in range(width) if table[r, c] == table.max())
+    reached, edge = {start}, [start]
+    while edge:
+        r, c = edge.pop()
+        for r2, c2 in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)):
+            inside = 0 <= r2 < height and 0 <= c2 < width and (r2, c2) not in reached
+            if inside and table[r2, c2] >= OUTLINE * table.max():
+                reached.add((r2, c2))
+                edge.append((r2, c2))
+    rows, columns = [r for r, _ in reached], [c for _, c in reached]
+    x, y, wide, high = region(table.reshape(-1), (height, width))
+    assert (x, y) == (min(columns) / width, min(rows) / height)
+    assert (x + wide, y + high) == pytest.approx(((max(columns) + 1) / width, (max(rows) + 1) / height))
+
+
+def test_a_region_lies_on_the_whole_picture() -> None:
+    part = (0.5, 0.25, 0.5, 0.5)
+    assert region_on(WHOLE, part) == part
+    # The model sees the middle half of a wide picture, or a tall one with bars at the sides.
+    assert region_on((0.25, 0.0, 0.75, 1.0), part) == (0.5, 0.25, 0.25, 0.5)
+    assert region_on((-0.5, 0.0, 1.5, 1.0), part) == (0.5, 0.25, 0.5, 0.5)
 
 
 def test_a_moment_reaches_as_far_as_the_score_holds() -> None:

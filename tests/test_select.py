@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted import SCENE_LENGTHS, embedding_of, planted
+from planted import SCENE_LENGTHS, embedding_of, planted, unit
 
 from keyreel import Engine
-from keyreel.config import SelectConfig
+from keyreel.config import EncodeConfig, Sampling, SelectConfig
+from keyreel.decode.source import Source
+from keyreel.decode.stream import FrameStream
+from keyreel.encode import Encoder
+from keyreel.runtime.backend import resolve
+from keyreel.runtime.bundle import Bundle
 from keyreel.select import frame_quality, knee, select_keyframes
-from keyreel.types import Embedding, KeyFrame
+from keyreel.types import Embedding, FrameBatch, KeyFrame
 from keyreel_kernels import ops_for
 
 OPS = ops_for("cpu")
@@ -40,6 +45,45 @@ def test_finds_planted_scenes() -> None:
         automatic.append(len(set(scene[own])))
     assert np.mean(given) >= 7.9
     assert np.mean(automatic) >= 7.5
+
+
+def test_another_subject_in_the_same_place_is_another_key_frame() -> None:
+    draw = np.random.default_rng(3)
+    place, first, second = np.eye(3, 64)
+    x = unit(place + 0.02 * draw.normal(size=(40, 64)))
+    subject = unit(np.repeat([first, second], 20, axis=0) + 0.05 * draw.normal(size=(40, 64)))
+    alone = embedding_of(x)
+    assert [frame.sample >= 20 for frame in choose(replace(alone, subject=subject))] == [False, True]
+    assert len(choose(alone)) == 1
+
+
+def test_objects_that_move_over_one_picture_are_told_apart(media: Callable[[str], Path]) -> None:
+    """A disc in the first half, a checked square in the second, over one frame of a clip."""
+    encoder = Encoder(Bundle.find("builtin"), resolve("cpu", threads=1))
+    image = encoder.bundle.image
+    video = media("natural/stream-of-water.mp4")
+    with FrameStream(Source(video), Sampling(mode="times", times=(1.0,)), transform=image) as stream:
+        (place,) = next(iter(stream)).data
+    y, x = np.mgrid[: image.height, : image.width]
+    checks = np.where(((y // 3 + x // 3) % 2)[..., None], (250, 240, 60), (20, 30, 200))
+    frames = np.repeat(place[None], 20, axis=0)
+    for t, frame in enumerate(frames):
+        dy, dx = y - (30 + 5 * (t % 10)), x - (10 + 8 * (t % 10))
+        if t < 10:
+            frame[dy**2 + dx**2 < 64] = (230, 40, 30)
+        else:
+            square = np.maximum(abs(dy), abs(dx)) < 8
+            frame[square] = checks[square]
+    apart = {}
+    for subject in (True, False):
+        batch = FrameBatch(frames, np.arange(20) / 2, np.arange(20))
+        embedding = encoder.encode([batch], EncodeConfig(subject=subject)).embedding
+        assert [frame.sample >= 10 for frame in choose(embedding, keyframes=2)] == [False, True]
+        cosine = embedding.joint @ embedding.joint.T
+        within = (cosine[:10, :10].mean() + cosine[10:, 10:].mean()) / 2
+        apart[subject] = within - cosine[:10, 10:].mean()
+    assert apart[True] > apart[False]
+    encoder.close()
 
 
 def test_key_frames_are_in_time_order_and_their_shares_sum_to_one() -> None:

@@ -120,6 +120,7 @@ def test_a_search_answers_what_the_library_does(service: Served, library: Librar
         picture = service.http.get(hit["preview"])
         assert picture.headers["content-type"] == "image/jpeg"
         assert picture.content == library.preview(own.video_id, own.keyframe_seconds)
+        assert (hit["answered_by"], hit["region"]) == (own.answered_by, own.region and list(own.region))
 
 
 def test_filters_are_the_librarys(service: Served, library: Library, place: Path) -> None:

@@ -120,6 +120,7 @@ def _clock(seconds: float) -> str:
 def _labels(hits: list[Any]) -> list[str]:
     return [
         f"{hit['video']}, {_clock(hit['start_seconds'])} – {_clock(hit['stop_seconds'])}, score {hit['score']:.3f}"
+        + (", subject" if hit["answered_by"] == "subject" else "")
         for hit in hits
     ]
 
@@ -255,6 +256,60 @@ def test_pointer_and_keys_look_through_the_sprite(page: Any, site: Site) -> None
     page.locator("#library-title").focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_selector("#videos canvas:not([hidden])")
+
+
+def test_a_hit_by_its_subject_frames_it(page: Any, site: Site) -> None:
+    """Only over the frame that answered, on hover and with the focus, and nothing moves for it."""
+    answer = site.get("search", q="water", k=24)
+    first, second, third, *_ = answer["hits"]
+    region = [0.25, 0.5, 0.5, 0.25]
+    for hit in (first, second, third):
+        hit.update(answered_by="subject", region=region, pts_seconds=hit["keyframe_seconds"])
+    second["pts_seconds"] += 0.5  # another frame than the picture's
+    third["answered_by"] = "scene"
+    page.route("**/api/v1/search**", lambda route: route.fulfill(json=answer))
+    page.emulate_media(reduced_motion="reduce")
+    page.goto("/?q=water")
+    assert _shown(page)[:3] == _labels(answer["hits"])[:3]
+    _comes(page, "[...document.querySelectorAll('#results img')].slice(0, 3).every(one => one.complete)")
+    cards, frames = page.locator("#results .card"), page.locator("#results .region")
+    assert [frames.nth(n).get_attribute("hidden") is None for n in range(3)] == [True, False, False]
+    opacity = "getComputedStyle(document.querySelector('#results .region')).opacity"
+    assert page.evaluate(opacity) == "0"
+    before = cards.nth(0).bounding_box()
+    cards.nth(0).locator(".caption .row").first.hover()
+    _comes(page, f"{opacity} === '1'")
+    assert cards.nth(0).bounding_box() == before
+    # The picture lies in the middle of the card's 16 by 9; the frame is its part, up to the inset of two pixels.
+    wide, high = page.evaluate("(({naturalWidth, naturalHeight}) => [naturalWidth, naturalHeight])"
+                               "(document.querySelector('#results img'))")  # fmt: skip
+    box = cards.nth(0).locator(".picture").bounding_box()
+    scale = min(box["width"] / wide, box["height"] / high)
+    left, top = box["x"] + (box["width"] - scale * wide) / 2, box["y"] + (box["height"] - scale * high) / 2
+    for rect in frames.nth(0).locator("rect").all():
+        own = rect.bounding_box()
+        middle = (own["x"] + own["width"] / 2, own["y"] + own["height"] / 2)
+        assert middle == pytest.approx((left + 0.5 * scale * wide, top + 0.625 * scale * high), abs=1.5)
+        assert own["width"] == pytest.approx(0.5 * scale * wide, abs=6)
+        assert own["height"] == pytest.approx(0.25 * scale * high, abs=6)
+    page.mouse.move(left + 80, top + 30)
+    page.mouse.move(left + 90, top + 40)
+    page.wait_for_timeout(300)
+    assert page.evaluate(opacity) == "1"
+    assert cards.nth(0).locator("canvas").is_hidden()
+    page.mouse.move(left + 140, top + 40)
+    page.wait_for_selector("#results canvas:not([hidden])")
+    assert not frames.nth(0).is_visible()
+    page.mouse.move(5, 5)
+    _comes(page, f"{opacity} === '0'")
+    page.emulate_media(reduced_motion="no-preference")
+    page.keyboard.press("ArrowRight")
+    _comes(page, f"{opacity} === '1'")
+    page.wait_for_timeout(700)
+    assert cards.nth(0).locator("canvas").is_hidden(), "the thumbnails hide the frame"
+    page.keyboard.press(".")  # another time of the video: the subject is elsewhere
+    page.wait_for_selector("#results canvas:not([hidden])")
+    assert not frames.nth(0).is_visible()
 
 
 def test_video_has_its_timeline_moments_and_attention(page: Any, site: Site) -> None:

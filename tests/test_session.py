@@ -55,14 +55,16 @@ def test_both_sessions_give_what_onnxruntime_gives(asked: list[Any], graph: str)
     settings = {"device_id": "0", "user_compute_stream": "0"}
     assert asked == [([("CPUExecutionProvider", settings)], {"enable_fallback": 0})]
     inner = bound._session
-    given, (output,) = sample_feeds(signature(inner)), bound.outputs
-    expected = inner.run(None, dict(given))[0]
+    given = sample_feeds(signature(inner))
+    expected = inner.run(None, dict(given))
     # Views that are not contiguous are made so.
     device = {n: cuda.to_device(np.repeat(a, 2, 0))[::2] if a.ndim else cuda.to_device(a) for n, a in given.items()}
-    found = bound.run(device)[output]
-    assert isinstance(found, HostedArray)
+    found = bound.run(device)
+    assert tuple(found) == bound.outputs
+    assert all(isinstance(array, HostedArray) for array in found.values())
     assert cuda.bytes_to_host == 0
-    np.testing.assert_allclose(found.get(), expected, atol=1e-6)
+    for array, wanted in zip(found.values(), expected, strict=True):
+        np.testing.assert_allclose(array.get(), wanted, atol=1e-6)
     with pytest.raises(ModelError, match="does not take"):
         bound.run({})
     bound.close()
@@ -77,7 +79,10 @@ def test_the_cpu_session(graph: str) -> None:
     given = sample_feeds(signature(expected))
     assert session.inputs == tuple(given)
     views = {n: np.repeat(a, 2, 0)[::2] if a.ndim else a for n, a in given.items()}
-    np.testing.assert_allclose(session.run(views)[session.outputs[0]], expected.run(None, given)[0], atol=1e-6)
+    found = session.run(views)
+    assert tuple(found) == session.outputs
+    for array, wanted in zip(found.values(), expected.run(None, given), strict=True):
+        np.testing.assert_allclose(array, wanted, atol=1e-6)
     with pytest.raises(ModelError, match="does not take"):
         session.run({name: array[..., None] for name, array in given.items()})
     session.close()
@@ -90,12 +95,12 @@ def test_threads_share_a_bound_session(asked: list[Any]) -> None:
     cuda = host_cuda()
     session = HostProvider(FUSION, cuda)
     rows = sample_feeds(signature(session._session))
-    expected = session._session.run(None, rows)[0]
+    expected = session._session.run(["subject"], rows)[0]
 
     def work(seed: int) -> None:
         order = np.random.default_rng(seed).integers(0, 3, 1 + seed % 5)
         given = {name: cuda.to_device(array[order] if array.ndim else array) for name, array in rows.items()}
-        np.testing.assert_allclose(session.run(given)["vectors"].get(), expected[order], atol=1e-6)
+        np.testing.assert_allclose(session.run(given)["subject"].get(), expected[order], atol=1e-6)
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(24)))

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.full
 
 FUSION = builtin("fusion")
 BATCH = 4
+OUTPUTS = ("scene", "subject", "map")
 
 
 @pytest.fixture
@@ -60,14 +61,20 @@ def feeds(rows: int, seed: int = 0) -> dict[str, Any]:
     return {
         "tokens": random.standard_normal((rows, 49, 512), np.float32),
         "attention": energy / energy.sum(1, keepdims=True),
-        "strength": np.array(1.5, np.float32),
+        "change": 2 * random.random((rows, 49), np.float32),
     }
 
 
 @pytest.fixture(scope="module")
-def expected() -> Callable[[dict[str, Any]], Any]:
+def expected() -> Callable[[dict[str, Any]], dict[str, Any]]:
     session = onnxruntime.InferenceSession(str(FUSION), providers=["CPUExecutionProvider"])
-    return lambda given: session.run(None, given)[0]
+    return lambda given: dict(zip(OUTPUTS, session.run(OUTPUTS, given), strict=True))
+
+
+def assert_close(found: Any, wanted: dict[str, Any]) -> None:
+    assert set(found) == set(wanted)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, atol=1e-6, err_msg=name)
 
 
 def files(folder: Path) -> list[str]:
@@ -80,12 +87,13 @@ def files(folder: Path) -> list[str]:
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 11, 0])
 def test_any_number_of_rows(trt: Recording, recorded: Cuda, expected: Any, rows: int) -> None:
     session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
-    assert (session.inputs, session.outputs) == (("tokens", "attention", "strength"), ("vectors",))
+    assert (session.inputs, session.outputs) == (("tokens", "attention", "change"), OUTPUTS)
     given = feeds(rows)
     trt.calls.clear()
     found = session.run({name: recorded.to_device(array) for name, array in given.items()})
-    assert isinstance(found["vectors"], HostedArray)
-    np.testing.assert_allclose(found["vectors"].get(), expected(given) if rows else np.empty((0, 256)), atol=1e-6)
+    assert all(isinstance(array, HostedArray) for array in found.values())
+    empty = {name: np.empty((0, width)) for name, width in zip(OUTPUTS, (256, 256, 49), strict=True)}
+    assert_close({name: array.get() for name, array in found.items()}, expected(given) if rows else empty)
     # Whole batches, then the tail at the next power of two.
     sizes = [size for _, size in trt.noted("rows")]
     assert sizes == [BATCH] * (rows // BATCH) + [{0: [], 1: [1], 3: [4]}[rows % BATCH]][0]
@@ -93,6 +101,7 @@ def test_any_number_of_rows(trt: Recording, recorded: Cuda, expected: Any, rows:
         tail = trt.noted("fed")[-1][1]
         np.testing.assert_array_equal(tail["tokens"][3], given["tokens"][10])
         np.testing.assert_array_equal(tail["attention"][3], given["attention"][10])
+        np.testing.assert_array_equal(tail["change"][3], given["change"][10])
 
 
 def test_everything_goes_to_the_stream_of_the_device(trt: Recording, recorded: Cuda) -> None:
@@ -113,7 +122,7 @@ def test_whole_batches_are_captured_once_and_replayed(trt: Recording, recorded: 
     session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
     for seed, rows in enumerate((4, 2, 4, 1, 4, 8)):
         given = feeds(rows, seed)
-        np.testing.assert_allclose(session.run_on_host(given)["vectors"], expected(given), atol=1e-6)
+        assert_close(session.run_on_host(given), expected(given))
     whole, tail = (next(n for n, _name, shape in trt.noted("set_input_shape") if shape[0] == k) for k in (4, 2))
     assert whole != tail
     # Warm-up, then the capture on a stream of its own, then only replays.
@@ -136,7 +145,7 @@ def test_without_a_graph_it_runs_all_the_same(trt: Recording, recorded: Cuda, ex
     trt.calls.clear()
     for seed in range(3):
         given = feeds(BATCH, seed)
-        np.testing.assert_allclose(session.run_on_host(given)["vectors"], expected(given), atol=1e-6)
+        assert_close(session.run_on_host(given), expected(given))
     assert (trt.noted("launch"), trt.noted("begin_capture"), len(trt.noted("execute"))) == ([], [], 3)
 
 
@@ -150,7 +159,7 @@ def test_contexts_are_lent_to_one_thread_at_a_time(trt: Recording, recorded: Cud
         start.wait()
         for rows in (4, 3, 9):
             given = feeds(rows, 10 * seed + rows)
-            np.testing.assert_allclose(session.run_on_host(given)["vectors"], expected(given), atol=1e-6)
+            assert_close(session.run_on_host(given), expected(given))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
@@ -168,7 +177,7 @@ def test_an_inference_that_fails_is_told(trt: Recording, recorded: Cuda, expecte
     trt.refused = set()
     trt.calls.clear()
     given = feeds(3)
-    np.testing.assert_allclose(session.run_on_host(given)["vectors"], expected(given), atol=1e-6)
+    assert_close(session.run_on_host(given), expected(given))
     assert len(trt.noted("context")) == 1  # the one that failed is not used again
     trt.refused = {"set_input_shape"}
     with pytest.raises(BackendError, match="tokens may not be"):
@@ -192,7 +201,7 @@ def test_feeds_that_do_not_fit(trt: Recording, recorded: Cuda) -> None:
         {**good, "tokens": good["tokens"][:1]},
         {**good, "tokens": good["tokens"][:, :5]},
         {**good, "tokens": good["tokens"].astype(np.float64)},
-        {**good, "strength": np.ones(2, np.float32)},
+        {**good, "change": np.ones(2, np.float32)},
         {**good, "attention": np.array(1, np.float32)},
         {**good, "more": good["tokens"]},
     ):
@@ -219,6 +228,7 @@ def test_a_plan_is_built_for_the_batches_of_the_engine(trt: Recording, recorded:
         ("tokens", tokens),
         ("tokens", tokens),
         ("attention", ((1, 49), (4, 49), (4, 49))),
+        ("change", ((1, 49), (4, 49), (4, 49))),
         ("token_ids", ((1, 32), (1, 32), (64, 32))),
     ]
     trt.calls.clear()
@@ -239,8 +249,9 @@ def test_a_plan_is_kept_with_all_that_it_depends_on(trt: Recording, recorded: Cu
     assert entry["onnx_sha256"] == json.loads(FUSION.with_name("manifest.json").read_text())["files"]["fusion.onnx"][
         "sha256"
     ]  # fmt: skip
-    assert entry["cosine"]["vectors"] > 0.99999
-    assert open_tensorrt(FUSION, recorded, batch_size=BATCH, build=False).outputs == ("vectors",)
+    assert set(entry["cosine"]) == set(OUTPUTS)
+    assert min(entry["cosine"].values()) > 0.99999
+    assert open_tensorrt(FUSION, recorded, batch_size=BATCH, build=False).outputs == OUTPUTS
 
 
 def test_another_key_is_another_plan(trt: Recording, recorded: Cuda, tmp_path: Path) -> None:
@@ -311,7 +322,7 @@ def test_what_does_not_fit_is_built_again(
     session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
     assert len(trt.noted("build")) == 2
     given = feeds(5)
-    np.testing.assert_allclose(session.run_on_host(given)["vectors"], expected(given), atol=1e-6)
+    assert_close(session.run_on_host(given), expected(given))
     open_tensorrt(FUSION, recorded, batch_size=BATCH, build=False)
 
 
@@ -338,7 +349,9 @@ def test_a_plan_that_computes_something_else_is_refused(
     trt: Recording, recorded: Cuda, tmp_path: Path, spoil: Callable[[Any, bool], Any]
 ) -> None:
     trt.spoil = spoil
-    with pytest.raises(ModelError, match=r"fusion.onnx is refused: vectors of \d rows has cosine") as caught:
+    with pytest.raises(
+        ModelError, match=r"fusion.onnx is refused: (scene|subject|map) of \d rows has cosine"
+    ) as caught:
         open_tensorrt(FUSION, recorded, batch_size=BATCH)
     assert "0.999" in str(caught.value)
     assert caught.value.hint
@@ -358,10 +371,13 @@ def test_half_precision_is_checked_against_what_the_export_wrote(
     given = feeds(3)
     known = {f"fusion.{name}": array for name, array in given.items()}
     other = {"text.token_ids": np.ones((3, 32), np.int64), "text.vectors": np.ones((3, 256), np.float32)}
-    np.savez(tmp_path / "reference.npz", **known, **other, **{"fusion.vectors": expected(feeds(3, 1))})
-    with pytest.raises(ModelError, match="refused"):
-        open_tensorrt(path, recorded, batch_size=BATCH)
-    np.savez(tmp_path / "reference.npz", **known, **other, **{"fusion.vectors": expected(given)})
+    wanted = {f"fusion.{name}": array for name, array in expected(given).items()}
+    for name in wanted:  # each of them is held against it
+        wrong = {**wanted, name: np.roll(wanted[name], 1, axis=0)}
+        np.savez(tmp_path / "reference.npz", **known, **other, **wrong)
+        with pytest.raises(ModelError, match=f"refused: {name.removeprefix('fusion.')} of"):
+            open_tensorrt(path, recorded, batch_size=BATCH)
+    np.savez(tmp_path / "reference.npz", **known, **other, **wanted)
     trt.calls.clear()
     open_tensorrt(path, recorded, batch_size=BATCH)
     np.testing.assert_array_equal(trt.noted("fed")[0][1]["tokens"][:3], given["tokens"])

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from keyreel.errors import ModelError
 from keyreel_export import towers
+from keyreel_export.fusion import TemporalSpatialFusion
 
 pytestmark = pytest.mark.full
 
@@ -50,6 +51,7 @@ def test_identity_with_open_clip(open_clip: Any, name: str) -> None:
     energy = torch.rand(2, patches, generator=generator) ** 4
     energy[:, 0] = 0  # a patch without any attention must not give NaN
     contrast = energy / energy.sum(1, keepdim=True)
+    change = torch.rand(2, patches, generator=generator)
     with torch.no_grad():
         tokens = tower.tokens(frames)
         assert tokens.shape == (2, prefix + patches, width)
@@ -58,7 +60,11 @@ def test_identity_with_open_clip(open_clip: Any, name: str) -> None:
             F.normalize(tower.projection(tower.pooled(tokens, attention, torch.tensor(strength))), dim=-1)
             for attention, strength in ((uniform, 1.0), (contrast, 0.0), (contrast, 2.0))
         ]
-    for same in pooled[:2]:
+        scene, subject, weights = TemporalSpatialFusion(tower, tower.projection)(tokens, contrast, change)
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
+    assert torch.isfinite(subject).all()
+    assert float((subject - stock).abs().max()) >= 1e-4
+    for same in (*pooled[:2], scene):
         assert float((same * stock).sum(1).min()) >= 0.9999
         assert float((same - stock).abs().max()) <= 1e-5
     assert torch.isfinite(pooled[2]).all()

@@ -16,11 +16,10 @@ import pytest
 
 pytest.importorskip("torch", reason="the extra export is not installed")
 
-import onnx
 import onnxruntime
 
 from keyreel.errors import ModelError
-from keyreel.runtime.bundle import Bundle, write_manifest
+from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.text import Tokenizer
 from keyreel_export import triton, verify
 
@@ -43,24 +42,22 @@ def schema() -> Any:
 
 
 @pytest.fixture(scope="module")
-def strong(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The built-in bundle with another strength, so that a strength that is not folded in shows."""
-    folder = tmp_path_factory.mktemp("bundle") / "strong"
-    shutil.copytree(Bundle.find("builtin").folder, folder)
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    manifest["fusion"]["strength_default"] = 1.5
-    del manifest["files"], manifest["schema"]
-    write_manifest(folder, manifest)
-    return Bundle.load(folder)
+def builtin() -> Bundle:
+    return Bundle.find("builtin")
 
 
 @pytest.fixture(scope="module")
-def repository(strong: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return triton.export_triton(strong, tmp_path_factory.mktemp("served") / "models", max_batch_size=48, instances=2)
+def repository(builtin: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return triton.export_triton(builtin, tmp_path_factory.mktemp("served") / "models", max_batch_size=48, instances=2)
+
+
+def outputs(path: Path, **feeds: Any) -> dict[str, Any]:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return dict(zip((entry.name for entry in session.get_outputs()), session.run(None, feeds), strict=True))
 
 
 def run(path: Path, **feeds: Any) -> Any:
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+    return next(iter(outputs(path, **feeds).values()))
 
 
 def parsed(schema: Any, folder: Path, model: str) -> Any:
@@ -70,30 +67,31 @@ def parsed(schema: Any, folder: Path, model: str) -> Any:
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_the_merged_graph_gives_what_the_bundle_gives(strong: Bundle, repository: Path, count: int) -> None:
+def test_the_merged_graph_gives_what_the_bundle_gives(builtin: Bundle, repository: Path, count: int) -> None:
     frames = verify.sample_frames(112, 112, count=count, seed=3)
-    tokens = run(strong.file("backbone.onnx"), frames=frames)
-    attention = run(strong.file("attention.onnx"), tokens=tokens)
-    own = {
-        strength: run(
-            strong.file("fusion.onnx"), tokens=tokens, attention=attention, strength=np.array(strength, np.float32)
-        )
-        for strength in (0.0, 1.5)
-    }
-    found = run(repository / "keyreel_image/1/model.onnx", frames=frames)
-    np.testing.assert_allclose(found, own[1.5], atol=1e-5)
-    assert np.abs(found - own[0.0]).max() > 1e-3
+    tokens = run(builtin.file("backbone.onnx"), frames=frames)
+    attention = run(builtin.file("attention.onnx"), tokens=tokens)
+    given = {"tokens": tokens, "attention": attention}
+    own = outputs(builtin.file("fusion.onnx"), **given, change=np.zeros_like(attention))
+    found = outputs(repository / "keyreel_image/1/model.onnx", frames=frames)
+    assert list(found) == ["scene", "subject", "map"]
+    for name, array in own.items():
+        np.testing.assert_allclose(found[name], array, atol=1e-5, err_msg=name)
+    weights = attention ** builtin.manifest["fusion"]["power"]
+    np.testing.assert_allclose(found["map"], weights / weights.sum(1, keepdims=True), rtol=1e-3)
+    moving = outputs(builtin.file("fusion.onnx"), **given, change=np.eye(49, dtype=np.float32)[:count])
+    assert np.abs(found["map"] - moving["map"]).max() > 1e-2
 
 
-def test_text_runs_with_the_tokenizer_beside_it(strong: Bundle, repository: Path) -> None:
+def test_text_runs_with_the_tokenizer_beside_it(builtin: Bundle, repository: Path) -> None:
     texts = ["a dog", "", "long " * 90]
     beside = repository / "keyreel_text/tokenizer.json"
-    ids = Tokenizer(beside, clean=strong.clean, context_length=strong.context_length).encode(texts)
+    ids = Tokenizer(beside, clean=builtin.clean, context_length=builtin.context_length).encode(texts)
     found = run(repository / "keyreel_text/1/model.onnx", token_ids=ids)
-    np.testing.assert_allclose(found, run(strong.file("text.onnx"), token_ids=ids), atol=1e-6)
+    np.testing.assert_allclose(found, run(builtin.file("text.onnx"), token_ids=ids), atol=1e-6)
 
 
-def test_configuration(schema: Any, strong: Bundle, repository: Path) -> None:
+def test_configuration(schema: Any, builtin: Bundle, repository: Path) -> None:
     image, text = (parsed(schema, repository, model) for model in ("keyreel_image", "keyreel_text"))
     for config, folder in ((image, "keyreel_image"), (text, "keyreel_text")):
         assert (config.name, config.platform, config.max_batch_size) == (folder, "onnxruntime_onnx", 48)
@@ -102,7 +100,7 @@ def test_configuration(schema: Any, strong: Bundle, repository: Path) -> None:
         group = config.instance_group[0]
         assert (group.count, group.kind) == (2, schema.ModelInstanceGroup.KIND_AUTO)
         assert config.version_policy.latest.num_versions == 1
-        assert config.parameters["keyreel_bundle_sha256"].string_value == strong.sha256
+        assert config.parameters["keyreel_bundle_sha256"].string_value == builtin.sha256
         # Triton adds the batch to these dimensions and holds them against the graph's.
         graph = onnxruntime.InferenceSession(
             str(repository / folder / "1/model.onnx"), providers=["CPUExecutionProvider"]
@@ -110,22 +108,24 @@ def test_configuration(schema: Any, strong: Bundle, repository: Path) -> None:
         for described, real in ((config.input, graph.get_inputs()), (config.output, graph.get_outputs())):
             assert [(entry.name, list(entry.dims)) for entry in described] == [(v.name, v.shape[1:]) for v in real]
             assert all(isinstance(value.shape[0], str) for value in real)
-    kinds = [entry.data_type for entry in (image.input[0], image.output[0], text.input[0], text.output[0])]
-    assert kinds == [schema.TYPE_UINT8, schema.TYPE_FP32, schema.TYPE_INT64, schema.TYPE_FP32]
+    kinds = [entry.data_type for entry in (image.input[0], *image.output, text.input[0], *text.output)]
+    assert kinds == [schema.TYPE_UINT8, *[schema.TYPE_FP32] * 3, schema.TYPE_INT64, schema.TYPE_FP32]
 
 
-def test_half_precision_stays_on_the_gpu(schema: Any, strong: Bundle) -> None:
+def test_half_precision_stays_on_the_gpu(schema: Any, builtin: Bundle) -> None:
     from google.protobuf import text_format
 
-    half = dataclasses.replace(strong, manifest={**strong.manifest, "precision": "fp16"}, name='odd "name"')
-    config = text_format.Parse(triton._config(half, "m", ("x", "TYPE_UINT8", (1,)), 1, 1), schema.ModelConfig())
+    half = dataclasses.replace(builtin, manifest={**builtin.manifest, "precision": "fp16"}, name='odd "name"')
+    config = text_format.Parse(
+        triton._config(half, "m", ("x", "TYPE_UINT8", (1,)), {"y": 1}, 1, 1), schema.ModelConfig()
+    )
     assert config.instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
     assert config.parameters["keyreel_bundle"].string_value == 'odd "name"'
 
 
-def test_a_repository_is_replaced_and_nothing_else_is(strong: Bundle, repository: Path, tmp_path: Path) -> None:
+def test_a_repository_is_replaced_and_nothing_else_is(builtin: Bundle, repository: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(repository, tmp_path / "models")
-    triton.export_triton(strong, folder, max_batch_size=16)
+    triton.export_triton(builtin, folder, max_batch_size=16)
     assert "max_batch_size: 16" in (folder / "keyreel_image/config.pbtxt").read_text("utf-8")
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == (
         triton.FILES - {"README.md"} - {f"keyreel_{model}/1/model.onnx.data" for model in ("image", "text")}
@@ -133,30 +133,30 @@ def test_a_repository_is_replaced_and_nothing_else_is(strong: Bundle, repository
     (folder / "keyreel_image/2").mkdir()
     (folder / "keyreel_image/2/model.onnx").write_text("mine")
     with pytest.raises(ModelError, match="keyreel_image/2/model"):
-        triton.export_triton(strong, folder)
+        triton.export_triton(builtin, folder)
     with pytest.raises(ModelError, match="is a file"):
-        triton.export_triton(strong, folder / "keyreel_image/config.pbtxt")
+        triton.export_triton(builtin, folder / "keyreel_image/config.pbtxt")
     assert (folder / "keyreel_image/2/model.onnx").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
 def test_nothing_is_left_of_an_export_that_fails(
-    strong: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    builtin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merged = triton._merged
 
     def damaged(package: Any, bundle: Bundle) -> Any:
         model = merged(package, bundle)
-        strength = next(tensor for tensor in model.graph.initializer if tensor.name == "strength")
-        strength.CopyFrom(onnx.numpy_helper.from_array(np.array(9.0, np.float32), "strength"))
+        still = next(node for node in model.graph.node if node.name == "change")
+        still.op_type = "Add"  # not nothing, but twice the attention
         return model
 
     monkeypatch.setattr(triton, "_merged", damaged)
     with pytest.raises(ModelError, match="differs"):
-        triton.export_triton(strong, tmp_path / "models")
+        triton.export_triton(builtin, tmp_path / "models")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="max_batch_size"):
-        triton.export_triton(strong, tmp_path / "models", max_batch_size=0)
+        triton.export_triton(builtin, tmp_path / "models", max_batch_size=0)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from planted import embedding_of
+from planted import embedding_of, unit
 
 from keyreel import config
 from keyreel.config import DecodeLimits, EncodeConfig, ImageTransform, OutputConfig, Sampling, SelectConfig
@@ -58,7 +58,6 @@ def test_shapes_that_do_not_agree_are_printed() -> None:
         (EncodeConfig, {"shift": "sometimes"}),
         (EncodeConfig, {"shift_steps": 0}),
         (EncodeConfig, {"shift_share": 0.6}),
-        (EncodeConfig, {"attention_strength": -1}),
         (EncodeConfig, {"batch_size": 0}),
         (SelectConfig, {"keyframes": 0}),
         (SelectConfig, {"keyframes": 3, "per_minute": 2}),
@@ -72,6 +71,20 @@ def test_shapes_that_do_not_agree_are_printed() -> None:
 def test_senseless_values_are_refused(kind: type, values: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         kind(**values)
+
+
+def test_the_cosine_of_joint_vectors_is_that_of_both_weighed() -> None:
+    draw = np.random.default_rng(2)
+    scene, subject = unit(draw.normal(size=(2, 6, 8)))
+    plain = embedding_of(scene)
+    both = dataclasses.replace(plain, subject=subject)
+    assert both.scene is both.vectors
+    assert plain.joint is plain.vectors
+    assert (both.joint.shape, both.joint.dtype) == ((6, 16), np.float32)
+    means = [[0.75 * scene[i] @ scene[j] + 0.25 * subject[i] @ subject[j] for j in range(6)] for i in range(6)]
+    np.testing.assert_allclose(both.joint @ both.joint.T, means, atol=1e-6)
+    with pytest.raises(ValueError, match=r"subject \(5, 8\)"):
+        dataclasses.replace(plain, subject=subject[:5])
 
 
 def test_configs_are_frozen() -> None:
