@@ -176,6 +176,7 @@ def test_interrupted_goes_on_where_it_was(folder: Path, media: Callable[[str], P
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
                 if opened.exists() and opened.list():
+                    time.sleep(1.0)  # it is counted after its commit
                     break
             process.send_signal(signal.SIGINT)
             out, said = process.communicate(timeout=60)
