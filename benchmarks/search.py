@@ -52,6 +52,7 @@ class MadeUp(Engine):
         embedding = dataclasses.replace(
             own,
             vectors=vectors_of(int(Path(seen.video.path).stem)),
+            subject=None,
             pts_seconds=row / _RATE,
             frame_index=row,
             **{name: getattr(own, name)[row % len(own)] for name in names},

@@ -337,6 +337,7 @@ def test_distillation_goes_on_where_it_stopped_with_two_workers(tmp_path: Path) 
 def test_photographs_are_scored_by_the_better_of_both_vectors() -> None:
     rng = np.random.default_rng(8)
     scene, subject, texts = (rng.normal(size=(n, 6)).astype(np.float32) for n in (4, 4, 3))
-    found = Shown([], scene, subject).scores(texts, SubjectScale(1.5, -0.2))
+    scene, subject, texts = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (scene, subject, texts))
+    found = Shown([], scene, subject).scores(texts, SubjectScale(1.5, -0.2, novelty=2.0))
     for n, q in np.ndindex(4, 3):
         assert found[n, q] == pytest.approx(max(scene[n] @ texts[q], 1.5 * (subject[n] @ texts[q]) - 0.2), abs=1e-5)

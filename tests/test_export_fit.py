@@ -216,7 +216,7 @@ def test_each_way_of_pooling_is_fitted(open_clip: Any, tmp_path: Path, name: str
     frames = np.random.default_rng(0).integers(0, 256, (3, *tower.image_size, 3), dtype=np.uint8)
     tokens, change = tower(torch.from_numpy(frames)).detach(), torch.zeros(3, tower.grid[0] * tower.grid[1])
     with torch.no_grad():
-        scene, own = found.head(tokens, tokens, change)
+        scene, own = found.head(tokens, change)
     stock = torch.from_numpy(tiny_models.stock_vectors(model, frames))
     torch.testing.assert_close(scene, stock, atol=1e-5, rtol=0)
     assert (own - scene).abs().max() > 1e-4

@@ -109,7 +109,7 @@ class Recipe:
 
         @torch.no_grad()
         def tokens(frames: U8) -> F32:
-            found: F32 = backbone(torch.from_numpy(frames)).numpy()
+            found: F32 = backbone(torch.tensor(frames)).numpy()
             return found
 
         @torch.no_grad()

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from keyreel.config import EncodeConfig
 from keyreel.render.files import atomic_write
-from keyreel.runtime.bundle import MANIFEST, write_manifest
+from keyreel.runtime.bundle import MANIFEST, SubjectScale, write_manifest
 from keyreel.runtime.sessions import OnnxRuntimeSession
 from keyreel.runtime.text import Tokenizer
 from keyreel.types import F32, U8
@@ -66,10 +66,12 @@ def fit(tokens: Tokens, texts: Texts, scene: nn.Linear, trainset: Path, work: Pa
     if outlined is not None:
         fit_attention(attention, outlined, seed=seed)
     head = SubjectHead(AveragePooling(), scene, attention)
-    told = torch.from_numpy(texts(names))
-    for row in fit_subject(head, moving, still, told, outlined=outlined, epochs=EPOCHS, seed=seed):
-        log.append({"stage": "subject", **row})
-    scale = scale_of(head, moving, stored=STORED)
+    scale = SubjectScale()
+    if moving is not None:
+        told = torch.from_numpy(texts(names))
+        for row in fit_subject(head, moving, still, told, outlined=outlined, epochs=EPOCHS, seed=seed):
+            log.append({"stage": "subject", **row})
+        scale = scale_of(head, moving, stored=STORED)
     assert isinstance(head.projection, nn.Linear)
     power, floor = float(head.power.detach()), float(head.log_floor.detach().exp())
     return Fitted(scene, head.attention, head.projection, power, floor, scale, log)
@@ -167,11 +169,13 @@ def stills(tokens: Tokens, trainset: Path, examples: Sequence[Example], names: S
 
 def clips(
     tokens: Tokens, trainset: Path, examples: Sequence[Example], names: Sequence[str], work: Path, seed: int
-) -> Frames:
-    """The two middle frames of each video."""
+) -> Frames | None:
+    """The two middle frames of each video; None where there are no objects or no places."""
     parts = [work / f"clips-{seed}-{number:03d}.npz" for number in range(CLIPS // PART)]
     if not all(path.exists() for path in parts):
         objects, places = read_parts(trainset, examples)
+        if not objects or not places:
+            return None
         for number, path in enumerate(parts):
             if not path.exists():
                 made = varied(objects, places, count=PART, seed=1000 * seed + number)
