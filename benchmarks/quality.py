@@ -112,13 +112,13 @@ def measure_composites(towers: Towers, trainset: Path) -> Iterator[Row]:
         texts = towers.texts(names)
         wanted = [np.array([[name == things[n].labels[0] for name in names] for things in made.things]) for n in (0, 1)]
         ways = {
-            "scene": None,
+            "scene": (even, change),  # whatever the map
             "attention": (attention[""], np.ones_like(change)),
             "change": (even, change),
             "attention and change": (attention[""], change),
             "attention of the shifted frame and change": (attention["shift"], change),
         }
-        for way, (weights, moved) in ((way, parts or (even, change)) for way, parts in ways.items()):
+        for way, (weights, moved) in ways.items():
             found = towers.fused(tokens, weights, moved)
             subject = None if way == "scene" else found["subject"]
             scores = frame_scores(found["scene"], subject, texts.T, bundle.subject)

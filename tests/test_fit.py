@@ -67,8 +67,8 @@ def test_a_fit_finds_objects_and_leaves_places_and_scenes() -> None:
     after = made.vectors(seen)
     np.testing.assert_array_equal(after[0], before[0])
     assert log[-1]["label"] < log[0]["label"]
-    scale = fit.scale_of(made, seen, stored=0.7)
-    assert ((after[0] * after[1]).sum(1) < scale.novelty).mean() == pytest.approx(0.7, abs=0.02)
+    scale = fit.scale_of(made, seen)
+    assert ((after[0] * after[1]).sum(1) < scale.novelty).mean() == pytest.approx(fit.STORED, abs=0.02)
     wanted = {name: getattr(seen, name).numpy() > 0 for name in ("objects", "places")}
 
     def precision(scores: np.ndarray, name: str) -> float:

@@ -23,7 +23,7 @@ from keyreel.config import EncodeConfig, ImageTransform
 from keyreel.errors import ModelError
 from keyreel.types import F32, U8
 from keyreel_export.builtin.saliency import outline
-from keyreel_export.fit import Frames
+from keyreel_export.fit import Frames, marks
 from keyreel_export.towers import Tower
 from keyreel_kernels import shift
 
@@ -233,7 +233,7 @@ def moving_frames(
     """
     how, prefix, linked = EncodeConfig(), tower.prefix_tokens, np.arange(FRAMES) > 0
     found: list[list[Tensor]] = []
-    shown: list[tuple[tuple[Picture, ...], Picture | None]] = []
+    shown: list[tuple[list[tuple[str, ...]], tuple[str, ...]]] = []
     for first in range(0, count, BATCH):
         group = list(islice(drawn, min(BATCH, count - first)))
         with torch.no_grad():
@@ -243,9 +243,9 @@ def moving_frames(
             change = shift.patch_change(patches, tower.grid, linked, steps=how.shift_steps)[1:3]
             maps = attention(clip.frames[1:3], own[1:3])
             found.append([torch.from_numpy(own[1:3].astype(np.float16)), torch.from_numpy(change), maps])
-            shown += [(clip.things, clip.place)] * 2
+            shown += [([thing.labels for thing in clip.things], clip.place.labels)] * 2
     tokens_, change_, maps_ = (torch.cat(part) for part in zip(*found, strict=True))
-    return Frames(tokens_, change_, *_marks(shown, names)), maps_
+    return Frames(tokens_, change_, *marks(shown, names)), maps_
 
 
 def still_frames(tower: Tower, pictures: Sequence[Picture], how: ImageTransform, names: Sequence[str]) -> Frames:
@@ -257,21 +257,7 @@ def still_frames(tower: Tower, pictures: Sequence[Picture], how: ImageTransform,
             found.append(tower(torch.from_numpy(frames)).half())
     tokens = torch.cat(found)
     change = torch.zeros(len(tokens), tower.grid[0] * tower.grid[1])
-    return Frames(tokens, change, *_marks([((picture,), None) for picture in pictures], names))
-
-
-def _marks(
-    shown: Sequence[tuple[Sequence[Picture], Picture | None]], names: Sequence[str]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`objects`, `places` and `true` of Frames."""
-    column = {name: n for n, name in enumerate(names)}
-    marks = torch.zeros(3, len(shown), len(names))
-    for row, (things, place) in enumerate(shown):
-        grounds = [] if place is None else [place]
-        marks[0, row, [column[thing.labels[0]] for thing in things]] = 1
-        marks[1, row, [column[ground.labels[0]] for ground in grounds]] = 1
-        marks[2, row, [column[label] for seen in (*things, *grounds) for label in seen.labels]] = 1
-    return marks[0], marks[1], marks[2] > 0
+    return Frames(tokens, change, *marks([([picture.labels], ()) for picture in pictures], names))
 
 
 def clip_count(tower: Tower, pictures: int) -> int:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from keyreel.config import ImageTransform
 from keyreel.runtime.bundle import SubjectScale
+from keyreel.search import frame_scores
 from keyreel.types import F32, U8
 from keyreel_export.builtin.scenes import KINDS, WEIGHTS, render_scene
 from keyreel_export.fit import (
     BATCH,
-    STORED,
     Frames,
     SubjectHead,
     TokenAttention,
@@ -119,13 +119,13 @@ def fit_to_pictures(
     attention = TokenAttention(tower.token_width, tower.grid, tower.prefix_tokens)
     head = SubjectHead(tower, side.fusion.projection, attention, _trainable(side.fusion.projection, tower))
     fit_subject(head, moving, still, told, epochs=epochs, seed=seed, spread=spread)
-    scale = scale_of(head, still, stored=STORED)
+    scale = scale_of(head, moving)
     seen, maps = moving_frames(tower, clips(held, side.image, seed + 1), HELD_CLIPS, names, side.maps)
     without = side.vectors(seen.tokens, maps, seen.change)
     answers = {
         "scene": without[0] @ told.numpy().T,
-        "training_free": _better(without, told.numpy(), free),
-        "fitted": _better(head.vectors(seen), told.numpy(), scale),
+        "training_free": frame_scores(*without, told.numpy().T, free).best,
+        "fitted": frame_scores(*head.vectors(seen), told.numpy().T, scale).best,
     }
     measured = {"fitted_pictures": float(len(fitted)), "held_out_pictures": float(len(held))}
     measured["held_out_frames"] = float(len(seen.tokens))
@@ -142,13 +142,6 @@ def _trainable(projection: nn.Module, tower: Tower) -> nn.Module:
     nn.init.eye_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def _better(vectors: tuple[F32, F32], texts: F32, scale: SubjectScale) -> F32:
-    scene, subject = vectors
-    by_subject = np.float32(scale.slope) * (subject @ texts.T) + np.float32(scale.offset)
-    best: F32 = np.maximum(scene @ texts.T, by_subject)
-    return best
 
 
 def _precision(scores: F32, seen: Frames) -> dict[str, float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from keyreel_export.bundle import OUTPUTS
 from keyreel_export.fit import TokenAttention
 from keyreel_export.fusion import AveragePooling, TemporalSpatialFusion
 from keyreel_export.onnx import export_graph
+from keyreel_export.subject import digest
 from keyreel_export.verify import cases, run_graph
 
 GRID = SIZE // 16
@@ -132,18 +132,13 @@ def write_fusion(folder: Path, fitted: Fitted) -> dict[str, Any]:
             "shift_default": "off",
             "power": round(fitted.power, 4),
             "floor": round(fitted.floor, 4),
-            "projection_sha256": _digest(scene),
-            "subject_projection_sha256": _digest(subject),
+            "projection_sha256": digest(scene),
+            "subject_projection_sha256": digest(subject),
             "same_scene": {},
         },
         "subject": dataclasses.asdict(fitted.scale),
         "verify": verify,
     }
-
-
-def _digest(layer: nn.Linear) -> str:
-    weights = layer.weight.detach().numpy().tobytes() + layer.bias.detach().numpy().tobytes()
-    return hashlib.sha256(weights).hexdigest()
 
 
 def write_graphs(folder: Path, image: ImageTower, text: Texts, tokenizer: str, fitted: Fitted) -> dict[str, Any]:

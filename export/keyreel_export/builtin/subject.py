@@ -38,7 +38,16 @@ from keyreel_export.builtin.data import SIZE, Example, read_examples, read_image
 from keyreel_export.builtin.measure import Towers, measure_all
 from keyreel_export.builtin.saliency import PLACES, find_objects, marked
 from keyreel_export.builtin.student import TOKEN_WIDTH
-from keyreel_export.fit import Frames, Outlined, SubjectHead, TokenAttention, fit_attention, fit_subject, scale_of
+from keyreel_export.fit import (
+    Frames,
+    Outlined,
+    SubjectHead,
+    TokenAttention,
+    fit_attention,
+    fit_subject,
+    marks,
+    scale_of,
+)
 from keyreel_export.fusion import AveragePooling
 from keyreel_kernels.shift import patch_change
 
@@ -46,7 +55,6 @@ CLIPS, PART = 8000, 250  # videos to fit on, and of one part in the work folder
 STILLS = 5000  # photographs as they are
 MARKED = 3000  # pictures with outlines, of each of two kinds
 EPOCHS = 4
-STORED = 0.8  # share of these videos' frames whose subject is stored; of real videos it is far less
 SCENE_EPOCHS, SCENE_RATE, SCENE_BATCH = 6, 1e-3, 256
 MIXED = 0.5  # share of the scene's new layer
 
@@ -71,7 +79,7 @@ def fit(tokens: Tokens, texts: Texts, scene: nn.Linear, trainset: Path, work: Pa
         told = torch.from_numpy(texts(names))
         for row in fit_subject(head, moving, still, told, outlined=outlined, epochs=EPOCHS, seed=seed):
             log.append({"stage": "subject", **row})
-        scale = scale_of(head, moving, stored=STORED)
+        scale = scale_of(head, moving)
     assert isinstance(head.projection, nn.Linear)
     power, floor = float(head.power.detach()), float(head.log_floor.detach().exp())
     return Fitted(scene, head.attention, head.projection, power, floor, scale, log)
@@ -163,8 +171,8 @@ def stills(tokens: Tokens, trainset: Path, examples: Sequence[Example], names: S
             np.save(file, np.stack(found))
     seen = torch.from_numpy(np.load(path))
     pairs = [([], example) if example.source in PLACES else ([example], None) for example in chosen]
-    marks = _marks([([e.labels for e in things], ground.labels if ground else ()) for things, ground in pairs], names)
-    return Frames(seen, torch.zeros(seen.shape[:2]), *marks)
+    shown = [([e.labels for e in things], ground.labels if ground else ()) for things, ground in pairs]
+    return Frames(seen, torch.zeros(seen.shape[:2]), *marks(shown, names))
 
 
 def clips(
@@ -189,20 +197,7 @@ def clips(
     labels = [things for part in read for things in json.loads(str(part["labels"]))]
     own, change = map(torch.from_numpy, columns)
     both = [(things, ground) for *things, ground in labels for _ in range(2)]  # frames of a video
-    return Frames(own, change, *_marks(both, names))
-
-
-def _marks(
-    labels: Sequence[tuple[Sequence[Sequence[str]], Sequence[str]]], names: Sequence[str]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`objects`, `places` and `true` of Frames, from the labels of each frame's objects and of its place."""
-    place = {name: column for column, name in enumerate(names)}
-    marks = torch.zeros(3, len(labels), len(names))
-    for row, (things, ground) in enumerate(labels):
-        marks[0, row, [place[thing[0]] for thing in things]] = 1
-        marks[1, row, [place[label] for label in ground[:1]]] = 1
-        marks[2, row, [place[label] for thing in (*things, ground) for label in thing]] = 1
-    return marks[0], marks[1], marks[2] > 0
+    return Frames(own, change, *marks(both, names))
 
 
 def _looked_at(tokens: F32) -> dict[str, Any]:
