@@ -190,7 +190,7 @@ def test_the_scale_without_training_by_hand() -> None:
 
 def test_what_is_true_of_a_frame_as_well_is_not_wrong() -> None:
     seen = fit.Frames(
-        torch.zeros(2, 1, 1), torch.zeros(2, 1, 1), torch.zeros(2, 1),
+        torch.zeros(2, 1, 1), torch.zeros(2, 1),
         objects=torch.tensor([[1.0, 0], [0, 1]]), places=torch.tensor([[0, 1.0], [1, 0]]),
         true=torch.tensor([[True, True], [True, True]]),
     )  # fmt: skip
