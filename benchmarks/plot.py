@@ -121,7 +121,7 @@ def measured() -> dict[str, list[dict[str, Any]]]:
     parts: dict[str, dict[Any, dict[str, Any]]] = {}
     for row in rows():
         if row["case"] == "quality":
-            names = ("vectors", "images", "clips", "pan", "object_lines", "map")
+            names = ("vectors", "images", "clips", "texts", "tower", "query", "pan", "object_lines", "map")
             key = tuple(row.get(name) for name in names if row["part"] != "labels" or name == "vectors")
             parts.setdefault(row["part"], {})[key] = row
     return {part: list(found.values()) for part, found in parts.items()}
@@ -130,7 +130,8 @@ def measured() -> dict[str, list[dict[str, Any]]]:
 def quality() -> str:
     """What the built-in model finds, as it is by default."""
     parts = measured()
-    label, clip, caption = (next(r for r in parts[n] if r["vectors"] == BOTH) for n in ("labels", "clips", "captions"))
+    label, caption = (next(r for r in parts[n] if r["vectors"] == BOTH) for n in ("labels", "captions"))
+    clip, unusual = (clips_of(parts, texts, "own") for texts in ("clips", "unusual"))
     (maps,), (keys,) = parts["attention"], parts["keyframes"]
 
     def told(row: dict[str, Any]) -> str:
@@ -143,6 +144,8 @@ def quality() -> str:
     lines.append([what, f"{caption['captions']:.0f}", recall])
     what = f"own captions to one of {clip['clips']} real clips, recall at 1 / 5"
     lines.append([what, f"{clip['queries']}", percent(clip["recall_at_1"], clip["recall_at_5"])])
+    what = f"captions of words that no label has, to one of {unusual['clips']} real clips, recall at 1 / 5"
+    lines.append([what, f"{unusual['queries']}", percent(unusual["recall_at_1"], unusual["recall_at_5"])])
     for row in parts["absent"]:
         if (images := row["images"]) in (1, 20, 400):
             what = f"a label asked of {images:.0f} photograph{'s' if images > 1 else ''}"
@@ -180,7 +183,49 @@ def subjects() -> str:
     return table(head, lines)
 
 
-SECTIONS = {"speed": speed, "library": library, "quality": quality, "subjects": subjects}
+def clips_of(parts: dict[str, list[dict[str, Any]]], texts: str, tower: str) -> dict[str, Any]:
+    """The row of a set of captions, by both vectors."""
+    wanted = (BOTH, texts, tower)
+    return next(row for row in parts["clips"] if (row["vectors"], row.get("texts"), row.get("tower")) == wanted)
+
+
+def words() -> str:
+    """The text tower beside the one before, on captions of real clips."""
+    parts, lines = measured(), []
+    for texts, what in (("clips", "own captions"), ("unusual", "captions of words that no label has")):
+        for tower, name in (("before", "labels only"), ("own", "with knowledge from text")):
+            row = clips_of(parts, texts, tower)
+            cells = [
+                percent(row["recall_at_1"], row["recall_at_5"]),
+                f"{row['median_rank']:.0f}",
+                percent(row["joins"]),
+            ]
+            gains = [row[f"recall_at_{depth}_gain"] for depth in (1, 5)] if tower == "own" else []
+            cells += [
+                ", ".join(f"{100 * gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})" for gain, low, high in gains)
+            ]
+            lines.append([f"{row['queries']} {what}, {name}", *cells])
+    head = ["texts, text tower", "recall at 1 / 5", "median rank", "right part of a join", "gain at 1, at 5 (95 %)"]
+    return table(head, lines)
+
+
+def unknown() -> str:
+    """What label names lie nearest to words that no label has."""
+    lines = []
+    for row in measured()["unknown"]:
+        before, own = (", ".join(row[f"nearest_{tower}"]) for tower in ("before", "own"))
+        lines.append([row["query"], before, own, ", ".join(row["unknown_words"])])
+    return table(["query", "nearest labels before", "now", "not known"], lines)
+
+
+SECTIONS = {
+    "speed": speed,
+    "library": library,
+    "quality": quality,
+    "subjects": subjects,
+    "words": words,
+    "unknown": unknown,
+}
 
 
 def filled(page: str) -> str:

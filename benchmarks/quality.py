@@ -12,7 +12,7 @@ import argparse
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from keyreel import Engine, Sampling, Summary
 from keyreel.config import EncodeConfig
 from keyreel.runtime.bundle import Bundle
 from keyreel.search import frame_scores
-from keyreel.types import F32
+from keyreel.types import F32, I64
 from keyreel_export.builtin.composites import moving, read_parts
 from keyreel_export.builtin.data import SIZE, read_examples
-from keyreel_export.builtin.measure import Shown, Towers, ask_libraries, halves, measure_labels, show
+from keyreel_export.builtin.measure import Shown, Towers, ask_libraries, halves, interval, measure_labels, show
 from keyreel_export.builtin.saliency import find_objects, marked
 from keyreel_export.fit import mean_average_precision
 from keyreel_kernels.shift import adaptive_shift, patch_change, shift_tokens
@@ -184,22 +184,72 @@ def area_under_curve(maps: F32, masks: F32) -> F32:
     return found
 
 
-def clips(engine: Engine, media: Path) -> Iterator[Row]:
-    """Place of the right clip for each caption, by the scene alone and by both vectors."""
-    captions = CLIPS["clips"]
-    texts = [(text, place) for place, own in enumerate(captions.values()) for text in own]
-    queries, table = engine.encode_text([text for text, _ in texts]), []
-    for name in captions:
-        embedding = engine.embed_video(media / name, sampling=Sampling(fps=2.0))
-        chosen = np.linspace(0, len(embedding) - 1, FRAMES).round().astype(int)
-        both = frame_scores(embedding.scene, embedding.subject, queries.T, engine.bundle.subject).best
-        table.append([(embedding.scene @ queries.T)[chosen].mean(axis=0), both[chosen].mean(axis=0)])
-    own = [place for _, place in texts]
-    for way, scores in zip(("scene", "scene and subject"), np.stack(table, axis=1), strict=True):
-        ranks = (scores > scores[own, np.arange(len(own))]).sum(axis=0) + 1
-        recall = {f"recall_at_{depth}": round(float((ranks <= depth).mean()), 6) for depth in (1, 5)}
-        count = {"queries": len(texts), "clips": len(captions), "median_rank": float(np.median(ranks))}
-        yield {"part": "clips", "vectors": way, **count, **recall}
+def clips(engine: Engine, media: Path, before: Path | None) -> Iterator[Row]:
+    """Place of the right clip for each caption, by the scene alone and by both vectors.
+
+    Two sets: own captions, and captions of words that no label has. With `before`, the bundle of an earlier text tower
+    for the same image tower, its answers too, and the difference with its interval over the captions.
+    """
+    seen = {
+        name: engine.embed_video(media / name, sampling=Sampling(fps=2.0)) for name in CLIPS["unusual"] | CLIPS["clips"]
+    }
+    towers: dict[str, Callable[[list[str]], F32]] = {"own": engine.encode_text}
+    if before is not None:
+        towers = {"before": Towers(before).texts, **towers}
+    scale = engine.bundle.subject
+    for kind in ("clips", "unusual"):
+        asked = [(text, place) for place, own in enumerate(CLIPS[kind].values()) for text in own]
+        texts, own = [text for text, _ in asked], np.array([place for _, place in asked])
+        earlier: dict[str, F32] = {}
+        for tower, encode in towers.items():
+            queries, table, best = encode(texts), [], []
+            for name in CLIPS[kind]:
+                embedding = seen[name]
+                chosen = np.linspace(0, len(embedding) - 1, FRAMES).round().astype(int)
+                both = frame_scores(embedding.scene, embedding.subject, queries.T, scale).best
+                table.append([(embedding.scene @ queries.T)[chosen].mean(axis=0), both[chosen].mean(axis=0)])
+                best.append(both.max(axis=0))
+            for way, scores in zip(("scene", "scene and subject"), np.stack(table, axis=1), strict=True):
+                ranks = (scores > scores[own, np.arange(len(own))]).sum(axis=0) + 1
+                row: Row = {"part": "clips", "texts": kind, "tower": tower, "vectors": way, "queries": len(texts)}
+                row |= {"clips": len(CLIPS[kind]), "median_rank": float(np.median(ranks))}
+                row |= {f"recall_at_{depth}": round(float((ranks <= depth).mean()), 6) for depth in (1, 5)}
+                row["joins"] = round(in_the_right_part(np.stack(best), own), 4)
+                if way in earlier:
+                    for depth in (1, 5):
+                        more = (ranks <= depth).astype(np.float32) - (earlier[way] <= depth)
+                        row[f"recall_at_{depth}_gain"] = [round(v, 4) for v in (float(more.mean()), *interval(more))]
+                earlier[way] = ranks
+                yield row
+
+
+def in_the_right_part(best: F32, own: I64, *, parts: int = 4, draws: int = 200) -> float:
+    """The share of queries whose best frame lies in the right clip of joins of `parts` clips.
+
+    Args:
+        best: the best frame's score of each clip, [C, Q].
+        own: the right clip of each query, [Q].
+    """
+    rng, hits = np.random.default_rng(0), []
+    for query, clip in enumerate(own):
+        others = np.delete(best[:, query], clip)
+        drawn = np.stack([rng.choice(len(others), parts - 1, replace=False) for _ in range(draws)])
+        hits.append((best[clip, query] > others[drawn].max(axis=1)).mean())
+    return float(np.mean(hits))
+
+
+def unknown(engine: Engine, trainset: Path, before: Path | None) -> Iterator[Row]:
+    """Queries of words that no label has: the nearest label names."""
+    names = sorted({label for example in read_examples(trainset, "val") for label in example.labels[:1]})
+    towers: dict[str, Callable[[list[str]], F32]] = {"own": engine.encode_text}
+    if before is not None:
+        towers = {"before": Towers(before).texts, **towers}
+    nearest = {
+        tower: (-encode(CLIPS["unknown"]) @ encode(names).T).argsort(axis=1)[:, :3] for tower, encode in towers.items()
+    }
+    for n, query in enumerate(CLIPS["unknown"]):
+        row: Row = {"part": "unknown", "query": query, "unknown_words": engine.unknown_words(query)}
+        yield row | {f"nearest_{tower}": [names[place] for place in found[n]] for tower, found in nearest.items()}
 
 
 def told(engine: Engine, asked: list[tuple[list[Summary], list[str]]]) -> Row:
@@ -239,8 +289,10 @@ def parts(options: argparse.Namespace) -> Iterator[Row]:
     if options.trainset:
         yield from photographs(options.model, options.trainset)
     with Engine.from_pretrained(options.model, device="cpu") as engine:
+        if options.trainset:
+            yield from unknown(engine, options.trainset, options.before)
         if (options.media / "natural").is_dir():
-            yield from clips(engine, options.media)
+            yield from clips(engine, options.media, options.before)
             every = [engine.summarize(options.media / name, keyframes=1) for name in CLIPS["clips"]]
             own = list(CLIPS["clips"].values())
             yield told(engine, [([video], texts) for video, texts in zip(every, own, strict=True)])
@@ -258,4 +310,5 @@ if __name__ == "__main__":
     parser = parser_of(__doc__)
     parser.add_argument("--trainset", type=Path, help="folder with labels.jsonl and tar shards")
     parser.add_argument("--model", default="builtin")
+    parser.add_argument("--before", type=Path, help="bundle with an earlier text tower for the same image tower")
     raise SystemExit(run(parser, measure))

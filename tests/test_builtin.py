@@ -69,7 +69,7 @@ def tokens(bundle: Bundle) -> np.ndarray:
 
 def test_the_card_and_the_log_stand_beside_it() -> None:
     assert (FOLDER.parent / "MODEL_CARD.md").is_file()
-    for name in ("builtin-training.jsonl", "builtin-subject.jsonl"):
+    for name in ("builtin-training.jsonl", "builtin-subject.jsonl", "builtin-text.jsonl"):
         log = (FOLDER.parent / name).read_text("utf-8")
         assert len(log) < 50_000
     *_, scene, both = (json.loads(line) for line in log.splitlines())

@@ -99,7 +99,7 @@ def test_unknown_words_leave_the_rest_of_the_query(engine: Engine) -> None:
     [
         ("puppy", "dog", "car", 0.25),
         ("automobile", "car", "dog", 0.35),
-        ("bicycles", "bicycle", "pizza", 0.6),
+        ("bicycles", "bicycle", "pizza", 0.55),
         ("a man rides a horse on a beach", "horse", "laptop", 0.15),
         ("people walking in a city", "people", "frog", 0.3),
     ],

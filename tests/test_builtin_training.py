@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,19 +19,22 @@ pytest.importorskip("onnxscript")
 
 from keyreel.runtime.bundle import Bundle as Checked  # noqa: E402
 from keyreel.runtime.bundle import SubjectScale  # noqa: E402
-from keyreel_export.builtin import data  # noqa: E402
+from keyreel.runtime.words import SILENT, words_of  # noqa: E402
+from keyreel_export.builtin import data, text  # noqa: E402
 from keyreel_export.builtin.__main__ import main  # noqa: E402
-from keyreel_export.builtin.bundle import Texts  # noqa: E402
 from keyreel_export.builtin.data import Bank, Example, random_view  # noqa: E402
 from keyreel_export.builtin.distil import Distillation, Lesson, Plan, draw_scenes  # noqa: E402
-from keyreel_export.builtin.language import Language, plural  # noqa: E402
+from keyreel_export.builtin.knowledge import RIDGE, WIDTH, Glove, Meaning, fit_map, unit  # noqa: E402
+from keyreel_export.builtin.language import Language, plural, read_rows  # noqa: E402
 from keyreel_export.builtin.measure import Shown, label_ranks, match_thresholds  # noqa: E402
-from keyreel_export.builtin.phrases import describe  # noqa: E402
+from keyreel_export.builtin.phrases import describe, encode  # noqa: E402
 from keyreel_export.builtin.saliency import compose, outline  # noqa: E402
 from keyreel_export.builtin.scenes import COLOURS as PALETTE  # noqa: E402
 from keyreel_export.builtin.scenes import KINDS, render_scene  # noqa: E402
 from keyreel_export.builtin.space import Space, contrast  # noqa: E402
-from keyreel_export.builtin.wordnet import Nouns  # noqa: E402
+from keyreel_export.builtin.student import UNKNOWN_MARK, TextTower  # noqa: E402
+from keyreel_export.builtin.text import Labelled, Sources, careless, make_phrases, make_tokenizer, word_list  # noqa: E402
+from keyreel_export.builtin.wordnet import Nouns, read_entries  # noqa: E402
 from keyreel_export.fit import Outlined, TokenAttention, fit_attention  # noqa: E402
 
 pytestmark = pytest.mark.full
@@ -71,13 +75,41 @@ class Blocks:
         return blocks, blocks[:3]
 
 
+def letters(texts: Sequence[str]) -> np.ndarray:
+    """A teacher of sentences: how often each letter stands in a text, unit length."""
+    counts = np.array([[text.lower().count(letter) for letter in "abcdefghijklmnopqrstuvwxyz "] for text in texts])
+    return unit((counts + 0.01).astype(np.float32))
+
+
+def text_sources(folder: Path) -> Sources:
+    """A few words with vectors, and WordNet's format with nouns, verbs and adjectives."""
+    folder.mkdir()
+    words = ["the", "dog", "puppy", "poodle", "cat", "running", "car", "red", "run", "barks", "young", "old"]
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"index": words})
+    pytest.importorskip("pyarrow.parquet").write_table(table, folder / "glove_6B_index.parquet")
+    vectors = np.random.default_rng(0).standard_normal((len(words), 50)).astype(np.float16)
+    np.save(folder / "glove_6B_50d_emb.npy", vectors)
+    (folder / "data.noun").write_text(NOUNS)
+    (folder / "cntlist.rev").write_text(COUNTS)
+    (folder / "data.verb").write_text('00000900 38 v 01 run 0 000 00 | move fast; "the dog runs in the park"\n')
+    (folder / "data.adj").write_text("00001000 00 a 02 red 0 ruddy(p) 0 000 | of the colour of blood\n")
+    return Sources(folder, folder, folder)
+
+
 def test_the_script_makes_a_bundle_that_loads_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "Teacher", Blocks)
+    monkeypatch.setattr(text, "Sentences", lambda folder: letters)
+    monkeypatch.setattr(text, "SENTENCES", 100)
+    monkeypatch.setattr(text, "SCENES", 20)
+    sources = text_sources(tmp_path / "texts")
     trainset, out, work = tiny_trainset(tmp_path / "set"), tmp_path / "out" / "tiny", tmp_path / "work"
     (tmp_path / "imagenet_labels.txt").write_text("background\ntench, Tinca tinca\ndog\n")
     arguments = ["--trainset", str(trainset), "--teacher", str(tmp_path / "teacher.tflite"), "-o", str(out)]
     arguments += ["--work", str(work), "--minutes", "0.05", "--steps", "4", "--workers", "1", "--views", "2"]
-    arguments += ["--batch", "8", "--scenes", "24"]
+    arguments += ["--batch", "8", "--scenes", "24", "--text-steps", "3"]
+    for name in ("glove", "sentences", "wordnet"):
+        arguments += [f"--{name}", str(getattr(sources, name))]
     main(arguments)
     made = Checked.load(out)
     assert (made.grid, made.family, made.token_width) == ((7, 7), "average", 512)
@@ -187,12 +219,12 @@ def test_language_says_what_is_true(nouns: Nouns, tmp_path: Path) -> None:
     assert again.encode(sentences).tolist() == language.encode(sentences).tolist()
 
 
-def test_a_rare_label_means_what_the_list_says(tmp_path: Path) -> None:
+def test_a_rare_label_means_what_the_list_says(tmp_path: Path, nouns: Nouns) -> None:
     words = tmp_path / "words.txt"
     words.write_text("plane: airplane\nairplane: bus\n")
     (tmp_path / "grammar.txt").write_text((Path(data.__file__).with_name("grammar.txt")).read_text("utf-8"))
     found = examples(("plane",), *[("airplane",)] * 30, *[("bus",)] * 30)
-    language = Language(found, [[]], [], None, words, tmp_path / "tokenizer.json")
+    language = Language(found, [[]], [], nouns, words, tmp_path / "tokenizer.json")
     meant = dict(zip(*language.draw_words(300, np.random.default_rng(0)), strict=True))
     assert meant["plane"] == meant["airplane"] == {language.things.index("airplane"): 1.0}
 
@@ -292,7 +324,7 @@ def test_label_ranks_and_plurals() -> None:
     assert [plural(word) for word in words] == ["dogs", "boxes", "berries", "boys", "scissors"]
 
 
-def test_texts_of_the_bundle_are_those_of_the_space() -> None:
+def test_the_mean_of_all_names_is_taken_off() -> None:
     torch.manual_seed(0)
     space = Space(8, 50).eval()
     space.common += 0.1 * torch.randn(256)
@@ -301,7 +333,6 @@ def test_texts_of_the_bundle_are_those_of_the_space() -> None:
         plain = space.text(ids).double().numpy() - space.common.double().numpy()
         expected = plain / np.linalg.norm(plain, axis=1, keepdims=True)
         np.testing.assert_allclose(space.told(ids).numpy(), expected, atol=1e-6)
-        np.testing.assert_allclose(Texts(space.text, space.common)(ids).numpy(), expected, atol=1e-6)
 
 
 def test_distillation_goes_on_where_it_stopped_with_two_workers(tmp_path: Path) -> None:
@@ -341,3 +372,100 @@ def test_photographs_are_scored_by_the_better_of_both_vectors() -> None:
     found = Shown([], scene, subject).scores(texts, SubjectScale(1.5, -0.2, novelty=2.0))
     for n, q in np.ndindex(4, 3):
         assert found[n, q] == pytest.approx(max(scene[n] @ texts[q], 1.5 * (subject[n] @ texts[q]) - 0.2), abs=1e-5)
+
+
+# Words from text alone ---------------------------------------------------------------------------------------------
+
+
+def test_the_map_is_a_kernel_ridge_regression() -> None:
+    kernel_ridge = pytest.importorskip("sklearn.kernel_ridge")
+    rng = np.random.default_rng(0)
+    features, targets, asked = rng.normal(size=(30, 4)), rng.normal(size=(30, 3)), rng.normal(size=(7, 4))
+    reference = kernel_ridge.KernelRidge(kernel="rbf", gamma=WIDTH, alpha=RIDGE).fit(features, targets)
+    np.testing.assert_allclose(fit_map(features, targets)(asked), reference.predict(asked), rtol=1e-6)
+
+
+def test_a_phrase_moves_to_the_map_with_its_unknown_words(tmp_path: Path) -> None:
+    glove, names = Glove(text_sources(tmp_path / "texts").glove), ["dog", "red car", "young cat"]
+    meaning = Meaning(letters, names, ["an old one"], glove, letters)
+    asked = ["the dogs", "red cars running", "a dog and a puppy", "poodle", "of the", "old"]
+    shares = np.array([0, 1 / 3, 1 / 2, 1, 0, 0])
+    np.testing.assert_allclose([meaning.unknown(text) for text in asked], shares)
+    features = [np.r_[letters([t])[0], 0.7 * glove.mean([w for w in t.split() if w not in SILENT])] for t in names]
+    told = letters(names)
+    centre = told.mean(axis=0)
+    spread = np.median(np.linalg.norm(told - centre, axis=1))
+    own = [np.r_[letters([t])[0], 0.7 * glove.mean([w for w in words_of(t) if w not in SILENT])] for t in asked]
+    away = fit_map(np.array(features), told - centre)(np.array(own))
+    mapped = unit(centre + spread * unit(away))
+    wanted = unit((1 - shares[:, None]) * letters(asked) + shares[:, None] * mapped)
+    np.testing.assert_allclose(meaning(asked), wanted, atol=1e-5)
+
+
+def test_a_listed_word_is_one_token_and_another_is_marked(tmp_path: Path) -> None:
+    sources = text_sources(tmp_path / "texts")
+    listed = word_list(["a red car"], read_entries(sources.wordnet), Glove(sources.glove).rank)
+    assert {"a", "red", "car", "puppy", "barks", "run", "the"} <= set(listed)
+    tokenizer = make_tokenizer(listed)
+
+    def tokens(text: str) -> list[str]:
+        row = tokenizer.encode(text)
+        return row.tokens[1 : sum(row.attention_mask)]
+
+    mark = UNKNOWN_MARK
+    assert tokens("The DOG's red-car") == [f"{mark}the", f"{mark}dog", f"{mark}red", f"{mark}car"]
+    for word in ("carpaccio", "dogcat", "日本語", "x" * 90):
+        first, *rest = tokens(f"{word} dog")
+        assert first == mark
+        assert rest[-1] == f"{mark}dog" or len(rest) > 20
+        assert not any(piece.startswith(mark) for piece in rest[:-1])
+    assert tokens("  ...  ") == []
+
+
+def test_careless_writing_keeps_the_other_words() -> None:
+    rng = np.random.default_rng(0)
+    written = [careless("an elephant in the savanna", rng).split() for _ in range(2000)]
+    kinds = {"whole": 0, "odd": 0, "misspelled": 0}
+    for words in written:
+        own = {"an", "elephant", "in", "the", "savanna"}
+        kinds["odd"] += len(words) == 6
+        kinds["misspelled"] += len(own & set(words)) == 4
+        kinds["whole"] += words == ["an", "elephant", "in", "the", "savanna"]
+        assert len(own & set(words)) >= 4
+        assert 5 <= len(words) <= 6
+    assert kinds["odd"] / 2000 == pytest.approx(text.ODD, abs=0.03)
+    assert kinds["misspelled"] / 2000 == pytest.approx(text.MISSPELLED, abs=0.03)
+
+
+def test_phrases_are_of_listed_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "SENTENCES", 500)
+    sources = text_sources(tmp_path / "texts")
+    glove, entries = Glove(sources.glove), read_entries(sources.wordnet)
+    grammar = read_rows(Path(data.__file__).with_name("grammar.txt"))
+    listed = word_list(["a dog", "barks"], entries, glove.rank)
+    made = make_phrases(["dog", "car"], ["a dog barks"], listed, entries, glove.rank, grammar, 0)
+    assert made["names"] == ["dog", "car"]
+    assert set(made["words"]) == set(listed)
+    assert "the dog runs in the park" not in made["defined"]  # "runs", "in" and "park" are in no list here
+    assert "barks" not in made["defined"]  # of one word
+    assert len(made["sentences"]) == text.SENTENCES
+    assert any("puppy" in sentence for sentence in made["sentences"])
+    assert not any("truth" in sentence for sentence in made["sentences"])  # nobody can see it
+
+
+def test_photographs_are_told_by_their_first_label() -> None:
+    tokenizer = make_tokenizer(["dog", "cat", "animal", "car"])
+    torch.manual_seed(0)
+    tower = TextTower(tokenizer.get_vocab_size(), 8).eval()
+    vectors = torch.nn.functional.normalize(torch.randn(2, 256), dim=1)
+    names = ["dog", "cat", "animal", "car"]
+    shown = Labelled(vectors, names, torch.tensor([0, 3]), [[2], []])
+    with torch.no_grad():
+        found = float(shown.loss(tower, tokenizer, torch.tensor(20.0).log(), np.random.default_rng(0)))
+        told = tower(encode(tokenizer, names)).double().numpy()
+    told /= np.linalg.norm(told, axis=1, keepdims=True)
+    logits = 20 * vectors.double().numpy() @ told.T
+    logits[0, 2] = -np.inf  # a broader label of the same picture
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[[0, 1], [0, 3]]
+    rows = np.random.default_rng(0).integers(0, 2, text.SHOWN)
+    assert found == pytest.approx(float(losses[rows].mean()), rel=1e-4)

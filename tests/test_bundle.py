@@ -86,9 +86,12 @@ def test_what_a_bundle_says_of_its_subjects(copy: Path) -> None:
     bundle = Bundle.load(copy)
     assert bundle.subject == SubjectScale(1.25, -0.1, 0.8)
     assert bundle.same_scene == manifest["fusion"]["same_scene"]
-    del manifest["fusion"]["same_scene"]
+    manifest["fusion"]["same_vectors"] = ["2" * 64]
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert Bundle.load(copy).same_scene == {}
+    assert Bundle.load(copy).same_vectors == {"2" * 64}
+    del manifest["fusion"]["same_scene"], manifest["fusion"]["same_vectors"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert (Bundle.load(copy).same_scene, Bundle.load(copy).same_vectors) == ({}, frozenset())
 
 
 def with_thresholds(folder: Path, table: object) -> Bundle:

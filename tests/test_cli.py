@@ -250,6 +250,12 @@ def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
     assert f"{found['hits'][0]['score']:.3f}" in done.stdout
     assert "nothing matches" not in done.stderr
     assert "nothing matches well" in run("search", "a grand piano", clip).stderr
+    assert found["unknown_words"] == []
+    odd = document(schema_of(SearchDocument), "search", "a zwyxq dog", clip, "-k", 1)
+    assert (odd["unknown_words"], odd["weak_score"]) == (["zwyxq"], found["weak_score"])
+    said = run("search", "zzzz qqqq", clip).stderr
+    assert "the model does not know 'zzzz', 'qqqq'" in said
+    assert "nothing matches well: no word of the text is known" in said
 
 
 def test_search_reports_failures(tiny: Path, tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_search_gives_what_the_library_gives(folder: Path, library: Path, tmp_pa
         page = (tmp_path / "hits.html").read_text()
         assert page.count("data:image/jpeg") == len(hits)
         assert all((folder / hit.video).as_uri() in page for hit in hits)
-        weak = opened.match_threshold()
+        weak = opened.match_threshold("a dog")
         assert found["weak_score"] == weak
         said = "nothing matches well" in run("search", "a grand piano", "--library", library).stderr
         assert said == (opened.search("a grand piano", k=1)[0].score < (weak or 0))

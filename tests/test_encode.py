@@ -74,10 +74,12 @@ def encoder(attention_input: AttentionInput = "frames", ops: Any = None) -> Enco
         embedding_width=OUT,
         context_length=4,
         clean="none",
+        unknown_mark=None,
         attention_input=attention_input,
         shift_default="fixed",
         subject=SubjectScale(),
         same_scene={},
+        same_vectors=frozenset(),
         sha256="0" * 64,
         manifest={},
     )

@@ -804,6 +804,21 @@ def test_an_earlier_model_is_gone_on_with(library: Library, engine: Engine, clip
         Library(library.uri, engine)
 
 
+def test_a_newer_text_tower_needs_no_upgrade(library: Library, engine: Engine, clips: list[Path]) -> None:
+    library.add(clips[:2])
+    before = content(library._tables)
+    later = scaled(engine, sha256="0" * 64, same_vectors=frozenset({engine.bundle.sha256}))
+    with Library(library.uri, later) as renewed:
+        assert renewed.upgrade() == 0
+        assert content(renewed._tables) == before
+        assert renewed.search("a dog", k=5) == library.search("a dog", k=5)
+        assert {entry.change for entry in renewed.add(clips)} == {"unchanged", "added"}
+    summary = engine.summarize(clips[0], keyframes=1)
+    assert later.search("a dog", [summary], k=1) == engine.search("a dog", [summary], k=1)
+    with pytest.raises(ModelMismatch):
+        Library(library.uri, scaled(engine, sha256="0" * 64))
+
+
 def test_a_matrix_takes_the_scenes_to_a_later_model(
     library: Library, engine: Engine, clips: list[Path], tmp_path: Path
 ) -> None:

@@ -150,7 +150,12 @@ def test_pictures_and_frames_are_queries_too(service: Served, library: Library) 
     for query, where in (({}, None), ({"path": "*a.mp4"}, Filter(path="*a.mp4"))):
         answer = service.http.get("/api/v1/search", params={"q": "a dog", **query}).json()
         expected_weak = bundle.match_threshold(sum(len(video.shots) for video in library.list(where)))
-        assert answer["weak_score"] == library.match_threshold(where) == expected_weak
+        assert answer["weak_score"] == library.match_threshold("a dog", where) == expected_weak
+        assert answer["unknown_words"] == []
+    answer = service.http.get("/api/v1/search", params={"q": "zzzz qqqq"}).json()
+    assert (answer["unknown_words"], answer["weak_score"]) == (["zzzz", "qqqq"], 1.0)
+    answer = service.http.get("/api/v1/search", params={"q": "a zwyxq dog"}).json()
+    assert (answer["unknown_words"], answer["weak_score"]) == (["zwyxq"], library.match_threshold("a dog"))
     picture = np.random.default_rng(3).integers(0, 255, (40, 60, 3)).astype(np.uint8)
     answer = service.http.post("/api/v1/search", params={"k": 3}, files={"file": ("p.png", jpeg(picture))})
     assert answer.json()["weak_score"] is None  # it is of texts only

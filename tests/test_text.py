@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keyreel import Engine
 from keyreel.runtime.backend import resolve
 from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.text import TextEncoder, Tokenizer, clean_text
+from keyreel.runtime.words import misspellings, stems, words_of
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +67,73 @@ def test_a_batch_equals_its_texts_alone(encoder: TextEncoder) -> None:
     alone = np.concatenate([encoder.encode([text]) for text in texts])
     np.testing.assert_allclose(encoder.encode(texts), alone, atol=1e-5)
     assert encoder.encode([]).shape == (0, alone.shape[1])
+
+
+def test_words_that_the_model_does_not_know_are_told(encoder: TextEncoder) -> None:
+    assert encoder.unknown_words("A zwyxq DOG, zwyxq & qwrtp's 2024 cafés") == ["zwyxq", "qwrtp"]
+    for text in ("", "🐕 ...", "a dog's poodles; colour or color", "people running"):
+        assert encoder.unknown_words(text) == []
+    assert encoder.unknown_words("犬 dog") == ["犬"]
+    bundle = Bundle.find("builtin")
+    plain = Tokenizer(bundle.file("tokenizer.json"), clean=bundle.clean, context_length=bundle.context_length)
+    assert plain.unknown_words("zwyxq") == []  # a model without a list of words
+
+
+def test_a_misspelled_word_is_read_as_the_one_that_was_meant(encoder: TextEncoder) -> None:
+    for wrong, right in (
+        ("an elephnat", "an elephant"),
+        ("BICYLCE race", "bicycle race"),
+        ("a buterfly.", "a butterfly."),
+    ):
+        assert encoder.unknown_words(wrong) == []
+        np.testing.assert_allclose(*encoder.encode([wrong, right]), atol=1e-5)
+    assert encoder.unknown_words("a dgo at a CAFÉ") == ["dgo"]  # three letters may be anything
+    assert encoder.unknown_words("zwyxq elephnat") == ["zwyxq"]
+
+
+@given(word=st.text("abcdefg", min_size=5, max_size=9), data=st.data())
+def test_misspellings_are_one_edit_away(word: str, data: st.DataObject) -> None:
+    found = misspellings(word)
+    assert word not in found
+    at = data.draw(st.integers(1, len(word) - 1))
+    kind = data.draw(st.sampled_from(["drop", "double", "other", "exchange"]))
+    wrong = {
+        "drop": word[:at] + word[at + 1 :],
+        "double": word[:at] + word[at] + word[at:],
+        "other": word[:at] + "z" + word[at + 1 :],
+        "exchange": word[:at] + word[at + 1 : at + 2] + word[at] + word[at + 2 :],
+    }[kind]
+    assert wrong == word or wrong in found
+    if len(wrong) >= 5 and wrong != word:
+        assert word in misspellings(wrong)  # each edit has one that takes it back
+    assert all(abs(len(other) - len(word)) <= 1 and other[0] == word[0] for other in found)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("dogs", {"dogs", "dog"}),
+        ("boxes", {"boxes", "box", "boxe"}),
+        ("puppies", {"puppies", "puppy", "puppi", "puppie"}),
+        ("riding", {"riding", "rid", "ride"}),
+        ("baked", {"baked", "bak", "bake"}),
+        ("gas", {"gas"}),
+    ],
+)
+def test_stems(word: str, expected: set[str]) -> None:
+    assert stems(word) == expected
+
+
+@given(text=st.text(max_size=80))
+def test_words_have_letters_only(text: str) -> None:
+    found = words_of(text)
+    assert all(word.isalpha() or not word.isascii() for word in found)
+    assert "".join(found) == "".join(words_of(" ".join(found)))
+
+
+def test_a_text_of_unknown_words_has_no_good_match() -> None:
+    with Engine.from_pretrained(device="cpu") as engine:
+        assert engine.unknown_words("a zwyxq dog") == ["zwyxq"]
+        assert engine.match_threshold("a zwyxq dog", 5) == engine.bundle.match_threshold(5)
+        assert engine.match_threshold("the zwyxq", 5) == 1.0
+        assert engine.match_threshold("of the", 5) == engine.bundle.match_threshold(5)

@@ -26,6 +26,7 @@ from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import BUILTIN, Bundle, SubjectScale
 from keyreel.runtime.telemetry import record_stages, span, traced
 from keyreel.runtime.text import TextEncoder
+from keyreel.runtime.words import SILENT, words_of
 from keyreel.search import FrameScores, answered, best_hits, frame_scores, moments
 from keyreel.select import Selection, select_keyframes
 from keyreel.shots import find_candidates, place_boundaries, shots_between
@@ -200,16 +201,25 @@ class Engine:
     @traced("keyreel.encode_text")
     def encode_text(self, texts: str | Sequence[str]) -> F32:
         """Texts -> [Q, D] float32 unit vectors, in the space of the frames' vectors."""
-        with self._lock:
-            if self._encoder is None:
-                raise ValueError("the engine is closed")
-            if self._text is None:  # loaded on first use: key-frames alone need no text tower
-                self._text = TextEncoder(
-                    self.bundle, self.backend.open_session(self.bundle.file("text.onnx")), self.backend.ops.arrays
-                )
-            encoder = self._text
+        encoder = self._texts()
         with self.backend.running():
             return encoder.encode([texts] if isinstance(texts, str) else list(texts))
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that the model does not know, in order; the built-in model has a list of its words.
+
+        A model without one, such as CLIP, gives []. Hits of a text whose other words say nothing mean nothing.
+        """
+        return self._texts().unknown_words(text)
+
+    def match_threshold(self, text: str, moments: int) -> float | None:
+        """The best score below which nothing matches a text well, see `Bundle.match_threshold`; 1 for a text of which
+        the model knows no word.
+        """
+        known = [word for word in words_of(text) if word not in SILENT]
+        if known and not set(known) - set(self.unknown_words(text)):
+            return 1.0
+        return self.bundle.match_threshold(moments)
 
     @traced("keyreel.encode_image")
     def encode_image(self, image: str | os.PathLike[str] | NDArray[Any]) -> F32:
@@ -320,6 +330,16 @@ class Engine:
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
+    def _texts(self) -> TextEncoder:
+        with self._lock:
+            if self._encoder is None:
+                raise ValueError("the engine is closed")
+            if self._text is None:  # loaded on first use: key-frames alone need no text tower
+                self._text = TextEncoder(
+                    self.bundle, self.backend.open_session(self.bundle.file("text.onnx")), self.backend.ops.arrays
+                )
+            return self._text
+
     @property
     def _images(self) -> Encoder:
         encoder = self._encoder
@@ -341,7 +361,7 @@ class Engine:
         return own if isinstance(query, str) else SubjectScale(novelty=own.novelty)
 
     def _scores(self, summary: Summary, vector: F32, scale: SubjectScale) -> FrameScores:
-        if summary.embedding.model_sha256 != self.bundle.sha256:
+        if summary.embedding.model_sha256 not in {self.bundle.sha256, *self.bundle.same_vectors}:
             raise ValueError(f"the summary was made with {summary.embedding.model!r}, this is {self.bundle.name!r}")
         return frame_scores(summary.embedding.scene, summary.embedding.subject, vector, scale)
 

@@ -40,6 +40,7 @@ class Found:
     hits: Sequence[SearchHit]  # best first
     pictures: Sequence[U8 | bytes]  # of the hits: pixels or JPEG files; empty unless wanted
     weak_score: float | None  # lower scores are no match
+    unknown: Sequence[str]  # words that the model does not know
     videos: Sequence[VideoHit] | None = None  # where videos were asked for
     failed: Sequence[Failure] = ()
     searched: int = 1  # videos
@@ -151,20 +152,24 @@ def _search_videos(
         hits = engine.search(query, summaries, k=k) if summaries else []
         images = hit_pictures(hits, by_name) if pictures else []
     shots = sum(len(summary.shots) for summary in summaries)
-    weak = engine.bundle.match_threshold(shots) if isinstance(query, str) else None
-    return Found(name, hits, images, weak, failed=failed, searched=len(summaries))
+    weak, unknown = None, list[str]()
+    if isinstance(query, str):
+        weak, unknown = engine.match_threshold(query, shots), engine.unknown_words(query)
+    return Found(name, hits, images, weak, unknown, failed=failed, searched=len(summaries))
 
 
 def _search_library(
     library: Library, query: Any, name: str, k: int, where: Filter, *, videos: bool, pictures: bool
 ) -> Found:
-    weak = library.match_threshold(where) if isinstance(query, str) else None
+    weak, unknown = None, list[str]()
+    if isinstance(query, str):
+        weak, unknown = library.match_threshold(query, where), library.unknown_words(query)
     best = library.search_videos(query, k=k, where=where) if videos else None
     hits = library.search(query, k=k, where=where) if best is None else [m for v in best for m in v.moments]
     images = [library.preview(hit.video_id, hit.keyframe_seconds) for hit in hits] if pictures else []
     if not hits:
         log("nothing was found")
-    return Found(name, hits, images, weak, videos=best)
+    return Found(name, hits, images, weak, unknown, videos=best)
 
 
 def _library_query(text: str | None, image: Path | None, like: str | None) -> tuple[Any, str]:
@@ -193,13 +198,20 @@ def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bo
         with atomic_write(html) as made:
             made.write_text(search_page(found.query, found.hits, [_pixels(p) for p in found.pictures]), "utf-8")
         log(f"wrote {html}")
+    if found.unknown:
+        log(f"the model does not know {', '.join(map(repr, found.unknown))}")
     weak, best = found.weak_score, max((hit.score for hit in hits), default=None)
     if best is not None and weak is not None and best < weak:
         most = f"most matches among so many shots have {weak:.3f} or more"
-        log(f"nothing matches well: the best score is {best:.3f}, {most}")
+        why = "no word of the text is known" if weak == 1 else f"the best score is {best:.3f}, {most}"
+        log(f"nothing matches well: {why}")
     if as_json:
         videos = None if found.videos is None else [FoundVideo(v.video, v.video_id, v.score) for v in found.videos]
-        print_json(search_document(found.query, hits, found.failed, videos=videos, weak_score=weak))
+        print_json(
+            search_document(
+                found.query, hits, found.failed, videos=videos, weak_score=weak, unknown_words=found.unknown
+            )
+        )
     elif found.videos is None:
         print_hits(hits)
     else:

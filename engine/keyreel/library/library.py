@@ -250,10 +250,11 @@ class Library:
         vectors, own = self._vectors([query])
         return self._search().videos(vectors[0], k, moments, self._where(where), own[0], self._scale(query))
 
-    def match_threshold(self, where: Filter | None = None) -> float | None:
-        """If a text's best score is lower, nothing matches it well; see `Bundle.match_threshold`.
+    def match_threshold(self, text: str, where: Filter | None = None) -> float | None:
+        """If a text's best score is lower, nothing matches it well; see `Engine.match_threshold`.
 
         Args:
+            text: the query.
             where: as for `search`; its times are ignored.
 
         Returns:
@@ -265,7 +266,11 @@ class Library:
         known = self._shots
         if known[:2] != (version, where):  # people type one query after the other
             self._shots = known = (version, where, sum(len(record.shots) for record in self.list(where)))
-        return self.engine.bundle.match_threshold(known[2])
+        return self.engine.match_threshold(text, known[2])
+
+    def unknown_words(self, text: str) -> builtins.list[str]:
+        """See `Engine.unknown_words`; [] if the library has no engine."""
+        return [] if self.engine is None else self.engine.unknown_words(text)
 
     # --- what is in it --------------------------------------------------------------------------------------------
 
@@ -366,8 +371,10 @@ class Library:
         return self.engine
 
     def _check_model(self, engine: Engine) -> None:
-        bundle = engine.bundle
-        self._tables.check_model(bundle.name, bundle.sha256, bundle.embedding_width, same_scene=bundle.same_scene)
+        own = engine.bundle
+        self._tables.check_model(
+            own.name, own.sha256, own.embedding_width, same_scene=own.same_scene, same_vectors=own.same_vectors
+        )
 
     def _bundle(self) -> Bundle | None:
         """The engine's; without one, the model of the library's name if this machine has it."""

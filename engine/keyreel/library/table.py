@@ -97,9 +97,17 @@ class Tables:
             self.check_model(model, model_sha256, width, name)
 
     def check_model(
-        self, model: str, model_sha256: str, width: int, name: str = RECORDS, same_scene: Container[str] = ()
+        self,
+        model: str,
+        model_sha256: str,
+        width: int,
+        name: str = RECORDS,
+        same_scene: Container[str] = (),
+        same_vectors: Container[str] = (),
     ) -> None:
-        """Raises ModelMismatch if another model made the vectors, Outdated if it is one of `same_scene`."""
+        """Raises ModelMismatch if another model made the vectors, Outdated if it is one of `same_scene`; one of
+        `same_vectors` made the very same.
+        """
         known, sha256, known_width = schema.model_of(self.table(name).schema)
         if sha256 in same_scene:
             raise Outdated(
@@ -107,7 +115,7 @@ class Tables:
                 f"{model!r} (sha256 {model_sha256[:12]}) can go on with",
                 hint=f"`keyreel library upgrade {self.uri}` makes it fit without decoding anything",
             )
-        if (sha256, known_width) != (model_sha256, width):
+        if sha256 not in same_vectors and (sha256, known_width) != (model_sha256, width):
             raise ModelMismatch(
                 f"the library {self.uri} holds vectors of the model {known!r} (D = {known_width}, sha256 "
                 f"{sha256[:12]}), not of {model!r} (D = {width}, sha256 {model_sha256[:12]})",

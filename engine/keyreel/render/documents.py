@@ -217,7 +217,8 @@ class SearchDocument:
     hits: tuple[HitEntry, ...]  # best first
     failed: tuple[FailedVideo, ...]
     videos: tuple[FoundVideo, ...] | UnsetType = UNSET  # where videos of a library were asked for; the hits are theirs
-    weak_score: Score | UnsetType = UNSET  # hits below it hardly match a text, see `Bundle.match_threshold`
+    weak_score: Score | UnsetType = UNSET  # hits below it hardly match a text, see `Engine.match_threshold`
+    unknown_words: tuple[str, ...] = ()  # of a text: the model does not know them
 
 
 def search_document(
@@ -227,6 +228,7 @@ def search_document(
     *,
     videos: Sequence[FoundVideo] | None = None,
     weak_score: float | None = None,
+    unknown_words: Sequence[str] = (),
 ) -> SearchDocument:
     """Search results as a document, best hit first, with the videos that failed."""
     return SearchDocument(
@@ -235,4 +237,5 @@ def search_document(
         failed=tuple(FailedVideo.of(failure) for failure in failed),
         videos=UNSET if videos is None else tuple(videos),
         weak_score=UNSET if weak_score is None else weak_score,
+        unknown_words=tuple(unknown_words),
     )

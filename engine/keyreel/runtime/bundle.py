@@ -97,11 +97,15 @@ class Bundle:
     embedding_width: int  # D
     context_length: int  # L
     clean: str  # how texts are cleaned before the tokenizer, see `text.clean_text`
+    unknown_mark: str | None  # begins the token of each listed word, alone it marks another one; None: there is no list
     attention_input: AttentionInput
     shift_default: ShiftMode
     subject: SubjectScale
     same_scene: Mapping[str, str]  # by sha256 of an earlier bundle's manifest: the file of the matrix [D, D] that takes
     # its scene vectors to this one's, "" where they are the same
+    same_vectors: frozenset[
+        str
+    ]  # sha256 of earlier manifests: the image side is the same, only the text tower is newer
     sha256: str
     manifest: Mapping[str, Any] = field(repr=False)
 
@@ -158,10 +162,12 @@ class Bundle:
                 embedding_width=int(manifest["embedding_width"]),
                 context_length=int(manifest["text"]["context_length"]),
                 clean=str(manifest["text"]["clean"]),
+                unknown_mark=manifest["text"].get("unknown_mark"),
                 attention_input=manifest["attention"]["input"],
                 shift_default=manifest["fusion"]["shift_default"],
                 subject=SubjectScale(**{key: float(value) for key, value in dict(manifest["subject"]).items()}),
                 same_scene={str(key): str(value) for key, value in manifest["fusion"].get("same_scene", {}).items()},
+                same_vectors=frozenset(map(str, manifest["fusion"].get("same_vectors", ()))),
                 sha256=hashlib.sha256(raw).hexdigest(),
                 manifest=manifest,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from keyreel.errors import ModelError
 from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.sessions import Session
+from keyreel.runtime.words import misspellings, stems, words_of
 from keyreel.types import F32, I64
 from keyreel_kernels.arrays import Arrays
 
@@ -47,13 +49,24 @@ def clean_text(text: str, how: str) -> str:
 class Tokenizer:
     """Texts -> token ids, padded and cut as in tokenizer.json."""
 
-    def __init__(self, path: Path, *, clean: str, context_length: int) -> None:
+    def __init__(self, path: Path, *, clean: str, context_length: int, unknown_mark: str | None = None) -> None:
         try:
             self._tokenizer = FastTokenizer.from_file(str(path))
         except Exception as error:  # the package raises a bare Exception
             raise ModelError(f"{path} cannot be read: {error}", hint="export the model again") from error
         self._clean = clean
+        self._mark = unknown_mark
         self.context_length = context_length
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Tokenizer:
+        """The tokenizer of a bundle."""
+        return cls(
+            bundle.file("tokenizer.json"),
+            clean=bundle.clean,
+            context_length=bundle.context_length,
+            unknown_mark=bundle.unknown_mark,
+        )
 
     def encode(self, texts: Sequence[str]) -> I64:
         """[Q, L] int64 token ids.
@@ -66,11 +79,35 @@ class Tokenizer:
             raise TypeError("expected a sequence of strings")
         if not texts:
             return np.empty((0, self.context_length), np.int64)
-        rows = self._tokenizer.encode_batch([clean_text(text, self._clean) for text in texts])
+        rows = self._tokenizer.encode_batch([self._spelled(clean_text(text, self._clean)) for text in texts])
         lengths = {len(row.ids) for row in rows}
         if lengths != {self.context_length}:
             raise ModelError(f"the tokenizer gives {max(lengths)} tokens, the model takes {self.context_length}")
         return np.array([row.ids for row in rows], dtype=np.int64)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that the model has no token of, each once, in order; [] if it has no list of words.
+
+        An inflection of a word in the list is known, and so is a misspelling of one.
+        """
+        words = dict.fromkeys(words_of(self._spelled(clean_text(text, self._clean))))
+        return [word for word in words if not self._listed(stems(word))]
+
+    def _spelled(self, text: str) -> str:
+        """The text, with a word that is in no list replaced by the only listed one that it may be a misspelling of."""
+        if self._mark is None:
+            return text
+        text = self._tokenizer.normalizer.normalize_str(text)
+        for word in dict.fromkeys(words_of(text)):
+            if not self._listed(stems(word)) and len(meant := self._listed(misspellings(word))) == 1:
+                text = re.sub(rf"(?<![^\W\d_]){word}(?![^\W\d_])", meant.pop(), text, flags=re.IGNORECASE)
+        return text
+
+    def _listed(self, words: set[str]) -> set[str]:
+        """Those of the words that have a token of their own; all if the model has no list of words."""
+        if self._mark is None:
+            return words
+        return {word for word in words if self._tokenizer.token_to_id(self._mark + word) is not None}
 
 
 class TextEncoder:
@@ -79,9 +116,7 @@ class TextEncoder:
     def __init__(self, bundle: Bundle, session: Session, arrays: Arrays) -> None:
         self._session, self._arrays = session, arrays
         self._width = bundle.embedding_width
-        self._tokenizer = Tokenizer(
-            bundle.file("tokenizer.json"), clean=bundle.clean, context_length=bundle.context_length
-        )
+        self._tokenizer = Tokenizer.of(bundle)
 
     def encode(self, texts: Sequence[str]) -> F32:
         """[Q, D] float32, unit length."""
@@ -93,6 +128,10 @@ class TextEncoder:
                 self._session.run({"token_ids": self._arrays.to_device(ids)})["vectors"]
             )
         return vectors
+
+    def unknown_words(self, text: str) -> list[str]:
+        """See `Tokenizer.unknown_words`."""
+        return self._tokenizer.unknown_words(text)
 
     def close(self) -> None:
         self._session.close()

@@ -92,6 +92,7 @@ class Hits(BaseModel):
     query: str | None
     seconds: float
     weak_score: float | None = None  # hits below it hardly match the text, where the model says so
+    unknown_words: list[str] = []  # of the text, that the model does not know
     hits: list[Moment]
 
 

@@ -151,8 +151,8 @@ class Service:
         self._check(where, k)
         if not self.library.exists():
             return [([], None) for _ in texts]
-        weak = self.library.match_threshold(where)
-        return [(hits, weak) for hits in self.library.search_many(texts, k=k, where=where)]
+        answers = zip(texts, self.library.search_many(texts, k=k, where=where), strict=True)
+        return [(hits, self.library.match_threshold(text, where)) for text, hits in answers]
 
     def _add(self, path: Path, report: Progress, stop: Callable[[], bool]) -> Added | None:
         # The job may be older than the folders allowed now, and a link may have been put in the file's place.

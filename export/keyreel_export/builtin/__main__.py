@@ -1,8 +1,9 @@
-"""`python -m keyreel_export.builtin --trainset DIR --teacher FILE [--wordnet DIR] -o FOLDER`: images to bundle.
+"""`python -m keyreel_export.builtin --trainset DIR --teacher FILE ... -o FOLDER`: images and texts to bundle.
 
 Steps, each kept in the work folder and not done again: crops with the teacher's answers; the joint space on the
 teacher's features; distillation of the image tower (by far the longest); the joint space on the student's features; the
-attention, the scene's and the subject's layers. Then the graphs and the measurements.
+attention, the scene's and the subject's layers; the text tower once more, with knowledge from text alone. Then the
+graphs and the measurements.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch
 from keyreel.runtime.bundle import write_manifest
 from keyreel_export.builtin.bundle import write_graphs
 from keyreel_export.builtin.measure import Towers, measure_all
-from keyreel_export.builtin.phrases import tokenizer_json
 from keyreel_export.builtin.recipe import Recipe
+from keyreel_export.builtin.text import STEPS, Sources, add_sources
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,26 +31,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--teacher", type=Path, required=True, help="tflite classifier to imitate; imagenet_labels.txt lies beside it"
     )
-    parser.add_argument("--wordnet", type=Path, help="folder with WordNet's data.noun and cntlist.rev")
+    add_sources(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the bundle")
     parser.add_argument("--work", type=Path, default=Path("builtin-run"), help="what is kept for going on")
     parser.add_argument("--minutes", type=float, default=70.0, help="of distillation")
     parser.add_argument("--steps", type=int, default=1200, help="of each training of the joint space")
+    parser.add_argument("--text-steps", type=int, default=STEPS, help="of the last training of the text tower")
     parser.add_argument("--views", type=int, default=7, help="crops of each image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--scenes", type=int, default=6000)
     options = parser.parse_args(arguments)
-    if min(options.scenes, options.views, options.steps, options.workers, options.batch) < 1:
-        parser.error("--scenes, --views, --steps, --workers and --batch must be at least 1")
+    counts = ("scenes", "views", "steps", "text_steps", "workers", "batch")
+    if min(getattr(options, name) for name in counts) < 1:
+        parser.error(f"{', '.join(counts)} must be at least 1")
     options.work.mkdir(parents=True, exist_ok=True)
 
-    recipe = Recipe(**{name: value for name, value in vars(options).items() if name != "output"})
-    made = recipe.make()
-    manifest = write_graphs(options.output, made.image, made.texts, tokenizer_json(made.tokenizer), made.fitted)
-    *sources, wordnet = json.loads(Path(__file__).with_name("sources.json").read_text("utf-8"))
-    manifest["sources"] = [*sources, *([wordnet] if options.wordnet else [])]
+    given = dict(vars(options))
+    sources = Sources(given.pop("glove"), given.pop("sentences"), given.pop("wordnet"))
+    made = Recipe(sources=sources, **{name: value for name, value in given.items() if name != "output"}).make()
+    manifest = write_graphs(options.output, made.image, made.texts, made.tokenizer, made.fitted)
+    manifest["sources"] = json.loads(Path(__file__).with_name("sources.json").read_text("utf-8"))
     write_manifest(options.output, manifest)
     figures, tables = measure_all(Towers(options.output), options.trainset, manifest)
     manifest["verify"] |= made.facts | figures

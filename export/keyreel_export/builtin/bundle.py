@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,20 @@ import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from keyreel.runtime.bundle import SubjectScale
 from keyreel_export.builtin.data import SIZE
-from keyreel_export.builtin.student import CONTEXT_LENGTH, EMBEDDING_WIDTH, TOKEN_WIDTH, ImageTower, TextTower
+from keyreel_export.builtin.student import (
+    CONTEXT_LENGTH,
+    EMBEDDING_WIDTH,
+    TOKEN_WIDTH,
+    UNKNOWN_MARK,
+    ImageTower,
+    TextTower,
+)
 from keyreel_export.bundle import OUTPUTS
 from keyreel_export.fit import TokenAttention
 from keyreel_export.fusion import AveragePooling, TemporalSpatialFusion
@@ -47,15 +55,14 @@ class Backbone(nn.Module):
 
 
 class Texts(nn.Module):
-    """token_ids [Q, L] -> unit vectors [Q, D], without the mean of all label names (`space.Space`)."""
+    """token_ids [Q, L] -> unit vectors [Q, D]."""
 
-    def __init__(self, tower: TextTower, common: Tensor) -> None:
+    def __init__(self, tower: TextTower) -> None:
         super().__init__()
         self.tower = tower
-        self.register_buffer("common", common.clone())
 
     def forward(self, ids: Tensor) -> Tensor:
-        return functional.normalize(self.tower(ids) - self.common, dim=-1, eps=1e-6)
+        return self.tower(ids)  # type: ignore[no-any-return]
 
 
 def _fuse(module: nn.Module) -> None:
@@ -104,9 +111,8 @@ class Fitted:
 def write_fusion(folder: Path, fitted: Fitted) -> dict[str, Any]:
     """Writes attention.onnx and fusion.onnx; returns their entries of the manifest."""
     attention, scene, subject = copy.deepcopy((fitted.attention.eval(), fitted.scene, fitted.subject))
-    with torch.no_grad():
-        for parameter in (*attention.parameters(), *scene.parameters(), *subject.parameters()):
-            parameter.copy_(parameter.half().float())
+    for module in (attention, scene, subject):
+        _round(module)
     random = torch.Generator().manual_seed(0)
     tokens = torch.rand(3, GRID * GRID, TOKEN_WIDTH, generator=random)
     change = torch.rand(3, GRID * GRID, generator=random)
@@ -141,27 +147,39 @@ def write_fusion(folder: Path, fitted: Fitted) -> dict[str, Any]:
     }
 
 
-def write_graphs(folder: Path, image: ImageTower, text: Texts, tokenizer: str, fitted: Fitted) -> dict[str, Any]:
-    """Writes all of the bundle but its manifest, which it returns without "sources"."""
-    folder.mkdir(parents=True, exist_ok=True)
-    image, text = copy.deepcopy((image.eval(), text.eval()))
-    _fuse(image)
-    with torch.no_grad():
-        for parameter in (*image.parameters(), *text.parameters()):
-            parameter.copy_(parameter.half().float())
+def write_text(folder: Path, text: Texts, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Writes text.onnx and tokenizer.json; returns their entries of the manifest."""
+    text = copy.deepcopy(text.eval())
+    _round(text)
     rng = np.random.default_rng(0)
-    frames = torch.from_numpy(rng.integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8))
     ids = torch.from_numpy(rng.integers(1, text.tower.embedding.num_embeddings, (3, CONTEXT_LENGTH)))
     ids[1, 5:] = 0
-    jobs: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {
-        "backbone": (Backbone(image), {"frames": frames}),
-        "text": (text, {"token_ids": ids}),
+    difference = _write(text, {"token_ids": ids}, OUTPUTS["text"], folder / "text.onnx")
+    compact = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))
+    (folder / "tokenizer.json").write_text(compact, "utf-8")
+    return {
+        "text": {"context_length": CONTEXT_LENGTH, "clean": "lower", "unknown_mark": UNKNOWN_MARK},
+        "verify": {"text_max_abs_difference": difference},
     }
-    verify = {
-        f"{name}_max_abs_difference": _write(*job, OUTPUTS[name], folder / f"{name}.onnx") for name, job in jobs.items()
-    }
-    (folder / "tokenizer.json").write_text(tokenizer, "utf-8")
-    written = write_fusion(folder, fitted)
+
+
+def _round(module: nn.Module) -> None:
+    """To the precision of the files."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.half().float())
+
+
+def write_graphs(folder: Path, image: ImageTower, text: Texts, tokenizer: Tokenizer, fitted: Fitted) -> dict[str, Any]:
+    """Writes all of the bundle but its manifest, which it returns without "sources"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    image = copy.deepcopy(image.eval())
+    _fuse(image)
+    _round(image)
+    rng = np.random.default_rng(0)
+    frames = torch.from_numpy(rng.integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8))
+    backbone = _write(Backbone(image), {"frames": frames}, OUTPUTS["backbone"], folder / "backbone.onnx")
+    said, written = write_text(folder, text, tokenizer), write_fusion(folder, fitted)
     return {
         **written,
         "name": "builtin",
@@ -172,7 +190,7 @@ def write_graphs(folder: Path, image: ImageTower, text: Texts, tokenizer: str, f
         "prefix_tokens": 0,
         "token_width": TOKEN_WIDTH,
         "embedding_width": EMBEDDING_WIDTH,
-        "text": {"context_length": CONTEXT_LENGTH, "clean": "lower"},
+        "text": said["text"],
         "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
-        "verify": verify | written["verify"],
+        "verify": {"backbone_max_abs_difference": backbone, **said["verify"], **written["verify"]},
     }

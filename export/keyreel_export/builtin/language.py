@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from keyreel_export.builtin.data import Example
-from keyreel_export.builtin.phrases import BROAD, TEMPLATES, Phrase, View, caption_tag, train_tokenizer
+from keyreel_export.builtin.phrases import BROAD, TEMPLATES, Phrase, View, caption_tag, encode, train_tokenizer
 from keyreel_export.builtin.scenes import COLOURS, SHAPES, Scene
 from keyreel_export.builtin.wordnet import Nouns
 
@@ -32,7 +32,7 @@ class Language:
         examples: Sequence[Example],
         classes: Sequence[Sequence[Phrase]],
         scenes: Sequence[Scene],
-        nouns: Nouns | None,
+        nouns: Nouns,
         words: Path,
         tokenizer: Path,
         seed: int = 0,
@@ -71,15 +71,13 @@ class Language:
         ]
         self._everyday = [*self.common, *read_lists(words)]
         self._all = list(self._words)
-        self._grammar = _read_rows(words.with_name("grammar.txt"))
+        self._grammar = read_rows(words.with_name("grammar.txt"))
         self._actions = [word for word in self._grammar["actions"] if word in self._words] or self.common
         self.tokenizer = self._make_tokenizer(tokenizer, examples, seed)
 
-    def _stand_for(
-        self, nouns: Nouns | None, names: Mapping[str, Sequence[str]], words: Path
-    ) -> dict[str, dict[int, float]]:
+    def _stand_for(self, nouns: Nouns, names: Mapping[str, Sequence[str]], words: Path) -> dict[str, dict[int, float]]:
         """Each known word -> the things it stands for, weights that sum to 1."""
-        tied = {word: list(tags) for word, tags in nouns.tie(names).items()} if nouns is not None else {}
+        tied = {word: list(tags) for word, tags in nouns.tie(names).items()}
         tied |= {word: tags for tag, own in names.items() for word, tags in ((name, [tag]) for name in own)}
         lists, common = read_lists(words), set(self.common)
         tied |= {label: [label] for label in self.labels}
@@ -106,9 +104,7 @@ class Language:
 
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
         """[Q, L] int64, cut to the longest of them."""
-        rows = self.tokenizer.encode_batch(list(texts))
-        longest = max(sum(row.attention_mask) for row in rows)
-        return torch.tensor([row.ids[:longest] for row in rows])
+        return encode(self.tokenizer, texts)
 
     def draw_names(self, count: int, rng: np.random.Generator) -> list[Phrase]:
         """Random names of things, half of them in a template, and a few captions of scenes."""
@@ -203,19 +199,17 @@ def _dress(text: str, rng: np.random.Generator) -> str:
 
 def read_lists(path: Path) -> dict[str, list[str]]:
     """Lines `word, word, ...: label, label, ...`: word -> labels, for each of the words."""
-    return {word: labels for words, labels in _read_rows(path).items() for word in words.split(", ")}
+    return {word: labels for words, labels in read_rows(path).items() for word in words.split(", ")}
 
 
-def _read_rows(path: Path) -> dict[str, list[str]]:
+def read_rows(path: Path) -> dict[str, list[str]]:
     """Lines `name: entry, entry, ...`."""
     lines = [line for line in path.read_text("utf-8").splitlines() if line.strip() and not line.startswith("#")]
     return {name: entries.split(", ") for name, entries in (line.split(": ", 1) for line in lines)}
 
 
-def _broader(nouns: Nouns | None, names: Mapping[str, Sequence[str]], labels: set[str]) -> dict[str, frozenset[str]]:
+def _broader(nouns: Nouns, names: Mapping[str, Sequence[str]], labels: set[str]) -> dict[str, frozenset[str]]:
     """For each thing, the common labels that WordNet has above it."""
-    if nouns is None:
-        return {}
     synsets = {tag: synset for tag, own in names.items() if (synset := nouns.find(own)) is not None}
     where = {synsets[label]: label for label in labels if label in synsets and label.count(" ") == 0}
     found = {}

@@ -32,7 +32,7 @@ class Towers:
             name: OnnxRuntimeSession(folder / f"{name}.onnx", threads=1)
             for name in ("backbone", "attention", "fusion", "text")
         }
-        self._tokenizer = Tokenizer(folder / "tokenizer.json", clean=bundle.clean, context_length=bundle.context_length)
+        self._tokenizer = Tokenizer.of(bundle)
 
     def texts(self, texts: Sequence[str]) -> F32:
         """[Q, D] unit vectors."""

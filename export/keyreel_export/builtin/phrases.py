@@ -6,14 +6,15 @@ picture that has all its tags. Labels are incomplete, so a text whose missing ta
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 
 from keyreel_export.builtin.data import Example
 from keyreel_export.builtin.student import CONTEXT_LENGTH
@@ -135,6 +136,8 @@ def train_tokenizer(texts: Iterable[str], size: int = 8192) -> Tokenizer:
     return tokenizer
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The tokenizer as a file, without white space."""
-    return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """[Q, L] int64, cut to the longest of them."""
+    rows = tokenizer.encode_batch(list(texts))
+    longest = max(sum(row.attention_mask) for row in rows)
+    return torch.tensor([row.ids[:longest] for row in rows])

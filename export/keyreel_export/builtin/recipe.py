@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from keyreel.render.files import atomic_write
 from keyreel_export.builtin.bundle import Backbone, Fitted, Texts
@@ -22,7 +23,8 @@ from keyreel_export.builtin.language import Language
 from keyreel_export.builtin.phrases import View, describe, read_classes
 from keyreel_export.builtin.space import Space, train_space
 from keyreel_export.builtin.student import ImageTower
-from keyreel_export.builtin.subject import fit
+from keyreel_export.builtin.subject import fit, pooled_photographs
+from keyreel_export.builtin.text import Sources, learn_text
 from keyreel_export.builtin.wordnet import Nouns
 
 SURE = 0.6  # from this probability on, the teacher's class is taken for a label
@@ -49,10 +51,11 @@ class Recipe:
 
     trainset: Path
     teacher: Path
-    wordnet: Path | None
+    sources: Sources
     work: Path
     minutes: float
     steps: int
+    text_steps: int
     views: int
     seed: int
     workers: int
@@ -72,7 +75,7 @@ class Recipe:
         )
         known = {label for example in train for label in example.labels}
         classes = read_classes(self.teacher.parent / "imagenet_labels.txt", known)
-        nouns = None if self.wordnet is None else Nouns(self.wordnet)
+        nouns = Nouns(self.sources.wordnet)
         words, kept = Path(__file__).with_name("words.txt"), self.work / "tokenizer.json"
         language = Language(train, classes, drawn, nouns, words, kept, self.seed)
         views = describe(train, classes, bank.example.tolist(), sure_classes(bank.logits), language.broader)
@@ -105,7 +108,7 @@ class Recipe:
         name = f"space-student-{run.step}"
         final = self._kept(Space(image.project.in_features, vocabulary), name, second_space)
         image.project.load_state_dict(final.place.state_dict())
-        texts, backbone = Texts(final.text, final.common), Backbone(image.eval())
+        backbone = Backbone(image.eval())
 
         @torch.no_grad()
         def tokens(frames: U8) -> F32:
@@ -114,14 +117,19 @@ class Recipe:
 
         @torch.no_grad()
         def vectors(told: Sequence[str]) -> F32:
-            parts = [texts(language.encode(told[n : n + 256])) for n in range(0, len(told), 256)]
-            found: F32 = torch.cat(parts).numpy()
+            found: F32 = final.all_told(language, told).numpy()
             return found
 
-        fitted = fit(tokens, vectors, image.project, self.trainset, self._folder(f"subject-{run.step}"), self.seed)
+        last = self._folder(f"last-{run.step}")
+        fitted = fit(tokens, vectors, image.project, self.trainset, last, self.seed)
+        with torch.no_grad():
+            seen = functional.normalize(fitted.scene(pooled_photographs(tokens, self.trainset, train, last)), dim=-1)
+        texts, tokenizer, learned = learn_text(
+            vectors, seen, self.trainset, self.sources, last, self.seed, self.text_steps
+        )
         facts = {"training_images_seen": float(run.seen), "training_minutes": round(run.seconds / 60, 1)}
         log = [*self._log("space-teacher", "space-teacher"), *run.log, *self._log(name, "space-student")]
-        return Made(image, texts, language.tokenizer, fitted, facts, [*log, *fitted.log])
+        return Made(image, texts, tokenizer, fitted, facts, [*log, *fitted.log, *learned])
 
     def _folder(self, name: str) -> Path:
         (self.work / name).mkdir(exist_ok=True)
@@ -129,7 +137,7 @@ class Recipe:
 
     def _check_options(self) -> None:
         """Stores what decides the result: options, size of pictures, lists of words. Refuses to go on with others."""
-        names = ("trainset", "teacher", "wordnet", "steps", "views", "seed", "batch", "scenes")
+        names = ("trainset", "teacher", "sources", "steps", "text_steps", "views", "seed", "batch", "scenes")
         own = {name: str(getattr(self, name)) for name in names} | {"view": f"{SIZE} pixels, bicubic"}
         for name in ("words.txt", "grammar.txt"):
             own[name] = hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()

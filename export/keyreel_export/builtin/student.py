@@ -12,6 +12,7 @@ TOKEN_WIDTH = 512
 EMBEDDING_WIDTH = 256
 CONTEXT_LENGTH = 32
 PAD = 0
+UNKNOWN_MARK = "Ġ"  # a token alone: a space, as byte-level tokenizers write it
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -62,14 +63,18 @@ class TextTower(nn.Module):
 
     One pre-norm transformer layer, then the mean over the tokens that are not padding. The plain embeddings are in the
     sum too: a text is at least a bag of its pieces.
+
+    Args:
+        narrow: width of the table of pieces, or 0 for the full one. Many words fit into a narrow table.
     """
 
     heads = 4
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, narrow: int = 0) -> None:
         super().__init__()
         width = EMBEDDING_WIDTH
-        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding = nn.Embedding(vocabulary, narrow or width)
+        self.widen = nn.Linear(narrow, width) if narrow else nn.Identity()
         self.position = nn.Parameter(torch.randn(CONTEXT_LENGTH, width) * 0.02)
         nn.init.normal_(self.embedding.weight, std=0.3)
         self.norm_attend, self.norm_think, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
@@ -79,7 +84,7 @@ class TextTower(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         there = ids != PAD
-        x = self.embedding(ids)
+        x = self.widen(self.embedding(ids))
         x = x + self.position[: ids.shape[1]]
         x = x + self._attend(self.norm_attend(x), there)
         x = x + self.think(self.norm_think(x))

@@ -226,9 +226,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.bundle.resolve() != options.output.resolve():
             shutil.copyfile(options.bundle / name, options.output / name)
     backbone, text = (OnnxRuntimeSession(options.bundle / f"{name}.onnx", threads=1) for name in ("backbone", "text"))
-    cleaned = {"clean": old["text"]["clean"], "context_length": old["text"]["context_length"]}
-    tokenizer = Tokenizer(options.bundle / "tokenizer.json", **cleaned)
-    layer = _layer(options.bundle)
+    said = {name: old["text"].get(name) for name in ("clean", "context_length", "unknown_mark")}
+    tokenizer = Tokenizer(options.bundle / "tokenizer.json", **said)
+    layer = scene_layer(options.bundle)
     fitted = fit(
         lambda frames: backbone.run({"frames": frames})["tokens"],
         lambda texts: text.run({"token_ids": tokenizer.encode(texts)})["vectors"],
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     log.write_text("".join(json.dumps(row) + "\n" for row in [*fitted.log, *tables]), "utf-8")
 
 
-def _layer(bundle: Path) -> nn.Linear:
+def scene_layer(bundle: Path) -> nn.Linear:
     """The scene's layer of a bundle, from its graph."""
     model = onnx.load(str(bundle / "fusion.onnx"))
     arrays = [numpy_helper.to_array(tensor).astype(np.float32) for tensor in model.graph.initializer]

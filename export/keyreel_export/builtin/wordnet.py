@@ -8,6 +8,7 @@ in the project nor in the bundle. A noun above labels ("canine") stands for all 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 # Lexicographer files whose nouns can be seen (wninput(5WN)): acts, animals, artefacts, body, events, food, groups,
@@ -119,3 +120,29 @@ class Nouns:
             if near:
                 return near if len(near) <= NEAR else ()
         return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A synset: its words, whether it can be seen, its definition and examples."""
+
+    part: str  # of speech: noun, verb, adj
+    words: tuple[str, ...]
+    visible: bool
+    said: tuple[str, ...]
+
+
+def read_entries(folder: Path) -> list[Entry]:
+    """The nouns, verbs and adjectives of WordNet but single cities, rivers and persons."""
+    found = []
+    for part in ("noun", "verb", "adj"):
+        for line in (folder / f"data.{part}").read_text("utf-8").split("\n"):
+            fields, _, gloss = line.partition(" | ")
+            numbers = fields.split()
+            if not line.strip() or line.startswith("  ") or "@i" in numbers:
+                continue
+            written = numbers[4 : 4 + 2 * int(numbers[3], 16) : 2]
+            words = tuple(word.split("(")[0].replace("_", " ").lower() for word in written)
+            said = tuple(text.strip(' "') for text in gloss.split(";") if len(text.split()) > 1)
+            found.append(Entry(part, words, part == "noun" and int(numbers[1]) in VISIBLE, said))
+    return found

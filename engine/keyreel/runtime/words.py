@@ -1,0 +1,47 @@
+"""The words of a query."""
+
+from __future__ import annotations
+
+import re
+import string
+
+# Say nothing of a picture.
+_SILENT = """
+a an the this that these those some one its his her their my your our of in on at to from with without by for
+into onto over under near next beside behind above below between against around across along through up down
+out off front and or but as while is are be being was were has have having there it he she they i we you who
+which
+"""
+SILENT = frozenset(_SILENT.split())
+_WORD = re.compile(r"[^\W\d_]+")
+_ENDINGS = (("ies", ("y",)), ("es", ("",)), ("s", ("",)), ("ing", ("", "e")), ("ed", ("", "e")))
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without digits and signs."""
+    return _WORD.findall(text.lower())
+
+
+def stems(word: str) -> set[str]:
+    """A word, and what it may be an inflection of."""
+    found = {word}
+    for ending, others in _ENDINGS:
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            found |= {word.removesuffix(ending) + other for other in others}
+    return found
+
+
+def misspellings(word: str) -> set[str]:
+    """What may have been meant by a word of at least five letters: all that differs by one letter that is missing, too
+    much, another one, or exchanged with the next; the first letter stays (Norvig 2007, "How to write a spelling
+    corrector").
+    """
+    if len(word) < 5:
+        return set()
+    halves = [(word[:at], word[at:]) for at in range(1, len(word) + 1)]
+    found = {
+        left + letter + right[skip:] for left, right in halves for letter in string.ascii_lowercase for skip in (0, 1)
+    }
+    found |= {left + right[1:] for left, right in halves}
+    found |= {left + right[1] + right[0] + right[2:] for left, right in halves if len(right) > 1}
+    return found - {word}
