@@ -9,9 +9,11 @@ import gc
 import io
 import json
 import os
+import resource
 import signal
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from keyreel.config import ServeConfig
 from keyreel.errors import LibraryError, RenderError
 from keyreel.library.types import Example, Filter, LibraryHit
 from keyreel.runtime.bundle import Bundle
-from keyreel.serve import app, router, run, workers
+from keyreel.serve import _listen, app, router, run, workers
 from keyreel.serve.files import Roots, safe_name
 from keyreel.serve.models import video_detail
 from keyreel.serve.security import ApiError, redact_paths
@@ -825,3 +827,55 @@ def test_a_file_that_nobody_takes_is_closed(tmp_path: Path) -> None:
     gc.collect()
     with pytest.raises(OSError):
         os.fstat(number)
+
+
+# --- connections ----------------------------------------------------------------------------------------------------
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    with _listen(ServeConfig(port=0)) as listener, socket.create_connection(listener.getsockname()[:2]):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_header_that_does_not_come_ends_the_connection(tmp_path: Path) -> None:
+    with served(tmp_path / "library", timeout_seconds=1.0) as service:
+        url = httpx.URL(service.address)
+
+        def connect() -> socket.socket:
+            return socket.create_connection((url.host, url.port or 0), timeout=20)
+
+        whole = b"GET /healthz HTTP/1.1\r\nHost: " + f"{url.host}:{url.port}".encode() + b"\r\n\r\n"
+        with connect() as silent, connect() as dripping, connect() as kept, connect() as slow:
+            kept.sendall(whole)
+            assert kept.recv(4096).startswith(b"HTTP/1.1 200")
+            host = whole.split(b"\r\n")[1]
+            kind = b"Content-Type: application/json\r\nContent-Length: 999"
+            slow.sendall(b"POST /api/v1/search HTTP/1.1\r\n" + host + b"\r\n" + kind + b"\r\n\r\n")
+            began = time.monotonic()
+            with contextlib.suppress(OSError):  # until the other side has closed it
+                for letter in whole[:-2] + b"X: " + b"a" * 900:
+                    dripping.sendall(bytes([letter]))
+                    slow.sendall(b" ")
+                    time.sleep(0.05)
+            assert time.monotonic() - began < 20
+            with contextlib.suppress(ConnectionError):
+                assert silent.recv(1) == b""
+            assert slow.recv(4096).split(b"\r\n")[0].split(b" ")[1] in (b"408", b"504")  # too slow a body
+            assert service.http.get("/healthz").status_code == 200
+
+
+def test_silent_connections_do_not_keep_others_out(tmp_path: Path) -> None:
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as opened:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, allowed[1]))  # the service inherits it
+        try:
+            service = opened.enter_context(served(tmp_path / "library", timeout_seconds=20.0))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+        url = httpx.URL(service.address)
+        for _ in range(300):
+            opened.enter_context(socket.create_connection((url.host, url.port or 0), timeout=20))
+        with httpx.Client(base_url=service.address, timeout=15, trust_env=False) as fresh:
+            assert fresh.get("/healthz").status_code == 200

@@ -79,11 +79,19 @@ def run(
     import uvicorn
 
     from keyreel.serve.app import make_app
+    from keyreel.serve.connections import Connection, files
 
     config = service.config
     seconds = max(1, round(config.drain_seconds))
     options = uvicorn.Config(
-        make_app(service), log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=seconds
+        make_app(service),
+        http=type("Connection", (Connection,), {"header_seconds": config.timeout_seconds}),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=seconds,
+        # asyncio accepts so many before it looks at any; where it then has no file left, it never recovers.
+        backlog=min(2048, max(16, files() // 8)),
     )
     main = threading.current_thread() is threading.main_thread()
     # uvicorn raises the signal again after it has drained; ignored here, so that the exit status is 0.
@@ -113,7 +121,11 @@ def _service(library: Library, config: ServeConfig | None) -> Service:
 def _listen(config: ServeConfig) -> socket.socket:
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        return socket.create_server((config.host, config.port), family=family)
+        listener = socket.create_server((config.host, config.port), family=family)
     except OSError as error:
         reason = f"{config.host}:{config.port}: cannot listen there: {error.strerror or error}"
         raise RenderError(reason, hint="--port takes another port, --host another address of this machine") from error
+    # Connections inherit it. asyncio sets it by itself only on sockets whose `proto` says TCP; without it each answer
+    # on a kept connection waits 40 ms for the client's delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener

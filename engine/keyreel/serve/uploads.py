@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator
 from io import BytesIO
 from typing import BinaryIO, TypeVar
@@ -25,6 +26,7 @@ IMAGE_BYTES = 32 << 20
 IMAGE_PIXELS = 64_000_000
 _JSON_BYTES = 64 << 10
 _DROPPED_BYTES = 1 << 20
+_LEAST_RATE = 1 << 10  # bytes a second that a body must bring, after the first `idle_seconds`
 _FRAMING_BYTES = 16 << 10  # headers and boundaries around the file
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
@@ -113,11 +115,14 @@ async def _body(request: Request, max_bytes: int, idle_seconds: float) -> AsyncG
     length, size = request.headers.get("content-length", ""), 0
     if length.isdecimal() and int(length) > max_bytes + _DROPPED_BYTES:
         raise _too_large(max_bytes)
-    body = aiter(request.stream())
+    body, waited = aiter(request.stream()), 0.0
     try:
         while True:
-            async with asyncio.timeout(idle_seconds):
+            began = time.monotonic()
+            # Not only a silent caller: one that drips must not hold its place for as long as it likes, either.
+            async with asyncio.timeout(min(idle_seconds, idle_seconds + size / _LEAST_RATE - waited)):
                 chunk = await anext(body)
+            waited += time.monotonic() - began
             size += len(chunk)
             if size > max_bytes + _DROPPED_BYTES:
                 raise _too_large(max_bytes)
@@ -128,7 +133,8 @@ async def _body(request: Request, max_bytes: int, idle_seconds: float) -> AsyncG
             raise _too_large(max_bytes) from None
     except TimeoutError as error:
         headers = {"Connection": "close"}
-        raise ApiError(408, "timeout", f"nothing came for {idle_seconds} s", headers=headers) from error
+        slow = f"nothing came for {idle_seconds} s, or less than {_LEAST_RATE} bytes a second"
+        raise ApiError(408, "timeout", slow, headers=headers) from error
     except ClientDisconnect as error:
         raise ApiError(400, "invalid", "the caller left before the body ended") from error
 

@@ -1,0 +1,60 @@
+"""Connections that cannot be held for nothing: a deadline for each header, and a place for newcomers."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+def files() -> int:
+    """How many files this process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection, closed where a header does not come in time: `header_seconds` from the connection, or from
+    the first byte of a further request, to its end.
+
+    Those that wait for a header hold at most a quarter of the files that this process may open: the next one takes the
+    place of the one that waits longest.
+    """
+
+    header_seconds = 15.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+        waiting = [one for one in self.connections if isinstance(one, Connection) and one._deadline is not None]
+        if len(waiting) > files() // 4:
+            min(waiting, key=_since).transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._go_on()
+        elif self._deadline is None:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._go_on()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._deadline = self.loop.call_later(self.header_seconds, self.transport.abort)
+
+    def _go_on(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+def _since(connection: Connection) -> float:
+    assert connection._deadline is not None
+    return connection._deadline.when()
