@@ -188,7 +188,7 @@ def test_odd_names_stay_inside_the_output_folder(tiny: Path, tmp_path: Path) -> 
     (tmp_path / "work" / "other").mkdir(parents=True)
     for name in names:
         (tmp_path / "in" / name).write_bytes(tiny.read_bytes())
-    done = run("summarize", tmp_path / "in", "-o", tmp_path / "work" / "out", *BARE)
+    done = run("summarize", tmp_path / "in", "--hidden", "-o", tmp_path / "work" / "out", *BARE)
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["other", "out"]
     assert len(list((tmp_path / "work" / "out").glob("*/summary.json"))) == len(names)
     assert "\x1b" not in done.output
@@ -359,3 +359,22 @@ def test_interrupt_while_modules_are_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_what_a_folder_holds_beside_videos_is_counted(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.mp4", "._a.mp4", "b.mp4.part", "notes.txt", "code.ts"):
+        (folder / name).write_bytes(tiny.read_bytes() if name == "a.mp4" else b"const a = 1;\n" * 60)
+    done = run("summarize", folder, "-o", tmp_path / "out", *BARE)
+    assert [path.parent.name for path in (tmp_path / "out").glob("*/summary.json")] == ["a"]
+    told = (
+        ".ts files that are no video",
+        "files of other kinds",
+        "files that are still being downloaded",
+        "hidden files",
+    )
+    assert f"passed over {' (1), '.join(told)} (1)" in " ".join(done.stderr.split())
+    assert (
+        run("summarize", tiny, "-o", tmp_path / "out", "--longest", "0.1", *BARE, code=3).stderr.count("--longest") == 1
+    )

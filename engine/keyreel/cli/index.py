@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 from typer import Argument, Option
 
 from keyreel.cli import options
-from keyreel.cli.inputs import exit_for, listed, within
+from keyreel.cli.inputs import exit_for, listed, tell_passed, within
 from keyreel.cli.library import model_of, open_library
 from keyreel.cli.output import log, log_failures, plural, print_json, print_line, reason
 from keyreel.cli.progress import Bars
@@ -56,6 +56,8 @@ def index(
     subject: options.Subject = options.ENCODING.subject,
     batch_size: options.BatchSize = options.ENCODING.batch_size,
     allow_network: options.AllowNetwork = False,
+    longest: options.Longest = options.LONGEST,
+    hidden: options.Hidden = False,
     workers: Workers = INDEXING.workers,
     force: Force = INDEXING.force,
     prune: Prune = False,
@@ -68,7 +70,7 @@ def index(
     config = IndexConfig(
         sampling=Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every),
         encode=EncodeConfig(shift=shift, subject=subject, batch_size=batch_size),
-        limits=DecodeLimits(allow_network=allow_network),
+        limits=DecodeLimits(max_duration_seconds=longest, allow_network=allow_network),
         tags=tuple(tag or ()),
         workers=workers,
         force=force,
@@ -88,13 +90,13 @@ def index(
     if not names:
         raise ValueError("there is no video to index: give files, folders, or - for a list on standard input")
     if ray:
-        with Bars(quiet=quiet) as bars, Report(library, bars, as_json=as_json) as report:
+        with Bars(quiet=quiet) as bars, Report(library, bars, as_json=as_json, hidden=hidden) as report:
             _index_on_ray(report, names, model, device, address, config)
     else:
         with (
             open_library(library, model, device) as opened,
             Bars(quiet=quiet) as bars,
-            Report(library, bars, as_json=as_json, each=watch) as report,
+            Report(library, bars, as_json=as_json, each=watch, hidden=hidden) as report,
         ):
 
             def add(videos: Sequence[Name]) -> None:
@@ -124,6 +126,7 @@ def update(
     subject: options.Subject = options.ENCODING.subject,
     batch_size: options.BatchSize = options.ENCODING.batch_size,
     allow_network: options.AllowNetwork = False,
+    longest: options.Longest = options.LONGEST,
     workers: Workers = INDEXING.workers,
     force: Force = INDEXING.force,
     prune: Prune = False,
@@ -132,7 +135,7 @@ def update(
     config = IndexConfig(
         sampling=Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every),
         encode=EncodeConfig(shift=shift, subject=subject, batch_size=batch_size),
-        limits=DecodeLimits(allow_network=allow_network),
+        limits=DecodeLimits(max_duration_seconds=longest, allow_network=allow_network),
         tags=tuple(tag or ()),
         workers=workers,
         force=force,
@@ -151,8 +154,8 @@ def update(
 class Report:
     """Collects what became of each video; prints it at the end of its `with` block, also after ctrl-c."""
 
-    def __init__(self, library: str, bars: Bars, *, as_json: bool, each: bool = False) -> None:
-        self.library, self.bars, self.as_json, self.each = library, bars, as_json, each
+    def __init__(self, library: str, bars: Bars, *, as_json: bool, each: bool = False, hidden: bool = False) -> None:
+        self.library, self.bars, self.as_json, self.each, self.hidden = library, bars, as_json, each, hidden
         self.found: dict[str, Added] = {}  # the last change of each path: a file that is watched changes again
         self._refused: list[Failure] = []
         self._began = time.monotonic()
@@ -175,7 +178,7 @@ class Report:
 
     def videos(self, names: Sequence[str]) -> list[Name]:
         """The videos that the names stand for; folders without any count as failed."""
-        found = list(within(names))
+        found = list(within(names, hidden=self.hidden, tell=tell_passed))
         self._refused += [Failure(name, error) for name, error in found if isinstance(error, KeyreelError)]
         return [video for _, video in found if not isinstance(video, KeyreelError)]
 
@@ -235,7 +238,7 @@ def _prune(report: Report, names: Sequence[str], library: Library) -> tuple[str,
     from keyreel.library.files import is_gone
     from keyreel.library.types import Added
 
-    full = {name for name, found in within(names) if isinstance(found, Path)}
+    full = {name for name, found in within(names, hidden=report.hidden) if isinstance(found, Path)}
     folders = tuple(os.path.join(os.path.abspath(name), "") for name in full)
     gone = [r.id for r in library.list() if r.path.startswith(folders) and is_gone(r.path)] if folders else []
     for record in library.remove(gone) if gone else ():
@@ -258,7 +261,7 @@ def _watch(
     done: dict[Name, tuple[int, int]] = {}
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            now = _states(names)
+            now = _states(names, hidden=report.hidden)
             if settled := [path for path, state in now.items() if before.get(path) == state != done.get(path)]:
                 add(settled)
                 done |= {path: now[path] for path in settled}
@@ -270,10 +273,10 @@ def _watch(
             time.sleep(seconds)
 
 
-def _states(names: Sequence[str]) -> dict[Name, tuple[int, int]]:
+def _states(names: Sequence[str], *, hidden: bool) -> dict[Name, tuple[int, int]]:
     """(size, time of the last change) of every video file."""
     states: dict[Name, tuple[int, int]] = {}
-    for _, found in within(names):
+    for _, found in within(names, hidden=hidden):
         if not isinstance(found, KeyreelError) and os.path.isfile(found):
             with contextlib.suppress(OSError):  # gone or unreadable: the next look tries again
                 state = os.stat(found)

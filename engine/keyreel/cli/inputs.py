@@ -3,47 +3,61 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from keyreel.cli.output import log
 from keyreel.config import DecodeLimits
 from keyreel.errors import Failure, KeyreelError, MissingExtra, SourceNotFound
+from keyreel.folders import SUFFIXES, videos_in
 
 if TYPE_CHECKING:
     from keyreel.decode.source import Source
 
-# fmt: off
-VIDEO_SUFFIXES = (
-    ".3gp", ".avi", ".flv", ".ivf", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv",
-    ".ts", ".vob", ".webm", ".wmv", ".y4m",
-)
-# fmt: on
 SOME_FAILED = 8
 
 
-def sources(names: Sequence[str], *, allow_network: bool) -> list[Source | KeyreelError]:
+def sources(names: Sequence[str], limits: DecodeLimits, *, hidden: bool = False) -> list[Source | KeyreelError]:
     """The videos that the names stand for, and an error for each folder without any."""
     from keyreel.decode.source import Source
 
-    limits = DecodeLimits(allow_network=allow_network)
-    return [found if isinstance(found, KeyreelError) else Source(found, limits=limits) for _, found in within(names)]
+    found = within(names, hidden=hidden, tell=tell_passed)
+    return [one if isinstance(one, KeyreelError) else Source(one, limits=limits) for _, one in found]
 
 
-def within(names: Sequence[str]) -> Iterator[tuple[str, str | Path | KeyreelError]]:
-    """Each name with its videos: itself, those in a folder, or an error for a folder without any."""
+def tell_passed(folder: str, passed: Counter[str]) -> None:
+    """Says what of a folder was passed over, if there was anything."""
+    if passed:
+        log(
+            f"{folder}: passed over {', '.join(f'{what} ({count})' for what, count in sorted(passed.items()))}",
+            style="dim",
+        )
+
+
+def within(
+    names: Sequence[str], *, hidden: bool = False, tell: Callable[[str, Counter[str]], None] = lambda *_: None
+) -> Iterator[tuple[str, str | Path | KeyreelError]]:
+    """Each name with its videos: itself, those in a folder, or an error for a folder without any.
+
+    Args:
+        names: as on the command line.
+        hidden: see `videos_in`.
+        tell: takes each folder, and what was passed over in it.
+    """
     for name in names:
         if not name:
             raise ValueError("an empty name is no video")
         if name == "-" or not os.path.isdir(name):
             yield name, name
             continue
-        inside = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-        inside = [p for p in inside if not (p.name == "reel.mp4" and (p.parent / "summary.json").is_file())]
+        inside, passed = videos_in(Path(name), hidden=hidden)
+        tell(name, passed)
         if not inside:
-            hint = f"files that end in one of: {' '.join(VIDEO_SUFFIXES)}"
+            hint = f"files that end in one of: {' '.join(sorted(SUFFIXES))}"
             yield name, SourceNotFound(f"there is no video in the folder {name!r}", hint=hint)
         for found in inside:
             yield name, found

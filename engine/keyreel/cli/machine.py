@@ -23,7 +23,7 @@ from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, for_each, sources
 from keyreel.cli.output import log, plural, print_json, print_line, print_table
 from keyreel.cli.progress import Bars
-from keyreel.config import EncodeConfig, Sampling
+from keyreel.config import DecodeLimits, EncodeConfig, Sampling
 from keyreel.errors import BackendError, import_extra
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def bench(
     subject: options.Subject = options.ENCODING.subject,
     batch_size: options.BatchSize = options.ENCODING.batch_size,
     allow_network: options.AllowNetwork = False,
+    longest: options.Longest = options.LONGEST,
+    hidden: options.Hidden = False,
 ) -> None:
     """Measures how fast your own videos are summarised on this machine, stage by stage; writes nothing."""
     from keyreel.cli.documents import Bench, BenchVideo
@@ -107,7 +109,8 @@ def bench(
             measured.setdefault(source.name, []).append(run)
 
         engine.warmup()
-        given = sources(videos, allow_network=allow_network)
+        limits = DecodeLimits(max_duration_seconds=longest, allow_network=allow_network)
+        given = sources(videos, limits, hidden=hidden)
         good = [opened.enter_context(source) for source in given if isinstance(source, Source)]
         failed = for_each(given, measure, bars.failed)  # warms up
         good = [source for source in good if source.name in measured]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from keyreel.config import EncodeConfig, Sampling, SamplingMode, ShiftMode
+from keyreel.config import DecodeLimits, EncodeConfig, Sampling, SamplingMode, ShiftMode
 
 SAMPLING, ENCODING = Sampling(), EncodeConfig()  # defaults
 
@@ -58,6 +58,9 @@ Subject = Annotated[
 ]
 BatchSize = Annotated[int | None, Option(help="frames in one inference; by default what suits the device")]
 AllowNetwork = Annotated[bool, Option("--allow-network", help="allow http and https URLs")]
+Hidden = Annotated[bool, Option("--hidden", help="of folders, take hidden and system files too")]
+Longest = Annotated[float, Option(min=0.001, help="refuse videos of more seconds")]
+LONGEST = DecodeLimits().max_duration_seconds
 
 
 def _timestamp(date: str) -> float:

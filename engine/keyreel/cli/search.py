@@ -18,7 +18,7 @@ from keyreel.cli.inputs import exit_for, for_each, sources
 from keyreel.cli.library import open_library
 from keyreel.cli.output import log, print_hits, print_json, print_videos
 from keyreel.cli.progress import Bars
-from keyreel.config import EncodeConfig, Sampling
+from keyreel.config import DecodeLimits, EncodeConfig, Sampling
 from keyreel.errors import Failure, KeyreelError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from keyreel.types import U8, SearchHit, Summary
 
 _OF_VIDEOS = ["sampling", "fps", "tolerance", "every", "shift", "subject", "batch_size", "allow_network"]
+_OF_VIDEOS += ["longest", "hidden"]
 _OF_LIBRARY = ["within", "like", "start", "stop", "whole", "path", "tag", "after", "before"]
 _OF_LIBRARY += ["min_duration", "max_duration"]
 
@@ -66,6 +67,8 @@ def search(
     subject: options.Subject = options.ENCODING.subject,
     batch_size: options.BatchSize = options.ENCODING.batch_size,
     allow_network: options.AllowNetwork = False,
+    longest: options.Longest = options.LONGEST,
+    hidden: options.Hidden = False,
     library: Annotated[str | None, Option(help="search this library instead of VIDEO...")] = None,
     within: Annotated[
         list[str] | None, Option("--in", help="search in this video only, by path or id; repeatable")
@@ -116,7 +119,7 @@ def search(
         query, name = (text, text or "") if image is None else (read_picture(image), str(image))
         frames = Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every)
         encode = EncodeConfig(shift=shift, subject=subject, batch_size=batch_size)
-        given = sources(names, allow_network=allow_network)
+        given = sources(names, DecodeLimits(max_duration_seconds=longest, allow_network=allow_network), hidden=hidden)
         with keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine, Bars(quiet=quiet) as bars:
             found = _search_videos(engine, bars, query, name, k, given, frames, encode, pictures=pictures)
     _show(found, html=html, previews=previews, as_json=as_json)

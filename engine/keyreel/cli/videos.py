@@ -13,7 +13,7 @@ from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, folder_name, for_each, sources
 from keyreel.cli.output import log, print_json, print_line, print_summary, print_table, span
 from keyreel.cli.progress import Bars
-from keyreel.config import EncodeConfig, OutputConfig, Sampling, SelectConfig
+from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, Sampling, SelectConfig
 
 if TYPE_CHECKING:
     from keyreel.decode.source import Source
@@ -58,6 +58,8 @@ def summarize(
     subject: options.Subject = options.ENCODING.subject,
     batch_size: options.BatchSize = options.ENCODING.batch_size,
     allow_network: options.AllowNetwork = False,
+    longest: options.Longest = options.LONGEST,
+    hidden: options.Hidden = False,
 ) -> None:
     """Writes key-frames, storyboard, contact sheet, thumbnails and a highlight reel for each video."""
     from keyreel.cli.documents import Summaries
@@ -104,7 +106,8 @@ def summarize(
                 print_summary(summary, folder)
 
         try:
-            failed = for_each(sources(videos, allow_network=allow_network), work, bars.failed)
+            limits = DecodeLimits(max_duration_seconds=longest, allow_network=allow_network)
+            failed = for_each(sources(videos, limits, hidden=hidden), work, bars.failed)
         finally:
             if not existed and output.is_dir() and not any(output.iterdir()):
                 output.rmdir()
