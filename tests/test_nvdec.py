@@ -32,7 +32,7 @@ from keyreel.decode.nvdec import open_stream
 from keyreel.decode.nvdec_pool import DecoderPool, sizes
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
-from keyreel.errors import BackendUnavailable, SourceNotFound, UnsupportedCodec
+from keyreel.errors import BackendUnavailable, NoFrames, SourceNotFound, UnsupportedCodec
 from keyreel.types import FrameBatch
 from keyreel_kernels import ops_for
 from keyreel_kernels.cuda import Cuda
@@ -676,7 +676,7 @@ def test_errors_of_the_source_come_while_reading(host: Device, tmp_path: Path, m
                 next(stream)
     with Source(media("natural/bikes.mp4")) as source:
         stream = host.open(source, Sampling("all", start_seconds=100))
-        with pytest.raises(ValueError, match="no frame between 100 s"):
+        with pytest.raises(NoFrames, match="no frame between 100 s"):
             next(stream)
     limits = DecodeLimits(max_pixels=640 * 272)
     with Source(media("natural/bikes.mp4"), limits=limits) as source, pytest.raises(UnsupportedCodec, match="pixels"):

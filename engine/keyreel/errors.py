@@ -4,7 +4,8 @@ KeyreelError                   .hint: what to do about it, .exit_code: what the 
 ├─ SourceError        exit 3   the video
 │  ├─ SourceNotFound
 │  ├─ UnsupportedCodec         no decoder for it, or no video stream in it
-│  └─ CorruptStream            .recovered_frames: how many could be decoded
+│  ├─ CorruptStream            .recovered_frames: how many could be decoded
+│  └─ NoFrames                 no wanted frame lies in the window
 ├─ ModelError         exit 4   the bundle
 │  ├─ ModelNotFound            .near: names that are close
 │  ├─ CheckpointMismatch       a file differs from the one in the manifest
@@ -69,6 +70,10 @@ class CorruptStream(SourceError):
     def __init__(self, message: str, *, recovered_frames: int = 0, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.recovered_frames = recovered_frames
+
+
+class NoFrames(SourceError):
+    """No wanted frame lies in the window; streams raise it while they are iterated."""
 
 
 class ModelError(KeyreelError):

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyreel.config import ImageTransform, Sampling
-from keyreel.decode.sampling import NoFrames
 from keyreel.decode.source import Source
 from keyreel.decode.stream import distinct
+from keyreel.errors import NoFrames
 from keyreel.runtime.backend import Backend
 from keyreel.types import F32, F64, Embedding, Shot
 from keyreel_kernels import ops_for

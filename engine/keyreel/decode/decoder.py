@@ -22,6 +22,7 @@ from av.video.stream import VideoStream
 
 from keyreel.config import ImageTransform
 from keyreel.decode.color import Converter
+from keyreel.decode.packets import BROKEN, demux, reason_of
 from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.source import Source
 from keyreel.decode.timeline import Timeline
@@ -42,6 +43,10 @@ class DecoderFailed(Exception):
     """This decoder cannot go on with this file; another one may."""
 
 
+class FramesLost(Exception):
+    """A damaged packet took frames along that were being decoded beside it; one thread alone keeps them."""
+
+
 class Worker(Protocol):
     """Decodes and converts one open copy of the video; used by one thread at a time.
 
@@ -50,6 +55,7 @@ class Worker(Protocol):
 
     container: InputContainer
     stream: VideoStream
+    threaded: bool  # frames that are being decoded side by side are lost at a damaged packet
 
     def decode(self, packet: Packet[VideoStream] | None, *, wanted: bool = True) -> Sequence[Any]:
         """Pictures in display order that are ready after this packet, all that are left after None.
@@ -85,7 +91,7 @@ class Decoder(Protocol):
     def open(
         self, container: InputContainer, stream: VideoStream, note: Callable[..., None], *, alone: bool
     ) -> AbstractContextManager[Worker]:
-        """A worker on an open container; `alone` where no other one works on the file."""
+        """A worker on an open container; `alone` where no other one works on the file: it may take several threads."""
 
     def stack(self, pictures: list[Any]) -> Any:
         """Pictures of one size as [T, H, W, 3]."""
@@ -126,8 +132,9 @@ class CpuDecoder:
         # MPEG-4 in fields comes out differently where FFmpeg's threads share it.
         shared = alone and stream.codec_context.name != "mpeg4"
         stream.codec_context.thread_count = self._threads if shared else 1
+        threaded = shared and self._threads != 1
         converter = Converter(self._transform, stream.sample_aspect_ratio, self._source.limits.max_pixels)
-        yield CpuWorker(container, stream, converter, note, self._source.name)
+        yield CpuWorker(container, stream, threaded, converter, note, self._source.name)
 
     def stack(self, pictures: list[Any]) -> Any:
         return np.stack(pictures)
@@ -143,6 +150,7 @@ class CpuDecoder:
 class CpuWorker:
     container: InputContainer
     stream: VideoStream
+    threaded: bool
     converter: Converter
     note: Callable[..., None]
     name: str  # of the source
@@ -168,9 +176,9 @@ class CpuWorker:
         for mark, frame in pictures:
             try:
                 picture = converter(frame)
-            except (av.error.FFmpegError, ValueError) as error:
+            except (av.error.FFmpegError, ValueError, OverflowError) as error:
                 raise UnsupportedCodec(
-                    f"{self.name}: pictures of the format {frame.format.name} cannot be shown: {error}.",
+                    f"{self.name}: pictures of the format {frame.format.name} cannot be shown: {reason_of(error)}.",
                     hint="Convert it to H.264 with ffmpeg.",
                 ) from error
             if converter.tone_mapped:
@@ -244,7 +252,7 @@ class Packets:
         self, container: InputContainer, stream: VideoStream, timeline: Timeline, checkpoint: Callable[[], None]
     ) -> None:
         self._container, self._stream, self._timeline, self._checkpoint = container, stream, timeline, checkpoint
-        self._packets: Iterator[Packet[VideoStream]] = container.demux(stream)
+        self._packets = demux(container, stream)
         self._place = 0  # of the packet that comes next
 
     def __call__(self, place: int) -> Packet[VideoStream]:
@@ -276,7 +284,7 @@ class Packets:
     def _read(self) -> Packet[VideoStream]:
         try:
             return next(packet for packet in self._packets if packet.size)
-        except (av.error.FFmpegError, StopIteration) as error:
+        except (*BROKEN, StopIteration) as error:
             raise PlanBroken from error
 
     def _seek(self, place: int) -> None:
@@ -291,9 +299,9 @@ class Packets:
             entry = entries[max(0, len(entries) - back)]
             try:
                 self._container.seek(int(min(timeline.dts[entry], timeline.pts[entry])), stream=self._stream)
-            except av.error.FFmpegError:
+            except BROKEN:
                 continue
-            self._packets = self._container.demux(self._stream)
+            self._packets = demux(self._container, self._stream)
             packet = self._read()
             if (found := self._find(packet)) <= place:
                 self._packets = chain((packet,), self._packets)
@@ -357,7 +365,7 @@ class Cursor:
         for packet, needed in self._feed(run, wanted):
             try:
                 frames = self._worker.decode(packet, wanted=needed)
-            except av.error.FFmpegError as error:
+            except BROKEN as error:
                 if packet is not None and start is not None and packet.pts is not None and packet.pts < start:
                     continue
                 raise PlanBroken from error

@@ -28,6 +28,7 @@ from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.color import Orientation, display_size, matrix_of, orientation_of, transfer_of
 from keyreel.decode.decoder import CpuDecoder, Decoder, DecoderFailed
 from keyreel.decode.nvdec_pool import DecoderPool, Format, one_line, sizes
+from keyreel.decode.packets import BROKEN, demux, reason_of
 from keyreel.decode.parallel import NoWorker, Stopped
 from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.source import Source
@@ -261,6 +262,8 @@ class NvWorker:
         DecoderFailed: the stream's packets cannot be brought into NVDEC's form.
     """
 
+    threaded = False
+
     def __init__(self, owner: NvDecoder, container: InputContainer, stream: VideoStream, decoder: Any) -> None:
         self.container, self.stream = container, stream
         self._claim, self._cuda, self._ops, self._transform = owner.claim, owner.cuda, owner.ops, owner.transform
@@ -473,9 +476,10 @@ def _check_size(claim: Claim, transform: ImageTransform | None, max_pixels: int)
 def _first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame:
     """Decoded on the CPU: its colours and its rotation, which NVDEC does not tell."""
     try:
-        for packet in container.demux(stream):
+        for packet in demux(container, stream):
+            frame: VideoFrame
             for frame in packet.decode():
                 return frame
-    except av.error.FFmpegError as error:
-        raise _Declined(f"its first picture is damaged: {error.strerror}") from error
+    except BROKEN as error:
+        raise _Declined(f"its first picture is damaged: {reason_of(error)}") from error
     raise _Declined("its first picture is not found")

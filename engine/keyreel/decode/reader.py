@@ -13,26 +13,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
+from heapq import heappop, heappush
+from itertools import count, pairwise
 from typing import Any
 
-import av
 import numpy as np
 from av.packet import Packet
 from av.stream import Discard
 from av.video.stream import VideoStream
 
 from keyreel.config import Sampling
-from keyreel.decode.decoder import WORKERS_PIXELS, Cursor, Decoder, DecoderFailed, Worker, parts
+from keyreel.decode.decoder import WORKERS_PIXELS, Cursor, Decoder, DecoderFailed, FramesLost, Worker, parts
+from keyreel.decode.packets import BROKEN, demux, reason_of
 from keyreel.decode.parallel import in_order
-from keyreel.decode.sampling import NoFrames, Picker, PlanBroken, near
+from keyreel.decode.sampling import TOLERANCE_SECONDS, Picker, PlanBroken, near
 from keyreel.decode.source import Source
-from keyreel.decode.timeline import TIME_BASE, Clock, Timeline, promised_seconds
-from keyreel.errors import CorruptStream
+from keyreel.decode.timeline import TIME_BASE, Clock, Timeline, leap_seconds, promised_seconds
+from keyreel.errors import CorruptStream, NoFrames
 from keyreel.types import F64
 
 _READ_ATTEMPTS = 16  # reading goes on after that many failed reads in a row
 _JUMP_SECONDS = 1.0  # a pts that goes back further is a new timeline, not a frame out of order
+_UNTYPED = ("qtrle", "rpza", "smc", "cinepak", "msrle")  # FFmpeg's decoders do not say which frames are key frames
+_LEAPS = "leaps of the clock, as between joined recordings"
 _NEAR_IS_EXACT = "its packets do not tell which frames are cheap: the frames shown at the wanted times are taken"
 
 
@@ -41,7 +44,6 @@ class _Shown:
     """A decoded frame and the time from which it is shown."""
 
     frame: Any  # as long as it is needed
-    ticks: int
     start: float  # seconds
     index: int
 
@@ -50,22 +52,22 @@ class _Given:
     """What was yielded, so that another attempt neither repeats nor loses any: rows for mode times, else frames."""
 
     def __init__(self, *, by_rows: bool) -> None:
-        self._by_rows, self._rows, self._skipped, self._last = by_rows, 0, 0, -math.inf
-        self.seconds: float | None = None  # of the last one
+        self._by_rows, self._rows, self._skipped = by_rows, 0, 0
+        self.seconds = -math.inf  # of the last one
 
     def again(self) -> None:
         self._skipped = self._rows
 
-    def left(self, ticks: int, rows: int) -> int:
-        """How many of a frame's rows are still to be given."""
+    def left(self, start: float, rows: int) -> int:
+        """How many rows of the frame that is shown from `start` on are still to be given."""
         if not self._by_rows:
-            return rows if ticks > self._last else 0
+            return rows if start > self.seconds + TOLERANCE_SECONDS else 0
         known = min(rows, self._skipped)
         self._skipped -= known
         return rows - known
 
     def add(self, shown: _Shown, rows: int) -> None:
-        self._last, self.seconds = shown.ticks, shown.start
+        self.seconds = shown.start
         self._rows += rows
 
 
@@ -99,6 +101,8 @@ class Reader:
         self._ending = ""
         # Reading all packets first gains nothing for a decoder that decodes all of them.
         self._planning = not decoder.whole or sampling.mode != "all" or sampling.start_seconds > 0
+        self._shared = True  # one worker may decode in several threads
+        self._keys: set[int | None] = set()  # pts of key packets, where frames do not say that they are key frames
 
     def warnings(self) -> tuple[str, ...]:
         """What was wrong or done, so far."""
@@ -151,6 +155,8 @@ class Reader:
                     self._planning = False
                 else:
                     self._hand_over(DecoderFailed(*error.args), given)
+            except FramesLost:
+                self._shared = False
             except DecoderFailed as error:
                 self._hand_over(error, given)
 
@@ -166,7 +172,7 @@ class Reader:
     def _hand_over(self, failed: DecoderFailed, given: _Given) -> None:
         """To the decoder that goes on after this one, if there is one."""
         self._decoder = self._decoder.fallback(failed)
-        since = "" if given.seconds is None else f" after {given.seconds:.3f} s"
+        since = "" if given.seconds == -math.inf else f" after {given.seconds:.3f} s"
         self._reasons.append(f"decoded on the CPU{since}: {failed}")
         self._planning = True
 
@@ -211,8 +217,8 @@ class Reader:
         found: dict[int, tuple[_Shown, int]] = {}
 
         def take(rank: int, start: float, rows: int) -> None:
-            if left := given.left(int(ticks[rank]), rows):
-                found[rank] = _Shown(None, int(ticks[rank]), start, rank), left
+            if left := given.left(start, rows):
+                found[rank] = _Shown(None, start, rank), left
 
         keys = timeline.key[timeline.shown]
         if self._sampling.mode == "near":
@@ -235,11 +241,11 @@ class Reader:
 
     def _whole(self, times: F64, given: _Given) -> Iterator[tuple[_Shown, int, Any]]:
         """Decodes everything from the start."""
-        with self._opened(alone=True) as worker:
+        with self._opened(alone=self._shared) as worker:
             chosen = (
                 ((shown, left), shown.frame)
                 for shown, rows in self._chosen(worker, times)
-                if (left := given.left(shown.ticks, rows))
+                if (left := given.left(shown.start, rows))
             )
             for (shown, rows), picture in worker.convert(chosen):
                 yield shown, rows, picture
@@ -251,8 +257,7 @@ class Reader:
         duration = 0.0
         for shown, seconds in self._decoded(worker):
             if held is not None:
-                key = bool(held.frame.key_frame)
-                if count := picker.rows(held.start, shown.start, key=key, first=held.index == 0):
+                if count := picker.rows(held.start, shown.start, key=self._is_key(held), first=held.index == 0):
                     yield held, count
                 if picker.done(shown.start):
                     return
@@ -263,44 +268,81 @@ class Reader:
                 f"{self._source.name}: not one frame can be decoded: {reason}.",
                 hint="Check that it plays; copy or download it again.",
             )
-        self._check_end(held.start + duration, promised_seconds(worker.container, worker.stream) or 0.0)
-        key = bool(held.frame.key_frame)
-        if count := picker.rows(held.start, held.start + duration, key=key, first=held.index == 0, last=True):
+        promised = promised_seconds(worker.container, worker.stream)
+        self._check_end(held.start + duration, None if _LEAPS in self._damage else promised)
+        key, end = self._is_key(held), held.start + duration
+        if count := picker.rows(held.start, end, key=key, first=held.index == 0, last=True):
             yield held, count
 
+    def _is_key(self, shown: _Shown) -> bool:
+        return bool(shown.frame.key_frame) or shown.frame.pts in self._keys
+
     def _decoded(self, worker: Worker) -> Iterator[tuple[_Shown, float]]:
-        """(frame, seconds for which it is shown, as far as that is known) of all frames, times rising."""
+        """(frame, seconds for which it is shown, as far as that is known) of all frames, times rising.
+
+        Where the clock leaps and goes on from there, recordings were joined: time goes on at the seam. A single frame
+        with a stray time is shown after the one before.
+        """
         clock: Clock | None = None
         last = shift = 0
-        stream = worker.stream
+        stream, base = worker.stream, worker.stream.time_base or TIME_BASE
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        gap = max(1, round(1 / rate / (stream.time_base or TIME_BASE)))
-        for index, frame in enumerate(self._frames(worker)):
-            ticks = frame.pts if frame.pts is not None else frame.dts
-            if frame.pts is None:
-                self._damaged("frames without pts, times derived from their neighbours")
+        gap = max(1, round(1 / rate / base))
+        back, forth = round(_JUMP_SECONDS / base), round(leap_seconds(worker.container) / base)
+        stamped = self._stamped(worker)
+        ahead: tuple[Any, int | None] | None = None
+        for index in count():
+            if (found := ahead or next(stamped, None)) is None:
+                return
+            (frame, ticks), ahead = found, None
             if clock is None:
-                clock = Clock.of(stream, ticks or 0)
+                clock = Clock.of(worker.container, stream, ticks or 0)
                 last = (ticks or 0) - gap
             ticks = last + gap if ticks is None else ticks + shift
-            if ticks <= last:
-                self._damaged("frames whose time goes back, moved behind the frame before", f"frame {index}")
-                if (last - ticks) * clock.numerator > _JUMP_SECONDS * clock.denominator:
+            if not last - back <= ticks <= last + gap + forth:
+                frame = worker.keep(frame)
+                ahead = next(stamped, None)
+                if ahead is not None and ahead[1] is not None and abs(ahead[1] + shift - ticks) <= back:
+                    self._damaged(_LEAPS, f"at {clock.seconds(last + gap):.3f} s")
                     shift += last + gap - ticks
-                    ticks = last + gap
                 else:
-                    ticks = last + 1
+                    self._damaged("frames with a stray time, shown after the one before", f"frame {index}")
+                ticks = last + gap
+            elif ticks <= last:
+                self._damaged("frames whose time goes back, moved behind the frame before", f"frame {index}")
+                ticks = last + 1
             last, gap = ticks, ticks - last
             start = clock.seconds(ticks)
             self._source.check_duration(start)
-            yield _Shown(frame, ticks, start, index), (frame.duration or gap) * clock.numerator / clock.denominator
+            yield _Shown(frame, start, index), (frame.duration or gap) * clock.numerator / clock.denominator
 
-    def _frames(self, worker: Worker) -> Iterator[Any]:
+    def _stamped(self, worker: Worker) -> Iterator[tuple[Any, int | None]]:
+        """(frame, ticks as the file has them) of all frames, in order of display.
+
+        AVI has no times of display: its frames take the packets' times in order.
+        """
+        fed: list[int] | None = [] if worker.container.format.name == "avi" else None
+        for frame in self._frames(worker, fed):
+            ticks = frame.pts if frame.pts is not None else frame.dts
+            if fed:
+                ticks = heappop(fed)
+            elif frame.pts is None:
+                self._damaged("frames without pts, times derived from their neighbours")
+            yield frame, ticks
+
+    def _frames(self, worker: Worker, fed: list[int] | None) -> Iterator[Any]:
+        """All frames; `fed` gets the times of the packets that are decoded, as a heap."""
         for packet in self._packets(worker):
+            if fed is not None and packet is not None and packet.dts is not None:
+                heappush(fed, packet.dts)
+            if packet is not None and packet.is_keyframe and worker.stream.codec_context.name in _UNTYPED:
+                self._keys.add(packet.pts)
             try:
                 frames = worker.decode(packet)
-            except av.error.FFmpegError as error:
-                self._damaged("damaged packets skipped", error.strerror)
+            except BROKEN as error:
+                if worker.threaded:
+                    raise FramesLost from error
+                self._damaged("damaged packets skipped", reason_of(error))
                 continue
             for frame in frames:
                 if frame.is_corrupt:
@@ -310,24 +352,30 @@ class Reader:
     def _packets(self, worker: Worker) -> Iterator[Packet[VideoStream] | None]:
         """All packets of the stream, then None, which drains the decoder."""
         failures = count = 0
+        packets = demux(worker.container, worker.stream)
         while failures < _READ_ATTEMPTS:
             try:
-                for packet in worker.container.demux(worker.stream):
-                    self._go_on()
-                    failures = 0
-                    if packet.size:
-                        count += 1
-                        self.packets_read = max(self.packets_read, count)
-                        self._fed()
-                        yield packet
-                break
-            except av.error.FFmpegError as error:
+                packet = next(packets, None)
+            except BROKEN as error:
                 failures += 1
-                self._damaged("failed reads", error.strerror)
+                self._damaged("failed reads", reason_of(error))
+                packets = demux(worker.container, worker.stream)
+                continue
+            if packet is None:
+                break
+            self._go_on()
+            failures = 0
+            if packet.size:
+                count += 1
+                self.packets_read = max(self.packets_read, count)
+                self._fed()
+                yield packet
         yield None
 
-    def _check_end(self, end: float, promised: float) -> None:
-        """Notes a video that stops well before what its header promises."""
-        if end < promised - max(1.0, 0.02 * promised):
+    def _check_end(self, end: float, promised: float | None) -> None:
+        """Notes the end of a video whose header says nothing of it, or that stops well before what it promises."""
+        if promised is None:
+            self.end_seconds = end
+        elif end < promised - max(1.0, 0.02 * promised):
             self.end_seconds = end
             self._ending = f"the video ends at {end:.3f} s, its header promises {promised:.3f} s"

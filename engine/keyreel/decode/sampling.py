@@ -24,10 +24,6 @@ class PlanBroken(Exception):
     """Frames cannot be told from packets, or a frame that came out of the decoder is not the one that was expected."""
 
 
-class NoFrames(ValueError):
-    """No wanted frame lies in the window; streams raise it while they are iterated."""
-
-
 class Picker:
     """Says of each frame, in display order, how many rows of the result it fills.
 
@@ -36,7 +32,8 @@ class Picker:
 
     fps: one row if any of the times start_seconds + n / fps of the window falls on the frame. every: each n-th frame
     of the window, from its first. times: a row for each of the times that falls on the frame, whatever the window; the
-    last frame takes all that are left. keyframes, all: those of the window. near: as fps.
+    last frame takes all that are left. all: those of the window; keyframes: its key frames, for which the video's first
+    frame counts whatever its flags say. near: as fps.
 
     Args:
         sampling: mode and window.
@@ -70,7 +67,7 @@ class Picker:
         self._seen += 1
         if self._mode == "every":
             return int((self._seen - 1) % self._every == 0)
-        return int(self._mode == "all" or key)
+        return int(self._mode == "all" or key or first)
 
     def done(self, start: float) -> bool:
         """True when no frame shown from `start` on can be wanted."""

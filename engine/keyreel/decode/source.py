@@ -29,8 +29,9 @@ from av.video.stream import VideoStream
 
 from keyreel.config import DecodeLimits
 from keyreel.decode.color import display_size, rotation_degrees, transfer_of
+from keyreel.decode.packets import BROKEN, demux, reason_of
 from keyreel.decode.sampling import PlanBroken
-from keyreel.decode.timeline import Timeline, promised_seconds, scan
+from keyreel.decode.timeline import Timeline, clocks_restart, promised_seconds, scan
 from keyreel.errors import CorruptStream, SourceError, SourceNotFound, UnsupportedCodec
 from keyreel.types import VideoInfo
 
@@ -44,6 +45,15 @@ _CONTAINERS = (
 _PLAYLIST = re.compile(
     rb"\s*(#EXTM3U|ffconcat|\[playlist\]|\[reference\]|<asx|<\?xml.{0,300}<(MPD|SmoothStreaming))", re.I | re.S
 )
+_PICTURES = {
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "PNG": re.compile(rb"\x89PNG\r\n"),
+    "WebP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+    "HEIC or AVIF": re.compile(rb".{4}ftyp(heic|heix|mif1|msf1|avif|avis)", re.DOTALL),
+    "TIFF": re.compile(rb"II\*\0|MM\0\*"),
+    "BMP": re.compile(rb"BM.{4}\0\0\0\0", re.DOTALL),
+    "SVG": re.compile(rb"\s*(<\?xml.{0,500})?<svg", re.DOTALL),
+}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//|\S*\|)")
 _DEFAULT_LIMITS = DecodeLimits()
 _MAX_SPOOL_BYTES = 8 << 30  # read from a stream that cannot be rewound
@@ -161,8 +171,8 @@ class Source:
             container: InputContainer = av.open(
                 target, mode="r", options=options, metadata_errors="replace", timeout=timeout
             )
-        except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise self._refusal(error) from error
+        except (*BROKEN, OSError) as error:
+            raise self._refusal(error, head) from error
         try:
             self._check(container)
         except BaseException:
@@ -212,7 +222,7 @@ class Source:
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all
-            demuxed = container.demux(stream)
+            demuxed = demux(container, stream)
             read: list[Packet[VideoStream]] = []
             try:
                 frame = self._first_frame(demuxed, read)
@@ -253,8 +263,8 @@ class Source:
                 read.append(packet)
                 for frame in packet.decode():
                     return frame
-            except av.error.FFmpegError as error:
-                reason = error.strerror or str(error)
+            except BROKEN as error:
+                reason = reason_of(error)
                 if isinstance(error, av.error.ArgumentError):
                     reason = f"damaged, or pictures of more than {self.limits.max_pixels} pixels (max_pixels)"
                 if not isinstance(error, av.error.InvalidDataError | av.error.ArgumentError):
@@ -343,9 +353,14 @@ class Source:
             raise CorruptStream(f"{self.name}: empty file, 0 bytes.", hint="Copy or download it again.")
         return head
 
-    def _refusal(self, error: Exception) -> SourceError:
+    def _refusal(self, error: Exception, head: bytes) -> SourceError:
         if isinstance(error, av.error.ArgumentError):
             # EINVAL comes from format_whitelist: FFmpeg knows the format, and it is none of ours.
+            if picture := next((name for name, head_of in _PICTURES.items() if head_of.match(head)), None):
+                return SourceError(
+                    f"{self.name}: a {picture} picture, not a video.",
+                    hint="The video of a motion photo lies beside it, or is saved by the phone's own gallery.",
+                )
             return SourceError(
                 f"{self.name}: a playlist, a text or another format that is no single video file. Allowed: MP4, MOV, "
                 "MKV, WebM, AVI, TS, MPEG, FLV, OGG, IVF and the like.",
@@ -374,7 +389,8 @@ class Source:
                 f"{self.limits.max_pixels} (max_pixels).",
                 hint="Raise max_pixels if you trust the file.",
             )
-        self.check_duration(promised_seconds(container, stream))
+        if not clocks_restart(container):  # else the last time minus the first one is no length
+            self.check_duration(promised_seconds(container, stream))
         stream.codec_context.options = {"max_pixels": str(self.limits.max_pixels)}
 
     def check_duration(self, seconds: float | None) -> None:
@@ -383,7 +399,7 @@ class Source:
             raise SourceError(
                 f"{self.name}: {seconds:.0f} s long, allowed are {self.limits.max_duration_seconds:.0f} s "
                 "(max_duration_seconds).",
-                hint="Raise max_duration_seconds, or cut the video.",
+                hint="Raise max_duration_seconds (--longest), or cut the video.",
             )
 
     def require_video(self, container: InputContainer) -> VideoStream:

@@ -20,10 +20,12 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from keyreel.decode.headers import FrameNumbers, Keys, is_shown
+from keyreel.decode.packets import BROKEN
 from keyreel.decode.sampling import PlanBroken
 from keyreel.types import F64, I64
 
 TIME_BASE = Fraction(1, 90_000)  # where the container names none
+_CLOCKS_RESTART = 0x200  # AVFMT_TS_DISCONT
 _TRIAL_PACKETS = 24
 _REORDERED = 32  # frames that may pass another one on the way from decoding to display
 
@@ -37,24 +39,43 @@ _CODECS = {*_SKIPPABLE, *_INTRA, "av1", "vp8", "vp9", "h263", "flv1", "msmpeg4v2
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Ticks to seconds from the stream's start."""
+    """Ticks to seconds from the start of the file, where players put zero."""
 
     numerator: int
     denominator: int
     zero: int
 
     @classmethod
-    def of(cls, stream: VideoStream, first_ticks: int) -> Clock:
-        """Starts at the stream's start_time, or at its first frame where that is earlier or start_time is unknown."""
-        base = stream.time_base or TIME_BASE
-        zero = first_ticks if stream.start_time is None else min(stream.start_time, first_ticks)
-        return cls(base.numerator, base.denominator, zero)
+    def of(cls, container: InputContainer, stream: VideoStream, first_ticks: int, late: int = 0) -> Clock:
+        """Starts with the file, or at its first frame where that is earlier or no start is known.
+
+        Args:
+            container, stream: of the frames.
+            first_ticks: of the first frame.
+            late: by so many ticks the frames' pts are too late.
+        """
+        base, first, start = stream.time_base or TIME_BASE, first_ticks - late, start_seconds(container, stream)
+        zero = first if start is None else min(round(start / base), first)
+        return cls(base.numerator, base.denominator, zero + late)
 
     def seconds(self, ticks: int) -> float:
         return (ticks - self.zero) * self.numerator / self.denominator
 
     def ticks(self, seconds: float) -> int:
         return self.zero + math.floor(seconds * self.denominator / self.numerator)
+
+
+def leap_seconds(container: InputContainer) -> float:
+    """A frame that comes so much later than the one before is no pause: the clock was set anew there.
+
+    Slides and lectures have pauses of minutes; containers in which clocks do start again (TS, PS, FLV) hardly do.
+    """
+    return 10.0 if clocks_restart(container) else 3600.0
+
+
+def clocks_restart(container: InputContainer) -> bool:
+    """Whether it is a container of recordings that may be joined as they are."""
+    return bool(container.format.flags & _CLOCKS_RESTART)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +90,7 @@ class Timeline:
     shown: I64  # [M] packet of each frame, in display order
     end_ticks: int  # where the last frame is no longer shown
     clock: Clock
-    promised_seconds: float  # how long the container says the stream is, 0 where it does not
+    promised_seconds: float | None  # how long the container says the stream is
     skippable: bool  # FFmpeg may skip frames that no other frame needs
     fields: bool  # a frame may be coded as two fields, in one packet or in two
     pixels: int  # of a coded picture
@@ -97,11 +118,34 @@ class Timeline:
         return places[chosen]
 
 
+def start_seconds(container: InputContainer, stream: VideoStream) -> Fraction | None:
+    """When the earlier of picture and sound begins, on the file's clock; None where neither says it.
+
+    Sound before 0 is what an encoder needs to get going, and is not played.
+    """
+    starts = [
+        start if own.index == stream.index else max(start, Fraction(0))
+        for own in (stream, *container.streams.audio)
+        if own.start_time is not None and own.time_base
+        for start in [own.start_time * own.time_base]
+    ]
+    return min(starts, default=None)
+
+
 def promised_seconds(container: InputContainer, stream: VideoStream) -> float | None:
-    """What the header says of the stream, else of the whole file; None where it says nothing."""
+    """How many seconds after the file's start the stream ends, as the header has it; None where it says nothing.
+
+    A stream's duration is that of its pictures. A container's is that of everything in it; Matroska counts it from the
+    clock's zero, and a recording that begins late is not as long as that.
+    """
+    start = start_seconds(container, stream) or Fraction(0)
     if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    return container.duration / av.time_base if container.duration is not None else None
+        own = Fraction(0) if stream.start_time is None else stream.start_time * stream.time_base
+        return float(max(own - start, Fraction(0)) + stream.duration * stream.time_base)
+    if container.duration is None:
+        return None
+    seconds = Fraction(container.duration, av.time_base)
+    return float(seconds - start if "matroska" in container.format.name and 0 < start < seconds else seconds)
 
 
 def scan(
@@ -153,7 +197,7 @@ def scan(
             if len(first) < _TRIAL_PACKETS:
                 first.append(packet)
                 keys.learn(packet)
-    except av.error.FFmpegError as error:
+    except BROKEN as error:
         raise PlanBroken from error
     if not any(shown):
         raise PlanBroken
@@ -162,6 +206,14 @@ def scan(
     _check_order(stream, first, times, visible_packets, np.frombuffer(bytes(entry), np.bool_), fields=fields)
     order = np.argsort(times, kind="stable")
     order = order[visible_packets[order]]
+    if (np.diff(times[order]) * float(stream.time_base or TIME_BASE) > leap_seconds(container)).any():
+        raise PlanBroken
+    late = 0
+    if container.format.name == "avi":  # has no pts: FFmpeg's guesses must be the times in the file, later by the same
+        ahead = times[order] - np.sort(np.array(dts, np.int64)[visible_packets])
+        if (ahead != ahead[0]).any():
+            raise PlanBroken
+        late = int(ahead[0])
     end = last[0] + (last[1] or int(np.diff(times[order[-2:]]).sum()) or 1)
     return Timeline(
         pts=times,
@@ -171,8 +223,8 @@ def scan(
         entry=np.frombuffer(bytes(entry), np.bool_),
         shown=order,
         end_ticks=end,
-        clock=Clock.of(stream, int(times[order[0]])),
-        promised_seconds=promised_seconds(container, stream) or 0.0,
+        clock=Clock.of(container, stream, int(times[order[0]]), late),
+        promised_seconds=promised_seconds(container, stream),
         skippable=codec in _SKIPPABLE and not fields and keys.skippable and (numbers is None or numbers.known),
         fields=fields,
         pixels=stream.width * stream.height,
@@ -235,7 +287,7 @@ def _try_out(
     try:
         context.flush_buffers()
         frames = [frame.pts for packet in [*first, None] for frame in context.decode(packet)]
-    except av.error.FFmpegError as error:
+    except BROKEN as error:
         raise PlanBroken from error
     expected = np.sort(pts[: len(first)][shown[: len(first)]]).tolist()
     if frames != expected:

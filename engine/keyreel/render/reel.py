@@ -21,10 +21,11 @@ from av.stream import Discard
 from av.video.reformatter import ColorRange, Colorspace
 
 from keyreel.config import ImageTransform, Sampling
-from keyreel.decode.sampling import NoFrames
+from keyreel.decode.packets import BROKEN, demux
 from keyreel.decode.source import Source, select_video
 from keyreel.decode.stream import FrameStream, distinct
-from keyreel.errors import RenderError
+from keyreel.decode.timeline import start_seconds
+from keyreel.errors import NoFrames, RenderError
 from keyreel.render.files import atomic_write
 from keyreel.types import F32, U8, Progress, Shot, VideoInfo
 
@@ -314,24 +315,23 @@ class _SoundReader:
 
 
 def _origin(container: InputContainer) -> float:
-    """Where the video's time begins, on the file's clock."""
+    """Where time begins, on the file's clock."""
     stream = select_video(container)
-    if stream is not None and stream.start_time is not None and stream.time_base is not None:
-        return float(stream.start_time * stream.time_base)
-    return 0.0 if container.start_time is None else container.start_time / av.time_base
+    start = None if stream is None else start_seconds(container, stream)
+    return float(start or 0)
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[av.AudioFrame]:
     """Frames that can be decoded; a damaged packet is skipped and leaves a gap, which becomes silence."""
-    packets = container.demux(stream)
+    packets = demux(container, stream)
     while True:
         try:
             packet = next(packets, None)
-        except av.FFmpegError:
+        except BROKEN:
             return
         if packet is None:
             return
         try:
             yield from packet.decode()
-        except av.FFmpegError:
+        except BROKEN:
             continue

@@ -1,0 +1,231 @@
+"""Files that were wrong once: small ones of the kinds that people reported."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from keyreel import Engine, Sampling
+from keyreel.decode.source import Source
+from keyreel.errors import CorruptStream, NoFrames, SourceError
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    with Engine.from_pretrained(device="cpu") as opened:
+        yield opened
+
+
+def read(
+    engine: Engine, video: Any, sampling: Sampling, **options: Any
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Times, pictures and warnings of all batches."""
+    with engine.frames(video, sampling, **options) as stream:
+        batches = list(stream)
+        warnings = stream.warnings
+    return (
+        np.concatenate([batch.pts_seconds for batch in batches]),
+        np.concatenate([batch.data for batch in batches]),
+        warnings,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [
+        ("audio_begins_later.flv", 150),
+        ("spatial_mvhevc_5frames.mov", 5),
+        ("mjpeg_exif.avi", 30),
+        ("qtrle_keyframes.mov", None),
+        ("edit_list_no_key_frame_shown.mp4", None),
+    ],
+)
+def test_reported_files_give_their_frames(
+    engine: Engine, media: Callable[[str], Path], name: str, frames: int | None
+) -> None:
+    path = media(f"reported/{name}")
+    times, _, _ = read(engine, path, Sampling(mode="all"))
+    if frames is not None:
+        assert len(times) == frames
+    assert (np.diff(times) > 0).all()
+    keys, _, _ = read(engine, path, Sampling(mode="keyframes"))
+    assert set(keys) <= set(times)
+    assert keys[0] == times[0]
+
+
+def test_a_stream_list_that_changes_gives_frames_or_an_error_of_the_tree(
+    engine: Engine, media: Callable[[str], Path]
+) -> None:
+    times, _, _ = read(engine, media("reported/stream_list_changes.flv"), Sampling(mode="all"))
+    assert len(times) > 0
+    assert (np.diff(times) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["h264_bframes.avi", "xvid_bframes.avi"])
+def test_avi_has_its_frames_on_the_grid(engine: Engine, media: Callable[[str], Path], name: str) -> None:
+    path = media(f"reported/{name}")
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        rate = stream.average_rate
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    times, found, warnings = read(engine, path, Sampling(mode="all"))
+    assert len(found) == len(pictures)
+    slots = times * float(rate)
+    np.testing.assert_allclose(slots, slots.round(), atol=1e-4)
+    assert (np.diff(slots.round()) >= 1).all()
+    assert slots[-1] <= len(times) + 2  # an empty chunk leaves its slot out
+    assert warnings == ()
+    for n, own in enumerate(found):  # in the decoder's order
+        near = range(max(0, n - 3), min(len(pictures), n + 4))
+        assert min(near, key=lambda other: np.abs(own.astype(int) - pictures[other]).mean()) == n
+
+
+@pytest.mark.parametrize("name", ["short_raw.264", "no_duration.webm"])
+def test_the_end_is_known_after_the_first_pass(engine: Engine, media: Callable[[str], Path], name: str) -> None:
+    path = media(f"reported/{name}")
+    times, _, _ = read(engine, path, Sampling(mode="all"))
+    step = float(np.median(np.diff(times)))
+    for sampling in (Sampling(mode="all"), Sampling(mode="keyframes"), Sampling(fps=0.5)):
+        with engine.frames(path, sampling) as stream:
+            list(stream)
+            assert stream.end_seconds == pytest.approx(times[-1] + step, abs=1.01 * step), sampling
+    summary = engine.summarize(path, keyframes=1)
+    assert summary.shots[-1].stop_seconds == pytest.approx(times[-1] + step, abs=1.01 * step)
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "first", "last", "said"),
+    [
+        ("clock_starts_at_100000s.mkv", 100, 0.023, 3.983, None),  # the sound begins 23 ms before the picture
+        ("video_starts_5s_after_audio.mkv", 100, 5.023, 8.983, None),
+        (
+            "ts_clock_restarts.ts",
+            200,
+            0.0,
+            7.96,
+            "leaps of the clock, as between joined recordings: 1 (first: at 4.000 s)",
+        ),
+        ("stray_pts.mp4", 200, 0.0, 7.96, "(first: at 4.0"),
+    ],
+)
+def test_clocks_are_those_of_players(
+    engine: Engine, media: Callable[[str], Path], name: str, frames: int, first: float, last: float, said: str | None
+) -> None:
+    path = media(f"reported/{name}")
+    times, _, warnings = read(engine, path, Sampling(mode="all"))
+    assert (len(times), times[0], times[-1]) == (frames, pytest.approx(first, abs=2e-3), pytest.approx(last, abs=2e-3))
+    assert np.diff(times).max() < 0.13
+    assert len(warnings) == (said is not None)
+    assert said is None or said in warnings[0]
+    some, _, _ = read(engine, path, Sampling(fps=2.0))
+    assert set(some) <= set(times)
+    summary = engine.summarize(path, keyframes=2)
+    assert summary.shots[-1].stop_seconds == pytest.approx(last + 0.04, abs=0.05)
+
+
+@pytest.mark.parametrize("leap", [-30.0, 50.0, 3 * 3600.0])
+def test_joined_recordings_play_through(tmp_path: Path, engine: Engine, leap: float) -> None:
+    """A clock that is set back or forth after two of four seconds; and pauses, which are no leaps."""
+    base = Fraction(1, 90_000)
+
+    def written(path: Path, ticks: list[int]) -> Path:
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg2video", rate=25)
+            stream.width, stream.height, stream.time_base = 64, 48, base
+            stream.codec_context.max_b_frames = 0
+            packets = []
+            for n in range(len(ticks)):
+                frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), n, np.uint8), format="rgb24")
+                frame.pts, frame.time_base = n, Fraction(1, 25)
+                packets += stream.encode(frame)
+            for packet, tick in zip([*packets, *stream.encode(None)], ticks, strict=True):
+                packet.pts = packet.dts = tick
+                packet.time_base = base
+                container.mux(packet)
+        return path
+
+    first = [(100_000 + 3600 * n) for n in range(50)]
+    second = [first[-1] + 3600 * (n + 1) + round(leap * 90_000) for n in range(50)]
+    parts = [written(tmp_path / f"{n}.ts", ticks) for n, ticks in enumerate((first, [max(t, 0) for t in second]))]
+    if leap < 0:
+        parts[1] = written(tmp_path / "1.ts", [3600 * n for n in range(50)])
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(parts[0].read_bytes() + parts[1].read_bytes())
+    times, _, warnings = read(engine, joined, Sampling(mode="all"))
+    assert len(times) >= 98
+    assert np.diff(times).max() < 0.2
+    assert times[-1] < 5
+    assert any("leaps of the clock" in warning for warning in warnings) or abs(leap) < 10
+    slides = written(tmp_path / "slides.mp4", [90_000 * 40 * n for n in range(6)])
+    times, _, warnings = read(engine, slides, Sampling(mode="all"))
+    np.testing.assert_allclose(times, 40.0 * np.arange(6), atol=1e-3)
+    assert warnings == ()
+
+
+def test_damage_gives_the_same_frames_whatever_the_threads(media: Callable[[str], Path]) -> None:
+    path = media("reported/damaged_near_end.mp4")
+    found = []
+    for threads in (1, 4, 16):
+        with Engine.from_pretrained(device="cpu", threads=threads) as engine:
+            found.append(read(engine, path, Sampling(mode="all")))
+    for times, pictures, warnings in found:
+        assert len(times) == 99
+        np.testing.assert_array_equal(times, found[0][0])
+        np.testing.assert_array_equal(pictures, found[0][1])
+        assert warnings == found[0][2]
+        assert any("damaged" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP"])
+def test_a_picture_is_called_a_picture(kind: str) -> None:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(file, kind)
+    with Source(file.getvalue()) as source, pytest.raises(SourceError, match="picture, not a video"):
+        source.probe()
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        ValueError("29 is not a valid Type"),
+        OverflowError("no"),
+        IndexError("no"),
+        UnicodeDecodeError("utf-8", b"x", 0, 1, "no"),
+    ],
+)
+def test_what_pyav_raises_beside_its_errors_is_a_damaged_packet(
+    engine: Engine, media: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    from keyreel.decode.decoder import CpuWorker
+
+    plain, calls = CpuWorker.decode, iter(range(10**9))
+
+    def decode(self: CpuWorker, packet: Any, *, wanted: bool = True) -> Any:
+        if next(calls) in (20, 60):
+            raise raised
+        return plain(self, packet, wanted=wanted)
+
+    monkeypatch.setattr(CpuWorker, "decode", decode)
+    times, _, _ = read(engine, media("natural/test.mp4"), Sampling(mode="all"))
+    assert len(times) >= 50
+    monkeypatch.setattr(CpuWorker, "decode", lambda *_, **__: (_ for _ in ()).throw(raised))
+    with pytest.raises(CorruptStream):
+        read(engine, media("natural/test.mp4"), Sampling(mode="all"))
+
+
+def test_no_frames_is_an_error_of_the_source(engine: Engine, media: Callable[[str], Path]) -> None:
+    with pytest.raises(NoFrames) as caught:
+        read(engine, media("natural/test.mp4"), Sampling(start_seconds=1000.0))
+    assert isinstance(caught.value, SourceError)
+    assert caught.value.exit_code == 3
