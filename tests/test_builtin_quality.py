@@ -57,7 +57,7 @@ def test_absent_labels_score_below_the_thresholds() -> None:
     bundle = Bundle.find("builtin")
     towers = measure.Towers(bundle.folder)
     shown = measure.halves(measure.show(towers, TRAINSET))[1]
-    least = dict(zip(measure.LIBRARIES, (0.92, 0.89, 0.85, 0.77, 0.69, 0.60, 0.49, 0.47, 0.43), strict=True))
+    least = dict(zip(measure.LIBRARIES, (0.92, 0.89, 0.85, 0.74, 0.66, 0.53, 0.46, 0.44, 0.40), strict=True))
     for size, present, absent in measure.ask_libraries(towers, shown, libraries=300, seed=1):
         threshold = bundle.match_threshold(size)
         assert (present >= threshold).mean() > 0.85, size

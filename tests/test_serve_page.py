@@ -499,6 +499,16 @@ def test_videos_are_added_and_jobs_told(page: Any, site: Site, media: Callable[[
     assert page.inner_text("#said") == "long.mp4: cancelled"
 
 
+def test_words_that_the_model_does_not_know_are_named(page: Any, site: Site) -> None:
+    page.goto("/?q=a+zwyxq+flower")
+    _comes(page, "document.querySelector('#count').textContent.endsWith('; the model does not know “zwyxq”')")
+    page.goto("/?q=zzzz+qqqq")
+    told = "; nothing matches well; the model does not know “zzzz”, “qqqq”"
+    _comes(page, f"document.querySelector('#count').textContent.endsWith('{told}')")
+    page.goto("/?q=flower")
+    _comes(page, "/ms$|well$/.test(document.querySelector('#count').textContent)")
+
+
 def test_errors_stand_where_they_happen(page: Any, site: Site) -> None:
     hits = site.get("search", q="water", k=24)["hits"]
     answers = [(429, {"Retry-After": "1"}), (503, {})]

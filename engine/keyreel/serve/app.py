@@ -146,10 +146,15 @@ def _add_search(router: APIRouter, service: Service) -> None:
         began = time.perf_counter()
         if not text.strip() or len(text) > MAX_QUERY:
             raise ApiError(422, "invalid", f"q must have 1 to {MAX_QUERY} characters, got {len(text)}")
-        hits, weak = await service.batcher.search(text, k, where)
-        unknown = await service.pool.run(service.library.unknown_words, text)
-        seconds, moments = time.perf_counter() - began, models.moments(hits, base)
-        return models.Hits(query=text, seconds=seconds, weak_score=weak, unknown_words=unknown, hits=moments)
+        found = await service.batcher.search(text, k, where)
+        seconds = time.perf_counter() - began
+        return models.Hits(
+            query=text,
+            seconds=seconds,
+            weak_score=found.weak_score,
+            unknown_words=list(found.unknown_words),
+            hits=models.moments(found.hits, base),
+        )
 
     @router.get("/api/v1/search", tags=["search"])
     async def search(request: Request, query: Annotated[models.TextSearch, Query()]) -> models.Hits:

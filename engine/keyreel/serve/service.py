@@ -150,9 +150,12 @@ class Service:
     def _search_texts(self, texts: Sequence[str], k: int, where: Filter) -> list[Answer]:
         self._check(where, k)
         if not self.library.exists():
-            return [([], None) for _ in texts]
-        answers = zip(texts, self.library.search_many(texts, k=k, where=where), strict=True)
-        return [(hits, self.library.match_threshold(text, where)) for text, hits in answers]
+            return [Answer([]) for _ in texts]
+        library, found = self.library, self.library.search_many(texts, k=k, where=where)
+        return [
+            Answer(hits, library.match_threshold(text, where), library.unknown_words(text))
+            for text, hits in zip(texts, found, strict=True)
+        ]
 
     def _add(self, path: Path, report: Progress, stop: Callable[[], bool]) -> Added | None:
         # The job may be older than the folders allowed now, and a link may have been put in the file's place.

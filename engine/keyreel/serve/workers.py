@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from keyreel.library.types import Filter, LibraryHit
 from keyreel.serve.metrics import Metrics
@@ -16,7 +16,15 @@ from keyreel.serve.security import too_busy
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Answer = tuple[list[LibraryHit], float | None]  # hits, and the score below which a text hardly matches
+
+
+class Answer(NamedTuple):
+    """To a text."""
+
+    hits: list[LibraryHit]
+    weak_score: float | None = None  # below it, hits hardly match
+    unknown_words: Sequence[str] = ()  # that the model does not know
+
 
 MAX_WAITING = 64  # requests without a thread; more are told to come back
 BATCH = 32  # text queries in one pass

@@ -204,9 +204,9 @@ function layout(params) {
   const from = `${count(hits.length, "moment")} in ${count(groups.length, "video")}`;
   const weak = typeof found.weak_score === "number" && best < found.weak_score ? "; nothing matches well" : "";
   const took = `${Math.max(1, Math.round(1000 * found.seconds))} ms`;
-  const unknown = found.unknown_words.map((word) => `“${word}”`).join(", ");
-  $("#count").textContent = hits.length === 0 ? "Nothing was found." : `${from}, ${took}${weak}`;
-  if (unknown) $("#count").textContent += ` The model does not know ${unknown}.`;
+  const words = found.unknown_words.map((word) => `“${word}”`).join(", ");
+  const unknown = words && `; the model does not know ${words}`;
+  $("#count").textContent = hits.length === 0 ? "Nothing was found." : `${from}, ${took}${weak}${unknown}`;
   $(".choice").hidden = hits.length === 0;
   $("#more").hidden = hits.length < Number(params.get("k") ?? PAGE) || hits.length >= MOST;
   video.results(hits.map((hit) => ({ id: hit.video_id, seconds: hit.pts_seconds })));
