@@ -251,6 +251,7 @@ def test_search_page_in_a_browser(tmp_path, browser):
     assert "Content Security Policy" not in browser(page, "--dump-dom")[1]
     script = """<script>
       const frame = document.querySelector(".region"), card = document.querySelector(".card");
+      frame.style.transition = "none";  // what counts is where it ends
       const look = () => [getComputedStyle(frame).opacity, card.clientWidth, card.clientHeight].join();
       const before = look(), box = card.querySelector("img").getBoundingClientRect();
       card.querySelector("a").focus();
