@@ -57,10 +57,10 @@ def test_absent_labels_score_below_the_thresholds() -> None:
     bundle = Bundle.find("builtin")
     towers = measure.Towers(bundle.folder)
     shown = measure.halves(measure.show(towers, TRAINSET))[1]
-    least = dict(zip(measure.LIBRARIES, (0.92, 0.89, 0.85, 0.74, 0.66, 0.53, 0.46, 0.44, 0.40), strict=True))
+    least = dict(zip(measure.LIBRARIES, (0.92, 0.89, 0.85, 0.77, 0.69, 0.55, 0.49, 0.48, 0.43), strict=True))
     for size, present, absent in measure.ask_libraries(towers, shown, libraries=300, seed=1):
         threshold = bundle.match_threshold(size)
-        assert (present >= threshold).mean() > 0.85, size
+        assert (present >= threshold).mean() > 0.87, size
         assert (absent < threshold).mean() > least.pop(size), size
     assert not least
 
@@ -99,7 +99,7 @@ def test_unknown_words_leave_the_rest_of_the_query(engine: Engine) -> None:
     [
         ("puppy", "dog", "car", 0.25),
         ("automobile", "car", "dog", 0.35),
-        ("bicycles", "bicycle", "pizza", 0.55),
+        ("bicycles", "bicycle", "pizza", 0.6),
         ("a man rides a horse on a beach", "horse", "laptop", 0.15),
         ("people walking in a city", "people", "frog", 0.3),
     ],

@@ -164,7 +164,7 @@ def test_joined_recordings_play_through(tmp_path: Path, engine: Engine, leap: fl
     assert len(times) >= 98
     assert np.diff(times).max() < 0.2
     assert times[-1] < 5
-    assert any("leaps of the clock" in warning for warning in warnings) or abs(leap) < 10
+    assert any("leaps of the clock" in warning for warning in warnings)
     slides = written(tmp_path / "slides.mp4", [90_000 * 40 * n for n in range(6)])
     times, _, warnings = read(engine, slides, Sampling(mode="all"))
     np.testing.assert_allclose(times, 40.0 * np.arange(6), atol=1e-3)

@@ -91,6 +91,13 @@ def test_a_misspelled_word_is_read_as_the_one_that_was_meant(encoder: TextEncode
     assert encoder.unknown_words("zwyxq elephnat") == ["zwyxq"]
 
 
+def test_long_words_and_texts_cost_little(encoder: TextEncoder) -> None:
+    assert misspellings("x" * 25) == set()
+    assert encoder.unknown_words("x" * 20_000) == ["x" * 20_000]
+    many = " ".join(f"{'qxz'[n % 3]}{chr(97 + n % 26)}{chr(97 + n // 26 % 26)}vwq" for n in range(600))
+    assert encoder.encode([many, "word " * 5000]).shape[0] == 2
+
+
 @given(word=st.text("abcdefg", min_size=5, max_size=9), data=st.data())
 def test_misspellings_are_one_edit_away(word: str, data: st.DataObject) -> None:
     found = misspellings(word)
@@ -136,4 +143,5 @@ def test_a_text_of_unknown_words_has_no_good_match() -> None:
         assert engine.unknown_words("a zwyxq dog") == ["zwyxq"]
         assert engine.match_threshold("a zwyxq dog", 5) == engine.bundle.match_threshold(5)
         assert engine.match_threshold("the zwyxq", 5) == 1.0
+        assert engine.match_threshold("Zwýxq & zwýxq", 5) == 1.0
         assert engine.match_threshold("of the", 5) == engine.bundle.match_threshold(5)

@@ -207,7 +207,7 @@ class ServeConfig:
     token: str | None = field(default=None, repr=False)  # what callers must send as bearer token
     hosts: tuple[str, ...] = ()  # accepted names in the Host header; on loopback its own by default
     threads: int = 4  # requests worked on at a time
-    timeout_seconds: float = 30.0  # longest work on one request (504)
+    timeout_seconds: float = 30.0  # longest work on one request (504), and longest wait for its header
     job_threads: int = 1  # videos indexed at a time
     max_jobs: int = 256  # jobs that may wait; more get 429
     upload_bytes: int = 4 << 30  # largest upload, in bytes

@@ -216,8 +216,8 @@ class Engine:
         """The best score below which nothing matches a text well, see `Bundle.match_threshold`; 1 for a text of which
         the model knows no word.
         """
-        known = [word for word in words_of(text) if word not in SILENT]
-        if known and not set(known) - set(self.unknown_words(text)):
+        said = set(words_of(text)) - SILENT
+        if said and len(self.unknown_words(text)) == len(said):
             return 1.0
         return self.bundle.match_threshold(moments)
 

@@ -61,8 +61,8 @@ def videos_in(folder: Path, *, hidden: bool = False) -> tuple[list[Path], Counte
         ]
         if len(kept) < len(inside):
             passed["folders that are hidden, a system's, or ignored"] += len(inside) - len(kept)
-        inside[:] = sorted(kept)
-        for file in sorted(files):
+        inside[:] = kept
+        for file in files:
             path = here / file
             reason = _reason_against(path, own, hidden=hidden)
             if reason is None:

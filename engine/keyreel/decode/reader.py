@@ -102,7 +102,7 @@ class Reader:
         # Reading all packets first gains nothing for a decoder that decodes all of them.
         self._planning = not decoder.whole or sampling.mode != "all" or sampling.start_seconds > 0
         self._shared = True  # one worker may decode in several threads
-        self._keys: set[int | None] = set()  # pts of key packets, where frames do not say that they are key frames
+        self._keys = set[int | None]()  # pts of key packets, where frames do not say that they are key frames
 
     def warnings(self) -> tuple[str, ...]:
         """What was wrong or done, so far."""
@@ -336,7 +336,7 @@ class Reader:
             if fed is not None and packet is not None and packet.dts is not None:
                 heappush(fed, packet.dts)
             if packet is not None and packet.is_keyframe and worker.stream.codec_context.name in _UNTYPED:
-                self._keys.add(packet.pts)
+                self._keys |= {packet.pts} - {None}
             try:
                 frames = worker.decode(packet)
             except BROKEN as error:

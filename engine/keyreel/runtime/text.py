@@ -98,7 +98,7 @@ class Tokenizer:
         if self._mark is None:
             return text
         text = self._tokenizer.normalizer.normalize_str(text)
-        for word in dict.fromkeys(words_of(text)):
+        for word in dict.fromkeys(words_of(text)[: self.context_length]):  # the model reads no more
             if not self._listed(stems(word)) and len(meant := self._listed(misspellings(word))) == 1:
                 text = re.sub(rf"(?<![^\W\d_]){word}(?![^\W\d_])", meant.pop(), text, flags=re.IGNORECASE)
         return text

@@ -13,6 +13,7 @@ out off front and or but as while is are be being was were has have having there
 which
 """
 SILENT = frozenset(_SILENT.split())
+LONGEST = 24  # letters of a word that may be misspelled; the work grows with their square
 _WORD = re.compile(r"[^\W\d_]+")
 _ENDINGS = (("ies", ("y",)), ("es", ("",)), ("s", ("",)), ("ing", ("", "e")), ("ed", ("", "e")))
 
@@ -32,11 +33,11 @@ def stems(word: str) -> set[str]:
 
 
 def misspellings(word: str) -> set[str]:
-    """What may have been meant by a word of at least five letters: all that differs by one letter that is missing, too
-    much, another one, or exchanged with the next; the first letter stays (Norvig 2007, "How to write a spelling
+    """What may have been meant by a word of five to LONGEST letters: all that differs by one letter that is missing,
+    too much, another one, or exchanged with the next; the first letter stays (Norvig 2007, "How to write a spelling
     corrector").
     """
-    if len(word) < 5:
+    if not 5 <= len(word) <= LONGEST:
         return set()
     halves = [(word[:at], word[at:]) for at in range(1, len(word) + 1)]
     found = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from keyreel_export.builtin.phrases import BROAD, TEMPLATES, Phrase, View, capti
 from keyreel_export.builtin.scenes import COLOURS, SHAPES, Scene
 from keyreel_export.builtin.wordnet import Nouns
 
+T = TypeVar("T")
 Drawn = tuple[list[str], list[dict[int, float]]]  # texts, and the known things (places, weights) that each stands for
 
 
@@ -120,7 +122,7 @@ class Language:
         """Random words that stand for known things, half of them everyday ones."""
         texts, parts = [], []
         for _ in range(count):
-            word = _pick(self._everyday if rng.random() < 0.5 else self._all, rng)
+            word = pick(self._everyday if rng.random() < 0.5 else self._all, rng)
             texts.append(_dress(plural(word) if rng.random() < 0.2 else word, rng))
             parts.append(self._words.get(word, {}))
         return texts, parts
@@ -132,22 +134,22 @@ class Language:
         parts: list[dict[int, float]] = []
         while len(texts) < count:
             wanted: dict[int, float] = {}
-            filled = {"a": _pick(say["articles"], rng) if rng.random() < 0.8 else ""}
-            filled |= {name: _pick(say[pool], rng) for name, pool in (("verb", "verbs"), ("prep", "prepositions"))}
-            filled["adj"] = _pick(say["adjectives"], rng)
+            filled = {"a": pick(say["articles"], rng) if rng.random() < 0.8 else ""}
+            filled |= {name: pick(say[pool], rng) for name, pool in (("verb", "verbs"), ("prep", "prepositions"))}
+            filled["adj"] = pick(say["adjectives"], rng)
             if rng.random() < 0.15:  # a made-up word
-                filled["adj"] = "".join(_pick("bcdfghklmnprstvwzaeiou", rng) for _ in range(int(rng.integers(3, 9))))
+                filled["adj"] = "".join(pick("bcdfghklmnprstvwzaeiou", rng) for _ in range(int(rng.integers(3, 9))))
             pools = {"thing": self._everyday if rng.random() < 0.7 else self._all, "thing2": self._everyday}
             pools |= {"person": self._people, "action": self._actions, "place": say["places"]}
-            pattern = _pick(say["sentences"], rng)
+            pattern = pick(say["sentences"], rng)
             for slot, pool in pools.items():
                 if f"{{{slot}}}" in pattern:
-                    word = _pick(pool, rng)
+                    word = pick(pool, rng)
                     weight = 0.5 if slot == "person" else 0.8 if slot == "place" else 1.0
                     for place, share in self._words.get(word, {}).items():
                         wanted[place] = wanted.get(place, 0.0) + weight * share
                     said = plural(word) if slot.startswith("thing") and rng.random() < 0.2 else word
-                    filled[slot] = f"{_pick(('a', 'the', 'a', ''), rng)} {said}" if slot == "person" else said
+                    filled[slot] = f"{pick(('a', 'the', 'a', ''), rng)} {said}" if slot == "person" else said
             if wanted:
                 texts.append(" ".join(pattern.format(**filled).split()))
                 parts.append(wanted)
@@ -189,12 +191,13 @@ def plural(word: str) -> str:
     return word + "s"
 
 
-def _pick(pool: Sequence[str], rng: np.random.Generator) -> str:
+def pick(pool: Sequence[T], rng: np.random.Generator) -> T:
+    """One of them, all alike likely."""
     return pool[int(rng.integers(len(pool)))]
 
 
 def _dress(text: str, rng: np.random.Generator) -> str:
-    return _pick(TEMPLATES, rng).format(text) if rng.random() < 0.5 else text
+    return pick(TEMPLATES, rng).format(text) if rng.random() < 0.5 else text
 
 
 def read_lists(path: Path) -> dict[str, list[str]]:

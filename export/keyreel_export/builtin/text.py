@@ -36,7 +36,7 @@ from keyreel_export.builtin.bundle import Texts, write_text
 from keyreel_export.builtin.data import Example, read_examples
 from keyreel_export.builtin.distil import draw_scenes
 from keyreel_export.builtin.knowledge import Glove, Meaning, Sentences
-from keyreel_export.builtin.language import plural, read_lists, read_rows
+from keyreel_export.builtin.language import pick, plural, read_lists, read_rows
 from keyreel_export.builtin.measure import Towers, measure_all
 from keyreel_export.builtin.phrases import TEMPLATES, encode
 from keyreel_export.builtin.student import CONTEXT_LENGTH, EMBEDDING_WIDTH, UNKNOWN_MARK, TextTower
@@ -139,7 +139,7 @@ class Phrases:
                 text = own[n]
                 if kind in ("names", "words", "lemmas"):
                     text = plural(text) if rng.random() < 0.15 else text
-                    text = TEMPLATES[int(rng.integers(len(TEMPLATES)))].format(text) if rng.random() < 0.4 else text
+                    text = pick(TEMPLATES, rng).format(text) if rng.random() < 0.4 else text
                 texts.append(careless(text, rng))
                 rows.append(self.targets[kind][n])
         return texts, torch.stack(rows).float()
@@ -151,7 +151,7 @@ def careless(text: str, rng: np.random.Generator) -> str:
     if rng.random() < MISSPELLED:
         long = [n for n, word in enumerate(words) if len(word) > 4 and word.isalpha()]
         if long:
-            place = long[int(rng.integers(len(long)))]
+            place = pick(long, rng)
             words[place] = misspelled(words[place], rng)
     if rng.random() < ODD:
         odd = str(rng.integers(2100)) if rng.random() < 0.2 else _pick_letters(int(rng.integers(3, 10)), rng)
@@ -230,7 +230,7 @@ def make_sentences(
     people = [w for e in entries if "person" in e.words for w in e.words] + ["man", "woman", "boy", "girl", "people"]
     texts = []
     for _ in range(SENTENCES):
-        pattern = grammar["sentences"][int(rng.integers(len(grammar["sentences"])))]
+        pattern = pick(grammar["sentences"], rng)
         filled = {slot: pool.draw(rng) for slot, pool in pools.items()}
         for slot, common in (
             ("thing", names),
@@ -239,14 +239,12 @@ def make_sentences(
             ("verb", grammar["verbs"]),
         ):
             if rng.random() < 0.35:
-                filled[slot] = common[int(rng.integers(len(common)))]
+                filled[slot] = pick(common, rng)
         for slot in ("thing", "thing2"):
             filled[slot] = plural(filled[slot]) if rng.random() < 0.2 else filled[slot]
         drawn = {"a": "articles", "prep": "prepositions"}
-        filled |= {slot: grammar[pool][int(rng.integers(len(grammar[pool])))] for slot, pool in drawn.items()}
-        filled["person"] = (
-            f"a {people[int(rng.integers(len(people)))]}" if rng.random() < 0.6 else f"a {pools['thing'].draw(rng)}"
-        )
+        filled |= {slot: pick(grammar[pool], rng) for slot, pool in drawn.items()}
+        filled["person"] = f"a {pick(people, rng)}" if rng.random() < 0.6 else f"a {pools['thing'].draw(rng)}"
         texts.append(" ".join(pattern.format(**filled).split()))
     return texts
 
