@@ -258,7 +258,8 @@ def test_the_table_of_colours_is_close_to_the_formulas(transfer: str) -> None:
     expected = np.array([[slow_tone_map(tuple(int(v) for v in pixel), transfer) for pixel in row] for row in codes])
     for _ in range(2):
         away = np.abs(mapped(VideoFrame.from_ndarray(codes, PLANAR)) - expected)
-        assert away.mean() <= 0.3 and np.quantile(away, 0.99) <= 2  # rounding alone: 0.25 and 0.5
+        assert away.mean() <= 0.3
+        assert np.quantile(away, 0.99) <= 2
 
 
 @pytest.mark.parametrize("transfer", ["pq", "hlg"])

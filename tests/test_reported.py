@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from keyreel import Engine, Sampling
+from keyreel.config import DecodeLimits
 from keyreel.decode.source import Source
-from keyreel.errors import CorruptStream, NoFrames, SourceError
+from keyreel.errors import CorruptStream, NoFrames, SourceError, UnsupportedCodec
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -229,3 +231,100 @@ def test_no_frames_is_an_error_of_the_source(engine: Engine, media: Callable[[st
         read(engine, media("natural/test.mp4"), Sampling(start_seconds=1000.0))
     assert isinstance(caught.value, SourceError)
     assert caught.value.exit_code == 3
+
+
+def small(container: str, codec: str = "libx264", *, tag: str = "", behind: bytes = b"", **options: str) -> bytes:
+    """40 pictures of 64 x 64; `behind` is put behind each packet."""
+    file, rng = io.BytesIO(), np.random.default_rng(3)
+    with av.open(file, "w", format=container, options=options) as made:
+        stream: Any = made.add_stream(codec, rate=30)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+        if tag:
+            stream.codec_context.codec_tag = tag
+        pictures = rng.integers(0, 256, (40, 64, 64, 3), np.uint8)
+        frames = [av.VideoFrame.from_ndarray(picture, "rgb24") for picture in pictures]
+        for packet in (packet for frame in [*frames, None] for packet in stream.encode(frame)):
+            longer: Any = av.Packet(bytes(packet) + behind)
+            longer.stream, longer.time_base, longer.is_keyframe = stream, packet.time_base, packet.is_keyframe
+            longer.pts, longer.dts = packet.pts, packet.dts
+            made.mux(longer)
+    return file.getvalue()
+
+
+def scrambled(data: bytes) -> bytes:
+    """A transport stream with the payload of its pictures scrambled."""
+    packets = [bytearray(data[at : at + 188]) for at in range(0, len(data), 188)]
+    for packet in packets:
+        if (packet[1] & 31) << 8 | packet[2] == 0x100:
+            packet[3] |= 0x80
+            packet[12:] = bytes(value ^ 0x5A for value in packet[12:])
+    return b"".join(packets)
+
+
+def test_an_encrypted_file_is_called_encrypted(engine: Engine) -> None:
+    key = "00112233445566778899aabbccddeeff"
+    protected = small("mp4", encryption_scheme="cenc-aes-ctr", encryption_key=key, encryption_kid=key)
+    for video in (protected, scrambled(small("mpegts"))):
+        with pytest.raises(UnsupportedCodec, match="its video is encrypted"):
+            read(engine, video, Sampling(fps=1.0))
+
+
+@pytest.mark.parametrize(
+    ("video", "warning"),
+    [
+        ({"container": "mp4", "tag": "dvh1"}, "Dolby Vision profile 5"),
+        ({"container": "mpegts", "behind": b"\0\0\1\x7c\x01\x19\x08\x09\x10\x20"}, "Dolby Vision profile 5"),
+        ({"container": "mp4"}, None),
+    ],
+)
+@pytest.mark.parametrize("mode", ["all", "keyframes"])
+def test_dolby_vision_without_a_base_for_others_is_said(
+    engine: Engine, video: dict[str, Any], warning: str | None, mode: str
+) -> None:
+    _, _, warnings = read(engine, small(codec="libx265", **video), Sampling(mode=mode))  # type: ignore[arg-type]
+    assert [text for text in warnings if warning and warning in text] == list(warnings)
+    assert len(warnings) == (warning is not None)
+
+
+def test_a_second_view_is_noted(engine: Engine, media: Callable[[str], Path]) -> None:
+    _, _, warnings = read(engine, media("reported/spatial_mvhevc_5frames.mov"), Sampling(mode="all"))
+    assert any("a second view" in warning for warning in warnings)
+
+
+def test_an_index_of_millions_is_refused_before_it_is_read(engine: Engine) -> None:
+    data = bytearray(small("mp4", "mpeg4"))
+    sizes, times, chunks = (data.index(name) for name in (b"stsz", b"stts", b"stsc"))
+    struct.pack_into(">II", data, sizes + 8, 1, 11_000_000)  # all of one byte
+    struct.pack_into(">III", data, times + 8, 1, 11_000_000, 1)
+    struct.pack_into(">IIII", data, chunks + 8, 1, 1, 11_000_000, 1)
+    with pytest.raises(SourceError, match="more than 10368000 pictures"):
+        read(engine, bytes(data), Sampling(fps=1.0))
+
+
+def test_packets_that_give_no_picture_end_the_file(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("reader", "source"):
+        monkeypatch.setattr(f"keyreel.decode.{module}.BARREN_PACKETS", 50)
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as made:
+        stream: Any = made.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24")
+        for number, packet in enumerate([*stream.encode(frame), *[av.Packet(b"\1") for _ in range(1000)]]):
+            packet.stream, packet.time_base = stream, Fraction(1, 30)
+            packet.pts = packet.dts = number
+            made.mux(packet)
+    times, _, warnings = read(engine, file.getvalue(), Sampling(mode="all"))
+    assert len(times) == 1
+    assert any("50 packets in a row without a picture" in warning for warning in warnings)
+
+
+def test_more_pictures_than_the_limit_are_refused() -> None:
+    refused = pytest.raises(SourceError, match="more than 39 pictures")
+    with Source(small("matroska"), limits=DecodeLimits(max_frames=39)) as source, refused:
+        source.probe()
+    with Source(small("matroska"), limits=DecodeLimits(max_frames=40)) as source:
+        timeline = source.timeline()
+        assert timeline is not None
+        assert len(timeline.shown) == 40

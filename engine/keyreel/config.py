@@ -82,6 +82,7 @@ class DecodeLimits:
 
     max_pixels: int = 16384 * 8704  # largest coded picture, in pixels
     max_duration_seconds: float = 24 * 3600.0  # longest video
+    max_frames: int = 24 * 3600 * 120  # most pictures in the file
     allow_network: bool = False  # allow http and https URLs
 
 

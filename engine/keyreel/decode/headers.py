@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from av.packet import Packet
+from av.video.reformatter import ColorTrc
 from av.video.stream import VideoStream
 
 from keyreel.decode.sampling import PlanBroken
@@ -159,6 +160,21 @@ def units(data: bytes, width: int) -> Iterable[bytes]:
         units.append(data[at + width : at + width + size])
         at += width + max(size, 1)
     return (unit for unit in units if unit)
+
+
+def remarks_of(stream: VideoStream, packet: Packet[VideoStream]) -> tuple[str, ...]:
+    """What a user should know of the pictures of a stream, by its header and first packet."""
+    codec, found = stream.codec_context, []
+    own: list[bytes] = []
+    if codec.name == "hevc":  # nal_unit_header(): ITU-T H.265, 7.3.1.2
+        own = [unit for unit in units(bytes(packet), _length_bytes("hevc", bytes(codec.extradata or b""))) if unit[1:]]
+    if any(unit[0] & 1 or unit[1] >> 3 for unit in own):
+        found.append("a second view is there (MV-HEVC, spatial video): the first is shown")
+    # Dolby's metadata is a unit of type 62. Where the base layer does not name its transfer, it is for Dolby only.
+    dolby = codec.codec_tag in ("dvh1", "dvhe", "dav1") or any(unit[0] >> 1 & 63 == 62 for unit in own)
+    if dolby and codec.color_trc == ColorTrc.UNSPECIFIED:
+        found.append("Dolby Vision profile 5: without its metadata colours are wrong, green and violet")
+    return tuple(found)
 
 
 def _hevc_layers(extradata: bytes) -> set[int]:

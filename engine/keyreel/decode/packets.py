@@ -10,6 +10,7 @@ from av.container import InputContainer
 
 # What PyAV raises for damaged or unusual files: FFmpeg's errors, and those of its own conversions of what FFmpeg says.
 BROKEN = (av.error.FFmpegError, ValueError, LookupError, ArithmeticError)
+BARREN_PACKETS = 100_000  # in a row that give no picture: the rest of the file is not tried
 _LATER_STREAMS = 64  # that may appear in a row without a packet between them
 
 

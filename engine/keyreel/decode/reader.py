@@ -24,7 +24,7 @@ from av.video.stream import VideoStream
 
 from keyreel.config import Sampling
 from keyreel.decode.decoder import WORKERS_PIXELS, Cursor, Decoder, DecoderFailed, FramesLost, Worker, parts
-from keyreel.decode.packets import BROKEN, demux, reason_of
+from keyreel.decode.packets import BARREN_PACKETS, BROKEN, reason_of
 from keyreel.decode.parallel import in_order
 from keyreel.decode.sampling import TOLERANCE_SECONDS, Picker, PlanBroken, near
 from keyreel.decode.source import Source
@@ -108,7 +108,7 @@ class Reader:
         """What was wrong or done, so far."""
         counts = self._counts | self._damage
         counted = [f"{what}: {counts[what]}{first}" for what, first in list(self._details.items())]
-        return (*self._reasons, *counted, *([self._ending] if self._ending else []))
+        return (*self._reasons, *self._source.remarks, *counted, *([self._ending] if self._ending else []))
 
     def note(self, what: str, detail: object = "") -> None:
         """Counts what happened, and keeps the detail of the first time."""
@@ -332,7 +332,12 @@ class Reader:
 
     def _frames(self, worker: Worker, fed: list[int] | None) -> Iterator[Any]:
         """All frames; `fed` gets the times of the packets that are decoded, as a heap."""
+        barren = 0  # packets in a row that gave nothing
         for packet in self._packets(worker):
+            if barren >= BARREN_PACKETS:
+                self._damaged(f"rest of the file left out after {BARREN_PACKETS} packets in a row without a picture")
+                return
+            barren += 1
             if fed is not None and packet is not None and packet.dts is not None:
                 heappush(fed, packet.dts)
             if packet is not None and packet.is_keyframe and worker.stream.codec_context.name in _UNTYPED:
@@ -345,6 +350,7 @@ class Reader:
                 self._damaged("damaged packets skipped", reason_of(error))
                 continue
             for frame in frames:
+                barren = 0
                 if frame.is_corrupt:
                     self._damaged("frames damaged, or referring to missing ones", f"at pts {frame.pts}")
                 yield frame
@@ -352,14 +358,14 @@ class Reader:
     def _packets(self, worker: Worker) -> Iterator[Packet[VideoStream] | None]:
         """All packets of the stream, then None, which drains the decoder."""
         failures = count = 0
-        packets = demux(worker.container, worker.stream)
+        packets = self._source.packets(worker.container, worker.stream)
         while failures < _READ_ATTEMPTS:
             try:
                 packet = next(packets, None)
             except BROKEN as error:
                 failures += 1
                 self._damaged("failed reads", reason_of(error))
-                packets = demux(worker.container, worker.stream)
+                packets = self._source.packets(worker.container, worker.stream)
                 continue
             if packet is None:
                 break

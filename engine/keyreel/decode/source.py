@@ -29,7 +29,8 @@ from av.video.stream import VideoStream
 
 from keyreel.config import DecodeLimits
 from keyreel.decode.color import display_size, rotation_degrees, transfer_of
-from keyreel.decode.packets import BROKEN, demux, reason_of
+from keyreel.decode.headers import remarks_of
+from keyreel.decode.packets import BARREN_PACKETS, BROKEN, demux, reason_of
 from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.timeline import Timeline, clocks_restart, promised_seconds, scan
 from keyreel.errors import CorruptStream, SourceError, SourceNotFound, UnsupportedCodec
@@ -58,6 +59,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//|\S*\|)")
 _DEFAULT_LIMITS = DecodeLimits()
 _MAX_SPOOL_BYTES = 8 << 30  # read from a stream that cannot be rewound
 _CHUNK_BYTES = 1 << 20
+_SCRAMBLED_BYTES = 188 << 12  # of a transport stream that are looked at
 
 
 class _View:
@@ -109,6 +111,7 @@ class Source:
         self._copy: Any = None  # the temporary file of a stream that cannot seek
         self._analysed = self._closed = False
         self._info: VideoInfo | None = None
+        self.remarks: tuple[str, ...] = ()  # what a user should know of its pictures, once packets were read
         self._timeline: Timeline | None = None
         if isinstance(video, str) and video == "-":
             self.name = "<stdin>"
@@ -222,7 +225,7 @@ class Source:
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all
-            demuxed = demux(container, stream)
+            demuxed = self.packets(container, stream)
             read: list[Packet[VideoStream]] = []
             try:
                 frame = self._first_frame(demuxed, read)
@@ -255,7 +258,7 @@ class Source:
     def _first_frame(self, packets: Iterator[Packet[VideoStream]], read: list[Packet[VideoStream]]) -> VideoFrame:
         """The first frame that can be decoded; the packets up to it go into `read`."""
         reason = "it holds no pictures"
-        while True:
+        while len(read) < BARREN_PACKETS:
             try:
                 packet = next(packets, None)
                 if packet is None:
@@ -269,6 +272,8 @@ class Source:
                     reason = f"damaged, or pictures of more than {self.limits.max_pixels} pixels (max_pixels)"
                 if not isinstance(error, av.error.InvalidDataError | av.error.ArgumentError):
                     break
+        if self._is_scrambled():
+            raise self._encrypted()
         raise CorruptStream(
             f"{self.name}: not one frame can be decoded: {reason}.", hint="Check that it plays; copy it again."
         )
@@ -372,6 +377,8 @@ class Source:
             reason = getattr(error, "strerror", None) or error
             return SourceNotFound(f"{self.name}: cannot be fetched: {reason}.", hint="Check the address.")
         if isinstance(error, av.error.InvalidDataError | av.error.EOFError):
+            if self._is_scrambled():
+                return self._encrypted()
             return CorruptStream(
                 f"{self.name}: not a video, or too damaged to open: {error.strerror}.",
                 hint="Check that it plays; copy or download it again.",
@@ -389,9 +396,48 @@ class Source:
                 f"{self.limits.max_pixels} (max_pixels).",
                 hint="Raise max_pixels if you trust the file.",
             )
+        if "mov" in container.format.name:  # its tables are FFmpeg's index; other headers only guess
+            self._check_count(stream.frames)
         if not clocks_restart(container):  # else the last time minus the first one is no length
             self.check_duration(promised_seconds(container, stream))
         stream.codec_context.options = {"max_pixels": str(self.limits.max_pixels)}
+
+    def packets(self, container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+        """The packets of the video, from where the container is.
+
+        Raises:
+            SourceError: they are more than the limit.
+            UnsupportedCodec: they are encrypted.
+        """
+        for number, packet in enumerate(demux(container, stream)):
+            self._check_count(number)
+            if not number:
+                self.remarks = remarks_of(stream, packet)
+            if packet.has_sidedata("encryption_info"):
+                raise self._encrypted()
+            yield packet
+
+    def _encrypted(self) -> SourceError:
+        return UnsupportedCodec(
+            f"{self.name}: its video is encrypted.", hint="Give a copy without protection (DRM), or decrypt it first."
+        )
+
+    def _is_scrambled(self) -> bool:
+        """Whether it is a transport stream with transport_scrambling_control set: ISO/IEC 13818-1, 2.4.3.3."""
+        target, head = self._target()
+        if self._url is not None or head[:1] + head[188:189] != b"GG":
+            return False
+        with self._reading(), open(self.path or target[5:], "rb") if isinstance(target, str) else target as file:
+            data = file.read(_SCRAMBLED_BYTES)
+        packets = [data[at : at + 4] for at in range(0, len(data) - 3, 188)]
+        return any(packet[:1] == b"G" and packet[3] & 0x80 for packet in packets)
+
+    def _check_count(self, frames: int) -> None:
+        if frames > self.limits.max_frames:
+            raise SourceError(
+                f"{self.name}: more than {self.limits.max_frames} pictures, which is the limit (max_frames).",
+                hint="Cut the video, or raise max_frames in DecodeLimits if you trust the file.",
+            )
 
     def check_duration(self, seconds: float | None) -> None:
         """Raises SourceError where a video of this many seconds is longer than the limit."""
