@@ -127,7 +127,10 @@ def check(tables: Tables) -> int:
 
 def _bytes(values: Rows | Subjects) -> list[object]:
     columns = (getattr(values, name) for name in values.__slots__)
-    return [_bytes(one) if isinstance(one, Subjects) else one if one is None else one.tobytes() for one in columns]
+    return [
+        _bytes(one) if isinstance(one, Subjects) else one.tobytes() if isinstance(one, np.ndarray) else None
+        for one in columns
+    ]
 
 
 def content(tables: Tables) -> dict[str, object]:

@@ -7,10 +7,12 @@ import functools
 import http.server
 import io
 import os
+import random
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from keyreel import Engine, Library, Sampling, Summary
 from keyreel.config import DecodeLimits, IndexConfig, LibraryConfig, OutputConfig
 from keyreel.decode.source import Source
 from keyreel.demo import HEIGHT, SCENES, WIDTH
-from keyreel.errors import LibraryError, ModelMismatch, SourceNotFound
+from keyreel.errors import KeyreelError, LibraryError, ModelMismatch, SourceNotFound
 from keyreel.library import files
 from keyreel.library.types import Added, Example, Filter, Record
 from keyreel.render.pictures import at_most, pictures_at
@@ -1097,3 +1099,97 @@ def test_a_copy_whose_original_goes_away_is_indexed(
     with Library(folder / "alone", engine, config=library.config) as alone:
         alone.add([copy])
         assert content(library._tables) == content(alone._tables)
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(220, marks=pytest.mark.full)])
+def test_no_flipped_bit_goes_unnoticed(
+    engine: Engine, clips: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int
+) -> None:
+    """Whatever differs afterwards is an error of the tree, or is left out and said."""
+    with Library(tmp_path / "whole", engine) as whole:
+        whole.add(clips[:3])
+        names = [record.id for record in whole.list()]
+    draw = random.Random(count)
+
+    def pictures(library: Library, name: str) -> list[tuple[bytes, bytes]]:
+        return [(one.jpeg, one.attention.tobytes()) for one in library.previews(name)]
+
+    def seen(library: Library) -> tuple[dict[str, Any], bool]:
+        looks: dict[str, Callable[[], Any]] = {
+            "hits": lambda: library.search("a", k=50),
+            "records": library.list,
+            **{f"previews of {n}": lambda n=n: pictures(library, n) for n in names},
+            **{f"extras of {n}": lambda n=n: library.extras(n) for n in names},
+        }
+        found, said = {}, False
+        for name, look in looks.items():
+            try:
+                found[name] = look()
+            except KeyreelError:
+                said = True
+        return found, said or bool(library.left_out())
+
+    with Library(tmp_path / "whole", engine) as whole:
+        expected, said = seen(whole)
+    assert not said
+    files = sorted(path for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    sizes = [path.stat().st_size for path in files]
+    changed = 0
+    for number in range(count):
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(tmp_path / "whole", copy)
+        path = copy / draw.choices(files, sizes)[0].relative_to(tmp_path / "whole")
+        data = bytearray(path.read_bytes())
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        caplog.clear()
+        with Library(copy, engine) as damaged:
+            found, said = seen(damaged)
+            if found != expected:
+                changed += 1
+                assert said or caplog.records, path
+                with suppress(KeyreelError):
+                    assert damaged.verify()
+        shutil.rmtree(copy)
+    assert changed > count / 8
+
+
+def test_a_damaged_video_is_left_out_and_said(library: Library, engine: Engine, clips: list[Path]) -> None:
+    library.add(clips[:3])
+    lost = library.list()[1]
+    everything = library.search("a", k=50)
+    library._tables.table("vectors").update(
+        where=f"generation = '{lost.generation}' AND row = 0 AND kind = 'scene'", values={"pts_seconds": 0.125}
+    )
+    with Library(library.uri, engine) as opened:
+        assert opened.search("a", k=50) == [hit for hit in everything if hit.video != lost.path]
+        assert opened.left_out() == [lost.path]
+        assert [one.videos for one in opened.verify(repair=True) if one.kind == "incomplete"] == [(lost.path,)]
+        assert opened.search("a", k=50) == [hit for hit in everything if hit.video != lost.path]
+        assert opened.left_out() == []
+        assert [added.change for added in opened.add(clips[:3])].count("unchanged") == 2
+        assert opened.search("a", k=50) == everything
+
+
+def test_a_library_without_digests_gets_them(library: Library, engine: Engine, clips: list[Path]) -> None:
+    library.add(clips[:2])
+    library._tables.table("records").drop_columns(["digest"])
+    with Library(library.uri, engine) as older:
+        assert older.verify() == ()
+        assert [record.digest for record in older.list()] == [None, None]
+        assert len({hit.video for hit in older.search("a", k=50)}) == 2
+        older.add(clips[:3])
+        assert sorted(record.digest is None for record in older.list()) == [False, True, True]
+        assert older.verify() == ()
+
+
+def test_a_wrong_digest_is_found_and_mended(library: Library, engine: Engine, clips: list[Path]) -> None:
+    library.add(clips[:2])
+    right = {record.id: record.digest for record in library.list()}
+    library._tables.table("records").update(where=f"id = '{min(right)}'", values={"digest": 7})
+    with Library(library.uri, engine) as damaged:
+        assert len({hit.video for hit in damaged.search("a", k=50)}) == 1
+        (finding,) = damaged.verify(repair=True)
+        assert (finding.kind, len(finding.videos)) == ("unreadable", 1)
+        assert {record.id: record.digest for record in damaged.list()} == right
+        assert len({hit.video for hit in damaged.search("a", k=50)}) == 2

@@ -56,6 +56,9 @@ class Memory:
         chosen = [record for record in self.videos.values() if ids is None or record.id in ids]
         return sorted(chosen, key=lambda record: record.path)
 
+    def damaged(self) -> tuple[str, ...]:
+        return ()
+
     def rows(self, generations: Sequence[str]) -> Iterator[tuple[str, Rows]]:
         for name in generations:
             if name in self.blocks:
@@ -599,14 +602,23 @@ def test_rows_that_are_missing_or_no_vectors() -> None:
     draw = np.random.default_rng(11)
     store, query = stored([video("v0", quarters(draw, 4)), video("v1", quarters(draw, 4))]), quarters(draw, 1)
     whole = store.blocks.pop("v1-1")
-    searcher = SearchIndex(store, CONFIG)
-    with pytest.raises(Damaged, match=r"v1\.mp4.*rows"):
-        searcher.hits(query, 5)
-    store.blocks["v1-1"] = dataclasses.replace(whole, vectors=whole.vectors * np.float32(np.nan))
-    with pytest.raises(Damaged, match="not finite"):
-        searcher.hits(query, 5)
+    store.videos["v1"] = dataclasses.replace(store.videos["v1"], digest=3)
+    whole = dataclasses.replace(whole, digest=3)
+    wrong = dataclasses.replace(whole, vectors=whole.vectors * np.float32(np.nan))
+    rest = stored([video("v0", quarters(np.random.default_rng(11), 4))])
+    for block in (None, wrong, dataclasses.replace(whole, digest=7)):
+        if block is not None:
+            store.blocks["v1-1"] = block
+        searcher = SearchIndex(store, CONFIG)
+        same(searcher.hits(query, 50)[0], brute_hits(rest, query[0], 50, NO_FILTER))
+        assert searcher.left_out == (store.videos["v1"].path,)
     store.blocks["v1-1"] = whole
+    searcher = SearchIndex(store, CONFIG)
     same(searcher.hits(query, 50)[0], brute_hits(store, query[0], 50, NO_FILTER))
+    assert searcher.left_out == ()
+    store.blocks.clear()
+    with pytest.raises(Damaged, match=r"no video.*v0\.mp4.*rows"):
+        SearchIndex(store, CONFIG).hits(query, 5)
 
 
 # --- the real store -----------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_versions_and_own_commits_are_known(tables: Tables, monkeypatch: pytest.
     other, record = Tables(tables.uri), made(7, 1)[0]
     seen = [other.version()]
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "select", lambda *_: pytest.fail("the table was read"))
+        patch.setattr(tables, "read", lambda *_: pytest.fail("the table was read"))
         tables.put(record, *made(7, 1)[1:])
         seen.append(other.version())
         assert tables.renew(dataclasses.replace(record, tags=()))

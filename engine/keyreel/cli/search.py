@@ -43,6 +43,7 @@ class Found:
     weak_score: float | None  # lower scores are no match
     unknown: Sequence[str]  # words that the model does not know
     videos: Sequence[VideoHit] | None = None  # where videos were asked for
+    left_out: Sequence[str] = ()  # videos that were not searched
     failed: Sequence[Failure] = ()
     searched: int = 1  # videos
 
@@ -172,7 +173,7 @@ def _search_library(
     images = [library.preview(hit.video_id, hit.keyframe_seconds) for hit in hits] if pictures else []
     if not hits:
         log("nothing was found")
-    return Found(name, hits, images, weak, unknown, videos=best)
+    return Found(name, hits, images, weak, unknown, videos=best, left_out=library.left_out())
 
 
 def _library_query(text: str | None, image: Path | None, like: str | None) -> tuple[Any, str]:
@@ -203,6 +204,9 @@ def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bo
         log(f"wrote {html}")
     if found.unknown:
         log(f"the model does not know {', '.join(map(repr, found.unknown))}")
+    if found.left_out:
+        log(f"not searched, since what is stored of them is damaged: {', '.join(found.left_out)}")
+        log("`keyreel library verify --repair` has them indexed again")
     weak, best = found.weak_score, max((hit.score for hit in hits), default=None)
     if best is not None and weak is not None and best < weak:
         most = f"most matches among so many shots have {weak:.3f} or more"
@@ -212,7 +216,13 @@ def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bo
         videos = None if found.videos is None else [FoundVideo(v.video, v.video_id, v.score) for v in found.videos]
         print_json(
             search_document(
-                found.query, hits, found.failed, videos=videos, weak_score=weak, unknown_words=found.unknown
+                found.query,
+                hits,
+                found.failed,
+                videos=videos,
+                weak_score=weak,
+                unknown_words=found.unknown,
+                left_out=found.left_out,
             )
         )
     elif found.videos is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from keyreel.errors import Damaged, KeyreelError, LibraryError
 
@@ -11,6 +13,7 @@ _FULL_DISK = ("no space left", "file too large", "quota", "os error 27", "os err
 _CONFLICTS = ("conflict", "concurrent", "preempted", "please retry")
 _DENIED = ("permission denied", "read-only", "operation not permitted", "accessdenied", "forbidden")
 _UNREACHABLE = ("failed to connect", "retryerror", "error sending request", "not a directory")
+_SPARE_BYTES = 1 << 20  # left free on the disk for manifests and deletions
 MAKE = "`keyreel index` or `Library.add` makes one"
 
 
@@ -32,6 +35,22 @@ class Vanished(Damaged):
 
 class Full(LibraryError):
     """There is no room to write."""
+
+
+def ask_for_room(folder: Path | None, size: int) -> None:
+    """Raises Full if the disk of a library's folder has less room than this many bytes."""
+    if folder is None:
+        return
+    free = shutil.disk_usage(folder).free
+    if free < size + _SPARE_BYTES:
+        need = f"{(size + _SPARE_BYTES) / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free"
+        raise Full(f"the library {folder} cannot be written: {need}", hint="make room on the disk")
+
+
+def cut_short(uri: str) -> Full:
+    """The error for files that LanceDB committed although they are incomplete."""
+    hint = "make room on the disk, or lift the limit on the size of files"
+    return Full(f"the library {uri} cannot be written: what was written was cut short", hint=hint)
 
 
 @contextmanager

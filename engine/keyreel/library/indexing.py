@@ -342,7 +342,7 @@ class Indexer:
             if not self._tables.exists():
                 bundle = self._engine.bundle
                 self._tables.create(model=bundle.name, model_sha256=bundle.sha256, width=bundle.embedding_width)
-            self._tables.put(record, rows, previews, extras)
+            record = self._tables.put(record, rows, previews, extras)
             self._catalog.put(record)
             upkeep.tidy(self._tables)
         return record

@@ -21,7 +21,7 @@ from keyreel.library.files import Catalog, is_gone, name_of, real_name
 from keyreel.library.indexing import Indexer
 from keyreel.library.run import IndexRun
 from keyreel.library.search import PLAIN, SearchIndex, fits
-from keyreel.library.table import Tables
+from keyreel.library.table import REPAIR, Tables
 from keyreel.library.types import (
     Added,
     Example,
@@ -268,6 +268,14 @@ class Library:
             self._shots = known = (version, where, sum(len(record.shots) for record in self.list(where)))
         return self.engine.match_threshold(text, known[2])
 
+    def left_out(self) -> builtins.list[str]:
+        """The paths of videos that the last search left out, since what is stored of them is damaged or incomplete.
+
+        `verify` says what is wrong, and with `repair` has them indexed again.
+        """
+        searcher = self._searcher
+        return [] if searcher is None else [*searcher.left_out]
+
     def unknown_words(self, text: str) -> builtins.list[str]:
         """See `Engine.unknown_words`; [] if the library has no engine."""
         return [] if self.engine is None else self.engine.unknown_words(text)
@@ -293,6 +301,8 @@ class Library:
         picture = self._tables.preview(record.generation, seconds)
         if picture is None:
             previews = self._tables.previews(record.generation)
+            if not previews and record.generation:
+                raise Damaged(f"{record.path}: its key-frames are damaged", [record.path], hint=REPAIR)
             if not previews:
                 raise LibraryError(f"{record.path}: has no key-frames in the library: {record.error}", hint=record.hint)
             picture = min(previews, key=lambda preview: abs(preview.pts_seconds - seconds)).jpeg
@@ -306,6 +316,8 @@ class Library:
         """Thumbnails, their WebVTT, and facts about the key-frames."""
         record = self.record(video)
         extras = self._tables.extras(record.generation)
+        if extras is None and record.generation:
+            raise Damaged(f"{record.path}: what is stored of its pictures is damaged", [record.path], hint=REPAIR)
         if extras is None:
             raise LibraryError(f"{record.path}: has no pictures in the library: {record.error}", hint=record.hint)
         return extras

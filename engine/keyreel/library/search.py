@@ -28,7 +28,7 @@ from keyreel.errors import Damaged, LibraryError, import_extra
 from keyreel.library.errors import lance_errors
 from keyreel.library.ranking import Ranking
 from keyreel.library.schema import SCENE, SUBJECT, VECTORS, quoted
-from keyreel.library.table import Tables
+from keyreel.library.table import REPAIR, Tables
 from keyreel.library.types import BOOL, Example, Filter, LibraryHit, Record, VideoHit
 from keyreel.library.vectors import ATTEMPTS, Snapshot, Spans, Vectors, vector_at
 from keyreel.runtime.backend import Backend
@@ -64,6 +64,7 @@ class SearchIndex:
         self._arrays: Arrays = HostArrays() if backend is None else backend.ops.arrays
         self._width = tables.model()[2]
         self._vectors = Vectors(tables, self._width, self._arrays, config.exact_rows)
+        self.left_out: tuple[str, ...] = ()  # paths whose rows the last search could not use
         self._last: tuple[tuple[int, str], BOOL] | None = None  # a filter, and whom it lets through
 
     def hits(
@@ -91,6 +92,7 @@ class SearchIndex:
         scales = scales or [PLAIN] * len(given)
         with self._running():
             snapshot = self._vectors.snapshot()
+            self.left_out = snapshot.left_out
             if snapshot.matrix is not None:
                 ranking = self._ranking(snapshot, self._chosen(snapshot, where), given, where, scales)
                 return [ranking.hits(n, k, own[n]) for n in range(len(given))]
@@ -115,6 +117,7 @@ class SearchIndex:
         given, where = self._checked(query[None], min(k, moments)), where or Filter()
         with self._running():
             snapshot = self._vectors.snapshot()
+            self.left_out = snapshot.left_out
             if snapshot.matrix is not None:
                 chosen = self._chosen(snapshot, where)
             else:
@@ -134,6 +137,8 @@ class SearchIndex:
                 )
             if snapshot.matrix is None:
                 snapshot, number = self._vectors.part(snapshot, np.array([number])), 0
+                if not snapshot.records:
+                    raise Damaged(f"the rows of {example.video} are damaged", snapshot.left_out, hint=REPAIR)
             return vector_at(snapshot, number, example.seconds, self._arrays)
 
     def build(self) -> bool:
@@ -221,10 +226,14 @@ class SearchIndex:
             snapshot = self._vectors.snapshot()
             try:
                 numbers, whole = self._candidates(snapshot, self._chosen(snapshot, where), query, where, wanted)
-                return self._vectors.part(snapshot, numbers), whole
-            except Damaged:  # or a video was replaced, or files compacted, between two reads
+                part = self._vectors.part(snapshot, numbers)
+            except Damaged:  # or files were compacted between two reads
                 if attempt == ATTEMPTS - 1:
                     raise
+                continue
+            if len(part.records) == len(numbers) or attempt == ATTEMPTS - 1:
+                self.left_out = part.left_out
+                return part, whole
         raise AssertionError("unreachable")
 
     def _candidates(self, snapshot: Snapshot, chosen: BOOL, query: F32, where: Filter, wanted: int) -> tuple[I64, bool]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import logging
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -22,15 +23,17 @@ import numpy as np
 
 from keyreel.errors import Damaged, LibraryError, ModelMismatch, import_extra
 from keyreel.library import schema
-from keyreel.library.errors import MAKE, Absent, Conflict, Full, Outdated, Vanished, lance_errors
+from keyreel.library.errors import MAKE, Absent, Conflict, Outdated, Vanished, ask_for_room, cut_short, lance_errors
 from keyreel.library.schema import RECORDS, VECTORS, quoted
 from keyreel.library.types import Extras, Preview, Record, Rows
 from keyreel.types import I64
 
+REPAIR = "`keyreel library verify --repair` finds the videos and has them indexed again"
+_log = logging.getLogger("keyreel.library")
+
 T = TypeVar("T")
 CHUNK = 128  # generations or ids named in one condition; for more, everything is read
 _ATTEMPTS = 10
-_SPARE_BYTES = 1 << 20  # left free on the disk for manifests and deletions
 
 
 class Tables:
@@ -61,6 +64,7 @@ class Tables:
         self._tables: dict[str, Any] = {}
         self._records: dict[str, tuple[int, Record]] = {}  # when each was written, and what
         self._seen: int | None = None  # the version that the cache holds
+        self._damaged: tuple[str, ...] = ()  # paths of records that it leaves out
 
     # --- opening --------------------------------------------------------------------------------------------------
 
@@ -135,6 +139,8 @@ class Tables:
                 table = self.open(name)
                 if schema.format_of(table.schema) < schema.FORMAT and not self._upgrading:
                     raise self._outdated()
+                if not self._upgrading and (lost := schema.lost_columns(name, table.schema)):
+                    raise Damaged(f"{name} of the library {self.uri} lacks columns", [f"no {lost}"], hint=REPAIR)
                 self._tables[name] = table
             return self._tables[name]
 
@@ -157,6 +163,7 @@ class Tables:
             table = self._connection().open_table(name)
             if version is not None:
                 table.checkout(version)
+            _ = table.schema  # LanceDB panics here where the manifest is damaged
             return table
 
     def close(self) -> None:
@@ -197,8 +204,14 @@ class Tables:
             chosen = [self._records[id][1] for id in wanted if id in self._records]
         return sorted(chosen, key=lambda record: (record.path, record.id))
 
+    def damaged(self) -> tuple[str, ...]:
+        """The paths, if they can be trusted, of videos whose record is damaged; `records` leaves them out."""
+        with self._lock:
+            self._refresh()
+            return self._damaged
+
     def rows(self, generations: Sequence[str]) -> Iterator[tuple[str, Rows]]:
-        """Each of these generations that is there, in any order."""
+        """Each of these generations that is there and can be read, in any order."""
         wanted = dict.fromkeys(generations)
         for attempt in range(_ATTEMPTS):
             if not wanted:
@@ -214,29 +227,37 @@ class Tables:
             except Vanished:  # a compaction may have deleted the files; the next look sees the new ones
                 if attempt == _ATTEMPTS - 1:
                     raise
+            except Damaged:  # what lies in other places can be read
+                names = list(wanted)
+                step = CHUNK if len(names) > CHUNK else 1
+                for start in range(0, len(names), step) if len(names) > 1 else ():
+                    yield from self.rows(names[start : start + step])
+                return
 
     def previews(self, generation: str) -> tuple[Preview, ...]:
-        """The key-frames of one generation, in order of time."""
-        rows = self.select(VECTORS, f"generation = {quoted([generation])} AND preview IS NOT NULL", schema.PREVIEW)
+        """The key-frames of one generation, in order of time, without damaged ones."""
+        rows, _ = self.sound(VECTORS, f"generation = {quoted([generation])} AND preview IS NOT NULL")
         return tuple(schema.preview_of(row) for row in sorted(rows, key=lambda row: row["pts_seconds"]))
 
     def preview(self, generation: str, pts_seconds: float) -> bytes | None:
         """The picture of the key-frame at that time, to half a millisecond; None without one."""
         low, high = float(pts_seconds) - 5e-4, float(pts_seconds) + 5e-4
         where = f"generation = {quoted([generation])} AND keyframe AND pts_seconds BETWEEN {low!r} AND {high!r}"
-        rows = self.select(VECTORS, where, schema.PREVIEW)
+        rows, _ = self.sound(VECTORS, where)
         return min(rows, key=lambda row: abs(row["pts_seconds"] - pts_seconds))["preview"] if rows else None
 
     def extras(self, generation: str) -> Extras | None:
-        """Sprite, thumbnails and overview of one generation; None without any."""
-        where = f"generation = {quoted([generation])} AND row = 0 AND sprite IS NOT NULL"
-        rows = self.select(VECTORS, where, schema.EXTRAS)
+        """Sprite, thumbnails and overview of one generation; None without any, or where they are damaged."""
+        rows, _ = self.sound(VECTORS, f"generation = {quoted([generation])} AND row = 0 AND sprite IS NOT NULL")
         return Extras(rows[0]["sprite"], rows[0]["vtt"], json.loads(rows[0]["overview"])) if rows else None
 
-    def select(self, name: str, where: str | None, columns: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
-        """Rows of a table as dictionaries."""
-        found: list[Mapping[str, Any]] = self.read(name, where, columns).to_pylist()
-        return found
+    def sound(self, name: str, where: str | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Whole rows of a table: those with the right checksum, and the damaged ones."""
+        table = self.read(name, where, None)
+        right, array = schema.checks(table) == table["check"].to_numpy(), schema.arrow().array
+        if not right.all():
+            _log.warning("%s: %d rows of %s are damaged and left out; %s", self.uri, (~right).sum(), name, REPAIR)
+        return table.filter(array(right)).to_pylist(), table.filter(array(~right)).to_pylist()
 
     def read(self, name: str, where: str | None, columns: Sequence[str] | None = None) -> Any:
         """Rows of a table as a pyarrow table; read again if a compaction deletes their files meanwhile."""
@@ -267,13 +288,16 @@ class Tables:
         version = self.version()
         if version == self._seen:
             return
-        written = {row["id"]: row["written"] for row in self.select(RECORDS, None, ("id", "written"))}
+        written = {row["id"]: row["written"] for row in self.read(RECORDS, None, ("id", "written")).to_pylist()}
         known = {id: old for id, old in self._records.items() if old[0] == written.get(id)}
         missing = [id for id in written if id not in known]
         if missing:
             where = f"id IN ({quoted(missing)})" if len(missing) <= CHUNK else None
-            for row in self.select(RECORDS, where):
-                known[row["id"]] = row["written"], schema.record_of(row)
+            rows, damaged = self.sound(RECORDS, where)
+            known |= {row["id"]: (row["written"], schema.record_of(row)) for row in rows}
+            self._damaged = tuple(sorted({str(row["path"]) for row in damaged}))
+        else:
+            self._damaged = ()
         self._records, self._seen = known, version
 
     def _runs(self, wanted: Mapping[str, Any]) -> Iterator[Any]:
@@ -302,20 +326,36 @@ class Tables:
         rows: Rows | None = None,
         previews: Sequence[Preview] = (),
         extras: Extras | None = None,
-    ) -> None:
+    ) -> Record:
         """Commits one video in place of the one with its id.
 
         Args:
             record: with rows, its generation is a new one, `uuid.uuid4().hex`; without, it is empty.
             previews: of the key-frames among the rows.
+
+        Returns:
+            The record as it is stored, with the rows' digest.
         """
         counts, known = (0, None) if rows is None else rows.counts, (record.frames, record.subjects)
         if known != counts or bool(record.generation) != (rows is not None):
             what = f"{counts} frames and subjects do not fit generation {record.generation!r} of {known}"
             raise ValueError(what)
+        digest = None
         if rows is not None:
-            self.add_rows(schema.vector_rows(self.table(VECTORS).schema, record, rows, previews, extras))
+            written = schema.vector_rows(self.table(VECTORS).schema, record, rows, previews, extras)
+            digest = schema.rows_of(written.select(schema.NUMBERS)).digest
+            self.add_rows(written)
+            self._add_digests()
+        record = replace(record, digest=digest)
         self.upsert([record])
+        return record
+
+    def _add_digests(self) -> None:
+        """Gives the records of a library that an older keyreel made a column for their digest."""
+        column = schema.arrow().field("digest", schema.arrow().int64())
+        with self._writing, contextlib.suppress(Conflict):  # another process was quicker
+            if column.name not in self.table(RECORDS).schema.names:
+                self.retried(lambda: self.table(RECORDS).add_columns(column))
 
     def renew(self, record: Record) -> bool:
         """Replaces the record of a video and keeps its rows.
@@ -372,7 +412,7 @@ class Tables:
         Raises:
             Full: there is no room; then the table is as before.
         """
-        self.ask_for_room(size)
+        ask_for_room(self.folder, size)
         table = self.table(name)
         with lance_errors(self.uri):
             before = int(table.version)
@@ -390,7 +430,7 @@ class Tables:
             else:  # others have committed since: remove the rows of our file only
                 last = int(self.row_ids(committed)[-1]) >> 32
                 self.delete(name, f"_rowid >= {last << 32} AND _rowid < {(last + 1) << 32}")
-            raise self.cut_short() from error
+            raise cut_short(self.uri) from error
         return before, result
 
     def overwrite(self, name: str, columns: Any, batches: Iterable[Any]) -> None:
@@ -431,7 +471,7 @@ class Tables:
                 self.drop_tables(name)
             else:
                 self.restore(name, before)
-            raise self.cut_short() from error
+            raise cut_short(self.uri) from error
 
     def restore(self, name: str, version: int) -> None:
         """Makes an older version the newest one."""
@@ -449,17 +489,3 @@ class Tables:
                     raise
                 time.sleep(min(0.01 * 2**attempt, 0.5))
         raise AssertionError("unreachable")
-
-    def ask_for_room(self, size: int) -> None:
-        """Raises Full if the disk has less room than this many bytes."""
-        if self.folder is None:
-            return
-        free = shutil.disk_usage(self.folder).free
-        if free < size + _SPARE_BYTES:
-            need = f"{(size + _SPARE_BYTES) / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free"
-            raise Full(f"the library {self.uri} cannot be written: {need}", hint="make room on the disk")
-
-    def cut_short(self) -> Full:
-        """The error for files that LanceDB committed although they are incomplete."""
-        hint = "make room on the disk, or lift the limit on the size of files"
-        return Full(f"the library {self.uri} cannot be written: what was written was cut short", hint=hint)

@@ -42,6 +42,7 @@ class Rows:
     keyframe: BOOL  # [T] bool
     weight: F32  # [T] float32 in 0..1, importance
     subjects: Subjects | None = None  # None: indexed without
+    digest: int | None = None  # of what is stored, where it was read from a library
 
     def __len__(self) -> int:
         return len(self.pts_seconds)
@@ -92,6 +93,8 @@ class Record:
     probe: Mapping[str, Any] = field(default_factory=dict)  # fields of VideoInfo; empty if indexing failed
     grid: tuple[int, int] = (0, 0)  # (h, w) of the attention maps
     shots: tuple[tuple[float, float], ...] = ()  # [start, stop) in seconds
+    # Of its rows as they were written; None of those that an older keyreel wrote.
+    digest: int | None = field(default=None, compare=False)
     model: str
     model_sha256: str
 

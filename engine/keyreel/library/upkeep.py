@@ -15,7 +15,7 @@ import numpy as np
 
 from keyreel.errors import Damaged
 from keyreel.library import schema
-from keyreel.library.errors import Absent, Conflict, Full, lance_errors
+from keyreel.library.errors import Absent, Conflict, Full, ask_for_room, cut_short, lance_errors
 from keyreel.library.schema import RECORDS, TABLES, VECTORS, quoted
 from keyreel.library.table import CHUNK, Tables
 from keyreel.library.types import Finding, Record
@@ -84,7 +84,7 @@ def _delete_orphans(tables: Tables, age_seconds: float) -> None:
 
 def _optimize(tables: Tables, name: str, alone: bool) -> None:
     table = tables.table(name)
-    tables.ask_for_room(int(table.stats()["total_bytes"]))
+    ask_for_room(tables.folder, int(table.stats()["total_bytes"]))
     before = int(table.version)
     # First without deleting old files, to have a way back if the new ones are cut short (see `Tables`).
     tables.retried(lambda: table.optimize(cleanup_older_than=timedelta(days=36500)))
@@ -95,7 +95,7 @@ def _optimize(tables: Tables, name: str, alone: bool) -> None:
             table.take_row_ids(lasts.tolist()).select(["check"]).to_arrow()
     except Damaged as error:
         tables.restore(name, before)
-        raise tables.cut_short() from error
+        raise cut_short(tables.uri) from error
     age = timedelta(0) if alone else _VERSION_AGE
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # LanceDB warns of an age of 0: the caller is alone
@@ -207,6 +207,16 @@ def _complete(tables: Tables, repair: bool) -> Iterator[Finding]:
     if wrong:
         paths = tuple(record.path for record in wrong)
         yield Finding("incomplete", f"{len(wrong)} videos lost rows", paths, repair)
+    lost = {record.id for record in wrong}
+    whole = {record.generation: record for record in tables.records() if record.digest and record.id not in lost}
+    found_digests = ((whole[name], rows.digest) for name, rows in tables.rows(list(whole)))
+    renewed = [replace(record, digest=digest) for record, digest in found_digests if digest != record.digest]
+    if renewed:
+        paths = tuple(record.path for record in renewed)
+        what = f"the digest of {len(renewed)} videos is wrong, their rows are right"
+        yield Finding("unreadable", what, paths, repair)
+    for record in renewed if repair else ():
+        tables.renew(record)
     for record in wrong if repair else ():
         kept = sum(there(record, kind)[1] for kind in (schema.SCENE, schema.SUBJECT))
         tables.put(_lost(record, record.rows - kept))
@@ -254,10 +264,10 @@ def upgrade(
         rows = source.search().to_arrow()
     rows = rows.filter(schema.arrow().array(schema.checks(rows) == rows["check"].to_numpy())).to_pylist()
     newest = {row["id"]: row for row in sorted(rows, key=lambda row: (row.get("sequence", 0), row["written"]))}
-    about = {"model": name, "model_sha256": sha256, "subjects": None}
+    about = {"model": name, "model_sha256": sha256, "subjects": None, "digest": None}
     known = [schema.record_of(row | about) for row in newest.values()]
     if not _is_written(new, columns[VECTORS]):
-        new.ask_for_room(int(new.open(vectors).stats()["total_bytes"]))
+        ask_for_room(new.folder, int(new.open(vectors).stats()["total_bytes"]))
         new.overwrite(VECTORS, columns[VECTORS], _converted(new, vectors, columns[VECTORS], known, matrix, progress))
     there = Counter(new.read(VECTORS, None, ("generation",))["generation"].to_pylist())
     lost = {one.id: one.frames - there[one.generation] for one in known if one.frames != there[one.generation]}
@@ -299,7 +309,7 @@ def _converted(
         for part in _sound_rows(tables, name, [one.generation for one in some if one.frames]):
             kept = {key: part[key].combine_chunks() for key in part.column_names if key not in ("kind", "region")}
             if matrix is not None:
-                turned = schema.units(part) @ matrix.T
+                turned = schema.units(schema.stored_vectors(part)) @ matrix.T
                 kept["vector"] = schema.halves(turned / np.linalg.norm(turned, axis=1, keepdims=True))
             yield from schema.checked(columns, kept | {"kind": [schema.SCENE] * len(part)}).to_batches()
 

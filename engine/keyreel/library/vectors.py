@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from keyreel.errors import Damaged
-from keyreel.library.table import Tables
+from keyreel.library.table import REPAIR, Tables
 from keyreel.library.types import BOOL, F16, I32, Record, Rows
 from keyreel.types import F32, F64, I64
 from keyreel_kernels.arrays import Arrays
@@ -19,7 +19,6 @@ SPARE_ROWS = 65_536  # room for rows that others add, besides an eighth of what 
 # A search waits so long for another thread that is loading, then uses the vectors as they were.
 PATIENCE_SECONDS = 0.25
 ATTEMPTS = 4  # videos may be replaced between reading the records and reading the rows
-_REPAIR = "`keyreel library verify --repair` finds the videos and has them indexed again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +85,7 @@ class Snapshot:
     names: Mapping[str, int]  # id or path of every video -> index of its record, -1 if it has no vectors
     matrix: Matrix | None  # None if there are more rows than the limit
     spans: Spans
+    left_out: tuple[str, ...] = ()  # paths of videos whose rows are damaged or incomplete
 
 
 class Vectors:
@@ -124,10 +124,8 @@ class Vectors:
         records = [snapshot.records[number] for number in np.sort(numbers).tolist()]
         part = Vectors(self._tables, self._width, self._arrays, self._limit)
         part._matrix = Matrix.empty(sum(record.rows for record in records), self._width, self._arrays)
-        if lacking := part._hold(records):
-            raise _missing(lacking)
-        names = {name: number for number, record in enumerate(records) for name in (record.id, record.path)}
-        return part._snapshot_of(snapshot.version, records, {**dict.fromkeys(snapshot.names, -1), **names})
+        lacking = part._hold(records)
+        return part._snapshot_of(snapshot.version, records, snapshot.names, lacking)
 
     def _load(self) -> Snapshot:
         lacking: list[Record] = []
@@ -135,28 +133,36 @@ class Vectors:
             version = self._tables.version()  # first: what is committed later is seen by the next load
             known = self._tables.records()
             records = [record for record in known if record.status == "ok" and record.frames]
-            names = {name: -1 for record in known for name in (record.id, record.path)}
-            names |= {name: number for number, record in enumerate(records) for name in (record.id, record.path)}
+            names = [name for record in known for name in (record.id, record.path)]
             if sum(record.rows for record in records) > self._limit:
                 self._matrix, self._places, self._used = Matrix.empty(0, self._width, self._arrays), {}, 0
-                return Snapshot(version, tuple(records), names, None, Spans(*[np.empty(0, np.int64)] * 5))
+                spans = Spans(*[np.empty(0, np.int64)] * 5)
+                return Snapshot(version, tuple(records), _numbers(records, names), None, spans, self._tables.damaged())
             lacking = self._hold(records)
             if not lacking:
-                return self._snapshot_of(version, records, names)
-        raise _missing(lacking)
+                break
+        if lacking and len(lacking) == len(records):
+            what = [f"{record.path}: its {record.rows} rows are incomplete or damaged" for record in lacking]
+            raise Damaged(f"no video of the library can be searched: {what[0]}", what, hint=REPAIR)
+        return self._snapshot_of(version, records, names, lacking)
 
-    def _snapshot_of(self, version: int, records: Sequence[Record], names: Mapping[str, int]) -> Snapshot:
+    def _snapshot_of(
+        self, version: int, records: Sequence[Record], names: Iterable[str], lacking: Sequence[Record]
+    ) -> Snapshot:
+        lost = {record.id for record in lacking}
+        records = [record for record in records if record.id not in lost]
+        left_out = tuple(sorted({*(record.path for record in lacking), *self._tables.damaged()}))
         places = np.array([self._places[record.generation] for record in records], np.int64).reshape(-1, 3)
         order = np.argsort(places[:, 0])
         low, high, last = places[order].T.copy()
         spans = Spans(order.astype(np.int64), low, high, high, last)
-        return Snapshot(version, tuple(records), names, self._matrix, spans)
+        return Snapshot(version, tuple(records), _numbers(records, names), self._matrix, spans, left_out)
 
     def _hold(self, records: Sequence[Record]) -> list[Record]:
         """Reads the rows that are not held yet.
 
         Returns:
-            The records whose rows are not as they should be: the video was replaced meanwhile, or is damaged.
+            The records whose rows are not as they were written: the video was replaced meanwhile, or is damaged.
         """
         wanted = {record.generation: record for record in records}
         self._places = {name: place for name, place in self._places.items() if name in wanted}
@@ -165,12 +171,12 @@ class Vectors:
         if self._used + new > len(self._matrix.pts_seconds) or self._used > 2 * kept + SPARE_ROWS:
             self._move(kept + new)
         for name, rows in self._tables.rows(missing) if missing else ():
-            if rows.counts != (wanted[name].frames, wanted[name].subjects):
+            record = wanted[name]
+            if rows.counts != (record.frames, record.subjects) or record.digest not in (None, rows.digest):
                 continue
             block = Matrix.of(rows)
-            if not np.isfinite(block.vectors).all():  # they would spoil the order of all videos
-                raise Damaged(f"vectors of generation {name} hold values that are not finite", hint=_REPAIR)
-            self._write(name, block, len(rows))
+            if np.isfinite(block.vectors).all():  # else they would spoil the order of all videos
+                self._write(name, block, len(rows))
         return [record for record in records if record.generation not in self._places]
 
     def _write(self, name: str, block: Matrix, frames: int) -> None:
@@ -192,9 +198,10 @@ class Vectors:
             self._write(name, old[low:end], high - low)
 
 
-def _missing(records: Sequence[Record]) -> Damaged:
-    what = [f"{record.path}: not all of its {record.rows} rows are there" for record in records]
-    return Damaged(f"{len(what)} video(s) of the library lack rows, {what[0]}", what, hint=_REPAIR)
+def _numbers(records: Sequence[Record], names: Iterable[str]) -> dict[str, int]:
+    """The index of the record of each id and path, -1 of the other names."""
+    own = {name: number for number, record in enumerate(records) for name in (record.id, record.path)}
+    return dict.fromkeys(names, -1) | own
 
 
 def vector_at(snapshot: Snapshot, number: int, seconds: float, arrays: Arrays) -> F32:

@@ -219,6 +219,7 @@ class SearchDocument:
     videos: tuple[FoundVideo, ...] | UnsetType = UNSET  # where videos of a library were asked for; the hits are theirs
     weak_score: Score | UnsetType = UNSET  # hits below it hardly match a text, see `Engine.match_threshold`
     unknown_words: tuple[str, ...] = ()  # of a text: the model does not know them
+    left_out: tuple[str, ...] = ()  # videos of the library that were not searched: what is stored of them is damaged
 
 
 def search_document(
@@ -229,6 +230,7 @@ def search_document(
     videos: Sequence[FoundVideo] | None = None,
     weak_score: float | None = None,
     unknown_words: Sequence[str] = (),
+    left_out: Sequence[str] = (),
 ) -> SearchDocument:
     """Search results as a document, best hit first, with the videos that failed."""
     return SearchDocument(
@@ -238,4 +240,5 @@ def search_document(
         videos=UNSET if videos is None else tuple(videos),
         weak_score=UNSET if weak_score is None else weak_score,
         unknown_words=tuple(unknown_words),
+        left_out=tuple(left_out),
     )

@@ -153,6 +153,7 @@ def _add_search(router: APIRouter, service: Service) -> None:
             seconds=seconds,
             weak_score=found.weak_score,
             unknown_words=list(found.unknown_words),
+            left_out=models.names(found.left_out),
             hits=models.moments(found.hits, base),
         )
 
@@ -170,13 +171,14 @@ def _add_search(router: APIRouter, service: Service) -> None:
             async with pictures:
                 name = await uploads.read_file(request, body, max_bytes=uploads.IMAGE_BYTES, idle_seconds=idle)
                 picture = await service.pool.run(uploads.picture, body.getvalue())
-                hits = await service.pool.run(service.search, picture, query.k, query.where())
+                found = await service.pool.run(service.search, picture, query.k, query.where())
         else:
             name, like = None, (await uploads.read_json(request, models.LikeRequest, idle_seconds=idle)).like
             example = Example(like.video_id, like.seconds)
-            hits = await service.pool.run(service.search, example, query.k, query.where())
+            found = await service.pool.run(service.search, example, query.k, query.where())
         seconds = time.perf_counter() - began
-        return models.Hits(query=name, seconds=seconds, hits=models.moments(hits, _base(request)))
+        hits, left_out = models.moments(found.hits, _base(request)), models.names(found.left_out)
+        return models.Hits(query=name, seconds=seconds, left_out=left_out, hits=hits)
 
     @router.get("/api/v1/videos/{id}/moments", tags=["search"])
     async def moments(

@@ -93,6 +93,7 @@ class Hits(BaseModel):
     seconds: float
     weak_score: float | None = None  # hits below it hardly match the text, where the model says so
     unknown_words: list[str] = []  # of the text, that the model does not know
+    left_out: list[str] = []  # names of videos that were not searched: what is stored of them is damaged
     hits: list[Moment]
 
 
@@ -231,6 +232,11 @@ def moments(hits: Sequence[LibraryHit], base: str) -> list[Moment]:
         preview = _preview(base, hit.video_id, hit.keyframe_seconds)
         found.append(Moment(**asdict(hit) | {"video": file_name(hit.video), "preview": preview}))
     return found
+
+
+def names(paths: Sequence[str]) -> list[str]:
+    """What callers may know of the paths of videos."""
+    return [file_name(path) for path in paths]
 
 
 def video(record: Record, base: str) -> Video:

@@ -15,7 +15,7 @@ from keyreel import Library
 from keyreel.config import ServeConfig
 from keyreel.errors import LibraryError
 from keyreel.library.files import path_of
-from keyreel.library.types import Added, Example, Extras, Filter, LibraryHit, Record
+from keyreel.library.types import Added, Example, Extras, Filter, Record
 from keyreel.serve import models
 from keyreel.serve.files import Roots, discard, file_name
 from keyreel.serve.jobs import Jobs
@@ -71,14 +71,17 @@ class Service:
                 self.library.search_many([text[0]], k=1)
         except Exception as error:
             raise ApiError(503, "not_ready", redact_paths(f"{type(error).__name__}: {error}", *self.private)) from error
-        return {"status": "ready", "model": engine.bundle.name, "device": engine.backend.device}
+        left_out = len(self.library.left_out())  # videos that this search could not use
+        return {"status": "ready", "model": engine.bundle.name, "device": engine.backend.device, "left_out": left_out}
 
-    def search(self, query: U8 | Example, k: int, where: Filter) -> list[LibraryHit]:
+    def search(self, query: U8 | Example, k: int, where: Filter) -> Answer:
         """The k best moments for a picture or a frame of the library."""
         self._check(where, k)
         if isinstance(query, Example):
             self.record(query.video)
-        return self.library.search(query, k=k, where=where) if self.library.exists() else []
+        if not self.library.exists():
+            return Answer([])
+        return Answer(self.library.search(query, k=k, where=where), left_out=self.library.left_out())
 
     def record(self, id: str, *, indexed: bool = False) -> Record:
         """The record of a video by its id; unlike the library's own method, this one takes no path.
@@ -153,7 +156,7 @@ class Service:
             return [Answer([]) for _ in texts]
         library, found = self.library, self.library.search_many(texts, k=k, where=where)
         return [
-            Answer(hits, library.match_threshold(text, where), library.unknown_words(text))
+            Answer(hits, library.match_threshold(text, where), library.unknown_words(text), library.left_out())
             for text, hits in zip(texts, found, strict=True)
         ]
 

@@ -24,6 +24,7 @@ class Answer(NamedTuple):
     hits: list[LibraryHit]
     weak_score: float | None = None  # below it, hits hardly match
     unknown_words: Sequence[str] = ()  # that the model does not know
+    left_out: Sequence[str] = ()  # paths of videos that were not searched
 
 
 MAX_WAITING = 64  # requests without a thread; more are told to come back

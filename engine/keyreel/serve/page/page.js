@@ -206,7 +206,8 @@ function layout(params) {
   const took = `${Math.max(1, Math.round(1000 * found.seconds))} ms`;
   const words = found.unknown_words.map((word) => `“${word}”`).join(", ");
   const unknown = words && `; the model does not know ${words}`;
-  $("#count").textContent = hits.length === 0 ? "Nothing was found." : `${from}, ${took}${weak}${unknown}`;
+  const damaged = found.left_out.length ? `; ${count(found.left_out.length, "damaged video")} not searched` : "";
+  $("#count").textContent = hits.length ? `${from}, ${took}${weak}${unknown}${damaged}` : `Nothing was found${damaged}.`;
   $(".choice").hidden = hits.length === 0;
   $("#more").hidden = hits.length < Number(params.get("k") ?? PAGE) || hits.length >= MOST;
   video.results(hits.map((hit) => ({ id: hit.video_id, seconds: hit.pts_seconds })));
