@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import platform
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from encoded_clips import encode
 
 from keyreel import Engine, Sampling
 from keyreel.config import DecodeLimits
@@ -328,3 +332,48 @@ def test_more_pictures_than_the_limit_are_refused() -> None:
         timeline = source.timeline()
         assert timeline is not None
         assert len(timeline.shown) == 40
+
+
+def test_decoding_does_not_begin_at_a_damaged_key_frame(engine: Engine, tmp_path: Path) -> None:
+    """FFmpeg crashed there, with VP9 in threads that had not decoded anything yet."""
+    whole = encode(tmp_path / "whole", codec="libvpx-vp9", frames=40, gop=8)
+    with av.open(str(whole)) as container:
+        lost = [bytes(packet) for packet in container.demux(video=0)][8]
+    data = whole.read_bytes()
+    assert data.count(lost) == 1
+    data = data.replace(lost, bytes(len(lost)))
+    with Source(data) as source:
+        timeline = source.timeline()
+        assert timeline is not None
+        assert np.flatnonzero(timeline.key).tolist() == [0, 8, 16, 24, 32]
+        assert np.flatnonzero(timeline.entry).tolist() == [0, 16, 24, 32]
+    times, pictures, _ = read(engine, data, Sampling(mode="all"))
+    few, some, _ = read(engine, data, Sampling(mode="every", every=3))
+    assert set(few) <= set(times)
+    np.testing.assert_array_equal(some, pictures[np.searchsorted(times, few)])
+
+
+def test_a_process_keeps_two_pools_of_freed_memory() -> None:
+    code = """
+import ctypes, sys, threading
+from keyreel.runtime.memory import bound_arenas
+if sys.argv[1] == "bound":
+    bound_arenas()
+libc, barrier = ctypes.CDLL(None), threading.Barrier(12)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+def work():
+    barrier.wait()
+    held = [libc.malloc(1000) for _ in range(2000)]
+    barrier.wait()
+threads = [threading.Thread(target=work) for _ in range(12)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+libc.fflush(None)
+"""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("not glibc")
+    counts = {}
+    for which in ("bound", "free"):
+        done = subprocess.run([sys.executable, "-c", code, which], capture_output=True, text=True, check=True)
+        counts[which] = done.stdout.count("<heap nr=")
+    assert counts["bound"] <= 2 < counts["free"]

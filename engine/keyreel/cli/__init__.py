@@ -20,7 +20,9 @@ def main() -> None:
             os.dup2(2, 1)
             sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False)
         from keyreel.cli.app import app
+        from keyreel.runtime.memory import bound_arenas
 
+        bound_arenas()
         app()
     except KeyboardInterrupt:  # while modules are imported; commands handle it themselves
         sys.exit(130)

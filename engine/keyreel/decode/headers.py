@@ -38,7 +38,7 @@ def is_shown(codec: str, packet: Packet[VideoStream]) -> bool:
 
 
 class Keys:
-    """Which key packets of H.264 and HEVC a decoder may begin with, so that its frames are those of a full decode."""
+    """Which key packets a decoder may begin with, so that its frames are those of a full decode."""
 
     def __init__(self, codec: str, extradata: bytes, pixels: str) -> None:
         self._codec, self._extradata, self._pixels = codec, extradata, pixels
@@ -53,15 +53,27 @@ class Keys:
             self._old_encoder = int(found[1]) < (151 if "444" in self._pixels else 34)
 
     def is_entry(self, packet: Packet[VideoStream]) -> bool:
+        data = bytes(packet)
+        if self._codec in ("vp8", "vp9"):  # FFmpeg may crash where it begins with a damaged one
+            return bool(data) and (not data[0] & 1 if self._codec == "vp8" else _is_vp9_key(data))
         if self._codec not in ("h264", "hevc"):
             return True
-        data = bytes(packet)
         own = parameter_sets(self._codec, data, self._extradata)
         changed = {unit for unit in own if unit not in self._extradata}
         self._changed = self._changed | changed
         # A recovery point (H.264, D.2.8) that does not promise exact frames.
         inexact = self._codec == "h264" and re.search(rb"\x06\x01[\x80-\xbf]", data[:256])
         return not (self._old_encoder or inexact) and self._changed <= own
+
+
+def _is_vp9_key(data: bytes) -> bool:
+    """Whether a packet begins with a key frame: VP9 specification, 6.2."""
+    read = Bits(data[:2]).read
+    if read(2) != 2:
+        return False
+    if read(1) | read(1) << 1 == 3:
+        read(1)
+    return read(2) == 0  # show_existing_frame, frame_type
 
 
 class FrameNumbers:
