@@ -14,9 +14,11 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import httpx
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from keyreel import Engine, Library
-from keyreel.config import IndexConfig, ServeConfig
+from keyreel.config import IndexConfig, OutputConfig, SelectConfig, ServeConfig
 from keyreel.serve import app, router
 
 pytestmark = pytest.mark.full
@@ -610,3 +612,60 @@ def _luminance(colour: list[int]) -> float:
     share = np.array(colour, np.float64) / 255
     linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def _late_picture(path: Path) -> None:
+    """Sound from 0 s to 8 s, pictures from 3 s on, in each second others, with another grey in the middle."""
+    with av.open(str(path), "w", format="webm") as made:
+        video: Any = made.add_stream("libvpx", rate=10)
+        video.width, video.height, video.pix_fmt, video.bit_rate = 160, 96, "yuv420p", 2_000_000
+        sound: Any = made.add_stream("libopus", rate=48000)
+        for at in range(0, 8 * 48000, 960):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 2 * 960), np.int16), "s16", "stereo")
+            silence.sample_rate, silence.pts, silence.time_base = 48000, at, Fraction(1, 48000)
+            made.mux(sound.encode(silence))
+        for number in range(30, 80):
+            blocks = np.random.default_rng(number // 10).integers(0, 256, (6, 10, 3), np.uint8)
+            blocks[2:4, 3:6] = GREYS[number // 10]
+            frame = av.VideoFrame.from_ndarray(blocks.repeat(16, 0).repeat(16, 1), "rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = number, Fraction(1, 10)
+            made.mux(video.encode(frame))
+        made.mux(video.encode(None))
+        made.mux(sound.encode(None))
+
+
+GREYS = {3: 40, 4: 90, 5: 140, 6: 190, 7: 240}
+
+
+def test_jumps_go_to_the_second_of_a_late_picture(browser: Any, tmp_path: Path) -> None:
+    clip = tmp_path / "late.webm"
+    _late_picture(clip)
+    with Engine.from_pretrained() as engine, Library(tmp_path / "library", engine) as library:
+        (added,) = library.add([clip], IndexConfig(select=SelectConfig(keyframes=4, similarity_limit=1.0)))
+        assert added.record is not None
+        engine.summarize(clip, keyframes=4, select=SelectConfig(similarity_limit=1.0)).save(
+            tmp_path / "out", OutputConfig(reel=False)
+        )
+        with _served(app(library, ServeConfig(roots=(str(tmp_path),), folder=str(tmp_path / "serve")))) as address:
+            pages = {
+                f"{address}/?view=video&id={added.record.id}": "#watch .cards button.picture",
+                (tmp_path / "out" / "storyboard.html").as_uri(): "button.picture",
+            }
+            for place, buttons in pages.items():
+                shown = browser.new_page()
+                shown.goto(place)
+                shown.wait_for_selector(buttons)
+                seconds = set()
+                for button in shown.query_selector_all(buttons):
+                    button.click()
+                    shown.evaluate("document.querySelector('video').pause()")
+                    video = "document.querySelector('video')"
+                    _comes(shown, f"{video}.readyState > 1 && !{video}.seeking")
+                    now = shown.evaluate("document.querySelector('video').currentTime")
+                    picture = Image.open(io.BytesIO(shown.locator("video").screenshot())).convert("L")
+                    middle = np.asarray(picture, float)[round(0.4 * picture.height) : round(0.6 * picture.height)]
+                    grey = np.median(middle[:, round(0.35 * picture.width) : round(0.55 * picture.width)])
+                    assert grey == pytest.approx(GREYS[int(now)], abs=8)
+                    seconds.add(int(now))
+                assert len(seconds) >= 2
+                shown.close()
