@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import SHARED
 
-from benchmarks import gpu, select
+from benchmarks import fuzz, gpu, select
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +49,37 @@ def test_a_script_runs(script: str, cases: set[str], tmp_path: Path) -> None:
             assert row["p25"] <= row["median"] <= row["p75"]
             assert row["median"] >= least.get(row["metric"], 0), row
             assert row["median"] == 0 or row["metric"] not in ("wrong_frames", "errors", "lost"), row
+
+
+def test_fuzzing_counts_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.fuzz",
+        "--files",
+        "60",
+        "--seed",
+        "5",
+        "--media",
+        str(SHARED / "media"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = re.findall(r"(\d+) (\w+)(?=[,;])", done.stdout.split(": ", 1)[1])
+    assert sum(int(count) for count, _ in counts) == 60
+    assert {what for _, what in counts} <= {"frames", "CorruptStream", "UnsupportedCodec", "SourceError", "NoFrames"}
+    # What it should report is reported: a file that cannot even be read here.
+    options = argparse.Namespace(files=3, seed=5, workers=1)
+    assert fuzz.fuzz(options, [tmp_path / "missing.mp4"], tmp_path) == 3
+    assert capsys.readouterr().out.startswith("3 files")
+
+
+def test_damage_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    whole.write_bytes(np.random.default_rng(1).bytes(5000))
+    first, again = ([fuzz.damaged([whole], 7, number)[0] for number in range(40)] for _ in range(2))
+    assert first == again
+    assert len({*first, whole.read_bytes()}) >= 39
 
 
 def test_the_gpu_script_says_that_there_is_no_device(tmp_path: Path) -> None:

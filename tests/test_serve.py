@@ -10,6 +10,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import threading
@@ -146,6 +147,20 @@ def test_filters_are_the_librarys(service: Served, library: Library, place: Path
     assert seen[5] == seen[6] == 0 < min(seen[:5])
     moments = service.http.get(f"/api/v1/videos/{one}/moments", params={"q": "a dog", "k": 9})
     same(moments, library.search("a dog", k=9, where=Filter(videos=(one,))))
+
+
+def test_a_damaged_video_is_named_and_the_others_are_searched(library: Library, engine: Engine, tmp_path: Path) -> None:
+    shutil.copytree(library.uri, tmp_path / "library")
+    with Library(tmp_path / "library", engine) as damaged:
+        lost = damaged.list()[0]
+        where = f"generation = '{lost.generation}' AND row = 0 AND kind = 'scene'"
+        damaged._tables.table("vectors").update(where=where, values={"pts_seconds": 0.125})
+        made = app(damaged, ServeConfig(folder=str(tmp_path / "state")))
+        found = asyncio.run(_ask(made, "/api/v1/search?q=a+dog&k=9"))
+        assert found.json()["left_out"] == [Path(lost.path).name]
+        expected = [hit for hit in library.search("a dog", k=50) if hit.video != lost.path][:9]
+        same(found, expected)
+        assert asyncio.run(_ask(made, "/readyz")).json()["left_out"] == 1
 
 
 def test_pictures_and_frames_are_queries_too(service: Served, library: Library) -> None:

@@ -6,11 +6,10 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from keyreel.config import EncodeConfig, Sampling, SelectConfig
-from keyreel.errors import KeyreelError
-
 if TYPE_CHECKING:
+    from keyreel.config import EncodeConfig, Sampling, SelectConfig
     from keyreel.engine import Engine
+    from keyreel.errors import KeyreelError
     from keyreel.library.library import Library
     from keyreel.library.types import Example, Filter
     from keyreel.types import Embedding, FrameBatch, KeyFrame, SearchHit, Shot, Summary, VideoInfo
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     __version__: str
 else:
     _MODULES = {
+        "keyreel.config": ("EncodeConfig", "Sampling", "SelectConfig"),
+        "keyreel.errors": ("KeyreelError",),
         "keyreel.engine": ("Engine",),
         "keyreel.library.library": ("Library",),
         "keyreel.library.types": ("Example", "Filter"),
@@ -25,7 +26,10 @@ else:
     }
 
     def __getattr__(name: str) -> Any:
-        """Imports NumPy and FFmpeg on first use, so that `keyreel --help` need not wait for them."""
+        """Imports NumPy and FFmpeg on first use, so that `keyreel --help` need not wait for them.
+
+        The rest of the package waits too: Ctrl-C is quiet only once the command line has begun.
+        """
         if name == "__version__":
             return importlib.import_module("importlib.metadata").version("keyreel")
         for module, names in _MODULES.items():

@@ -182,3 +182,7 @@ def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:
         if error.name and module.split(".")[0] != error.name.split(".")[0]:
             raise
         raise MissingExtra(module.split(".")[0], extra, purpose) from error
+    except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # modules in C++ turn it into this
+            raise KeyboardInterrupt from error
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,19 @@ from keyreel.errors import KeyreelError, MissingExtra, RenderError
 USAGE, INTERRUPTED = 2, 130
 
 
+class _Messages(logging.Handler):
+    """Prints what the modules log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log(self.format(record))
+
+
+_messages = _Messages(logging.WARNING)
+
+
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
+        logging.getLogger("keyreel").addHandler(_messages)
         with _exit_codes():
             return super().invoke(ctx)
 
