@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -377,3 +378,71 @@ libc.fflush(None)
         done = subprocess.run([sys.executable, "-c", code, which], capture_output=True, text=True, check=True)
         counts[which] = done.stdout.count("<heap nr=")
     assert counts["bound"] <= 2 < counts["free"]
+
+
+class Faulty:
+    """A container that raises at one of its calls, from the `after`th on."""
+
+    def __init__(self, real: Any, call: str, raised: Exception, after: int) -> None:
+        self._real, self._call, self._raised, self._left = real, call, raised, [after]
+
+    def __enter__(self) -> Faulty:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._real.close()
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._real, name)
+        if name != self._call:
+            return value
+        self._left[0] -= 1
+        if self._left[0] < 0:
+            raise self._raised
+        return value
+
+    def demux(self, *streams: Any) -> Any:
+        for packet in self._real.demux(*streams):
+            if self._call == "packets":
+                self._left[0] -= 1
+                if self._left[0] < 0:
+                    raise self._raised
+            yield packet
+
+
+RAISED = (
+    ValueError("29 is not a valid Type"),
+    IndexError("no"),
+    UnicodeDecodeError("utf-8", b"x", 0, 1, "no"),
+    av.error.ArgumentError(22, "no"),
+)
+
+
+@pytest.mark.parametrize("raised", RAISED, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("call", ["open", "streams", "format", "duration", "seek", "packets"])
+@pytest.mark.parametrize("after", [0, 3])
+def test_whatever_pyav_raises_is_an_error_of_the_tree(
+    engine: Engine,
+    media: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    raised: Exception,
+    after: int,
+) -> None:
+    path, opened = media("natural/test.mp4"), iter(range(100))
+    plain = av.open
+
+    def open_it(*arguments: Any, **options: Any) -> Any:
+        if call == "open" and next(opened) >= after:
+            raise raised
+        return Faulty(plain(*arguments, **options), call, raised, after)
+
+    monkeypatch.setattr("keyreel.decode.source.av.open", open_it)
+    for sampling in (Sampling(fps=2.0), Sampling(mode="all"), Sampling(mode="times", times=(2.0, 0.5))):
+        try:
+            times, _, _ = read(engine, path, sampling)
+        except SourceError:
+            continue
+        assert len(times) >= 1
+    with suppress(SourceError), Source(path) as source:
+        source.probe()

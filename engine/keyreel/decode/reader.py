@@ -129,9 +129,10 @@ class Reader:
     def pictures(self, times: F64) -> Iterator[tuple[tuple[Any, float, int], int]]:
         """((picture, seconds, index), rows it fills) of each wanted frame, in display order."""
         nothing = True
-        for shown, rows, picture in self._wanted(times):
-            nothing = False
-            yield (picture, shown.start, shown.index), rows
+        with self._source.guarded():
+            for shown, rows, picture in self._wanted(times):
+                nothing = False
+                yield (picture, shown.start, shown.index), rows
         if nothing:
             wanted = self._sampling
             stop = "the end" if wanted.stop_seconds is None else f"{wanted.stop_seconds} s"

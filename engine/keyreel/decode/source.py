@@ -177,11 +177,25 @@ class Source:
         except (*BROKEN, OSError) as error:
             raise self._refusal(error, head) from error
         try:
-            self._check(container)
+            with self.guarded():
+                self._check(container)
         except BaseException:
             container.close()
             raise
         return container
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Turns what PyAV raises inside, for a file that it stumbles over, into CorruptStream."""
+        try:
+            yield
+        except BROKEN as error:
+            if self._closed:
+                raise
+            what = f"{type(error).__name__}: {reason_of(error)}"
+            raise CorruptStream(
+                f"{self.name}: cannot be read: {what}.", hint="Check that it plays; copy or download it again."
+            ) from error
 
     def probe(self) -> VideoInfo:
         """What the file says of its video, and its first frame of colours and rotation.
@@ -220,7 +234,7 @@ class Source:
             self._analysed = False
 
     def _analyse(self, checkpoint: Callable[[], None]) -> None:
-        with self.open() as container:
+        with self.guarded(), self.open() as container:
             stream = self.require_video(container)
             for other in container.streams:
                 if other.index != stream.index:
