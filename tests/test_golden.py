@@ -95,10 +95,14 @@ def summaries(folder: Path) -> dict[str, Any]:
     return {"printed": masked(printed), "written": masked(written)}
 
 
+def _is_hdr(path: Path) -> bool:
+    return "hdr" in path.stem or path.stem == "bt2020_10bit"
+
+
 def frames(folder: Path) -> dict[str, Any]:
     """MD5 of times, places and pixels of each clip in each mode.
 
-    Of HDR clips the mean colour, not each pixel: a power of float32 differs by a unit between processors.
+    Of HDR clips the mean colour, not each pixel: FFmpeg interpolates colours by other instructions on other processors.
     """
     found = {}
     small = ImageTransform(90, 160, mode="fit", interpolation="area")
@@ -113,7 +117,7 @@ def frames(folder: Path) -> dict[str, Any]:
                             count += len(batch)
                             digest.update(batch.pts_seconds.tobytes())
                             digest.update(batch.frame_index.tobytes())
-                            if "hdr" in path.stem:
+                            if _is_hdr(path):
                                 colour += batch.data.sum(axis=(0, 1, 2)) / (255 * small.height * small.width)
                             else:
                                 digest.update(batch.data.tobytes())
@@ -121,7 +125,7 @@ def frames(folder: Path) -> dict[str, Any]:
                 except KeyreelError as error:
                     ended = type(error).__name__
                 row = [count, ended, digest.hexdigest()]
-                if "hdr" in path.stem:
+                if _is_hdr(path):
                     row.append([round(value, 5) for value in (colour / max(count, 1)).tolist()])
                 found[f"{path.relative_to(MEDIA)} {sampling.mode}"] = row
     return found
