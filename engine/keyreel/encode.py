@@ -22,6 +22,7 @@ from keyreel.types import JOINT, Embedding, FrameBatch
 # Histogram distance that counts as a cut for the shift. In the test clips at 2 fps it is below 0.4 within a scene and
 # mostly above 0.6 across a cut. A missed cut only mixes patches of a few frames.
 SHIFT_CUT = 0.5
+_PARTS, _FAINT = 32, 4.0  # of a layout: on each axis, and the level of 255 that is added to its magnitude
 
 
 @contextmanager
@@ -69,6 +70,23 @@ class _Window:
         self.first += drop
 
 
+def layout_of(xp: Any, frames: Any) -> Any:
+    """[n, R] float32: the mean of each of about 32 x 32 parts of a frame, without the frame's mean and magnitude.
+
+    The mean difference of two is 0 for the same layout, whatever the exposure, and about 1 for strangers.
+
+    Args:
+        frames: [n, H, W, 3] uint8; what H and W leave over 32 parts is not looked at.
+    """
+    count, height, width, _ = frames.shape
+    high, wide = max(1, height // _PARTS), max(1, width // _PARTS)
+    rows, columns = height // high, width // wide
+    parts = frames[:, : rows * high, : columns * wide].reshape(count, rows, high, columns, wide, 3)
+    layout = parts.mean(axis=(2, 4, 5), dtype=np.float32).reshape(count, -1)
+    layout = layout - layout.mean(axis=1, keepdims=True)
+    return layout / (xp.abs(layout).mean(axis=1, keepdims=True) + _FAINT)
+
+
 class Encoder:
     """The image side of a bundle on a backend. Safe to share between threads: each `encode` keeps its own state."""
 
@@ -103,7 +121,7 @@ class Encoder:
         window = _Window(xp)
         fused: list[tuple[Any, Any, Any]] = []  # scene, subject, map
         signals, times, places = [], [], []
-        last: Any = None  # histogram of the frame before
+        last: Any = None  # histogram and layout of the frame before
         seconds = {"encode": 0.0, "fuse": 0.0}
         for batch in batches:
             if batch.data.shape[1:3] != size:
@@ -113,13 +131,15 @@ class Encoder:
                 tokens = self._backbone.run({"frames": frames})["tokens"]
             with timed(seconds, "fuse"):
                 sharpness, mean, spread, histogram = ops.frame_signals(frames)
-                before = histogram[:1] if last is None else last
+                layout = layout_of(xp, frames)
+                before, placed = (histogram[:1], layout[:1]) if last is None else last
                 change = ops.histogram_distance(histogram, xp.concatenate([before, histogram[:-1]]))
-                signals.append(xp.stack([sharpness, mean, spread, change], axis=1))
+                moved = xp.abs(layout - xp.concatenate([placed, layout[:-1]])).mean(axis=1)
+                signals.append(xp.stack([sharpness, mean, spread, change, moved], axis=1))
                 linked = change < SHIFT_CUT
                 if last is None:
                     linked[0] = False
-                last = histogram[-1:]
+                last = histogram[-1:], layout[-1:]
                 window.add(tokens, frames, linked)
                 times.append(batch.pts_seconds)
                 places.append(batch.frame_index)
@@ -133,7 +153,7 @@ class Encoder:
             if config.subject:
                 joint = xp.concatenate([JOINT[0] * scene, JOINT[1] * subject], axis=1)
             to_host = self._arrays.to_host
-            sharpness, mean, spread, change = to_host(xp.concatenate(signals)).astype(np.float32).T.copy()
+            sharpness, mean, spread, change, moved = to_host(xp.concatenate(signals)).astype(np.float32).T.copy()
             embedding = Embedding(
                 vectors=to_host(scene),
                 subject=to_host(subject) if config.subject else None,
@@ -145,6 +165,7 @@ class Encoder:
                 luma_mean=mean,
                 luma_spread=spread,
                 pixel_change=change,
+                layout_change=moved,
                 model=self.bundle.name,
                 model_sha256=self.bundle.sha256,
             )

@@ -1,4 +1,10 @@
-"""Shots: where the pictures and what they show change together; placed to the frame by a second look."""
+"""Shots: where one take ends and the next begins.
+
+The samples name places that are worth a look: there the colours, the layout or the content differ. Around each, all
+frames are looked at, and what they show decides: a cut is one step between two frames that moving blocks do not
+explain, far more than the steps around it, and from which the picture does not come back (as it does after a flash). A
+dissolve is a run of frames that are mixtures of its ends; a fade is a run of black.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from keyreel.config import ImageTransform, Sampling
@@ -18,36 +25,51 @@ from keyreel.decode.stream import distinct
 from keyreel.errors import NoFrames
 from keyreel.runtime.backend import Backend
 from keyreel.types import F32, F64, Embedding, Shot
-from keyreel_kernels import ops_for
 
 # Mean plus standard deviation of the luma (0..1) below which a frame is part of a fade through black. The mean alone
 # would take a starry night for black.
 DARK = 0.06
-# Colour histogram distance between two samples that is worth a second look: cuts between the test clips begin at 0.35,
-# and a quickly turning camera reaches 0.7, so this alone decides nothing.
-SUSPECT = 0.25
-# In the second look a cut is one frame that differs from the one before by at least this,
-JUMP = 0.15
-# by this factor more than frames around it do (a moving camera changes all frames alike),
-CONTRAST = 4.0
-# and no frame before it is as like any frame after it (after a photographer's flash the picture comes back).
-STAYS = 0.15
-# Change at which a sample is a cut without a second look; lower finds more.
-CUT = 0.35
+# What is worth a second look between two samples: a colour histogram distance,
+COLOURS = 0.15
+# a change of content (see `scene_change`),
+CONTENT = 0.2
+# or a change of layout that is so many times that of the samples around it, as with slides.
+LAYOUT, STANDS_OUT = 0.08, 3.0
+# A step is a cut if it leaves this unexplained, see `unexplained`,
+UNEXPLAINED = 0.1
+# this many times as much as any step around it, with NOISE added to those,
+CONTRAST, NOISE = 2.0, 0.02
+# and the product of both is this or more: little that changes while all else is still, or all while much moves.
+EVIDENCE = 0.6
+# Of what the step left unexplained, frames before and after it leave this share at least, or the picture came back.
+STAYS = 0.5
+# The frames of a dissolve differ from mixtures of its ends by this share of what the ends differ by, at most; less
+# where the ends, which leave this unexplained, have something in common.
+MIXTURE, ENDS = 0.22, 0.45
+# Mixtures of strangers are flatter: the variance of the middle frame is such a share of the ends', half of it at least
+# but for noise.
+FLATTER = (0.4, 0.85)
+# Mixtures as exact as this, between ends that leave this unexplained, are dissolves of slides, if all is so still on
+# both sides; else it may be a title that appears in the picture.
+EXACT, SLIDES, STILL = 0.01, 0.18, 0.03
 # Shorter shots are joined to a neighbour.
 MIN_SHOT_SECONDS = 0.5
-# Seconds around the two samples that the second look covers as well, to see how much frames differ there.
-MARGIN_SECONDS = 0.2
+# Seconds around the two samples that the second look covers as well: to see how much frames differ there, and for
+# dissolves.
+MARGIN_SECONDS, DISSOLVE_SECONDS = 0.2, 0.6
 # Distance (1 - cosine) of two random frames, at least: in a video of one scene a moving hand must not look like
 # another scene.
 MIN_TYPICAL = 0.3
 # Windows of the second look that share one pass; more would gain nothing.
 TOGETHER = 256
-# Frames of the second look: large enough for a colour histogram.
+# Frames of the second look, and the blocks and how far they may move from one frame to the next, in pixels of it.
 SMALL = ImageTransform(72, 128, mode="squash", interpolation="area")
-
-# On the CPU: a few hundred numbers a frame.
-histogram_distance = ops_for("cpu").histogram_distance
+BLOCK, REACH = 8, 8
+# Steps on each side that a cut is compared with, and frames on each side to which the picture may come back.
+AROUND, BACK = 4, (0, 2, 4)
+LUMA = np.array([0.299, 0.587, 0.114], np.float32) / 255  # ITU-R BT.601
+# Half lengths of the dissolves that are tried.
+_HALVES_SECONDS = (0.24, 0.4, 0.6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +78,39 @@ class Candidate:
 
     before: int
     after: int
-    kind: Literal["suspect", "change", "fade"]  # maybe a cut, surely a cut or dissolve, a run of black
+    kind: Literal["suspect", "change", "fade"]  # maybe a cut, maybe a cut or a dissolve, a run of black
 
 
 def find_candidates(embedding: Embedding) -> tuple[Candidate, ...]:
     """Where shots may begin, from the samples alone.
 
-    A run of black between two pictures is a fade. Elsewhere the change at a sample decides, see `scene_change`: above
-    `CUT` it is a boundary (cut or dissolve); where only the colours differ, the second look decides.
+    A run of black between two pictures is a fade. Elsewhere the second look decides.
     """
-    change = scene_change(embedding)
-    count = len(change)
+    content = scene_change(embedding)
+    count = len(content)
     dark = embedding.luma_mean + embedding.luma_spread < DARK
     edges = np.flatnonzero(np.diff(np.concatenate([[False], dark, [False]]).astype(np.int8))).reshape(-1, 2)
     fades = [(int(start), int(stop)) for start, stop in edges if start > 0 and stop < count]
     # Changes on the ramps into and out of the black belong to the fade.
     ramps = {t for start, stop in edges for t in range(start - 1, stop + 2)}
     found = [Candidate(start - 1, stop, "fade") for start, stop in fades]
+    layout = _stands_out(embedding.layout_change)
     for t in range(1, count):
         if t in ramps:
             continue
-        # A dissolve reaches over several samples: only the peak counts as one.
-        peak = change[t] >= change[max(t - 1, 1)] and (t + 1 == count or change[t] > change[t + 1])
-        if change[t] >= CUT and peak:
+        if content[t] >= CONTENT or layout[t]:
             found.append(Candidate(t - 1, t, "change"))
-        elif embedding.pixel_change[t] >= SUSPECT:
+        elif embedding.pixel_change[t] >= COLOURS:
             found.append(Candidate(t - 1, t, "suspect"))
     return tuple(sorted(found, key=lambda c: c.before))
+
+
+def _stands_out(change: F32) -> NDArray[np.bool_]:
+    """[T] bool: where the layout changes much more than around."""
+    padded = np.pad(change, AROUND, mode="reflect" if len(change) > AROUND else "edge")
+    around = np.delete(sliding_window_view(padded, 2 * AROUND + 1), AROUND, axis=1)
+    found: NDArray[np.bool_] = (change >= LAYOUT) & (change >= STANDS_OUT * np.median(around, axis=1))
+    return found
 
 
 def scene_change(embedding: Embedding) -> F32:
@@ -103,28 +131,33 @@ def scene_change(embedding: Embedding) -> F32:
 def place_boundaries(
     source: Source, embedding: Embedding, candidates: Sequence[Candidate], backend: Backend
 ) -> tuple[float, ...]:
-    """The time of each boundary, to the frame, in rising order; decodes all frames between the samples.
+    """The time of each boundary, to the frame, in rising order; decodes all frames around the candidates.
 
-    A cut begins with the frame that jumps; a dissolve is placed where the change is greatest, a fade where it is
-    darkest. Candidates of kind "suspect" without a jump are dropped; of those closer than `MIN_SHOT_SECONDS` the
-    strongest stays, fades before cuts, so that the ramps of a fade do not hide its middle.
+    A cut begins with the frame that jumps; a dissolve is placed in its middle, a fade where it is darkest. Candidates
+    without any of them are dropped; of boundaries closer than `MIN_SHOT_SECONDS` the strongest stays, fades before
+    cuts, so that the ramps of a fade do not hide its middle.
     """
     placed: list[tuple[float, float]] = []  # (strength, time)
     between = [(float(embedding.pts_seconds[c.before]), float(embedding.pts_seconds[c.after])) for c in candidates]
-    windows = [(max(low - MARGIN_SECONDS, 0.0), high + MARGIN_SECONDS + 1e-3) for low, high in between]
-    for candidate, (low, high), look in zip(candidates, between, _looks(source, windows, backend), strict=True):
-        pts, histogram, light = look
+    margins = [DISSOLVE_SECONDS if c.kind == "change" else MARGIN_SECONDS for c in candidates]
+    windows = [
+        (max(low - margin, 0.0), high + margin + 1e-3) for (low, high), margin in zip(between, margins, strict=True)
+    ]
+    for candidate, (low, high), (pts, luma) in zip(candidates, between, _looks(source, windows, backend), strict=True):
         inside = np.flatnonzero((pts > low) & (pts <= high + 1e-6))
         inside = inside[inside > 0]  # each needs a frame to differ from
         if not len(inside):
             continue  # a damaged part need not decode the same way twice
-        change = histogram_distance(histogram[1:], histogram[:-1])  # change[n]: from frame n to n + 1
-        jump = int(inside[change[inside - 1].argmax()])
+        light = luma.mean((1, 2)) + luma.std((1, 2))
         if candidate.kind == "fade" or light.min() < DARK < light.max():
             # Also black that the samples missed; every window that contains it must name the same frame.
             placed.append((2.0 - float(light.min()), float(pts[light.argmin()])))
-        elif candidate.kind == "change" or _is_cut(histogram, change, jump):
-            placed.append((float(change[jump - 1]), float(pts[jump])))
+            continue
+        pictures = _normalised(luma)
+        if (cut := _cut(pictures, inside)) is not None:
+            placed.append((cut[0], float(pts[cut[1]])))
+        elif candidate.kind == "change" and (place := _dissolve(luma, pictures, inside, pts)) is not None:
+            placed.append((0.0, float(pts[place])))
     kept: list[float] = []
     for _, time in sorted(placed, key=lambda place: (-place[0], place[1])):
         if all(abs(time - other) >= MIN_SHOT_SECONDS for other in kept):
@@ -132,16 +165,104 @@ def place_boundaries(
     return tuple(sorted(kept))
 
 
-def _is_cut(histogram: F32, change: F32, jump: int) -> bool:
-    """Whether frame `jump` begins a new shot."""
-    peak = change[jump - 1]
-    typical = float(np.median(np.delete(change, jump - 1))) if len(change) > 1 else 0.0
-    if peak < JUMP or peak < CONTRAST * typical:
-        return False
-    return all(histogram_distance(histogram[jump:], earlier[None]).min() >= STAYS for earlier in histogram[:jump])
+def _normalised(luma: F32) -> F32:
+    """Without mean and deviation of each frame: what exposure changes is no change."""
+    mean, deviation = luma.mean((1, 2), keepdims=True), luma.std((1, 2), keepdims=True)
+    return np.asarray((luma - mean) / (deviation + 0.03), np.float32)
 
 
-Look: TypeAlias = tuple[F64, F32, F32]  # times, colour histograms and luma (mean + deviation) of a window's frames
+def _cut(pictures: F32, inside: NDArray[np.int64]) -> tuple[float, int] | None:
+    """(strength in 0..1, number of the first frame) of the cut among the frames `inside`, if there is one."""
+    change = np.abs(np.diff(pictures, axis=0)).mean((1, 2))  # change[n]: from frame n to n + 1, motion and all
+    at = int(inside[change[inside - 1].argmax()])
+    step = unexplained(pictures[at - 1], pictures[at])
+    if step < UNEXPLAINED:
+        return None
+    most = 0.0
+    for other in sorted(range(max(1, at - AROUND), min(len(pictures), at + AROUND + 1)), key=lambda n: -change[n - 1]):
+        if other == at:
+            continue
+        most = max(most, unexplained(pictures[other - 1], pictures[other]))
+        contrast = step / (most + NOISE)
+        if contrast < CONTRAST or contrast * step < EVIDENCE:
+            return None
+    for back, ahead in itertools.product(BACK, BACK):
+        before, after = at - 1 - back, at + ahead
+        if before < 0 or after >= len(pictures) or back + ahead == 0:
+            continue
+        if unexplained(pictures[before], pictures[after]) < STAYS * step:
+            return None
+    return min(step, 1.0), at
+
+
+def unexplained(one: F32, other: F32) -> float:
+    """The share of what two frames show that blocks of one, moved, do not explain in the other; about 1 for strangers.
+
+    Each block of 8 x 8 pixels is looked for within 8 pixels of its place, first at half the size; the differences that
+    are left, both ways, are divided by the mean magnitude of both.
+
+    Args:
+        one, other: [72, 128] float32, luma without mean and deviation.
+    """
+    left = _left(one, other) + _left(other, one)
+    return float(left / max(np.abs(one).sum() + np.abs(other).sum(), 1e-6))
+
+
+def _left(one: F32, other: F32) -> float:
+    """Sum of the differences between the blocks of `other` and the best fits for them in `one`."""
+    rows, columns, half, reach = one.shape[0] // BLOCK, one.shape[1] // BLOCK, BLOCK // 2, REACH // 2
+    small_one, small_other = (x.reshape(x.shape[0] // 2, 2, x.shape[1] // 2, 2).mean((1, 3)) for x in (one, other))
+    height, width = small_one.shape
+    padded = np.pad(small_one, reach, mode="edge")
+    best, shift = np.full((rows, columns), np.inf, np.float32), np.zeros((rows, columns, 2), np.int64)
+    for down, right in itertools.product(range(2 * reach + 1), repeat=2):
+        moved = np.abs(padded[down : down + height, right : right + width] - small_other)
+        found = moved.reshape(rows, half, columns, half).sum((1, 3))
+        better = found < best
+        best[better], shift[better] = found[better], (down - reach, right - reach)
+    views = sliding_window_view(np.pad(one, REACH + 1, mode="edge"), (BLOCK, BLOCK))
+    blocks = other.reshape(rows, BLOCK, columns, BLOCK).swapaxes(1, 2)
+    top = np.arange(rows)[:, None] * BLOCK + REACH + 1 + 2 * shift[..., 0]
+    left = np.arange(columns) * BLOCK + REACH + 1 + 2 * shift[..., 1]
+    fits = [
+        np.abs(views[top + down, left + right] - blocks).sum((2, 3))
+        for down, right in itertools.product((-1, 0, 1), repeat=2)
+    ]
+    return float(np.minimum.reduce(fits).sum())
+
+
+def _dissolve(luma: F32, pictures: F32, inside: NDArray[np.int64], pts: F64) -> int | None:
+    """The middle of a run of frames that are mixtures of its ends, which show different things; None without one."""
+    flat = luma.reshape(len(luma), 18, 4, 32, 4).mean((2, 4)).reshape(len(luma), -1)
+    step = float(np.median(np.diff(pts)))
+    found: list[tuple[float, int, int]] = []
+    for half in {max(2, round(seconds / step)) for seconds in _HALVES_SECONDS}:
+        for middle in inside[(inside >= half) & (inside + half < len(luma))].tolist():
+            run = flat[middle - half : middle + half + 1] - flat[middle - half]
+            whole = run[-1]
+            size = float(whole @ whole)
+            if size < 1e-5 * len(whole):
+                continue
+            share = run @ whole / size
+            quarters = [half // 2, half, 2 * half - half // 2]
+            away = ((run[quarters] - share[quarters, None] * whole) ** 2).sum(1).max() / size
+            if away <= MIXTURE and 0.3 < share[half] < 0.7:
+                found.append((float(away), middle, half))
+    for away, middle, half in sorted(found):
+        first, last, beside = middle - half, middle + half, max(1, half // 2)
+        ends = unexplained(pictures[first], pictures[last])
+        variance = luma[middle].var() / max((luma[first].var() + luma[last].var()) / 2, 1e-9)
+        if FLATTER[0] <= variance <= FLATTER[1] and ends >= ENDS and away <= MIXTURE * ends:
+            return middle
+        if away <= EXACT and ends >= SLIDES:
+            sides = [(first - beside, first), (last, last + beside)]
+            moves = [unexplained(pictures[a], pictures[b]) for a, b in sides if a >= 0 and b < len(pictures)]
+            if max(moves, default=1.0) <= STILL:
+                return middle
+    return None
+
+
+Look: TypeAlias = tuple[F64, F32]  # times [n] and luma [n, 72, 128] in 0..1 of a window's frames
 
 
 def _looks(source: Source, windows: Sequence[tuple[float, float]], backend: Backend) -> Iterator[Look]:
@@ -160,13 +281,13 @@ def _one_pass(source: Source, windows: Sequence[tuple[float, float]], backend: B
         yield from (_joined([]) for _ in windows)
         return
     open_windows = deque((window, list[Look]()) for window in windows)
-    for pts, histogram, light in _signals(source, sampling, backend):
+    for pts, luma in _signals(source, sampling, backend):
         for (start, stop), own in open_windows:
             if start > pts[-1]:
                 break
             rows = (pts >= start) & (pts < stop)
             if rows.any():
-                own.append((pts[rows], histogram[rows], light[rows]))
+                own.append((pts[rows], luma[rows]))
         while open_windows and open_windows[0][0][1] <= pts[-1]:
             yield _joined(open_windows.popleft()[1])
     yield from (_joined(own) for _, own in open_windows)
@@ -185,19 +306,18 @@ def _inside(source: Source, windows: Sequence[tuple[float, float]]) -> Sampling 
 
 
 def _signals(source: Source, sampling: Sampling, backend: Backend) -> Iterator[Look]:
-    ops, arrays = backend.ops, backend.ops.arrays
+    arrays = backend.ops.arrays
     with backend.open_stream(source, sampling, transform=SMALL) as stream, suppress(NoFrames):
         # Where decoding gives fewer frames than there are packets, one is repeated for those after it.
         for batch in distinct(stream):
-            _, mean, spread, histogram = ops.frame_signals(arrays.to_device(batch.data))
-            yield batch.pts_seconds, arrays.to_host(histogram), arrays.to_host(mean + spread)
+            yield batch.pts_seconds, np.asarray(arrays.to_host(batch.data) @ LUMA, np.float32)
 
 
 def _joined(looks: Sequence[Look]) -> Look:
     if not looks:
-        return np.empty(0), np.empty((0, 1), np.float32), np.empty(0, np.float32)
-    pts, histogram, light = zip(*looks, strict=True)
-    return np.concatenate(pts), np.concatenate(histogram), np.concatenate(light)
+        return np.empty(0), np.empty((0, SMALL.height, SMALL.width), np.float32)
+    pts, luma = zip(*looks, strict=True)
+    return np.concatenate(pts), np.concatenate(luma)
 
 
 def shots_between(times: Sequence[float], *, start_seconds: float, stop_seconds: float) -> tuple[Shot, ...]:

@@ -105,7 +105,8 @@ class Embedding:
     sharpness: F32  # [T] float32 >= 0: variance of the luma's Laplacian, luma in 0..1
     luma_mean: F32  # [T] float32 in 0..1
     luma_spread: F32  # [T] float32: standard deviation of the luma
-    pixel_change: F32  # [T] float32 in 0..1: how far the picture differs from the one before, 0 for the first
+    pixel_change: F32  # [T] float32 in 0..1: how far the colours differ from those of the frame before, 0 for the first
+    layout_change: F32  # [T] float32 >= 0: the same of what is where, see `encode.layout_of`
     model: str  # name of the bundle
     model_sha256: str  # fingerprint of the bundle's manifest
     subject: F32 | None = None  # [T, D] float32, unit length: of what stands out or moves; None where it is off
