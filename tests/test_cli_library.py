@@ -217,13 +217,13 @@ def test_search_gives_what_the_library_gives(folder: Path, library: Path, tmp_pa
 
     found = search("a dog", "-k", 3, "--html", tmp_path / "hits.html", "--previews", tmp_path / "shown")
     with keyreel.Engine.from_pretrained() as engine, keyreel.Library(library, engine) as opened:
-        hits = opened.search("a dog", k=3)
+        hits = opened.search("a dog", k=3, where=keyreel.Filter(per_video=2))
         assert [hit["score"] for hit in found["hits"]] == pytest.approx([hit.score for hit in hits], abs=1e-6)
         for entry, hit in zip(found["hits"], hits, strict=True):
             names = ("video", "video_id", "start_seconds", "stop_seconds", "pts_seconds", "keyframe_seconds", "folded")
             assert {name: entry[name] for name in names} == {name: getattr(hit, name) for name in names}
             assert (entry["answered_by"], entry["region"]) == (hit.answered_by, hit.region and list(hit.region))
-            assert Path(entry["preview"]).read_bytes() == opened.preview(hit.video_id, hit.keyframe_seconds)
+            assert Path(entry["preview"]).read_bytes() == opened.preview(hit.video_id, hit.pts_seconds)
         page = (tmp_path / "hits.html").read_text()
         assert page.count("data:image/jpeg") == len(hits)
         assert all((folder / hit.video).as_uri() in page for hit in hits)
@@ -239,9 +239,12 @@ def test_search_gives_what_the_library_gives(folder: Path, library: Path, tmp_pa
             (("--max-duration", 3.1), Filter(max_duration_seconds=3.1)),
             (("--before", "2020-01-01T00:00+00:00"), Filter(before=1577836800)),
         ):
+            where = where if words[0] == "--in" else dataclasses.replace(where, per_video=2)
             wanted = [(hit.video, hit.pts_seconds) for hit in opened.search("a dog", k=9, where=where)]
             assert [(hit["video"], hit["pts_seconds"]) for hit in search("a dog", "-k", 9, *words)["hits"]] == wanted
             assert 0 < len(wanted) < len(opened.search("a dog", k=9)) or words[0] in ("--start", "--before"), words
+        every = search("a dog", "-k", 9, "--per-video", 1)["hits"]
+        assert len({hit["video"] for hit in every}) == len(every) > 1
         assert search("a dog", "--tag", "y")["hits"] == []
         ranked, videos = search("a dog", "--videos", "-k", 2), opened.search_videos("a dog", k=2)
         assert [(v["video_id"], v["score"]) for v in ranked["videos"]] == [

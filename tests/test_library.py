@@ -168,7 +168,10 @@ def test_rows_are_those_of_summarize(full: Library, engine: Engine, demo: Path, 
 def test_pictures_are_those_of_the_key_frames(tmp_path: Path, full: Library, demo: Path, summary: Summary) -> None:
     summary.save(tmp_path / "out", OutputConfig(reel=False, storyboard=False, jpeg_quality=95))
     times = [keyframe.pts_seconds for keyframe in summary.keyframes]
-    pictures = [picture for _, picture in pictures_at(Source(demo), times, at_most(summary.video, 90))]
+    pictures = [
+        picture
+        for _, picture in pictures_at(Source(demo), times, at_most(summary.video.height, summary.video.width, 90))
+    ]
     previews = full.previews(demo)
     assert len(previews) == len(pictures) > 3
     for preview, picture, keyframe in zip(previews, pictures, summary.keyframes, strict=True):
@@ -179,9 +182,12 @@ def test_pictures_are_those_of_the_key_frames(tmp_path: Path, full: Library, dem
         np.testing.assert_allclose(preview.attention, summary.embedding.attention[keyframe.sample], rtol=2e-3)
         assert full.preview(demo, keyframe.pts_seconds) == preview.jpeg
     middle = (previews[1].pts_seconds + 2 * previews[2].pts_seconds) / 3
-    assert full.preview(demo, middle) == previews[2].jpeg  # the nearest one
-    assert full.preview(demo, -9.0) == previews[0].jpeg
-    assert full.preview(demo, 1e9) == previews[-1].jpeg
+    for seconds, nearest in ((middle, 2), (-9.0, 0), (1e9, -1)):
+        assert full.preview(demo, seconds, decode=False) == previews[nearest].jpeg
+        small = at_most(summary.video.height, summary.video.width, 90)
+        ((_, picture),) = pictures_at(Source(demo), [min(seconds, 1e6)], small)
+        found = np.asarray(Image.open(io.BytesIO(full.preview(demo, seconds))), np.float64)
+        assert np.abs(found - picture).mean() < 3
 
     extras = full.extras(demo)
     sheet = np.asarray(Image.open(io.BytesIO(extras.sprite)), np.float64)

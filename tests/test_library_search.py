@@ -7,6 +7,7 @@ import fnmatch
 import itertools
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,10 @@ def brute_hits(
             break
         if own and own.video in (hit.video, hit.video_id) and hit.start_seconds <= own.seconds < hit.stop_seconds:
             continue
+        mine = [n for n, (other, _) in enumerate(kept) if other.video == hit.video]
+        if where.per_video is not None and len(mine) == where.per_video:
+            kept[mine[-1]] = dataclasses.replace(kept[mine[-1]][0], more=kept[mine[-1]][0].more + 1), kept[mine[-1]][1]
+            continue
         row = look.block.pts_seconds.tolist().index(hit.pts_seconds)
         vector = look.block.vectors[row].astype(np.float64)
         for n, (other, its) in enumerate(kept):
@@ -306,6 +311,7 @@ WHERE = st.builds(
     max_duration_seconds=TIMES,
     after=TIMES,
     before=TIMES,
+    per_video=st.sampled_from([None, None, 1, 2]),
 )
 NO_FILTER = Filter()
 
@@ -596,6 +602,20 @@ def test_a_video_that_is_replaced_between_two_looks() -> None:
     found = searcher.hits(query, 50)[0]
     assert store.times == 0
     same(found, brute_hits(store, query[0], 50, NO_FILTER))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_a_limit_of_moments_of_one_video(limit: int) -> None:
+    draw = np.random.default_rng(12)
+    store, query = stored([video(f"v{n}", quarters(draw, 9)) for n in range(3)]), quarters(draw, 1)
+    where = Filter(per_video=limit)
+    for k in (1, 3, 50):
+        found = SearchIndex(store, CONFIG).hits(query, k, where)[0]
+        same(found, brute_hits(store, query[0], k, where))
+        assert max(Counter(hit.video for hit in found).values()) <= limit
+    assert sum(hit.more for hit in found) > 0 or limit == 5
+    with pytest.raises(ValueError, match="per_video must be >= 1"):
+        SearchIndex(store, CONFIG).hits(query, 1, Filter(per_video=0))
 
 
 def test_rows_that_are_missing_or_no_vectors() -> None:

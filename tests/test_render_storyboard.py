@@ -16,7 +16,6 @@ from render_clips import make_summary, write_clip
 
 from keyreel.config import OutputConfig
 from keyreel.decode.source import Source
-from keyreel.library.types import LibraryHit
 from keyreel.render.documents import ReelEntry, summary_document
 from keyreel.render.pictures import pictures_at, shrink
 from keyreel.render.save import save_summary
@@ -168,11 +167,8 @@ def test_search_page(tmp_path):
     assert frame["viewbox"] == "0 0 160 90"
     wanted = {"x": "40.00", "y": "45.00", "width": "80.00", "height": "22.50"}
     assert [r for r in page.all("rect") if "x" in r] == [wanted, wanted]
-    # The picture of another frame than the best one has no frame around the subject.
-    moved = LibraryHit("a.mp4", 5.0, 6.0, 5.5, 0.2, None, "subject", region, keyframe_seconds=5.0)
-    for hit in (moved, dataclasses.replace(hits[2], answered_by="scene"), dataclasses.replace(hits[2], region=None)):
+    for hit in (dataclasses.replace(hits[2], answered_by="scene"), dataclasses.replace(hits[2], region=None)):
         assert '<svg class="region"' not in search_page("x", [hit], previews[2:])
-    assert '<svg class="region"' in search_page("x", [dataclasses.replace(moved, keyframe_seconds=5.5)], previews[2:])
     assert "1:01.0 – 1:03.5" in page.text
     assert "Nothing was found." in Page(search_page("x", [], [])).text
 

@@ -102,7 +102,12 @@ def print_hits(hits: Sequence[SearchHit]) -> None:
     rows = []
     for hit in hits:
         folded = getattr(hit, "folded", 0)
-        name = hit.video + (f" (and {folded} much alike)" if folded else "")
+        more = getattr(hit, "more", 0)
+        name = (
+            hit.video
+            + (f" (and {folded} much alike)" if folded else "")
+            + (f" (and {more} more in it)" if more else "")
+        )
         best = f"{hit.pts_seconds:.2f} s" + (", subject" if hit.answered_by == "subject" else "")
         rows.append((f"{hit.score:.3f}", span(hit.start_seconds, hit.stop_seconds), best, name))
     print_table(("score", "moment", "best at", "video"), rows)

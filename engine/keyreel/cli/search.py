@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 _OF_VIDEOS = ["sampling", "fps", "tolerance", "every", "shift", "subject", "batch_size", "allow_network"]
 _OF_VIDEOS += ["longest", "hidden"]
-_OF_LIBRARY = ["within", "like", "start", "stop", "whole", "path", "tag", "after", "before"]
+_PER_VIDEO = 2  # moments of one video in an answer, if nothing else is said
+_OF_LIBRARY = ["within", "like", "start", "stop", "whole", "path", "tag", "after", "before", "per_video"]
 _OF_LIBRARY += ["min_duration", "max_duration"]
 
 
@@ -54,6 +55,7 @@ def search(
     videos: Annotated[list[str] | None, Argument(metavar="VIDEO...", help="files, folders, or -")] = None,
     image: Annotated[Path | None, Option(help="look for this picture instead; then every argument is a video")] = None,
     k: Annotated[int, Option("-k", min=1, help="how many moments, or videos")] = 5,
+    per_video: Annotated[int | None, Option(min=1, help="most moments of one video; 2, with --in as many as k")] = None,
     model: options.OwnModel = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -103,6 +105,7 @@ def search(
             stop_seconds=stop,
             after=after,
             before=before,
+            per_video=per_video or (None if within else _PER_VIDEO),
             min_duration_seconds=min_duration,
             max_duration_seconds=max_duration,
         )
@@ -170,7 +173,7 @@ def _search_library(
         weak, unknown = library.match_threshold(query, where), library.unknown_words(query)
     best = library.search_videos(query, k=k, where=where) if videos else None
     hits = library.search(query, k=k, where=where) if best is None else [m for v in best for m in v.moments]
-    images = [library.preview(hit.video_id, hit.keyframe_seconds) for hit in hits] if pictures else []
+    images = [library.preview(hit.video_id, hit.pts_seconds) for hit in hits] if pictures else []
     if not hits:
         log("nothing was found")
     return Found(name, hits, images, weak, unknown, videos=best, left_out=library.left_out())

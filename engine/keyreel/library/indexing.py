@@ -21,14 +21,14 @@ from PIL import Image
 
 from keyreel.config import DecodeLimits, IndexConfig
 from keyreel.decode.source import Source
-from keyreel.errors import Failure, KeyreelError, LibraryError, MissingExtra, SourceError
+from keyreel.errors import Failure, KeyreelError, LibraryError, MissingExtra, RenderError, SourceError
 from keyreel.library import upkeep
 from keyreel.library.files import Catalog, FileState, fingerprint, is_gone, path_of, real_name
 from keyreel.library.run import Halted
 from keyreel.library.table import Tables
 from keyreel.library.types import Added, Change, Extras, Preview, Record, Rows, Subjects
 from keyreel.render.documents import plain
-from keyreel.render.pictures import at_most, attended_area, jpeg, pictures_at
+from keyreel.render.pictures import at_most, attended_area, jpeg, picture_at, pictures_at
 from keyreel.render.thumbnails import sprite, tile, tile_times, webvtt
 from keyreel.search import region, region_on
 from keyreel.shots import shot_of
@@ -63,7 +63,8 @@ def contents(
     times = [*(frame.pts_seconds for frame in frames), *tile_seconds]
     previews: list[Preview] = []
     tiles: list[Image.Image] = []
-    for done, (place, picture) in enumerate(pictures_at(source, times, at_most(summary.video, preview_height))):
+    small = at_most(summary.video.height, summary.video.width, preview_height)
+    for done, (place, picture) in enumerate(pictures_at(source, times, small)):
         progress("pictures", float(done), float(len(times)))
         if place < len(frames):
             data, frame = jpeg(Image.fromarray(picture), JPEG_QUALITY), frames[place]
@@ -102,6 +103,24 @@ def contents(
     }
     extras = Extras(jpeg(sheet, JPEG_QUALITY), webvtt(boxes, step, summary.stop_seconds, SPRITE), plain(overview))
     return rows, tuple(previews), extras
+
+
+def frame_of(path: str, state: FileState, shape: tuple[int, int], seconds: float, *, max_height: int) -> bytes | None:
+    """The frame shown at a time as a JPEG file; None if the file changed since it was indexed, or cannot be read.
+
+    Args:
+        path, state: of the file when it was indexed.
+        shape: (height, width) of the upright picture.
+        max_height: a taller one is scaled down to it.
+    """
+    file = path_of(path)
+    try:
+        if file is None or FileState.of(file) != state:
+            return None
+        with Source(file) as source:
+            return jpeg(Image.fromarray(picture_at(source, seconds, at_most(*shape, max_height))), JPEG_QUALITY)
+    except (SourceError, RenderError):
+        return None
 
 
 def subjects_of(embedding: Embedding, novelty: float, area: tuple[float, float, float, float]) -> Subjects | None:

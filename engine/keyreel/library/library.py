@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -17,8 +18,8 @@ from keyreel.config import IndexConfig, LibraryConfig
 from keyreel.errors import Damaged, LibraryError, ModelNotFound
 from keyreel.library import upkeep
 from keyreel.library.errors import Outdated
-from keyreel.library.files import Catalog, is_gone, name_of, real_name
-from keyreel.library.indexing import Indexer
+from keyreel.library.files import Catalog, FileState, is_gone, name_of, real_name
+from keyreel.library.indexing import Indexer, frame_of
 from keyreel.library.run import IndexRun
 from keyreel.library.search import PLAIN, SearchIndex, fits
 from keyreel.library.table import REPAIR, Tables
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from keyreel.engine import Engine
 
 Query: TypeAlias = str | os.PathLike[str] | NDArray[Any] | Example
+_FRAMES = 500  # that were decoded for previews are kept: some ten megabytes
 Videos: TypeAlias = Iterable[str | os.PathLike[str]]
 
 
@@ -85,6 +87,7 @@ class Library:
         self._searcher: SearchIndex | None = None
         self._shots: tuple[int, Filter | None, int] = (-1, None, 0)  # how many there are, by version and filter
         self._lock = threading.Lock()
+        self._frame = lru_cache(_FRAMES)(partial(frame_of, max_height=self.config.preview_height))
         if engine is not None and self._tables.exists():
             with suppress(Damaged, Outdated):  # raised when it is used; `verify` or `upgrade` may mend it
                 self._check_model(engine)
@@ -295,10 +298,21 @@ class Library:
             raise _unknown(video)
         return record
 
-    def preview(self, video: str | os.PathLike[str], seconds: float) -> bytes:
-        """The key-frame nearest to a time, such as `LibraryHit.keyframe_seconds`, as a JPEG file."""
+    def preview(self, video: str | os.PathLike[str], seconds: float, *, decode: bool = True) -> bytes:
+        """The frame shown at a time, such as the best one of a moment, as a JPEG file.
+
+        Key-frames are stored. Others are decoded from the video if it is on this machine and unchanged, and the last
+        ones are kept in memory; else the nearest key-frame stands for them.
+
+        Args:
+            decode: without it, the video is not opened.
+        """
         record = self.record(video)
         picture = self._tables.preview(record.generation, seconds)
+        if picture is None and decode and record.status == "ok":
+            shape = int(record.probe["height"]), int(record.probe["width"])
+            at = min(max(float(seconds), 0.0), record.duration_seconds or 0.0)
+            picture = self._frame(record.path, FileState(record.size, record.mtime_ns), shape, at)
         if picture is None:
             previews = self._tables.previews(record.generation)
             if not previews and record.generation:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +54,15 @@ def pooled(scores: F32, edges: I64) -> F64:
     # reduceat also covers the gaps between videos; [::2] drops them.
     whole = np.add.reduceat(share, edges, axis=1)[:, ::2]
     return np.asarray(np.add.reduceat(share * exact, edges, axis=1)[:, ::2] / whole)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A moment of the answer, and how many it hides, see `LibraryHit`."""
+
+    moment: Moment
+    folded: int = 0
+    more: int = 0
 
 
 class Ranking:
@@ -112,12 +122,9 @@ class Ranking:
         wanted = k + (own is not None)
         while True:
             ranked = self._ranked(query, wanted)
-            kept, folded = self._folded([moment for moment in ranked if not self._holds(moment, own)], k)
+            kept = self._kept([moment for moment in ranked if not self._holds(moment, own)], k)
             if len(kept) == k or len(ranked) < wanted:
-                return [
-                    self._hit(moment, self._video_score(query, moment.span), count)
-                    for moment, count in zip(kept, folded, strict=True)
-                ]
+                return [self._hit(one.moment, self._video_score(query, one.moment.span), one) for one in kept]
             wanted *= 4
 
     def videos(self, query: int, k: int, moments: int, own: Example | None) -> list[VideoHit]:
@@ -130,7 +137,7 @@ class Ranking:
         found = []
         for negative, number, span in sorted(scored)[:k]:
             record = self._snapshot.records[number]
-            best = [self._hit(moment, -negative, 0) for moment in self._moments(query, span, moments)]
+            best = [self._hit(moment, -negative) for moment in self._moments(query, span, moments)]
             found.append(VideoHit(record.path, record.id, -negative, tuple(best)))
         return found
 
@@ -243,27 +250,32 @@ class Ranking:
         high = hit.stop_seconds if stop is None else min(hit.stop_seconds, stop)
         return replace(hit, start_seconds=low, stop_seconds=high)
 
-    def _folded(self, ranked: Sequence[Moment], k: int) -> tuple[list[Moment], list[int]]:
-        """The first k that are no near-duplicate of a better one of another video, and how many each one hides."""
-        kept: list[Moment] = []
-        counts: list[int] = []
+    def _kept(self, ranked: Sequence[Moment], k: int) -> list[_Kept]:
+        """The first k that are no near-duplicate of a better one of another video, and within `Filter.per_video`."""
+        kept: list[_Kept] = []
+        last: dict[int, _Kept] = {}  # of each video
+        shown, limit = Counter[int](), self._where.per_video
         videos: list[int] = []
         vectors: list[F32] = []
         for moment in ranked:
             if len(kept) == k:
                 break
-            vector: F32 = self._arrays.to_host(self._matrix.vectors[moment.row : moment.row + 1])[0]
             video = int(self._spans.video[moment.span])
+            if shown[video] == limit:
+                last[video].more += 1
+                continue
+            vector: F32 = self._arrays.to_host(self._matrix.vectors[moment.row : moment.row + 1])[0]
             if kept:
                 alike = (np.stack(vectors) @ vector >= self._alike) & (np.array(videos) != video)
                 if alike.any():
-                    counts[int(alike.argmax())] += 1
+                    kept[int(alike.argmax())].folded += 1
                     continue
-            kept.append(moment)
-            counts.append(0)
+            last[video] = _Kept(moment)
+            kept.append(last[video])
+            shown[video] += 1
             videos.append(video)
             vectors.append(vector)
-        return kept, counts
+        return kept
 
     def _holds(self, moment: Moment, own: Example | None) -> bool:
         """Whether the example's frame, the one shown at its time, lies in a moment."""
@@ -277,13 +289,14 @@ class Ranking:
     def _record(self, span: int) -> Record:
         return self._snapshot.records[int(self._spans.video[span])]
 
-    def _hit(self, moment: Moment, video_score: float, folded: int) -> LibraryHit:
+    def _hit(self, moment: Moment, video_score: float, hides: _Kept | None = None) -> LibraryHit:
         return LibraryHit(
             **{field.name: getattr(moment.hit, field.name) for field in fields(SearchHit)},
             video_id=self._record(moment.span).id,
             keyframe_seconds=self._keyframe(moment),
             video_score=video_score,
-            folded=folded,
+            folded=0 if hides is None else hides.folded,
+            more=0 if hides is None else hides.more,
         )
 
     def _keyframe(self, moment: Moment) -> float:

@@ -89,6 +89,8 @@ class SearchIndex:
                 are as they are.
         """
         given, where, own = self._checked(queries, k), where or Filter(), own or [None] * len(queries)
+        if where.per_video is not None and where.per_video < 1:
+            raise ValueError(f"per_video must be >= 1, got {where.per_video}")
         scales = scales or [PLAIN] * len(given)
         with self._running():
             snapshot = self._vectors.snapshot()

@@ -109,9 +109,12 @@ class LibraryHit(SearchHit):
     """A moment of a video in a library. `video` is its path; times and score as in SearchHit."""
 
     video_id: str = ""
-    keyframe_seconds: float = 0.0  # its picture: the nearest key-frame in its shot, else the nearest
+    keyframe_seconds: float = 0.0  # the nearest key-frame in its shot, else the nearest
     video_score: float = 0.0  # the video's pooled score
     folded: int = 0  # near-duplicate moments of other videos that are hidden behind this one
+    more: int = (
+        0  # on the last one of a video: moments that `Filter.per_video` hides, and that are better than the last hit
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,7 @@ class Filter:
     max_duration_seconds: float | None = None
     after: float | None = None  # date, seconds since 1970, inclusive
     before: float | None = None  # exclusive
+    per_video: int | None = None  # of one video, so many moments are shown at most; the best ones
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,6 +197,7 @@ class HitEntry:
     keyframe_seconds: Seconds | UnsetType = UNSET
     video_score: Score | UnsetType = UNSET
     folded: Count | UnsetType = UNSET
+    more: Count | UnsetType = UNSET
 
 
 @dataclass(frozen=True, slots=True)

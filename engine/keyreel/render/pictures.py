@@ -6,14 +6,20 @@ import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from av.video.frame import VideoFrame
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from keyreel.config import ImageTransform, Sampling
+from keyreel.decode.color import Converter
+from keyreel.decode.packets import BROKEN
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
+from keyreel.decode.timeline import clocks_restart, start_seconds
 from keyreel.errors import RenderError, SourceError, SourceNotFound
 from keyreel.types import F32, U8, VideoInfo
 
@@ -68,11 +74,36 @@ def pictures_at(
             yield place, batch.data[0]
 
 
-def at_most(video: VideoInfo, max_height: int) -> ImageTransform | None:
-    """Scales a taller video down to `max_height`."""
-    if video.height <= max_height:
+def picture_at(source: Source, seconds: float, transform: ImageTransform | None = None) -> U8:
+    """The frame that is shown at a time, [H, W, 3] uint8 RGB, upright: decoded from the key frame before it, without
+    reading the whole file first.
+
+    Raises:
+        SourceError: the video cannot be read.
+        RenderError: the frame cannot be decoded.
+    """
+    with suppress(*BROKEN), source.open() as container:
+        stream = source.require_video(container)
+        start, base = start_seconds(container, stream), stream.time_base
+        if start is not None and base and not clocks_restart(container):
+            wanted = (start + Fraction(seconds)) / base + Fraction(1, 2)
+            stream.thread_type = "AUTO"
+            container.seek(int(wanted), stream=stream)
+            held: VideoFrame | None = None
+            for frame in container.decode(stream):
+                if frame.pts is None or (held is None and frame.pts > wanted):
+                    break  # it came out behind the place
+                if frame.pts > wanted and held is not None:
+                    return Converter(transform, stream.sample_aspect_ratio, source.limits.max_pixels)(held)
+                held = frame
+    return next(picture for _, picture in pictures_at(source, [seconds], transform))
+
+
+def at_most(height: int, width: int, max_height: int) -> ImageTransform | None:
+    """Scales a taller picture down to `max_height`."""
+    if height <= max_height:
         return None
-    return ImageTransform(max_height, max(1, round(video.width * max_height / video.height)), "squash", "area")
+    return ImageTransform(max_height, max(1, round(width * max_height / height)), "squash", "area")
 
 
 def shrink(picture: U8, edge: int) -> Image.Image:

@@ -146,7 +146,7 @@ def _write_pictures(
     contact: list[Image.Image] = []
     small: list[Image.Image] = []
     tiles: list[Image.Image] = []
-    pictures = pictures_at(source, times, at_most(summary.video, config.keyframe_height))
+    pictures = pictures_at(source, times, at_most(summary.video.height, summary.video.width, config.keyframe_height))
     for done, (place, picture) in enumerate(pictures, 1):
         if place < len(keyframes):
             files.append(f"keyframes/{keyframe_name(place + 1, times[place])}")

@@ -102,22 +102,17 @@ def search_page(query: str, hits: Sequence[SearchHit], previews: Sequence[U8 | N
     Args:
         query: the text that was searched.
         hits: the moments found.
-        previews: [H, W, 3] uint8 RGB of each hit's best frame, or of the key-frame that a library shows it by; None
-            where there is none.
+        previews: [H, W, 3] uint8 RGB of each hit's best frame; None where there is none.
     """
     edge = picture_edge(max(32, len(hits)))
-
-    def shown_seconds(hit: SearchHit) -> float:
-        return float(getattr(hit, "keyframe_seconds", hit.pts_seconds))
 
     best = max((hit.score for hit in hits), default=1.0)
     cards = [
         {
             "hit": hit,
             "picture": None if preview is None else Picture.of(shrink(preview, edge)),
-            "shown_seconds": shown_seconds(hit),
-            # The region is that of the best frame; in another picture the subject may be elsewhere.
-            "region": hit.region if hit.answered_by == "subject" and shown_seconds(hit) == hit.pts_seconds else None,
+            "shown_seconds": hit.pts_seconds,
+            "region": hit.region if hit.answered_by == "subject" else None,
             "fraction": hit.score / best if best > 0 else 0.0,
             "name": _base(hit.video),
             "link": _moment_link(hit),

@@ -205,9 +205,9 @@ def _add_videos(router: APIRouter, service: Service) -> None:
         await service.pool.run(service.remove, id)
 
     @router.get("/api/v1/videos/{id}/previews/{seconds}.jpg", tags=["videos"], response_class=Response)
-    async def preview(id: str, seconds: models.Seconds) -> Response:
-        """The key-frame that is nearest to a time, as a JPEG picture."""
-        data = await service.pool.run(service.preview, id, seconds)
+    async def preview(id: str, seconds: models.Seconds, nearest: bool = False) -> Response:
+        """The frame shown at a time, as a JPEG picture; with `nearest`, the stored key-frame nearest to it."""
+        data = await service.pool.run(service.preview, id, seconds, nearest=nearest)
         return Response(data, media_type="image/jpeg", headers=_SHORT)
 
     async def extras(id: str) -> Extras:

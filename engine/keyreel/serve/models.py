@@ -38,6 +38,7 @@ class Filters(BaseModel):
     def where(self) -> Filter:
         """For the library; hashable."""
         return Filter(
+            per_video=getattr(self, "per_video", None),
             videos=tuple(self.video),
             path=self.path,
             tags=tuple(self.tag),
@@ -53,6 +54,7 @@ class Filters(BaseModel):
 class Search(Filters):
     """A search; with `q` by text."""
 
+    per_video: Annotated[int | None, Field(ge=1, description="most moments of one video")] = None
     k: Annotated[int, Field(ge=1, description="most moments")] = 10
 
 
@@ -83,6 +85,7 @@ class Moment(BaseModel):
     video_score: float
     keyframe_seconds: float
     folded: int
+    more: int
     preview: str
 
 
@@ -229,7 +232,7 @@ def moments(hits: Sequence[LibraryHit], base: str) -> list[Moment]:
     """Hits of the library, with addresses under `base`."""
     found = []
     for hit in hits:
-        preview = _preview(base, hit.video_id, hit.keyframe_seconds)
+        preview = _preview(base, hit.video_id, hit.pts_seconds)
         found.append(Moment(**asdict(hit) | {"video": file_name(hit.video), "preview": preview}))
     return found
 
@@ -254,7 +257,7 @@ def video(record: Record, base: str) -> Video:
         frames=record.frames,
         tags=list(record.tags),
         date=record.date,
-        poster=_preview(base, record.id, round(third, 3)) if record.status == "ok" else None,
+        poster=f"{_preview(base, record.id, round(third, 3))}?nearest=true" if record.status == "ok" else None,
     )
 
 

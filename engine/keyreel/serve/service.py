@@ -118,8 +118,12 @@ class Service:
         extras, previews = self.library.extras(id), self.library.previews(id)
         return models.video_detail(record, extras, previews, base, playable=playable)
 
-    def preview(self, id: str, seconds: float) -> bytes:
-        return self.library.preview(self.record(id, indexed=True).id, seconds)
+    def preview(self, id: str, seconds: float, *, nearest: bool) -> bytes:
+        """The frame shown at a time; of a video that may not be read, or with `nearest`, the nearest key-frame."""
+        record = self.record(id, indexed=True)
+        path = path_of(record.path)
+        readable = path is not None and self._playable.holds(os.path.realpath(path))
+        return self.library.preview(record.id, seconds, decode=readable and not nearest)
 
     def extras(self, id: str) -> Extras:
         return self.library.extras(self.record(id, indexed=True).id)

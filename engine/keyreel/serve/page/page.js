@@ -6,7 +6,7 @@ import { jobs } from "./jobs.js";
 import { video } from "./video.js";
 
 const FILTERS = ["path", "tag", "after", "before", "min_duration", "max_duration"];
-const PAGE = 24, MOST = 96; // results at first and at most
+const PAGE = 24, MOST = 96, EACH = 2; // results at first and at most, and of one video
 const box = $("#q");
 
 // ---- The address. It holds the whole state: it can be shared, and the back button works.
@@ -75,8 +75,7 @@ function momentCard(hit, best) {
   const seconds = hit.pts_seconds, score = hit.score.toFixed(3), span = `${clock(hit.start_seconds)} – ${clock(hit.stop_seconds)}`;
   const href = link({ view: "video", id: hit.video_id, t: seconds.toFixed(3), ...origin() });
   const subject = hit.answered_by === "subject", words = subject ? `${score}, subject` : score;
-  // The region is that of the best frame; in another picture the subject may be elsewhere.
-  const region = subject && hit.keyframe_seconds === seconds ? hit.region : null;
+  const region = subject ? hit.region : null;
   const node = card({ id: hit.video_id, name: hit.video, seconds, picture: hit.preview, href, label: `${hit.video}, ${span}, score ${words}`, region });
   $(".row b", node).textContent = span;
   const title = `cosine between the search and the best frame${subject ? ", by what stands out or moves in it" : ""}`;
@@ -84,7 +83,11 @@ function momentCard(hit, best) {
   bar($(".share", node), best > 0 ? hit.score / best : 0);
   const like = link({ like: `${hit.video_id}@${seconds.toFixed(3)}`, ...kept(address(), FILTERS) });
   Object.assign($(".like", node), { href: like, ariaLabel: `More like ${hit.video} at ${clock(seconds)}` });
-  if (hit.folded) Object.assign($(".tags", node), { hidden: false, textContent: `the same in ${count(hit.folded, "other video")}` });
+  const notes = [];
+  if (hit.folded) notes.push(`the same in ${count(hit.folded, "other video")}`);
+  if (hit.more) notes.push(make("a", { href, textContent: `${hit.more} more in this video` }));
+  $(".tags", node).hidden = notes.length === 0;
+  $(".tags", node).append(...notes);
   return node;
 }
 
@@ -147,7 +150,7 @@ function restricted(params) {
 }
 
 function question(params) {
-  const query = { ...restricted(params), k: params.get("k") ?? PAGE };
+  const query = { ...restricted(params), k: params.get("k") ?? PAGE, per_video: params.has("video") ? null : EACH };
   const like = /^(.*)@([\d.]+)$/.exec(params.get("like") ?? "");
   if (like) return { method: "POST", query, body: { like: { video_id: like[1], seconds: Number(like[2]) } } };
   if (params.has("image")) {
