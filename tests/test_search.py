@@ -95,9 +95,9 @@ def test_a_region_lies_on_the_whole_picture() -> None:
 
 def test_a_moment_reaches_as_far_as_the_score_holds() -> None:
     scores = np.array([0.0, 0.0, 0.5, 0.9, 1.0, 0.8, 0.1, 0.0, 0.0, 0.0, 0.7, 0.0], np.float32)
-    # The median is 0.05: the first moment reaches down to 0.525, the second to 0.375.
+    # The median is 0.05: the first moment reaches down to 0.525, the second to 0.375, and then to a second of length.
     hits = moments(scores, np.arange(12) / 2, (), video="v", stop_seconds=6.0, k=2)
-    assert [(h.start_seconds, h.stop_seconds, h.pts_seconds) for h in hits] == [(1.5, 3.0, 2.0), (5.0, 5.5, 5.0)]
+    assert [(h.start_seconds, h.stop_seconds, h.pts_seconds) for h in hits] == [(1.5, 3.0, 2.0), (4.5, 5.5, 5.0)]
     assert hits[0].score == 1.0
 
 
@@ -106,7 +106,7 @@ def test_a_moment_keeps_to_its_shot_and_takes_its_edges() -> None:
     shots = (Shot(0, 1.3), Shot(1.3, 2.7), Shot(2.7, 5))
     first, second = moments(scores, np.arange(10) / 2, shots, video="v", stop_seconds=5, k=2)
     assert (first.start_seconds, first.stop_seconds) == (1.3, 2.7)
-    assert (second.start_seconds, second.stop_seconds) == (2.7, 3.5)
+    assert (second.start_seconds, second.stop_seconds) == (2.7, 4.0)
 
 
 def test_a_take_of_one_thing_is_one_moment() -> None:
@@ -118,7 +118,7 @@ def test_a_take_of_one_thing_is_one_moment() -> None:
 
 def test_the_last_moment_ends_with_the_video() -> None:
     hits = moments(np.array([0, 0, 1], np.float32), np.array([0, 1, 2.0]), (), video="v", stop_seconds=2.6, k=1)
-    assert hits == [SearchHit("v", 2.0, 2.6, 2.0, 1.0)]
+    assert hits == [SearchHit("v", 1.0, 2.6, 2.0, 1.0)]
 
 
 @given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,8 @@ from keyreel.types import F32, F64, Embedding, Region, SearchHit, Shot
 HOLDS = 0.5
 # and in any case while it is within this fraction of the peak: in a take of one thing the scores hardly differ.
 NEAR = 0.1
+# and until it lasts so long: less is a flicker to whoever plays it.
+LEAST = 1.0
 # A patch belongs to the subject where the map reaches this fraction of its largest value.
 OUTLINE = 0.5
 
@@ -105,7 +108,8 @@ def moments(
     """The k best spans of one video, best first; spans do not overlap.
 
     From the best frame that is not yet part of a moment the span grows over neighbours of the same shot while
-    score >= median + HOLDS (peak - median), or within NEAR of the peak.
+    score >= median + HOLDS (peak - median), or within NEAR of the peak; then over the better neighbours until it lasts
+    LEAST seconds.
 
     Args:
         scores: [T] float32 cosines to the query.
@@ -131,6 +135,13 @@ def moments(
             low -= 1
         while high + 1 < len(scores) and free[high + 1] and shot[high + 1] == shot[peak] and scores[high + 1] >= floor:
             high += 1
+        end = shots[shot[peak]].stop_seconds if shots else math.inf
+        while min(end, pts_seconds[high + 1] if high + 1 < len(scores) else stop_seconds) - pts_seconds[low] < LEAST:
+            beside = [at for at in (low - 1, high + 1) if 0 <= at < len(scores) and free[at] and shot[at] == shot[peak]]
+            if not beside:
+                break
+            at = max(beside, key=lambda at: float(scores[at]))
+            low, high = min(low, at), max(high, at)
         free[low : high + 1] = False
         stop = float(pts_seconds[high + 1]) if high + 1 < len(scores) else max(stop_seconds, float(pts_seconds[high]))
         start = float(pts_seconds[low])
