@@ -48,7 +48,7 @@ class MadeUp(Engine):
     def summarize(self, video: Any, **options: Any) -> Summary:
         seen = super().summarize(video, **options)
         own, row = seen.embedding, np.arange(_ROWS)
-        names = ("attention", "sharpness", "luma_mean", "luma_spread", "pixel_change")
+        names = ("attention", "sharpness", "luma_mean", "luma_spread", "pixel_change", "layout_change")
         embedding = dataclasses.replace(
             own,
             vectors=vectors_of(int(Path(seen.video.path).stem)),

@@ -109,7 +109,7 @@ def pieces(batch: FrameBatch, sizes: list[int]) -> list[FrameBatch]:
 
 
 def assert_equal(one: Embedding, other: Embedding) -> None:
-    names = ["vectors", "attention", "sharpness", "luma_mean", "luma_spread", "pixel_change", "joint"]
+    names = ["vectors", "attention", "sharpness", "luma_mean", "luma_spread", "pixel_change", "layout_change", "joint"]
     for name in names if one.subject is None else [*names, "subject"]:
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=0, atol=1e-6, err_msg=name)
     np.testing.assert_array_equal(one.pts_seconds, other.pts_seconds)

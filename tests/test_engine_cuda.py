@@ -117,15 +117,18 @@ def test_nothing_but_the_summary_leaves_the_device(
     assert sum(size for _, size in left) == cuda.bytes_to_host - before > 0
     count, width = summary.embedding.vectors.shape
     patches = summary.embedding.attention.shape[1]
-    summary_itself = {(count, width), (count, patches), (count, 4)}
+    summary_itself = {(count, width), (count, patches), (count, 5)}
     assert summary_itself <= {shape for shape, _ in left}
-    # The rest: numbers of one frame or one cluster, and the colour histograms of the second look at cuts.
+    # The rest: numbers of one frame or one cluster, and the luma of small frames for the second look at cuts.
     for shape, size in left:
         if shape not in summary_itself:
-            histograms = shape[1:] == (512,)
-            assert histograms or size <= 8 * max(count, 8 * width), shape
+            small = shape[1:] == (72, 128)
+            assert small or size <= 8 * max(count, 8 * width), shape
+    looks = sum(size for shape, size in left if shape[1:] == (72, 128))
     pictures = count * 224 * 224 * 3  # as most models look at; the built-in one's own are smaller than a summary
-    assert cuda.bytes_to_host - before < pictures / 10
+    assert cuda.bytes_to_host - before - looks < pictures / 10
+    # No more than the frames of the file between the first and the last sample, once for each of two candidates.
+    assert looks <= 2 * 72 * 128 * int(summary.embedding.frame_index[-1] + 1)
 
 
 def test_from_packets_to_summary(

@@ -148,7 +148,7 @@ def _comes(page: Any, expression: str, seconds: float = 20.0) -> None:
 
 
 def test_typing_searches_and_the_address_holds_the_state(page: Any, site: Site) -> None:
-    hits = site.get("search", q="a red flower", k=24)["hits"]
+    hits = site.get("search", q="a red flower", k=24, per_video=2)["hits"]
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url) if "/search?" in request.url else None)
     # An answer that comes late: it must not take the place of what was asked for after it.
@@ -183,7 +183,7 @@ def test_typing_searches_and_the_address_holds_the_state(page: Any, site: Site) 
 
 
 def test_keyboard_opens_a_moment_and_comes_back(page: Any, site: Site) -> None:
-    hits = site.get("search", q="water", k=24)["hits"]
+    hits = site.get("search", q="water", k=24, per_video=2)["hits"]
     page.goto("/?view=jobs")
     page.keyboard.press("?")
     assert page.locator("#help").is_visible()
@@ -262,7 +262,7 @@ def test_pointer_and_keys_look_through_the_sprite(page: Any, site: Site) -> None
 
 def test_a_hit_by_its_subject_frames_it(page: Any, site: Site) -> None:
     """On hover and with the focus, and nothing moves for it."""
-    answer = site.get("search", q="water", k=24)
+    answer = site.get("search", q="water", k=24, per_video=2)
     first, second, third, *_ = answer["hits"]
     region = [0.25, 0.5, 0.5, 0.25]
     for hit in (first, second, third):
@@ -434,7 +434,9 @@ def test_a_picture_and_a_frame_are_searched_with(page: Any, site: Site, tmp_path
 
     # The moment that serves as example is no answer to itself.
     like = {"video_id": video["id"], "seconds": round(video["keyframes"][0]["pts_seconds"], 3)}
-    hits = httpx.post(f"{site.address}/api/v1/search?k=24", json={"like": like}, trust_env=False).json()["hits"]
+    hits = httpx.post(f"{site.address}/api/v1/search?k=24&per_video=2", json={"like": like}, trust_env=False).json()[
+        "hits"
+    ]
     page.goto(f"/?view=video&id={video['id']}")
     page.locator("#board .like").first.click()
     _comes(page, "document.querySelector('.chip span').textContent.includes('stream-of-water.mp4 at')")
@@ -512,7 +514,7 @@ def test_words_that_the_model_does_not_know_are_named(page: Any, site: Site) -> 
 
 
 def test_errors_stand_where_they_happen(page: Any, site: Site) -> None:
-    hits = site.get("search", q="water", k=24)["hits"]
+    hits = site.get("search", q="water", k=24, per_video=2)["hits"]
     answers = [(429, {"Retry-After": "1"}), (503, {})]
 
     def answer(route: Any) -> None:

@@ -67,7 +67,7 @@ SMALL = ImageTransform(72, 128, mode="squash", interpolation="area")
 BLOCK, REACH = 8, 8
 # Steps on each side that a cut is compared with, and frames on each side to which the picture may come back.
 AROUND, BACK = 4, (0, 2, 4)
-LUMA = np.array([0.299, 0.587, 0.114], np.float32) / 255  # ITU-R BT.601
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 # Half lengths of the dissolves that are tried.
 _HALVES_SECONDS = (0.24, 0.4, 0.6)
 
@@ -310,7 +310,10 @@ def _signals(source: Source, sampling: Sampling, backend: Backend) -> Iterator[L
     with backend.open_stream(source, sampling, transform=SMALL) as stream, suppress(NoFrames):
         # Where decoding gives fewer frames than there are packets, one is repeated for those after it.
         for batch in distinct(stream):
-            yield batch.pts_seconds, np.asarray(arrays.to_host(batch.data) @ LUMA, np.float32)
+            # Eight bits of luma leave the device: 9 KiB a frame.
+            luma = arrays.to_device(batch.data).astype(np.float32) @ arrays.to_device(LUMA)
+            shown: F32 = np.divide(arrays.to_host((luma + 0.5).astype(np.uint8)), 255, dtype=np.float32)
+            yield batch.pts_seconds, shown
 
 
 def _joined(looks: Sequence[Look]) -> Look:
