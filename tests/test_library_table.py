@@ -491,3 +491,11 @@ def test_the_scenes_of_an_earlier_model_go_on(tmp_path: Path, number: int) -> No
         {id: without_subjects(v, model="new", model_sha256=bundle.sha256) for id, v in videos.items()},
     )
     assert verify(tables) == ()
+
+
+@pytest.mark.parametrize("spoilt", [{b"keyreel.width": b"2q6"}, {b"keyreel.format": b"\xff"}, {b"keyreel.model": None}])
+def test_a_damaged_description_of_a_library_is_damage(spoilt: dict[bytes, bytes | None]) -> None:
+    columns = schema.schemas(**MODEL)[RECORDS]
+    about = {key: value for key, value in {**columns.metadata, **spoilt}.items() if value is not None}
+    with pytest.raises(Damaged, match="is damaged"):
+        schema.model_of(columns.with_metadata(about))

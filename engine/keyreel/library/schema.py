@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.errors import LibraryError, import_extra
+from keyreel.errors import Damaged, LibraryError, import_extra
 from keyreel.library.types import F16, Extras, Preview, Record, Rows, Subjects
 from keyreel.types import F32, I64
 
@@ -109,7 +109,7 @@ def format_of(schema: Any) -> int:
     about = schema.metadata or {}
     if b"keyreel.format" not in about:
         raise LibraryError("these tables were not made by keyreel", hint="give another folder for the library")
-    number = int(about[b"keyreel.format"])
+    number = _number_of(about[b"keyreel.format"])
     if number > FORMAT:
         raise LibraryError(f"the library has format {number}, this keyreel knows {FORMAT}", hint="update keyreel")
     return number
@@ -118,8 +118,17 @@ def format_of(schema: Any) -> int:
 def model_of(schema: Any) -> tuple[str, str, int]:
     """Name, sha256 and D from a table's metadata; LibraryError as for `format_of`."""
     format_of(schema)
-    name, sha256, width = (schema.metadata[f"keyreel.{key}".encode()].decode() for key in _MODEL)
-    return name, sha256, int(width)
+    if lost := [key for key in _MODEL if f"keyreel.{key}".encode() not in schema.metadata]:
+        raise Damaged("what the library says of its model is damaged", [f"no {lost}"])
+    name, sha256, width = (schema.metadata[f"keyreel.{key}".encode()] for key in _MODEL)
+    return name.decode(errors="replace"), sha256.decode(errors="replace"), _number_of(width)
+
+
+def _number_of(data: bytes) -> int:
+    try:
+        return int(data)
+    except ValueError as error:
+        raise Damaged("what the library says of itself is damaged", [str(error)]) from error
 
 
 def vector_rows(
