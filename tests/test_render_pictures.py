@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from encoded_clips import encode
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,6 +21,7 @@ from keyreel.render.pictures import (
     contact_sheet,
     keyframe_name,
     overlay_png,
+    picture_at,
     pictures_at,
     short_clock,
 )
@@ -126,3 +130,23 @@ def test_tiles_are_regular_few_and_cover_the_video(duration):
     assert len(times) == 1 or times[-1] < duration
     assert times[-1] + step >= duration - 1e-6
     assert step >= 1
+
+
+@pytest.mark.parametrize(
+    ("codec", "options", "container"),
+    [
+        ("libx264", {"bf": "3"}, "mp4"),
+        ("libx264", {"bf": "3", "x264-params": "open-gop=1"}, "mkv"),
+        ("libx265", {"x265-params": "open-gop=1:bframes=3"}, "mp4"),
+        ("libvpx-vp9", {}, "webm"),
+        ("mpeg2video", {"bf": "2"}, "ts"),
+        ("mpeg4", {"bf": "2"}, "avi"),
+    ],
+)
+def test_one_picture_is_that_of_the_plan(tmp_path: Path, codec: str, options: dict[str, str], container: str) -> None:
+    path = encode(tmp_path / "clip", codec=codec, options=options, container=container, frames=60)
+    times = [0.0, 0.3, 0.48, 0.5, 0.96, 1.37, 2.36, 9.0]
+    with Source(path) as source:
+        expected = dict(pictures_at(source, times))
+        for place, seconds in enumerate(times):
+            np.testing.assert_array_equal(picture_at(source, seconds), expected[place])

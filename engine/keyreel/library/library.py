@@ -106,9 +106,10 @@ class Library:
         return self._tables.exists()
 
     def close(self) -> None:
-        """Closes the tables and frees the vectors in memory. Idempotent; the engine stays open."""
+        """Closes the tables and frees the vectors and pictures in memory. Idempotent; the engine stays open."""
         with self._lock:
             self._searcher = None
+        self._frame.cache_clear()
         self._tables.close()
 
     # --- indexing -------------------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from keyreel.decode.color import Converter
 from keyreel.decode.packets import BROKEN
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
-from keyreel.decode.timeline import clocks_restart, start_seconds
+from keyreel.decode.timeline import start_seconds
 from keyreel.errors import RenderError, SourceError, SourceNotFound
 from keyreel.types import F32, U8, VideoInfo
 
+_TIMED = ("mov,mp4", "matroska")  # containers that state the time of each picture, and find it by that
 CONTACT_WIDTH = 1920  # pixels, about
 # Ends and three stops between: dark violet, magenta, orange, pale yellow; perceived lightness rises evenly.
 HEAT = np.array([(20, 11, 52), (101, 21, 110), (187, 55, 84), (249, 142, 9), (252, 255, 164)], np.float64)
@@ -75,8 +76,8 @@ def pictures_at(
 
 
 def picture_at(source: Source, seconds: float, transform: ImageTransform | None = None) -> U8:
-    """The frame that is shown at a time, [H, W, 3] uint8 RGB, upright: decoded from the key frame before it, without
-    reading the whole file first.
+    """The frame that is shown at a time, [H, W, 3] uint8 RGB, upright: decoded from the key frame before it; in MP4,
+    MOV, MKV and WebM without reading the whole file first.
 
     Raises:
         SourceError: the video cannot be read.
@@ -85,14 +86,14 @@ def picture_at(source: Source, seconds: float, transform: ImageTransform | None 
     with suppress(*BROKEN), source.open() as container:
         stream = source.require_video(container)
         start, base = start_seconds(container, stream), stream.time_base
-        if start is not None and base and not clocks_restart(container):
+        if start is not None and base and container.format.name.startswith(_TIMED):
             wanted = (start + Fraction(seconds)) / base + Fraction(1, 2)
             stream.thread_type = "AUTO"
             container.seek(int(wanted), stream=stream)
             held: VideoFrame | None = None
             for frame in container.decode(stream):
-                if frame.pts is None or (held is None and frame.pts > wanted):
-                    break  # it came out behind the place
+                if frame.pts is None or (held is None and (frame.pts > wanted or not frame.key_frame)):
+                    break  # it came out behind the place, or before the key frame that it needs
                 if frame.pts > wanted and held is not None:
                     return Converter(transform, stream.sample_aspect_ratio, source.limits.max_pixels)(held)
                 held = frame
