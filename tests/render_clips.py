@@ -152,6 +152,7 @@ def make_summary(
             for number, (row, weight) in enumerate(zip(rows, weights, strict=True))
         ),
         shots=tuple(Shot(a, b) for a, b in itertools.pairwise([0.0, *shots, duration])),
+        scenes=(Shot(0.0, shots[0] if shots else duration), *([Shot(shots[0], duration)] if shots else [])),
         importance=(0.5 + 0.5 * np.sin(np.arange(count) / 3)).astype(np.float32),
         device="cpu",
         device_reason="asked for",

@@ -164,7 +164,7 @@ def test_saved_summary_reads_back(summary: Summary, tmp_path: Path) -> None:
         with Image.open(folder / keyframe["file"]) as picture:
             assert picture.size == (summary.video.width, summary.video.height)
     assert {p.name for p in folder.iterdir()} == {
-        *("summary.json", "keyframes", "contact.jpg", "storyboard.html"),
+        *("summary.json", "scenes.vtt", "keyframes", "contact.jpg", "storyboard.html"),
         *("reel.mp4", "reel.otio", "thumbs.vtt", "thumbs.jpg"),
     }
 

@@ -1176,15 +1176,18 @@ def test_a_damaged_video_is_left_out_and_said(library: Library, engine: Engine, 
         assert opened.search("a", k=50) == everything
 
 
-def test_a_library_without_digests_gets_them(library: Library, engine: Engine, clips: list[Path]) -> None:
+def test_a_library_without_digests_and_scenes_gets_them(library: Library, engine: Engine, clips: list[Path]) -> None:
     library.add(clips[:2])
-    library._tables.table("records").drop_columns(["digest"])
+    for record in library.list():
+        library._tables.renew(dataclasses.replace(record, scenes=()))
+    library._tables.table("records").drop_columns(["digest", "scenes"])
     with Library(library.uri, engine) as older:
         assert older.verify() == ()
         assert [record.digest for record in older.list()] == [None, None]
         assert len({hit.video for hit in older.search("a", k=50)}) == 2
         older.add(clips[:3])
         assert sorted(record.digest is None for record in older.list()) == [False, True, True]
+        assert sorted(bool(record.scenes) for record in older.list()) == [False, False, True]
         assert older.verify() == ()
 
 

@@ -607,7 +607,7 @@ def test_a_video_that_is_replaced_between_two_looks() -> None:
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_a_limit_of_moments_of_one_video(limit: int) -> None:
     draw = np.random.default_rng(12)
-    store, query = stored([video(f"v{n}", quarters(draw, 9)) for n in range(3)]), quarters(draw, 1)
+    store, query = stored([video(f"v{n}", quarters(draw, 19)) for n in range(3)]), quarters(draw, 1)
     where = Filter(per_video=limit)
     for k in (1, 3, 50):
         found = SearchIndex(store, CONFIG).hits(query, k, where)[0]

@@ -363,7 +363,7 @@ def of_older_format(folder: Path, videos: dict[str, Video], number: int) -> dict
     In format 1 with rows of `videos` that are superseded.
     """
     database, old = lancedb.connect(folder), {}
-    later = {"region", "subjects", *(["kind"] if number == 1 else [])}
+    later = {"region", "subjects", *schema.LATE, *(["kind"] if number == 1 else [])}
     for name, new in zip(schema.FORMAT_1 if number == 1 else TABLES, TABLES, strict=True):
         columns = schema.schemas(**MODEL)[new]
         fields = [field for field in columns if field.name not in later]

@@ -56,7 +56,8 @@ def test_summary(summary: Summary) -> None:
     assert text.isascii()
     assert text.endswith("}\n")
     assert list(document) == [
-        *("schema", "video", "model", "device", "config", "keyframes", "shots", "reel", "warnings", "timings_seconds"),
+        *("schema", "video", "model", "device", "config", "keyframes", "shots", "scenes"),
+        *("reel", "warnings", "timings_seconds"),
     ]
     keyframe = summary.keyframes[1]
     wanted = {name: getattr(keyframe, name) for name in ("pts_seconds", "frame_index", "cluster", "weight", "score")}

@@ -23,7 +23,16 @@ from keyreel.render import save
 from keyreel.render.documents import SummaryDocument, schema_of
 from keyreel.render.save import save_summary
 
-ALL = {"summary.json", "keyframes", "contact.jpg", "storyboard.html", "reel.mp4", "thumbs.vtt", "thumbs.jpg"}
+ALL = {
+    "summary.json",
+    "scenes.vtt",
+    "keyframes",
+    "contact.jpg",
+    "storyboard.html",
+    "reel.mp4",
+    "thumbs.vtt",
+    "thumbs.jpg",
+}
 QUICK = OutputConfig(reel=False, thumbnails=False, storyboard=False)
 FORCE = OutputConfig(reel=False, thumbnails=False, storyboard=False, overwrite=True)
 
@@ -97,7 +106,7 @@ def test_an_earlier_summary_and_an_empty_folder_are_replaced(summary: Summary, s
     save_summary(summary, source, out, OutputConfig(reel=False, storyboard=False))
     assert (out / "thumbs.vtt").exists()
     save_summary(summary, source, out, QUICK)
-    assert {path.name for path in out.iterdir()} == {"summary.json", "keyframes", "contact.jpg"}
+    assert {path.name for path in out.iterdir()} == {"summary.json", "scenes.vtt", "keyframes", "contact.jpg"}
     assert json.loads((out / "summary.json").read_text())["reel"] is None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -99,7 +99,10 @@ def test_page_shows_what_the_summary_says(source):
     assert (timeline["role"], timeline["tabindex"], timeline["aria-valuemax"]) == ("slider", "0", "11.940")
     circles = [c["cx"] for c in page.all("circle") if c["cx"].endswith("%")]
     assert [float(c[:-1]) / 100 * 11.94 for c in circles] == pytest.approx(seeks, abs=1e-3)
-    assert len([r for r in page.all("rect") if r.get("height") == "16"]) == 3
+    bands = [r for r in page.all("rect") if r.get("height") == "16"]
+    assert [float(r["x"][:-1]) / 100 * 11.94 for r in bands] == pytest.approx([0, 4], abs=1e-3)  # scenes
+    cuts = [line for line in page.all("line") if line.get("y2") == "16" and line["y1"] == "0"]
+    assert [float(line["x1"][:-1]) / 100 * 11.94 for line in cuts] == pytest.approx([4, 8], abs=1e-3)
     assert len([i for i in page.all("img") if i.get("class") == "heat"]) == 5
 
 

@@ -12,8 +12,20 @@ from hypothesis import strategies as st
 from planted import embedding_of, unit
 
 from keyreel.runtime.bundle import SubjectScale
-from keyreel.search import OUTLINE, answered, best_hits, frame_scores, moments, region, region_on
-from keyreel.types import Embedding, SearchHit, Shot
+from keyreel.search import (
+    AROUND_SECONDS,
+    HOLDS,
+    NEAR,
+    OUTLINE,
+    WHOLE_SECONDS,
+    answered,
+    best_hits,
+    frame_scores,
+    moments,
+    region,
+    region_on,
+)
+from keyreel.types import F32, F64, Embedding, SearchHit, Shot
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
@@ -93,32 +105,85 @@ def test_a_region_lies_on_the_whole_picture() -> None:
     assert region_on((-0.5, 0.0, 1.5, 1.0), part) == (0.5, 0.25, 0.5, 0.5)
 
 
-def test_a_moment_reaches_as_far_as_the_score_holds() -> None:
-    scores = np.array([0.0, 0.0, 0.5, 0.9, 1.0, 0.8, 0.1, 0.0, 0.0, 0.0, 0.7, 0.0], np.float32)
-    # The median is 0.05: the first moment reaches down to 0.525, the second to 0.375, and then to a second of length.
-    hits = moments(scores, np.arange(12) / 2, (), video="v", stop_seconds=6.0, k=2)
-    assert [(h.start_seconds, h.stop_seconds, h.pts_seconds) for h in hits] == [(1.5, 3.0, 2.0), (4.5, 5.5, 5.0)]
-    assert hits[0].score == 1.0
+def test_a_short_scene_is_a_moment() -> None:
+    scores = np.array([0, 0, 0, 1, 0.1, 0.9, 0.2, 0, 0.5, 0], np.float32)
+    scenes = (Shot(0, 1.3), Shot(1.3, 3.7), Shot(3.7, 5))
+    found = moments(scores, np.arange(10) / 2, scenes, video="v", stop_seconds=5, k=5)
+    assert [(hit.start_seconds, hit.stop_seconds, hit.pts_seconds) for hit in found] == [
+        *((1.3, 3.7, 1.5), (3.7, 5, 4), (0, 1.3, 0)),
+    ]
 
 
-def test_a_moment_keeps_to_its_shot_and_takes_its_edges() -> None:
-    scores = np.array([0, 0, 0, 1, 1, 1, 1, 0, 0, 0], np.float32)
-    shots = (Shot(0, 1.3), Shot(1.3, 2.7), Shot(2.7, 5))
-    first, second = moments(scores, np.arange(10) / 2, shots, video="v", stop_seconds=5, k=2)
-    assert (first.start_seconds, first.stop_seconds) == (1.3, 2.7)
-    assert (second.start_seconds, second.stop_seconds) == (2.7, 4.0)
+def test_of_a_long_scene_the_part_that_answers() -> None:
+    scores = np.zeros(120, np.float32)
+    scores[[40, *range(42, 60)]] = 0.8  # with a dip, which does not end it
+    scores[50], scores[100] = 1.0, 0.6
+    scenes = (Shot(0, 60.2),)
+    first, second = moments(scores, np.arange(120) / 2, scenes, video="v", stop_seconds=60.2, k=2)
+    assert first.pts_seconds == 25
+    assert first.start_seconds == pytest.approx(20, abs=1.5)
+    assert first.stop_seconds == pytest.approx(30, abs=1.5)
+    assert (second.start_seconds, second.stop_seconds, second.pts_seconds) == (48, 52.5, 50)
 
 
-def test_a_take_of_one_thing_is_one_moment() -> None:
-    scores = np.array([0.42, 0.43, 0.41, 0.44, 0.42, 0.45, 0.43, 0.2], np.float32)
-    first, second = moments(scores, np.arange(8) / 2, (), video="v", stop_seconds=4.0, k=5)
-    assert (first.start_seconds, first.stop_seconds, first.pts_seconds) == (0.0, 3.5, 2.5)
-    assert (second.start_seconds, second.stop_seconds) == (3.5, 4.0)
+def test_a_long_take_of_one_thing_is_one_moment() -> None:
+    scores = np.array([0.42, 0.43, 0.41, 0.44, 0.42, 0.45, 0.43, 0.42] * 20, np.float32)
+    [hit] = moments(scores, np.arange(160) / 2, (), video="v", stop_seconds=80.0, k=5)
+    assert (hit.start_seconds, hit.stop_seconds, hit.pts_seconds) == (0.0, 80.0, 2.5)
+
+
+@given(data=st.data(), count=st.integers(2, 90), step=st.sampled_from([0.2, 0.5, 1.0]))
+def test_moments_are_those_of_a_plain_search(data: st.DataObject, count: int, step: float) -> None:
+    scores = np.array(data.draw(st.lists(st.integers(0, 8), min_size=count, max_size=count)), np.float32) / 8
+    cut = data.draw(st.integers(1, count - 1))
+    pts, end = np.arange(count) * step, count * step
+    scenes = (Shot(0.0, float(pts[cut])), Shot(float(pts[cut]), end))
+    found = moments(scores, pts, scenes, video="v", stop_seconds=end, k=4)
+    taken: set[int] = set()
+    expected = []
+    for _ in range(4):
+        left = [n for n in range(count) if n not in taken]
+        if not left:
+            break
+        peak = max(left, key=lambda n: (scores[n], -n))
+        own = [n for n in range(count) if (n >= cut) == (peak >= cut)]
+        if scenes[peak >= cut].duration_seconds > WHOLE_SECONDS:
+            own = around_of(scores, pts, peak, [n for n in own if n not in taken])
+        taken |= set(own)
+        expected.append((pts[own[0]], pts[own[-1] + 1] if own[-1] + 1 < count else end, pts[peak]))
+    got = np.array([(hit.start_seconds, hit.stop_seconds, hit.pts_seconds) for hit in found])
+    np.testing.assert_allclose(got, expected)
+
+
+def around_of(scores: F32, pts: F64, peak: int, free: list[int]) -> list[int]:
+    """The rows beside a peak whose neighbourhood answers, one after the other."""
+    low = high = peak
+    while low - 1 in free:
+        low -= 1
+    while high + 1 in free:
+        high += 1
+    run = range(low, high + 1)
+    step = (pts[high] - pts[low]) / max(high - low, 1)
+    half = round(AROUND_SECONDS / step) if step else 0
+    typical, best = float(np.median(scores)), float(scores[peak])
+    floor = min(typical + HOLDS * (best - typical), best - NEAR * abs(best))
+
+    def answers(n: int) -> bool:
+        beside = [float(scores[min(max(m, low), high)]) for m in range(n - half, n + half + 1)]
+        return abs(pts[n] - pts[peak]) <= AROUND_SECONDS or sum(beside) / len(beside) >= floor - 1e-12
+
+    own = [peak]
+    for way in (-1, 1):
+        n = peak + way
+        while n in run and answers(n):
+            own.append(n)
+            n += way
+    return sorted(own)
 
 
 def test_the_last_moment_ends_with_the_video() -> None:
     hits = moments(np.array([0, 0, 1], np.float32), np.array([0, 1, 2.0]), (), video="v", stop_seconds=2.6, k=1)
-    assert hits == [SearchHit("v", 1.0, 2.6, 2.0, 1.0)]
+    assert hits == [SearchHit("v", 0.0, 2.6, 2.0, 1.0)]
 
 
 @given(

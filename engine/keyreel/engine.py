@@ -27,6 +27,7 @@ from keyreel.runtime.bundle import BUILTIN, Bundle, SubjectScale
 from keyreel.runtime.telemetry import record_stages, span, traced
 from keyreel.runtime.text import TextEncoder
 from keyreel.runtime.words import SILENT, words_of
+from keyreel.scenes import find_scenes
 from keyreel.search import FrameScores, answered, best_hits, frame_scores, moments
 from keyreel.select import Selection, select_keyframes
 from keyreel.shots import find_candidates, place_boundaries, shots_between
@@ -248,7 +249,7 @@ class Engine:
         select: SelectConfig | None = None,
         progress: Progress | None = None,
     ) -> Summary:
-        """Finds the key-frames and shots of a video.
+        """Finds the key-frames, shots and scenes of a video.
 
         Args:
             keyframes: how many, or "auto"; see also `select`.
@@ -293,6 +294,7 @@ class Engine:
             embedding=embedding,
             keyframes=found.keyframes,
             shots=shots,
+            scenes=find_scenes(embedding.vectors, embedding.pts_seconds, shots),
             importance=found.importance,
             device=self.backend.device,
             device_reason=self.backend.reason,
@@ -320,7 +322,7 @@ class Engine:
             found = moments(
                 scores.best,
                 embedding.pts_seconds,
-                summary.shots,
+                summary.scenes,
                 video=summary.video.path,
                 stop_seconds=summary.stop_seconds,
                 k=k,

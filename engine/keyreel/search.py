@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,12 +12,11 @@ from keyreel.runtime.bundle import SubjectScale
 from keyreel.shots import shot_of
 from keyreel.types import F32, F64, Embedding, Region, SearchHit, Shot
 
-# A moment extends while the score stays above this fraction of the way from the video's median score to its peak,
-HOLDS = 0.5
-# and in any case while it is within this fraction of the peak: in a take of one thing the scores hardly differ.
-NEAR = 0.1
-# and until it lasts so long: less is a flicker to whoever plays it.
-LEAST = 1.0
+# A scene that lasts no longer is a moment, of a longer one the part that answers:
+WHOLE_SECONDS = 20.0
+# what lies so near its peak, and on both sides all that stays above this fraction of the way from the video's median
+# score to the peak, or within this fraction of the peak itself, in scores that are means over twice that time.
+AROUND_SECONDS, HOLDS, NEAR = 2.0, 0.3, 0.1
 # A patch belongs to the subject where the map reaches this fraction of its largest value.
 OUTLINE = 0.5
 
@@ -103,18 +101,17 @@ def region_on(area: tuple[float, float, float, float], part: Region) -> Region:
 
 
 def moments(
-    scores: F32, pts_seconds: F64, shots: Sequence[Shot], *, video: str, stop_seconds: float, k: int
+    scores: F32, pts_seconds: F64, scenes: Sequence[Shot], *, video: str, stop_seconds: float, k: int
 ) -> list[SearchHit]:
-    """The k best spans of one video, best first; spans do not overlap.
+    """The k best moments of one video, best first; they do not overlap.
 
-    From the best frame that is not yet part of a moment the span grows over neighbours of the same shot while
-    score >= median + HOLDS (peak - median), or within NEAR of the peak; then over the better neighbours until it lasts
-    LEAST seconds.
+    A moment is the scene of the best frame that is not yet part of one; of a scene longer than `WHOLE_SECONDS`, the
+    part around that frame that answers.
 
     Args:
         scores: [T] float32 cosines to the query.
         pts_seconds: [T] float64, rising.
-        shots: in time order; no moment crosses a cut.
+        scenes: in time order, see `scenes.find_scenes`; without any, all is one.
         stop_seconds: the end of the video.
 
     Raises:
@@ -122,37 +119,39 @@ def moments(
     """
     if k < 1:
         raise ValueError(f"k must be >= 1, got {k}")
-    typical = float(np.median(scores))
-    shot = shot_of(shots, pts_seconds) if shots else np.zeros(len(scores), np.int64)
+    if not scenes:
+        scenes = [Shot(float(pts_seconds[0]), max(stop_seconds, float(pts_seconds[-1])))]
+    scene_of = shot_of(scenes, pts_seconds)
     free = np.ones(len(scores), bool)
     found: list[SearchHit] = []
     while len(found) < k and free.any():
         peak = int(np.where(free, scores, -np.inf).argmax())
-        best = float(scores[peak])
-        floor = min(typical + HOLDS * (best - typical), best - NEAR * abs(best))
-        low = high = peak
-        while low > 0 and free[low - 1] and shot[low - 1] == shot[peak] and scores[low - 1] >= floor:
-            low -= 1
-        while high + 1 < len(scores) and free[high + 1] and shot[high + 1] == shot[peak] and scores[high + 1] >= floor:
-            high += 1
-        end = shots[shot[peak]].stop_seconds if shots else math.inf
-        while min(end, pts_seconds[high + 1] if high + 1 < len(scores) else stop_seconds) - pts_seconds[low] < LEAST:
-            beside = [at for at in (low - 1, high + 1) if 0 <= at < len(scores) and free[at] and shot[at] == shot[peak]]
-            if not beside:
-                break
-            at = max(beside, key=lambda at: float(scores[at]))
-            low, high = min(low, at), max(high, at)
-        free[low : high + 1] = False
-        stop = float(pts_seconds[high + 1]) if high + 1 < len(scores) else max(stop_seconds, float(pts_seconds[high]))
-        start = float(pts_seconds[low])
-        if shots:
-            # Samples lie up to one step after a cut: where a moment touches an end of its shot, it takes that end.
-            span = shots[shot[peak]]
-            stop = min(stop, span.stop_seconds) if span.stop_seconds > pts_seconds[high] else stop
-            if low == 0 or shot[low - 1] != shot[low]:
-                start = min(start, span.start_seconds)
-        found.append(SearchHit(video, start, stop, float(pts_seconds[peak]), best))
+        scene = scenes[scene_of[peak]]
+        first, last = np.searchsorted(scene_of, (scene_of[peak], scene_of[peak] + 1)).tolist()
+        low, high = first, last
+        if scene.duration_seconds > WHOLE_SECONDS:
+            low, high = _part(scores, pts_seconds, free, peak, first, last)
+        free[low:high] = False
+        start = scene.start_seconds if low == first else float(pts_seconds[low])
+        stop = max(scene.stop_seconds, float(pts_seconds[last - 1])) if high == last else float(pts_seconds[high])
+        found.append(SearchHit(video, start, stop, float(pts_seconds[peak]), float(scores[peak])))
     return found
+
+
+def _part(scores: F32, pts_seconds: F64, free: NDArray[np.bool_], peak: int, first: int, last: int) -> tuple[int, int]:
+    """[low, high): the rows around a peak that answer, of the scene [first, last)."""
+    typical, best = float(np.median(scores)), float(scores[peak])
+    floor = min(typical + HOLDS * (best - typical), best - NEAR * abs(best))
+    taken = np.flatnonzero(~free[first:last]) + first
+    first = int(max(taken[taken < peak], default=first - 1)) + 1
+    last = int(min(taken[taken > peak], default=last))
+    near = np.abs(pts_seconds[first:last] - pts_seconds[peak]) <= AROUND_SECONDS
+    step = (pts_seconds[last - 1] - pts_seconds[first]) / max(last - first - 1, 1)
+    half = round(AROUND_SECONDS / step) if step else 0
+    padded = np.pad(scores[first:last].astype(np.float64), half, mode="edge")
+    means = np.convolve(padded, np.full(2 * half + 1, 1 / (2 * half + 1)), mode="valid")
+    fails = np.flatnonzero(~(near | (means >= floor))) + first
+    return int(max(fails[fails < peak], default=first - 1)) + 1, int(min(fails[fails > peak], default=last))
 
 
 def best_hits(hits: Sequence[SearchHit], k: int) -> list[SearchHit]:

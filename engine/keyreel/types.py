@@ -189,12 +189,13 @@ class SummaryActions(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Key-frames and shots of one video, and what they were computed from."""
+    """Key-frames, shots and scenes of one video, and what they were computed from."""
 
     video: VideoInfo
     embedding: Embedding
     keyframes: tuple[KeyFrame, ...]  # in time order, never empty
     shots: tuple[Shot, ...]  # in time order, together they cover the video
+    scenes: tuple[Shot, ...]  # the same, of shots that show the same and parts of long ones, see `scenes.find_scenes`
     importance: F32  # [T] float32 in 0..1, of each sampled frame
     device: str  # "cpu", "cuda:0"
     device_reason: str  # why this device
@@ -209,7 +210,7 @@ class Summary:
         return self.shots[-1].stop_seconds
 
     def save(self, folder: str | Path, output: OutputConfig | None = None, *, progress: Progress | None = None) -> Path:
-        """Writes summary.json, key-frames, contact sheet, storyboard, thumbnails and reel into `folder`.
+        """Writes summary.json, scenes.vtt, key-frames, contact sheet, storyboard, thumbnails and reel into `folder`.
 
         All files are made in a hidden folder beside it, which is then renamed: nothing half-written is left behind.
 

@@ -63,6 +63,7 @@ class Video:
     duration_seconds: Seconds | None
     frames: Count
     shots: Count
+    scenes: Count
     size: Count  # bytes
     indexed_at: Seconds  # since 1970
     probe: Mapping[str, Any]
@@ -89,6 +90,7 @@ class Videos:
                 duration_seconds=record.duration_seconds,
                 frames=record.frames,
                 shots=len(record.shots),
+                scenes=len(record.scenes),
                 size=record.size,
                 indexed_at=record.indexed_at,
                 probe=record.probe,

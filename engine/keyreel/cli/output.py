@@ -90,8 +90,9 @@ def span(start: float, stop: float) -> str:
 def print_summary(summary: Summary, folder: Path) -> None:
     """Prints a line for the video and one for each key-frame."""
     keyframes, shots = plural(len(summary.keyframes), "key-frame"), plural(len(summary.shots), "shot")
-    frames, total = plural(len(summary.embedding), "frame"), summary.timings_seconds["total"]
-    done = f"{keyframes} and {shots} from {frames} in {total:.1f} s on {summary.device}"
+    scenes, frames = plural(len(summary.scenes), "scene"), plural(len(summary.embedding), "frame")
+    total = summary.timings_seconds["total"]
+    done = f"{keyframes}, {shots} and {scenes} from {frames} in {total:.1f} s on {summary.device}"
     print_line(f"{summary.video.path}: {done} -> {folder}")
     for frame in summary.keyframes:
         print_line(f"  {frame.pts_seconds:9.3f} s  {frame.weight:6.1%}")

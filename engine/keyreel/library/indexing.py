@@ -254,6 +254,7 @@ class Indexer:
             probe={**dataclasses.asdict(summary.video), "path": record.path},
             grid=summary.embedding.grid,
             shots=tuple((shot.start_seconds, shot.stop_seconds) for shot in summary.shots),
+            scenes=tuple((scene.start_seconds, scene.stop_seconds) for scene in summary.scenes),
         )
         return self._put(record, rows, previews, extras)
 
@@ -269,7 +270,9 @@ class Indexer:
             return None
         if len(previews) != rows.keyframe.sum():
             return None
-        same = {name: getattr(twin, name) for name in ("frames", "subjects", "duration_seconds", "grid", "shots")}
+        same = {
+            name: getattr(twin, name) for name in ("frames", "subjects", "duration_seconds", "grid", "shots", "scenes")
+        }
         record = dataclasses.replace(
             record,
             generation=uuid.uuid4().hex,

@@ -227,11 +227,11 @@ class Ranking:
     def _moments(self, query: int, span: int, k: int) -> list[Moment]:
         record, low = self._record(span), int(self._spans.low[span])
         pts = self._matrix.pts_seconds[low : int(self._spans.high[span])]
-        shots = tuple(Shot(*edges) for edges in record.shots)
-        ends = [*(shot.stop_seconds for shot in shots[-1:]), record.duration_seconds, float(pts[-1])]
+        scenes = tuple(Shot(*edges) for edges in record.scenes or record.shots)
+        ends = [*(scene.stop_seconds for scene in scenes[-1:]), record.duration_seconds, float(pts[-1])]
         stop = next(end for end in ends if end is not None)
         scores = self._scores(query, span)
-        hits = moments(scores.best, pts, shots, video=record.path, stop_seconds=stop, k=k)
+        hits = moments(scores.best, pts, scenes, video=record.path, stop_seconds=stop, k=k)
         rows = np.searchsorted(pts, [hit.pts_seconds for hit in hits])
         answered: list[AnsweredBy] = ["subject" if scores.by_subject[row] else "scene" for row in rows]
         return [
@@ -244,7 +244,7 @@ class Ranking:
         return None if np.isnan(x) else (x, y, width, height)
 
     def _clipped(self, hit: SearchHit) -> SearchHit:
-        """A shot may reach beyond the times that were asked for."""
+        """A scene may reach beyond the times that were asked for."""
         start, stop = self._where.start_seconds, self._where.stop_seconds
         low = hit.start_seconds if start is None else max(hit.start_seconds, start)
         high = hit.stop_seconds if stop is None else min(hit.stop_seconds, stop)

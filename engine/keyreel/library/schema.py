@@ -32,6 +32,7 @@ SCENE, SUBJECT = "scene", "subject"  # kinds of vectors
 NUMBERS = ("generation", "row", "kind", "pts_seconds", "frame_index", "vector", "shot", "keyframe", "weight", "region")
 EXTRAS = ("sprite", "vtt", "overview")
 _MODEL = ("model", "model_sha256", "width")  # in the metadata
+LATE = ("digest", "scenes")  # columns of records that an older keyreel did not make
 # With a primary key, LanceDB lets one of two concurrent inserts of the same id retry as an update. Without, both stay.
 _KEY = {"lance-schema:unenforced-primary-key": "true"}
 
@@ -86,6 +87,7 @@ def schemas(model: str, model_sha256: str, width: int) -> dict[str, Any]:
             "grid": pa.list_(pa.int32()),
             "shots": text,
             "digest": int64,
+            "scenes": text,
             "model": text,
             "model_sha256": text,
             "written": int64,
@@ -100,8 +102,8 @@ def schemas(model: str, model_sha256: str, width: int) -> dict[str, Any]:
 
 
 def lost_columns(name: str, schema: Any) -> list[str]:
-    """The columns that a table should have and has not; an older keyreel made none for the digest."""
-    return [column for column in schemas("", "", 1)[name].names if column not in (*schema.names, "digest")]
+    """The columns that a table should have and has not; see `LATE`."""
+    return [column for column in schemas("", "", 1)[name].names if column not in (*schema.names, *LATE)]
 
 
 def format_of(schema: Any) -> int:
@@ -180,6 +182,7 @@ def record_rows(schema: Any, records: Sequence[Record]) -> Any:
     columns |= {
         "probe": [json.dumps(dict(record.probe)) for record in records],
         "shots": [json.dumps(record.shots) for record in records],
+        "scenes": [json.dumps(record.scenes) if record.scenes else None for record in records],
         "written": [time.time_ns()] * len(records),
     }
     return checked(schema, columns)
@@ -189,7 +192,8 @@ def record_of(row: Mapping[str, Any]) -> Record:
     """The inverse of `record_rows`."""
     values = {name: row.get(name) for name in Record.__slots__}
     values |= {"tags": tuple(row["tags"]), "grid": tuple(row["grid"]), "probe": json.loads(row["probe"])}
-    return Record(**values | {"shots": tuple((start, stop) for start, stop in json.loads(row["shots"]))})
+    spans = {name: json.loads(row.get(name) or "[]") for name in ("shots", "scenes")}
+    return Record(**values | {name: tuple((start, stop) for start, stop in own) for name, own in spans.items()})
 
 
 def rows_of(table: Any) -> Rows:
@@ -269,11 +273,15 @@ def checked(schema: Any, columns: Mapping[str, Any]) -> Any:
 
 
 def checks(table: Any) -> I64:
-    """[T] int64: a checksum (BLAKE2b) of each row of a table, in order of name over all its columns but `check` and
-    `digest`, which later libraries have."""
+    """[T] int64: a checksum (BLAKE2b) of each row of a table, in order of name over its columns without `check`, and
+    without those of `LATE` that the row was written without."""
     names = sorted(name for name in table.column_names if name not in ("check", "digest")) if len(table) else []
-    columns = [_as_bytes(table[name].combine_chunks()) for name in names]
-    digests = [hashlib.blake2b(b"\x1f".join(row), digest_size=8).digest() for row in zip(*columns, strict=True)]
+    columns: list[list[bytes | None]] = [[*_as_bytes(table[name].combine_chunks())] for name in names]
+    if "scenes" in names:
+        there, place = table["scenes"].is_valid().to_pylist(), names.index("scenes")
+        columns[place] = [value if valid else None for value, valid in zip(columns[place], there, strict=True)]
+    rows = (b"\x1f".join(value for value in row if value is not None) for row in zip(*columns, strict=True))
+    digests = [hashlib.blake2b(row, digest_size=8).digest() for row in rows]
     return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
 
 

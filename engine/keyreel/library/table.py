@@ -345,17 +345,18 @@ class Tables:
             written = schema.vector_rows(self.table(VECTORS).schema, record, rows, previews, extras)
             digest = schema.rows_of(written.select(schema.NUMBERS)).digest
             self.add_rows(written)
-            self._add_digests()
+            self._add_late_columns()
         record = replace(record, digest=digest)
         self.upsert([record])
         return record
 
-    def _add_digests(self) -> None:
-        """Gives the records of a library that an older keyreel made a column for their digest."""
-        column = schema.arrow().field("digest", schema.arrow().int64())
+    def _add_late_columns(self) -> None:
+        """Gives the records of a library that an older keyreel made the columns that it lacks."""
+        whole = schema.schemas("", "", 1)[RECORDS]
         with self._writing, contextlib.suppress(Conflict):  # another process was quicker
-            if column.name not in self.table(RECORDS).schema.names:
-                self.retried(lambda: self.table(RECORDS).add_columns(column))
+            there = self.table(RECORDS).schema.names
+            if lacking := [whole.field(name) for name in schema.LATE if name not in there]:
+                self.retried(lambda: self.table(RECORDS).add_columns(lacking))
 
     def renew(self, record: Record) -> bool:
         """Replaces the record of a video and keeps its rows.

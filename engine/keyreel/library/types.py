@@ -93,6 +93,7 @@ class Record:
     probe: Mapping[str, Any] = field(default_factory=dict)  # fields of VideoInfo; empty if indexing failed
     grid: tuple[int, int] = (0, 0)  # (h, w) of the attention maps
     shots: tuple[tuple[float, float], ...] = ()  # [start, stop) in seconds
+    scenes: tuple[tuple[float, float], ...] = ()  # [start, stop) in seconds; none where an older keyreel indexed it
     # Of its rows as they were written; None of those that an older keyreel wrote.
     digest: int | None = field(default=None, compare=False)
     model: str

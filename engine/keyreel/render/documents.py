@@ -130,6 +130,7 @@ class SummaryDocument:
     config: Mapping[str, Any]
     keyframes: Annotated[tuple[KeyFrameEntry, ...], Meta(min_length=1)]
     shots: tuple[Shot, ...]
+    scenes: tuple[Shot, ...]
     reel: ReelEntry | None
     warnings: tuple[str, ...]
     timings_seconds: StageSeconds
@@ -175,6 +176,7 @@ def summary_document(
         config=summary.config,
         keyframes=tuple(sorted(keyframes, key=lambda k: k.pts_seconds)),
         shots=summary.shots,
+        scenes=summary.scenes,
         reel=reel,
         warnings=summary.warnings,
         timings_seconds=timings,

@@ -22,11 +22,11 @@ from keyreel.render.pictures import at_most, contact_sheet, jpeg, keyframe_name,
 from keyreel.render.plan import plan_reel
 from keyreel.render.reel import write_reel
 from keyreel.render.storyboard import link_to, picture_edge, storyboard_page
-from keyreel.render.thumbnails import sprite, tile, tile_times, webvtt
+from keyreel.render.thumbnails import chapters, sprite, tile, tile_times, webvtt
 from keyreel.types import F32, Progress, Shot, Summary
 
 REPLACE = "replace keyreel's own files in it: --overwrite (overwrite=True)"
-OURS = {"summary.json", "keyframes", "contact.jpg", "storyboard.html"}
+OURS = {"summary.json", "scenes.vtt", "keyframes", "contact.jpg", "storyboard.html"}
 OURS |= {"reel.mp4", "reel.otio", "reel.edl", "thumbs.vtt", "thumbs.jpg"}
 CONTACT_EDGE = 960
 
@@ -127,6 +127,7 @@ def _write_all(
         link = link_to(source.path, target) if source.path is not None else None
         page = storyboard_page(summary, document(), pictures=small, video_link=link)
         (made / "storyboard.html").write_text(page, encoding="utf-8")
+    (made / "scenes.vtt").write_text(chapters(summary.scenes), encoding="utf-8")
     (made / "summary.json").write_text(to_json(document()), encoding="ascii")
 
 

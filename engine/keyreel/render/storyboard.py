@@ -63,7 +63,8 @@ def storyboard_page(
     name = _base(video.path)
     reel = document.reel if document.reel is not None and document.reel.file is not None else None
     facts = [short_clock(duration), f"{video.width} × {video.height}", video.codec]
-    facts += [_counted(len(summary.shots), "shot"), _counted(len(summary.keyframes), "key-frame")]
+    facts += [_counted(len(summary.scenes), "scene"), _counted(len(summary.shots), "shot")]
+    facts.append(_counted(len(summary.keyframes), "key-frame"))
     if reel is not None:
         facts.append(f"reel of {short_clock(sum(span.duration_seconds for span in reel.spans))}")
     tall = " tall" if pictures[0].height > pictures[0].width else ""

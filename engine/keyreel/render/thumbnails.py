@@ -1,4 +1,4 @@
-"""Thumbnails for players: a sprite of small pictures, and a WebVTT track with the time of each."""
+"""For players: WebVTT tracks of thumbnails, whose pictures lie in one sprite, and of chapters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from keyreel.render.pictures import clock
-from keyreel.types import U8
+from keyreel.types import U8, Shot
 
 TILE_EDGE = 160  # pixels, long side of a thumbnail
 MOST_TILES = 200
@@ -40,6 +40,14 @@ def sprite(tiles: Sequence[Image.Image]) -> tuple[Image.Image, list[tuple[int, i
     for own, (x, y, _, _) in zip(tiles, boxes, strict=True):
         sheet.paste(own, (x, y))
     return sheet, boxes
+
+
+def chapters(scenes: Sequence[Shot]) -> str:
+    """A WebVTT chapters track: a cue for each scene."""
+    cues = ["WEBVTT\n"]
+    for number, scene in enumerate(scenes, 1):
+        cues.append(f"{clock(scene.start_seconds)} --> {clock(scene.stop_seconds)}\nScene {number}\n")
+    return "\n".join(cues)
 
 
 def webvtt(boxes: Sequence[tuple[int, int, int, int]], step_seconds: float, duration_seconds: float, image: str) -> str:

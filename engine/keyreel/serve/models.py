@@ -156,6 +156,7 @@ class VideoDetail(Video):
     grid: tuple[int, int]
     attended_area: list[float] | None  # part of the picture that the grid lies over, as the storyboard has it
     shots: list[tuple[float, float]]
+    scenes: list[tuple[float, float]]
     sprite: Sprite | None
 
 
@@ -291,6 +292,7 @@ def video_detail(
         grid=record.grid,
         attended_area=overview.get("attended_area"),
         shots=list(record.shots),
+        scenes=list(record.scenes),
         sprite=sprite,
     )
 

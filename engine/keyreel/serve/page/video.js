@@ -49,10 +49,11 @@ function drawTimeline(entry) {
     const text = clock(tick);
     svg("text", { x: at(tick), y: 112, "text-anchor": anchor }, ticks, step < 1 ? text : text.slice(0, -2));
   }
-  const shots = svg("g", { class: "shots" }, drawing);
-  for (const [start, stop] of entry.shots) {
-    svg("rect", { x: at(start), y: 0, width: `${band(start, stop).toFixed(3)}%`, height: 16, rx: 2 }, shots);
+  const scenes = svg("g", { class: "scenes" }, drawing), cuts = svg("g", { class: "cuts" }, drawing);
+  for (const [start, stop] of entry.scenes.length ? entry.scenes : entry.shots) {
+    svg("rect", { x: at(start), y: 0, width: `${band(start, stop).toFixed(3)}%`, height: 16, rx: 2 }, scenes);
   }
+  for (const [start] of entry.shots.slice(1)) svg("line", { x1: at(start), x2: at(start), y1: 0, y2: 16 }, cuts);
   svg("g", { class: "found" }, drawing);
   const marks = svg("g", { class: "marks" }, drawing);
   for (const { pts_seconds: seconds } of entry.keyframes) {
@@ -135,7 +136,7 @@ function drawBoard(entry) {
 }
 
 function tables(entry) {
-  $("#shots").replaceChildren(...entry.shots.map(([start, stop], place) => {
+  for (const kind of ["scenes", "shots"]) $(`#${kind}`).replaceChildren(...entry[kind].map(([start, stop], place) => {
     const row = make("tr");
     const texts = [place + 1, clock(start), clock(stop), `${(stop - start).toFixed(1)} s`];
     row.append(...texts.map((textContent) => make("td", { textContent })));
@@ -153,7 +154,7 @@ function tables(entry) {
 function facts(entry) {
   const texts = [
     entry.duration_seconds !== null && clock(entry.duration_seconds), entry.width && `${entry.width} × ${entry.height}`,
-    entry.date && new Date(1000 * entry.date).toLocaleDateString(), entry.shots.length && count(entry.shots.length, "shot"),
+    entry.date && new Date(1000 * entry.date).toLocaleDateString(), entry.scenes.length && count(entry.scenes.length, "scene"), entry.shots.length && count(entry.shots.length, "shot"),
   ];
   const spans = texts.filter(Boolean).map((textContent) => make("span", { textContent }));
   $(".facts", section).replaceChildren(...spans, ...entry.tags.map(page.tagLink));
