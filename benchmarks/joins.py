@@ -18,12 +18,13 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from keyreel.decode.source import Source
 from keyreel_export.builtin.data import Example, read_examples
 
 FPS, TAKE_FPS = 25, 10
 SIZE = (360, 640)
 PARTS = 4
-LONGEST = 20.0  # seconds of a clip in a join
+SHORTEST, LONGEST = 2.0, 20.0  # seconds of a clip in a join
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class Part:
 def join(media: Path, captions: Mapping[str, Sequence[str]], path: Path, seed: int) -> tuple[Part, ...]:
     """Writes four clips in a row, drawn without replacement."""
     draw = np.random.default_rng(seed)
-    names = [str(name) for name in draw.permutation(list(captions))[:PARTS]]
+    long = [name for name in captions if _seconds(media / name) >= SHORTEST]
+    names = [str(name) for name in draw.permutation(long)[:PARTS]]
     parts: list[Part] = []
     count = 0
     with av.open(str(path), "w") as output:
@@ -54,14 +56,18 @@ def join(media: Path, captions: Mapping[str, Sequence[str]], path: Path, seed: i
     return tuple(parts)
 
 
+def _seconds(path: Path) -> float:
+    with Source(path) as source:
+        return source.probe().duration_seconds or 0.0
+
+
 def _clip(path: Path, draw: np.random.Generator) -> list[NDArray[np.uint8]]:
     """Up to 20 s of a clip from a random place on, 25 frames a second, cut to 16:9."""
     taken: list[NDArray[np.uint8]] = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        whole = container.duration / 1e6 if container.duration else 0.0
-        first = float(draw.uniform(0, max(0.0, whole - LONGEST)))
+        first = float(draw.uniform(0, max(0.0, _seconds(path) - LONGEST)))
         for frame in container.decode(stream):
             time = float((frame.pts - (stream.start_time or 0)) * (frame.time_base or 0)) - first
             while time >= len(taken) / FPS and len(taken) < LONGEST * FPS:

@@ -19,8 +19,9 @@ from keyreel.cli import index as cli_index
 from keyreel.cli.documents import Compact, Index, Stats, Upgrade, Verify, Videos
 from keyreel.cli.inputs import listed
 from keyreel.config import IndexConfig
-from keyreel.library.types import Added, Example, Filter
+from keyreel.library.types import Added, Filter
 from keyreel.render.documents import SearchDocument, schema_of
+from keyreel.types import Example
 
 
 @pytest.fixture(scope="module")

@@ -30,10 +30,11 @@ from keyreel.decode.source import Source
 from keyreel.demo import HEIGHT, SCENES, WIDTH
 from keyreel.errors import KeyreelError, LibraryError, ModelMismatch, SourceNotFound
 from keyreel.library import files
-from keyreel.library.types import Added, Example, Filter, Record
+from keyreel.library.types import Added, Filter, Record
 from keyreel.render.pictures import at_most, pictures_at
 from keyreel.runtime.bundle import Bundle, SubjectScale
-from keyreel.search import region
+from keyreel.search import Asked, region
+from keyreel.types import Combined, Example
 
 pytest.importorskip("lancedb", reason="needs the extra `library`")
 
@@ -640,6 +641,10 @@ def test_finds_what_search_finds_in_a_summary(full: Library, engine: Engine, dem
         assert {hit.keyframe_seconds for hit in found} <= {one.pts_seconds for one in full.previews(demo)}
 
 
+def one(vector: Any, scale: SubjectScale | None = None) -> Asked:
+    return Asked(vector[None], (scale or SubjectScale(),), (1.0,))
+
+
 def test_every_kind_of_query(
     full: Library, engine: Engine, demo: Path, summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -654,9 +659,9 @@ def test_every_kind_of_query(
     by_text, by_file, by_picture, by_vector, by_example, _ = alone
     # A text alone is answered on the model's scale.
     (vector,) = engine.encode_text(text)
-    assert by_text == full._search().hits(vector[None], 3, scales=[engine.bundle.subject])[0]
+    assert by_text == full._search().hits([one(vector, engine.bundle.subject)], 3)[0]
     assert [dataclasses.replace(hit, score=0.0, video_score=0.0) for hit in by_vector] == [
-        dataclasses.replace(hit, score=0.0, video_score=0.0) for hit in full._search().hits(vector[None], 3)[0]
+        dataclasses.replace(hit, score=0.0, video_score=0.0) for hit in full._search().hits([one(vector)], 3)[0]
     ]
     assert by_file == by_picture
     assert by_picture[0].start_seconds <= at < by_picture[0].stop_seconds
@@ -668,6 +673,33 @@ def test_every_kind_of_query(
     assert first.video == str(demo)
     assert first.video_id == full.record(demo).id
     assert first.moments == tuple(full.search(text, k=2, where=Filter(videos=["demo.mp4"])))
+
+
+def test_conditions_add_up(full: Library, engine: Engine, demo: Path) -> None:
+    """A frame's score is the weighed sum of what each text and example gives it alone."""
+    first, second, third = (scene.caption for scene in SCENES[:3])
+    like, unlike = Example(str(demo), 1.0), Example(str(demo), 7.0)
+    asked = Combined(first, also=[second, like], without=[third, unlike])
+    record = full.record(demo)
+    own = rows(full, record)
+    expected = np.zeros(len(own))
+    for query, weight in {first: 0.5, second: 0.5, third: -0.25, like: 0.25, unlike: -0.1}.items():
+        plain = isinstance(query, Example)
+        vector = full._search().vector(query) if isinstance(query, Example) else engine.encode_text(query)[0]
+        scale = SubjectScale() if plain else engine.bundle.subject
+        best = own.vectors.astype(np.float64) @ vector
+        assert own.subjects is not None
+        row = own.subjects.row
+        best[row] = np.maximum(best[row], scale.slope * (own.subjects.vectors @ vector) + scale.offset)
+        expected += weight * best
+    [hit] = full.search(asked, k=1, where=Filter(videos=[record.id]))
+    assert hit.score == pytest.approx(expected.max(), abs=1e-5)
+    assert hit.pts_seconds == own.pts_seconds[expected.argmax()]
+    assert full.search_many([first, asked], k=4) == [full.search(first, k=4), full.search(asked, k=4)]
+    [video] = [video for video in full.search_videos(asked, k=9, moments=1) if video.video_id == record.id]
+    assert video.moments[0].score == hit.score
+    with pytest.raises(TypeError, match="must be a list"):
+        Combined("a", also="b")
 
 
 def test_filters(full: Library, demo: Path, clips: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -765,7 +797,8 @@ def test_the_scale_of_a_text_is_the_models(tmp_path: Path, engine: Engine, clips
         (video,) = with_scale.search_videos("a red circle", k=1)
         assert (hits[0].video, hits[0].answered_by) == (max(best, key=best.__getitem__), "subject")
         assert hits[0].score == pytest.approx(5 + max(best.values()), abs=1e-5)
-        assert video.score == pytest.approx(with_scale.search("a red circle", k=1)[0].video_score)
+        [own] = with_scale.search("a red circle", k=1, where=Filter(videos=[video.video]))
+        assert video.score == pytest.approx(own.video_score)
         picture = np.asarray(Image.open(io.BytesIO(library.previews(clips[0])[0].jpeg)))
         for asked in (picture, query, Example(str(clips[0]), 1.0)):
             assert with_scale.search(asked, k=5) == library.search(asked, k=5)

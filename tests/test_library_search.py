@@ -23,17 +23,26 @@ from keyreel.config import LibraryConfig
 from keyreel.errors import Damaged, LibraryError
 from keyreel.library import ranking, vectors
 from keyreel.library.ranking import TEMPERATURE
-from keyreel.library.search import PLAIN, SearchIndex, fits
+from keyreel.library.search import SearchIndex, fits
 from keyreel.library.table import Tables
-from keyreel.library.types import Example, Filter, LibraryHit, Record, Rows, Subjects
+from keyreel.library.types import Filter, LibraryHit, Record, Rows, Subjects
 from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import SubjectScale
-from keyreel.search import moments
-from keyreel.types import Shot
+from keyreel.search import Asked, moments
+from keyreel.types import Example, Shot
 from keyreel_kernels.cuda import Cuda
 from keyreel_kernels.ops import ops_on
 
 CONFIG = LibraryConfig()
+PLAIN = SubjectScale()
+
+
+def one(vector: Any, scale: SubjectScale = PLAIN) -> Asked:
+    return Asked(vector[None], (scale,), (1.0,))
+
+
+def each(vectors: Any, scales: Sequence[SubjectScale] = ()) -> list[Asked]:
+    return [one(vector, scale) for vector, scale in zip(vectors, scales or [PLAIN] * len(vectors), strict=True)]
 
 
 # --- made-up libraries --------------------------------------------------------------------------------------------
@@ -104,6 +113,7 @@ def video(name: str, vectors: Any, *, generation: str | None = None, step: float
         duration_seconds=about.pop("duration", count * step),
         indexed_at=0.0,
         shots=shots,
+        scenes=about.pop("scenes", ()),
         model="made up",
         model_sha256="0" * 64,
     )
@@ -166,6 +176,11 @@ def allowed(record: Record, where: Filter) -> bool:
     return True
 
 
+def pooled_by_hand(scores: list[float]) -> float:
+    shares = [math.exp((score - max(scores)) / TEMPERATURE) for score in scores]
+    return math.fsum(a * b for a, b in zip(shares, scores, strict=True)) / math.fsum(shares)
+
+
 @dataclasses.dataclass
 class Look:
     """The frames of one video that a search may see, and their scores."""
@@ -178,16 +193,24 @@ class Look:
 
     @property
     def pooled(self) -> float:
-        tau, peak = TEMPERATURE, max(self.scores)
-        shares = [math.exp((score - peak) / tau) for score in self.scores]
-        return math.fsum(a * b for a, b in zip(shares, self.scores, strict=True)) / math.fsum(shares)
+        return max(pooled_by_hand(own) for own in self.by_scene().values())
+
+    def by_scene(self) -> dict[int, list[float]]:
+        starts, own = [start for start, _ in self.spans], dict[int, list[float]]()
+        for row, score in zip(self.rows, self.scores, strict=True):
+            own.setdefault(sum(start <= self.block.pts_seconds[row] for start in starts), []).append(score)
+        return own
+
+    @property
+    def spans(self) -> tuple[tuple[float, float], ...]:
+        return self.record.scenes or self.record.shots
 
     def hits(self, where: Filter) -> list[LibraryHit]:
         pts = self.block.pts_seconds
-        shots = tuple(Shot(*edges) for edges in self.record.shots)
-        stop = self.record.shots[-1][1] if shots else self.record.duration_seconds or float(pts[self.rows[-1]])
+        scenes = tuple(Shot(*edges) for edges in self.spans)
+        stop = scenes[-1].stop_seconds if scenes else self.record.duration_seconds or float(pts[self.rows[-1]])
         found = moments(
-            np.array(self.scores), pts[self.rows], shots, video=self.record.path, stop_seconds=stop, k=len(self.rows)
+            np.array(self.scores), pts[self.rows], scenes, video=self.record.path, stop_seconds=stop, k=len(self.rows)
         )
         answers = []
         for hit in found:
@@ -222,7 +245,7 @@ class Look:
 
 
 def looks(store: Any, query: Any, where: Filter, scale: SubjectScale) -> list[Look]:
-    found = []
+    asked, found = query if isinstance(query, Asked) else one(query, scale), []
     for record in store.records():
         if record.status != "ok" or not record.frames or not allowed(record, where):
             continue
@@ -231,13 +254,16 @@ def looks(store: Any, query: Any, where: Filter, scale: SubjectScale) -> list[Lo
         high = math.inf if where.stop_seconds is None else where.stop_seconds
         rows = [n for n, time in enumerate(block.pts_seconds) if low <= time < high]
         if rows:
-            exact = block.vectors.astype(np.float64) @ query.astype(np.float64)
-            other = np.full(len(exact), -np.inf)
-            if block.subjects is not None:
-                cosines = block.subjects.vectors.astype(np.float64) @ query.astype(np.float64)
-                other[block.subjects.row] = scale.slope * cosines + scale.offset
-            best, by = np.maximum(exact, other), other > exact
-            found.append(Look(record, block, rows, [float(best[n]) for n in rows], [bool(by[n]) for n in rows]))
+            best, by = np.zeros(len(block)), np.zeros((0, len(block)))
+            for vector, own, weight in zip(asked.vectors.astype(np.float64), asked.scales, asked.weights, strict=True):
+                exact = block.vectors.astype(np.float64) @ vector
+                other = np.full(len(exact), -np.inf)
+                if block.subjects is not None:
+                    cosines = block.subjects.vectors.astype(np.float64) @ vector
+                    other[block.subjects.row] = own.slope * cosines + own.offset
+                best += weight * np.maximum(exact, other)
+                by = np.concatenate([by, (other > exact)[None]])
+            found.append(Look(record, block, rows, [float(best[n]) for n in rows], [bool(by[0, n]) for n in rows]))
     return found
 
 
@@ -328,9 +354,18 @@ NO_FILTER = Filter()
     # Numbers with which products and sums stay exact.
     slope=st.sampled_from([0.5, 1.0, 2.0, 8.0]),
     offset=st.sampled_from([-0.5, 0.0, 0.25]),
+    conditions=st.booleans(),
 )
 def test_the_answers_are_those_of_brute_force(
-    number: int, lengths: list[int], k: int, share: float, fold: float, where: Filter, slope: float, offset: float
+    number: int,
+    lengths: list[int],
+    k: int,
+    share: float,
+    fold: float,
+    where: Filter,
+    slope: float,
+    offset: float,
+    conditions: bool,
 ) -> None:
     draw = np.random.default_rng(number)
     shown = quarters(draw, 3)  # few pictures: near-duplicates everywhere; without them, ties of different ones
@@ -345,6 +380,8 @@ def test_the_answers_are_those_of_brute_force(
         }
         if draw.random() < 0.2:
             about["shots"] = ()
+        if count > 5 and draw.random() < 0.5:
+            about["scenes"] = ((0.0, 1.1), (1.1, 2.5), (2.5, count / 2))
         if draw.random() < 0.7:
             about["subjects"] = subjects(draw, count, lambda few: quarters(draw, few), draw.choice([0, 0.3, 1]))
         videos.append(video(f"v{n:02d}", frames, **about))
@@ -352,18 +389,20 @@ def test_the_answers_are_those_of_brute_force(
     queries = np.concatenate([shown[:2], quarters(draw, 1)])
     config = dataclasses.replace(CONFIG, fold_similarity=fold)
     scales = [PLAIN, SubjectScale(slope, offset), SubjectScale(slope, -offset)]
+    asked = each(queries, scales)
+    if conditions:
+        asked[1] = Asked(queries[:2], (scales[0], scales[1]), (0.5, 0.5))
+        asked[2] = Asked(queries, tuple(scales), (0.5, 0.25, -0.25))
     blocks, segments = small_blocks()
     with blocks, segments:
         searcher = SearchIndex(store, config)
-        together = searcher.hits(queries, k, where, scales=scales)
-        ranked = [
-            searcher.videos(query, k, 3, where, scale=scale) for query, scale in zip(queries, scales, strict=True)
-        ]
-        for n, (query, scale) in enumerate(zip(queries, scales, strict=True)):
-            same(together[n], brute_hits(store, query, k, where, fold, scale=scale))
-            assert searcher.hits(query[None], k, where, scales=[scale]) == [together[n]]
+        together = searcher.hits(asked, k, where)
+        ranked = [searcher.videos(query, k, 3, where) for query in asked]
+        for n, query in enumerate(asked):
+            same(together[n], brute_hits(store, query, k, where, fold))
+            assert searcher.hits([query], k, where) == [together[n]]
             # Pooled scores of different videos may differ by less than float64 can tell.
-            expected = brute_videos(store, query, len(videos), 3, where, scale)
+            expected = brute_videos(store, query, len(videos), 3, where)
             assert [hit.score for hit in ranked[n]] == pytest.approx([one[0] for one in expected[:k]], abs=1e-12)
             by_path = {path: hits for _, path, hits in expected}
             for hit in ranked[n]:
@@ -391,11 +430,11 @@ def check_against_brute_force(searcher: SearchIndex, store: Any, queries: Any) -
     where = Filter(start_seconds=2.0, stop_seconds=20.0)
     scales = [SubjectScale(1.3, 0.05), PLAIN, SubjectScale(0.7, -0.02), SubjectScale(9.0, -0.5)][: len(queries)]
     for chosen in (NO_FILTER, where):
-        found = searcher.hits(queries, 12, chosen, scales=scales)
-        ranked = [searcher.videos(one, 7, 2, chosen, scale=scales[n]) for n, one in enumerate(queries)]
+        found = searcher.hits(each(queries, scales), 12, chosen)
+        ranked = [searcher.videos(one(own, scales[n]), 7, 2, chosen) for n, own in enumerate(queries)]
         for n, query in enumerate(queries):
             same(found[n], brute_hits(store, query, 12, chosen, scale=scales[n]), 10 * FLOAT32)
-            assert searcher.hits(query[None], 12, chosen, scales=scales[n : n + 1]) == [found[n]]
+            assert searcher.hits(each(query[None], scales[n : n + 1]), 12, chosen) == [found[n]]
             expected = brute_videos(store, query, 7, 2, chosen, scales[n])
             assert [hit.video for hit in ranked[n]] == [path for _, path, _ in expected]
             for hit, (pooled, _, best) in zip(ranked[n], expected, strict=True):
@@ -418,7 +457,7 @@ def test_on_a_device(cuda: Cuda) -> None:
     asked = unit(np.random.default_rng(4).normal(size=(3, 64)))
     before = cuda.bytes_to_host
     searcher = SearchIndex(store, CONFIG, device_backend(cuda))
-    assert searcher.hits(asked, 3) == SearchIndex(store, CONFIG, device_backend(cuda)).hits(asked, 3)
+    assert searcher.hits(each(asked), 3) == SearchIndex(store, CONFIG, device_backend(cuda)).hits(each(asked), 3)
     rows = sum(len(block) for block in store.blocks.values())
     assert cuda.bytes_to_host - before < rows * 64 * 4  # scores come down, the vectors stay
     check_against_brute_force(searcher, store, asked)
@@ -426,7 +465,7 @@ def test_on_a_device(cuda: Cuda) -> None:
     # Renewed there too: a segment that is half empty is written anew on the device.
     with patch.multiple(vectors, SPARE_ROWS=64):
         searcher = SearchIndex(store, CONFIG, device_backend(cuda))
-        searcher.hits(asked, 1)
+        searcher.hits(each(asked), 1)
         for n in range(0, 30, 2):
             store.drop(f"v{n:03d}")
         store.put(*video("new", scenes(np.random.default_rng(5), 70, 64)))
@@ -446,10 +485,10 @@ def test_an_example_does_not_find_itself() -> None:
         vector = searcher.vector(example)
         np.testing.assert_array_equal(vector, store.blocks["v003-1"].vectors[row])
         expected = brute_hits(store, vector, 9, NO_FILTER, own=Example("v003", shown))
-        (found,) = searcher.hits(vector[None], 9, own=[example])
+        (found,) = searcher.hits(each(vector[None]), 9, own=[example])
         same(found, expected, FLOAT32)
-        assert searcher.hits(vector[None], 1)[0][0].video == "/films/v003.mp4"
-        ranked = searcher.videos(vector, 50, 1, own=example)
+        assert searcher.hits(each(vector[None]), 1)[0][0].video == "/films/v003.mp4"
+        ranked = searcher.videos(one(vector), 50, 1, own=example)
         assert len(ranked) == 11
         assert "/films/v003.mp4" not in [hit.video for hit in ranked]
     with pytest.raises(LibraryError, match="no video 'v999'"):
@@ -467,21 +506,21 @@ def test_what_cannot_be_searched_for() -> None:
         (query[:, :5], r"8 numbers, got queries \(1, 5\)"),
     ):
         with pytest.raises(ValueError, match=what):
-            searcher.hits(wrong, 1)
+            searcher.hits([Asked(wrong, (PLAIN,), (1.0,))], 1)
     with pytest.raises(ValueError, match="k must be"):
-        searcher.hits(query, 0)
+        searcher.hits(each(query), 0)
     with pytest.raises(ValueError, match="k must be"):
-        searcher.videos(query[0], 1, 0)
+        searcher.videos(one(query[0]), 1, 0)
     with pytest.raises(LibraryError, match="no video 'w'"):
-        searcher.hits(query, 1, Filter(videos=["w"]))
-    assert searcher.hits(query, 1, Filter(videos=["bad"])) == [[]]  # it is in the library, with nothing to find
-    assert searcher.hits(np.empty((0, 8)), 1) == []
+        searcher.hits(each(query), 1, Filter(videos=["w"]))
+    assert searcher.hits(each(query), 1, Filter(videos=["bad"])) == [[]]  # it is in the library, with nothing to find
+    assert searcher.hits(each(np.empty((0, 8))), 1) == []
     with pytest.raises(LibraryError, match="no frames"):
         searcher.vector(Example("bad", 0.0))
-    assert SearchIndex(Memory(), CONFIG).hits(query, 3) == [[]]
-    assert SearchIndex(Memory(), CONFIG).videos(query[0], 3) == []
+    assert SearchIndex(Memory(), CONFIG).hits(each(query), 3) == [[]]
+    assert SearchIndex(Memory(), CONFIG).videos(one(query[0]), 3) == []
     # The length of a query says nothing.
-    assert searcher.hits(query * 1000, 3) == searcher.hits(query, 3)
+    assert searcher.hits(each(query * 1000), 3) == searcher.hits(each(query), 3)
 
 
 # --- kept up to date ----------------------------------------------------------------------------------------------
@@ -510,7 +549,7 @@ def test_a_library_that_changes(number: int, steps: list[str]) -> None:
                 else:
                     store.put(dataclasses.replace(record, path=f"/elsewhere/{n}.mp4"), None)
             for k in (1, 3, 20):
-                same(searcher.hits(query, k)[0], brute_hits(store, query[0], k, NO_FILTER))
+                same(searcher.hits(each(query), k)[0], brute_hits(store, query[0], k, NO_FILTER))
             living = sum(record.frames for record in store.records() if record.status == "ok")
             assert len(searcher._vectors.snapshot().matrix.pts_seconds) <= 4 * living + 40
 
@@ -559,21 +598,21 @@ def test_searches_go_on_while_another_thread_renews() -> None:
     store, query = Waiting(), quarters(draw, 1)
     store.put(*video("v0", quarters(draw, 5)))
     searcher = SearchIndex(store, CONFIG)
-    before = searcher.hits(query, 50)
+    before = searcher.hits(each(query), 50)
     store.put(*video("v1", quarters(draw, 5)))
     store.asked.clear()
     store.go.clear()
     late: list[Any] = []
-    other = threading.Thread(target=lambda: late.append(searcher.hits(query, 50)))
+    other = threading.Thread(target=lambda: late.append(searcher.hits(each(query), 50)))
     other.start()
     try:
         assert store.asked.wait(60)
-        assert searcher.hits(query, 50) == before
+        assert searcher.hits(each(query), 50) == before
     finally:
         store.go.set()
         other.join(60)
     same(late[0][0], brute_hits(store, query[0], 50, NO_FILTER))
-    assert searcher.hits(query, 50) == late[0]
+    assert searcher.hits(each(query), 50) == late[0]
 
 
 class Busy(Memory):
@@ -599,7 +638,7 @@ def test_a_video_that_is_replaced_between_two_looks() -> None:
         store.put(*video(f"v{n}", quarters(draw, 4)))
     searcher = SearchIndex(store, CONFIG)
     store.times = 2
-    found = searcher.hits(query, 50)[0]
+    found = searcher.hits(each(query), 50)[0]
     assert store.times == 0
     same(found, brute_hits(store, query[0], 50, NO_FILTER))
 
@@ -610,12 +649,12 @@ def test_a_limit_of_moments_of_one_video(limit: int) -> None:
     store, query = stored([video(f"v{n}", quarters(draw, 19)) for n in range(3)]), quarters(draw, 1)
     where = Filter(per_video=limit)
     for k in (1, 3, 50):
-        found = SearchIndex(store, CONFIG).hits(query, k, where)[0]
+        found = SearchIndex(store, CONFIG).hits(each(query), k, where)[0]
         same(found, brute_hits(store, query[0], k, where))
         assert max(Counter(hit.video for hit in found).values()) <= limit
     assert sum(hit.more for hit in found) > 0 or limit == 5
     with pytest.raises(ValueError, match="per_video must be >= 1"):
-        SearchIndex(store, CONFIG).hits(query, 1, Filter(per_video=0))
+        SearchIndex(store, CONFIG).hits(each(query), 1, Filter(per_video=0))
 
 
 def test_rows_that_are_missing_or_no_vectors() -> None:
@@ -630,15 +669,15 @@ def test_rows_that_are_missing_or_no_vectors() -> None:
         if block is not None:
             store.blocks["v1-1"] = block
         searcher = SearchIndex(store, CONFIG)
-        same(searcher.hits(query, 50)[0], brute_hits(rest, query[0], 50, NO_FILTER))
+        same(searcher.hits(each(query), 50)[0], brute_hits(rest, query[0], 50, NO_FILTER))
         assert searcher.left_out == (store.videos["v1"].path,)
     store.blocks["v1-1"] = whole
     searcher = SearchIndex(store, CONFIG)
-    same(searcher.hits(query, 50)[0], brute_hits(store, query[0], 50, NO_FILTER))
+    same(searcher.hits(each(query), 50)[0], brute_hits(store, query[0], 50, NO_FILTER))
     assert searcher.left_out == ()
     store.blocks.clear()
     with pytest.raises(Damaged, match=r"no video.*v0\.mp4.*rows"):
-        SearchIndex(store, CONFIG).hits(query, 5)
+        SearchIndex(store, CONFIG).hits(each(query), 5)
 
 
 # --- the real store -----------------------------------------------------------------------------------------------
@@ -685,7 +724,7 @@ def test_an_index_beyond_memory(library: Callable[[int, int], Tables]) -> None:
     assert near.build()
     assert not near.build()
     for where in (NO_FILTER, Filter(start_seconds=3.0, stop_seconds=15.0), Filter(path="*[0-4].mp4")):
-        found, expected = near.hits(asked, 10, where), exact.hits(asked, 10, where)
+        found, expected = near.hits(each(asked), 10, where), exact.hits(each(asked), 10, where)
         shared = [len(set(a) & set(b)) for a, b in zip(found, expected, strict=True)]
         assert np.sum(shared) >= 0.95 * 10 * len(asked)
     example = Example("v007", 3.0)
@@ -693,12 +732,12 @@ def test_an_index_beyond_memory(library: Callable[[int, int], Tables]) -> None:
     # What is not in the index yet is found all the same.
     new = video("new", scenes(draw, 40, 32))
     store.put(*new)
-    (hits,) = near.hits(new[1].vectors[7:8], 1)
+    (hits,) = near.hits(each(new[1].vectors[7:8]), 1)
     assert (hits[0].video_id, hits[0].pts_seconds) == ("new", new[1].pts_seconds[7])
     # ... and nothing of what was removed.
     store.drop(["new"])
-    assert {hit.video_id for hit in near.hits(new[1].vectors[7:8], 10)[0]}.isdisjoint({"new"})
-    assert len(near.hits(asked[:1], 100_000)[0]) == len(exact.hits(asked[:1], 100_000)[0])
+    assert {hit.video_id for hit in near.hits(each(new[1].vectors[7:8]), 10)[0]}.isdisjoint({"new"})
+    assert len(near.hits(each(asked[:1]), 100_000)[0]) == len(exact.hits(each(asked[:1]), 100_000)[0])
 
 
 @pytest.mark.parametrize("with_index", [False, pytest.param(True, marks=pytest.mark.full)])
@@ -720,18 +759,18 @@ def test_a_subject_is_found_beyond_memory(tmp_path: Path, with_index: bool) -> N
     for n in range(40):
         store.put(*with_subject(f"subject{n:02d}", 0.1, 0.5))
         store.put(*video(f"scene{n:02d}", at(0.3 + n / 1000, 30)))
-    for one in (with_subject("both", 0.35, 0.6), with_subject("hidden", 0.0, 0.8)):
-        store.put(*one)
+    for made in (with_subject("both", 0.35, 0.6), with_subject("hidden", 0.0, 0.8)):
+        store.put(*made)
     scale = SubjectScale(2.0, -1.0)  # 0.8 -> 0.6, 0.6 -> 0.2, 0.5 -> 0
     near, exact = SearchIndex(store, dataclasses.replace(CONFIG, exact_rows=0)), SearchIndex(store, CONFIG)
     if with_index:
         assert near.build()
-    (hits,) = near.hits(query[None], 3, scales=[scale])
+    (hits,) = near.hits(each(query[None], [scale]), 3)
     assert [hit.video_id for hit in hits][:2] == ["hidden", "both"]
     assert [hit.answered_by for hit in hits][:2] == ["subject", "scene"]
     assert (hits[0].pts_seconds, hits[0].score) == (2.0, pytest.approx(0.6, abs=2e-3))
-    assert [hits] == exact.hits(query[None], 3, scales=[scale])
-    best = near.videos(query, 3, scale=scale)
+    assert [hits] == exact.hits(each(query[None], [scale]), 3)
+    best = near.videos(one(query, scale), 3)
     assert [hit.video_id for hit in best] == ["hidden", "both", "scene39"]
-    assert best == exact.videos(query, 3, scale=scale)
-    assert [hit.video_id for hit in near.hits(query[None], 3)[0]][:2] == ["hidden", "both"]
+    assert best == exact.videos(one(query, scale), 3)
+    assert [hit.video_id for hit in near.hits(each(query[None]), 3)[0]][:2] == ["hidden", "both"]

@@ -15,9 +15,14 @@ from keyreel.runtime.bundle import SubjectScale
 from keyreel.search import (
     AROUND_SECONDS,
     HOLDS,
+    LESS,
+    MORE,
     NEAR,
     OUTLINE,
     WHOLE_SECONDS,
+    WITHOUT,
+    Asked,
+    Part,
     answered,
     best_hits,
     frame_scores,
@@ -25,7 +30,7 @@ from keyreel.search import (
     region,
     region_on,
 )
-from keyreel.types import F32, F64, Embedding, SearchHit, Shot
+from keyreel.types import F32, F64, Combined, Embedding, SearchHit, Shot
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
@@ -210,3 +215,23 @@ def test_best_hits_of_several_videos() -> None:
     assert [h.video for h in best_hits(hits, 2)] == ["c", "a"]
     with pytest.raises(ValueError, match="k must be"):
         moments(np.ones(1, np.float32), np.zeros(1), (), video="v", stop_seconds=1, k=0)
+
+
+def test_what_conditions_weigh() -> None:
+    names = ["dog", "snow", "wind", "car", "night", "picture", "other"]
+    vectors = dict(zip(names, unit(np.random.default_rng(0).normal(size=(7, 5))), strict=True))
+
+    def part_of(name: object) -> Part:
+        assert isinstance(name, str)
+        return Part(vectors[name], SubjectScale(), is_text=name not in ("picture", "other"))
+
+    plain = Asked.of("dog", part_of)
+    assert plain.weights == (1,)
+    asked = Asked.of(Combined("dog", also=["snow", "picture", "wind"], without=["car", "other", "night"]), part_of)
+    assert asked.weights == pytest.approx((1 / 3, 1 / 3, MORE, 1 / 3, -WITHOUT / 2, -LESS, -WITHOUT / 2))
+    pictures = Asked.of(Combined("dog", also=["picture", "other"]), part_of)
+    assert pictures.weights == pytest.approx((1, MORE / 2, MORE / 2))
+    embedding, _ = both(3)
+    scene = np.ascontiguousarray(embedding.scene[:, :5])
+    expected = sum(w * (scene.astype(np.float64) @ v) for w, v in zip(asked.weights, asked.vectors, strict=True))
+    np.testing.assert_allclose(asked.scores(scene, None).best, expected, atol=1e-6)

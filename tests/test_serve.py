@@ -31,13 +31,14 @@ from starlette.requests import Request
 from keyreel import Engine, Library
 from keyreel.config import ServeConfig
 from keyreel.errors import LibraryError, RenderError
-from keyreel.library.types import Example, Filter, LibraryHit
+from keyreel.library.types import Filter, LibraryHit
 from keyreel.runtime.bundle import Bundle
 from keyreel.serve import _listen, app, router, run, uploads, workers
 from keyreel.serve.files import Roots, safe_name
 from keyreel.serve.models import video_detail
 from keyreel.serve.security import ApiError, redact_paths
 from keyreel.serve.service import Service
+from keyreel.types import Example
 
 UPLOAD_BYTES = 300_000
 

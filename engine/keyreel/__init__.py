@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from keyreel.engine import Engine
     from keyreel.errors import KeyreelError
     from keyreel.library.library import Library
-    from keyreel.library.types import Example, Filter
-    from keyreel.types import Embedding, FrameBatch, KeyFrame, SearchHit, Shot, Summary, VideoInfo
+    from keyreel.library.types import Filter
+    from keyreel.types import Combined, Embedding, Example, FrameBatch, KeyFrame, SearchHit, Shot, Summary, VideoInfo
 
     __version__: str
 else:
@@ -21,8 +21,11 @@ else:
         "keyreel.errors": ("KeyreelError",),
         "keyreel.engine": ("Engine",),
         "keyreel.library.library": ("Library",),
-        "keyreel.library.types": ("Example", "Filter"),
-        "keyreel.types": ("Embedding", "FrameBatch", "KeyFrame", "SearchHit", "Shot", "Summary", "VideoInfo"),
+        "keyreel.library.types": ("Filter",),
+        "keyreel.types": (
+            *("Combined", "Embedding", "Example", "FrameBatch", "KeyFrame", "SearchHit", "Shot", "Summary"),
+            "VideoInfo",
+        ),
     }
 
     def __getattr__(name: str) -> Any:
@@ -39,6 +42,7 @@ else:
 
 
 __all__ = [
+    "Combined",
     "Embedding",
     "EncodeConfig",
     "Engine",

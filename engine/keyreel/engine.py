@@ -28,10 +28,10 @@ from keyreel.runtime.telemetry import record_stages, span, traced
 from keyreel.runtime.text import TextEncoder
 from keyreel.runtime.words import SILENT, words_of
 from keyreel.scenes import find_scenes
-from keyreel.search import FrameScores, answered, best_hits, frame_scores, moments
+from keyreel.search import Asked, FrameScores, Part, answered, best_hits, moments
 from keyreel.select import Selection, select_keyframes
 from keyreel.shots import find_candidates, place_boundaries, shots_between
-from keyreel.types import F32, Embedding, FrameBatch, Progress, Query, SearchHit, Shot, Summary
+from keyreel.types import F32, Combined, Embedding, Example, FrameBatch, Progress, Query, SearchHit, Shot, Summary
 from keyreel_kernels.arrays import on_host
 
 Video: TypeAlias = Source | str | os.PathLike[str] | bytes | BinaryIO
@@ -312,12 +312,12 @@ class Engine:
             actions=_Actions(self, source),
         )
 
-    def search(self, query: Query, summaries: Sequence[Summary], *, k: int = 5) -> list[SearchHit]:
+    def search(self, query: Query | Combined, summaries: Sequence[Summary], *, k: int = 5) -> list[SearchHit]:
         """The k best moments of several videos that answer a text or a picture, best first."""
-        vector, scale = self._query_vector(query), self._scale(query)
+        asked = self._asked(query)
         image, hits = dataclasses.asdict(self.bundle.image), list[SearchHit]()
         for summary in summaries:
-            embedding, scores = summary.embedding, self._scores(summary, vector, scale)
+            embedding, scores = summary.embedding, self._scores(summary, asked)
             area = attended_area(summary.video, image)
             found = moments(
                 scores.best,
@@ -353,19 +353,24 @@ class Engine:
         embedding, vectors, ops = encoded.embedding, encoded.joint, self.backend.ops
         return select_keyframes(embedding, config, ops, duration_seconds=duration_seconds, vectors=vectors)
 
-    def _query_vector(self, query: Query) -> F32:
-        vector: F32 = (self.encode_text(query) if isinstance(query, str) else self.encode_image(query))[0]
-        return vector
-
-    def _scale(self, query: Query) -> SubjectScale:
+    def _asked(self, query: Query | Combined) -> Asked:
         """The model's scale holds between texts and pictures; two pictures are compared by plain cosines."""
         own = self.bundle.subject
-        return own if isinstance(query, str) else SubjectScale(novelty=own.novelty)
+        plain = SubjectScale(novelty=own.novelty)
 
-    def _scores(self, summary: Summary, vector: F32, scale: SubjectScale) -> FrameScores:
+        def part_of(one: Query) -> Part:
+            if isinstance(one, str):
+                return Part(self.encode_text(one)[0], own, is_text=True)
+            if isinstance(one, Example):
+                raise TypeError("a frame of a library is asked for in that library: Library.search")
+            return Part(self.encode_image(one)[0], plain, is_text=False)
+
+        return Asked.of(query, part_of)
+
+    def _scores(self, summary: Summary, asked: Asked) -> FrameScores:
         if summary.embedding.model_sha256 not in {self.bundle.sha256, *self.bundle.same_vectors}:
             raise ValueError(f"the summary was made with {summary.embedding.model!r}, this is {self.bundle.name!r}")
-        return frame_scores(summary.embedding.scene, summary.embedding.subject, vector, scale)
+        return asked.scores(summary.embedding.scene, summary.embedding.subject)
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,7 +390,7 @@ class _Actions:
         write_reel(self.source, spans, path)
         return spans
 
-    def search(self, summary: Summary, query: Query, k: int) -> list[SearchHit]:
+    def search(self, summary: Summary, query: Query | Combined, k: int) -> list[SearchHit]:
         return self.engine.search(query, [summary], k=k)
 
     def close(self) -> None:
@@ -394,8 +399,7 @@ class _Actions:
     def _scores(self, summary: Summary, output: OutputConfig) -> F32 | None:
         if output.query is None:
             return None
-        engine, query = self.engine, output.query
-        return engine._scores(summary, engine._query_vector(query), engine._scale(query)).best
+        return self.engine._scores(summary, self.engine._asked(output.query)).best
 
 
 def _as_source(video: Video) -> Source:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from keyreel.runtime.bundle import SubjectScale
 from keyreel.shots import shot_of
-from keyreel.types import F32, F64, Embedding, Region, SearchHit, Shot
+from keyreel.types import F32, F64, Combined, Embedding, Query, Region, SearchHit, Shot
 
 # A scene that lasts no longer is a moment, of a longer one the part that answers:
 WHOLE_SECONDS = 20.0
 # what lies so near its peak, and on both sides all that stays above this fraction of the way from the video's median
 # score to the peak, or within this fraction of the peak itself, in scores that are means over twice that time.
 AROUND_SECONDS, HOLDS, NEAR = 2.0, 0.3, 0.1
+# What conditions weigh beside the query, see `Asked.of`. On pairs of an object and a place (`benchmarks.quality`) the
+# mean of two scores found both better than their minimum or the sum of the texts' vectors, and a quarter of the score
+# of what must not be there did better than less and more. More weight of examples loses what the text finds.
+WITHOUT, MORE, LESS = 0.25, 0.25, 0.1
 # A patch belongs to the subject where the map reaches this fraction of its largest value.
 OUTLINE = 0.5
 
@@ -25,8 +30,60 @@ OUTLINE = 0.5
 class FrameScores:
     """How well each frame answers a query."""
 
-    best: F32  # [T, ...] float32: max(<q, scene>, slope <q, subject> + offset)
-    by_subject: NDArray[np.bool_]  # [T, ...] whether it was the subject
+    best: F32  # [T, ...] float32: max(<q, scene>, slope <q, subject> + offset), or what `Asked` makes of several
+    by_subject: NDArray[np.bool_]  # [T, ...] whether it was the subject, of several the first one's
+
+
+class Part(NamedTuple):
+    """One text or picture of a query."""
+
+    vector: F32  # [D] float32, unit length
+    scale: SubjectScale
+    is_text: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A query as vectors: the scores that a frame has with each of them are weighed and added up."""
+
+    vectors: F32  # [n, D] float32, unit length; the first one is the query, the others its conditions
+    scales: tuple[SubjectScale, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, query: Query | Combined, part_of: Callable[[Query], Part]) -> Asked:
+        """The query and the texts of `also` count alike, and make 1 together; of `without` the mean counts, `WITHOUT`
+        of it. Pictures and frames move the answer as relevance feedback does (Rocchio 1971), by `MORE` and `LESS`.
+        """
+        if not isinstance(query, Combined):
+            query = Combined(query)
+        first, also, without = part_of(query.query), [*map(part_of, query.also)], [*map(part_of, query.without)]
+        alike = 1 / (1 + sum(part.is_text for part in also))
+        weights = [alike, *_shared(also, alike, MORE)]
+        weights += _shared(without, -WITHOUT / max(sum(part.is_text for part in without), 1), -LESS)
+        every = [first, *also, *without]
+        return cls(np.stack([part.vector for part in every]), tuple(part.scale for part in every), tuple(weights))
+
+    def scores(self, scene: F32, subject: F32 | None) -> FrameScores:
+        """See `frame_scores`."""
+        each = [frame_scores(scene, subject, *one) for one in zip(self.vectors, self.scales, strict=True)]
+        return added(each, self.weights)
+
+
+def _shared(parts: Sequence[Part], text: float, pictures: float) -> list[float]:
+    """A weight for each text, and what all pictures weigh together."""
+    count = sum(not part.is_text for part in parts)
+    return [text if part.is_text else pictures / count for part in parts]
+
+
+def added(scores: Sequence[FrameScores], weights: Sequence[float]) -> FrameScores:
+    """The weighted sum of the scores with several vectors."""
+    if len(scores) == 1 and weights[0] == 1:
+        return scores[0]
+    best = np.zeros_like(scores[0].best)
+    for own, weight in zip(scores, weights, strict=True):
+        best += np.float32(weight) * own.best
+    return FrameScores(best, scores[0].by_subject)
 
 
 def frame_scores(scene: F32, subject: F32 | None, query: F32, scale: SubjectScale) -> FrameScores:

@@ -34,8 +34,35 @@ AnsweredBy: TypeAlias = Literal["scene", "subject"]
 Region: TypeAlias = tuple[float, float, float, float]
 """(x, y, width, height) of a part of a picture, as shares of its width and height."""
 
-Query: TypeAlias = str | os.PathLike[str] | NDArray[Any]
-"""A text; or a picture, as the path of a file or as [H, W, 3] uint8 RGB."""
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A frame of a video in a library, as a query."""
+
+    video: str  # id or path
+    seconds: float
+
+
+Query: TypeAlias = str | os.PathLike[str] | NDArray[Any] | Example
+"""A text; a picture, as the path of a file or as [H, W, 3] uint8 RGB; in a library also a frame of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """A query with conditions: `Combined("a dog", also=["snow"], without=["indoors"])`.
+
+    Texts must fit too, or not. Pictures, and in a library frames as `Example`, move the answer: more like these, less
+    like those.
+    """
+
+    query: Query
+    also: Sequence[Query] = ()
+    without: Sequence[Query] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("also", "without"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"Combined.{name} must be a list of queries, got {getattr(self, name)!r}")
 
 
 def _check_lengths(owner: Any) -> None:
@@ -183,7 +210,7 @@ class SummaryActions(Protocol):
     def render_reel(
         self, summary: Summary, path: Path, seconds: float | None, query: str | None
     ) -> tuple[Shot, ...]: ...
-    def search(self, summary: Summary, query: Query, k: int) -> list[SearchHit]: ...
+    def search(self, summary: Summary, query: Query | Combined, k: int) -> list[SearchHit]: ...
     def close(self) -> None: ...
 
 
@@ -236,7 +263,7 @@ class Summary:
         """
         return self.actions.render_reel(self, Path(path), seconds, query)
 
-    def search(self, query: Query, *, k: int = 5) -> list[SearchHit]:
+    def search(self, query: Query | Combined, *, k: int = 5) -> list[SearchHit]:
         """The k best moments of this video that answer a text or a picture, best first."""
         return self.actions.search(self, query, k)
 

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from keyreel.config import IndexConfig, LibraryConfig
 from keyreel.errors import Damaged, LibraryError, ModelNotFound
@@ -21,11 +20,10 @@ from keyreel.library.errors import Outdated
 from keyreel.library.files import Catalog, FileState, is_gone, name_of, real_name
 from keyreel.library.indexing import Indexer, frame_of
 from keyreel.library.run import IndexRun
-from keyreel.library.search import PLAIN, SearchIndex, fits
+from keyreel.library.search import SearchIndex, fits
 from keyreel.library.table import REPAIR, Tables
 from keyreel.library.types import (
     Added,
-    Example,
     Extras,
     Filter,
     Finding,
@@ -36,12 +34,12 @@ from keyreel.library.types import (
     VideoHit,
 )
 from keyreel.runtime.bundle import Bundle, SubjectScale
-from keyreel.types import F32, Progress
+from keyreel.search import Asked, Part
+from keyreel.types import F32, Combined, Example, Progress, Query
 
 if TYPE_CHECKING:
     from keyreel.engine import Engine
 
-Query: TypeAlias = str | os.PathLike[str] | NDArray[Any] | Example
 _FRAMES = 500  # that were decoded for previews are kept: some ten megabytes
 Videos: TypeAlias = Iterable[str | os.PathLike[str]]
 
@@ -215,7 +213,7 @@ class Library:
 
     # --- search ---------------------------------------------------------------------------------------------------
 
-    def search(self, query: Query, *, k: int = 10, where: Filter | None = None) -> builtins.list[LibraryHit]:
+    def search(self, query: Query | Combined, *, k: int = 10, where: Filter | None = None) -> builtins.list[LibraryHit]:
         """The k best moments of all videos, best first; near-duplicates of other videos are folded into one.
 
         A frame's score is that of the better of its two vectors. For a text, the cosine with the subject is first
@@ -224,7 +222,7 @@ class Library:
 
         Args:
             query: a text; a picture as a `Path` or as [H, W, 3] uint8; a frame of the library as an `Example`, which
-                stands for its scene; a vector [D] of the model's space.
+                stands for its scene; a vector [D] of the model's space; or one of these with conditions, as `Combined`.
             where: which videos and times to search.
 
         Raises:
@@ -233,17 +231,16 @@ class Library:
         return self.search_many([query], k=k, where=where)[0]
 
     def search_many(
-        self, queries: Sequence[Query], *, k: int = 10, where: Filter | None = None
+        self, queries: Sequence[Query | Combined], *, k: int = 10, where: Filter | None = None
     ) -> builtins.list[builtins.list[LibraryHit]]:
         """As `search`, for several queries in one pass over the vectors."""
         if not len(queries):
             return []
-        vectors, own = self._vectors(queries)
-        scales = [self._scale(query) for query in queries]
-        return self._search().hits(vectors, k, self._where(where), own, scales)
+        asked, own = self._asked(queries)
+        return self._search().hits(asked, k, self._where(where), own)
 
     def search_videos(
-        self, query: Query, *, k: int = 10, moments: int = 3, where: Filter | None = None
+        self, query: Query | Combined, *, k: int = 10, moments: int = 3, where: Filter | None = None
     ) -> builtins.list[VideoHit]:
         """The k best videos, best first, each with its best moments.
 
@@ -251,8 +248,8 @@ class Library:
             query, where: as for `search`.
             moments: of each video, at most.
         """
-        vectors, own = self._vectors([query])
-        return self._search().videos(vectors[0], k, moments, self._where(where), own[0], self._scale(query))
+        [asked], [own] = self._asked([query])
+        return self._search().videos(asked, k, moments, self._where(where), own)
 
     def match_threshold(self, text: str, where: Filter | None = None) -> float | None:
         """If a text's best score is lower, nothing matches it well; see `Engine.match_threshold`.
@@ -412,9 +409,6 @@ class Library:
         except ModelNotFound:
             return None
 
-    def _scale(self, query: Query) -> SubjectScale:
-        return self.engine.bundle.subject if isinstance(query, str) and self.engine is not None else PLAIN
-
     def _indexer(self, config: IndexConfig, run: IndexRun) -> Indexer:
         engine = self._engine_for("adding videos")
         there = self._tables.exists()
@@ -436,25 +430,30 @@ class Library:
         """With ids in the place of paths, which may be relative."""
         return where and replace(where, videos=[self.record(video).id for video in where.videos])
 
-    def _vectors(self, queries: Sequence[Query]) -> tuple[F32, builtins.list[Example | None]]:
-        """[Q, D] float32, all texts in one go; and the examples that they are the vectors of."""
-        texts = [query for query in queries if isinstance(query, str)]
-        encoded = iter(self._engine_for("searching for a text").encode_text(texts) if texts else ())
-        rows: builtins.list[F32] = []
-        own: builtins.list[Example | None] = []
-        for query in queries:
-            example = None
+    def _asked(self, queries: Sequence[Query | Combined]) -> tuple[builtins.list[Asked], builtins.list[Example | None]]:
+        """The queries as vectors, all texts encoded in one go; and the examples that they are the vectors of."""
+        given = [query if isinstance(query, Combined) else Combined(query) for query in queries]
+        parts = [part for one in given for part in (one.query, *one.also, *one.without)]
+        texts = list(dict.fromkeys(part for part in parts if isinstance(part, str)))
+        encoded: dict[str, F32] = {}
+        if texts:
+            encoded = dict(zip(texts, self._engine_for("searching for a text").encode_text(texts), strict=True))
+        plain = SubjectScale()
+
+        def part_of(query: Query) -> Part:
             if isinstance(query, str):
-                rows.append(next(encoded))
-            elif isinstance(query, Example):
-                example = replace(query, video=self.record(query.video).id)
-                rows.append(self._search().vector(example))
+                return Part(encoded[query], self._engine_for("searching for a text").bundle.subject, is_text=True)
+            if isinstance(query, Example):
+                vector = self._search().vector(replace(query, video=self.record(query.video).id))
             elif isinstance(query, np.ndarray) and query.ndim == 1:
-                rows.append(np.asarray(query, np.float32))
+                vector = np.asarray(query, np.float32)
             else:
-                rows.append(self._engine_for("searching for a picture").encode_image(query)[0])
-            own.append(example)
-        return np.stack(rows), own
+                vector = self._engine_for("searching for a picture").encode_image(query)[0]
+            return Part(vector, plain, is_text=False)
+
+        own = [one.query if isinstance(one.query, Example) else None for one in given]
+        own = [one and replace(one, video=self.record(one.video).id) for one in own]
+        return [Asked.of(one, part_of) for one in given], own
 
 
 def _unknown(video: str | os.PathLike[str]) -> LibraryError:

@@ -11,15 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keyreel.library.types import Example, Filter, LibraryHit, Record, VideoHit
+from keyreel.library.types import Filter, LibraryHit, Record, VideoHit
 from keyreel.library.vectors import Matrix, Snapshot, Spans
-from keyreel.runtime.bundle import SubjectScale
-from keyreel.search import FrameScores, moments
+from keyreel.search import Asked, FrameScores, added, moments
 from keyreel.shots import shot_of
-from keyreel.types import F32, F64, I64, AnsweredBy, Region, SearchHit, Shot
+from keyreel.types import F32, F64, I64, AnsweredBy, Example, Region, SearchHit, Shot
 from keyreel_kernels.arrays import Arrays, usable_cores
 
-TEMPERATURE = 0.02  # of the softmax over a video's frames that gives its score
+TEMPERATURE = 0.1  # of the softmax over a scene's frames that gives its score, see `pooled`
 # Rows scored together: few enough to stay in the processor's cache, many on a device.
 BLOCK_ROWS, DEVICE_ROWS = 8192, 65_536
 GAP_ROWS = 2048  # gaps of fewer unwanted rows are scored, too: a block of its own costs more
@@ -38,22 +37,25 @@ class Moment(NamedTuple):
     row: int  # of the matrix
 
 
-def pooled(scores: F32, edges: I64) -> F64:
-    """Scores of videos: sum of softmax(s / TEMPERATURE) s over their frames' scores s (CLIP-Hitchhiker, Bain et al.
-    2022, equation 3).
+def pooled(scores: F32, runs: I64, videos: I64) -> F64:
+    """Scores of videos: that of their best scene, which is sum of softmax(s / TEMPERATURE) s over the scores s of its
+    frames (CLIP-Hitchhiker, Bain et al. 2022, equation 3). Over all frames of a video, a low temperature ranks clips
+    worse, and a high one loses what is short in a long video (`benchmarks.quality`).
 
     Args:
-        scores: [Q, n] float32. edges: [2 V - 1] int64, from 0: start and end of each video, without the last end.
+        scores: [Q, n] float32.
+        runs: [M] int64, rising from 0: where scenes start, and what lies between videos.
+        videos: [2 V - 1] int64: of each video its first run and the one behind its last, without the last end.
 
     Returns:
         [Q, V] float64.
     """
     exact = scores.astype(np.float64)
-    peak = np.maximum.reduceat(exact, edges, axis=1)
-    share = np.exp((exact - np.repeat(peak, np.diff(edges, append=scores.shape[1]), axis=1)) / TEMPERATURE)
+    peak = np.maximum.reduceat(exact, runs, axis=1)
+    share = np.exp((exact - np.repeat(peak, np.diff(runs, append=scores.shape[1]), axis=1)) / TEMPERATURE)
+    each = np.add.reduceat(share * exact, runs, axis=1) / np.add.reduceat(share, runs, axis=1)
     # reduceat also covers the gaps between videos; [::2] drops them.
-    whole = np.add.reduceat(share, edges, axis=1)[:, ::2]
-    return np.asarray(np.add.reduceat(share * exact, edges, axis=1)[:, ::2] / whole)
+    return np.asarray(np.maximum.reduceat(each, videos, axis=1)[:, ::2])
 
 
 @dataclass(slots=True)
@@ -71,22 +73,22 @@ class Ranking:
     The score of a frame is that of the better of its two vectors: max(<q, scene>, slope <q, subject> + offset), or
     <q, scene> where it has no subject of its own.
 
+    Of a query with conditions it is the weighted sum of what its vectors give, see `search.Asked`.
+
     `_best` [Q, V] float32 and `_pooled` [Q, V] float64 are those of `_scores` and `_video_score` to within `_slack` and
     `_pooled_slack`: a product of several queries adds up in another order than that of one. What is shown is computed
     again for each query alone, so that it does not depend on the others.
 
     Args:
         spans: the rows to search; none is empty.
-        queries: [Q, D] float32, unit length.
-        scales: of each query; `novelty` plays no part.
+        queries: Q of them; the `novelty` of their scales plays no part.
     """
 
     def __init__(
         self,
         snapshot: Snapshot,
         spans: Spans,
-        queries: F32,
-        scales: Sequence[SubjectScale],
+        queries: Sequence[Asked],
         where: Filter,
         fold_similarity: float,
         arrays: Arrays,
@@ -98,15 +100,24 @@ class Ranking:
         self._matrix: Matrix = snapshot.matrix
         self._alike, self._arrays, self._with_pooled = fold_similarity - _ROUNDING, arrays, with_pooled
         self._on_host = arrays.xp is np
+        self._vectors = np.concatenate([query.vectors for query in queries])
+        scales = [scale for query in queries for scale in query.scales]
         slope, offset = np.array([(scale.slope, scale.offset) for scale in scales], np.float64).reshape(-1, 2).T
         self._slope, self._offset = slope.astype(np.float32), offset.astype(np.float32)
+        self._place = np.cumsum([0, *(len(query.vectors) for query in queries)])  # of the first vector of each
+        mix = np.zeros((len(queries), len(scales)), np.float32)
+        for row, (query, first) in enumerate(zip(queries, self._place.tolist(), strict=False)):
+            mix[row, first : first + len(query.weights)] = query.weights
+        self._mix: F32 | None = mix if len(queries) < len(scales) else None
         # |fl(<q, x>) - <q, x>| <= D u |q| |x| for any order of the sum (Higham 2002, section 3.1), u = 2^-24. That of a
-        # subject is multiplied by the slope and rounded twice more. A maximum moves no further than its arguments.
-        width = queries.shape[1]
-        self._slack = 2.1 * (width * np.maximum(1, slope) + 2 * slope + np.abs(offset)) * 2.0**-24
-        # The derivatives of a pooled score add up to no more than 1 + |s - pooled| / temperature; scores lie between -1
-        # and the larger of 1 and slope + offset.
-        self._pooled_slack = self._slack * (1 + (1 + np.maximum(1, slope + offset)) / TEMPERATURE)
+        # subject is multiplied by the slope and rounded twice more. A maximum moves no further than its arguments. The
+        # sum over the vectors of a query adds as many roundings.
+        most = np.maximum(1, slope + np.abs(offset))
+        width, weight = self._vectors.shape[1], np.abs(mix).astype(np.float64)
+        slack = width * np.maximum(1, slope) + 2 * slope + np.abs(offset)
+        self._slack = 2.1 * (weight @ (slack + (0 if self._mix is None else len(scales)) * most)) * 2.0**-24
+        # The derivatives of a pooled score add up to no more than 1 + |s - pooled| / temperature.
+        self._pooled_slack = self._slack * (1 + 2 * (weight @ most) / TEMPERATURE)
         parts = self._parts()
         if self._on_host and len(parts) >= THREADED_PARTS:
             with ThreadPoolExecutor(min(usable_cores(), len(parts) // 2)) as pool:
@@ -145,21 +156,28 @@ class Ranking:
 
     def _scores(self, query: int, span: int) -> FrameScores:
         """Scores of the frames of a span."""
+        weights = self._queries[query].weights
+        first = int(self._place[query])
+        return added([self._scores_of(vector, span) for vector in range(first, first + len(weights))], weights)
+
+    def _scores_of(self, vector: int, span: int) -> FrameScores:
         spans = self._spans
         low, high, first, last = (int(edge[span]) for edge in (spans.low, spans.high, spans.first, spans.last))
-        one, rows = self._queries[query : query + 1], self._matrix.vectors
+        one, rows = self._vectors[vector : vector + 1], self._matrix.vectors
         scenes: F32 = self._product(rows[low:high], one)[0]
         if first == last:
             return FrameScores(scenes, np.zeros(len(scenes), np.bool_))
         frames = np.arange(first, last) - self._matrix.back[first:last] - low
-        others = self._slope[query] * self._product(rows[first:last], one)[0] + self._offset[query]
+        others = self._slope[vector] * self._product(rows[first:last], one)[0] + self._offset[vector]
         best, better = scenes.copy(), np.zeros(len(scenes), np.bool_)
         best[frames] = np.maximum(scenes[frames], others)
         better[frames] = others > scenes[frames]
         return FrameScores(best, better)
 
     def _video_score(self, query: int, span: int) -> float:
-        return float(pooled(self._scores(query, span).best[None], np.zeros(1, np.int64))[0, 0])
+        low, high = int(self._spans.low[span]), int(self._spans.high[span])
+        runs = np.union1d(0, np.flatnonzero(self._matrix.begins[low:high]))
+        return float(pooled(self._scores(query, span).best[None], runs, np.zeros(1, np.int64))[0, 0])
 
     def _parts(self) -> list[tuple[int, int]]:
         """Spans [first, last) that lie close together, about a block of rows each."""
@@ -173,7 +191,7 @@ class Ranking:
     def _part(self, part: tuple[int, int]) -> tuple[F32, F64]:
         own = self._spans[slice(*part)]
         start, stop = int(own.low[0]), int(own.last[-1])
-        scores = self._product(self._matrix.vectors[start:stop], self._queries)
+        scores = self._product(self._matrix.vectors[start:stop], self._vectors)
         back = self._matrix.back[start:stop]
         rows = np.flatnonzero(back)
         frames = rows - back[rows]
@@ -182,9 +200,14 @@ class Ranking:
             others = self._slope[:, None] * scores[:, rows] + self._offset[:, None]
             scores[:, frames] = np.maximum(scores[:, frames], others)
         scores = scores[:, : int(own.high[-1]) - start]
+        if self._mix is not None:
+            scores = self._mix @ scores
         edges = np.stack([own.low, own.high], axis=1).ravel()[:-1] - start
         best = np.maximum.reduceat(scores, edges, axis=1)[:, ::2]
-        return best, pooled(scores, edges) if self._with_pooled else np.empty((len(scores), 0))
+        if not self._with_pooled:
+            return best, np.empty((len(scores), 0))
+        runs = np.union1d(edges, np.flatnonzero(self._matrix.begins[start : int(own.high[-1])]))
+        return best, pooled(scores, runs, np.searchsorted(runs, edges))
 
     def _product(self, rows: F32, queries: F32) -> F32:
         """[Q, n] float32 on the host."""

@@ -8,11 +8,13 @@ ten times as large with a recall of 0.96 to 0.99. Rows that the index does not k
 candidates' videos are read and scored frame by frame with the stored vectors, so that scores, moments and their order
 are exact, and only a video may be missed. Scenes and subjects are asked for apart: their cosines have different scales.
 If a scene makes a video one of the k best, fewer than k videos have a better scene, whatever their subjects are; the
-same holds for subjects. So the best of either kind are all that is needed.
+same holds for subjects. So the best of either kind are all that is needed. Of a query with conditions,
+a video may be missed that has the best sum, but neither the best scene nor the best subject for any of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -29,11 +31,11 @@ from keyreel.library.errors import lance_errors
 from keyreel.library.ranking import Ranking
 from keyreel.library.schema import SCENE, SUBJECT, VECTORS, quoted
 from keyreel.library.table import REPAIR, Tables
-from keyreel.library.types import BOOL, Example, Filter, LibraryHit, Record, VideoHit
+from keyreel.library.types import BOOL, Filter, LibraryHit, Record, VideoHit
 from keyreel.library.vectors import ATTEMPTS, Snapshot, Spans, Vectors, vector_at
 from keyreel.runtime.backend import Backend
-from keyreel.runtime.bundle import SubjectScale
-from keyreel.types import F32, I64
+from keyreel.search import Asked
+from keyreel.types import F32, I64, Example
 from keyreel_kernels.arrays import Arrays, HostArrays
 
 # Frames asked for with each video that is wanted: the best ones are often of one scene.
@@ -42,7 +44,6 @@ FRAMES_A_VIDEO = 16
 FEW_ROWS = 65_536
 # Up to so many videos, a filter names them to the table; of more, what does not fit is dropped afterwards.
 FEW_VIDEOS = 1000
-PLAIN = SubjectScale()  # cosines as they are
 # Rows in one part of the index, rounds of its clustering, and parts that are looked at: at least so many, and a
 # fraction of all, or recall would fall as libraries grow.
 ROWS_A_PART, ROUNDS = 1000, 20
@@ -69,11 +70,10 @@ class SearchIndex:
 
     def hits(
         self,
-        queries: F32,
+        queries: Sequence[Asked],
         k: int,
         where: Filter | None = None,
         own: Sequence[Example | None] = (),
-        scales: Sequence[SubjectScale] = (),
     ) -> list[list[LibraryHit]]:
         """The k best moments for each query, best first; ties in the order of paths and times.
 
@@ -81,42 +81,39 @@ class SearchIndex:
         `fold_similarity`) is not shown; `folded` of the better one counts those that rank before the last hit.
 
         Args:
-            queries: [Q, D] float32.
+            queries: Q of them.
             k: at least 1; there may be fewer moments.
             own: the examples that the queries are the vectors of, None for others. The moment in which an example
                 lies is no answer to it.
-            scales: what makes cosines with subjects comparable with those with scenes, for each query; by default they
-                are as they are.
         """
         given, where, own = self._checked(queries, k), where or Filter(), own or [None] * len(queries)
         if where.per_video is not None and where.per_video < 1:
             raise ValueError(f"per_video must be >= 1, got {where.per_video}")
-        scales = scales or [PLAIN] * len(given)
+        if not given:
+            return []
         with self._running():
             snapshot = self._vectors.snapshot()
             self.left_out = snapshot.left_out
             if snapshot.matrix is not None:
-                ranking = self._ranking(snapshot, self._chosen(snapshot, where), given, where, scales)
+                ranking = self._ranking(snapshot, self._chosen(snapshot, where), given, where)
                 return [ranking.hits(n, k, own[n]) for n in range(len(given))]
-            return [self._near_hits(query[None], k, where, own[n], scales[n]) for n, query in enumerate(given)]
+            return [self._near_hits(query, k, where, own[n]) for n, query in enumerate(given)]
 
     def videos(
         self,
-        query: F32,
+        query: Asked,
         k: int,
         moments: int = 3,
         where: Filter | None = None,
         own: Example | None = None,
-        scale: SubjectScale = PLAIN,
     ) -> list[VideoHit]:
         """The k best videos, best first, each with its best moments; ties in the order of paths.
 
         Args:
-            query: [D] float32.
             moments: of each video, at most.
-            k, where, own, scale: as for `hits`; an example's own video is no answer to it.
+            query, k, where, own: as for `hits`; an example's own video is no answer to it.
         """
-        given, where = self._checked(query[None], min(k, moments)), where or Filter()
+        given, where = self._checked([query], min(k, moments)), where or Filter()
         with self._running():
             snapshot = self._vectors.snapshot()
             self.left_out = snapshot.left_out
@@ -125,7 +122,7 @@ class SearchIndex:
             else:
                 snapshot, _ = self._near(given[0], where, 4 * k + 1)
                 chosen = np.ones(len(snapshot.records), np.bool_)
-            ranking = self._ranking(snapshot, chosen, given, where, [scale], with_pooled=True)
+            ranking = self._ranking(snapshot, chosen, given, where, with_pooled=True)
             return ranking.videos(0, k, moments, own)
 
     def vector(self, example: Example) -> F32:
@@ -168,10 +165,13 @@ class SearchIndex:
     def _running(self) -> Any:
         return nullcontext() if self._backend is None else self._backend.running()
 
-    def _checked(self, queries: F32, k: int) -> F32:
+    def _checked(self, queries: Sequence[Asked], k: int) -> list[Asked]:
         if k < 1:
             raise ValueError(f"k must be >= 1, got {k}")
-        given = np.asarray(queries, np.float32)
+        return [replace(query, vectors=self._units(query.vectors)) for query in queries]
+
+    def _units(self, vectors: F32) -> F32:
+        given = np.asarray(vectors, np.float32)
         if given.ndim != 2 or given.shape[1] != self._width:
             raise ValueError(f"a vector of this library has {self._width} numbers, got queries {given.shape}")
         length = np.linalg.norm(given.astype(np.float64), axis=1, keepdims=True)
@@ -196,9 +196,8 @@ class SearchIndex:
         self,
         snapshot: Snapshot,
         chosen: BOOL,
-        queries: F32,
+        queries: Sequence[Asked],
         where: Filter,
-        scales: Sequence[SubjectScale],
         *,
         with_pooled: bool = False,
     ) -> Ranking:
@@ -206,23 +205,21 @@ class SearchIndex:
         spans = spans if chosen.all() else spans[chosen[spans.video]]
         spans = _in_time(spans, snapshot, where)
         fold = self._config.fold_similarity
-        return Ranking(snapshot, spans, queries, scales, where, fold, self._arrays, with_pooled=with_pooled)
+        return Ranking(snapshot, spans, queries, where, fold, self._arrays, with_pooled=with_pooled)
 
     # --- beyond memory --------------------------------------------------------------------------------------------
 
-    def _near_hits(
-        self, query: F32, k: int, where: Filter, own: Example | None, scale: SubjectScale
-    ) -> list[LibraryHit]:
+    def _near_hits(self, query: Asked, k: int, where: Filter, own: Example | None) -> list[LibraryHit]:
         wanted = 2 * k + 1
         while True:
-            near, whole = self._near(query[0], where, wanted)
+            near, whole = self._near(query, where, wanted)
             every = np.ones(len(near.records), np.bool_)
-            hits = self._ranking(near, every, query, where, [scale]).hits(0, k, own)
+            hits = self._ranking(near, every, [query], where).hits(0, k, own)
             if len(hits) == k or whole:
                 return hits
             wanted *= 4
 
-    def _near(self, query: F32, where: Filter, wanted: int) -> tuple[Snapshot, bool]:
+    def _near(self, query: Asked, where: Filter, wanted: int) -> tuple[Snapshot, bool]:
         """About so many videos with the best frames, and whether there are no others."""
         for attempt in range(ATTEMPTS):
             snapshot = self._vectors.snapshot()
@@ -238,7 +235,9 @@ class SearchIndex:
                 return part, whole
         raise AssertionError("unreachable")
 
-    def _candidates(self, snapshot: Snapshot, chosen: BOOL, query: F32, where: Filter, wanted: int) -> tuple[I64, bool]:
+    def _candidates(
+        self, snapshot: Snapshot, chosen: BOOL, query: Asked, where: Filter, wanted: int
+    ) -> tuple[I64, bool]:
         numbers = np.flatnonzero(chosen)
         rows = np.array([record.rows for record in snapshot.records], np.int64)
         if len(numbers) <= wanted or rows[numbers].sum() <= min(self._config.exact_rows, FEW_ROWS):
@@ -255,8 +254,8 @@ class SearchIndex:
         kinds = [SCENE, SUBJECT] if any(snapshot.records[number].subjects for number in numbers.tolist()) else [SCENE]
         found: dict[int, None] = {}
         whole = True
-        for kind in kinds:
-            some, all_of_kind = self._nearest(query, [f"kind = '{kind}'", *conditions], known, wanted, probes)
+        for vector, kind in itertools.product(_sought(query), kinds):
+            some, all_of_kind = self._nearest(vector, [f"kind = '{kind}'", *conditions], known, wanted, probes)
             found |= dict.fromkeys(some)
             whole &= all_of_kind
         return np.array(list(found), np.int64), whole
@@ -281,6 +280,17 @@ class SearchIndex:
             if len(found) >= wanted or len(names) < limit:
                 return found, len(names) < limit
             limit *= 4
+
+
+def _sought(query: Asked) -> F32:
+    """[n, D]: what the index is asked for. Of a query with conditions their sum, which is exact for scenes, and each
+    vector that must fit, since one may be answered by the scene and another by the subject.
+    """
+    if len(query.weights) == 1:
+        return query.vectors
+    weights = np.array(query.weights, np.float32)
+    whole = weights @ query.vectors
+    return np.concatenate([whole[None] / max(float(np.linalg.norm(whole)), 1e-12), query.vectors[weights > 0]])
 
 
 # --- filters ----------------------------------------------------------------------------------------------------------

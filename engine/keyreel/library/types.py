@@ -124,16 +124,8 @@ class VideoHit:
 
     video: str  # path
     video_id: str
-    score: float  # sum of softmax(s / tau) s over its frames' scores s (CLIP-Hitchhiker, Bain et al. 2022)
+    score: float  # of its best scene, see `ranking.pooled`
     moments: tuple[LibraryHit, ...]  # its best ones, best first
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A frame of a video in the library, as a query."""
-
-    video: str  # id or path
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ class Matrix:
     vectors: Any  # [capacity, D] float32 on the device
     pts_seconds: F64  # [capacity] float64
     keyframe: BOOL  # [capacity] bool
+    begins: BOOL  # [capacity] bool: with this frame another scene begins
     back: I32  # [capacity] int32: a subject lies so many rows behind the scene of its frame; 0 of a scene
     region: F16  # [capacity, 4] float16: `Subjects.region`, in the rows of scenes; NaN where there is none
 
@@ -53,24 +54,27 @@ class Matrix:
         with arrays.scope():
             vectors = arrays.xp.empty((rows, width), np.float32)
         # Pages that are not written take no memory.
-        numbers = np.empty(rows), np.empty(rows, np.bool_), np.empty(rows, np.int32), np.empty((rows, 4), np.float16)
-        return cls(vectors, *numbers)
+        times, keyframe, begins = np.empty(rows), np.empty(rows, np.bool_), np.empty(rows, np.bool_)
+        return cls(vectors, times, keyframe, begins, np.empty(rows, np.int32), np.empty((rows, 4), np.float16))
 
     def __getitem__(self, rows: slice) -> Matrix:
         return Matrix(*(getattr(self, name)[rows] for name in self.__slots__))
 
     @classmethod
-    def of(cls, rows: Rows) -> Matrix:
+    def of(cls, rows: Rows, scenes: Sequence[tuple[float, float]]) -> Matrix:
         """The rows of one video, on the host."""
         count, own = len(rows), rows.subjects
+        place = np.searchsorted(rows.pts_seconds, [start for start, _ in scenes])
+        begins = np.isin(np.arange(count), place)
         if own is None:
             none = np.full((count, 4), np.nan, np.float16)
-            return cls(rows.vectors, rows.pts_seconds, rows.keyframe, np.zeros(count, np.int32), none)
+            return cls(rows.vectors, rows.pts_seconds, rows.keyframe, begins, np.zeros(count, np.int32), none)
         back = count + np.arange(len(own)) - own.row
         return cls(
             np.concatenate([rows.vectors, own.vectors]),
             np.concatenate([rows.pts_seconds, rows.pts_seconds[own.row]]),
             np.concatenate([rows.keyframe, np.zeros(len(own), np.bool_)]),
+            np.concatenate([begins, np.zeros(len(own), np.bool_)]),
             np.concatenate([np.zeros(count, np.int32), back.astype(np.int32)]),
             np.concatenate([own.region, np.full((len(own), 4), np.nan)]).astype(np.float16),
         )
@@ -89,7 +93,7 @@ class Snapshot:
 
 
 class Vectors:
-    """The vectors of all videos, 4 D + 21 bytes a row. Safe to share between threads.
+    """The vectors of all videos, 4 D + 22 bytes a row. Safe to share between threads.
 
     Args:
         limit: with more rows, none are held.
@@ -174,20 +178,20 @@ class Vectors:
             record = wanted[name]
             if rows.counts != (record.frames, record.subjects) or record.digest not in (None, rows.digest):
                 continue
-            block = Matrix.of(rows)
+            block = Matrix.of(rows, record.scenes or record.shots)
             if np.isfinite(block.vectors).all():  # else they would spoil the order of all videos
                 self._write(name, block, len(rows))
         return [record for record in records if record.generation not in self._places]
 
-    def _write(self, name: str, block: Matrix, frames: int) -> None:
+    def _write(self, generation: str, block: Matrix, frames: int) -> None:
         low, end = self._used, self._used + len(block.pts_seconds)
         place = self._matrix[low:end]
         with self._arrays.scope():
             place.vectors[:] = self._arrays.to_device(block.vectors)
-        place.pts_seconds[:], place.keyframe[:], place.back[:] = block.pts_seconds, block.keyframe, block.back
-        place.region[:] = block.region
+        for name in ("pts_seconds", "keyframe", "begins", "back", "region"):
+            getattr(place, name)[:] = getattr(block, name)
         self._used = end
-        self._places[name] = low, low + frames, end
+        self._places[generation] = low, low + frames, end
 
     def _move(self, rows: int) -> None:
         """Copies what is kept to the start of a new matrix with room for this many rows and more."""

@@ -16,12 +16,13 @@ from fastapi import APIRouter, FastAPI, Query, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
-from keyreel.library.types import Example, Extras, Filter
+from keyreel.library.types import Extras, Filter
 from keyreel.serve import models, uploads
 from keyreel.serve.files import OpenFile, safe_name
 from keyreel.serve.metrics import CONTENT_TYPE
 from keyreel.serve.security import LOOPBACK, ApiError, Security, to_api_error, too_busy
 from keyreel.serve.service import Service
+from keyreel.types import Example
 
 PAGE = Path(__file__).with_name("page")
 STORYBOARD_STYLE = PAGE.parents[1] / "render" / "page.css"

@@ -15,14 +15,14 @@ from keyreel import Library
 from keyreel.config import ServeConfig
 from keyreel.errors import LibraryError
 from keyreel.library.files import path_of
-from keyreel.library.types import Added, Example, Extras, Filter, Record
+from keyreel.library.types import Added, Extras, Filter, Record
 from keyreel.serve import models
 from keyreel.serve.files import Roots, discard, file_name
 from keyreel.serve.jobs import Jobs
 from keyreel.serve.metrics import Metrics
 from keyreel.serve.security import ApiError, redact_paths
 from keyreel.serve.workers import Answer, Batcher, Pool
-from keyreel.types import U8, Progress
+from keyreel.types import U8, Example, Progress
 
 MAX_RESULTS = 100  # of one search
 _ID = re.compile("[0-9a-f]{32}")
