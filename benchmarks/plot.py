@@ -164,7 +164,7 @@ def quality() -> str:
     for row in parts["absent"]:
         if (images := row["images"]) in (1, 20, 400):
             what = f"a label asked of {images:.0f} photograph{'s' if images > 1 else ''}"
-            what += ": there and above the weak score / absent and below it"
+            what += ": there and a chance of 30 % or more / absent and less"
             lines.append([what, "1,500 + 1,500", told(row)])
     for row in parts["absent_clips"]:
         what = "each clip alone" if row["clips"] == 1 else f"the {row['clips']} clips together"

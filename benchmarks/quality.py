@@ -3,7 +3,7 @@
 The photographs are the validation images of the built-in model's training set. The clips and their captions are those
 of quality_clips.json, written after a look at the clips and before the model was asked; a clip's score is the mean of
 eight frames spread over it. Captions and things that are in no clip are also searched for as users do, by the best
-moment, which is compared with the weak score of as many shots.
+moment, and whether its chance tells what is there from what is not.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import numpy as np
 from benchmarks._common import ROOT, Row, parser_of, run, say
 from benchmarks.joins import Part, join, long_take
 from keyreel import Engine, Sampling, Summary
+from keyreel.chance import WELL, Chances
 from keyreel.config import EncodeConfig
 from keyreel.runtime.bundle import Bundle
 from keyreel.search import frame_scores
 from keyreel.shots import shot_of
-from keyreel.types import F32, I64, Shot
+from keyreel.types import F32, F64, I64, Shot
 from keyreel_export.builtin.composites import moving, read_parts
 from keyreel_export.builtin.data import SIZE, read_examples
 from keyreel_export.builtin.measure import Shown, Towers, ask_libraries, halves, interval, measure_labels, show
@@ -51,21 +52,40 @@ def photographs(model: str, trainset: Path) -> Iterator[Row]:
 
 
 def measure_absent(towers: Towers, shown: Shown) -> list[Row]:
-    """Are present labels told from absent ones? A row for each size of library, at the bundle's own thresholds.
-
-    `present_kept`: the share of present labels that reach the threshold. `absent_told`: the share of absent ones that
-    do not. `auc`: the chance that a present one scores higher.
-    """
+    """Are present labels told from absent ones? A row for each size of library, see `told_apart`."""
     table = []
-    for size, present, absent in ask_libraries(towers, shown, libraries=1500, seed=1):
-        row = {"images": float(size), "libraries": float(len(present))}
-        row["auc"] = round(float((present[:, None] > absent).mean()), 4)
-        weak = towers.bundle.match_threshold(size)
-        if weak is not None:
-            row |= {"weak_score": round(weak, 4), "present_kept": round(float((present >= weak).mean()), 6)}
-            row["absent_told"] = round(float((absent < weak).mean()), 6)
-        table.append(row)
+    scale = towers.bundle.chance
+    if scale is None:
+        return []
+    chances = Chances(towers.texts(scale.background), scale)
+    for answers in ask_libraries(towers, shown, libraries=1500, seed=1):
+        there, away = (
+            np.array([chances.at(lead, answers.size) for lead in leads.lead.tolist()])
+            for leads in (answers.present, answers.absent)
+        )
+        row = {"images": float(answers.size), "libraries": float(len(there))}
+        table.append(row | told_apart(there, away))
     return table
+
+
+def told_apart(there: F64, away: F64) -> dict[str, float]:
+    """`present_kept`: the share of what is there with a chance of `WELL` or more. `absent_told`: of what is not, with
+    less. `auc`: how often what is there has the higher one. `calibration_error`: how far chances are from the share of
+    what is there, in the mean over ten bins, if half is (expected calibration error, Guo et al. 2017).
+    """
+    error = 0.0
+    for low in np.arange(10) / 10:
+        both = [((part >= low) & (part < low + 0.1 + (low == 0.9))) for part in (there, away)]
+        weights = [one.mean() / 2 for one in both]
+        if sum(weights):
+            mean = sum(float(part[one].sum()) / len(part) / 2 for part, one in zip((there, away), both, strict=True))
+            error += abs(weights[0] - mean)
+    return {
+        "auc": round(float((there[:, None] > away).mean()), 4),
+        "present_kept": round(float((there >= WELL).mean()), 6),
+        "absent_told": round(float((away < WELL).mean()), 6),
+        "calibration_error": round(float(error), 4),
+    }
 
 
 def measure_captions(towers: Towers, trainset: Path) -> Iterator[Row]:
@@ -298,18 +318,14 @@ def unknown(engine: Engine, trainset: Path, before: Path | None) -> Iterator[Row
 
 
 def told(engine: Engine, asked: list[tuple[list[Summary], list[str]]]) -> Row:
-    """Is what a caption says told from what is in no clip? Best scores above or below the weak score."""
-    scores: tuple[list[float], list[float]] = ([], [])
+    """Is what a caption says told from what is in no clip? See `told_apart`."""
+    chances: tuple[list[float], list[float]] = ([], [])
     for videos, captions in asked:
-        weak = engine.bundle.match_threshold(sum(len(video.shots) for video in videos))
-        for texts, found in zip((captions, CLIPS["absent"]), scores, strict=True):
-            found += [engine.search(text, videos, k=1)[0].score - (weak or 0.0) for text in texts]
-    there, away = map(np.asarray, scores)
+        for texts, found in zip((captions, CLIPS["absent"]), chances, strict=True):
+            found += [engine.search(text, videos, k=1)[0].chance or 0.0 for text in texts]
+    there, away = map(np.asarray, chances)
     row: Row = {"part": "absent_clips", "clips": len(asked[0][0]), "present": len(there), "absent": len(away)}
-    row["auc"] = round(float((there[:, None] > away).mean()), 6)
-    if weak is not None:
-        row |= {"present_kept": round(float((there >= 0).mean()), 6), "absent_told": round(float((away < 0).mean()), 6)}
-    return row
+    return row | told_apart(there, away)
 
 
 def keyframes(engine: Engine, media: Path, draws: int) -> Row:

@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
+from sklearn.linear_model import LogisticRegression  # noqa: E402
+
 from keyreel.runtime.bundle import Bundle as Checked  # noqa: E402
 from keyreel.runtime.bundle import SubjectScale  # noqa: E402
 from keyreel.runtime.words import SILENT, words_of  # noqa: E402
@@ -26,7 +28,7 @@ from keyreel_export.builtin.data import Bank, Example, random_view  # noqa: E402
 from keyreel_export.builtin.distil import Distillation, Lesson, Plan, draw_scenes  # noqa: E402
 from keyreel_export.builtin.knowledge import RIDGE, WIDTH, Glove, Meaning, fit_map, unit  # noqa: E402
 from keyreel_export.builtin.language import Language, plural, read_rows  # noqa: E402
-from keyreel_export.builtin.measure import Shown, label_ranks, match_thresholds  # noqa: E402
+from keyreel_export.builtin.measure import Shown, ask_libraries, fit_chance, label_ranks, logistic  # noqa: E402
 from keyreel_export.builtin.phrases import describe, encode  # noqa: E402
 from keyreel_export.builtin.saliency import compose, outline  # noqa: E402
 from keyreel_export.builtin.scenes import COLOURS as PALETTE  # noqa: E402
@@ -117,8 +119,8 @@ def test_the_script_makes_a_bundle_that_loads_and_goes_on(tmp_path: Path, monkey
     assert max(value for name, value in verify.items() if name.endswith("max_abs_difference")) < 1e-3
     assert verify["val_label_images"] == 6
     assert verify["training_images_seen"] >= 8
-    sizes = [size for size, _ in made.manifest["text"]["weak_scores"]]
-    assert sizes == [1]  # three images for them
+    assert made.chance is not None
+    assert made.chance.pictures == 0  # three images are too few for libraries of two
     first = {name: entry["sha256"] for name, entry in made.manifest["files"].items()}
     [kept] = work.glob("space-student-*.pt")
     kept.unlink()
@@ -304,17 +306,32 @@ class Said:
         return np.eye(len(self._names), dtype=np.float32)[[self._names.index(text) for text in texts]]
 
 
-def test_thresholds_are_what_nine_in_ten_present_labels_reach() -> None:
+def test_chances_tell_present_labels_from_absent_ones() -> None:
     names = [f"thing {n:02d}" for n in range(60)]
     vectors = np.eye(60, dtype=np.float32)
-    vectors[::20] *= 0.5  # 3 of 60 images are found badly, fewer than are missed
+    shown = Shown(examples(*((name,) for name in names)), vectors, 0 * vectors)
     towers: Any = Said(names)
-    table = match_thresholds(towers, Shown(examples(*((name,) for name in names)), vectors, 0 * vectors), libraries=200)
-    assert table == [[1, 1], [2, 1], [5, 1], [10, 1], [20, 1]]
+    for answers in ask_libraries(towers, shown, libraries=50, seed=0):
+        assert (answers.present.score == 1).all()
+        assert (answers.present.lead == 1).all()
+        assert (answers.absent.lead <= 0).all()
+    chance = fit_chance(towers, shown, libraries=50)
+    assert chance is not None
+    assert chance["background"] == names
+    assert chance["lead"] + chance["pictures"] * np.log(20) + chance["offset"] > 3
+    assert chance["offset"] < -3
     alike = np.eye(2, dtype=np.float32)[[0] * 8]
     everything = Shown(examples(*(("thing", "other"),) * 8), alike, alike)
-    towers = Said(["thing", "other"])
-    assert match_thresholds(towers, everything, libraries=9) == []
+    assert fit_chance(Said(["thing", "other"]), everything, libraries=9) is None  # type: ignore[arg-type]
+
+
+def test_a_logistic_regression_is_scikit_learns() -> None:
+    draw = np.random.default_rng(0)
+    inputs = np.c_[draw.normal(size=(500, 2)), np.ones(500)]
+    wanted = (draw.random(500) < 1 / (1 + np.exp(-inputs @ [2.0, -1.0, 0.5]))).astype(np.float64)
+    # The penalty 1e-3 / 2 |w|^2 is scikit-learn's C = 1000.
+    reference = LogisticRegression(C=1000, fit_intercept=False, tol=1e-10).fit(inputs, wanted)
+    np.testing.assert_allclose(logistic(inputs, wanted), reference.coef_[0], atol=1e-4)
 
 
 def test_label_ranks_and_plurals() -> None:

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
-from keyreel.runtime.bundle import Bundle, SubjectScale, bundle_folder, cached_names, sha256_of, write_manifest
+from keyreel.runtime.bundle import (
+    Bundle,
+    ChanceScale,
+    SubjectScale,
+    bundle_folder,
+    cached_names,
+    sha256_of,
+    write_manifest,
+)
 
 
 @pytest.fixture
@@ -94,30 +102,30 @@ def test_what_a_bundle_says_of_its_subjects(copy: Path) -> None:
     assert (Bundle.load(copy).same_scene, Bundle.load(copy).same_vectors) == ({}, frozenset())
 
 
-def with_thresholds(folder: Path, table: object) -> Bundle:
+def with_chance(folder: Path, chance: object) -> Bundle:
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["text"]["weak_scores"] = table
+    manifest["text"]["chance"] = chance
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return Bundle.load(folder)
 
 
-def test_the_match_threshold_rises_with_what_was_searched(copy: Path) -> None:
-    bundle = with_thresholds(copy, [[1, 0.25], [10, 0.5], [1000, 0.75]])
-    expected = {0: 0.25, 1: 0.25, 10: 0.5, 100: 0.625, 1000: 0.75, 10**6: 0.75}
-    assert {moments: bundle.match_threshold(moments) for moments in expected} == pytest.approx(expected)
-    assert with_thresholds(copy, None).match_threshold(3) is None
+def test_the_calibration_of_chances(copy: Path) -> None:
+    found = with_chance(copy, {"lead": 17, "pictures": -0.6, "offset": 0.5, "background": ["a", "b"]}).chance
+    assert found == ChanceScale(("a", "b"), 17.0, -0.6, 0.5)
+    assert with_chance(copy, None).chance is None
 
 
-BAD_TABLES = (
-    [], 0.4, [1, 2], [[1, 2]], [[2, 0.1], [1, 0.2]], [[1, 0.2], [2, 0.1]], [[0, 0.1]], [[1]], [[1, float("nan")]],
-    [[1, 0.1], [float("inf"), 0.2]],
-)  # fmt: skip
+RIGHT = {"lead": 17, "pictures": -0.6, "offset": 0.5, "background": ["a"]}
 
 
-@pytest.mark.parametrize("table", BAD_TABLES)
-def test_bad_thresholds_are_refused(copy: Path, table: object) -> None:
-    with pytest.raises(ModelError, match="bad or missing entry"):
-        with_thresholds(copy, table)
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lead": 0}, {"lead": float("nan")}, {"pictures": 0.1}, {"offset": "x"}, {"offset": None}, {"background": []}],
+)
+def test_bad_calibrations_are_refused(copy: Path, wrong: dict[str, object]) -> None:
+    for chance in (RIGHT | wrong, [1, 2], {}):
+        with pytest.raises(ModelError, match="bad or missing entry"):
+            with_chance(copy, chance)
 
 
 def test_a_manifest_cannot_name_files_elsewhere(copy: Path) -> None:

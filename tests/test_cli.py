@@ -24,7 +24,6 @@ from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.demo import SCENES
 from keyreel.render.documents import SearchDocument, SummaryDocument, schema_of
-from keyreel.runtime.bundle import Bundle
 
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
 
@@ -51,13 +50,14 @@ def test_summarize_prints_the_summary_that_it_writes(clip: Path, tmp_path: Path)
     assert sum(s["stop_seconds"] - s["start_seconds"] for s in found["reel"]["spans"]) == pytest.approx(1, abs=0.1)
     names = {path.name for path in (tmp_path / "test").iterdir()}
     pictures = {"keyframes", "contact.jpg", "thumbs.jpg", "thumbs.vtt", "storyboard.html"}
-    assert names == {"summary.json", "reel.mp4", "reel.otio", *pictures}
+    assert names == {"summary.json", "scenes.vtt", "reel.mp4", "reel.otio", *pictures}
 
 
 def test_summarize_for_people(tiny: Path, tmp_path: Path) -> None:
     done = run("summarize", tiny, "-o", tmp_path, *BARE)
-    assert done.stdout.startswith(f"{tiny}: 1 key-frame and 1 shot from 1 frame in ")
-    assert {path.name for path in (tmp_path / "tiny").iterdir()} == {"summary.json", "keyframes", "contact.jpg"}
+    assert done.stdout.startswith(f"{tiny}: 1 key-frame, 1 shot and 1 scene from 1 frame in ")
+    names = {path.name for path in (tmp_path / "tiny").iterdir()}
+    assert names == {"summary.json", "scenes.vtt", "keyframes", "contact.jpg"}
 
 
 def test_standard_input_and_two_videos_of_one_name(tiny: Path, tmp_path: Path) -> None:
@@ -240,11 +240,11 @@ def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
     found = document(schema_of(SearchDocument), "search", "a dog", clip, "-k", 2, *files)
     assert found["query"] == "a dog"
     assert all(Path(hit["preview"]).is_file() for hit in found["hits"])
-    assert found["weak_score"] == Bundle.find("builtin").match_threshold(1)  # one shot
+    assert 0 < found["hits"][0]["chance"] < 1
     assert "data:image/jpeg" in (tmp_path / "hits.html").read_text()
     again = document(schema_of(SearchDocument), "search", "--image", found["hits"][0]["preview"], clip, "-k", 1)
-    assert "weak_score" not in again  # for texts only
     best = again["hits"][0]
+    assert best["chance"] is None  # for texts only
     assert best["start_seconds"] <= found["hits"][0]["pts_seconds"] < best["stop_seconds"]
     done = run("search", "a dog", clip)
     assert f"{found['hits'][0]['score']:.3f}" in done.stdout
@@ -252,10 +252,11 @@ def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
     assert "nothing matches well" in run("search", "a grand piano", clip).stderr
     assert found["unknown_words"] == []
     odd = document(schema_of(SearchDocument), "search", "a zwyxq dog", clip, "-k", 1)
-    assert (odd["unknown_words"], odd["weak_score"]) == (["zwyxq"], found["weak_score"])
+    assert odd["unknown_words"] == ["zwyxq"]
+    assert odd["hits"][0]["chance"] < 0.5  # of two words one is known
     said = run("search", "zzzz qqqq", clip).stderr
     assert "the model does not know 'zzzz', 'qqqq'" in said
-    assert "nothing matches well: no word of the text is known" in said
+    assert "nothing matches well: no word of a text is known" in said
 
 
 def test_search_reports_failures(tiny: Path, tmp_path: Path) -> None:

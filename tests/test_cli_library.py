@@ -15,6 +15,7 @@ import pytest
 from commands import document, run, spawn, write_clip
 
 import keyreel
+from keyreel.chance import WELL
 from keyreel.cli import index as cli_index
 from keyreel.cli.documents import Compact, Index, Stats, Upgrade, Verify, Videos
 from keyreel.cli.inputs import listed
@@ -228,10 +229,16 @@ def test_search_gives_what_the_library_gives(folder: Path, library: Path, tmp_pa
         page = (tmp_path / "hits.html").read_text()
         assert page.count("data:image/jpeg") == len(hits)
         assert all((folder / hit.video).as_uri() in page for hit in hits)
-        weak = opened.match_threshold("a dog")
-        assert found["weak_score"] == weak
-        said = "nothing matches well" in run("search", "a grand piano", "--library", library).stderr
-        assert said == (opened.search("a grand piano", k=1)[0].score < (weak or 0))
+        assert [hit["chance"] for hit in found["hits"]] == pytest.approx([hit.chance for hit in hits], abs=1e-6)
+        done = run("search", "a grand piano", "--library", library)
+        best = max(hit.chance or 0 for hit in opened.search("a grand piano", k=5, where=keyreel.Filter(per_video=2)))
+        assert ("nothing matches well" in done.stderr) == (best < WELL)
+        conditions = ("--and", "snow", "--and", "a hill", "--not", "a room")
+        asked = search("a dog", *conditions, "-k", 2)
+        assert (asked["also"], asked["without"]) == (["snow", "a hill"], ["a room"])
+        combined = keyreel.Combined("a dog", also=["snow", "a hill"], without=["a room"])
+        expected = opened.search(combined, k=2, where=keyreel.Filter(per_video=2))
+        assert [hit["score"] for hit in asked["hits"]] == pytest.approx([hit.score for hit in expected], abs=1e-6)
         wood = folder / "trip" / "wood.mp4"
         for words, where in (
             (("--in", wood), Filter(videos=[str(wood)])),

@@ -98,7 +98,7 @@ def test_search_results_best_first() -> None:
     failed = [Failure("c.mp4", SourceError("no", hint="try"))]
     document = json.loads(to_json(search_document("a red bus", hits, failed)))
     validator(SearchDocument).validate(document)
-    assert list(document) == ["schema", "query", "hits", "failed", "unknown_words", "left_out"]
+    assert list(document) == ["schema", "query", "also", "without", "hits", "failed", "unknown_words", "left_out"]
     assert [hit["video"] for hit in document["hits"]] == ["b.mp4", "a.mp4"]
     assert document["hits"][0] == {
         "video": "b.mp4",
@@ -109,6 +109,7 @@ def test_search_results_best_first() -> None:
         "preview": "p.jpg",
         "answered_by": "subject",
         "region": list(region),
+        "chance": None,
     }
     assert (document["hits"][1]["answered_by"], document["hits"][1]["region"]) == ("scene", None)
     wrong = json.loads(to_json(search_document("a red bus", hits)))
@@ -116,11 +117,11 @@ def test_search_results_best_first() -> None:
         assert not validator(SearchDocument).is_valid({**wrong, "hits": [{**wrong["hits"][0], **spoil}]})
     assert document["failed"] == [{"video": "c.mp4", "error": "no\nHint: try", "exit_code": 3}]
     found = search_document(
-        "", [], videos=[FoundVideo("a", "1", 0.5)], weak_score=0.25, unknown_words=["b"], left_out=["c"]
+        "", [], videos=[FoundVideo("a", "1", 0.5)], also=["d"], without=["e"], unknown_words=["b"], left_out=["c"]
     )
     document = json.loads(to_json(found))
     validator(SearchDocument).validate(document)
-    assert (document["videos"][0]["video_id"], document["weak_score"]) == ("1", 0.25)
+    assert (document["videos"][0]["video_id"], document["also"], document["without"]) == ("1", ["d"], ["e"])
     assert (document["unknown_words"], document["left_out"]) == (["b"], ["c"])
 
 

@@ -69,15 +69,16 @@ def test_a_hit_says_which_vector_answered_and_where_the_subject_is() -> None:
     embedding, query = both(4)
     scores = frame_scores(embedding.scene, embedding.subject, query, SubjectScale())
     assert set(scores.by_subject.tolist()) == {True, False}
+    asked = Asked(query[None], (SubjectScale(),), (1.0,))
     for row in range(len(embedding)):
         hit = SearchHit("v", 0, 10, float(embedding.pts_seconds[row]), float(scores.best[row]))
-        found = answered(hit, scores, embedding, WHOLE)
+        found = answered(hit, scores, embedding, WHOLE, asked, 1)
         assert found.answered_by == ("subject" if scores.by_subject[row] else "scene")
         assert found.region == region(embedding.attention[row], (3, 4))
         assert replace(found, answered_by="scene", region=None) == hit
-        inside = answered(hit, scores, embedding, (0.25, 0.0, 0.75, 1.0))
+        inside = answered(hit, scores, embedding, (0.25, 0.0, 0.75, 1.0), asked, 1)
         assert inside.region == pytest.approx(region_on((0.25, 0.0, 0.75, 1.0), found.region))
-        assert answered(hit, scores, replace(embedding, subject=None), WHOLE) is hit
+        assert answered(hit, scores, replace(embedding, subject=None), WHOLE, asked, 1) == hit
 
 
 @given(number=st.integers(0, 10_000), height=st.integers(1, 6), width=st.integers(1, 6), levels=st.integers(1, 4))
@@ -223,13 +224,15 @@ def test_what_conditions_weigh() -> None:
 
     def part_of(name: object) -> Part:
         assert isinstance(name, str)
-        return Part(vectors[name], SubjectScale(), is_text=name not in ("picture", "other"))
+        return Part(vectors[name], SubjectScale(), None if name in ("picture", "other") else 1.0)
 
-    plain = Asked.of("dog", part_of)
+    plain = Asked.of("dog", part_of, lambda: None)
     assert plain.weights == (1,)
-    asked = Asked.of(Combined("dog", also=["snow", "picture", "wind"], without=["car", "other", "night"]), part_of)
+    asked = Asked.of(
+        Combined("dog", also=["snow", "picture", "wind"], without=["car", "other", "night"]), part_of, lambda: None
+    )
     assert asked.weights == pytest.approx((1 / 3, 1 / 3, MORE, 1 / 3, -WITHOUT / 2, -LESS, -WITHOUT / 2))
-    pictures = Asked.of(Combined("dog", also=["picture", "other"]), part_of)
+    pictures = Asked.of(Combined("dog", also=["picture", "other"]), part_of, lambda: None)
     assert pictures.weights == pytest.approx((1, MORE / 2, MORE / 2))
     embedding, _ = both(3)
     scene = np.ascontiguousarray(embedding.scene[:, :5])

@@ -32,7 +32,6 @@ from keyreel import Engine, Library
 from keyreel.config import ServeConfig
 from keyreel.errors import LibraryError, RenderError
 from keyreel.library.types import Filter, LibraryHit
-from keyreel.runtime.bundle import Bundle
 from keyreel.serve import _listen, app, router, run, uploads, workers
 from keyreel.serve.files import Roots, safe_name
 from keyreel.serve.models import video_detail
@@ -165,19 +164,16 @@ def test_a_damaged_video_is_named_and_the_others_are_searched(library: Library, 
 
 
 def test_pictures_and_frames_are_queries_too(service: Served, library: Library) -> None:
-    bundle = Bundle.find("builtin")
-    for query, where in (({}, None), ({"path": "*a.mp4"}, Filter(path="*a.mp4"))):
-        answer = service.http.get("/api/v1/search", params={"q": "a dog", **query}).json()
-        expected_weak = bundle.match_threshold(sum(len(video.shots) for video in library.list(where)))
-        assert answer["weak_score"] == library.match_threshold("a dog", where) == expected_weak
-        assert answer["unknown_words"] == []
+    answer = service.http.get("/api/v1/search", params={"q": "a dog"}).json()
+    assert answer["unknown_words"] == []
+    assert all(0 < hit["chance"] < 1 for hit in answer["hits"])
     answer = service.http.get("/api/v1/search", params={"q": "zzzz qqqq"}).json()
-    assert (answer["unknown_words"], answer["weak_score"]) == (["zzzz", "qqqq"], 1.0)
-    answer = service.http.get("/api/v1/search", params={"q": "a zwyxq dog"}).json()
-    assert (answer["unknown_words"], answer["weak_score"]) == (["zwyxq"], library.match_threshold("a dog"))
+    assert answer["unknown_words"] == ["zzzz", "qqqq"]
+    assert {hit["chance"] for hit in answer["hits"]} == {0}
+    assert service.http.get("/api/v1/search", params={"q": "a zwyxq dog"}).json()["unknown_words"] == ["zwyxq"]
     picture = np.random.default_rng(3).integers(0, 255, (40, 60, 3)).astype(np.uint8)
     answer = service.http.post("/api/v1/search", params={"k": 3}, files={"file": ("p.png", jpeg(picture))})
-    assert answer.json()["weak_score"] is None  # it is of texts only
+    assert {hit["chance"] for hit in answer.json()["hits"]} == {None}  # they are of texts only
     same(answer, library.search(picture, k=3))
     id = ids(service)["a.mp4"]
     answer = service.http.post("/api/v1/search", params={"k": 3}, json={"like": {"video_id": id, "seconds": 1.0}})

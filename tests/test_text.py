@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keyreel import Engine
+from keyreel import Combined, Engine
 from keyreel.runtime.backend import resolve
 from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.text import TextEncoder, Tokenizer, clean_text
@@ -138,10 +138,10 @@ def test_words_have_letters_only(text: str) -> None:
     assert "".join(found) == "".join(words_of(" ".join(found)))
 
 
-def test_a_text_of_unknown_words_has_no_good_match() -> None:
+def test_unknown_words() -> None:
     with Engine.from_pretrained(device="cpu") as engine:
         assert engine.unknown_words("a zwyxq dog") == ["zwyxq"]
-        assert engine.match_threshold("a zwyxq dog", 5) == engine.bundle.match_threshold(5)
-        assert engine.match_threshold("the zwyxq", 5) == 1.0
-        assert engine.match_threshold("Zwýxq & zwýxq", 5) == 1.0
-        assert engine.match_threshold("of the", 5) == engine.bundle.match_threshold(5)
+        asked = Combined("a zwyxq dog", also=["snow", "qwxzt"], without=["zwyxq", np.zeros((8, 8, 3), np.uint8)])
+        assert engine.unknown_words(asked) == ["zwyxq", "qwxzt"]
+        known = {"a zwyxq dog": 0.5, "the zwyxq": 0, "Zwýxq & zwýxq": 0, "of the": 1, "a dog in snow": 1}
+        assert {text: engine.known(text) for text in known} == known

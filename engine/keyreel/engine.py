@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from keyreel.chance import Chances
 from keyreel.config import EncodeConfig, ImageTransform, OutputConfig, Sampling, SelectConfig
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, distinct
@@ -26,7 +27,6 @@ from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import BUILTIN, Bundle, SubjectScale
 from keyreel.runtime.telemetry import record_stages, span, traced
 from keyreel.runtime.text import TextEncoder
-from keyreel.runtime.words import SILENT, words_of
 from keyreel.scenes import find_scenes
 from keyreel.search import Asked, FrameScores, Part, answered, best_hits, moments
 from keyreel.select import Selection, select_keyframes
@@ -57,6 +57,7 @@ class Engine:
         self.backend = backend
         self._encoder: Encoder | None = Encoder(bundle, backend)
         self._text: TextEncoder | None = None
+        self._chances: Chances | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -114,6 +115,7 @@ class Engine:
                 found = self._images.encode([batch], EncodeConfig())
                 self._select(found, SelectConfig(), float(size))
         self.encode_text("a")
+        self.chances()
 
     def __repr__(self) -> str:
         return f"Engine(model={self.bundle.name!r}, device={self.backend.device!r})"
@@ -206,21 +208,24 @@ class Engine:
         with self.backend.running():
             return encoder.encode([texts] if isinstance(texts, str) else list(texts))
 
-    def unknown_words(self, text: str) -> list[str]:
-        """The words of a text that the model does not know, in order; the built-in model has a list of its words.
+    def unknown_words(self, query: Query | Combined) -> list[str]:
+        """The words of a query's texts that the model does not know, in order; the built-in model has a list of words.
 
-        A model without one, such as CLIP, gives []. Hits of a text whose other words say nothing mean nothing.
+        A model without one, such as CLIP, gives []. The chances of hits fall with the share of unknown words.
         """
-        return self._texts().unknown_words(text)
+        words = [word for text in Combined.of(query).texts for word in self._texts().unknown_words(text)]
+        return list(dict.fromkeys(words))
 
-    def match_threshold(self, text: str, moments: int) -> float | None:
-        """The best score below which nothing matches a text well, see `Bundle.match_threshold`; 1 for a text of which
-        the model knows no word.
-        """
-        said = set(words_of(text)) - SILENT
-        if said and len(self.unknown_words(text)) == len(said):
-            return 1.0
-        return self.bundle.match_threshold(moments)
+    def known(self, text: str) -> float:
+        """The share of the words of a text that the model knows; words such as "the" do not count."""
+        return self._texts().known(text)
+
+    def chances(self) -> Chances | None:
+        """What makes chances of scores; None if the model was not calibrated."""
+        scale = self.bundle.chance
+        if self._chances is None and scale is not None:
+            self._chances = Chances(self.encode_text(scale.background), scale)
+        return self._chances
 
     @traced("keyreel.encode_image")
     def encode_image(self, image: str | os.PathLike[str] | NDArray[Any]) -> F32:
@@ -315,6 +320,7 @@ class Engine:
     def search(self, query: Query | Combined, summaries: Sequence[Summary], *, k: int = 5) -> list[SearchHit]:
         """The k best moments of several videos that answer a text or a picture, best first."""
         asked = self._asked(query)
+        pictures = sum(len(summary.shots) for summary in summaries)
         image, hits = dataclasses.asdict(self.bundle.image), list[SearchHit]()
         for summary in summaries:
             embedding, scores = summary.embedding, self._scores(summary, asked)
@@ -327,7 +333,7 @@ class Engine:
                 stop_seconds=summary.stop_seconds,
                 k=k,
             )
-            hits += [answered(hit, scores, embedding, area) for hit in found]
+            hits += [answered(hit, scores, embedding, area, asked, pictures) for hit in found]
         return best_hits(hits, k)
 
     # --- inside ---------------------------------------------------------------------------------------------------
@@ -360,12 +366,12 @@ class Engine:
 
         def part_of(one: Query) -> Part:
             if isinstance(one, str):
-                return Part(self.encode_text(one)[0], own, is_text=True)
+                return Part(self.encode_text(one)[0], own, self.known(one))
             if isinstance(one, Example):
                 raise TypeError("a frame of a library is asked for in that library: Library.search")
-            return Part(self.encode_image(one)[0], plain, is_text=False)
+            return Part(self.encode_image(one)[0], plain, None)
 
-        return Asked.of(query, part_of)
+        return Asked.of(query, part_of, self.chances)
 
     def _scores(self, summary: Summary, asked: Asked) -> FrameScores:
         if summary.embedding.model_sha256 not in {self.bundle.sha256, *self.bundle.same_vectors}:

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from keyreel.chance import Chances
 from keyreel.runtime.bundle import SubjectScale
 from keyreel.shots import shot_of
-from keyreel.types import F32, F64, Combined, Embedding, Query, Region, SearchHit, Shot
+from keyreel.types import F32, F64, AnsweredBy, Combined, Embedding, Query, Region, SearchHit, Shot
 
 # A scene that lasts no longer is a moment, of a longer one the part that answers:
 WHOLE_SECONDS = 20.0
@@ -39,7 +40,11 @@ class Part(NamedTuple):
 
     vector: F32  # [D] float32, unit length
     scale: SubjectScale
-    is_text: bool
+    known: float | None  # of a text, the share of its words that the model knows
+
+    @property
+    def is_text(self) -> bool:
+        return self.known is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +54,45 @@ class Asked:
     vectors: F32  # [n, D] float32, unit length; the first one is the query, the others its conditions
     scales: tuple[SubjectScale, ...]
     weights: tuple[float, ...]
+    known: tuple[float | None, ...] = ()  # of each text that must be seen, see `Part`
+    chances: Chances | None = None
 
     @classmethod
-    def of(cls, query: Query | Combined, part_of: Callable[[Query], Part]) -> Asked:
+    def of(
+        cls, query: Query | Combined, part_of: Callable[[Query], Part], chances: Callable[[], Chances | None]
+    ) -> Asked:
         """The query and the texts of `also` count alike, and make 1 together; of `without` the mean counts, `WITHOUT`
         of it. Pictures and frames move the answer as relevance feedback does (Rocchio 1971), by `MORE` and `LESS`.
         """
-        if not isinstance(query, Combined):
-            query = Combined(query)
+        query = Combined.of(query)
         first, also, without = part_of(query.query), [*map(part_of, query.also)], [*map(part_of, query.without)]
         alike = 1 / (1 + sum(part.is_text for part in also))
         weights = [alike, *_shared(also, alike, MORE)]
         weights += _shared(without, -WITHOUT / max(sum(part.is_text for part in without), 1), -LESS)
         every = [first, *also, *without]
-        return cls(np.stack([part.vector for part in every]), tuple(part.scale for part in every), tuple(weights))
+        known = tuple(part.known for part in (first, *also))
+        return cls(
+            np.stack([part.vector for part in every]),
+            tuple(part.scale for part in every),
+            tuple(weights),
+            known,
+            chances() if any(part is not None for part in known) else None,
+        )
+
+    def chance(self, scene: F32, subject: F32 | None, pictures: int) -> float | None:
+        """The chance that a frame shows what the texts say: the lowest one, unknown words lower it. None without texts.
+
+        Args:
+            scene, subject: [D] float32; None where the frame has no subject of its own.
+            pictures: how many different ones were searched.
+        """
+        if self.chances is None:
+            return None
+        return min(
+            known * self.chances.of(self.vectors[n], self.scales[n], scene, subject, pictures)
+            for n, known in enumerate(self.known)
+            if known is not None
+        )
 
     def scores(self, scene: F32, subject: F32 | None) -> FrameScores:
         """See `frame_scores`."""
@@ -104,18 +134,27 @@ def frame_scores(scene: F32, subject: F32 | None, query: F32, scale: SubjectScal
 
 
 def answered(
-    hit: SearchHit, scores: FrameScores, embedding: Embedding, area: tuple[float, float, float, float]
+    hit: SearchHit,
+    scores: FrameScores,
+    embedding: Embedding,
+    area: tuple[float, float, float, float],
+    asked: Asked,
+    pictures: int,
 ) -> SearchHit:
-    """The hit with which vector of its best frame answered, and where its subject is.
+    """The hit with which vector of its best frame answered, where its subject is, and its chance.
 
     Args:
         area: (left, top, right, bottom) of the map on the picture, see `attended_area`.
+        pictures: how many different ones were searched.
     """
-    if embedding.subject is None:
-        return hit
     row = int(np.searchsorted(embedding.pts_seconds, hit.pts_seconds))
+    scene, subject = embedding.scene[row], None if embedding.subject is None else embedding.subject[row]
+    if subject is None:
+        return replace(hit, chance=asked.chance(scene, None, pictures))
     where = region_on(area, region(embedding.attention[row], embedding.grid))
-    return replace(hit, answered_by="subject" if scores.by_subject[row] else "scene", region=where)
+    by: AnsweredBy = "subject" if scores.by_subject[row] else "scene"
+    new = float(scene @ subject) < asked.scales[0].novelty
+    return replace(hit, answered_by=by, region=where, chance=asked.chance(scene, subject if new else None, pictures))
 
 
 def region(weights: F32, grid: tuple[int, int]) -> Region:

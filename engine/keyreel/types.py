@@ -64,6 +64,21 @@ class Combined:
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"Combined.{name} must be a list of queries, got {getattr(self, name)!r}")
 
+    @classmethod
+    def of(cls, query: Query | Combined) -> Combined:
+        """The query itself, or one without conditions."""
+        return query if isinstance(query, Combined) else cls(query)
+
+    @property
+    def parts(self) -> tuple[Query, ...]:
+        """The query and all conditions."""
+        return self.query, *self.also, *self.without
+
+    @property
+    def texts(self) -> list[str]:
+        """Those of the parts that are texts, each once."""
+        return list(dict.fromkeys(part for part in self.parts if isinstance(part, str)))
+
 
 def _check_lengths(owner: Any) -> None:
     arrays = {own.name: getattr(owner, own.name) for own in fields(owner)}
@@ -201,6 +216,7 @@ class SearchHit:
     preview: str | None = None  # path of a picture of the best frame, where one was written
     answered_by: AnsweredBy = "scene"  # which vector of the best frame answered
     region: Region | None = None  # where the subject of the best frame is; None where subjects are off
+    chance: float | None = None  # in 0..1, that the best frame shows what a text says, see `keyreel.chance`
 
 
 class SummaryActions(Protocol):

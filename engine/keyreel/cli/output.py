@@ -110,8 +110,9 @@ def print_hits(hits: Sequence[SearchHit]) -> None:
             + (f" (and {more} more in it)" if more else "")
         )
         best = f"{hit.pts_seconds:.2f} s" + (", subject" if hit.answered_by == "subject" else "")
-        rows.append((f"{hit.score:.3f}", span(hit.start_seconds, hit.stop_seconds), best, name))
-    print_table(("score", "moment", "best at", "video"), rows)
+        chance = "" if hit.chance is None else f"{hit.chance:.0%}"
+        rows.append((f"{hit.score:.3f}", chance, span(hit.start_seconds, hit.stop_seconds), best, name))
+    print_table(("score", "chance", "moment", "best at", "video"), rows)
 
 
 def print_videos(videos: Sequence[VideoHit]) -> None:

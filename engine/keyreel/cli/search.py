@@ -22,7 +22,7 @@ from keyreel.config import DecodeLimits, EncodeConfig, Sampling
 from keyreel.errors import Failure, KeyreelError
 
 if TYPE_CHECKING:
-    from keyreel import Engine, Filter, Library
+    from keyreel import Combined, Engine, Filter, Library
     from keyreel.decode.source import Source
     from keyreel.library.types import VideoHit
     from keyreel.types import U8, SearchHit, Summary
@@ -38,10 +38,10 @@ _OF_LIBRARY += ["min_duration", "max_duration"]
 class Found:
     """The answers to a query."""
 
-    query: str
+    name: str  # what the query is called
+    query: Combined
     hits: Sequence[SearchHit]  # best first
     pictures: Sequence[U8 | bytes]  # of the hits: pixels or JPEG files; empty unless wanted
-    weak_score: float | None  # lower scores are no match
     unknown: Sequence[str]  # words that the model does not know
     videos: Sequence[VideoHit] | None = None  # where videos were asked for
     left_out: Sequence[str] = ()  # videos that were not searched
@@ -54,6 +54,8 @@ def search(
     text: Annotated[str | None, Argument(metavar="TEXT", help="what to look for")] = None,
     videos: Annotated[list[str] | None, Argument(metavar="VIDEO...", help="files, folders, or -")] = None,
     image: Annotated[Path | None, Option(help="look for this picture instead; then every argument is a video")] = None,
+    also: Annotated[list[str] | None, Option("--and", help="a text that must fit, too; repeatable")] = None,
+    without: Annotated[list[str] | None, Option("--not", help="a text that must not fit; repeatable")] = None,
     k: Annotated[int, Option("-k", min=1, help="how many moments, or videos")] = 5,
     per_video: Annotated[int | None, Option(min=1, help="most moments of one video; 2, with --in as many as k")] = None,
     model: options.OwnModel = None,
@@ -111,8 +113,9 @@ def search(
         )
         query, name = _library_query(text, image, like)
         # A moment of the library as a query needs no model.
-        opened = keyreel.Library(library) if like is not None else open_library(library, model, device)
-        with opened as searched:
+        texts = bool(like is None or also or without)
+        with open_library(library, model, device) if texts else keyreel.Library(library) as searched:
+            query = keyreel.Combined(query, also=also or (), without=without or ())
             found = _search_library(searched, query, name, k, where, videos=whole, pictures=pictures)
     else:
         options.reject(context, _OF_LIBRARY, "goes with --library")
@@ -120,7 +123,8 @@ def search(
             names.insert(0, text)
         if not names or (image is None and not text):
             raise ValueError("search needs a text (or --image FILE) and at least one video, or --library DIR")
-        query, name = (text, text or "") if image is None else (read_picture(image), str(image))
+        query, name = (text or "", text or "") if image is None else (read_picture(image), str(image))
+        query = keyreel.Combined(query, also=also or (), without=without or ())
         frames = Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every)
         encode = EncodeConfig(shift=shift, subject=subject, batch_size=batch_size)
         given = sources(names, DecodeLimits(max_duration_seconds=longest, allow_network=allow_network), hidden=hidden)
@@ -133,7 +137,7 @@ def search(
 def _search_videos(
     engine: Engine,
     bars: Bars,
-    query: Any,
+    query: Combined,
     name: str,
     k: int,
     videos: Sequence[Source | KeyreelError],
@@ -158,25 +162,18 @@ def _search_videos(
         failed = for_each(videos, work, bars.failed)
         hits = engine.search(query, summaries, k=k) if summaries else []
         images = hit_pictures(hits, by_name) if pictures else []
-    shots = sum(len(summary.shots) for summary in summaries)
-    weak, unknown = None, list[str]()
-    if isinstance(query, str):
-        weak, unknown = engine.match_threshold(query, shots), engine.unknown_words(query)
-    return Found(name, hits, images, weak, unknown, failed=failed, searched=len(summaries))
+    return Found(name, query, hits, images, engine.unknown_words(query), failed=failed, searched=len(summaries))
 
 
 def _search_library(
-    library: Library, query: Any, name: str, k: int, where: Filter, *, videos: bool, pictures: bool
+    library: Library, query: Combined, name: str, k: int, where: Filter, *, videos: bool, pictures: bool
 ) -> Found:
-    weak, unknown = None, list[str]()
-    if isinstance(query, str):
-        weak, unknown = library.match_threshold(query, where), library.unknown_words(query)
     best = library.search_videos(query, k=k, where=where) if videos else None
     hits = library.search(query, k=k, where=where) if best is None else [m for v in best for m in v.moments]
     images = [library.preview(hit.video_id, hit.pts_seconds) for hit in hits] if pictures else []
     if not hits:
         log("nothing was found")
-    return Found(name, hits, images, weak, unknown, videos=best, left_out=library.left_out())
+    return Found(name, query, hits, images, library.unknown_words(query), videos=best, left_out=library.left_out())
 
 
 def _library_query(text: str | None, image: Path | None, like: str | None) -> tuple[Any, str]:
@@ -194,6 +191,7 @@ def _library_query(text: str | None, image: Path | None, like: str | None) -> tu
 
 def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bool) -> None:
     """Writes the files that are wanted, and prints the answers."""
+    from keyreel.chance import WELL
     from keyreel.render.documents import FoundVideo, search_document
     from keyreel.render.files import atomic_write
     from keyreel.render.results import save_previews
@@ -203,27 +201,27 @@ def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bo
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(html) as made:
-            made.write_text(search_page(found.query, found.hits, [_pixels(p) for p in found.pictures]), "utf-8")
+            made.write_text(search_page(found.name, found.hits, [_pixels(p) for p in found.pictures]), "utf-8")
         log(f"wrote {html}")
     if found.unknown:
         log(f"the model does not know {', '.join(map(repr, found.unknown))}")
     if found.left_out:
         log(f"not searched, since what is stored of them is damaged: {', '.join(found.left_out)}")
         log("`keyreel library verify --repair` has them indexed again")
-    weak, best = found.weak_score, max((hit.score for hit in hits), default=None)
-    if best is not None and weak is not None and best < weak:
-        most = f"most matches among so many shots have {weak:.3f} or more"
-        why = "no word of the text is known" if weak == 1 else f"the best score is {best:.3f}, {most}"
+    chances = [hit.chance for hit in hits if hit.chance is not None]
+    if chances and max(chances) < WELL:
+        why = f"the best moment has a chance of {max(chances):.0%}" if max(chances) else "no word of a text is known"
         log(f"nothing matches well: {why}")
     if as_json:
         videos = None if found.videos is None else [FoundVideo(v.video, v.video_id, v.score) for v in found.videos]
         print_json(
             search_document(
-                found.query,
+                found.name,
                 hits,
                 found.failed,
                 videos=videos,
-                weak_score=weak,
+                also=[str(one) for one in found.query.also],
+                without=[str(one) for one in found.query.without],
                 unknown_words=found.unknown,
                 left_out=found.left_out,
             )

@@ -35,7 +35,7 @@ from keyreel.library.types import (
 )
 from keyreel.runtime.bundle import Bundle, SubjectScale
 from keyreel.search import Asked, Part
-from keyreel.types import F32, Combined, Example, Progress, Query
+from keyreel.types import F32, F64, Combined, Example, Progress, Query
 
 if TYPE_CHECKING:
     from keyreel.engine import Engine
@@ -83,7 +83,6 @@ class Library:
         self.engine = engine
         self._tables = Tables(self.uri, storage_options=storage_options)
         self._searcher: SearchIndex | None = None
-        self._shots: tuple[int, Filter | None, int] = (-1, None, 0)  # how many there are, by version and filter
         self._lock = threading.Lock()
         self._frame = lru_cache(_FRAMES)(partial(frame_of, max_height=self.config.preview_height))
         if engine is not None and self._tables.exists():
@@ -251,23 +250,10 @@ class Library:
         [asked], [own] = self._asked([query])
         return self._search().videos(asked, k, moments, self._where(where), own)
 
-    def match_threshold(self, text: str, where: Filter | None = None) -> float | None:
-        """If a text's best score is lower, nothing matches it well; see `Engine.match_threshold`.
-
-        Args:
-            text: the query.
-            where: as for `search`; its times are ignored.
-
-        Returns:
-            None if the library has no engine or its model was not calibrated.
-        """
-        if self.engine is None:
-            return None
-        version = self._tables.version()
-        known = self._shots
-        if known[:2] != (version, where):  # people type one query after the other
-            self._shots = known = (version, where, sum(len(record.shots) for record in self.list(where)))
-        return self.engine.match_threshold(text, known[2])
+    def scores(self, query: Query | Combined, video: str | os.PathLike[str]) -> tuple[F64, F32]:
+        """Times and scores of all frames of a video, [T] float64 and [T] float32; see `search`."""
+        [asked], _ = self._asked([query])
+        return self._search().scores(asked, self.record(video).id)
 
     def left_out(self) -> builtins.list[str]:
         """The paths of videos that the last search left out, since what is stored of them is damaged or incomplete.
@@ -277,9 +263,9 @@ class Library:
         searcher = self._searcher
         return [] if searcher is None else [*searcher.left_out]
 
-    def unknown_words(self, text: str) -> builtins.list[str]:
+    def unknown_words(self, query: Query | Combined) -> builtins.list[str]:
         """See `Engine.unknown_words`; [] if the library has no engine."""
-        return [] if self.engine is None else self.engine.unknown_words(text)
+        return [] if self.engine is None else self.engine.unknown_words(query)
 
     # --- what is in it --------------------------------------------------------------------------------------------
 
@@ -432,9 +418,8 @@ class Library:
 
     def _asked(self, queries: Sequence[Query | Combined]) -> tuple[builtins.list[Asked], builtins.list[Example | None]]:
         """The queries as vectors, all texts encoded in one go; and the examples that they are the vectors of."""
-        given = [query if isinstance(query, Combined) else Combined(query) for query in queries]
-        parts = [part for one in given for part in (one.query, *one.also, *one.without)]
-        texts = list(dict.fromkeys(part for part in parts if isinstance(part, str)))
+        given = [Combined.of(query) for query in queries]
+        texts = list(dict.fromkeys(text for one in given for text in one.texts))
         encoded: dict[str, F32] = {}
         if texts:
             encoded = dict(zip(texts, self._engine_for("searching for a text").encode_text(texts), strict=True))
@@ -442,18 +427,20 @@ class Library:
 
         def part_of(query: Query) -> Part:
             if isinstance(query, str):
-                return Part(encoded[query], self._engine_for("searching for a text").bundle.subject, is_text=True)
+                engine = self._engine_for("searching for a text")
+                return Part(encoded[query], engine.bundle.subject, engine.known(query))
             if isinstance(query, Example):
                 vector = self._search().vector(replace(query, video=self.record(query.video).id))
             elif isinstance(query, np.ndarray) and query.ndim == 1:
                 vector = np.asarray(query, np.float32)
             else:
                 vector = self._engine_for("searching for a picture").encode_image(query)[0]
-            return Part(vector, plain, is_text=False)
+            return Part(vector, plain, None)
 
         own = [one.query if isinstance(one.query, Example) else None for one in given]
         own = [one and replace(one, video=self.record(one.video).id) for one in own]
-        return [Asked.of(one, part_of) for one in given], own
+        chances = (lambda: None) if self.engine is None else self.engine.chances
+        return [Asked.of(one, part_of, chances) for one in given], own
 
 
 def _unknown(video: str | os.PathLike[str]) -> LibraryError:

@@ -82,6 +82,7 @@ class Ranking:
     Args:
         spans: the rows to search; none is empty.
         queries: Q of them; the `novelty` of their scales plays no part.
+        pictures: how many different ones are searched, for the chances.
     """
 
     def __init__(
@@ -93,13 +94,14 @@ class Ranking:
         fold_similarity: float,
         arrays: Arrays,
         *,
+        pictures: int,
         with_pooled: bool = False,
     ) -> None:
         assert snapshot.matrix is not None
         self._snapshot, self._spans, self._queries, self._where = snapshot, spans, queries, where
         self._matrix: Matrix = snapshot.matrix
         self._alike, self._arrays, self._with_pooled = fold_similarity - _ROUNDING, arrays, with_pooled
-        self._on_host = arrays.xp is np
+        self._on_host, self._pictures = arrays.xp is np, pictures
         self._vectors = np.concatenate([query.vectors for query in queries])
         scales = [scale for query in queries for scale in query.scales]
         slope, offset = np.array([(scale.slope, scale.offset) for scale in scales], np.float64).reshape(-1, 2).T
@@ -135,7 +137,7 @@ class Ranking:
             ranked = self._ranked(query, wanted)
             kept = self._kept([moment for moment in ranked if not self._holds(moment, own)], k)
             if len(kept) == k or len(ranked) < wanted:
-                return [self._hit(one.moment, self._video_score(query, one.moment.span), one) for one in kept]
+                return [self._hit(query, one.moment, self._video_score(query, one.moment.span), one) for one in kept]
             wanted *= 4
 
     def videos(self, query: int, k: int, moments: int, own: Example | None) -> list[VideoHit]:
@@ -148,9 +150,14 @@ class Ranking:
         found = []
         for negative, number, span in sorted(scored)[:k]:
             record = self._snapshot.records[number]
-            best = [self._hit(moment, -negative) for moment in self._moments(query, span, moments)]
+            best = [self._hit(query, moment, -negative) for moment in self._moments(query, span, moments)]
             found.append(VideoHit(record.path, record.id, -negative, tuple(best)))
         return found
+
+    def curve(self, query: int, span: int) -> tuple[F64, F32]:
+        """Times and scores of the frames of a span."""
+        rows = slice(int(self._spans.low[span]), int(self._spans.high[span]))
+        return self._matrix.pts_seconds[rows].copy(), self._scores(query, span).best
 
     # --- scores ---------------------------------------------------------------------------------------------------
 
@@ -312,15 +319,26 @@ class Ranking:
     def _record(self, span: int) -> Record:
         return self._snapshot.records[int(self._spans.video[span])]
 
-    def _hit(self, moment: Moment, video_score: float, hides: _Kept | None = None) -> LibraryHit:
+    def _hit(self, query: int, moment: Moment, video_score: float, hides: _Kept | None = None) -> LibraryHit:
+        hit = replace(moment.hit, chance=self._chance(query, moment))
         return LibraryHit(
-            **{field.name: getattr(moment.hit, field.name) for field in fields(SearchHit)},
+            **{field.name: getattr(hit, field.name) for field in fields(SearchHit)},
             video_id=self._record(moment.span).id,
             keyframe_seconds=self._keyframe(moment),
             video_score=video_score,
             folded=0 if hides is None else hides.folded,
             more=0 if hides is None else hides.more,
         )
+
+    def _chance(self, query: int, moment: Moment) -> float | None:
+        asked = self._queries[query]
+        if asked.chances is None:
+            return None
+        first, last = int(self._spans.first[moment.span]), int(self._spans.last[moment.span])
+        frames = np.arange(first, last) - self._matrix.back[first:last]
+        rows = [moment.row, *(first + np.flatnonzero(frames == moment.row)).tolist()]
+        vectors = [self._arrays.to_host(self._matrix.vectors[row : row + 1])[0] for row in rows]
+        return asked.chance(vectors[0], vectors[1] if len(vectors) > 1 else None, self._pictures)
 
     def _keyframe(self, moment: Moment) -> float:
         """The nearest key-frame in the moment's shot, else the nearest one; the best frame without any."""

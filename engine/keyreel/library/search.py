@@ -35,7 +35,7 @@ from keyreel.library.types import BOOL, Filter, LibraryHit, Record, VideoHit
 from keyreel.library.vectors import ATTEMPTS, Snapshot, Spans, Vectors, vector_at
 from keyreel.runtime.backend import Backend
 from keyreel.search import Asked
-from keyreel.types import F32, I64, Example
+from keyreel.types import F32, F64, I64, Example
 from keyreel_kernels.arrays import Arrays, HostArrays
 
 # Frames asked for with each video that is wanted: the best ones are often of one scene.
@@ -95,7 +95,8 @@ class SearchIndex:
             snapshot = self._vectors.snapshot()
             self.left_out = snapshot.left_out
             if snapshot.matrix is not None:
-                ranking = self._ranking(snapshot, self._chosen(snapshot, where), given, where)
+                chosen = self._chosen(snapshot, where)
+                ranking = self._ranking(snapshot, chosen, given, where, pictures=_pictures(snapshot, chosen))
                 return [ranking.hits(n, k, own[n]) for n in range(len(given))]
             return [self._near_hits(query, k, where, own[n]) for n, query in enumerate(given)]
 
@@ -117,28 +118,27 @@ class SearchIndex:
         with self._running():
             snapshot = self._vectors.snapshot()
             self.left_out = snapshot.left_out
-            if snapshot.matrix is not None:
-                chosen = self._chosen(snapshot, where)
-            else:
+            chosen = self._chosen(snapshot, where)
+            pictures = _pictures(snapshot, chosen)
+            if snapshot.matrix is None:
                 snapshot, _ = self._near(given[0], where, 4 * k + 1)
                 chosen = np.ones(len(snapshot.records), np.bool_)
-            ranking = self._ranking(snapshot, chosen, given, where, with_pooled=True)
+            ranking = self._ranking(snapshot, chosen, given, where, pictures=pictures, with_pooled=True)
             return ranking.videos(0, k, moments, own)
 
     def vector(self, example: Example) -> F32:
         """[D] float32: the scene's vector of the frame shown at that time, the last one before or at it."""
         with self._running():
-            snapshot = self._vectors.snapshot()
-            number = _number(snapshot, example.video)
-            if number < 0:
-                raise LibraryError(
-                    f"{example.video} has no frames in the library", hint="`keyreel library list` says why"
-                )
-            if snapshot.matrix is None:
-                snapshot, number = self._vectors.part(snapshot, np.array([number])), 0
-                if not snapshot.records:
-                    raise Damaged(f"the rows of {example.video} are damaged", snapshot.left_out, hint=REPAIR)
+            snapshot, number = self._one(example.video)
             return vector_at(snapshot, number, example.seconds, self._arrays)
+
+    def scores(self, query: Asked, video: str) -> tuple[F64, F32]:
+        """Times and scores of the frames of a video, [T] float64 and [T] float32."""
+        given = self._checked([query], 1)
+        with self._running():
+            snapshot, number = self._one(video)
+            chosen = np.arange(len(snapshot.records)) == number
+            return self._ranking(snapshot, chosen, given, Filter(), pictures=1).curve(0, 0)
 
     def build(self) -> bool:
         """Builds the vector index if the library is large enough to need one; takes minutes.
@@ -161,6 +161,18 @@ class SearchIndex:
         return True
 
     # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _one(self, video: str) -> tuple[Snapshot, int]:
+        """A state of the library with the rows of a video, and the number of its record."""
+        snapshot = self._vectors.snapshot()
+        number = _number(snapshot, video)
+        if number < 0:
+            raise LibraryError(f"{video} has no frames in the library", hint="`keyreel library list` says why")
+        if snapshot.matrix is None:
+            snapshot, number = self._vectors.part(snapshot, np.array([number])), 0
+            if not snapshot.records:
+                raise Damaged(f"the rows of {video} are damaged", snapshot.left_out, hint=REPAIR)
+        return snapshot, number
 
     def _running(self) -> Any:
         return nullcontext() if self._backend is None else self._backend.running()
@@ -199,22 +211,24 @@ class SearchIndex:
         queries: Sequence[Asked],
         where: Filter,
         *,
+        pictures: int,
         with_pooled: bool = False,
     ) -> Ranking:
         spans = snapshot.spans
         spans = spans if chosen.all() else spans[chosen[spans.video]]
         spans = _in_time(spans, snapshot, where)
         fold = self._config.fold_similarity
-        return Ranking(snapshot, spans, queries, where, fold, self._arrays, with_pooled=with_pooled)
+        return Ranking(snapshot, spans, queries, where, fold, self._arrays, pictures=pictures, with_pooled=with_pooled)
 
     # --- beyond memory --------------------------------------------------------------------------------------------
 
     def _near_hits(self, query: Asked, k: int, where: Filter, own: Example | None) -> list[LibraryHit]:
-        wanted = 2 * k + 1
+        snapshot = self._vectors.snapshot()
+        pictures, wanted = _pictures(snapshot, self._chosen(snapshot, where)), 2 * k + 1
         while True:
             near, whole = self._near(query, where, wanted)
             every = np.ones(len(near.records), np.bool_)
-            hits = self._ranking(near, every, [query], where).hits(0, k, own)
+            hits = self._ranking(near, every, [query], where, pictures=pictures).hits(0, k, own)
             if len(hits) == k or whole:
                 return hits
             wanted *= 4
@@ -280,6 +294,11 @@ class SearchIndex:
             if len(found) >= wanted or len(names) < limit:
                 return found, len(names) < limit
             limit *= 4
+
+
+def _pictures(snapshot: Snapshot, chosen: BOOL) -> int:
+    """How many shots the chosen videos have."""
+    return sum(len(snapshot.records[number].shots) for number in np.flatnonzero(chosen).tolist())
 
 
 def _sought(query: Asked) -> F32:

@@ -195,6 +195,7 @@ class HitEntry:
     preview: str | None
     answered_by: AnsweredBy  # which vector of the best frame
     region: tuple[Fraction, Fraction, Fraction, Fraction] | None  # x, y, width, height of its subject, as shares
+    chance: Fraction | None  # that the best frame shows what a text says
     video_id: str | UnsetType = UNSET
     keyframe_seconds: Seconds | UnsetType = UNSET
     video_score: Score | UnsetType = UNSET
@@ -215,12 +216,13 @@ class FoundVideo:
 class SearchDocument:
     """What `keyreel search --json` prints."""
 
-    schema: Literal["keyreel.search/1"] = "keyreel.search/1"
+    schema: Literal["keyreel.search/2"] = "keyreel.search/2"
     query: str
+    also: tuple[str, ...] = ()  # texts that must fit, too
+    without: tuple[str, ...] = ()  # texts that must not fit
     hits: tuple[HitEntry, ...]  # best first
     failed: tuple[FailedVideo, ...]
     videos: tuple[FoundVideo, ...] | UnsetType = UNSET  # where videos of a library were asked for; the hits are theirs
-    weak_score: Score | UnsetType = UNSET  # hits below it hardly match a text, see `Engine.match_threshold`
     unknown_words: tuple[str, ...] = ()  # of a text: the model does not know them
     left_out: tuple[str, ...] = ()  # videos of the library that were not searched: what is stored of them is damaged
 
@@ -230,18 +232,20 @@ def search_document(
     hits: Sequence[SearchHit],
     failed: Sequence[Failure] = (),
     *,
+    also: Sequence[str] = (),
+    without: Sequence[str] = (),
     videos: Sequence[FoundVideo] | None = None,
-    weak_score: float | None = None,
     unknown_words: Sequence[str] = (),
     left_out: Sequence[str] = (),
 ) -> SearchDocument:
     """Search results as a document, best hit first, with the videos that failed."""
     return SearchDocument(
         query=query,
+        also=tuple(also),
+        without=tuple(without),
         hits=tuple(HitEntry(**dataclasses.asdict(hit)) for hit in sorted(hits, key=lambda hit: -hit.score)),
         failed=tuple(FailedVideo.of(failure) for failure in failed),
         videos=UNSET if videos is None else tuple(videos),
-        weak_score=UNSET if weak_score is None else weak_score,
         unknown_words=tuple(unknown_words),
         left_out=tuple(left_out),
     )

@@ -28,7 +28,7 @@ import numpy as np
 from keyreel.config import ImageTransform, ShiftMode
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 from keyreel.render.files import atomic_write
-from keyreel.types import F32, F64
+from keyreel.types import F32
 
 SCHEMA = "keyreel.bundle/2"
 MANIFEST = "manifest.json"
@@ -84,6 +84,28 @@ class SubjectScale:
 
 
 @dataclass(frozen=True, slots=True)
+class ChanceScale:
+    """What makes a score a chance, fitted with the model, see `keyreel.chance`."""
+
+    background: tuple[str, ...]  # texts of many things
+    lead: float  # of the logit, by the lead over them
+    pictures: float  # by the logarithm of the number of pictures
+    offset: float
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> ChanceScale | None:
+        """`text.chance` of a manifest; None if the model was not calibrated. ValueError for values without sense."""
+        known = manifest["text"].get("chance")
+        if known is None:
+            return None
+        numbers = [float(known[name]) for name in ("lead", "pictures", "offset")]
+        texts = tuple(map(str, known["background"]))
+        if not np.isfinite(numbers).all() or numbers[0] <= 0 or numbers[1] > 0 or not texts:
+            raise ValueError(f"text.chance has {numbers} and {len(texts)} texts, expected a rising one and some texts")
+        return cls(texts, *numbers)
+
+
+@dataclass(frozen=True, slots=True)
 class Bundle:
     """A checked model folder. `sha256` is the digest of its manifest, which holds the digests of all other files."""
 
@@ -101,6 +123,7 @@ class Bundle:
     attention_input: AttentionInput
     shift_default: ShiftMode
     subject: SubjectScale
+    chance: ChanceScale | None  # None: the model was not calibrated
     same_scene: Mapping[str, str]  # by sha256 of an earlier bundle's manifest: the file of the matrix [D, D] that takes
     # its scene vectors to this one's, "" where they are the same
     same_vectors: frozenset[
@@ -166,6 +189,7 @@ class Bundle:
                 attention_input=manifest["attention"]["input"],
                 shift_default=manifest["fusion"]["shift_default"],
                 subject=SubjectScale(**{key: float(value) for key, value in dict(manifest["subject"]).items()}),
+                chance=ChanceScale.of(manifest),
                 same_scene={str(key): str(value) for key, value in manifest["fusion"].get("same_scene", {}).items()},
                 same_vectors=frozenset(map(str, manifest["fusion"].get("same_vectors", ()))),
                 sha256=hashlib.sha256(raw).hexdigest(),
@@ -178,18 +202,6 @@ class Bundle:
     def precision(self) -> str:
         """Of the graphs' weights: "fp32", "fp16", or "int8" for a backbone whose matrix products are in 8 bits."""
         return str(self.manifest.get("precision", "fp32"))
-
-    def match_threshold(self, moments: int) -> float | None:
-        """The best cosine below which nothing matches a text well; None if the model was not calibrated.
-
-        It rises with the number of pictures, since among more of them some come near any text by chance. For the
-        built-in model, 92 in 100 labels that are present reach it in photographs, fewer in video.
-
-        Args:
-            moments: different pictures that were searched, such as the shots of all videos.
-        """
-        table = _thresholds(self.manifest)
-        return None if table is None else float(np.interp(np.log(max(moments, 1)), np.log(table[:, 0]), table[:, 1]))
 
     def scene_update(self, sha256: str) -> F32 | None:
         """[D, D] float32: what takes the scene vectors of an earlier bundle, one of `same_scene`, to this one's; None
@@ -230,21 +242,8 @@ def _check_values(manifest: Mapping[str, Any]) -> None:
     ):
         if manifest[part][key] not in allowed:
             raise ValueError(f"{part}.{key} is {manifest[part][key]!r}, allowed: {', '.join(allowed)}")
-    _thresholds(manifest)
     if len(manifest["grid"]) != 2 or min(manifest["grid"]) < 1:
         raise ValueError(f"grid is {manifest['grid']!r}, expected [rows, columns]")
-
-
-def _thresholds(manifest: Mapping[str, Any]) -> F64 | None:
-    """`text.weak_scores`: [n, 2], numbers of moments from 1 and the threshold for each, both rising."""
-    known = manifest["text"].get("weak_scores")
-    if known is None:
-        return None
-    table = np.array(known, np.float64)
-    sound = table.ndim == 2 and table.shape[1] == 2 and len(table) and np.isfinite(table).all() and table[0, 0] >= 1
-    if not sound or (np.diff(table[:, 0]) <= 0).any() or (np.diff(table[:, 1]) < 0).any() or abs(table[:, 1]).max() > 1:
-        raise ValueError(f"text.weak_scores is {known!r}, expected rising [moments, score] from 1, within -1 to 1")
-    return table
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from keyreel.errors import ModelError
 from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.sessions import Session
-from keyreel.runtime.words import misspellings, stems, words_of
+from keyreel.runtime.words import SILENT, misspellings, stems, words_of
 from keyreel.types import F32, I64
 from keyreel_kernels.arrays import Arrays
 
@@ -90,8 +90,15 @@ class Tokenizer:
 
         An inflection of a word in the list is known, and so is a misspelling of one.
         """
-        words = dict.fromkeys(words_of(self._spelled(clean_text(text, self._clean))))
-        return [word for word in words if not self._listed(stems(word))]
+        return [word for word in self._words(text) if not self._listed(stems(word))]
+
+    def known(self, text: str) -> float:
+        """The share of the words of a text that the model has tokens of; words such as "the" do not count."""
+        said = [word for word in self._words(text) if word not in SILENT]
+        return sum(bool(self._listed(stems(word))) for word in said) / len(said) if said else 1.0
+
+    def _words(self, text: str) -> dict[str, None]:
+        return dict.fromkeys(words_of(self._spelled(clean_text(text, self._clean))))
 
     def _spelled(self, text: str) -> str:
         """The text, with a word that is in no list replaced by the only listed one that it may be a misspelling of."""
@@ -132,6 +139,10 @@ class TextEncoder:
     def unknown_words(self, text: str) -> list[str]:
         """See `Tokenizer.unknown_words`."""
         return self._tokenizer.unknown_words(text)
+
+    def known(self, text: str) -> float:
+        """See `Tokenizer.known`."""
+        return self._tokenizer.known(text)
 
     def close(self) -> None:
         self._session.close()

@@ -22,7 +22,8 @@ from keyreel.serve.files import OpenFile, safe_name
 from keyreel.serve.metrics import CONTENT_TYPE
 from keyreel.serve.security import LOOPBACK, ApiError, Security, to_api_error, too_busy
 from keyreel.serve.service import Service
-from keyreel.types import Example
+from keyreel.types import Combined, Example
+from keyreel.types import Query as Asked
 
 PAGE = Path(__file__).with_name("page")
 STORYBOARD_STYLE = PAGE.parents[1] / "render" / "page.css"
@@ -143,16 +144,15 @@ def _add_search(router: APIRouter, service: Service) -> None:
     # Pictures are held in memory: the next one is not read before one is done.
     pictures = asyncio.Semaphore(service.config.threads)
 
-    async def by_text(text: str, k: int, where: Filter, base: str) -> models.Hits:
+    async def by_text(text: str, query: Asked | Combined, k: int, where: Filter, base: str) -> models.Hits:
         began = time.perf_counter()
         if not text.strip() or len(text) > MAX_QUERY:
             raise ApiError(422, "invalid", f"q must have 1 to {MAX_QUERY} characters, got {len(text)}")
-        found = await service.batcher.search(text, k, where)
+        found = await service.batcher.search(query, k, where)
         seconds = time.perf_counter() - began
         return models.Hits(
             query=text,
             seconds=seconds,
-            weak_score=found.weak_score,
             unknown_words=list(found.unknown_words),
             left_out=models.names(found.left_out),
             hits=models.moments(found.hits, base),
@@ -161,7 +161,7 @@ def _add_search(router: APIRouter, service: Service) -> None:
     @router.get("/api/v1/search", tags=["search"])
     async def search(request: Request, query: Annotated[models.TextSearch, Query()]) -> models.Hits:
         """The best moments of all videos for a text. Queries that come together share one pass."""
-        return await by_text(query.q, query.k, query.where(), _base(request))
+        return await by_text(query.q, query.query(query.q), query.k, query.where(), _base(request))
 
     @router.post("/api/v1/search", tags=["search"], openapi_extra=models.body(models.LikeRequest))
     async def search_picture(request: Request, query: Annotated[models.Search, Query()]) -> models.Hits:
@@ -172,11 +172,11 @@ def _add_search(router: APIRouter, service: Service) -> None:
             async with pictures:
                 name = await uploads.read_file(request, body, max_bytes=uploads.IMAGE_BYTES, idle_seconds=idle)
                 picture = await service.pool.run(uploads.picture, body.getvalue())
-                found = await service.pool.run(service.search, picture, query.k, query.where())
+                found = await service.pool.run(service.search, query.query(picture), query.k, query.where())
         else:
             name, like = None, (await uploads.read_json(request, models.LikeRequest, idle_seconds=idle)).like
             example = Example(like.video_id, like.seconds)
-            found = await service.pool.run(service.search, example, query.k, query.where())
+            found = await service.pool.run(service.search, query.query(example), query.k, query.where())
         seconds = time.perf_counter() - began
         hits, left_out = models.moments(found.hits, _base(request)), models.names(found.left_out)
         return models.Hits(query=name, seconds=seconds, left_out=left_out, hits=hits)
@@ -184,9 +184,10 @@ def _add_search(router: APIRouter, service: Service) -> None:
     @router.get("/api/v1/videos/{id}/moments", tags=["search"])
     async def moments(
         request: Request, id: str, q: Annotated[str, Query(min_length=1)], k: Annotated[int, Query(ge=1)] = 10
-    ) -> models.Hits:
-        """The best moments of one video for a text."""
-        return await by_text(q, k, Filter(videos=(id,)), _base(request))
+    ) -> models.VideoHits:
+        """The best moments of one video for a text, and how well each of its frames fits."""
+        found = await by_text(q, q, k, Filter(videos=(id,)), _base(request))
+        return models.VideoHits(**dict(found), curve=await service.pool.run(service.curve, id, q))
 
 
 def _add_videos(router: APIRouter, service: Service) -> None:

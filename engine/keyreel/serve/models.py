@@ -15,11 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from keyreel.library.types import Extras, Filter, LibraryHit, Preview, Record
 from keyreel.serve.files import file_name
 from keyreel.serve.security import redact_paths
-from keyreel.types import AnsweredBy, Region
+from keyreel.types import AnsweredBy, Combined, Example, Query, Region
 
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 Text = Annotated[str, Field(max_length=1000)]
+Frame = Annotated[str, Field(pattern=r"^[0-9a-f]{32}@[0-9]{1,9}(\.[0-9]{1,9})?$")]
 
 
 class Filters(BaseModel):
@@ -54,8 +55,18 @@ class Filters(BaseModel):
 class Search(Filters):
     """A search; with `q` by text."""
 
+    also: Annotated[list[Text], Field(max_length=8, description="texts that must fit, too")] = []
+    without: Annotated[list[Text], Field(max_length=8, description="texts that must not fit")] = []
+    more: Annotated[list[Frame], Field(max_length=32, description="more like these frames, ID@SECONDS")] = []
+    less: Annotated[list[Frame], Field(max_length=32, description="less like these frames, ID@SECONDS")] = []
     per_video: Annotated[int | None, Field(ge=1, description="most moments of one video")] = None
     k: Annotated[int, Field(ge=1, description="most moments")] = 10
+
+    def query(self, of: Query) -> Query | Combined:
+        """A query with these conditions; hashable if the query is."""
+        also: list[Query] = [*self.also, *map(_example, self.more)]
+        without: list[Query] = [*self.without, *map(_example, self.less)]
+        return Combined(of, also, without) if also or without else of
 
 
 class TextSearch(Search):
@@ -82,6 +93,7 @@ class Moment(BaseModel):
     score: float
     answered_by: AnsweredBy  # the vector of the whole picture, or that of its subject
     region: Region | None  # x, y, width, height of the subject in the best frame, as shares of the picture
+    chance: float | None  # that the best frame shows what the text says, where the model was calibrated
     video_score: float
     keyframe_seconds: float
     folded: int
@@ -94,10 +106,15 @@ class Hits(BaseModel):
 
     query: str | None
     seconds: float
-    weak_score: float | None = None  # hits below it hardly match the text, where the model says so
     unknown_words: list[str] = []  # of the text, that the model does not know
     left_out: list[str] = []  # names of videos that were not searched: what is stored of them is damaged
     hits: list[Moment]
+
+
+class VideoHits(Hits):
+    """The answer to a search in one video."""
+
+    curve: list[tuple[float, float]]  # seconds and score, of long videos the best frame of each stretch
 
 
 class Video(BaseModel):
@@ -236,6 +253,11 @@ def moments(hits: Sequence[LibraryHit], base: str) -> list[Moment]:
         preview = _preview(base, hit.video_id, hit.pts_seconds)
         found.append(Moment(**asdict(hit) | {"video": file_name(hit.video), "preview": preview}))
     return found
+
+
+def _example(frame: str) -> Example:
+    id, _, seconds = frame.partition("@")
+    return Example(id, float(seconds))
 
 
 def names(paths: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -22,9 +23,10 @@ from keyreel.serve.jobs import Jobs
 from keyreel.serve.metrics import Metrics
 from keyreel.serve.security import ApiError, redact_paths
 from keyreel.serve.workers import Answer, Batcher, Pool
-from keyreel.types import U8, Example, Progress
+from keyreel.types import Combined, Example, Progress, Query
 
 MAX_RESULTS = 100  # of one search
+CURVE_POINTS = 600
 _ID = re.compile("[0-9a-f]{32}")
 
 
@@ -74,11 +76,10 @@ class Service:
         left_out = len(self.library.left_out())  # videos that this search could not use
         return {"status": "ready", "model": engine.bundle.name, "device": engine.backend.device, "left_out": left_out}
 
-    def search(self, query: U8 | Example, k: int, where: Filter) -> Answer:
+    def search(self, query: Query | Combined, k: int, where: Filter) -> Answer:
         """The k best moments for a picture or a frame of the library."""
         self._check(where, k)
-        if isinstance(query, Example):
-            self.record(query.video)
+        self._check_examples(query)
         if not self.library.exists():
             return Answer([])
         return Answer(self.library.search(query, k=k, where=where), left_out=self.library.left_out())
@@ -154,14 +155,28 @@ class Service:
         for id in where.videos:
             self.record(id)
 
-    def _search_texts(self, texts: Sequence[str], k: int, where: Filter) -> list[Answer]:
+    def curve(self, id: str, query: str) -> list[tuple[float, float]]:
+        """The scores of the frames of a video, the best of each stretch if there are many."""
+        times, scores = self.library.scores(query, self.record(id, indexed=True).id)
+        step = math.ceil(len(scores) / CURVE_POINTS)
+        best = [first + int(scores[first : first + step].argmax()) for first in range(0, len(scores), step)]
+        return [(round(float(times[row]), 3), round(float(scores[row]), 5)) for row in best]
+
+    def _check_examples(self, query: Query | Combined) -> None:
+        for part in Combined.of(query).parts:
+            if isinstance(part, Example):
+                self.record(part.video, indexed=True)
+
+    def _search_texts(self, queries: Sequence[Query | Combined], k: int, where: Filter) -> list[Answer]:
         self._check(where, k)
+        for query in queries:
+            self._check_examples(query)
         if not self.library.exists():
-            return [Answer([]) for _ in texts]
-        library, found = self.library, self.library.search_many(texts, k=k, where=where)
+            return [Answer([]) for _ in queries]
+        library, found = self.library, self.library.search_many(queries, k=k, where=where)
         return [
-            Answer(hits, library.match_threshold(text, where), library.unknown_words(text), library.left_out())
-            for text, hits in zip(texts, found, strict=True)
+            Answer(hits, library.unknown_words(query), library.left_out())
+            for query, hits in zip(queries, found, strict=True)
         ]
 
     def _add(self, path: Path, report: Progress, stop: Callable[[], bool]) -> Added | None:

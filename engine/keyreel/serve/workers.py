@@ -13,16 +13,16 @@ from typing import NamedTuple, ParamSpec, TypeVar
 from keyreel.library.types import Filter, LibraryHit
 from keyreel.serve.metrics import Metrics
 from keyreel.serve.security import too_busy
+from keyreel.types import Combined, Query
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class Answer(NamedTuple):
-    """To a text."""
+    """To a query."""
 
     hits: list[LibraryHit]
-    weak_score: float | None = None  # below it, hits hardly match
     unknown_words: Sequence[str] = ()  # that the model does not know
     left_out: Sequence[str] = ()  # paths of videos that were not searched
 
@@ -69,7 +69,7 @@ class Pool:
 
 @dataclass(slots=True, eq=False)
 class _Query:
-    text: str
+    query: Query | Combined
     k: int
     where: Filter
     answer: Future[Answer] = field(default_factory=Future)
@@ -81,22 +81,24 @@ class Batcher:
     64 clients get a fifth more answers a second this way than with a pass for each query.
 
     Args:
-        search_many: (texts, k, where) -> an answer to each text.
+        search_many: (queries, k, where) -> an answer to each.
     """
 
-    def __init__(self, search_many: Callable[[Sequence[str], int, Filter], list[Answer]], metrics: Metrics) -> None:
+    def __init__(
+        self, search_many: Callable[[Sequence[Query | Combined], int, Filter], list[Answer]], metrics: Metrics
+    ) -> None:
         self._search_many, self._metrics = search_many, metrics
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="keyreel-batch")
         self._waiting: list[_Query] = []
         self._lock = threading.Lock()
 
-    async def search(self, text: str, k: int, where: Filter) -> Answer:
-        """The answer to one text, the same as without others.
+    async def search(self, asked: Query | Combined, k: int, where: Filter) -> Answer:
+        """The answer to one query, the same as without others.
 
         Raises:
             ApiError: 429, too many queries wait.
         """
-        query = _Query(text, k, where)
+        query = _Query(asked, k, where)
         with self._lock:
             if len(self._waiting) >= MAX_WAITING:
                 raise too_busy("queries", 1)
@@ -124,7 +126,7 @@ class Batcher:
 
     def _answer(self, batch: list[_Query]) -> None:
         try:
-            answers = self._search_many([query.text for query in batch], batch[0].k, batch[0].where)
+            answers = self._search_many([query.query for query in batch], batch[0].k, batch[0].where)
         except Exception as error:  # noqa: BLE001 - it is the callers' answer
             if len(batch) == 1:
                 batch[0].answer.set_exception(error)

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from keyreel.chance import lead_of
 from keyreel.config import ImageTransform
 from keyreel.runtime.bundle import Bundle, SubjectScale
 from keyreel.runtime.sessions import OnnxRuntimeSession
@@ -19,7 +21,6 @@ from keyreel.runtime.text import Tokenizer
 from keyreel.search import frame_scores
 from keyreel_export.builtin.data import F32, SIZE, U8, Example, read_examples, read_images, square_view
 
-MISSED = 0.08  # of the present labels, by the threshold below which nothing matches; frames of video score lower
 LIBRARIES = (1, 2, 5, 10, 20, 50, 100, 200, 400)  # images in a library that is asked
 
 
@@ -134,51 +135,97 @@ def measure_labels(towers: Towers, shown: Shown) -> list[dict[str, Any]]:
     return table
 
 
-def ask_libraries(towers: Towers, shown: Shown, *, libraries: int, seed: int) -> Iterator[tuple[int, F32, F32]]:
-    """Best scores of random libraries of each size, each asked for a label that is present and for one that is absent:
-    (size, [L], [L]).
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What random libraries of one size answer to a label that is present and to one that is absent, [L] each."""
+
+    size: int  # images in each library
+    present: Leads
+    absent: Leads
+
+
+@dataclass(frozen=True, slots=True)
+class Leads:
+    """Of the best image for each label."""
+
+    score: F32
+    lead: F32  # see `keyreel.chance.lead_of`
+
+
+def ask_libraries(towers: Towers, shown: Shown, *, libraries: int, seed: int) -> Iterator[Answers]:
+    """The answers of libraries of each size in `LIBRARIES`, as many as there are images for.
 
     A label is absent where no image of the library has it, so that "dog" is not absent where a poodle is.
     """
     names = sorted({example.labels[0] for example in shown.examples})
     place = {name: column for column, name in enumerate(names)}
-    scores = shown.scores(towers.texts(names), towers.bundle.subject)
+    scale, texts = towers.bundle.subject, towers.texts(names)
+    background = towers.texts(background_of(shown))
+    scores = shown.scores(texts, scale)
+    new = np.vecdot(shown.scene, shown.subject) < scale.novelty
     for size in (size for size in LIBRARIES if 2 * size <= len(shown.examples)):
         rng = np.random.default_rng(seed)
-        found: list[tuple[float, float]] = []
+        found: list[list[tuple[float, float]]] = []
         for _ in range(libraries):
             chosen = rng.choice(len(shown.examples), size, replace=False)
             held = {label for i in chosen for label in shown.examples[int(i)].labels}
             strangers = [name for name in names if name not in held]
             if strangers:
                 asked = shown.examples[int(rng.choice(chosen))].labels[0], strangers[int(rng.integers(len(strangers)))]
-                present, absent = (float(scores[chosen, place[name]].max()) for name in asked)
-                found.append((present, absent))
+                own = []
+                for column in (place[name] for name in asked):
+                    best = int(chosen[scores[chosen, column].argmax()])
+                    subject = shown.subject[best] if new[best] else None
+                    lead = lead_of(background, texts[column], scale, shown.scene[best], subject)
+                    own.append((float(scores[best, column]), lead))
+                found.append(own)
         if found:
-            best = np.asarray(found, np.float32)
-            yield size, best[:, 0], best[:, 1]
+            table = np.array(found, np.float32)
+            yield Answers(size, *(Leads(table[:, n, 0], table[:, n, 1]) for n in range(2)))
 
 
-def match_thresholds(towers: Towers, shown: Shown, *, libraries: int = 1500) -> list[list[float]]:
-    """[[images, score], ...], both rising: the score that all but MISSED of the present labels reach among so many
-    images. Empty where there are too few images.
+def background_of(shown: Shown) -> list[str]:
+    """All labels of the images."""
+    return sorted({label for example in shown.examples for label in example.labels})
+
+
+def fit_chance(towers: Towers, shown: Shown, *, libraries: int = 1500) -> dict[str, Any] | None:
+    """`text.chance` of the manifest: logistic regression of present against absent labels, each library size counting
+    alike, by the lead and the logarithm of the size. None where there are too few images.
     """
-    found: list[list[float]] = []
-    for size, present, _ in ask_libraries(towers, shown, libraries=libraries, seed=0):
-        score = round(float(np.quantile(present, MISSED)), 4)
-        found.append([size, max(score, found[-1][1]) if found else score])
-    return found
+    rows, present = list[tuple[float, float, float]](), list[bool]()
+    for answers in ask_libraries(towers, shown, libraries=libraries, seed=0):
+        for there, leads in ((True, answers.present.lead), (False, answers.absent.lead)):
+            rows += [(float(lead), float(np.log(answers.size)), 1.0) for lead in leads]
+            present += [there] * len(leads)
+    if not rows:
+        return None
+    lead, pictures, offset = logistic(np.array(rows), np.array(present, np.float64))
+    numbers = {"lead": round(lead, 3), "pictures": round(min(pictures, 0.0), 3), "offset": round(offset, 3)}
+    return {**numbers, "background": background_of(shown)}
+
+
+def logistic(inputs: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64]) -> list[float]:
+    """Weights [n] of a logistic regression of inputs [N, n], by Newton's method with a slight ridge."""
+    weights = np.zeros(inputs.shape[1])
+    for _ in range(50):
+        chance = 1 / (1 + np.exp(-np.clip(inputs @ weights, -50, 50)))
+        curve = inputs.T @ (inputs * (chance * (1 - chance))[:, None]) + 1e-3 * np.eye(len(weights))
+        step = np.linalg.solve(curve, inputs.T @ (wanted - chance) - 1e-3 * weights)
+        weights += step
+        if np.abs(step).max() < 1e-8:
+            break
+    return [float(weight) for weight in weights]
 
 
 def measure_all(
     towers: Towers, trainset: Path, manifest: Mapping[str, Any]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Sets the manifest's thresholds; returns the label figures, and the table of both ways."""
+    """Fits the manifest's chances; returns the label figures, and the table of both ways."""
     shown = show(towers, trainset)
     table = measure_labels(towers, shown)
-    thresholds = match_thresholds(towers, halves(shown)[0])
-    if thresholds:
-        manifest["text"]["weak_scores"] = thresholds
+    if (chance := fit_chance(towers, halves(shown)[0])) is not None:
+        manifest["text"]["chance"] = chance
     kept = ("top1", "top5", "specific_top1", "specific_top5", "images", "labels")
     figures = {f"val_label_{key}": float(table[0][key]) for key in kept}
     return figures, [{"table": "labels", **row} for row in table]
