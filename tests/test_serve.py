@@ -37,7 +37,7 @@ from keyreel.serve.files import Roots, safe_name
 from keyreel.serve.models import video_detail
 from keyreel.serve.security import ApiError, redact_paths
 from keyreel.serve.service import Service
-from keyreel.types import Example
+from keyreel.types import Combined, Example
 
 UPLOAD_BYTES = 300_000
 
@@ -180,6 +180,50 @@ def test_pictures_and_frames_are_queries_too(service: Served, library: Library) 
     same(answer, library.search(Example(id, 1.0), k=3))
 
 
+def test_conditions_are_the_librarys(service: Served, library: Library) -> None:
+    id, other = ids(service)["a.mp4"], ids(service)["b.mp4"]
+    frames = {"more": [f"{id}@0.5", f"{other}@1"], "less": f"{other}@0"}
+    more, less = [Example(id, 0.5), Example(other, 1.0)], [Example(other, 0.0)]
+    texts = {"also": ["snow", "a hill"], "without": "a room"}
+    cases = [
+        (texts, Combined("a dog", also=["snow", "a hill"], without=["a room"])),
+        (frames, Combined("a dog", also=more, without=less)),
+        (texts | frames, Combined("a dog", also=["snow", "a hill", *more], without=["a room", *less])),
+    ]
+    for conditions, query in cases:
+        answer = service.http.get("/api/v1/search", params={"q": "a dog", "k": 9, **conditions})
+        same(answer, library.search(query, k=9))
+    like = {"like": {"video_id": id, "seconds": 0.5}}
+    answer = service.http.post("/api/v1/search", params={"k": 9, **texts}, json=like)
+    same(answer, library.search(Combined(Example(id, 0.5), also=["snow", "a hill"], without=["a room"]), k=9))
+    picture = np.random.default_rng(3).integers(0, 255, (40, 60, 3)).astype(np.uint8)
+    files = {"file": ("p.png", jpeg(picture))}
+    answer = service.http.post("/api/v1/search", params={"k": 9, **frames}, files=files)
+    same(answer, library.search(Combined(picture, also=more, without=less), k=9))
+    unknown = service.http.get("/api/v1/search", params={"q": "a dog", "also": ["zwyxq", "snow"], "without": "zwyxq"})
+    assert unknown.json()["unknown_words"] == ["zwyxq"]
+    for wrong in ({"more": "b.mp4@1"}, {"less": f"{id}@-1"}, {"more": f"{id}@nan"}, {"also": ["a"] * 9}):
+        assert service.http.get("/api/v1/search", params={"q": "a dog", **wrong}).status_code == 422
+    gone = service.http.get("/api/v1/search", params={"q": "a dog", "more": f"{'0' * 32}@1"})
+    assert (gone.status_code, error(gone)["kind"]) == (404, "not_found")
+
+
+def test_how_well_each_frame_of_a_video_fits(
+    service: Served, library: Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    id = ids(service)["c.mp4"]
+    answer = service.http.get(f"/api/v1/videos/{id}/moments", params={"q": "a dog"}).json()
+    times, scores = library.scores("a dog", id)
+    np.testing.assert_allclose(answer["curve"], np.c_[times, scores], atol=1e-3)
+    assert max(score for _, score in answer["curve"]) == pytest.approx(answer["hits"][0]["score"], abs=1e-5)
+    monkeypatch.setattr("keyreel.serve.service.CURVE_POINTS", 3)
+    made = app(library, ServeConfig(folder=str(tmp_path)))
+    few = asyncio.run(_ask(made, f"/api/v1/videos/{id}/moments?q=a+dog")).json()["curve"]
+    assert len(few) == 3
+    assert max(score for _, score in few) == max(score for _, score in answer["curve"])
+    assert service.http.get(f"/api/v1/videos/{'0' * 32}/moments", params={"q": "a dog"}).status_code == 404
+
+
 def test_a_video_in_full(service: Served, library: Library, place: Path) -> None:
     id = ids(service)["c.mp4"]
     video = service.http.get(f"/api/v1/videos/{id}").json()
@@ -187,6 +231,8 @@ def test_a_video_in_full(service: Served, library: Library, place: Path) -> None
     assert (video["name"], video["status"], video["frames"]) == ("c.mp4", "ok", record.frames)
     assert (video["width"], video["height"], video["duration_seconds"]) == (96, 64, pytest.approx(4.0, abs=0.05))
     assert [tuple(shot) for shot in video["shots"]] == list(record.shots)
+    assert [tuple(scene) for scene in video["scenes"]] == list(record.scenes)
+    assert record.scenes
     assert [frame["pts_seconds"] for frame in video["keyframes"]] == [preview.pts_seconds for preview in previews]
     for frame, preview in zip(video["keyframes"], previews, strict=True):
         np.testing.assert_allclose(frame["attention"], preview.attention, atol=1e-6)

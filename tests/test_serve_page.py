@@ -6,6 +6,8 @@ What the page shows is compared with what the API says, and what it draws with t
 from __future__ import annotations
 
 import io
+import json
+import math
 import re
 import shutil
 import socket
@@ -121,10 +123,15 @@ def _clock(seconds: float) -> str:
 
 def _labels(hits: list[Any]) -> list[str]:
     return [
-        f"{hit['video']}, {_clock(hit['start_seconds'])} – {_clock(hit['stop_seconds'])}, score {hit['score']:.3f}"
+        f"{hit['video']}, {_clock(hit['start_seconds'])} – {_clock(hit['stop_seconds'])}, {_chance(hit)}"
         + (", subject" if hit["answered_by"] == "subject" else "")
         for hit in hits
     ]
+
+
+def _chance(hit: Any) -> str:
+    """As JavaScript rounds, up at the half."""
+    return f"{hit['score']:.3f}" if hit["chance"] is None else f"{math.floor(100 * hit['chance'] + 0.5)} %"
 
 
 def _shown(page: Any) -> list[str]:
@@ -165,7 +172,7 @@ def test_typing_searches_and_the_address_holds_the_state(page: Any, site: Site) 
     assert len(asked) <= 3, "a request a letter"
     videos = len({hit["video_id"] for hit in hits})
     assert page.inner_text("#count").startswith(f"{len(hits)} moments in {videos} videos")
-    shares = [max(0, 100 * hit["score"] / hits[0]["score"]) for hit in hits]
+    shares = [100 * hit["chance"] for hit in hits]
     assert _numbers(page, "#results .share rect", "width") == pytest.approx(shares, abs=0.06)
 
     page.click(".choice [value=videos]")
@@ -184,6 +191,7 @@ def test_typing_searches_and_the_address_holds_the_state(page: Any, site: Site) 
 
 def test_keyboard_opens_a_moment_and_comes_back(page: Any, site: Site) -> None:
     hits = site.get("search", q="water", k=24, per_video=2)["hits"]
+    page.set_viewport_size({"width": 700, "height": 800})  # more than one row
     page.goto("/?view=jobs")
     page.keyboard.press("?")
     assert page.locator("#help").is_visible()
@@ -316,18 +324,24 @@ def test_a_hit_by_its_subject_frames_it(page: Any, site: Site) -> None:
 
 def test_video_has_its_timeline_moments_and_attention(page: Any, site: Site) -> None:
     video = site.get(f"videos/{site.video('bikes.mp4')['id']}")
-    hits = site.get(f"videos/{video['id']}/moments", q="a bus", k=12)["hits"]
-    length = video["duration_seconds"]
+    answer = site.get(f"videos/{video['id']}/moments", q="a bus", k=12)
+    hits, length = answer["hits"], video["duration_seconds"]
     page.goto(f"/?view=video&id={video['id']}&q=a+bus")
     page.wait_for_selector("#moments li")
 
-    starts = [100 * start / length for start, _ in video["shots"]]
-    assert _numbers(page, ".timeline .shots rect", "x") == pytest.approx(starts, abs=1e-3)
+    starts = [100 * start / length for start, _ in video["scenes"]]
+    assert _numbers(page, ".timeline .scenes rect", "x") == pytest.approx(starts, abs=1e-3)
+    cuts = [100 * start / length for start, _ in video["shots"][1:]]
+    assert _numbers(page, ".timeline .cuts line", "x1") == pytest.approx(cuts, abs=1e-3)
+    assert page.locator("#scenes tr").count() == len(video["scenes"])
     starts = [100 * hit["start_seconds"] / length for hit in hits]
     assert _numbers(page, ".timeline .found rect", "x") == pytest.approx(starts, abs=1e-3)
-    tall = _numbers(page, ".timeline .found rect", "height")
-    assert tall == sorted(tall, reverse=True)
-    assert tall[0] == pytest.approx(66)
+    curve = page.get_attribute(".timeline .scores path", "d").removeprefix("M").split("L")
+    points = [[float(number) for number in point.split()] for point in curve]
+    assert [x for x, _ in points] == pytest.approx([1000 * at / length for at, _ in answer["curve"]], abs=0.06)
+    scores = [score for _, score in answer["curve"]]
+    tall = [98 - 96 * (score - min(scores)) / (max(scores) - min(scores)) for score in scores]
+    assert [y for _, y in points] == pytest.approx(tall, abs=0.06)
     marks = [100 * frame["pts_seconds"] / length for frame in video["keyframes"]]
     assert _numbers(page, ".timeline .marks circle", "cx") == pytest.approx(marks, abs=1e-3)
     spans = page.locator("#moments b").all_text_contents()
@@ -505,12 +519,52 @@ def test_videos_are_added_and_jobs_told(page: Any, site: Site, media: Callable[[
 
 def test_words_that_the_model_does_not_know_are_named(page: Any, site: Site) -> None:
     page.goto("/?q=a+zwyxq+flower")
-    _comes(page, "document.querySelector('#count').textContent.endsWith('; the model does not know “zwyxq”')")
+    _comes(page, "document.querySelector('#weak').textContent.includes('The model does not know “zwyxq”.')")
     page.goto("/?q=zzzz+qqqq")
-    told = "; nothing matches well; the model does not know “zzzz”, “qqqq”"
-    _comes(page, f"document.querySelector('#count').textContent.endsWith('{told}')")
+    _comes(page, "document.querySelector('#weak').textContent.includes('“zzzz”, “qqqq”')")
+    told = "Nothing matches well\n\nThe best moment shows it with a chance of 0 %."
+    assert page.inner_text("#weak").startswith(told)
+    assert page.locator("#weak").bounding_box()["y"] < page.locator("#results").bounding_box()["y"]
     page.goto("/?q=flower")
-    _comes(page, "/ms$|well$/.test(document.querySelector('#count').textContent)")
+    page.wait_for_selector("#results .share")
+    page.wait_for_selector("#weak", state="hidden")
+
+
+def test_conditions_stand_in_the_address_and_as_chips(page: Any, site: Site) -> None:
+    page.goto("/?q=water")
+    page.wait_for_selector("#results .share")
+    page.click("#filter")
+    page.fill("[name=also]", "stones; a brook")
+    page.fill("[name=without]", "a car")
+    expected = site.get("search", q="water", k=24, per_video=2, also=["stones", "a brook"], without="a car")["hits"]
+    _comes(page, "document.querySelectorAll('.chip').length === 3")
+    assert page.locator(".chip span").all_text_contents() == ["and stones", "and a brook", "not a car"]
+    _comes(page, f"document.querySelector('#results .picture')?.ariaLabel === {json.dumps(_labels(expected)[0])}")
+    assert _shown(page) == _labels(expected)
+    # More and less like what was found.
+    first, last = expected[0], expected[-1]
+    frames = {name: f"{hit['video_id']}@{hit['pts_seconds']:.3f}" for name, hit in (("more", first), ("less", last))}
+    page.locator("#results .like").first.click()
+    _comes(page, "document.querySelectorAll('.chip').length === 4")
+    page.wait_for_selector("#results[aria-busy=false]")
+    page.locator(f"#results a.unlike[aria-label*={json.dumps(last['video'])}]").last.click()
+    _comes(page, "document.querySelectorAll('.chip').length === 5")
+    asked = urllib.parse.parse_qs(urllib.parse.urlsplit(page.url).query)
+    assert (asked["also"], asked["without"], asked["more"]) == (["stones; a brook"], ["a car"], [frames["more"]])
+    assert asked["less"][0].startswith(last["video_id"])
+    steered = {"more": frames["more"], "less": asked["less"][0]}
+    expected = site.get("search", q="water", k=24, per_video=2, also=["stones", "a brook"], without="a car", **steered)[
+        "hits"
+    ]
+    page.reload()
+    page.wait_for_selector("#results .share")
+    assert _shown(page) == _labels(expected)
+    _comes(page, f"document.querySelectorAll('.chip span')[3].textContent.includes({json.dumps(first['video'])})")
+    page.locator(".chip a").last.click()
+    _comes(page, "document.querySelectorAll('.chip').length === 4")
+    assert "less" not in urllib.parse.parse_qs(urllib.parse.urlsplit(page.url).query)
+    page.go_back()
+    _comes(page, "document.querySelectorAll('.chip').length === 5")
 
 
 def test_errors_stand_where_they_happen(page: Any, site: Site) -> None:
@@ -526,17 +580,17 @@ def test_errors_stand_where_they_happen(page: Any, site: Site) -> None:
 
     page.route("**/api/v1/search**", answer)
     page.goto("/?q=water")
-    page.wait_for_selector("#search > .note:not([hidden])")  # 429 is waited for, 503 is told
-    assert page.inner_text("#search > .note b") == "refused with 503"
-    assert page.inner_text("#search > .note p") == "wait <b>a little</b>"
-    page.click("#search > .note button")
+    page.wait_for_selector("#search > .note.bad:not([hidden])")  # 429 is waited for, 503 is told
+    assert page.inner_text("#search > .note.bad b") == "refused with 503"
+    assert page.inner_text("#search > .note.bad p") == "wait <b>a little</b>"
+    page.click("#search > .note.bad button")
     page.wait_for_selector("#results .share")
     assert _shown(page) == _labels(hits)
-    assert page.locator("#search > .note").is_hidden()
+    assert page.locator("#search > .note.bad").is_hidden()
     page.context.set_offline(True)
     page.fill("#q", "bus")
-    page.wait_for_selector("#search > .note:not([hidden])")
-    assert page.inner_text("#search > .note b") == "The server cannot be reached."
+    page.wait_for_selector("#search > .note.bad:not([hidden])")
+    assert page.inner_text("#search > .note.bad b") == "The server cannot be reached."
     page.context.set_offline(False)
     page.goto("/?view=video&id=nothing")
     page.wait_for_selector("#video > .note:not([hidden])")

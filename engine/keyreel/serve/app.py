@@ -155,6 +155,7 @@ def _add_search(router: APIRouter, service: Service) -> None:
             seconds=seconds,
             unknown_words=list(found.unknown_words),
             left_out=models.names(found.left_out),
+            matches_well=models.matches_well(found.hits),
             hits=models.moments(found.hits, base),
         )
 
@@ -179,7 +180,8 @@ def _add_search(router: APIRouter, service: Service) -> None:
             found = await service.pool.run(service.search, query.query(example), query.k, query.where())
         seconds = time.perf_counter() - began
         hits, left_out = models.moments(found.hits, _base(request)), models.names(found.left_out)
-        return models.Hits(query=name, seconds=seconds, left_out=left_out, hits=hits)
+        well = models.matches_well(found.hits)
+        return models.Hits(query=name, seconds=seconds, left_out=left_out, matches_well=well, hits=hits)
 
     @router.get("/api/v1/videos/{id}/moments", tags=["search"])
     async def moments(

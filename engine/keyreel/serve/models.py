@@ -12,6 +12,7 @@ from urllib.parse import quote
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from keyreel.chance import WELL
 from keyreel.library.types import Extras, Filter, LibraryHit, Preview, Record
 from keyreel.serve.files import file_name
 from keyreel.serve.security import redact_paths
@@ -108,6 +109,7 @@ class Hits(BaseModel):
     seconds: float
     unknown_words: list[str] = []  # of the text, that the model does not know
     left_out: list[str] = []  # names of videos that were not searched: what is stored of them is damaged
+    matches_well: bool | None = None  # whether the best chance is high enough; without chances nobody knows
     hits: list[Moment]
 
 
@@ -253,6 +255,12 @@ def moments(hits: Sequence[LibraryHit], base: str) -> list[Moment]:
         preview = _preview(base, hit.video_id, hit.pts_seconds)
         found.append(Moment(**asdict(hit) | {"video": file_name(hit.video), "preview": preview}))
     return found
+
+
+def matches_well(hits: Sequence[LibraryHit]) -> bool | None:
+    """Whether one of them has a chance of `WELL` or more; None without chances."""
+    chances = [hit.chance for hit in hits if hit.chance is not None]
+    return max(chances) >= WELL if chances else None
 
 
 def _example(frame: str) -> Example:

@@ -78,7 +78,9 @@ export const pause = (milliseconds, signal) => new Promise((resolve, reject) => 
 // JSON of the API. A full queue (429) is waited for, twice at most; a refused token is asked for.
 export async function api(path, { method = "GET", query = {}, body = null, signal = null, tries = 2 } = {}) {
   const url = new URL(path, API), used = token, json = body !== null && !(body instanceof FormData);
-  for (const [key, value] of Object.entries(query)) if (value !== null && value !== "") url.searchParams.set(key, value);
+  for (const [key, value] of Object.entries(query)) {
+    for (const one of Array.isArray(value) ? value : [value]) if (one !== null && one !== "") url.searchParams.append(key, one);
+  }
   const headers = { ...authorization(), ...(json && { "Content-Type": "application/json" }) };
   const response = await fetch(url, { method, headers, body: json ? JSON.stringify(body) : body, signal }).catch((error) => {
     if (signal?.aborted) throw error;

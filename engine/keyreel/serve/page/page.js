@@ -5,7 +5,8 @@ import { card, cardPictures, neighbour } from "./cards.js";
 import { jobs } from "./jobs.js";
 import { video } from "./video.js";
 
-const FILTERS = ["path", "tag", "after", "before", "min_duration", "max_duration"];
+const CONDITIONS = ["also", "without"], FRAMES = ["more", "less"]; // several of each, with ; between them
+const FILTERS = [...CONDITIONS, "path", "tag", "after", "before", "min_duration", "max_duration"];
 const PAGE = 24, MOST = 96, EACH = 2; // results at first and at most, and of one video
 const box = $("#q");
 
@@ -18,7 +19,10 @@ const link = (values) => {
   return params.size ? `?${params}` : location.pathname;
 };
 // What a link into a video takes along: the search it came from.
-const origin = () => kept(address(), ["q", "like", "image", "k", "group", ...FILTERS]);
+const origin = () => kept(address(), ["q", "like", "image", "k", "group", ...FRAMES, ...FILTERS]);
+const several = (params, name) => (params.get(name) ?? "").split(";").map((one) => one.trim()).filter(Boolean);
+// This search with other conditions.
+const conditions = (name, values) => ({ ...Object.fromEntries(address()), [name]: values.join(";") });
 
 function go(values, { replace = false, soon = false } = {}) {
   const inner = replace ? history.state?.inner ?? false : true;
@@ -71,18 +75,28 @@ document.addEventListener("click", (event) => {
 
 // ---- Cards
 
+const percent = (share) => `${Math.round(100 * share)} %`;
+// A link to this search with a frame among those that it takes more, or less, after.
+function steered(frame, to, from) {
+  const without = several(address(), from).filter((one) => one !== frame);
+  return link({ ...conditions(to, [...new Set([...several(address(), to), frame])]), [from]: without.join(";") });
+}
+
 function momentCard(hit, best) {
-  const seconds = hit.pts_seconds, score = hit.score.toFixed(3), span = `${clock(hit.start_seconds)} – ${clock(hit.stop_seconds)}`;
+  const seconds = hit.pts_seconds, span = `${clock(hit.start_seconds)} – ${clock(hit.stop_seconds)}`;
+  const score = hit.chance === null ? hit.score.toFixed(3) : percent(hit.chance);
   const href = link({ view: "video", id: hit.video_id, t: seconds.toFixed(3), ...origin() });
   const subject = hit.answered_by === "subject", words = subject ? `${score}, subject` : score;
   const region = subject ? hit.region : null;
-  const node = card({ id: hit.video_id, name: hit.video, seconds, picture: hit.preview, href, label: `${hit.video}, ${span}, score ${words}`, region });
+  const node = card({ id: hit.video_id, name: hit.video, seconds, picture: hit.preview, href, label: `${hit.video}, ${span}, ${words}`, region });
   $(".row b", node).textContent = span;
-  const title = `cosine between the search and the best frame${subject ? ", by what stands out or moves in it" : ""}`;
+  const by = subject ? ", by what stands out or moves in it" : "", chance = hit.chance === null ? "" : "how likely the best frame shows it; ";
+  const title = `${chance}score ${hit.score.toFixed(3)}${by}`;
   Object.assign($(".row span", node), { textContent: words, title });
-  bar($(".share", node), best > 0 ? hit.score / best : 0);
-  const like = link({ like: `${hit.video_id}@${seconds.toFixed(3)}`, ...kept(address(), FILTERS) });
-  Object.assign($(".like", node), { href: like, ariaLabel: `More like ${hit.video} at ${clock(seconds)}` });
+  bar($(".share", node), hit.chance ?? (best > 0 ? hit.score / best : 0));
+  const frame = `${hit.video_id}@${seconds.toFixed(3)}`, place = `${hit.video} at ${clock(seconds)}`;
+  Object.assign($(".like", node), { href: steered(frame, "more", "less"), ariaLabel: `More like ${place}` });
+  Object.assign($(".unlike", node), { href: steered(frame, "less", "more"), ariaLabel: `Less like ${place}` });
   const notes = [];
   if (hit.folded) notes.push(`the same in ${count(hit.folded, "other video")}`);
   if (hit.more) notes.push(make("a", { href, textContent: `${hit.more} more in this video` }));
@@ -130,7 +144,7 @@ export function remove(id, name, then) {
       say(`${name} was removed`);
       then();
     } catch (error) {
-      complain($(`#${current} > .note`), error);
+      complain($(`#${current} > .note.bad`), error);
     }
   };
   dialog.showModal();
@@ -144,13 +158,14 @@ let running = null;
 
 // The filters as the API takes them: there `before` is the first moment that is too late, on the page the last day.
 function restricted(params) {
-  const query = kept(params, FILTERS);
+  const query = kept(params, FILTERS.filter((name) => !CONDITIONS.includes(name)));
   if (query.before) query.before += "T23:59:59.999";
   return query;
 }
 
 function question(params) {
   const query = { ...restricted(params), k: params.get("k") ?? PAGE, per_video: params.has("video") ? null : EACH };
+  for (const name of [...CONDITIONS, ...FRAMES]) query[name] = several(params, name);
   const like = /^(.*)@([\d.]+)$/.exec(params.get("like") ?? "");
   if (like) return { method: "POST", query, body: { like: { video_id: like[1], seconds: Number(like[2]) } } };
   if (params.has("image")) {
@@ -164,10 +179,10 @@ function question(params) {
 }
 
 async function showSearch(params, { soon }) {
-  const key = JSON.stringify(kept(params, ["q", "like", "image", "k", ...FILTERS]));
+  const key = JSON.stringify(kept(params, ["q", "like", "image", "k", ...FRAMES, ...FILTERS]));
   const text = params.get("q")?.trim() ?? "", empty = !text && !params.has("like") && !params.has("image");
   if (text) document.title = `${text} · keyreel`;
-  showChip(params);
+  showChips(params);
   if (key === found.key) return found.group === params.get("group") || layout(params);
   running?.abort();
   const mine = (running = new AbortController()), results = $("#results");
@@ -179,15 +194,15 @@ async function showSearch(params, { soon }) {
       ? await api("videos", { query: { ...restricted(params), limit: 12 }, signal: mine.signal })
       : await api("search", { ...question(params), signal: mine.signal });
     found = { key, ...answer };
-    complain($("#search > .note"), null);
+    complain($("#search > .note.bad"), null);
     layout(params);
   } catch (error) {
     if (mine.signal.aborted) return;
     found = { key: null, hits: [] };
-    complain($("#search > .note"), error, () => showSearch(address(), {}));
+    complain($("#search > .note.bad"), error, () => showSearch(address(), {}));
     results.replaceChildren();
     $("#count").textContent = "";
-    $("#more").hidden = $(".choice").hidden = true;
+    $("#more").hidden = $(".choice").hidden = $("#weak").hidden = true;
   } finally {
     clearTimeout(busy);
     if (running === mine) {
@@ -201,16 +216,14 @@ function layout(params) {
   const results = $("#results"), grouped = params.get("group") === "videos";
   found.group = params.get("group");
   for (const button of $$(".choice button")) button.ariaPressed = String(button.value === (grouped ? "videos" : ""));
-  $("#more").hidden = $(".choice").hidden = true;
+  $("#more").hidden = $(".choice").hidden = $("#weak").hidden = true;
   if (found.videos) return welcome(results);
   const { hits } = found, best = Math.max(...hits.map((hit) => hit.score)), groups = byVideo(hits);
   const from = `${count(hits.length, "moment")} in ${count(groups.length, "video")}`;
-  const weak = typeof found.weak_score === "number" && best < found.weak_score ? "; nothing matches well" : "";
   const took = `${Math.max(1, Math.round(1000 * found.seconds))} ms`;
-  const words = found.unknown_words.map((word) => `“${word}”`).join(", ");
-  const unknown = words && `; the model does not know ${words}`;
   const damaged = found.left_out.length ? `; ${count(found.left_out.length, "damaged video")} not searched` : "";
-  $("#count").textContent = hits.length ? `${from}, ${took}${weak}${unknown}${damaged}` : `Nothing was found${damaged}.`;
+  $("#count").textContent = hits.length ? `${from}, ${took}${damaged}` : `Nothing was found${damaged}.`;
+  warn(hits);
   $(".choice").hidden = hits.length === 0;
   $("#more").hidden = hits.length < Number(params.get("k") ?? PAGE) || hits.length >= MOST;
   video.results(hits.map((hit) => ({ id: hit.video_id, seconds: hit.pts_seconds })));
@@ -228,6 +241,18 @@ function layout(params) {
     node.append(cards(inOrder.map((hit) => momentCard(hit, best))));
     return node;
   }));
+}
+
+// A banner where the answer means little.
+function warn(hits) {
+  const words = found.unknown_words.map((word) => `“${word}”`).join(", "), notes = [];
+  if (found.matches_well === false) {
+    const chance = percent(Math.max(...hits.map((hit) => hit.chance ?? 0)));
+    notes.push(make("b", { textContent: "Nothing matches well" }), make("p", { textContent: `The best moment shows it with a chance of ${chance}.` }));
+  }
+  if (words) notes.push(make("p", { textContent: `The model does not know ${words}.` }));
+  $("#weak").replaceChildren(...notes);
+  $("#weak").hidden = notes.length === 0;
 }
 
 function cards(nodes) {
@@ -253,27 +278,49 @@ function welcome(results) {
   results.replaceChildren(cards(videos.map(videoCard)), all);
 }
 
-// The frame or picture that is searched for.
-async function showChip(params) {
-  const chip = $(".chip"), like = params.get("like"), file = pictures.get(params.get("image"));
-  chip.hidden = !like && !file;
-  $("a", chip).href = link(kept(params, FILTERS));
-  const canvas = $("canvas", chip), text = $("span", chip);
-  if (like) {
-    const place = like.lastIndexOf("@"), id = like.slice(0, place), seconds = Number(like.slice(place + 1));
-    text.textContent = `like the frame at ${clock(seconds)}`;
-    const [entry, sheet] = await Promise.all([detail(id), sprite(id)]).catch(() => [null, null]);
-    if (address().get("like") !== like) return;
-    if (entry) text.textContent = `like ${entry.name} at ${clock(seconds)}`;
-    sheet?.draw(canvas, seconds);
-  } else if (file) {
-    text.textContent = `like ${file.name}`;
-    const image = await createImageBitmap(file).catch(() => null);
-    if (!image) return;
-    const scale = 160 / Math.max(image.width, image.height);
-    Object.assign(canvas, { width: image.width * scale, height: image.height * scale });
-    canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+// The frame or picture that is searched for, and the conditions; each can be taken away.
+function showChips(params) {
+  const like = params.get("like"), file = pictures.get(params.get("image")), list = $("#chips"), nodes = [];
+  const add = (text, off, what = text) => {
+    const node = stamp("chip");
+    $("span", node).textContent = text;
+    Object.assign($("a", node), { href: link(off), ariaLabel: `Without ${what}` });
+    nodes.push(node);
+    return node;
+  };
+  const rest = kept(params, ["q", ...FRAMES, ...FILTERS]);
+  if (like) frameChip(add("", rest), "like", like);
+  else if (file) pictureChip(add(`like ${file.name}`, rest), file);
+  const left = (name, one) => conditions(name, several(params, name).filter((other) => other !== one));
+  for (const [name, word] of [["also", "and"], ["without", "not"]]) {
+    for (const one of several(params, name)) add(`${word} ${one}`, left(name, one));
   }
+  for (const name of FRAMES) {
+    for (const one of several(params, name)) frameChip(add("", left(name, one)), `${name} like`, one);
+  }
+  list.hidden = nodes.length === 0;
+  list.replaceChildren(...nodes);
+}
+
+async function frameChip(node, word, frame) {
+  const place = frame.lastIndexOf("@"), id = frame.slice(0, place), seconds = Number(frame.slice(place + 1));
+  const name = (text) => {
+    $("span", node).textContent = `${word} ${text} at ${clock(seconds)}`;
+    $("a", node).ariaLabel = `Without ${word} ${text} at ${clock(seconds)}`;
+  };
+  name("the frame");
+  const [entry, sheet] = await Promise.all([detail(id), sprite(id)]).catch(() => [null, null]);
+  if (entry) name(entry.name);
+  $("canvas", node).hidden = !sheet;
+  sheet?.draw($("canvas", node), seconds);
+}
+
+async function pictureChip(node, file) {
+  const image = await createImageBitmap(file).catch(() => null), canvas = $("canvas", node);
+  if (!image) return;
+  const scale = 160 / Math.max(image.width, image.height);
+  Object.assign(canvas, { width: image.width * scale, height: image.height * scale, hidden: false });
+  canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
 }
 
 function searchPicture(file) {
@@ -404,6 +451,7 @@ document.addEventListener("keydown", (event) => {
     else return;
   } else if ((key === "," || key === ".") && focused?.step) focused.step(key === "," ? -1 : 1);
   else if (key === "m" && focused && $(".like", focused)) $(".like", focused).click();
+  else if (key === "l" && focused && $(".unlike", focused)) $(".unlike", focused).click();
   else if (key === "Escape" && !filters.hidden) toggleFilters(false);
   else if (key === "Escape" && current === "video") back();
   else if (current !== "video" || !video.key(key, target)) return;

@@ -55,6 +55,7 @@ function drawTimeline(entry) {
   }
   for (const [start] of entry.shots.slice(1)) svg("line", { x1: at(start), x2: at(start), y1: 0, y2: 16 }, cuts);
   svg("g", { class: "found" }, drawing);
+  svg("svg", { class: "curve scores", x: 0, y: 26, width: "100%", height: 66, viewBox: "0 0 1000 100", preserveAspectRatio: "none" }, drawing);
   const marks = svg("g", { class: "marks" }, drawing);
   for (const { pts_seconds: seconds } of entry.keyframes) {
     svg("line", { x1: at(seconds), x2: at(seconds), y1: 16, y2: 92 }, marks);
@@ -64,31 +65,39 @@ function drawTimeline(entry) {
   svg("line", { x1: 0, x2: 0, y1: -4, y2: 98 }, head);
 }
 
-// What answers the query in this video: bars on the timeline, as high as they score, and a list.
+// The scores over the timeline, from the lowest to the highest.
+function drawCurve(curve) {
+  const scores = curve.map(([, score]) => score), low = Math.min(...scores), high = Math.max(...scores);
+  if (curve.length < 2 || high <= low) return;
+  const points = curve.map(([seconds, score]) => `${((1000 * seconds) / shown.duration).toFixed(1)} ${(98 - (96 * (score - low)) / (high - low)).toFixed(1)}`);
+  svg("path", { class: "edge", d: `M${points.join("L")}` }, $(".scores", drawing));
+}
+
+// What answers the query in this video: moments and scores on the timeline, and a list.
 async function searchInside(query) {
   const note = $("#watch section .note"), list = $("#moments"), state = $("#within-count");
   asked?.abort();
   const mine = (asked = new AbortController()), id = shown.id;
   complain(note, null);
   const clear = (text) => {
-    $(".found", drawing)?.replaceChildren();
+    for (const node of $$(".found, .scores", drawing)) node.replaceChildren();
     list.replaceChildren();
     state.textContent = text;
   };
   if (query.trim() === "") return clear("Search in this video to see where it answers.");
   try {
     await pause(130, mine.signal);
-    const { hits } = await api(`videos/${encodeURIComponent(id)}/moments`, { query: { q: query, k: 12 }, signal: mine.signal });
+    const { hits, curve } = await api(`videos/${encodeURIComponent(id)}/moments`, { query: { q: query, k: 12 }, signal: mine.signal });
     clear(hits.length ? `${count(hits.length, "moment")}, best first` : "Nothing was found in this video.");
-    const best = Math.max(...hits.map((hit) => hit.score)), least = Math.min(...hits.map((hit) => hit.score));
+    drawCurve(curve);
+    const best = Math.max(...hits.map((hit) => hit.score));
     for (const hit of hits) {
-      const share = best > least ? 0.2 + (0.8 * (hit.score - least)) / (best - least) : 1;
       const width = Math.max((100 * (hit.stop_seconds - hit.start_seconds)) / shown.duration, 0.4);
-      svg("rect", { x: at(hit.start_seconds), y: 92 - 66 * share, width: `${width}%`, height: 66 * share, rx: 2 }, $(".found", drawing));
+      svg("rect", { x: at(hit.start_seconds), y: 26, width: `${width}%`, height: 66, rx: 2 }, $(".found", drawing));
       const node = stamp("span"), button = $("button", node);
       $("b", node).textContent = `${clock(hit.start_seconds)} – ${clock(hit.stop_seconds)}`;
-      $("span", node).textContent = hit.score.toFixed(3);
-      bar($(".share", node), best > 0 ? hit.score / best : 0);
+      $("span", node).textContent = hit.chance === null ? hit.score.toFixed(3) : `${Math.round(100 * hit.chance)} %`;
+      bar($(".share", node), hit.chance ?? (best > 0 ? hit.score / best : 0));
       Object.assign(button, { start: hit.start_seconds, stop: hit.stop_seconds, onclick: () => seek(hit.pts_seconds, true) });
       list.append(node);
     }
