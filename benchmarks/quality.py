@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import shot_clips
 from benchmarks._common import ROOT, Row, parser_of, run, say
-from benchmarks.joins import Part, join, long_take
+from benchmarks.shot_clips import slides
 from keyreel import Engine, Sampling, Summary
 from keyreel.chance import WELL, Chances
 from keyreel.config import EncodeConfig
 from keyreel.runtime.bundle import Bundle
 from keyreel.search import frame_scores
-from keyreel.shots import shot_of
-from keyreel.types import F32, F64, I64, Shot
+from keyreel.types import F32, F64, I64
 from keyreel_export.builtin.composites import moving, read_parts
 from keyreel_export.builtin.data import SIZE, read_examples
 from keyreel_export.builtin.measure import Shown, Towers, ask_libraries, halves, interval, measure_labels, show
@@ -260,49 +260,6 @@ def in_the_right_part(best: F32, own: I64, *, parts: int = 4, draws: int = 200) 
     return float(np.mean(hits))
 
 
-def moments(engine: Engine, options: argparse.Namespace) -> Iterator[Row]:
-    """Is the best moment what a text describes? Intersection over union with what is known of joins of real clips, and
-    of long takes, where the parts are asked for by their labels, and so is a thing that comes in for a while.
-    """
-    captions = {name: [*CLIPS["clips"].get(name, []), *CLIPS["unusual"].get(name, [])] for name in CLIPS["unusual"]}
-    captions = {**CLIPS["clips"], **captions}
-    kinds: dict[str, list[tuple[Summary, tuple[Part, ...]]]] = {"joins": [], "long takes": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(2 if options.quick else 24):
-            path = Path(folder) / f"{seed}.mp4"
-            parts = join(options.media, captions, path, seed)
-            kinds["joins"].append((engine.summarize(path), parts))
-        for seed in range(2 if options.quick else 24) if options.trainset else ():
-            path = Path(folder) / f"take{seed}.mp4"
-            parts = long_take(options.trainset, path, seed)
-            kinds["long takes"].append((engine.summarize(path), parts))
-    for kind, known in kinds.items():
-        for event in (False, True):
-            asked = [(video, part) for video, parts in known for part in parts if part.event == event]
-            found = [(*found_in(engine, video, text), part) for video, part in asked for text in part.texts]
-            for way in ("shot", "scene", "moment") if found else ():
-                ious = np.array([overlap(spans[way], part) for _, spans, part in found])
-                inside = np.mean([part.start <= best < part.stop for best, _, part in found])
-                row: Row = {"part": "moments", "videos": kind, "asked": "events" if event else "parts", "moment": way}
-                row |= {"queries": len(found), "best_frame_inside": round(float(inside), 4)}
-                yield row | {f"iou_{least}": round(float((ious >= least).mean()), 4) for least in (0.5, 0.7)}
-
-
-def found_in(engine: Engine, video: Summary, text: str) -> tuple[float, dict[str, Shot]]:
-    """The time of the best frame, and the spans that may be shown for it."""
-    [hit] = engine.search(text, [video], k=1)
-    spans = {"moment": Shot(hit.start_seconds, hit.stop_seconds)}
-    for kind, known in (("shot", video.shots), ("scene", video.scenes)):
-        spans[kind] = known[int(shot_of(known, np.array([hit.pts_seconds]))[0])]
-    return hit.pts_seconds, spans
-
-
-def overlap(span: Shot, part: Part) -> float:
-    """Intersection over union."""
-    shared = min(span.stop_seconds, part.stop) - max(span.start_seconds, part.start)
-    return max(shared, 0.0) / (max(span.stop_seconds, part.stop) - min(span.start_seconds, part.start))
-
-
 def unknown(engine: Engine, trainset: Path, before: Path | None) -> Iterator[Row]:
     """Queries of words that no label has: the nearest label names."""
     names = sorted({label for example in read_examples(trainset, "val") for label in example.labels[:1]})
@@ -342,8 +299,23 @@ def keyframes(engine: Engine, media: Path, draws: int) -> Row:
                 found.append(len({int(np.searchsorted(cuts, frame.pts_seconds, side="right")) for frame in frames}))
             counts.append(len(frames))
     fixed, auto = (round(float(np.mean(found)) / 8, 4) for found in covered.values())
-    row = {"part": "keyframes", "draws": draws, "clips": 8, "covered_k8": fixed, "covered_auto": auto}
+    row: Row = {"part": "keyframes", "draws": draws, "clips": 8, "covered_k8": fixed, "covered_auto": auto}
     return {**row, "keyframes_auto": [min(counts), max(counts)]}
+
+
+def decks(engine: Engine, trainset: Path, draws: int) -> Row:
+    """How many slides of rendered talks get a key-frame, with the automatic number."""
+    covered, count, frames = 0, 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(draws):
+            draw = np.random.default_rng(1000 + seed)
+            made, boundaries = slides(draw, shot_clips.photographs(trainset, 4, draw), soft=seed % 2 == 1)
+            known = shot_clips.write(Path(folder) / f"{seed}.mp4", made, boundaries)
+            found = engine.summarize(known.path).keyframes
+            edges = [stop for _, stop in known.boundaries]
+            covered += len({int(np.searchsorted(edges, frame.pts_seconds, side="right")) for frame in found})
+            count, frames = count + len(edges) + 1, frames + len(found)
+    return {"part": "slides", "draws": draws, "slides": count, "covered": covered, "keyframes": frames}
 
 
 def parts(options: argparse.Namespace) -> Iterator[Row]:
@@ -358,8 +330,9 @@ def parts(options: argparse.Namespace) -> Iterator[Row]:
             own = list(CLIPS["clips"].values())
             yield told(engine, [([video], texts) for video, texts in zip(every, own, strict=True)])
             yield told(engine, [(every, [text for texts in own for text in texts])])
-            yield from moments(engine, options)
             yield keyframes(engine, options.media, 1 if options.quick else 10)
+        if options.trainset:
+            yield decks(engine, options.trainset, 1 if options.quick else 10)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:

@@ -34,6 +34,7 @@ def ran(script: str, output: Path, *words: str) -> subprocess.CompletedProcess[s
         ("search", {"library"}),
         ("index", {"index", "load"}),
         ("quality", {"quality"}),
+        ("answers", {"answers"}),
         ("shots", {"shots"}),
     ],
 )

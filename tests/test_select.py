@@ -21,7 +21,7 @@ from keyreel.encode import Encoder
 from keyreel.runtime.backend import resolve
 from keyreel.runtime.bundle import Bundle
 from keyreel.select import frame_quality, knee, select_keyframes
-from keyreel.types import Embedding, FrameBatch, KeyFrame
+from keyreel.types import Embedding, FrameBatch, KeyFrame, Shot
 from keyreel_kernels import ops_for
 
 OPS = ops_for("cpu")
@@ -245,3 +245,45 @@ def test_the_number_does_not_depend_on_rounding(media: Callable[[str], Path]) ->
         found = select_keyframes(replace(embedding, vectors=moved), SelectConfig(), OPS, duration_seconds=40.0)
         numbers.append(len(found.keyframes))
     assert max(numbers) - min(numbers) <= 1, numbers
+
+
+def test_no_two_key_frames_of_one_shot_are_much_alike() -> None:
+    # Two views of one place, with a cosine of 0.93, taken in turns: in one shot they are one, in two shots two.
+    base, other = np.eye(2, 32)
+    one, two = base, 0.93 * base + np.sqrt(1 - 0.93**2) * other
+    x = unit(np.repeat([one, two], 30, axis=0) + 1e-3 * np.random.default_rng(0).normal(size=(60, 32)))
+    embedding = embedding_of(x)
+    shots = (Shot(0, 15), Shot(15, 30))
+    together, apart = (
+        select_keyframes(embedding, SelectConfig(), OPS, duration_seconds=30, shots=given).keyframes
+        for given in ((Shot(0, 30),), shots)
+    )
+    assert len(together) == 1
+    assert [frame.sample >= 30 for frame in apart] == [False, True]
+    asked = select_keyframes(embedding, SelectConfig(keyframes=2), OPS, duration_seconds=30, shots=(Shot(0, 30),))
+    assert len(asked.keyframes) == 2
+
+
+def test_each_slide_gets_a_key_frame() -> None:
+    # Slides of text: all vectors are nearly the same, and nothing moves.
+    x = unit(np.eye(1, 32) + 1e-3 * np.random.default_rng(1).normal(size=(60, 32)))
+    sharpness = np.full(60, 0.5, np.float32)
+    sharpness[[4, 33, 51]] = 0.9
+    still = replace(embedding_of(x, sharpness=sharpness), layout_change=np.zeros(60, np.float32))
+    shots = (Shot(0, 10), Shot(10, 12), Shot(12, 22), Shot(22, 30))
+
+    def chosen(embedding: Embedding, **options: object) -> list[int]:
+        config = SelectConfig(**options)  # type: ignore[arg-type]
+        found = select_keyframes(embedding, config, OPS, duration_seconds=30, shots=shots).keyframes
+        assert sum(frame.weight for frame in found) == pytest.approx(1)
+        assert [frame.cluster for frame in found] == list(range(len(found)))
+        return [frame.sample for frame in found]
+
+    rows = chosen(still)
+    assert len(rows) == 3  # the one of two seconds is too short
+    assert {int(np.searchsorted([20, 24, 44], row, side="right")) for row in rows} == {0, 2, 3}
+    assert {4, 33, 51} & set(rows)  # the sharpest of each, where no cluster had one
+    assert len(chosen(still, max_keyframes=2)) == 2
+    assert len(chosen(still, keyframes=1)) == 1
+    moving = replace(still, layout_change=np.full(60, 0.05, np.float32))
+    assert len(chosen(moving)) == 1

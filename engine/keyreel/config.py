@@ -129,6 +129,11 @@ class SelectConfig:
         _check_within(self, "[0, inf)", "penalty", "min_gap_seconds")
         _check_within(self, "[0, 1)", "quality_floor")
 
+    @property
+    def automatic(self) -> bool:
+        """Whether the number of key-frames is chosen from the video."""
+        return self.keyframes is None and self.per_minute is None
+
 
 @dataclass(frozen=True, slots=True)
 class OutputConfig:

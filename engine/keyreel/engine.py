@@ -113,7 +113,7 @@ class Engine:
         for _ in range(2):  # the first run of a plan is recorded, the second replays it
             with self.backend.running():
                 found = self._images.encode([batch], EncodeConfig())
-                self._select(found, SelectConfig(), float(size))
+                self._select(found, SelectConfig(), float(size), ())
         self.encode_text("a")
         self.chances()
 
@@ -288,10 +288,10 @@ class Engine:
         stop = _stop_seconds(embedding, sampling, duration)
         seconds = {"decode": decode_seconds, **encoded.seconds}
         with self.backend.running(), span("keyreel.select"), timed(seconds, "select"):
-            found = self._select(encoded, select, stop - sampling.start_seconds)
             candidates = find_candidates(embedding)
             cuts = place_boundaries(source, embedding, candidates, self.backend)
-        shots = shots_between(cuts, start_seconds=sampling.start_seconds, stop_seconds=stop)
+            shots = shots_between(cuts, start_seconds=sampling.start_seconds, stop_seconds=stop)
+            found = self._select(encoded, select, stop - sampling.start_seconds, shots)
         timings = {**seconds, "total": time.perf_counter() - began}
         record_stages(timings)
         return Summary(
@@ -355,9 +355,11 @@ class Engine:
             raise ValueError("the engine is closed")
         return encoder
 
-    def _select(self, encoded: Encoded, config: SelectConfig, duration_seconds: float) -> Selection:
+    def _select(
+        self, encoded: Encoded, config: SelectConfig, duration_seconds: float, shots: Sequence[Shot]
+    ) -> Selection:
         embedding, vectors, ops = encoded.embedding, encoded.joint, self.backend.ops
-        return select_keyframes(embedding, config, ops, duration_seconds=duration_seconds, vectors=vectors)
+        return select_keyframes(embedding, config, ops, duration_seconds=duration_seconds, shots=shots, vectors=vectors)
 
     def _asked(self, query: Query | Combined) -> Asked:
         """The model's scale holds between texts and pictures; two pictures are compared by plain cosines."""

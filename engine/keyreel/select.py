@@ -6,11 +6,13 @@
 3. Clusters: spherical k-means with a diversity penalty (keyreel_kernels.clustering).
 4. One frame for each cluster, largest first: of its cleanest frames the closest to the centroid that is neither too
    near in time nor too similar to a key-frame taken before; without one the cluster is dropped.
+5. Where the number is automatic: no two much alike from one shot, and one for each slide. Slides of text look the same
+   to the model, whose vectors say what is seen and not what is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyreel.config import SelectConfig
-from keyreel.types import F32, F64, I64, Embedding, KeyFrame
+from keyreel.shots import shot_of
+from keyreel.types import F32, F64, I64, Embedding, KeyFrame, Shot
 from keyreel_kernels import Ops
 from keyreel_kernels.clustering import Clusters
 
@@ -44,6 +47,11 @@ FINE = 0.3
 # Frames that the number of key-frames is found on, at most: every K of ten hours would take minutes and gigabytes.
 SWEPT_FRAMES = 2048
 SWEPT_COLUMNS = 8192
+# With the automatic number, key-frames of one shot are no more alike than this cosine.
+ALIKE = 0.88
+# A shot of this length is a slide if its layout changes by no more, in the median: of rendered decks it is up to 0.008,
+# of real clips 0.026 and more.
+SLIDE_SECONDS, SLIDE_CHANGE = 2.5, 0.015
 # What a frame fails, in the order in which the quality floor is relaxed.
 LEVELS = ("sharpness", "exposure", "lone flash frames")
 
@@ -58,11 +66,18 @@ class Selection:
 
 
 def select_keyframes(
-    embedding: Embedding, config: SelectConfig, ops: Ops, *, duration_seconds: float, vectors: Any = None
+    embedding: Embedding,
+    config: SelectConfig,
+    ops: Ops,
+    *,
+    duration_seconds: float,
+    shots: Sequence[Shot] = (),
+    vectors: Any = None,
 ) -> Selection:
     """Chooses the key-frames of one video; at least one.
 
     Args:
+        shots: in time order; without any, all is one.
         vectors: [T, 2 D] float32, the embedding's `joint`, where it still is on the device of `ops`: frames are apart
             where their scenes or their subjects are.
 
@@ -79,15 +94,22 @@ def select_keyframes(
         level, quality = frame_quality(embedding, arrays.to_host(similarity), config.quality_floor)
         w = np.where(level >= 2, FAINT, 1.0).astype(np.float32)
         found, wished = _clusters(z, smooth, arrays.to_device(w), config, ops, duration_seconds)
+    pts = embedding.pts_seconds
+    shot = shot_of(shots, pts) if shots else np.zeros(len(x), np.int64)
+    chosen = _representatives(x, pts, found, level, config, shot)
     centroids = found.centroids[0]
-    chosen = _representatives(x, embedding.pts_seconds, found, level, config)
-    kept = sorted(chosen, key=lambda pair: embedding.pts_seconds[pair[1]])
+    if config.automatic:
+        slides = _slides(embedding, shots, shot, level, {int(shot[row]) for _, row in chosen})
+        slides = slides[: max(config.max_keyframes - len(chosen), 0)]
+        chosen += [(len(centroids) + n, row) for n, row in enumerate(slides)]
+        centroids = np.concatenate([centroids, x[slides]])
+    kept = sorted(chosen, key=lambda pair: float(pts[pair[1]]))
     # Frames of dropped clusters count with the nearest remaining key-frame.
     cosine = x @ centroids[[cluster for cluster, _ in kept]].T
     fraction = np.bincount(cosine.argmax(1), weights=w, minlength=len(kept)) / w.sum()
     keyframes = tuple(
         KeyFrame(
-            pts_seconds=float(embedding.pts_seconds[row]),
+            pts_seconds=float(pts[row]),
             frame_index=int(embedding.frame_index[row]),
             cluster=n,
             weight=float(fraction[n]),
@@ -232,9 +254,13 @@ def knee(gap: F64, *, enough: float, covered: float) -> int:
     return min(max(best, min_k), max_k)
 
 
-def _representatives(x: F32, pts: F64, found: Clusters, level: I64, config: SelectConfig) -> list[tuple[int, int]]:
+def _representatives(
+    x: F32, pts: F64, found: Clusters, level: I64, config: SelectConfig, shot: I64
+) -> list[tuple[int, int]]:
     """(cluster, row) of each key-frame, the largest cluster first."""
     labels, similarity = found.labels, found.similarity
+    limit = config.similarity_limit
+    in_one_shot = min(ALIKE, limit) if config.automatic else limit
     taken: list[tuple[int, int]] = []
     fallback: list[tuple[tuple[int, float], int, int]] = []
     sizes = np.bincount(labels, weights=np.where(level >= 2, FAINT, 1.0))
@@ -252,13 +278,28 @@ def _representatives(x: F32, pts: F64, found: Clusters, level: I64, config: Sele
         clean = rows[level[rows] == best_level]
         for row in clean[: -(-len(clean) // 2)]:
             apart = all(abs(pts[row] - pts[other]) >= config.min_gap_seconds for _, other in taken)
-            if apart and all(x[row] @ x[other] <= config.similarity_limit for _, other in taken):
+            if apart and all(
+                x[row] @ x[other] <= (in_one_shot if shot[row] == shot[other] else limit) for _, other in taken
+            ):
                 taken.append((int(cluster), int(row)))
                 break
     if not taken:
         _, cluster, row = min(fallback)
         taken.append((cluster, row))
     return taken
+
+
+def _slides(embedding: Embedding, shots: Sequence[Shot], shot: I64, level: I64, taken: set[int]) -> list[int]:
+    """The sharpest clean frame of each slide that has no key-frame yet, the longest slides first."""
+    found: list[tuple[float, int]] = []
+    for number, own in enumerate(shots):
+        rows = np.flatnonzero(shot == number)
+        if number in taken or own.duration_seconds < SLIDE_SECONDS or len(rows) < 3:
+            continue
+        clean = rows[level[rows] < 2]
+        if len(clean) and np.median(embedding.layout_change[rows[1:]]) <= SLIDE_CHANGE:
+            found.append((-own.duration_seconds, int(clean[embedding.sharpness[clean].argmax()])))
+    return [row for _, row in sorted(found)]
 
 
 def _importance(x: F32, w: F32, found: Clusters) -> F32:
