@@ -78,6 +78,7 @@ def encoder(attention_input: AttentionInput = "frames", ops: Any = None) -> Enco
         attention_input=attention_input,
         shift_default="fixed",
         subject=SubjectScale(),
+        chance=None,
         same_scene={},
         same_vectors=frozenset(),
         sha256="0" * 64,

@@ -30,7 +30,7 @@ from keyreel.decode.source import Source
 from keyreel.demo import HEIGHT, SCENES, WIDTH
 from keyreel.errors import KeyreelError, LibraryError, ModelMismatch, SourceNotFound
 from keyreel.library import files
-from keyreel.library.types import Added, Filter, Record
+from keyreel.library.types import Added, Filter, LibraryHit, Record
 from keyreel.render.pictures import at_most, pictures_at
 from keyreel.runtime.bundle import Bundle, SubjectScale
 from keyreel.search import Asked, region
@@ -659,7 +659,7 @@ def test_every_kind_of_query(
     by_text, by_file, by_picture, by_vector, by_example, _ = alone
     # A text alone is answered on the model's scale.
     (vector,) = engine.encode_text(text)
-    assert by_text == full._search().hits([one(vector, engine.bundle.subject)], 3)[0]
+    assert without_chances(by_text) == full._search().hits([one(vector, engine.bundle.subject)], 3)[0]
     assert [dataclasses.replace(hit, score=0.0, video_score=0.0) for hit in by_vector] == [
         dataclasses.replace(hit, score=0.0, video_score=0.0) for hit in full._search().hits([one(vector)], 3)[0]
     ]
@@ -672,7 +672,8 @@ def test_every_kind_of_query(
     (first, *_) = full.search_videos(text, k=2, moments=2)
     assert first.video == str(demo)
     assert first.video_id == full.record(demo).id
-    assert first.moments == tuple(full.search(text, k=2, where=Filter(videos=["demo.mp4"])))
+    own = full.search(text, k=2, where=Filter(videos=["demo.mp4"]))
+    assert without_chances([*first.moments]) == without_chances(own)
 
 
 def test_conditions_add_up(full: Library, engine: Engine, demo: Path) -> None:
@@ -1192,6 +1193,10 @@ def test_no_flipped_bit_goes_unnoticed(
     assert changed > count / 8 or count < 100  # few may all miss
 
 
+def without_chances(hits: list[LibraryHit]) -> list[LibraryHit]:
+    return [dataclasses.replace(hit, chance=None) for hit in hits]
+
+
 def test_a_damaged_video_is_left_out_and_said(library: Library, engine: Engine, clips: list[Path]) -> None:
     library.add(clips[:3])
     lost = library.list()[1]
@@ -1200,10 +1205,12 @@ def test_a_damaged_video_is_left_out_and_said(library: Library, engine: Engine, 
         where=f"generation = '{lost.generation}' AND row = 0 AND kind = 'scene'", values={"pts_seconds": 0.125}
     )
     with Library(library.uri, engine) as opened:
-        assert opened.search("a", k=50) == [hit for hit in everything if hit.video != lost.path]
+        # With fewer pictures all chances are a little higher.
+        others = without_chances([hit for hit in everything if hit.video != lost.path])
+        assert without_chances(opened.search("a", k=50)) == others
         assert opened.left_out() == [lost.path]
         assert [one.videos for one in opened.verify(repair=True) if one.kind == "incomplete"] == [(lost.path,)]
-        assert opened.search("a", k=50) == [hit for hit in everything if hit.video != lost.path]
+        assert without_chances(opened.search("a", k=50)) == others
         assert opened.left_out() == []
         assert [added.change for added in opened.add(clips[:3])].count("unchanged") == 2
         assert opened.search("a", k=50) == everything

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from keyreel.errors import KeyreelError
     from keyreel.library.library import Library
     from keyreel.library.types import Filter
-    from keyreel.types import Combined, Embedding, Example, FrameBatch, KeyFrame, SearchHit, Shot, Summary, VideoInfo
+    from keyreel.types import Combined, Embedding, Example, FrameBatch, KeyFrame, SearchHit, Shot, Summary
 
     __version__: str
 else:
@@ -22,10 +22,7 @@ else:
         "keyreel.engine": ("Engine",),
         "keyreel.library.library": ("Library",),
         "keyreel.library.types": ("Filter",),
-        "keyreel.types": (
-            *("Combined", "Embedding", "Example", "FrameBatch", "KeyFrame", "SearchHit", "Shot", "Summary"),
-            "VideoInfo",
-        ),
+        "keyreel.types": ("Combined", "Embedding", "Example", "FrameBatch", "KeyFrame", "SearchHit", "Shot", "Summary"),
     }
 
     def __getattr__(name: str) -> Any:
@@ -57,7 +54,6 @@ __all__ = [
     "SelectConfig",
     "Shot",
     "Summary",
-    "VideoInfo",
     "__version__",
 ]
 
