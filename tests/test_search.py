@@ -13,6 +13,7 @@ from planted import embedding_of, unit
 
 from keyreel.runtime.bundle import SubjectScale
 from keyreel.search import (
+    APART_SECONDS,
     AROUND_SECONDS,
     HOLDS,
     LESS,
@@ -155,6 +156,10 @@ def test_moments_are_those_of_a_plain_search(data: st.DataObject, count: int, st
         own = [n for n in range(count) if (n >= cut) == (peak >= cut)]
         if scenes[peak >= cut].duration_seconds > WHOLE_SECONDS:
             own = around_of(scores, pts, peak, [n for n in own if n not in taken])
+        whole = [n for n in range(count) if (n >= cut) == (peak >= cut)]
+        if own != whole:
+            ends = pts[own[0]] - APART_SECONDS, pts[own[-1]] + APART_SECONDS
+            taken |= {n for n in whole if ends[0] <= pts[n] < ends[1]}
         taken |= set(own)
         expected.append((pts[own[0]], pts[own[-1] + 1] if own[-1] + 1 < count else end, pts[peak]))
     got = np.array([(hit.start_seconds, hit.stop_seconds, hit.pts_seconds) for hit in found])

@@ -251,7 +251,7 @@ def test_no_two_key_frames_of_one_shot_are_much_alike() -> None:
     # Two views of one place, with a cosine of 0.93, taken in turns: in one shot they are one, in two shots two.
     base, other = np.eye(2, 32)
     one, two = base, 0.93 * base + np.sqrt(1 - 0.93**2) * other
-    x = unit(np.repeat([one, two], 30, axis=0) + 1e-3 * np.random.default_rng(0).normal(size=(60, 32)))
+    x = unit(np.repeat([one, one, two, two], 15, axis=0) + 1e-3 * np.random.default_rng(0).normal(size=(60, 32)))
     embedding = embedding_of(x)
     shots = (Shot(0, 15), Shot(15, 30))
     together, apart = (

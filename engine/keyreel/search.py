@@ -19,6 +19,8 @@ WHOLE_SECONDS = 20.0
 # what lies so near its peak, and on both sides all that stays above this fraction of the way from the video's median
 # score to the peak, or within this fraction of the peak itself, in scores that are means over twice that time.
 AROUND_SECONDS, HOLDS, NEAR = 2.0, 0.3, 0.1
+# In a long scene the next moment is at least so far away: what lies beside a part only answers worse.
+APART_SECONDS = 10.0
 # What conditions weigh beside the query, see `Asked.of`. On pairs of an object and a place (`benchmarks.quality`) the
 # mean of two scores found both better than their minimum or the sum of the texts' vectors, and a quarter of the score
 # of what must not be there did better than less and more. More weight of examples loses what the text finds.
@@ -227,6 +229,10 @@ def moments(
         low, high = first, last
         if scene.duration_seconds > WHOLE_SECONDS:
             low, high = _part(scores, pts_seconds, free, peak, first, last)
+        if (low, high) != (first, last):
+            beside = pts_seconds[low] - APART_SECONDS, pts_seconds[high - 1] + APART_SECONDS
+            near = slice(*np.clip(np.searchsorted(pts_seconds, beside), first, last).tolist())
+            free[near] = False
         free[low:high] = False
         start = scene.start_seconds if low == first else float(pts_seconds[low])
         stop = max(scene.stop_seconds, float(pts_seconds[last - 1])) if high == last else float(pts_seconds[high])

@@ -47,8 +47,8 @@ FINE = 0.3
 # Frames that the number of key-frames is found on, at most: every K of ten hours would take minutes and gigabytes.
 SWEPT_FRAMES = 2048
 SWEPT_COLUMNS = 8192
-# With the automatic number, key-frames of one shot are no more alike than this cosine.
-ALIKE = 0.88
+# With the automatic number, key-frames of one shot, or so near in time, are no more alike than this cosine.
+ALIKE, BESIDE_SECONDS = 0.88, 5.0
 # A shot of this length is a slide if its layout changes by no more, in the median: of rendered decks it is up to 0.008,
 # of real clips 0.026 and more.
 SLIDE_SECONDS, SLIDE_CHANGE = 2.5, 0.015
@@ -260,7 +260,7 @@ def _representatives(
     """(cluster, row) of each key-frame, the largest cluster first."""
     labels, similarity = found.labels, found.similarity
     limit = config.similarity_limit
-    in_one_shot = min(ALIKE, limit) if config.automatic else limit
+    beside = min(ALIKE, limit) if config.automatic else limit
     taken: list[tuple[int, int]] = []
     fallback: list[tuple[tuple[int, float], int, int]] = []
     sizes = np.bincount(labels, weights=np.where(level >= 2, FAINT, 1.0))
@@ -277,10 +277,10 @@ def _representatives(
         # Only the half nearest to the centroid: a frame at the rim would represent the neighbouring cluster.
         clean = rows[level[rows] == best_level]
         for row in clean[: -(-len(clean) // 2)]:
-            apart = all(abs(pts[row] - pts[other]) >= config.min_gap_seconds for _, other in taken)
-            if apart and all(
-                x[row] @ x[other] <= (in_one_shot if shot[row] == shot[other] else limit) for _, other in taken
-            ):
+            others = np.array([other for _, other in taken], np.int64)
+            gaps = np.abs(pts[row] - pts[others])
+            limits = np.where((shot[others] == shot[row]) | (gaps < BESIDE_SECONDS), beside, limit)
+            if (gaps >= config.min_gap_seconds).all() and (x[others] @ x[row] <= limits).all():
                 taken.append((int(cluster), int(row)))
                 break
     if not taken:

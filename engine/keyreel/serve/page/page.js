@@ -95,8 +95,13 @@ function momentCard(hit, best) {
   Object.assign($(".row span", node), { textContent: words, title });
   bar($(".share", node), hit.chance ?? (best > 0 ? hit.score / best : 0));
   const frame = `${hit.video_id}@${seconds.toFixed(3)}`, place = `${hit.video} at ${clock(seconds)}`;
-  Object.assign($(".like", node), { href: steered(frame, "more", "less"), ariaLabel: `More like ${place}` });
-  Object.assign($(".unlike", node), { href: steered(frame, "less", "more"), ariaLabel: `Less like ${place}` });
+  // The address may have changed since the card was made, while the next answer is on its way.
+  const steer = (anchor, to, from) => { anchor.href = steered(frame, to, from); };
+  for (const [name, to, from, word] of [[".like", "more", "less", "More"], [".unlike", "less", "more", "Less"]]) {
+    const anchor = $(name, node);
+    Object.assign(anchor, { ariaLabel: `${word} like ${place}`, onclick: () => steer(anchor, to, from) });
+    steer(anchor, to, from);
+  }
   const notes = [];
   if (hit.folded) notes.push(`the same in ${count(hit.folded, "other video")}`);
   if (hit.more) notes.push(make("a", { href, textContent: `${hit.more} more in this video` }));
