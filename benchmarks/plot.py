@@ -198,6 +198,36 @@ def subjects() -> str:
     return table(head, lines)
 
 
+def answers() -> str:
+    """What a person sees after a query."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows():
+        if row["case"] == "answers":
+            names = ("part", "videos", "asked", "moment", "library", "way")
+            found[tuple(row.get(name) for name in names if name != "videos" or row["part"] == "moments")] = row
+    lines = []
+    whats = {"joins": "a clip in a join", "long takes": "a part of a long take"}
+    for row in found.values():
+        if row["part"] == "moments" and (row["moment"] != "scene" or row["asked"] == "parts"):
+            what = "what comes into a long take" if row["asked"] == "events" else whats[row["videos"]]
+            way = "the shot of the best frame" if row["moment"] == "shot" else f"the {row['moment']}"
+            value = percent(row["iou_0.5"], row["iou_0.7"])
+            lines.append([f"{what}: {way}, IoU of at least 0.5 / 0.7", f"{row['queries']}", value])
+    for row in found.values():
+        if row["part"] == "video_score" and row["library"] == "all":
+            what = f"the right one of {row['videos']} videos, short and long: {row['way']}, recall at 1 / 5"
+            lines.append([what, f"{row['queries']}", percent(row["recall_at_1"], row["recall_at_5"])])
+    for row in found.values():
+        if row["part"] == "conditions":
+            what = "an object in a place" if row["asked"] == "both" else "an object that is elsewhere"
+            lines.append([f"{what}: {row['way']}, mean average precision", f"{row['pairs']}", f"{row['map']:.3f}"])
+    for row in found.values():
+        if row["part"] == "feedback":
+            what = f"a label's photographs, after feedback ({row['way']}): right ones in the first ten"
+            lines.append([what, f"{row['labels']}", percent(row["precision_at_10"])])
+    return table(["measured", "n", "value"], lines)
+
+
 def clips_of(parts: dict[str, list[dict[str, Any]]], texts: str, tower: str) -> dict[str, Any]:
     """The row of a set of captions, by both vectors."""
     wanted = (BOTH, texts, tower)
@@ -238,6 +268,7 @@ SECTIONS = {
     "library": library,
     "quality": quality,
     "shots": shots,
+    "answers": answers,
     "subjects": subjects,
     "words": words,
     "unknown": unknown,

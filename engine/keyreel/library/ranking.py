@@ -213,7 +213,9 @@ class Ranking:
         best = np.maximum.reduceat(scores, edges, axis=1)[:, ::2]
         if not self._with_pooled:
             return best, np.empty((len(scores), 0))
-        runs = np.union1d(edges, np.flatnonzero(self._matrix.begins[start : int(own.high[-1])]))
+        begins = self._matrix.begins[start : int(own.high[-1])].copy()
+        begins[edges] = True
+        runs = np.flatnonzero(begins)
         return best, pooled(scores, runs, np.searchsorted(runs, edges))
 
     def _product(self, rows: F32, queries: F32) -> F32:
