@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 from commands import BARE, document, run, spawn, write_clip
+from PIL import Image
 
 from keyreel import Sampling, SearchHit, __version__
 from keyreel.cli.documents import Bench, Doctor, Summaries
@@ -379,3 +380,28 @@ def test_what_a_folder_holds_beside_videos_is_counted(tiny: Path, tmp_path: Path
     assert (
         run("summarize", tiny, "-o", tmp_path / "out", "--longest", "0.1", *BARE, code=3).stderr.count("--longest") == 1
     )
+
+
+def test_a_page_replaces_only_pages(clip: Path, tmp_path: Path) -> None:
+    video = tmp_path / "clip.mp4"
+    video.write_bytes(clip.read_bytes())
+    page, notes = tmp_path / "hits.html", tmp_path / "notes.txt"
+    notes.write_text("mine")
+    for _ in range(2):
+        run("search", "a dog", video, "--html", page)
+    assert "a dog" in page.read_text()
+    for target, words, why in (
+        (notes, (), "no page of keyreel"),
+        (video, (), "is what is searched"),
+        (video, ("--overwrite",), "is what is searched"),
+        (tmp_path, ("--overwrite",), "is a folder"),
+    ):
+        before = target.read_bytes() if target.is_file() else b""
+        assert why in run("search", "a dog", video, "--html", target, *words, code=7).stderr
+        assert target.is_dir() or target.read_bytes() == before
+    run("search", "a dog", video, "--html", notes, "--overwrite")
+    assert "a dog" in notes.read_text()
+    picture = tmp_path / "query.png"
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(picture)
+    done = run("search", "--image", picture, video, "--html", picture, "--overwrite", code=7)
+    assert "is what is searched" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 from encoded_clips import encode
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from render_clips import write_clip
 
 from keyreel.decode.source import Source
 from keyreel.render.pictures import (
+    QUERY_EDGE,
     at_most,
     attended_area,
     attention_overlay,
@@ -24,6 +26,7 @@ from keyreel.render.pictures import (
     picture_at,
     pictures_at,
     short_clock,
+    upright,
 )
 from keyreel.render.thumbnails import sprite, tile, tile_times
 from keyreel.types import VideoInfo
@@ -150,3 +153,37 @@ def test_one_picture_is_that_of_the_plan(tmp_path: Path, codec: str, options: di
         expected = dict(pictures_at(source, times))
         for place, seconds in enumerate(times):
             np.testing.assert_array_equal(picture_at(source, seconds), expected[place])
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("JPEG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "I;16"), ("WEBP", "RGB")]
+)
+@pytest.mark.parametrize("turned", [1, 6])
+def test_a_large_picture_is_reduced_and_upright(kind: str, mode: str, turned: int) -> None:
+    y, x = np.mgrid[0:1500, 0:2500]
+    values = np.stack([x / 10, y / 6, (x + y) / 16], axis=-1).astype(np.uint8)
+    image = Image.fromarray(values)
+    if mode == "I;16":
+        image = Image.fromarray((x * 26).astype(np.uint16))
+    elif mode != "RGB":
+        image = image.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    stream = io.BytesIO()
+    image.save(stream, kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
+    with Image.open(stream) as opened:
+        found = upright(opened)
+    with Image.open(stream) as opened:
+        whole = ImageOps.exif_transpose(opened.convert("RGB"))
+    assert max(found.shape) <= QUERY_EDGE
+    assert found.shape[0] / found.shape[1] == pytest.approx(whole.height / whole.width, abs=2e-3)
+    expected = np.asarray(whole.resize(found.shape[1::-1], Image.Resampling.BOX), np.float32)
+    assert np.abs(found.astype(np.float32) - expected).mean() < 3
+
+
+def test_a_picture_that_is_not_large_stays_as_it_is() -> None:
+    values = np.random.default_rng(0).integers(0, 255, (1080, 1920, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "PNG")
+    with Image.open(stream) as opened:
+        np.testing.assert_array_equal(upright(opened), values)

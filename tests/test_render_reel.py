@@ -252,3 +252,11 @@ def test_progress_rises_to_the_end_and_the_file_is_opened_once_for_pictures_and_
     assert all(a[1] <= b[1] for a, b in itertools.pairwise(told))
     assert told[-1][1] == total
     assert opened.count("MainThread") == 1  # the sound, for all spans
+
+
+def test_a_reel_never_replaces_its_video(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.mp4", STEADY)
+    before = path.read_bytes()
+    with Source(path) as source, pytest.raises(RenderError, match="is the video itself"):
+        write_reel(source, [Shot(0, 1)], path)
+    assert path.read_bytes() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from keyreel.cli.library import open_library
 from keyreel.cli.output import log, print_hits, print_json, print_videos
 from keyreel.cli.progress import Bars
 from keyreel.config import DecodeLimits, EncodeConfig, Sampling
-from keyreel.errors import Failure, KeyreelError
+from keyreel.errors import Failure, KeyreelError, RenderError
 
 if TYPE_CHECKING:
     from keyreel import Combined, Engine, Filter, Library
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _OF_VIDEOS = ["sampling", "fps", "tolerance", "every", "shift", "subject", "batch_size", "allow_network"]
 _OF_VIDEOS += ["longest", "hidden"]
+OUR_PAGE, OUR_PAGE_WITHIN = b'<meta name="generator" content="keyreel">', 4096  # bytes
 _PER_VIDEO = 2  # moments of one video in an answer, if nothing else is said
 _OF_LIBRARY = ["within", "like", "start", "stop", "whole", "path", "tag", "after", "before", "per_video"]
 _OF_LIBRARY += ["min_duration", "max_duration"]
@@ -63,6 +65,9 @@ def search(
     as_json: options.Json = False,
     html: Annotated[Path | None, Option(help="write a page with pictures of the moments")] = None,
     previews: Annotated[Path | None, Option(help="write a picture of each moment into this folder")] = None,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="let --html replace a file that is no page of keyreel")
+    ] = False,
     quiet: options.Quiet = False,
     sampling: options.Mode = options.SAMPLING.mode,
     fps: options.Fps = options.SAMPLING.fps,
@@ -95,6 +100,8 @@ def search(
     from keyreel.render.pictures import read_picture
 
     names, pictures = list(videos or []), html is not None or previews is not None
+    if html is not None:  # before the work, not after it
+        _check_replaceable(html, [*filter(None, (text, image)), *names], overwrite=overwrite)
     if library is not None:
         if names:
             raise ValueError("videos of a library are chosen with --in and --path")
@@ -132,6 +139,20 @@ def search(
             found = _search_videos(engine, bars, query, name, k, given, frames, encode, pictures=pictures)
     _show(found, html=html, previews=previews, as_json=as_json)
     exit_for(found.failed, found.searched)
+
+
+def _check_replaceable(page: Path, inputs: Sequence[str | Path], *, overwrite: bool) -> None:
+    """Raises RenderError where a page must not take a file's place."""
+    if not page.exists():
+        return
+    if any(os.path.exists(one) and os.path.samefile(one, page) for one in inputs):
+        raise RenderError(f"{page}: is what is searched, and is not replaced", hint="give --html another file")
+    if page.is_dir():
+        raise RenderError(f"{page}: is a folder", hint="give --html a file")
+    with page.open("rb") as file:
+        ours = OUR_PAGE in file.read(OUR_PAGE_WITHIN)
+    if not (ours or overwrite):
+        raise RenderError(f"{page}: is there and is no page of keyreel", hint="give another file, or --overwrite")
 
 
 def _search_videos(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from fractions import Fraction
 from typing import Any
 
@@ -25,6 +26,8 @@ from keyreel.types import F32, U8, VideoInfo
 
 _TIMED = ("mov,mp4", "matroska")  # containers that state the time of each picture, and find it by that
 CONTACT_WIDTH = 1920  # pixels, about
+QUERY_EDGE = 2048  # pixels, the long side of a picture to search with; models take a tenth of that
+_large = threading.Lock()
 # Ends and three stops between: dark violet, magenta, orange, pale yellow; perceived lightness rises evenly.
 HEAT = np.array([(20, 11, 52), (101, 21, 110), (187, 55, 84), (249, 142, 9), (252, 255, 164)], np.float64)
 
@@ -200,6 +203,23 @@ def overlay_png(overlay: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def upright(image: Image.Image) -> U8:
+    """A picture that Pillow opened, [H, W, 3] uint8 RGB, upright; larger ones are reduced to `QUERY_EDGE`.
+
+    One large picture is unpacked at a time: 64 million pixels take 200 MB.
+    """
+    edge = max(image.size)
+    with _large if edge > 2 * QUERY_EDGE else nullcontext():
+        image.draft("RGB", (QUERY_EDGE, QUERY_EDGE))  # a JPEG file is decoded at an eighth to the whole of its size
+        image.load()
+        if image.mode not in ("RGB", "L", "RGBA"):
+            image = image.convert("RGB")
+        if (factor := -(-max(image.size) // QUERY_EDGE)) > 1:
+            image = image.reduce(factor)
+    picture: U8 = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    return picture
+
+
 def read_picture(path: str | os.PathLike[str]) -> U8:
     """A picture from a file, [H, W, 3] uint8 RGB, upright.
 
@@ -208,8 +228,7 @@ def read_picture(path: str | os.PathLike[str]) -> U8:
     """
     try:
         with Image.open(path) as image:
-            picture: U8 = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-            return picture
+            return upright(image)
     except FileNotFoundError as error:
         raise SourceNotFound(f"there is no picture {os.fspath(path)!r}") from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -65,6 +65,8 @@ def write_reel(source: Source, spans: Sequence[Shot], path: Path, *, progress: P
                 f"this build of PyAV has no {encoder} encoder, which the reel needs",
                 hint="install PyAV's own wheel: pip install --force-reinstall --only-binary av av",
             ) from error
+    if source.path is not None and path.exists() and path.samefile(source.path):
+        raise RenderError(f"{path}: is the video itself, and is not replaced", hint="give the reel another name")
     try:
         with atomic_write(path) as made, closing(_SoundReader(source)) as sound:
             _write(source, sound, spans, made, progress)

@@ -9,14 +9,14 @@ from collections.abc import AsyncGenerator
 from io import BytesIO
 from typing import BinaryIO, TypeVar
 
-import numpy as np
 from fastapi.exceptions import RequestValidationError
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from keyreel.render.pictures import upright
 from keyreel.serve.security import ApiError
 from keyreel.types import U8
 
@@ -84,7 +84,7 @@ def picture(data: bytes) -> U8:
             # Pillow knows the size from the header and has not unpacked anything yet.
             if image.width * image.height > IMAGE_PIXELS:
                 raise ApiError(413, "too_large", f"{image.width} x {image.height} pixels, allowed are {IMAGE_PIXELS}")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return upright(image)
     except ApiError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
