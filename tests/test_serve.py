@@ -30,6 +30,7 @@ from starlette.requests import Request
 
 from keyreel import Engine, Library
 from keyreel.config import ServeConfig
+from keyreel.decode.source import Source
 from keyreel.errors import LibraryError, RenderError
 from keyreel.library.types import Filter, LibraryHit
 from keyreel.serve import _listen, app, router, run, uploads, workers
@@ -680,6 +681,9 @@ def gated(library: Library) -> Iterator[Gated]:
     gated.open.set()
 
 
+STRANGER: dict[str, Any] = {"headers": {"Host": "films.example.com"}}
+
+
 async def _ask(made: FastAPI, address: str, *, method: str = "GET", **more: Any) -> httpx.Response:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(made), base_url="http://localhost") as client:
         return await client.request(method, address, **more)
@@ -781,6 +785,52 @@ def test_nobody_works_for_a_caller_who_left(gated: Gated, tmp_path: Path) -> Non
     assert gated.asked == [["first"], ["stays"]]
 
 
+@pytest.mark.parametrize("swapped", ["file", "folder"])
+def test_a_link_in_a_files_place_is_not_followed(
+    engine: Engine, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swapped: str
+) -> None:
+    """What was checked is what is indexed, whatever is put in its place meanwhile."""
+    inside, outside = tmp_path / "inside" / "own", tmp_path / "outside"
+    for folder, name in ((inside, "a.mp4"), (outside, "c.mp4")):
+        folder.mkdir(parents=True)
+        source = next((place / "videos").rglob(name))
+        (folder / "film.mp4").write_bytes(source.read_bytes())
+    length = av_seconds(inside / "film.mp4")
+    assert length != av_seconds(outside / "film.mp4")
+    real = Roots.open
+
+    def swap(self: Roots, path: Path) -> Any:
+        opened = real(self, path)
+        if swapped == "file":
+            path.rename(tmp_path / "moved.mp4")
+            path.symlink_to(outside / "film.mp4")
+        else:
+            inside.rename(tmp_path / "moved")
+            inside.symlink_to(outside)
+        return opened
+
+    monkeypatch.setattr(Roots, "open", swap)
+    config = ServeConfig(folder=str(tmp_path / "state"), roots=(str(tmp_path / "inside"),))
+    with Library(tmp_path / "library", engine) as fresh:
+        service = Service(fresh, config)
+        try:
+            service.jobs.start()
+            job = service.jobs.submit(service.roots.find("own/film.mp4"))
+            until(lambda: service.jobs.get(job.id).state in ("done", "failed"))
+            assert service.jobs.get(job.id).state == "done"
+            [record] = fresh.list()
+            assert record.path == str(inside / "film.mp4")
+            assert record.duration_seconds == pytest.approx(length, abs=0.05)
+            assert list((tmp_path / "state").glob("open-*")) == []
+        finally:
+            service.close()
+
+
+def av_seconds(path: Path) -> float:
+    with Source(path) as source:
+        return source.probe().duration_seconds or 0.0
+
+
 def test_three_lines_put_it_into_ones_own_application(library: Library, tmp_path: Path, service: Served) -> None:
     config = ServeConfig(folder=str(tmp_path))
     own = FastAPI()
@@ -796,8 +846,13 @@ def test_three_lines_put_it_into_ones_own_application(library: Library, tmp_path
             assert Image.open(io.BytesIO(preview.content)).format == "JPEG"
             assert "static/page.js" in (await _ask(own, "/video/")).text
             assert (await _ask(own, "/video/api/v1/videos/nobody")).json()["error"]["kind"] == "not_found"
+            assert (await _ask(own, "/video/api/v1/search?q=a cat", **STRANGER)).status_code == 403
 
     asyncio.run(run())
+    for hosts, status in ((("films.example.com",), 200), (("*",), 200), (("other.example.com",), 403)):
+        other = FastAPI()
+        other.include_router(router(library, ServeConfig(folder=str(tmp_path), hosts=hosts)))
+        assert asyncio.run(_ask(other, "/api/v1/search?q=a cat", **STRANGER)).status_code == status
 
 
 def test_what_keeps_it_from_starting_is_said(library: Library, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class Work:
         self.begun: list[str] = []
         self.done: list[str] = []
         self.forgotten: list[str] = []
+        self.known: set[Path] = set()  # what the library has
         self.go = threading.Semaphore(0)
         self.tell: Callable[..., None] = lambda *_: None
         self.wrong: dict[str, Exception] = {}
@@ -72,18 +73,15 @@ def jobs(tmp_path: Path, work: Work) -> Iterator[Jobs]:
 
 @contextlib.contextmanager
 def working(folder: Path, work: Work, **options: Any) -> Iterator[Jobs]:
-    made = Jobs(folder / "state", work.add, work.forget, ServeConfig(**options), Metrics(), ("/srv/library",))
+    config = ServeConfig(**options)
+    made = Jobs(folder / "state", work.add, work.forget, work.known.__contains__, config, Metrics(), ("/srv/library",))
     made.start()
     yield made
     made.drain(0)
 
 
 def submit(jobs: Jobs, name: str | Path, **more: Any) -> Job:
-    jobs.reserve()
-    try:
-        return jobs.submit(Path("/videos") / name, **more)
-    finally:
-        jobs.release()
+    return jobs.submit(Path("/videos") / name, **more)
 
 
 def sql(jobs: Jobs, statement: str, *values: Any) -> list[Any]:
@@ -137,16 +135,54 @@ def test_cancelled_before_and_while_it_is_worked_on(jobs: Jobs, work: Work) -> N
 def test_a_full_queue_refuses_and_takes_again(jobs: Jobs, work: Work) -> None:
     submit(jobs, "a")
     until(lambda: work.begun == ["a"])
-    jobs.reserve()  # an upload that is on its way counts
-    submit(jobs, "b")
-    submit(jobs, "c")
-    with pytest.raises(ApiError) as refused:
-        jobs.reserve()
-    assert (refused.value.status, refused.value.headers) == (429, {"Retry-After": "10"})
-    jobs.release()
-    submit(jobs, "d")
+    for name in ("b", "c", "d"):
+        submit(jobs, name)
+    for refuse in (jobs.check_room, lambda: submit(jobs, "e")):
+        with pytest.raises(ApiError) as refused:
+            refuse()
+        assert (refused.value.status, refused.value.headers) == (429, {"Retry-After": "10"})
+    work.go.release(1)
+    until(lambda: len(work.begun) == 2)
+    submit(jobs, "e")
     work.go.release(4)
-    until(lambda: work.done == ["a", "b", "c", "d"])
+    until(lambda: work.done == ["a", "b", "c", "d", "e"])
+
+
+def test_uploads_keep_to_their_quota(tmp_path: Path, work: Work) -> None:
+    with working(tmp_path, work, upload_quota=100, upload_bytes=80) as jobs:
+        upload(jobs, "a")  # one byte
+        assert jobs.stored_bytes() == 1
+        with jobs.space(60) as most:
+            assert most == 80
+            with jobs.space(30) as left:  # the first one counts as what it says it is
+                assert left == 39
+            with pytest.raises(ApiError, match="may take 100 bytes and 39 are left") as refused, jobs.space(40):
+                pass
+            assert (refused.value.status, refused.value.kind) == (507, "storage")
+            with pytest.raises(ApiError), jobs.space(None):  # of any length
+                pass
+        with jobs.space(None) as most:
+            assert most == 80
+    with working(tmp_path / "other", work) as jobs, jobs.space(None) as most:
+        assert most == ServeConfig().upload_bytes
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path, work: Work) -> None:
+    with working(tmp_path, work) as jobs:
+        made = {name: upload(jobs, name) for name in ("done", "cancelled", "failed", "forgotten", "known")}
+        work.go.release(5)
+        until(lambda: jobs.get("known").state == "done")
+        for state in ("cancelled", "failed"):
+            sql(jobs, "UPDATE jobs SET state = ? WHERE id = ?", state, state)
+        sql(jobs, "DELETE FROM jobs WHERE id IN ('forgotten', 'known')")
+        folder = jobs.folder / "open-1"
+        folder.mkdir()
+        (folder / "a.mp4").symlink_to("/proc/self/fd/999")
+    work.known.add(made["known"].path)
+    with working(tmp_path, work) as jobs:
+        assert sorted(path.name for path in jobs.uploads.iterdir()) == ["done", "known"]
+        assert not folder.exists()
+    assert work.forgotten == ["cancelled", "failed"]
 
 
 def test_what_fails_says_why_and_an_upload_goes_with_it(jobs: Jobs, work: Work) -> None:
@@ -174,7 +210,7 @@ def test_the_end_puts_back_what_it_interrupts(tmp_path: Path, work: Work) -> Non
         made = [submit(first, name) for name in ("a", "b")]
         until(lambda: work.begun == ["a"])
     with pytest.raises(ApiError, match="ending"):
-        first.reserve()
+        first.check_room()
     assert work.done == []
     with working(tmp_path, work) as second:
         work.go.release(2)

@@ -211,12 +211,13 @@ class ServeConfig:
     roots: tuple[str, ...] = ()  # folders whose videos may be indexed and played
     folder: str | None = None  # of uploads and of the list of jobs; None: serve/ in the library
     token: str | None = field(default=None, repr=False)  # what callers must send as bearer token
-    hosts: tuple[str, ...] = ()  # accepted names in the Host header; on loopback its own by default
+    hosts: tuple[str, ...] = ()  # accepted names in the Host header, "*" for all; on loopback its own by default
     threads: int = 4  # requests worked on at a time
     timeout_seconds: float = 30.0  # longest work on one request (504), and longest wait for its header
     job_threads: int = 1  # videos indexed at a time
     max_jobs: int = 256  # jobs that may wait; more get 429
     upload_bytes: int = 4 << 30  # largest upload, in bytes
+    upload_quota: int | None = None  # bytes that all uploads together may take; None: as the disk holds
     drain_seconds: float = 10.0  # how long requests, and then the jobs at work, may go on after SIGTERM
 
     @property

@@ -178,6 +178,9 @@ def serve(
     job_threads: Annotated[int, Option(help="videos indexed at a time")] = SERVING.job_threads,
     max_jobs: Annotated[int, Option(help="jobs that may wait; more are told to come back (429)")] = SERVING.max_jobs,
     upload_bytes: Annotated[int, Option(help="largest upload, in bytes")] = SERVING.upload_bytes,
+    upload_quota: Annotated[
+        int | None, Option(min=1, help="bytes that all uploads together may take (507)")
+    ] = SERVING.upload_quota,
     drain_seconds: Annotated[
         float, Option(help="how long requests, and then the jobs at work, may go on after SIGTERM")
     ] = SERVING.drain_seconds,
@@ -197,6 +200,7 @@ def serve(
         job_threads=job_threads,
         max_jobs=max_jobs,
         upload_bytes=upload_bytes,
+        upload_quota=upload_quota,
         drain_seconds=drain_seconds,
     )
     if not (config.loopback or config.token):

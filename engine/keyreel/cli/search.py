@@ -101,7 +101,7 @@ def search(
 
     names, pictures = list(videos or []), html is not None or previews is not None
     if html is not None:  # before the work, not after it
-        _check_replaceable(html, [*filter(None, (text, image)), *names], overwrite=overwrite)
+        _check_replaceable(html, [*(one for one in (text, image) if one), *names], overwrite=overwrite)
     if library is not None:
         if names:
             raise ValueError("videos of a library are chosen with --in and --path")

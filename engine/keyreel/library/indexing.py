@@ -43,11 +43,15 @@ _EARLIEST = 86_400.0  # seconds since 1970: clocks that were never set are earli
 
 
 class _Watched(Source):
-    """A source that asks before each opening whether to stop: cuts are placed without reporting progress."""
+    """A source that asks before each opening whether to stop: cuts are placed without reporting progress.
 
-    def __init__(self, video: str | Path, limits: DecodeLimits, checkpoint: Callable[[], None]) -> None:
+    Args:
+        name: what messages call it.
+    """
+
+    def __init__(self, video: str | Path, name: str, limits: DecodeLimits, checkpoint: Callable[[], None]) -> None:
         super().__init__(video, limits=limits)
-        self._checkpoint = checkpoint
+        self.name, self._checkpoint = name, checkpoint
 
     def open(self) -> InputContainer:
         self._checkpoint()
@@ -152,6 +156,9 @@ class Indexer:
     """Indexes one video with each call of `index`. Safe to share between threads.
 
     The first commit makes the tables if they are missing. `checkpoint` is called often, and raises Halted to stop.
+
+    Args:
+        held: what is read in place of the one video that is indexed, see `Library.add`.
     """
 
     def __init__(
@@ -162,9 +169,10 @@ class Indexer:
         config: IndexConfig,
         preview_height: int,
         checkpoint: Callable[[], None],
+        held: Path | None = None,
     ) -> None:
         self._engine, self._tables, self._catalog, self._config = engine, tables, catalog, config
-        self._preview_height, self._checkpoint = preview_height, checkpoint
+        self._preview_height, self._checkpoint, self._held = preview_height, checkpoint, held
         self._lock = threading.Lock()  # of what follows
         self._claims: dict[str, threading.Lock] = {}
         self._committing = threading.Lock()
@@ -177,7 +185,7 @@ class Indexer:
         began = time.perf_counter()
         known = self._catalog.at(name) or self._catalog.at(real_name(name))
         name = name if known is None else known.path
-        path, state, content, failure = path_of(name), None, "", None
+        path, state, content, failure = self._read(name), None, "", None
         change: Change
         record: Record | None
         try:
@@ -191,11 +199,15 @@ class Indexer:
         except (Halted, LibraryError, MissingExtra):
             raise
         except Exception as error:  # noqa: BLE001 - whatever is wrong with one video, the others go on
-            failure = Failure.of(name, _cause(error, path, state))
+            failure = Failure.of(name, _cause(error, name, path, state))
             change, record = "failed", self._failed(failure.error, name, known, state, content)
         return Added(name, change, record, failure, time.perf_counter() - began)
 
     # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _read(self, name: str) -> Path | None:
+        """The file that is read for a name; None for a URL."""
+        return self._held or path_of(name)
 
     @contextmanager
     def _claim(self, content: str) -> Iterator[None]:
@@ -213,7 +225,7 @@ class Indexer:
             return "unchanged", self._renewed(known, state=state)
         if known is None and twins:
             for twin in twins:
-                other, path = str(path_of(twin.path)), str(path_of(name))
+                other, path = str(path_of(twin.path)), str(self._read(name))
                 if os.path.exists(other) and os.path.samefile(other, path):
                     return "unchanged", self._renewed(twin)  # another name of the same file
             for twin in twins:
@@ -222,7 +234,7 @@ class Indexer:
         record = self._record(name, known, state, content)
         change: Change = "added" if known is None or not known.generation else "changed"
         current = self._current(record.id)
-        if not self._config.force and current is not None and _is_done(current, path_of(name), state):
+        if not self._config.force and current is not None and _is_done(current, self._read(name), state):
             return "unchanged", self._renewed(current)  # another process was quicker
         for twin in twins:
             if (copied := self._copied(record, twin)) is not None:
@@ -230,8 +242,9 @@ class Indexer:
         return change, self._decoded(record, state, progress)
 
     def _decoded(self, record: Record, state: FileState | None, progress: Progress) -> Record:
-        config, path = self._config, path_of(record.path)
-        with _Watched(path or record.path, config.limits, self._checkpoint) as source:
+        config, path = self._config, self._read(record.path)
+        shown = str(path_of(record.path) or record.path)
+        with _Watched(path or record.path, shown, config.limits, self._checkpoint) as source:
             summary = self._engine.summarize(
                 source, sampling=config.sampling, encode=config.encode, select=config.select, progress=progress
             )
@@ -392,10 +405,10 @@ def _changed(name: str) -> SourceError:
     )
 
 
-def _cause(error: Exception, path: Path | None, state: FileState | None) -> Exception:
+def _cause(error: Exception, name: str, path: Path | None, state: FileState | None) -> Exception:
     """The error, or its cause: a file that changes while it is read looks damaged."""
     try:
         same = state is None or FileState.of(path) == state
     except SourceError:
         return error
-    return error if same else _changed(str(path))
+    return error if same else _changed(name)

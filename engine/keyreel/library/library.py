@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -120,6 +121,7 @@ class Library:
         begin: Callable[[str], Progress] | None = None,
         tell: Callable[[Added], None] | None = None,
         stop: Callable[[], bool] | None = None,
+        held: Path | None = None,
     ) -> builtins.list[Added]:
         """Indexes videos. Each is committed by itself, so that what is done stays done.
 
@@ -138,6 +140,8 @@ class Library:
             tell: called with the result of each video, as they end. Callbacks come from the working threads, never two
                 at a time; an error in one ends the run and is raised.
             stop: asked often; once it returns True, videos under way are dropped and the rest is left.
+            held: a name under which one video is read, such as one of a file that is open already; the library keeps
+                the name in `videos`. A link that is put in the file's place meanwhile is then not followed.
 
         Returns:
             The result for each video, in the order given, without those that were not reached.
@@ -152,8 +156,10 @@ class Library:
         for name in map(name_of, given):
             names.setdefault(real_name(name), name)
         config = config or IndexConfig()
+        if held is not None and len(names) != 1:
+            raise ValueError(f"held goes with one video, got {len(names)}")
         run = IndexRun(stop=stop, progress=progress, begin=begin, tell=tell)
-        indexer = self._indexer(config, run)
+        indexer = self._indexer(config, run, held)
         return run.run(tuple(names.values()), indexer.index, config.workers)
 
     def update(
@@ -395,13 +401,13 @@ class Library:
         except ModelNotFound:
             return None
 
-    def _indexer(self, config: IndexConfig, run: IndexRun) -> Indexer:
+    def _indexer(self, config: IndexConfig, run: IndexRun, held: Path | None = None) -> Indexer:
         engine = self._engine_for("adding videos")
         there = self._tables.exists()
         if there:
             self._check_model(engine)
         catalog = Catalog(self._tables.records() if there else ())
-        return Indexer(engine, self._tables, catalog, config, self.config.preview_height, run.checkpoint)
+        return Indexer(engine, self._tables, catalog, config, self.config.preview_height, run.checkpoint, held)
 
     def _search(self) -> SearchIndex:
         with self._lock:

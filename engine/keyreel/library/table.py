@@ -32,6 +32,8 @@ REPAIR = "`keyreel library verify --repair` finds the videos and has them indexe
 _log = logging.getLogger("keyreel.library")
 
 T = TypeVar("T")
+# LanceDB's own caches would grow with each commit, up to gigabytes.
+INDEX_CACHE_BYTES, METADATA_CACHE_BYTES = 256 << 20, 32 << 20
 CHUNK = 128  # generations or ids named in one condition; for more, everything is read
 _ATTEMPTS = 10
 
@@ -179,7 +181,10 @@ class Tables:
                 lancedb = import_extra("lancedb", extra="library", purpose="a library of videos")
                 # With an interval of 0 each read looks for a newer version.
                 self._database = lancedb.connect(
-                    self.uri, storage_options=self.options, read_consistency_interval=timedelta(0)
+                    self.uri,
+                    storage_options=self.options,
+                    read_consistency_interval=timedelta(0),
+                    session=lancedb.Session(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES),
                 )
             return self._database
 

@@ -22,7 +22,7 @@ from keyreel.library.types import Finding, Record
 from keyreel.runtime.bundle import Bundle
 from keyreel.types import F32, I64
 
-COMPACT_EVERY = 256  # commits
+COMPACT_EVERY = 16  # commits
 _ORPHAN_AGE_SECONDS = 3600.0  # younger rows may belong to a video that another process is about to commit
 _VERSION_AGE = timedelta(minutes=2)  # other processes may still read younger versions
 _FULL_FRAGMENT = 1 << 20  # rows; LanceDB leaves such files alone and merges all smaller ones
@@ -49,17 +49,18 @@ def compact(tables: Tables, *, alone: bool = False) -> int:
 def tidy(tables: Tables, every: int = COMPACT_EVERY) -> None:
     """Call it after each commit: every so many commits, by any process, it merges small files if there are enough.
 
-    LanceDB rewrites a table up to its last full file. Waiting for a fraction of the commits keeps the total written
-    within a small multiple of what is stored. Records are small, so they may be rewritten more often.
+    LanceDB rewrites a table up to its last full file, which is some 2,000 videos at most. Each small file costs about a
+    millisecond of every look at one video; so 16 of them may be there, and one more for each 64 videos that would be
+    rewritten: four megabytes are written for each video then, at most.
     """
     if tables.version() % every:
         return
     videos = tables.table(RECORDS).count_rows()
-    for name, fraction in ((VECTORS, 8), (RECORDS, 64)):
+    for name in TABLES:
         stats = tables.table(name).stats()
         rows = max(int(stats["num_rows"]), 1)
         commits = videos * (rows % _FULL_FRAGMENT) / rows  # whose rows would be rewritten
-        if int(stats["fragment_stats"]["num_small_fragments"]) >= every + commits / fraction:
+        if int(stats["fragment_stats"]["num_small_fragments"]) >= every + commits / 64:
             with contextlib.suppress(Conflict, Full):  # the video is committed; there will be another time
                 if name == VECTORS:
                     _delete_orphans(tables, _ORPHAN_AGE_SECONDS)

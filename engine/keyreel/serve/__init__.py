@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 def router(library: Library, config: ServeConfig | None = None) -> APIRouter:
     """All routes of the service, for another application; its lifespan starts and drains the jobs.
 
+    Requests to other names than this machine's own are refused, as any web page could point a name of its own here:
+    `ServeConfig(hosts=("films.example.com",))` has yours, `hosts=("*",)` lets all through.
+
     Args:
         library: with an engine; without one nothing can be searched by text or indexed.
 

@@ -33,7 +33,7 @@ PAGE_POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 MAX_QUERY = 1000  # characters
-MAX_UPLOADS = 4  # at a time
+MAX_UPLOADS = 32  # at a time
 UPLOAD_SECONDS = 3600.0  # of one upload; one that stands still ends after the config's timeout_seconds
 _STATIC_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 # A picture changes when its video is indexed again.
@@ -49,8 +49,9 @@ def make_app(service: Service) -> FastAPI:
     # FastAPI's own documentation pages load scripts from other hosts; redirects would trust the Host header.
     app = FastAPI(title="keyreel", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     config = service.config
-    own = (*LOOPBACK, config.host) if config.loopback and not config.hosts else ()
-    app.include_router(make_router(service, hosts=own, alone=True))
+    # Who listens beyond this machine may have any name.
+    hosts = config.hosts or ((*LOOPBACK, config.host) if config.loopback else ("*",))
+    app.include_router(make_router(service, hosts=hosts, alone=True))
 
     @app.exception_handler(HTTPException)
     async def no_route(_: Request, error: Any) -> Response:
@@ -65,7 +66,7 @@ def make_router(service: Service, *, hosts: tuple[str, ...] = (), alone: bool = 
     """See `keyreel.serve.router`.
 
     Args:
-        hosts: names in the Host header that are answered, besides the config's.
+        hosts: names in the Host header that are answered; the config's by default, or those of this machine.
         alone: the application is the service and nothing else, so that its OpenAPI document is served.
     """
 
@@ -77,7 +78,8 @@ def make_router(service: Service, *, hosts: tuple[str, ...] = (), alone: bool = 
         finally:
             await asyncio.to_thread(service.close)
 
-    security = Security(service.config, service.metrics, (*service.config.hosts, *hosts), service.private)
+    hosts = hosts or service.config.hosts or LOOPBACK
+    security = Security(service.config, service.metrics, () if "*" in hosts else hosts, service.private)
     public = APIRouter(route_class=security.route(public=True), responses=_ERRORS)
     closed = APIRouter(route_class=security.route(), responses=_ERRORS)
     slow = APIRouter(route_class=security.route(timeout_seconds=UPLOAD_SECONDS), responses=_ERRORS)
@@ -237,7 +239,7 @@ def _add_videos(router: APIRouter, service: Service) -> None:
 
 def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:
     jobs, uploading = service.jobs, asyncio.Semaphore(MAX_UPLOADS)
-    idle, most = service.config.timeout_seconds, service.config.upload_bytes
+    idle = service.config.timeout_seconds
 
     async def receive(request: Request) -> models.JobState:
         """Streams an upload to disk; one that is not whole leaves nothing."""
@@ -245,10 +247,14 @@ def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:
             raise too_busy("uploads", 10)
         id = uuid.uuid4().hex
         part = jobs.uploads / f"{id}.part"
+        length = request.headers.get("content-length", "")
         async with uploading:
             try:
-                with await asyncio.to_thread(part.open, "xb") as file:
-                    name = await uploads.read_file(request, file, max_bytes=most, idle_seconds=idle)
+                space = jobs.space(int(length) if length.isdecimal() else None)
+                with space as most, await asyncio.to_thread(part.open, "xb") as file:
+                    name = await uploads.read_file(
+                        request, file, max_bytes=most, idle_seconds=idle, least_rate=uploads.UPLOAD_RATE
+                    )
                     await asyncio.to_thread(file.flush)
                     await asyncio.to_thread(os.fsync, file.fileno())
                 service.metrics.upload_bytes.inc(part.stat().st_size)
@@ -260,15 +266,13 @@ def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:
     @slow.post("/api/v1/jobs", tags=["jobs"], status_code=202, openapi_extra=models.body(models.JobRequest))
     async def submit(request: Request) -> models.JobState:
         """Accepts a video to be indexed: a path under an allowed folder, or an upload. Accepted jobs are on disk."""
-        await asyncio.to_thread(jobs.reserve)
-        try:
-            if uploads.is_upload(request):
-                return await receive(request)
-            asked = await uploads.read_json(request, models.JobRequest, idle_seconds=idle)
-            path = await service.pool.run(service.roots.find, asked.path)
-            return await asyncio.to_thread(jobs.submit, path)
-        finally:
-            jobs.release()
+        # A place in the queue is taken by what is whole: bodies that drip hold none.
+        await asyncio.to_thread(jobs.check_room)
+        if uploads.is_upload(request):
+            return await receive(request)
+        asked = await uploads.read_json(request, models.JobRequest, idle_seconds=idle)
+        path = await service.pool.run(service.roots.find, asked.path)
+        return await asyncio.to_thread(jobs.submit, path)
 
     @router.get("/api/v1/jobs", tags=["jobs"])
     async def all_jobs() -> models.JobList:

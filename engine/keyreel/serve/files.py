@@ -75,7 +75,7 @@ class Roots:
             opened = _Closing(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         except (OSError, ValueError) as error:
             raise ApiError(404, "not_found", f"{path.name!r} cannot be opened: {type(error).__name__}") from error
-        if not self.holds(os.path.realpath(_own_name(opened))) or not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        if not self.holds(os.path.realpath(own_name(opened))) or not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
             opened.close()
             raise _outside(path.name)
         return opened
@@ -87,7 +87,7 @@ class OpenFile(FileResponse):
     def __init__(self, file: FileIO, name: str) -> None:
         kind = _TYPES.get(os.path.splitext(name)[1].lower(), "application/octet-stream")
         state, headers = os.fstat(file.fileno()), {"Cache-Control": "private, max-age=60"}
-        super().__init__(_own_name(file), media_type=kind, stat_result=state, headers=headers)
+        super().__init__(own_name(file), media_type=kind, stat_result=state, headers=headers)
         self._file = file
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,7 +104,7 @@ class _Closing(FileIO):
         self.close()
 
 
-def _own_name(file: FileIO) -> str:
+def own_name(file: FileIO) -> str:
     """A name by which this process can open the file again, even after it was renamed or removed."""
     return f"/proc/self/fd/{file.fileno()}"
 

@@ -10,11 +10,13 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +34,7 @@ _log = logging.getLogger(__name__)
 
 Work = Callable[[Path, Progress, Callable[[], bool]], Added | None]
 
+OPEN = "open-"  # begins the name of a folder with a name of an open file
 KEPT = 1000  # finished jobs that are remembered
 STOP_SECONDS = 5.0  # in which a job should notice that it is to stop
 MAX_TRIES = 3  # a video that crashes the process must not do so at every start
@@ -74,6 +77,7 @@ class Jobs:
         folder: of the queue and the uploads; made at the start. One process at a time may use it.
         work: adds one video to the library; reports progress, and asks whether to stop. None if it stopped.
         forget: removes a failed video from the library, by path.
+        known: whether the library has a video, by path.
         private: paths to redact in errors.
     """
 
@@ -82,21 +86,23 @@ class Jobs:
         folder: Path,
         work: Work,
         forget: Callable[[Path], None],
+        known: Callable[[Path], bool],
         config: ServeConfig,
         metrics: Metrics,
         private: Sequence[str] = (),
     ) -> None:
         self.folder, self.uploads = folder, folder / "uploads"
-        self._work, self._forget, self._config, self._metrics = work, forget, config, metrics
+        self._work, self._forget, self._known = work, forget, known
+        self._config, self._metrics = config, metrics
         self._private = tuple(private)
         self._changed = threading.Condition(threading.RLock())
         self._base: sqlite3.Connection | None = None
         self._lock: BinaryIO | None = None
         self._running: dict[str, _Running] = {}
         self._threads: list[threading.Thread] = []
-        self._reserved = 0
+        self._coming: list[int] = []  # bytes of the uploads that are on their way
         self._ending = False
-        metrics.watch_jobs(self.counts)
+        metrics.watch(self.counts, self.stored_bytes)
 
     def start(self) -> None:
         """Resumes what the last process left. Idempotent.
@@ -127,33 +133,58 @@ class Jobs:
                 self._threads.append(thread)
                 thread.start()
 
-    def reserve(self) -> None:
-        """Keeps a place in the queue for a request, until `release`.
-
-        Raises:
-            ApiError: 429 the queue is full, 503 the service is ending.
-        """
+    def check_room(self) -> None:
+        """Raises ApiError: 429 the queue is full, 503 the service is ending."""
         with self._changed:
             if self._ending:
                 raise _ending()
             self.start()
-            if self.counts()["queued"] + self._reserved >= self._config.max_jobs:
+            if self.counts()["queued"] >= self._config.max_jobs:
                 raise too_busy("jobs", 10)
-            self._reserved += 1
 
-    def release(self) -> None:
-        """Gives a place back, used or not."""
+    @contextmanager
+    def space(self, length: int | None) -> Iterator[int]:
+        """How many bytes an upload may take; while it comes, they count for the others.
+
+        Args:
+            length: of the whole request, if it is known.
+
+        Raises:
+            ApiError: 507 the uploads take all that they may (`ServeConfig.upload_quota`).
+        """
+        most, quota = self._config.upload_bytes, self._config.upload_quota
+        if quota is None:
+            yield most
+            return
         with self._changed:
-            self._reserved -= 1
+            left = quota - self.stored_bytes() - sum(self._coming)
+            wanted = most if length is None else min(length, most)
+            if left < min(wanted, quota) or left <= 0:
+                kept = f"the uploads may take {quota} bytes and {max(left, 0)} are left"
+                raise ApiError(507, "storage", kept, hint="remove videos that were uploaded, or raise --upload-quota")
+            self._coming.append(min(wanted, left))
+        try:
+            yield min(most, left)
+        finally:
+            with self._changed:
+                self._coming.remove(min(wanted, left))
+
+    def stored_bytes(self) -> int:
+        """Of all uploads that are whole."""
+        return sum(path.stat().st_size for path in self.uploads.glob("*/*") if path.is_file())
 
     def submit(self, path: Path, *, id: str | None = None, part: Path | None = None) -> Job:
-        """Accepts a job, into a reserved place: when this returns it is on disk.
+        """Accepts a job: when this returns it is on disk.
 
         Args:
             part: an upload, whole and on disk, which is renamed to `path`; called after the id.
+
+        Raises:
+            ApiError: 429 the queue is full, 503 the service is ending.
         """
         id = id or uuid.uuid4().hex
         with self._changed:
+            self.check_room()
             self._write(
                 "INSERT INTO jobs (id, state, path, uploaded, created) VALUES (?, 'queued', ?, ?, ?)",
                 (id, os.fsencode(path), part is not None, time.time()),
@@ -241,6 +272,18 @@ class Jobs:
         for part in self.uploads.glob("*.part"):
             accepted = self._read("WHERE id = ?", (part.stem,))
             _rename(part, accepted[0].path) if accepted else part.unlink()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Removes what a killed process could not: uploads whose job ended without a video, and names of open files."""
+        for folder in self.folder.glob(f"{OPEN}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in self.uploads.glob("*/*"):
+            found = self._read("WHERE id = ?", (path.parent.name,))
+            if found and found[0].state in ("failed", "cancelled"):
+                self._discard(found[0])
+            elif not found and not self._known(path):  # of a job that is forgotten
+                discard(path)
 
     def _run(self) -> None:
         while not self._ending:

@@ -26,10 +26,12 @@ class Metrics:
         self.jobs_ended = Counter("keyreel_jobs_ended", "Jobs that ended", ("state",), registry=own)
         self.job_seconds = Histogram("keyreel_job_seconds", "Time at work on a job", buckets=_SECONDS, registry=own)
         self.upload_bytes = Counter("keyreel_upload_bytes", "Bytes of uploads written", registry=own)
+        self._stored = Gauge("keyreel_uploads_stored_bytes", "Bytes that the uploads take", registry=own)
         self._jobs = Gauge("keyreel_jobs", "Jobs that are not over", ("state",), registry=own)
 
-    def watch_jobs(self, counts: Callable[[], Mapping[str, int]]) -> None:
-        """Reads the number of queued and running jobs whenever the metrics are read."""
+    def watch(self, counts: Callable[[], Mapping[str, int]], stored: Callable[[], int]) -> None:
+        """Reads the number of queued and running jobs, and the size of the uploads, whenever the metrics are read."""
+        self._stored.set_function(stored)
         self._jobs.labels("queued").set_function(lambda: counts()["queued"])
         self._jobs.labels("running").set_function(lambda: counts()["running"])
 

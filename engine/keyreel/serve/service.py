@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -18,8 +19,8 @@ from keyreel.errors import LibraryError
 from keyreel.library.files import path_of
 from keyreel.library.types import Added, Extras, Filter, Record
 from keyreel.serve import models
-from keyreel.serve.files import Roots, discard, file_name
-from keyreel.serve.jobs import Jobs
+from keyreel.serve.files import Roots, discard, file_name, own_name
+from keyreel.serve.jobs import OPEN, Jobs
 from keyreel.serve.metrics import Metrics
 from keyreel.serve.security import ApiError, redact_paths
 from keyreel.serve.workers import Answer, Batcher, Pool
@@ -45,7 +46,7 @@ class Service:
         self.private = (library.uri, str(folder))
         self.pool = Pool(config.threads)
         self.batcher = Batcher(self._search_texts, self.metrics)
-        self.jobs = Jobs(folder, self._add, self._forget, config, self.metrics, self.private)
+        self.jobs = Jobs(folder, self._add, self._forget, self._known, config, self.metrics, self.private)
         self.roots = Roots(config.roots)
         self._playable = Roots((*config.roots, self.jobs.uploads))
 
@@ -180,10 +181,15 @@ class Service:
         ]
 
     def _add(self, path: Path, report: Progress, stop: Callable[[], bool]) -> Added | None:
-        # The job may be older than the folders allowed now, and a link may have been put in the file's place.
-        if not self._playable.holds(os.path.realpath(path)):
-            raise ApiError(403, "path", "the file is not under a folder that may be read any more")
-        return next(iter(self.library.add([path], begin=lambda _: report, stop=stop)), None)
+        # The job may be older than the folders allowed now, and a link may have been put in the file's place: what is
+        # checked is what is read, by a name in a folder of its own, since the ending of a name says what a file is.
+        with self._playable.open(path) as file, TemporaryDirectory(prefix=OPEN, dir=self.jobs.folder) as folder:
+            held = Path(folder) / path.name
+            held.symlink_to(own_name(file))
+            return next(iter(self.library.add([path], begin=lambda _: report, stop=stop, held=held)), None)
+
+    def _known(self, path: Path) -> bool:
+        return self.library.exists() and any(record.path == str(path) for record in self.library.list())
 
     def _forget(self, path: Path) -> None:
         for record in self.library.list() if self.library.exists() else ():

@@ -26,7 +26,8 @@ IMAGE_BYTES = 32 << 20
 IMAGE_PIXELS = 64_000_000
 _JSON_BYTES = 64 << 10
 _DROPPED_BYTES = 1 << 20
-_LEAST_RATE = 1 << 10  # bytes a second that a body must bring, after the first `idle_seconds`
+# Bytes a second that a body must bring, after the first `idle_seconds`: of small ones, and of uploads.
+_LEAST_RATE, UPLOAD_RATE = 1 << 10, 32 << 10
 _FRAMING_BYTES = 16 << 10  # headers and boundaries around the file
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
@@ -52,14 +53,16 @@ async def read_json(request: Request, model: type[M], *, idle_seconds: float) ->
         raise ApiError(422, "invalid", f"the body is not JSON: {type(error).__name__}") from error
 
 
-async def read_file(request: Request, target: BinaryIO, *, max_bytes: int, idle_seconds: float) -> str:
+async def read_file(
+    request: Request, target: BinaryIO, *, max_bytes: int, idle_seconds: float, least_rate: int = _LEAST_RATE
+) -> str:
     """Writes the file of a multipart body into `target` as it arrives, and returns the name that came with it.
 
     Raises:
         ApiError: 400 malformed or cut off, 408 nothing came for `idle_seconds`, 413 larger than `max_bytes`, 422
             without a part named "file".
     """
-    parser = _Parser(request.headers, _body(request, max_bytes + _FRAMING_BYTES, idle_seconds), target)
+    parser = _Parser(request.headers, _body(request, max_bytes + _FRAMING_BYTES, idle_seconds, least_rate), target)
     try:
         form = await parser.parse()
     except (MultiPartException, ValueError) as error:
@@ -107,7 +110,9 @@ class _Parser(MultiPartParser):
             part.file = self._target
 
 
-async def _body(request: Request, max_bytes: int, idle_seconds: float) -> AsyncGenerator[bytes, None]:
+async def _body(
+    request: Request, max_bytes: int, idle_seconds: float, least_rate: int = _LEAST_RATE
+) -> AsyncGenerator[bytes, None]:
     """The body in pieces; an error if it is larger than allowed.
 
     What is too much by little is read and dropped: the answer is lost if the connection is closed on unread bytes.
@@ -120,7 +125,7 @@ async def _body(request: Request, max_bytes: int, idle_seconds: float) -> AsyncG
         while True:
             began = time.monotonic()
             # Not only a silent caller: one that drips must not hold its place for as long as it likes, either.
-            async with asyncio.timeout(min(idle_seconds, idle_seconds + size / _LEAST_RATE - waited)):
+            async with asyncio.timeout(min(idle_seconds, idle_seconds + size / least_rate - waited)):
                 chunk = await anext(body)
             waited += time.monotonic() - began
             size += len(chunk)
@@ -133,7 +138,7 @@ async def _body(request: Request, max_bytes: int, idle_seconds: float) -> AsyncG
             raise _too_large(max_bytes) from None
     except TimeoutError as error:
         headers = {"Connection": "close"}
-        slow = f"nothing came for {idle_seconds} s, or less than {_LEAST_RATE} bytes a second"
+        slow = f"nothing came for {idle_seconds} s, or less than {least_rate} bytes a second"
         raise ApiError(408, "timeout", slow, headers=headers) from error
     except ClientDisconnect as error:
         raise ApiError(400, "invalid", "the caller left before the body ended") from error
