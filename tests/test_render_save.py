@@ -21,6 +21,7 @@ from keyreel.decode.source import Source
 from keyreel.errors import MissingExtra, RenderError
 from keyreel.render import save
 from keyreel.render.documents import SummaryDocument, schema_of
+from keyreel.render.files import atomic_write
 from keyreel.render.save import save_summary
 
 ALL = {
@@ -210,6 +211,7 @@ from pathlib import Path
 from render_clips import make_summary
 from keyreel.config import OutputConfig
 from keyreel.decode.source import Source
+from keyreel.render.files import atomic_write
 from keyreel.render.save import save_summary
 with Source({str(source.path)!r}) as source:
     summary = make_summary(source, keyframes=2)
@@ -221,3 +223,17 @@ with Source({str(source.path)!r}) as source:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "KeyboardInterrupt" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_a_day_ago_is_deleted(tmp_path: Path) -> None:
+    old, young, mine = (tmp_path / name for name in (".keyreel-0.part", ".keyreel-1.part", "mine.part"))
+    file = tmp_path / ".keyreel-2.part.mp4"
+    for folder in (old, young, mine):
+        folder.mkdir()
+        (folder / "a.jpg").write_bytes(b"x")
+    file.write_bytes(b"x")
+    for path in (old, mine, file):
+        os.utime(path, (0, 0))
+    with atomic_write(tmp_path / "b.txt") as made:
+        made.write_text("b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".keyreel-1.part", "b.txt", "mine.part"]

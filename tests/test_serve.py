@@ -9,6 +9,7 @@ import gc
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import numpy as np
 import pytest
 from encoded_clips import encode
@@ -1009,3 +1011,37 @@ def test_silent_connections_do_not_keep_others_out(tmp_path: Path) -> None:
             opened.enter_context(socket.create_connection((url.host, url.port or 0), timeout=20))
         with httpx.Client(base_url=service.address, timeout=15, trust_env=False) as fresh:
             assert fresh.get("/healthz").status_code == 200
+
+
+def test_the_openapi_document_is_sound(service: Served) -> None:
+    """Every reference leads somewhere, every schema is one, and every operation has an answer and a name of its own."""
+    document = service.http.get("/openapi.json").json()
+    assert document["openapi"].startswith("3.1")
+
+    def references(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            if isinstance(value.get("$ref"), str):
+                yield value["$ref"]
+            for inner in value.values():
+                yield from references(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from references(inner)
+
+    found = list(references(document))
+    assert len(found) > 10
+    for reference in found:
+        place = document
+        assert reference.startswith("#/")
+        for part in reference[2:].split("/"):
+            place = place[part.replace("~1", "/").replace("~0", "~")]
+    for schema in document["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+    operations = [one for methods in document["paths"].values() for one in methods.values()]
+    names = [one["operationId"] for one in operations]
+    assert len(set(names)) == len(names)
+    for path, methods in document["paths"].items():
+        for one in methods.values():
+            assert any(code.startswith("2") for code in one["responses"])
+            declared = {given["name"] for given in one.get("parameters", ()) if given["in"] == "path"}
+            assert declared == set(re.findall(r"{(\w+)}", path))

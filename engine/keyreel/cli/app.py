@@ -12,11 +12,11 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from keyreel.cli import index, library, machine, search, videos
+from keyreel.cli import exit_code_of, index, library, machine, search, videos
 from keyreel.cli.output import log
 from keyreel.errors import KeyreelError, MissingExtra, RenderError
 
-USAGE, INTERRUPTED = 2, 130
+USAGE = 2
 
 
 class _Messages(logging.Handler):
@@ -57,7 +57,7 @@ def _exit_codes() -> Iterator[None]:
         raise typer.Exit(USAGE) from error
     except KeyboardInterrupt as error:
         log("interrupted")
-        raise typer.Exit(INTERRUPTED) from error
+        raise typer.Exit(exit_code_of(error)) from error
 
 
 def _group(help: str, **options: Any) -> typer.Typer:

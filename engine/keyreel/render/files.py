@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+OLD_SECONDS = 86_400.0
 
 
 def hidden(path: Path, suffix: str = "") -> Path:
-    """A new hidden name beside `path`, without its name, which may be as long as a name can be."""
+    """A new hidden name beside `path`, without its name, which may be as long as a name can be.
+
+    What an earlier process left there more than a day ago, since it was killed, is deleted.
+    """
+    with suppress(OSError):
+        for left in path.parent.glob(".keyreel-*.part*"):
+            if time.time() - left.lstat().st_mtime > OLD_SECONDS:
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     return path.with_name(f".keyreel-{uuid.uuid4().hex[:12]}.part{suffix}")
 
 

@@ -243,7 +243,11 @@ def body(model: type[BaseModel]) -> dict[str, Any]:
     """What OpenAPI says of a body that is JSON or a file."""
     file = {"type": "string", "format": "binary"}
     multipart = {"type": "object", "properties": {"file": file}, "required": ["file"]}
-    schemas = {"application/json": model.model_json_schema(), "multipart/form-data": multipart}
+    schema = model.model_json_schema()
+    own = {f"#/$defs/{name}": inner for name, inner in schema.pop("$defs", {}).items()}
+    # A reference would be looked for in the whole document.
+    properties = {name: own.get(inner.get("$ref"), inner) for name, inner in schema["properties"].items()}
+    schemas = {"application/json": {**schema, "properties": properties}, "multipart/form-data": multipart}
     content = {kind: {"schema": schema} for kind, schema in schemas.items()}
     return {"requestBody": {"required": True, "content": content}}
 
