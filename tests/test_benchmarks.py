@@ -36,6 +36,7 @@ def ran(script: str, output: Path, *words: str) -> subprocess.CompletedProcess[s
         ("quality", {"quality"}),
         ("answers", {"answers"}),
         ("shots", {"shots"}),
+        ("service", {"service", "commits"}),
     ],
 )
 def test_a_script_runs(script: str, cases: set[str], tmp_path: Path) -> None:
