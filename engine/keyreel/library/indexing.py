@@ -122,7 +122,8 @@ def frame_of(path: str, state: FileState, shape: tuple[int, int], seconds: float
         if file is None or FileState.of(file) != state:
             return None
         with Source(file) as source:
-            return jpeg(Image.fromarray(picture_at(source, seconds, at_most(*shape, max_height))), JPEG_QUALITY)
+            found = jpeg(Image.fromarray(picture_at(source, seconds, at_most(*shape, max_height))), JPEG_QUALITY)
+        return found if FileState.of(file) == state else None  # it may have been another one meanwhile
     except (SourceError, RenderError):
         return None
 
