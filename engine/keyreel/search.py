@@ -21,7 +21,7 @@ WHOLE_SECONDS = 20.0
 AROUND_SECONDS, HOLDS, NEAR = 2.0, 0.3, 0.1
 # In a long scene the next moment is at least so far away: what lies beside a part only answers worse.
 APART_SECONDS = 10.0
-# What conditions weigh beside the query, see `Asked.of`. On pairs of an object and a place (`benchmarks.quality`) the
+# What conditions weigh beside the query, see `Asked.of`. On pairs of an object and a place (`benchmarks.answers`) the
 # mean of two scores found both better than their minimum or the sum of the texts' vectors, and a quarter of the score
 # of what must not be there did better than less and more. More weight of examples loses what the text finds.
 WITHOUT, MORE, LESS = 0.25, 0.25, 0.1
@@ -244,16 +244,22 @@ def _part(scores: F32, pts_seconds: F64, free: NDArray[np.bool_], peak: int, fir
     """[low, high): the rows around a peak that answer, of the scene [first, last)."""
     typical, best = float(np.median(scores)), float(scores[peak])
     floor = min(typical + HOLDS * (best - typical), best - NEAR * abs(best))
-    taken = np.flatnonzero(~free[first:last]) + first
-    first = int(max(taken[taken < peak], default=first - 1)) + 1
-    last = int(min(taken[taken > peak], default=last))
+    first, last = _run(free, peak, first, last)
     near = np.abs(pts_seconds[first:last] - pts_seconds[peak]) <= AROUND_SECONDS
     step = (pts_seconds[last - 1] - pts_seconds[first]) / max(last - first - 1, 1)
     half = round(AROUND_SECONDS / step) if step else 0
     padded = np.pad(scores[first:last].astype(np.float64), half, mode="edge")
     means = np.convolve(padded, np.full(2 * half + 1, 1 / (2 * half + 1)), mode="valid")
-    fails = np.flatnonzero(~(near | (means >= floor))) + first
-    return int(max(fails[fails < peak], default=first - 1)) + 1, int(min(fails[fails > peak], default=last))
+    holds = np.zeros(len(scores), bool)
+    holds[first:last] = near | (means >= floor)
+    return _run(holds, peak, first, last)
+
+
+def _run(holds: NDArray[np.bool_], peak: int, first: int, last: int) -> tuple[int, int]:
+    """[low, high): the rows around a peak that hold, within [first, last)."""
+    fails = np.flatnonzero(~holds[first:last]) + first
+    place = int(np.searchsorted(fails, peak))
+    return int(fails[place - 1]) + 1 if place else first, int(fails[place]) if place < len(fails) else last
 
 
 def best_hits(hits: Sequence[SearchHit], k: int) -> list[SearchHit]:

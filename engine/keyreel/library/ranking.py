@@ -40,7 +40,7 @@ class Moment(NamedTuple):
 def pooled(scores: F32, runs: I64, videos: I64) -> F64:
     """Scores of videos: that of their best scene, which is sum of softmax(s / TEMPERATURE) s over the scores s of its
     frames (CLIP-Hitchhiker, Bain et al. 2022, equation 3). Over all frames of a video, a low temperature ranks clips
-    worse, and a high one loses what is short in a long video (`benchmarks.quality`).
+    worse, and a high one loses what is short in a long video (`benchmarks.answers`).
 
     Args:
         scores: [Q, n] float32.

@@ -73,6 +73,8 @@ def make_router(service: Service, *, hosts: tuple[str, ...] = (), alone: bool = 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(service.jobs.start)
+        if (engine := service.library.engine) is not None:
+            await asyncio.to_thread(engine.chances)  # else the first caller would wait for it
         try:
             yield
         finally:
