@@ -28,6 +28,7 @@ from benchmarks.clips import small_clips
 from benchmarks.index import service
 from keyreel import Engine, Library
 from keyreel.library import upkeep
+from keyreel.runtime.memory import bound_arenas
 
 DRIP = (
     b"POST /api/v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 60000\r\n\r\n{"
@@ -79,6 +80,7 @@ def under_pressure(library: Path, quick: bool) -> Iterator[tuple[Row, dict[str, 
 def commits(folder: Path, clip: Path, most: int) -> Iterator[tuple[Row, dict[str, list[float]]]]:
     """Each commit is a video of its own, with vectors of its own and the pictures of `clip`."""
     draw = np.random.default_rng(0)
+    bound_arenas()  # as the command line does
     with Engine.from_pretrained(device="cpu", threads=1) as engine, Library(folder / "library", engine) as library:
         library.add([clip])
         tables, [first] = library._tables, library.list()

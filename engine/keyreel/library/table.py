@@ -33,7 +33,7 @@ _log = logging.getLogger("keyreel.library")
 
 T = TypeVar("T")
 # LanceDB's own caches would grow with each commit, up to gigabytes.
-INDEX_CACHE_BYTES, METADATA_CACHE_BYTES = 256 << 20, 32 << 20
+INDEX_CACHE_BYTES, METADATA_CACHE_BYTES = 256 << 20, 8 << 20
 CHUNK = 128  # generations or ids named in one condition; for more, everything is read
 _ATTEMPTS = 10
 
