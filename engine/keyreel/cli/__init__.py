@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
+
+from keyreel.cli.signals import exit_code_of, raise_at_sigterm
 
 
 def main() -> None:
@@ -15,8 +16,7 @@ def main() -> None:
     into stderr; our own data goes to a copy of it.
     """
     try:
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # what it leaves half-written must go, as after Ctrl-C
-            signal.signal(signal.SIGTERM, _terminate)
+        raise_at_sigterm()
         with contextlib.suppress(OSError, AttributeError):  # the caller closed stdout or stderr
             sys.stdout.flush()
             own = os.dup(1)
@@ -29,16 +29,3 @@ def main() -> None:
         app()
     except KeyboardInterrupt as error:  # while modules are imported; commands handle it themselves
         sys.exit(exit_code_of(error))
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM ends a command as Ctrl-C does."""
-
-
-def exit_code_of(error: KeyboardInterrupt) -> int:
-    """As shells have it: 128 and the signal's number."""
-    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated

@@ -12,8 +12,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from keyreel.cli import exit_code_of, index, library, machine, search, videos
+from keyreel.cli import index, library, machine, search, videos
 from keyreel.cli.output import log
+from keyreel.cli.signals import exit_code_of
 from keyreel.errors import KeyreelError, MissingExtra, RenderError
 
 USAGE = 2
