@@ -212,13 +212,17 @@ def answers() -> str:
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows():
         if row["case"] == "answers":
-            names = ("part", "videos", "asked", "moment", "library", "way")
+            row = {"seed": 0, **row}
+            if row["part"] != "moments" and row["seed"]:
+                continue
+            names = ("part", "videos", "asked", "moment", "library", "way", "seed")
             found[tuple(row.get(name) for name in names if name != "videos" or row["part"] == "moments")] = row
     lines = []
     whats = {"joins": "a clip in a join", "long takes": "a part of a long take"}
     for row in found.values():
         if row["part"] == "moments" and (row["moment"] != "scene" or row["asked"] == "parts"):
             what = "what comes into a long take" if row["asked"] == "events" else whats[row["videos"]]
+            what += " of another draw" if row["seed"] else ""
             way = "the shot of the best frame" if row["moment"] == "shot" else f"the {row['moment']}"
             value = percent(row["iou_0.5"], row["iou_0.7"])
             lines.append([f"{what}: {way}, IoU of at least 0.5 / 0.7", f"{row['queries']}", value])
