@@ -243,3 +243,8 @@ def test_what_conditions_weigh() -> None:
     scene = np.ascontiguousarray(embedding.scene[:, :5])
     expected = sum(w * (scene.astype(np.float64) @ v) for w, v in zip(asked.weights, asked.vectors, strict=True))
     np.testing.assert_allclose(asked.scores(scene, None).best, expected, atol=1e-6)
+
+
+def test_a_first_frame_that_began_earlier_is_part_of_its_moment() -> None:
+    [hit] = moments(np.ones(2, np.float32), np.array([0.28, 0.8]), (Shot(0.3, 1.0),), video="v", stop_seconds=1.0, k=3)
+    assert (hit.start_seconds, hit.stop_seconds, hit.pts_seconds) == (0.28, 1.0, 0.28)

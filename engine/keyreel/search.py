@@ -234,7 +234,8 @@ def moments(
             near = slice(*np.clip(np.searchsorted(pts_seconds, beside), first, last).tolist())
             free[near] = False
         free[low:high] = False
-        start = scene.start_seconds if low == first else float(pts_seconds[low])
+        # The first frame may have begun before the part of the video that was analysed.
+        start = min(scene.start_seconds, float(pts_seconds[low])) if low == first else float(pts_seconds[low])
         stop = max(scene.stop_seconds, float(pts_seconds[last - 1])) if high == last else float(pts_seconds[high])
         found.append(SearchHit(video, start, stop, float(pts_seconds[peak]), float(scores[peak])))
     return found
