@@ -18,6 +18,7 @@ from keyreel.runtime.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+CARD = (ROOT / "engine" / "keyreel" / "models" / "MODEL_CARD.md").read_text("utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -80,8 +81,8 @@ def test_figures_are_those_of_the_committed_results() -> None:
 
 def test_figures_of_the_built_in_model_are_those_of_its_manifest() -> None:
     verify = Bundle.find("builtin").manifest["verify"]
-    row = re.search(rf"top-1 / top-5 \| {verify['val_label_images']:,.0f} \| ([\d.]+) / ([\d.]+) %", README)
+    row = re.search(rf"top-1 / top-5 \| {verify['val_label_images']:,.0f} \| ([\d.]+) / ([\d.]+) %", CARD)
     assert row is not None
-    # Those of the manifest are by the scene alone, those of the README by the better of scene and subject.
+    # Those of the manifest are by the scene alone, those of the model card by the better of scene and subject.
     for found, depth in zip(row.groups(), (1, 5), strict=True):
         assert float(found) == pytest.approx(100 * verify[f"val_label_specific_top{depth}"], abs=0.2)
