@@ -15,8 +15,8 @@ import numpy as np
 from keyreel.runtime.bundle import ChanceScale, SubjectScale
 from keyreel.types import F32
 
-# The score is compared with the tenth best of the background texts whose cosine with the query is lower.
-RANK, ALIKE = 10, 0.6
+# The score is compared with the third best of the background texts whose cosine with the query is lower.
+RANK, ALIKE = 3, 0.6
 # Below this chance nothing matches well.
 WELL = 0.3
 

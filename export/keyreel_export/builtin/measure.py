@@ -185,8 +185,8 @@ def ask_libraries(towers: Towers, shown: Shown, *, libraries: int, seed: int) ->
 
 
 def background_of(shown: Shown) -> list[str]:
-    """All labels of the images."""
-    return sorted({label for example in shown.examples for label in example.labels})
+    """Every fourth label of the images: four times as many take four times as long and tell no more."""
+    return sorted({label for example in shown.examples for label in example.labels})[::4]
 
 
 def fit_chance(towers: Towers, shown: Shown, *, libraries: int = 1500) -> dict[str, Any] | None:
