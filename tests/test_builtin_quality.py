@@ -60,7 +60,7 @@ def test_absent_labels_have_low_chances() -> None:
     towers = measure.Towers(bundle.folder)
     shown = measure.halves(measure.show(towers, TRAINSET))[1]
     chances = Chances(np.empty((0, 256), np.float32), bundle.chance)
-    least = dict(zip(measure.LIBRARIES, (0.85, 0.82, 0.79, 0.67, 0.66, 0.57, 0.51, 0.47, 0.47), strict=True))
+    least = dict(zip(measure.LIBRARIES, (0.81, 0.79, 0.76, 0.65, 0.66, 0.56, 0.50, 0.49, 0.46), strict=True))
     for answers in measure.ask_libraries(towers, shown, libraries=300, seed=1):
         present, absent = (
             np.array([chances.at(lead, answers.size) for lead in leads.lead.tolist()])
