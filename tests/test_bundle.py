@@ -10,6 +10,7 @@ import pytest
 
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 from keyreel.runtime.bundle import (
+    SCENE_SIMILARITY,
     Bundle,
     ChanceScale,
     SubjectScale,
@@ -155,3 +156,17 @@ def test_write_manifest_lists_every_file(tmp_path: Path) -> None:
     # SHA-256 of "abc" in FIPS 180-2
     assert sha256_of(tmp_path / "a.bin").startswith("ba7816bf8f01cfea414140de5dae2223")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_the_similarity_of_a_scene(copy: Path) -> None:
+    def of(value: object) -> Bundle:
+        manifest = json.loads((copy / "manifest.json").read_text())
+        manifest["fusion"]["scene_similarity"] = value
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        return Bundle.load(copy)
+
+    assert Bundle.load(copy).scene_similarity == SCENE_SIMILARITY
+    assert of(0.8).scene_similarity == 0.8
+    for wrong in (1.5, "x", None, float("nan")):
+        with pytest.raises(ModelError, match="bad or missing entry"):
+            of(wrong)

@@ -79,6 +79,7 @@ def encoder(attention_input: AttentionInput = "frames", ops: Any = None) -> Enco
         shift_default="fixed",
         subject=SubjectScale(),
         chance=None,
+        scene_similarity=0.5,
         same_scene={},
         same_vectors=frozenset(),
         sha256="0" * 64,

@@ -138,6 +138,9 @@ def test_half_precision_with_a_trained_projection(open_clip: Any, tmp_path: Path
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["precision"], manifest["attention"]["input"]) == ("fp16", "tokens")
     assert len(manifest["fusion"]["projection_sha256"]) == 64
+    # An untrained tower sees little difference between pictures: shots of one scene are the more alike.
+    assert 0.55 < manifest["fusion"]["scene_similarity"] <= 0.99
+    assert Bundle.load(folder).scene_similarity == manifest["fusion"]["scene_similarity"]
     assert "identity_cosine" not in manifest["verify"]
     assert manifest["verify"]["fusion_cosine"] >= 0.999
     kinds = {onnx.load(str(folder / f"{graph}.onnx")).graph.output[0].type.tensor_type.elem_type

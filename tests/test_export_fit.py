@@ -159,7 +159,7 @@ def test_a_fit_finds_what_moves_in_pictures_it_has_not_seen(monkeypatch: pytest.
     fusion = TemporalSpatialFusion(tower, tower.projection)
     side = subject.ImageSide(tower, module.UniformAttention(16), "tokens", fusion, ImageTransform(32, 32, "squash"))
     axes = dict(zip(HUES, torch.eye(len(HUES)), strict=True))
-    monkeypatch.setattr(subject, "calibrate", lambda *_: (SubjectScale(), 1.0))
+    monkeypatch.setattr(subject, "calibrate", lambda *_: subject.Calibration(SubjectScale(), 1.0, 0.6))
     monkeypatch.setattr(pictures, "CLIPS", 100)
     monkeypatch.setattr(pictures, "CLIPS_A_PICTURE", 1)
     monkeypatch.setattr(subject, "HELD_CLIPS", 60)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keyreel.render.thumbnails import chapters
-from keyreel.scenes import ALIKE, LEAST_SECONDS, find_scenes
+from keyreel.runtime.bundle import SCENE_SIMILARITY
+from keyreel.scenes import LEAST_SECONDS, find_scenes
 from keyreel.types import F32, Shot
 
 
@@ -63,7 +64,7 @@ def test_scenes_cover_the_shots_and_neighbours_differ(seed: int, counts: list[in
     for scene in scenes:
         own = vectors[(pts >= scene.start_seconds) & (pts < scene.stop_seconds)].astype(np.float64).sum(0)
         means.append(own / np.linalg.norm(own))
-    assert all(one @ other <= ALIKE + 1e-6 for one, other in itertools.pairwise(means))
+    assert all(one @ other <= SCENE_SIMILARITY + 1e-6 for one, other in itertools.pairwise(means))
     inner = {scene.start_seconds for scene in scenes[1:]} - {cut / 2 for cut in cuts}
     for edge in inner:  # what is no cut lies far from the cuts
         assert min(abs(edge - other) for other in (0, *(cut / 2 for cut in cuts), stop)) >= LEAST_SECONDS
@@ -72,3 +73,11 @@ def test_scenes_cover_the_shots_and_neighbours_differ(seed: int, counts: list[in
 def test_chapters() -> None:
     text = chapters(spans(0, 61.5, 3725.25))
     assert text == ("WEBVTT\n\n00:00:00.000 --> 00:01:01.500\nScene 1\n\n00:01:01.500 --> 01:02:05.250\nScene 2\n")
+
+
+def test_a_model_has_its_own_similarity() -> None:
+    vectors, pts = shown((0, 20), (1, 20)), np.arange(40) / 2
+    vectors = np.asarray(vectors + 0.5 * np.eye(16)[15], np.float32)  # as CLIP's, which share a direction
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert len(find_scenes(vectors, pts, (Shot(0, 20),), 0.05)) == 1
+    assert find_scenes(vectors, pts, (Shot(0, 20),), 0.9) == spans(0, 10, 20)

@@ -299,7 +299,7 @@ class Engine:
             embedding=embedding,
             keyframes=found.keyframes,
             shots=shots,
-            scenes=find_scenes(embedding.vectors, embedding.pts_seconds, shots),
+            scenes=find_scenes(embedding.vectors, embedding.pts_seconds, shots, self.bundle.scene_similarity),
             importance=found.importance,
             device=self.backend.device,
             device_reason=self.backend.reason,

@@ -8,27 +8,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from keyreel.runtime.bundle import SCENE_SIMILARITY
 from keyreel.shots import shot_of
 from keyreel.types import F32, F64, Shot
 
-# Neighbours whose mean vectors have a higher cosine are one scene. With the built-in model, of pairs of photographs
-# 2.7 % are above it, and of pairs of parts of one photograph 2.2 % are not; on joins of real clips it did best, too.
-ALIKE = 0.55
 # A part of a take is no shorter.
 LEAST_SECONDS = 4.0
 
 
-def find_scenes(vectors: F32, pts_seconds: F64, shots: Sequence[Shot]) -> tuple[Shot, ...]:
+def find_scenes(
+    vectors: F32, pts_seconds: F64, shots: Sequence[Shot], alike: float = SCENE_SIMILARITY
+) -> tuple[Shot, ...]:
     """Scenes in time order; they cover what the shots cover.
 
     First each shot is divided where its two sides differ most, again and again, while the mean vectors of the sides
-    have a cosine of `ALIKE` or less. Then the two neighbours that are most alike become one, while there are any with a
+    have a cosine of `alike` or less. Then the two neighbours that are most alike become one, while there are any with a
     higher one.
 
     Args:
         vectors: [T, D] float32, unit length, of the sampled frames.
         pts_seconds: [T] float64, rising.
         shots: in time order, each behind the other.
+        alike: the cosine; the built-in model's by default, others have their own (`Bundle.scene_similarity`).
     """
     sums = np.concatenate([np.zeros((1, vectors.shape[1])), np.cumsum(vectors, axis=0, dtype=np.float64)])
     shot = shot_of(shots, pts_seconds)
@@ -40,24 +41,24 @@ def find_scenes(vectors: F32, pts_seconds: F64, shots: Sequence[Shot]) -> tuple[
             continue  # too short to have been sampled
         starts.append(own.start_seconds)
         rows.append(low)
-        for cut in _divided(sums, pts_seconds, low, high):
+        for cut in _divided(sums, pts_seconds, low, high, alike):
             starts.append(float(pts_seconds[cut]))
             rows.append(cut)
     edges = [*rows, len(vectors)]
     parts = [sums[high] - sums[low] for low, high in itertools.pairwise(edges)]
-    alike = [_cosine(one, other) for one, other in itertools.pairwise(parts)]
-    while alike and max(alike) > ALIKE:
-        at = int(np.argmax(alike))
+    near = [_cosine(one, other) for one, other in itertools.pairwise(parts)]
+    while near and max(near) > alike:
+        at = int(np.argmax(near))
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        del starts[at + 1], alike[at]
+        del starts[at + 1], near[at]
         for beside in (at - 1, at):
-            if 0 <= beside < len(alike):
-                alike[beside] = _cosine(parts[beside], parts[beside + 1])
+            if 0 <= beside < len(near):
+                near[beside] = _cosine(parts[beside], parts[beside + 1])
     stops = [*starts[1:], shots[-1].stop_seconds]
     return tuple(Shot(start, stop) for start, stop in zip(starts, stops, strict=True))
 
 
-def _divided(sums: F64, pts_seconds: F64, low: int, high: int) -> list[int]:
+def _divided(sums: F64, pts_seconds: F64, low: int, high: int, alike: float) -> list[int]:
     """The rows of a shot, [low, high), at which another part begins, rising."""
     own = sums[low : high + 1]
     square = np.vecdot(own, own)
@@ -75,7 +76,7 @@ def _divided(sums: F64, pts_seconds: F64, low: int, high: int) -> list[int]:
         after = square[inside] - 2 * (own[inside[0] : inside[-1] + 1] @ own[stop]) + square[stop]
         # Squared distances to the means, which k-means minimises, add up to n - |sum|^2 / n on each side.
         cut = int(inside[(before / (inside - start) + after / (stop - inside)).argmax()])
-        if _cosine(own[cut] - own[start], own[stop] - own[cut]) <= ALIKE:
+        if _cosine(own[cut] - own[start], own[stop] - own[cut]) <= alike:
             cuts.append(low + cut)
             left += [(start, cut), (cut, stop)]
     return sorted(cuts)

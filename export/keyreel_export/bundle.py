@@ -136,18 +136,19 @@ def export_model(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        side = _side(parts, image)
+        calibrated = subject.calibrate(side, texts)
         if shown is not None:
             report("fit", 2, 7)
-            side = _side(parts, image)
             parts = _fitted(parts, subject.fit_to_pictures(side, texts, *shown, epochs=fit_epochs, seed=seed))
         else:
-            scale, _ = subject.calibrate(_side(parts, image), texts)
-            parts = dataclasses.replace(parts, scale=scale)
+            parts = dataclasses.replace(parts, scale=calibrated.scale)
     with replacing(folder) as made:
         tokenizer.save(str(made / "tokenizer.json"), pretty=False)
         if parts.fit is not None:  # before the weights are halved
             subject.write_tensors(parts.fit, made)
         manifest = _manifest(name, parts, image, tokenizer, clean)
+        manifest["fusion"]["scene_similarity"] = calibrated.scene_similarity
         measured = _write_graphs(made, parts, tokens.encode(tokenizer, clean, tokens.CORPUS), precision, seed, report)
         if precision == "int8":
             frames = quantize.pictures(image, verify_video, seed)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from keyreel.config import ImageTransform
-from keyreel.runtime.bundle import SubjectScale
+from keyreel.runtime.bundle import SCENE_SIMILARITY, SubjectScale
 from keyreel.search import frame_scores
 from keyreel.types import F32, U8
 from keyreel_export.builtin.scenes import KINDS, WEIGHTS, render_scene
@@ -42,6 +42,8 @@ WORDS = (
 )  # fmt: skip
 # How far cosines of a drawn scene with WORDS lie apart (standard deviation) by the built-in model.
 BUILTIN_SPREAD = 0.07
+# The mean cosine of two drawn scenes by it.
+BUILTIN_STRANGERS = 0.242
 
 Texts = Callable[[Sequence[str]], Tensor]  # texts -> unit vectors [L, D]
 
@@ -88,10 +90,18 @@ def drawn_scenes(how: ImageTransform) -> U8:
     return np.stack([render_scene(str(kind), rng, (how.width, how.height)).pixels for kind in kinds])
 
 
-def calibrate(side: ImageSide, texts: Texts) -> tuple[SubjectScale, float]:
-    """The scale of a model that is not fitted, on drawn scenes, and how far its cosines lie apart, relative to the
-    built-in model's.
-    """
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What drawn scenes say of a model that is not fitted."""
+
+    scale: SubjectScale
+    spread: float  # how far its cosines with texts lie apart, relative to the built-in model's
+    # The cosine of shots of one scene: as far between that of strangers and 1 as the built-in model's is.
+    scene_similarity: float
+
+
+def calibrate(side: ImageSide, texts: Texts) -> Calibration:
+    """Runs a model over drawn scenes."""
     told, drawn = texts(WORDS).numpy(), drawn_scenes(side.image)
     vectors: list[tuple[F32, F32]] = []
     for first in range(0, SCENES, 16):
@@ -103,7 +113,10 @@ def calibrate(side: ImageSide, texts: Texts) -> tuple[SubjectScale, float]:
     scene, subject = (np.concatenate(part) for part in zip(*vectors, strict=True))
     cosines = scene @ told.T
     spread = float((cosines - cosines.mean(1, keepdims=True)).std()) / BUILTIN_SPREAD
-    return scale_without_training(scene, subject, told), float(np.clip(spread, 0.1, 10))
+    strangers = float((scene @ scene.T)[np.triu_indices(len(scene), 1)].mean())
+    part = (SCENE_SIMILARITY - BUILTIN_STRANGERS) / (1 - BUILTIN_STRANGERS)
+    alike = round(float(np.clip(strangers + part * (1 - strangers), 0, 0.99)), 4)
+    return Calibration(scale_without_training(scene, subject, told), float(np.clip(spread, 0.1, 10)), alike)
 
 
 def fit_to_pictures(
@@ -112,19 +125,19 @@ def fit_to_pictures(
     """Fits the subject's side to some pictures, and measures it on others."""
     names = sorted({label for picture in (*fitted, *held) for label in picture.labels})
     tower, told = side.tower, texts(names)
-    free, spread = calibrate(side, texts)
+    calibrated = calibrate(side, texts)
     count = clip_count(tower, len(fitted))
     moving, _ = moving_frames(tower, clips(fitted, side.image, seed), count, names, side.maps)
     still = still_frames(tower, fitted, side.image, names)
     attention = TokenAttention(tower.token_width, tower.grid, tower.prefix_tokens)
     head = SubjectHead(tower, side.fusion.projection, attention, _trainable(side.fusion.projection, tower))
-    fit_subject(head, moving, still, told, epochs=epochs, seed=seed, spread=spread)
+    fit_subject(head, moving, still, told, epochs=epochs, seed=seed, spread=calibrated.spread)
     scale = scale_of(head, moving)
     seen, maps = moving_frames(tower, clips(held, side.image, seed + 1), HELD_CLIPS, names, side.maps)
     without = side.vectors(seen.tokens, maps, seen.change)
     answers = {
         "scene": without[0] @ told.numpy().T,
-        "training_free": frame_scores(*without, told.numpy().T, free).best,
+        "training_free": frame_scores(*without, told.numpy().T, calibrated.scale).best,
         "fitted": frame_scores(*head.vectors(seen), told.numpy().T, scale).best,
     }
     measured = {"fitted_pictures": float(len(fitted)), "held_out_pictures": float(len(held))}

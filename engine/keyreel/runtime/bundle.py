@@ -33,6 +33,9 @@ from keyreel.types import F32
 SCHEMA = "keyreel.bundle/2"
 MANIFEST = "manifest.json"
 BUILTIN = "builtin"
+# Neighbours whose mean vectors have a higher cosine are one scene. With the built-in model, of pairs of photographs
+# 2.7 % are above it, and of pairs of parts of one photograph 2.2 % are not; on joins of real clips it did best, too.
+SCENE_SIMILARITY = 0.55
 AttentionInput = Literal["frames", "tokens"]
 GRAPHS = ("backbone.onnx", "attention.onnx", "fusion.onnx", "text.onnx")
 
@@ -124,6 +127,7 @@ class Bundle:
     shift_default: ShiftMode
     subject: SubjectScale
     chance: ChanceScale | None  # None: the model was not calibrated
+    scene_similarity: float  # cosine above which neighbouring shots are one scene, see `scenes`
     same_scene: Mapping[str, str]  # by sha256 of an earlier bundle's manifest: the file of the matrix [D, D] that takes
     # its scene vectors to this one's, "" where they are the same
     same_vectors: frozenset[
@@ -190,6 +194,7 @@ class Bundle:
                 shift_default=manifest["fusion"]["shift_default"],
                 subject=SubjectScale(**{key: float(value) for key, value in dict(manifest["subject"]).items()}),
                 chance=ChanceScale.of(manifest),
+                scene_similarity=_cosine_of(manifest["fusion"].get("scene_similarity", SCENE_SIMILARITY)),
                 same_scene={str(key): str(value) for key, value in manifest["fusion"].get("same_scene", {}).items()},
                 same_vectors=frozenset(map(str, manifest["fusion"].get("same_vectors", ()))),
                 sha256=hashlib.sha256(raw).hexdigest(),
@@ -244,6 +249,12 @@ def _check_values(manifest: Mapping[str, Any]) -> None:
             raise ValueError(f"{part}.{key} is {manifest[part][key]!r}, allowed: {', '.join(allowed)}")
     if len(manifest["grid"]) != 2 or min(manifest["grid"]) < 1:
         raise ValueError(f"grid is {manifest['grid']!r}, expected [rows, columns]")
+
+
+def _cosine_of(value: Any) -> float:
+    if not -1 <= float(value) <= 1:
+        raise ValueError(f"fusion.scene_similarity is {value!r}, expected a cosine")
+    return float(value)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
