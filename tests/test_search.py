@@ -181,7 +181,7 @@ def around_of(scores: F32, pts: F64, peak: int, free: list[int]) -> list[int]:
 
     def answers(n: int) -> bool:
         beside = [float(scores[min(max(m, low), high)]) for m in range(n - half, n + half + 1)]
-        return abs(pts[n] - pts[peak]) <= AROUND_SECONDS or sum(beside) / len(beside) >= floor - 1e-12
+        return abs(pts[n] - pts[peak]) <= AROUND_SECONDS or sum(beside) / len(beside) >= floor - 1e-6
 
     own = [peak]
     for way in (-1, 1):
@@ -248,3 +248,10 @@ def test_what_conditions_weigh() -> None:
 def test_a_first_frame_that_began_earlier_is_part_of_its_moment() -> None:
     [hit] = moments(np.ones(2, np.float32), np.array([0.28, 0.8]), (Shot(0.3, 1.0),), video="v", stop_seconds=1.0, k=3)
     assert (hit.start_seconds, hit.stop_seconds, hit.pts_seconds) == (0.28, 1.0, 0.28)
+
+
+def test_a_mean_that_is_just_enough_holds_whatever_the_rounding() -> None:
+    scores = np.array([0] * 9 + [4] * 7 + [8, 1, 5, 8, 4, 8], np.float32) / 8
+    scenes = (Shot(0.0, 1.0), Shot(1.0, 22.0))
+    first = moments(scores, np.arange(22.0), scenes, video="v", stop_seconds=22.0, k=1)[0]
+    assert (first.start_seconds, first.stop_seconds) == (14, 22)

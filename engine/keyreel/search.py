@@ -19,6 +19,7 @@ WHOLE_SECONDS = 20.0
 # what lies so near its peak, and on both sides all that stays above this fraction of the way from the video's median
 # score to the peak, or within this fraction of the peak itself, in scores that are means over twice that time.
 AROUND_SECONDS, HOLDS, NEAR = 2.0, 0.3, 0.1
+_ROUNDING = 1e-6  # of scores
 # In a long scene the next moment is at least so far away: what lies beside a part only answers worse.
 APART_SECONDS = 10.0
 # What conditions weigh beside the query, see `Asked.of`. On pairs of an object and a place (`benchmarks.answers`) the
@@ -252,7 +253,7 @@ def _part(scores: F32, pts_seconds: F64, free: NDArray[np.bool_], peak: int, fir
     padded = np.pad(scores[first:last].astype(np.float64), half, mode="edge")
     means = np.convolve(padded, np.full(2 * half + 1, 1 / (2 * half + 1)), mode="valid")
     holds = np.zeros(len(scores), bool)
-    holds[first:last] = near | (means >= floor)
+    holds[first:last] = near | (means >= floor - _ROUNDING)
     return _run(holds, peak, first, last)
 
 
