@@ -201,6 +201,8 @@ def fit_chance(towers: Towers, shown: Shown, *, libraries: int = 1500) -> dict[s
     if not rows:
         return None
     lead, pictures, offset = logistic(np.array(rows), np.array(present, np.float64))
+    if lead <= 0:  # a handful of images say nothing
+        return None
     numbers = {"lead": round(lead, 3), "pictures": round(min(pictures, 0.0), 3), "offset": round(offset, 3)}
     return {**numbers, "background": background_of(shown)}
 
