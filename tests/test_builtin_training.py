@@ -119,7 +119,7 @@ def test_the_script_makes_a_bundle_that_loads_and_goes_on(tmp_path: Path, monkey
     assert max(value for name, value in verify.items() if name.endswith("max_abs_difference")) < 1e-3
     assert verify["val_label_images"] == 6
     assert verify["training_images_seen"] >= 8
-    # Three images make libraries of one; a fit to them may come out either way, and is left out where it makes no sense.
+    # Three images make libraries of one; a fit to them may come out either way: without sense it is left out.
     assert made.chance is None or (made.chance.lead > 0 and made.chance.pictures == 0)
     first = {name: entry["sha256"] for name, entry in made.manifest["files"].items()}
     [kept] = work.glob("space-student-*.pt")
