@@ -167,6 +167,35 @@ def test_uploads_keep_to_their_quota(tmp_path: Path, work: Work) -> None:
         assert most == ServeConfig().upload_bytes
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["folder", "file"])
+def test_uploads_that_vanish_meanwhile_take_no_space(
+    tmp_path: Path, work: Work, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    with working(tmp_path, work) as jobs:
+        upload(jobs, "a")
+        gone = jobs.uploads / "gone"
+        gone.mkdir()
+        (gone / "b").write_bytes(b"12345")
+        assert jobs.stored_bytes() == 6
+        scan = os.scandir
+
+        def vanishing(path: str | Path = ".") -> Any:
+            if Path(path).name != "gone":
+                return scan(path)
+            found = scan(path)
+            entries = [] if whole else list(found)
+            found.close()
+            (gone / "b").unlink()
+            if whole:
+                gone.rmdir()
+                return scan(path)
+            return contextlib.nullcontext(iter(entries))
+
+        monkeypatch.setattr(os, "scandir", vanishing)
+        assert jobs.stored_bytes() == 1
+        assert not (gone / "b").exists()
+
+
 def test_what_a_killed_process_left_is_swept(tmp_path: Path, work: Work) -> None:
     with working(tmp_path, work) as jobs:
         made = {name: upload(jobs, name) for name in ("done", "cancelled", "failed", "forgotten", "known")}

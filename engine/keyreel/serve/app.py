@@ -23,7 +23,7 @@ from keyreel.serve.metrics import CONTENT_TYPE
 from keyreel.serve.security import LOOPBACK, ApiError, Security, to_api_error, too_busy
 from keyreel.serve.service import Service
 from keyreel.types import Combined, Example
-from keyreel.types import Query as Asked
+from keyreel.types import Query as AnyQuery
 
 PAGE = Path(__file__).with_name("page")
 STORYBOARD_STYLE = PAGE.parents[1] / "render" / "page.css"
@@ -148,7 +148,7 @@ def _add_search(router: APIRouter, service: Service) -> None:
     # Pictures are held in memory: the next one is not read before one is done.
     pictures = asyncio.Semaphore(service.config.threads)
 
-    async def by_text(text: str, query: Asked | Combined, k: int, where: Filter, base: str) -> models.Hits:
+    async def by_text(text: str, query: AnyQuery | Combined, k: int, where: Filter, base: str) -> models.Hits:
         began = time.perf_counter()
         if not text.strip() or len(text) > MAX_QUERY:
             raise ApiError(422, "invalid", f"q must have 1 to {MAX_QUERY} characters, got {len(text)}")

@@ -7,6 +7,7 @@ are queued again at the next start. Adding a video twice is harmless: the librar
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -171,7 +172,12 @@ class Jobs:
 
     def stored_bytes(self) -> int:
         """Of all uploads that are whole."""
-        return sum(path.stat().st_size for path in self.uploads.glob("*/*") if path.is_file())
+        size = 0
+        # A job may end and remove its own meanwhile. Unlike `Path.glob`, this passes over a folder that is gone.
+        for name in glob.iglob("*/*", root_dir=self.uploads, include_hidden=True):
+            with suppress(FileNotFoundError):
+                size += (self.uploads / name).stat().st_size
+        return size
 
     def submit(self, path: Path, *, id: str | None = None, part: Path | None = None) -> Job:
         """Accepts a job: when this returns it is on disk.
