@@ -34,8 +34,12 @@ def document(schema: dict[str, Any] | None, *words: object, code: int = 0, input
 
 
 def spawn(*words: object, **options: Any) -> subprocess.Popen[bytes]:
-    """The command in a process of its own, warnings as errors."""
-    command = [sys.executable, "-W", "error", "-m", "keyreel", *map(str, words)]
+    """The command in a process of its own, warnings as errors.
+
+    Files left open by an interrupt are none: a signal between the opening of a file and the `with` that closes it is
+    something Python code cannot prevent.
+    """
+    command = [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", "-m", "keyreel", *map(str, words)]
     environment = {**os.environ, "NO_COLOR": "1", **options.pop("env", {})}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.Popen(command, env=environment, **streams)
