@@ -1,10 +1,8 @@
-"""The attention map: resampling, energy, normalisation, weights."""
+"""The built-in attention on other towers' grids, against the built-in model's own graphs and NumPy."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,21 +12,13 @@ pytest.importorskip("torch", reason="the extra export is not installed")
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
-from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
+from keyreel.models import verify
+from keyreel.runtime.bundle import Bundle
+from keyreel.types import F32, U8
 from keyreel_export import attention as module
-from keyreel_export.attention import DEFAULT_NETWORK
-from keyreel_export.pretrained import load_attention
 
 pytestmark = pytest.mark.full
-
-
-@pytest.fixture(scope="module")
-def network() -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return load_attention(DEFAULT_NETWORK, None, random_weights=True)[0].requires_grad_(False)
 
 
 @settings(max_examples=40, deadline=None)
@@ -42,87 +32,32 @@ def test_area_weights_equal_repeat_and_mean(source: int, target: int) -> None:
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize(("size", "grid", "shrink"), [((224, 224), (7, 7), 1), ((448, 392), (32, 28), 2)])
-def test_map_against_a_hook_on_the_layer(
-    network: Any, size: tuple[int, int], grid: tuple[int, int], shrink: int
-) -> None:
-    spatial = module.SpatialAttention(network, size, grid)
-    assert spatial.shrink == shrink
-    assert spatial.layer == "blocks.3 (stride 16)"
-    frames = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
-    seen: list[torch.Tensor] = []
-    hook = network.blocks[3].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    with torch.no_grad():
-        found = spatial(torch.from_numpy(frames)).numpy()
-        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-        images = (frames / 255 - mean) / std
-        rows, columns = size[0] // shrink, size[1] // shrink
-        images = images.reshape(2, rows, shrink, columns, shrink, 3).mean((2, 4))
-        seen.clear()
-        network(torch.from_numpy(images.transpose(0, 3, 1, 2)).float())
-    hook.remove()
-    energy = np.square(seen[0].double().numpy()).sum(1)
-    high, wide = math.lcm(energy.shape[1], grid[0]), math.lcm(energy.shape[2], grid[1])
-    fine = energy.repeat(high // energy.shape[1], 1).repeat(wide // energy.shape[2], 2)
-    cells = fine.reshape(2, grid[0], high // grid[0], grid[1], wide // grid[1]).mean((2, 4)).reshape(2, -1)
-    expected = 0.95 * cells / cells.sum(1, keepdims=True) + 0.05 / cells.shape[1]
-    np.testing.assert_allclose(found * cells.shape[1], expected * cells.shape[1], rtol=1e-3)
+def own_map(frames: U8) -> F32:
+    """The built-in model's map of frames of its own size, by its own graphs."""
+    bundle = Bundle.find("builtin")
+    [(tokens,)] = verify.run_graph(bundle.file("backbone.onnx"), [{"frames": frames}], "fp32")
+    [(found,)] = verify.run_graph(bundle.file("attention.onnx"), [{"tokens": tokens}], "fp32")
+    return found
+
+
+def test_at_its_own_size_it_is_the_built_in_map() -> None:
+    frames = verify.sample_frames(112, 112, count=4, seed=0)
+    found = module.BuiltinAttention((112, 112), (7, 7))(torch.from_numpy(frames)).numpy()
+    np.testing.assert_allclose(found * 49, own_map(frames) * 49, atol=1e-3)
+
+
+@pytest.mark.parametrize(("times", "grid"), [(2, (7, 7)), (3, (14, 14)), (2, (8, 5))])
+def test_larger_frames_and_other_grids(times: int, grid: tuple[int, int]) -> None:
+    small = verify.sample_frames(112, 112, count=4, seed=1)
+    frames = small.repeat(times, 1).repeat(times, 2)  # averaged down, these are the small ones again
+    found = module.BuiltinAttention((112 * times, 112 * times), grid)(torch.from_numpy(frames)).numpy()
+    fine = own_map(small).reshape(4, 7, 7).repeat(grid[0], 1).repeat(grid[1], 2)
+    expected = fine.reshape(4, grid[0], 7, grid[1], 7).mean((2, 4)).reshape(4, -1)
+    expected /= expected.sum(1, keepdims=True)
+    np.testing.assert_allclose(found / expected, 1, atol=2e-3)
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-6)
-    assert found.min() * cells.shape[1] >= 0.05 - 1e-6
-
-
-def test_a_dead_layer_gives_the_uniform_map(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    spatial = module.SpatialAttention(network, (64, 64), (4, 4))
-    monkeypatch.setattr(spatial, "energy", lambda frames: torch.zeros(frames.shape[0], 4, 4))
-    found = spatial(torch.zeros(3, 64, 64, 3, dtype=torch.uint8))
-    np.testing.assert_allclose(found.numpy(), 1 / 16, atol=1e-7)
 
 
 def test_uniform_attention() -> None:
     found = module.UniformAttention(49)(torch.zeros(3, 50, 8))
     np.testing.assert_array_equal(found.numpy(), np.full((3, 49), 1 / 49, np.float32))
-
-
-def test_local_weights_and_bad_ones(network: Any, tmp_path: Path) -> None:
-    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    torch.save(state, tmp_path / "cnn.pt")
-    save_file(state, tmp_path / "cnn.safetensors")
-    for suffix in (".pt", ".safetensors"):
-        loaded, source = load_attention(DEFAULT_NETWORK, tmp_path / f"cnn{suffix}", random_weights=False)
-        assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
-        assert source["from"].startswith(f"cnn{suffix} sha256:")
-    del state["conv_stem.weight"]
-    save_file(state, tmp_path / "lacking.safetensors")
-    torch.save({"conv_stem.weight": _Harmful(tmp_path / "harm")}, tmp_path / "pickle.pt")
-    for name, error, words in (
-        ("lacking.safetensors", CheckpointMismatch, r"conv_stem\.weight"),
-        ("pickle.pt", CheckpointMismatch, "cannot be loaded"),
-        ("absent.pt", ModelError, "not a file"),
-    ):
-        with pytest.raises(error, match=words):
-            load_attention(DEFAULT_NETWORK, tmp_path / name, random_weights=False)
-    assert not (tmp_path / "harm").exists()
-
-
-class _Harmful:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.path,))
-
-
-def test_names_and_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    import timm
-
-    with pytest.raises(ModelNotFound) as caught:
-        load_attention("mobilenetv3_smal_100", None, random_weights=False)
-    assert DEFAULT_NETWORK in caught.value.near
-
-    def offline(*_args: Any, **_options: Any) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ModelError, match="no route to host") as failed:
-        load_attention(DEFAULT_NETWORK, None, random_weights=False)
-    assert "--attention-weights" in str(failed.value.hint)

@@ -21,6 +21,7 @@ from typer.testing import CliRunner  # noqa: E402
 from keyreel.cli.app import app  # noqa: E402
 from keyreel.config import ImageTransform  # noqa: E402
 from keyreel.errors import ModelError  # noqa: E402
+from keyreel.models import calibration  # noqa: E402
 from keyreel.runtime.bundle import Bundle, SubjectScale  # noqa: E402
 from keyreel.runtime.text import Tokenizer  # noqa: E402
 from keyreel_export import bundle as module  # noqa: E402
@@ -118,7 +119,7 @@ def test_clips_show_pictures_of_other_labels(tmp_path: Path, mode: Any) -> None:
 def test_pictures_are_seen_as_the_engine_makes_them() -> None:
     wide = Image.fromarray(np.tile(np.arange(0, 240, 4, np.uint8)[None, :, None], (30, 1, 3)))  # 60 x 30
     middle, whole = np.asarray(wide)[:, 15:45], np.asarray(wide)
-    seen = {mode: pictures.as_seen(wide, ImageTransform(30, 30, mode, fill=9)) for mode in ("shortest", "longest")}
+    seen = {mode: calibration.as_seen(wide, ImageTransform(30, 30, mode, fill=9)) for mode in ("shortest", "longest")}
     np.testing.assert_array_equal(seen["shortest"], middle)
     assert (seen["longest"][:7] == 9).all()
     assert seen["longest"][15, :, 0].mean() == pytest.approx(whole[..., 0].mean(), abs=1)
@@ -159,7 +160,7 @@ def test_a_fit_finds_what_moves_in_pictures_it_has_not_seen(monkeypatch: pytest.
     fusion = TemporalSpatialFusion(tower, tower.projection)
     side = subject.ImageSide(tower, module.UniformAttention(16), "tokens", fusion, ImageTransform(32, 32, "squash"))
     axes = dict(zip(HUES, torch.eye(len(HUES)), strict=True))
-    monkeypatch.setattr(subject, "calibrate", lambda *_: subject.Calibration(SubjectScale(), 1.0, 0.6))
+    monkeypatch.setattr(subject, "calibrate", lambda *_: calibration.Calibration(SubjectScale(), 1.0, 0.6))
     monkeypatch.setattr(pictures, "CLIPS", 100)
     monkeypatch.setattr(pictures, "CLIPS_A_PICTURE", 1)
     monkeypatch.setattr(subject, "HELD_CLIPS", 60)
@@ -183,7 +184,7 @@ def test_the_scale_without_training_by_hand() -> None:
     texts = np.eye(2, dtype=np.float32)
     scene = np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32)
     turned = np.array([[0, 1], [0.6, 0.8], [0.6, 0.8]], np.float32)
-    scale = fit.scale_without_training(scene, turned, texts)
+    scale = calibration.scale_without_training(scene, turned, texts)
     assert scale.offset == pytest.approx((1 + 1.4 + 1) / 6 - (1 + 1.4 + 1.4) / 6, abs=1e-4)
     assert (scale.slope, scale.novelty) == (1.0, pytest.approx(0.7 * 0.8, abs=1e-3))
 
@@ -286,7 +287,7 @@ def test_the_tensors_give_the_graphs(open_clip: Any, fitted: tuple[Path, str, st
 def test_scores_of_drawn_scenes_are_fair_without_a_fit_and_bundles_are_named(
     open_clip: Any, fitted: tuple[Path, str, str]
 ) -> None:
-    """Exported again with the CNN's attention, over the fitted one."""
+    """Exported again with the attention that is not fitted, over the fitted one."""
     folder, before, _ = fitted
     between = Bundle.load(folder).sha256
     shas = []
@@ -296,12 +297,14 @@ def test_scores_of_drawn_scenes_are_fair_without_a_fit_and_bundles_are_named(
     assert shas[0] == shas[1]  # the same model again: the same manifest
     assert bundle.same_scene == {before: "", between: ""}
     assert not (folder / "subject.safetensors").exists()
-    frames = subject.drawn_scenes(bundle.image)
+    frames = calibration.pictures(bundle.image)
     tokens, maps = run(folder, "backbone", frames=frames), run(folder, "attention", frames=frames)
     scene, own, _ = outputs(folder, "fusion", tokens=tokens, attention=maps, change=np.zeros_like(maps))
     tokenizer = Tokenizer(folder / "tokenizer.json", clean=bundle.clean, context_length=bundle.context_length)
-    texts = run(folder, "text", token_ids=tokenizer.encode(subject.WORDS))
+    texts = run(folder, "text", token_ids=tokenizer.encode(calibration.WORDS))
     assert (scene @ texts.T).mean() == pytest.approx((own @ texts.T).mean() + bundle.subject.offset, abs=1e-4)
-    assert ((scene * own).sum(1) < bundle.subject.novelty + 1e-4).mean() == pytest.approx(fit.STORED_STILL, abs=0.15)
+    assert ((scene * own).sum(1) < bundle.subject.novelty + 1e-4).mean() == pytest.approx(
+        calibration.STORED_STILL, abs=0.15
+    )
     other = Bundle.load(module.export_model(VIT, folder, attention="uniform", random_weights=True, seed=8))
     assert other.same_scene == {}

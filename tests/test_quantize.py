@@ -21,10 +21,10 @@ from onnx import TensorProto, numpy_helper
 
 from keyreel.engine import Engine
 from keyreel.errors import ModelError
+from keyreel.models import quantize
 from keyreel.runtime import backend
 from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.tensorrt import build_plans
-from keyreel_export import quantize
 from keyreel_export.bundle import export_model
 from keyreel_export.triton import export_triton
 from keyreel_kernels.ops import ops_on

@@ -27,16 +27,15 @@ from keyreel.runtime.plans import REFERENCE, PlanKey, reference
 from keyreel.runtime.sessions import OnnxRuntimeSession
 from keyreel.runtime.tensorrt import TensorRTSession, open_tensorrt
 from keyreel.runtime.tensorrt_build import Profile, build_plan, load_tensorrt, profile_for
-from keyreel_export.attention import DEFAULT_NETWORK
 from keyreel_export.bundle import export_model
 
 pytestmark = pytest.mark.full
 
 FAMILIES = {  # model, network of the spatial attention
-    "cls": ("keyreel-tiny-vit", DEFAULT_NETWORK),
+    "cls": ("keyreel-tiny-vit", "builtin"),
     "attention_pool": ("keyreel-tiny-rn", "uniform"),
     "map": ("keyreel-tiny-map", "test_resnet"),
-    "average": ("keyreel-tiny-avg", DEFAULT_NETWORK),
+    "average": ("keyreel-tiny-avg", "builtin"),
 }
 CASES = [(family, precision) for family in FAMILIES for precision in ("fp32", "fp16")]
 BATCH = 16

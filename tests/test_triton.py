@@ -19,9 +19,10 @@ pytest.importorskip("torch", reason="the extra export is not installed")
 import onnxruntime
 
 from keyreel.errors import ModelError
+from keyreel.models import verify
 from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.text import Tokenizer
-from keyreel_export import triton, verify
+from keyreel_export import triton
 
 pytestmark = pytest.mark.full
 

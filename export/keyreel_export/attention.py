@@ -1,79 +1,59 @@
-"""Spatial attention: where a pre-trained CNN finds something to see.
+"""Spatial attention of exported models: the built-in model's CNN and its map, on the grid of another tower.
 
-The map is the activation energy of a middle layer, A[i] = Σ_c F[c,i]² (Zagoruyko & Komodakis, "Paying More Attention to
-Attention", ICLR 2017, section 3.1, F²_sum), averaged over the patches of the tower's grid and normalised:
-
-    a[i] = (1 - ε) · A[i] / Σ_j A[j] + ε / P          ε = 0.05
-
-Rows sum to 1, and no patch's pooling weight falls below ε^γ of its own.
-
-The layer is the last one at stride 16: at stride 8 energy still follows edges and texture, at stride 32 a map of 7 x 7
-is coarser than most towers' grids. Frames of 384 pixels and more are first averaged down to 192 to 383 pixels, so that
-the CNN stays cheap beside the tower.
+The frame is averaged down to the size that the CNN was trained at; its map is averaged over the patches of the tower's
+grid and divided by its sum. The CNN and its weights are keyreel's own: nothing is downloaded for it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
+import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from keyreel.errors import ModelError
-
-DEFAULT_NETWORK = "mobilenetv3_small_100"
-FLOOR = 0.05
-FORMULA = "a = 0.95 E/sum(E) + 0.05/P, E = area mean over the patch of the channels' summed squares"
-_STRIDE = 16
-_MIN_PIXELS = 192
+from keyreel.runtime.bundle import BUILTIN, Bundle
+from keyreel_export.builtin.student import TOKEN_WIDTH, ImageTower, fuse_norms
+from keyreel_export.fit import TokenAttention
 
 
-class SpatialAttention(nn.Module):
+class BuiltinAttention(nn.Module):
     """Frames uint8 [N, H, W, 3] -> attention [N, P] float32, rows sum to 1.
 
     Args:
-        network: a timm model in evaluation mode with `forward_intermediates` and `pretrained_cfg`.
         frame_size: (H, W) of the frames, in pixels.
         grid: (h, w) of the tower's patches.
     """
 
-    offset: Tensor
-    factor: Tensor
     rows: Tensor
     columns: Tensor
+    down: Tensor
+    across: Tensor
 
-    def __init__(self, network: Any, frame_size: tuple[int, int], grid: tuple[int, int]) -> None:
+    def __init__(self, frame_size: tuple[int, int], grid: tuple[int, int]) -> None:
         super().__init__()
-        self.network: Any = network
-        self.index, self.layer = _choose_layer(network)
-        self.shrink = max(1, min(frame_size) // _MIN_PIXELS)
-        config = network.pretrained_cfg
-        self.register_buffer("offset", 255.0 * torch.tensor(config["mean"]))
-        self.register_buffer("factor", 1.0 / (255.0 * torch.tensor(config["std"])))
-        with torch.no_grad():
-            rows, columns = self.energy(torch.zeros(1, *frame_size, 3, dtype=torch.uint8)).shape[1:]
-        self.register_buffer("rows", area_weights(int(rows), grid[0]))
-        self.register_buffer("columns", area_weights(int(columns), grid[1]))
-
-    def energy(self, frames: Tensor) -> Tensor:
-        """Frames uint8 [N, H, W, 3] -> summed squares of the layer's channels [N, h', w'] float32."""
-        x = ((frames.to(self.factor.dtype) - self.offset) * self.factor).permute(0, 3, 1, 2)
-        if self.shrink > 1:
-            x = F.avg_pool2d(x, self.shrink)
-        found: list[Tensor] = self.network.forward_intermediates(
-            x, indices=[self.index], stop_early=True, intermediates_only=True
-        )
-        # In float32 at any precision of the weights: squares leave the range of float16.
-        return found[0].float().square().sum(1)
+        bundle = Bundle.find(BUILTIN)
+        own = bundle.image.height, bundle.image.width
+        self.grid, self.resized = bundle.grid, frame_size != own
+        self.tower = fuse_norms(ImageTower()).eval()
+        _load(self.tower, "tower.", bundle.file("backbone.onnx"))
+        self.attention = TokenAttention(TOKEN_WIDTH, bundle.grid).eval()
+        _load(self.attention, "", bundle.file("attention.onnx"))
+        self.register_buffer("rows", area_weights(frame_size[0], own[0]))
+        self.register_buffer("columns", area_weights(frame_size[1], own[1]))
+        self.register_buffer("down", area_weights(bundle.grid[0], grid[0]))
+        self.register_buffer("across", area_weights(bundle.grid[1], grid[1]))
+        self.requires_grad_(False)
 
     def forward(self, frames: Tensor) -> Tensor:
-        energy = self.rows.float() @ self.energy(frames) @ self.columns.float().T
-        flat = energy.flatten(1)
-        fraction = flat / flat.sum(1, keepdim=True).clamp_min(1e-12)
-        attention = (1 - FLOOR) * fraction + FLOOR / flat.shape[1]
-        # A layer that is zero everywhere gives the uniform map.
-        return attention / attention.sum(1, keepdim=True)
+        pixels = frames.float().permute(0, 3, 1, 2)
+        if self.resized:
+            pixels = self.rows @ pixels @ self.columns.T
+        own = self.attention(self.tower(pixels).flatten(2).transpose(1, 2))
+        found = (self.down @ own.reshape(-1, *self.grid) @ self.across.T).flatten(1)
+        attention: Tensor = found / found.sum(1, keepdim=True)
+        return attention
 
 
 class UniformAttention(nn.Module):
@@ -98,10 +78,19 @@ def area_weights(source: int, target: int) -> Tensor:
     return (overlap * target).float()
 
 
-def _choose_layer(network: Any) -> tuple[int, str]:
-    info = getattr(network, "feature_info", None)
-    if info is None or not hasattr(network, "forward_intermediates"):
-        raise ModelError(f"{type(network).__name__} gives no feature maps", hint="take a convolutional network of timm")
-    stages = [(stage["reduction"], index) for index, stage in enumerate(info)]
-    _, index = max((reduction, index) for reduction, index in stages if reduction <= _STRIDE)
-    return index, f"{info[index]['module']} (stride {info[index]['reduction']})"
+def _load(module: nn.Module, prefix: str, path: Path) -> None:
+    """Fills a module with the weights of a graph of the built-in model, which are stored as fp16."""
+    stored = {
+        weight.name.removesuffix(".fp16"): torch.tensor(numpy_helper.to_array(weight)).float()
+        for weight in onnx.load(str(path)).graph.initializer
+    }
+    named, left = dict[str, Tensor](), list(stored.values())
+    for name, parameter in module.named_parameters():
+        if name.startswith("project."):  # of the image tower: it is in the fusion
+            named[name] = parameter
+            continue
+        found = stored.get(prefix + name)
+        if found is None:  # a weight of a matrix product, which the exporter renames and stores transposed
+            found = next(one.T for one in left if one.shape == parameter.shape[::-1])
+        named[name] = found
+    module.load_state_dict(named)

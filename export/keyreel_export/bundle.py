@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,30 +11,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from keyreel.config import ImageTransform
-from keyreel.errors import KeyreelError
-from keyreel.runtime.bundle import MANIFEST, SCHEMA, Bundle, SubjectScale, bundle_folder, sha256_of, write_manifest
+from keyreel.models import quantize, verify
+from keyreel.models.folders import check_replaceable, foreign_to_bundle, replacing, write_bundle_manifest
+from keyreel.runtime.bundle import BUILTIN, Bundle, SubjectScale, bundle_folder
 from keyreel.types import Progress
-from keyreel_export import pictures, pretrained, quantize, subject, tokens, verify
-from keyreel_export.attention import DEFAULT_NETWORK, FORMULA, SpatialAttention, UniformAttention
-from keyreel_export.folders import check_replaceable, replacing
+from keyreel_export import pictures, pretrained, subject, tokens
+from keyreel_export.attention import BuiltinAttention, UniformAttention
 from keyreel_export.fusion import TemporalSpatialFusion, load_projection
-from keyreel_export.onnx import export_graph
+from keyreel_export.onnx import cases, export_graph
 from keyreel_export.towers import Tower, split_tower
 
 UNIFORM = "uniform"
-SAME = {"fp32": 1e-5, "fp16": 2e-3}  # the largest difference of scene vectors that are the same
-PRECISIONS = ("fp32", "fp16", "int8")
-OUTPUTS = {
-    "backbone": ("tokens",),
-    "attention": ("attention",),
-    "fusion": ("scene", "subject", "map"),
-    "text": ("vectors",),
+ATTENTIONS = (BUILTIN, UNIFORM)
+BUILTIN_ATTENTION = {
+    "input": "frames",
+    "source": "keyreel's built-in model",
+    "layer": "its last feature map, at 112 pixels",
+    "formula": "its map, averaged over the patches of the grid, divided by its sum",
 }
+PRECISIONS = ("fp32", "fp16", "int8")
 _PACKAGES = ("keyreel", "torch", "open_clip_torch", "timm", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 
 
@@ -60,7 +57,7 @@ class Parts:
     modules: dict[str, nn.Module]  # of each graph
     attention: dict[str, str]  # the manifest's entry
     projection_sha256: str  # "" for the tower's own projection
-    sources: list[dict[str, str]]
+    source: dict[str, str]
     scale: SubjectScale = field(default_factory=SubjectScale)
     fit: subject.Fit | None = None
 
@@ -70,8 +67,7 @@ def export_model(
     folder: Path | None = None,
     *,
     precision: str = "fp32",
-    attention: str = DEFAULT_NETWORK,
-    attention_weights: Path | None = None,
+    attention: str = BUILTIN,
     projection: Path | None = None,
     random_weights: bool = False,
     seed: int = 0,
@@ -87,8 +83,7 @@ def export_model(
         folder: where to write; by default the user's cache. A bundle in it is replaced.
         precision: "fp32", "fp16" for GPUs, or "int8" for CPUs (see `quantize`); the last two make the bundle
             "NAME@fp16" or "NAME@int8".
-        attention: one of timm's CNNs, or "uniform" for stock pooling.
-        attention_weights: local weights of that CNN, instead of a download.
+        attention: "builtin" for the built-in model's CNN and map, "uniform" for stock pooling.
         projection: a trained fully connected layer for the fusion, see `load_projection`.
         random_weights: leave all weights untrained; for tests.
         seed: of the random weights and of the frames that verify.
@@ -112,6 +107,8 @@ def export_model(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
     if verify_video is not None and precision != "int8":
         raise ValueError(f"a video to verify with goes with precision int8, not {precision}")
     report = progress or (lambda stage, done, total: None)
@@ -119,15 +116,15 @@ def export_model(
     if precision != "fp32":
         name = f"{name}@{precision}"  # beside the other in the cache, not in its place
     folder = bundle_folder(name) if folder is None else folder
-    check_replaceable(folder, _foreign)
+    check_replaceable(folder, foreign_to_bundle)
     shown = None if fit is None else pictures.split(pictures.read_pictures(fit), seed)
     report("load", 0, 7)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = _take_apart(recipe, attention, attention_weights, projection, random_weights=random_weights)
+        parts = take_apart(pretrained.load_model(recipe), recipe.source, attention, projection)
     report("tokenizer", 1, 7)
     tokenizer, clean = tokens.export_tokenizer(pretrained.load_tokenizer(recipe.architecture))
-    image = _image(parts)
+    image = image_of(parts)
 
     def texts(given: Sequence[str]) -> Tensor:
         ids = torch.from_numpy(tokens.encode(tokenizer, clean, given))
@@ -147,7 +144,8 @@ def export_model(
         tokenizer.save(str(made / "tokenizer.json"), pretty=False)
         if parts.fit is not None:  # before the weights are halved
             subject.write_tensors(parts.fit, made)
-        manifest = _manifest(name, parts, image, tokenizer, clean)
+        length = int((tokenizer.truncation or {})["max_length"])
+        manifest = manifest_of(name, parts, image, length, clean)
         manifest["fusion"]["scene_similarity"] = calibrated.scene_similarity
         measured = _write_graphs(made, parts, tokens.encode(tokenizer, clean, tokens.CORPUS), precision, seed, report)
         if precision == "int8":
@@ -156,26 +154,20 @@ def export_model(
             measured |= quantize.quantize_backbone(made, frames, parts.attention["input"])
         if parts.fit is not None:
             measured |= parts.fit.measured
-        manifest |= {"precision": precision, "versions": _versions(), "verify": measured}
-        _write_manifest(made, manifest, folder, parts)
+        manifest |= {"precision": precision, "versions": versions(), "verify": measured}
+        write_bundle_manifest(made, manifest, folder)
         Bundle.load(made)
     report("done", 7, 7)
     return folder
 
 
-def _take_apart(
-    recipe: pretrained.Recipe, attention: str, weights: Path | None, projection: Path | None, *, random_weights: bool
-) -> Parts:
-    sources = [recipe.source]
-    model = pretrained.load_model(recipe)
+def take_apart(model: Any, source: dict[str, str], attention: str = BUILTIN, projection: Path | None = None) -> Parts:
+    """The parts of an open_clip model, which keep its weights; `source` is the manifest's entry on them."""
     tower = split_tower(model)
     spatial: nn.Module = UniformAttention(tower.grid[0] * tower.grid[1])
     described = {"input": "tokens", "source": UNIFORM, "layer": "none", "formula": "a = 1/P"}
-    if attention != UNIFORM:
-        network, source = pretrained.load_attention(attention, weights, random_weights=random_weights)
-        sources.append(source)
-        spatial = SpatialAttention(network, tower.image_size, tower.grid)
-        described = {"input": "frames", "source": f"timm {attention}", "layer": spatial.layer, "formula": FORMULA}
+    if attention == BUILTIN:
+        spatial, described = BuiltinAttention(tower.image_size, tower.grid), dict(BUILTIN_ATTENTION)
     layer, digest = None, ""
     if projection is not None:
         layer, digest = load_projection(projection, tower.feature_width, tower.embedding_width)
@@ -185,7 +177,7 @@ def _take_apart(
         "fusion": TemporalSpatialFusion(tower, tower.projection if layer is None else layer),
         "text": TextEncoder(model),
     }
-    return Parts(model, tower, modules, described, digest, sources)
+    return Parts(model, tower, modules, described, digest, source)
 
 
 def _side(parts: Parts, image: ImageTransform) -> subject.ImageSide:
@@ -208,12 +200,11 @@ def _fitted(parts: Parts, fit: subject.Fit) -> Parts:
         "formula": f"s_i = {head.attention.floor} + sigmoid(conv3x3(relu(W x_i / rms(x)))_i); a_i = s_i / sum_j s_j",
     }
     modules = {**parts.modules, "attention": head.attention.eval(), "fusion": fusion}
-    return dataclasses.replace(
-        parts, modules=modules, attention=described, sources=parts.sources[:1], scale=fit.scale, fit=fit
-    )
+    return dataclasses.replace(parts, modules=modules, attention=described, scale=fit.scale, fit=fit)
 
 
-def _image(parts: Parts) -> ImageTransform:
+def image_of(parts: Parts) -> ImageTransform:
+    """What the tower takes."""
     preprocess, (height, width) = parts.model.visual.preprocess_cfg, parts.tower.image_size
     return ImageTransform(
         height, width, preprocess["resize_mode"], preprocess["interpolation"], fill=int(preprocess["fill_color"])
@@ -236,7 +227,7 @@ def _write_graphs(
         path, own = folder / f"{graph}.onnx", cases[graph]
         # The second batch has several rows, see `export_graph`.
         inputs = {name: torch.from_numpy(array) for name, array in own[1].feeds.items()}
-        export_graph(module.half() if precision == "fp16" else module, inputs, OUTPUTS[graph], path)
+        export_graph(half(module) if precision == "fp16" else module, inputs, verify.OUTPUTS[graph], path)
         found = verify.run_graph(path, [case.feeds for case in own], precision)
         measured |= verify.check(graph, found, [case.expected for case in own], precision)
     if stock is not None:
@@ -244,8 +235,13 @@ def _write_graphs(
         chained = verify.run_chain(folder, frames, parts.attention["input"], precision)
         measured |= verify.check("identity", [(scene,) for scene, _, _ in chained], stock, precision)
     if precision == "fp16":
-        verify.write_reference(folder, {graph: (own[1], OUTPUTS[graph]) for graph, own in cases.items()})
+        verify.write_reference(folder, {graph: (own[1], verify.OUTPUTS[graph]) for graph, own in cases.items()})
     return measured
+
+
+def half(module: nn.Module) -> nn.Module:
+    """A module in half precision, in place. The built-in attention stays as it is: it is small."""
+    return module if isinstance(module, BuiltinAttention) else module.half()
 
 
 def _cases(parts: Parts, token_ids: Any, seed: int) -> dict[str, list[verify.Case]]:
@@ -255,7 +251,7 @@ def _cases(parts: Parts, token_ids: Any, seed: int) -> dict[str, list[verify.Cas
         {"frames": verify.sample_frames(*tower.image_size, count=count, seed=seed + count)}
         for count in verify.BATCH_SIZES
     ]
-    backbone = verify.cases(tower, frames)
+    backbone = cases(tower, frames)
     fused: list[verify.Feeds] = []
     for case in backbone:
         # A map with strong contrasts, which an untrained CNN would not give.
@@ -268,9 +264,9 @@ def _cases(parts: Parts, token_ids: Any, seed: int) -> dict[str, list[verify.Cas
     texts: list[verify.Feeds] = [{"token_ids": token_ids[:count]} for count in (*verify.BATCH_SIZES, len(token_ids))]
     return {
         "backbone": backbone,
-        "attention": verify.cases(modules["attention"], frames if parts.attention["input"] == "frames" else fed),
-        "fusion": verify.cases(modules["fusion"], fused),
-        "text": verify.cases(modules["text"], texts),
+        "attention": cases(modules["attention"], frames if parts.attention["input"] == "frames" else fed),
+        "fusion": cases(modules["fusion"], fused),
+        "text": cases(modules["text"], texts),
     }
 
 
@@ -282,52 +278,8 @@ def _stock_vectors(model: Any, cases: list[verify.Case]) -> list[verify.Found]:
     return [(model.encode_image(image.permute(0, 3, 1, 2), normalize=True).numpy(),) for image in images]
 
 
-def _write_manifest(made: Path, manifest: dict[str, Any], replaced: Path, parts: Parts) -> None:
-    """Writes the manifest; names in it the bundle that is replaced, and those which that one names, if the scene's
-    vectors are the same.
-    """
-    earlier: dict[str, str] = manifest["fusion"]["same_scene"]
-    try:
-        old: Bundle | None = Bundle.load(replaced)
-    except KeyreelError:  # there is none, or it cannot be used
-        old = None
-    if old is None or not _same_scene(old, made, manifest, parts):
-        write_manifest(made, manifest)
-        return
-    earlier.update(old.same_scene)
-    for name in filter(None, old.same_scene.values()):
-        shutil.copyfile(old.file(name), made / name)
-    write_manifest(made, manifest)
-    if sha256_of(made / MANIFEST) != old.sha256:
-        earlier[old.sha256] = ""
-        write_manifest(made, manifest)
-
-
-def _same_scene(old: Bundle, made: Path, manifest: dict[str, Any], parts: Parts) -> bool:
-    """Whether both bundles make the same scene vectors: of the same pictures the same tokens, of these the same
-    vectors. The layers after the tokens are compared by what they make, since the graphs differ by the subject's.
-    """
-    if dataclasses.asdict(old.image) != manifest["image"]:
-        return False
-    if old.manifest["files"]["backbone.onnx"]["sha256"] != sha256_of(made / "backbone.onnx"):
-        return False
-    random = np.random.default_rng(0)
-    patches = parts.tower.grid[0] * parts.tower.grid[1]
-    fed: list[verify.Feeds] = [
-        {
-            "tokens": random.standard_normal((4, old.prefix_tokens + patches, old.token_width), np.float32),
-            "attention": np.full((4, patches), 1 / patches, np.float32),
-            "change": np.zeros((4, patches), np.float32),
-        }
-    ]
-    precision = "fp16" if manifest["precision"] == "fp16" else "fp32"
-    ((before, *_),), ((after, *_),) = (
-        verify.run_graph(at / "fusion.onnx", fed, precision) for at in (old.folder, made)
-    )
-    return before.shape == after.shape and bool(np.abs(before - after).max() <= SAME[precision])
-
-
-def _manifest(name: str, parts: Parts, image: ImageTransform, tokenizer: Tokenizer, clean: str) -> dict[str, Any]:
+def manifest_of(name: str, parts: Parts, image: ImageTransform, context_length: int, clean: str) -> dict[str, Any]:
+    """The manifest of a bundle, less precision, versions and what was measured."""
     tower, fusion = parts.tower, parts.modules["fusion"]
     assert isinstance(fusion, TemporalSpatialFusion)
     return {
@@ -338,7 +290,7 @@ def _manifest(name: str, parts: Parts, image: ImageTransform, tokenizer: Tokeniz
         "prefix_tokens": tower.prefix_tokens,
         "token_width": tower.token_width,
         "embedding_width": tower.embedding_width,
-        "text": {"context_length": int((tokenizer.truncation or {})["max_length"]), "clean": clean},
+        "text": {"context_length": context_length, "clean": clean},
         "attention": parts.attention,
         "fusion": {
             "shift_default": "off",
@@ -349,22 +301,12 @@ def _manifest(name: str, parts: Parts, image: ImageTransform, tokenizer: Tokeniz
             "same_scene": {},
         },
         "subject": dataclasses.asdict(parts.scale),
-        "sources": parts.sources,
+        "sources": [parts.source],
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that make a bundle."""
     # onnxruntime is installed under one of two names; a missing one is left out.
     installed = {distribution.name.lower(): distribution.version for distribution in importlib.metadata.distributions()}
     return {package: installed[package] for package in _PACKAGES if package in installed}
-
-
-def _foreign(folder: Path) -> str | None:
-    """Something in a folder that no bundle's manifest names."""
-    names = {path.name for path in folder.iterdir()}
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        known = {MANIFEST, *manifest["files"]} if manifest["schema"] == SCHEMA else set()
-    except (OSError, ValueError, KeyError, TypeError):
-        known = set()
-    return min(names - known, default=None)

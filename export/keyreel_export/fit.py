@@ -35,7 +35,6 @@ STILLS = 0.25  # share of a batch that are photographs as they are
 # The offset is lowered by this: real videos have no pasted objects, and a subject that wins too often lost captions.
 MARGIN = 0.03
 STORED = 0.8  # share of the frames of clips whose subject is stored; of real videos it is far less
-STORED_STILL = 0.35  # share of pictures in which nothing moves, where nothing is fitted
 
 
 class TokenAttention(nn.Module):
@@ -237,16 +236,6 @@ def marks(
         found[1, row, [column[label] for label in ground[:1]]] = 1
         found[2, row, [column[label] for thing in (*things, ground) for label in thing]] = 1
     return found[0], found[1], found[2] > 0
-
-
-def scale_without_training(scene: F32, subject: F32, texts: F32) -> SubjectScale:
-    """What makes the larger of both scores fair where nothing is fitted: both have the same mean.
-
-    Args:
-        scene, subject: [N, D], of pictures in which nothing moves. texts: [L, D]. All of unit length.
-    """
-    offset, same = float((scene @ texts.T).mean() - (subject @ texts.T).mean()), (scene * subject).sum(1)
-    return SubjectScale(1.0, round(offset, 4), round(float(np.quantile(same, STORED_STILL)), 4))
 
 
 def mean_average_precision(scores: F32, wanted: NDArray[np.bool_]) -> float:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from keyreel.errors import ModelError, import_extra
+from keyreel.models.verify import LARGEST_INSIDE_BYTES, Case, Feeds
 
 OPSET = 20
-# A protobuf message ends at 2 GiB; weights beyond go to a file of their own, <name>.onnx.data.
-LARGEST_INSIDE_BYTES = (1 << 31) - (64 << 20)
 
 
 @contextlib.contextmanager
@@ -72,6 +71,17 @@ def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Seque
             program.save(str(path), external_data=size > LARGEST_INSIDE_BYTES)
     except Exception as error:
         raise ModelError(f"torch cannot export {path.name}: {error}") from error
+
+
+@torch.no_grad()
+def cases(module: nn.Module, batches: Sequence[Feeds]) -> list[Case]:
+    """Runs `module` on each batch; the feeds' names are those of the graph's inputs, in the module's order."""
+    found = []
+    for feeds in batches:
+        outputs = module(*(torch.from_numpy(array) for array in feeds.values()))
+        several = outputs if isinstance(outputs, tuple) else (outputs,)
+        found.append(Case(feeds, tuple(output.numpy() for output in several)))
+    return found
 
 
 def _forget_origin(program: Any) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from keyreel.config import EncodeConfig, ImageTransform
 from keyreel.errors import ModelError
+from keyreel.models.calibration import as_seen, resampling_of
 from keyreel.types import F32, U8
 from keyreel_export.builtin.saliency import outline
 from keyreel_export.fit import Frames, marks
@@ -142,22 +143,6 @@ def _apart(one: Picture, other: Picture) -> bool:
     return not set(one.labels) & set(other.labels)
 
 
-def as_seen(image: Image.Image, how: ImageTransform) -> U8:
-    """[H, W, 3]: a picture as the image tower gets it."""
-    size, resampling = (how.width, how.height), _resampling(how)
-    if how.mode == "shortest":
-        image = ImageOps.fit(image, size, resampling)
-    elif how.mode == "longest":
-        image = ImageOps.pad(image, size, resampling, color=(how.fill, how.fill, how.fill))
-    else:
-        image = image.resize(size, resampling)
-    return np.asarray(image)
-
-
-def _resampling(how: ImageTransform) -> Image.Resampling:
-    return Image.Resampling.BOX if how.interpolation == "area" else Image.Resampling[how.interpolation.upper()]
-
-
 def clips(pictures: Sequence[Picture], how: ImageTransform, seed: int) -> Iterator[Clip]:
     """Endless: one picture or two, cut out where the outline is known, move or stand on a picture of other labels,
     with pans, blur and compression. As `builtin.composites.varied`, for towers of any size.
@@ -179,7 +164,9 @@ def _moving(things: Sequence[Picture], place: Picture, how: ImageTransform, rng:
     wide = (int(size[0] + room[0]), int(size[1] + room[1]))
     squashed = how.mode == "squash"
     ground = (
-        place.image.resize(wide, _resampling(how)) if squashed else ImageOps.fit(place.image, wide, _resampling(how))
+        place.image.resize(wide, resampling_of(how))
+        if squashed
+        else ImageOps.fit(place.image, wide, resampling_of(how))
     )
     paths = [_path(thing, size, rng, 1 / WIDE if squashed else 1.0) for thing in things]
     blur, quality = rng.random() < 0.25, int(rng.integers(15, 60)) if rng.random() < 0.25 else None

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from keyreel.config import ImageTransform
-from keyreel.runtime.bundle import SCENE_SIMILARITY, SubjectScale
+from keyreel.models import calibration
+from keyreel.runtime.bundle import SubjectScale
 from keyreel.search import frame_scores
 from keyreel.types import F32, U8
-from keyreel_export.builtin.scenes import KINDS, WEIGHTS, render_scene
 from keyreel_export.fit import (
     BATCH,
     Frames,
@@ -25,7 +25,6 @@ from keyreel_export.fit import (
     fit_subject,
     mean_average_precision,
     scale_of,
-    scale_without_training,
 )
 from keyreel_export.fusion import TemporalSpatialFusion
 from keyreel_export.pictures import HELD_CLIPS, Picture, clip_count, clips, moving_frames, still_frames
@@ -33,17 +32,6 @@ from keyreel_export.towers import Tower
 
 EPOCHS = 16
 FITTED = "subject.safetensors"
-SCENES = 64
-WORDS = (
-    "person", "face", "crowd", "child", "dog", "cat", "bird", "horse", "fish", "flower", "tree", "forest", "mountain",
-    "beach", "sea", "river", "sky", "sunset", "night", "snow", "rain", "fire", "street", "city", "house", "bridge",
-    "road", "car", "bicycle", "train", "boat", "plane", "room", "kitchen", "chair", "table", "book", "phone",
-    "computer", "screen", "text", "food", "fruit", "bottle", "ball", "hand", "dance", "red circle", "stripes",
-)  # fmt: skip
-# How far cosines of a drawn scene with WORDS lie apart (standard deviation) by the built-in model.
-BUILTIN_SPREAD = 0.07
-# The mean cosine of two drawn scenes by it.
-BUILTIN_STRANGERS = 0.242
 
 Texts = Callable[[Sequence[str]], Tensor]  # texts -> unit vectors [L, D]
 
@@ -83,40 +71,17 @@ class Fit:
     measured: dict[str, float]
 
 
-def drawn_scenes(how: ImageTransform) -> U8:
-    """[SCENES, H, W, 3]."""
-    rng = np.random.default_rng(0)
-    kinds = rng.choice(KINDS, SCENES, p=WEIGHTS)
-    return np.stack([render_scene(str(kind), rng, (how.width, how.height)).pixels for kind in kinds])
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """What drawn scenes say of a model that is not fitted."""
-
-    scale: SubjectScale
-    spread: float  # how far its cosines with texts lie apart, relative to the built-in model's
-    # The cosine of shots of one scene: as far between that of strangers and 1 as the built-in model's is.
-    scene_similarity: float
-
-
-def calibrate(side: ImageSide, texts: Texts) -> Calibration:
-    """Runs a model over drawn scenes."""
-    told, drawn = texts(WORDS).numpy(), drawn_scenes(side.image)
-    vectors: list[tuple[F32, F32]] = []
-    for first in range(0, SCENES, 16):
+def calibrate(side: ImageSide, texts: Texts) -> calibration.Calibration:
+    """Runs a model over the pictures of `keyreel.models.calibration`."""
+    drawn, vectors = calibration.pictures(side.image), list[tuple[F32, F32]]()
+    for first in range(0, len(drawn), 16):
         frames = drawn[first : first + 16]
         with torch.no_grad():
             tokens = side.tower(torch.from_numpy(frames))
         maps = side.maps(frames, tokens.numpy())
         vectors.append(side.vectors(tokens, maps, torch.zeros_like(maps)))
     scene, subject = (np.concatenate(part) for part in zip(*vectors, strict=True))
-    cosines = scene @ told.T
-    spread = float((cosines - cosines.mean(1, keepdims=True)).std()) / BUILTIN_SPREAD
-    strangers = float((scene @ scene.T)[np.triu_indices(len(scene), 1)].mean())
-    part = (SCENE_SIMILARITY - BUILTIN_STRANGERS) / (1 - BUILTIN_STRANGERS)
-    alike = round(float(np.clip(strangers + part * (1 - strangers), 0, 0.99)), 4)
-    return Calibration(scale_without_training(scene, subject, told), float(np.clip(spread, 0.1, 10)), alike)
+    return calibration.calibrate(scene, subject, texts(calibration.WORDS).numpy())
 
 
 def fit_to_pictures(

@@ -7,6 +7,8 @@ a URL, and special tokens inside a text.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +65,28 @@ def export_tokenizer(tokenizer: Any) -> tuple[Tokenizer, str]:
         if not np.array_equal(encode(rebuilt, clean, [text]), tokenizer([text]).numpy()):
             raise ModelError(f"tokenizer.json gives other ids than open_clip for {text[:60]!r}")
     return rebuilt, clean
+
+
+def described(tokenizer: Any) -> dict[str, Any]:
+    """What `keyreel.models.tokenizers` needs, beside the merges, to rebuild one of open_clip's own tokenizers."""
+    rebuilt, clean = export_tokenizer(tokenizer)
+    text = rebuilt.to_str()
+    document = json.loads(text)
+    vocabulary, merges = document["model"].pop("vocab"), document["model"].pop("merges")
+    count = len(tokenizer.bpe_ranks)
+    ordered = sorted(vocabulary, key=vocabulary.__getitem__)
+    own = {*ordered[:512], *("".join(pair) for pair in merges[:count])}
+    return {
+        "kind": "merges",
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "clean": clean,
+        "context_length": tokenizer.context_length,
+        "document": document,
+        "pieces": ordered[:256],
+        "merges": count,
+        "special_merges": merges[count:],
+        "special_tokens": {token: vocabulary[token] for token in ordered if token not in own},
+    }
 
 
 def encode(tokenizer: Tokenizer, clean: str, texts: Sequence[str]) -> I64:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from keyreel.errors import ModelError
 from keyreel_export.torchvision_cpu import import_open_clip
@@ -324,8 +325,20 @@ def _split_timm(visual: Any) -> Tower:
     pools = [module for module in trunk.modules() if isinstance(module, SelectAdaptivePool2d)]
     if len(pools) != 1 or pools[0].pool_type != "avg" or getattr(trunk, "output_fmt", "NCHW") != "NCHW":
         raise _unsupported(f"timm's {name}")
-    # FastViT's training-time branches become one convolution each (MobileOne, arXiv 2206.04040): same values.
-    return AveragePoolTower(visual, reparameterize_model(trunk))
+    # FastViT's training-time branches become one convolution each (MobileOne, arXiv 2206.04040): same values. What
+    # normalisation is left is folded here, and not by the exporter, so that a template can tell how.
+    return AveragePoolTower(visual, _without_norms(reparameterize_model(trunk)))
+
+
+def _without_norms(trunk: Any) -> Any:
+    """Folds each BatchNorm that follows a convolution into it, in place."""
+    from timm.layers.conv_bn_act import ConvNormAct
+
+    for module in trunk.modules():
+        if isinstance(module, ConvNormAct) and isinstance(module.bn, nn.BatchNorm2d):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = getattr(module.bn, "act", nn.Identity())
+    return trunk
 
 
 def _unsupported(what: str) -> ModelError:

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from keyreel.errors import ModelError, import_extra
+from keyreel.models import verify
+from keyreel.models.folders import check_replaceable, replacing
+from keyreel.models.verify import LARGEST_INSIDE_BYTES, Feeds
 from keyreel.runtime.bundle import Bundle
-from keyreel_export import verify
-from keyreel_export.folders import check_replaceable, replacing
-from keyreel_export.onnx import LARGEST_INSIDE_BYTES
-from keyreel_export.verify import Feeds
 
 IMAGE, TEXT = "keyreel_image", "keyreel_text"
 VERSION = "1"

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from keyreel.cli import index, library, machine, search, videos
+from keyreel.cli import index, library, machine, models, search, videos
 from keyreel.cli.output import log
 from keyreel.cli.signals import exit_code_of
 from keyreel.errors import KeyreelError, MissingExtra, RenderError
@@ -83,6 +83,13 @@ app.command()(machine.export)
 app.command()(machine.doctor)
 app.command()(machine.version)
 
+models_app = _group("Installs models and looks after them.")
+models_app.command("list")(models.list_models)
+models_app.command()(models.install)
+models_app.command()(models.remove)
+models_app.command()(models.verify)
+app.add_typer(models_app, name="models")
+
 library_app = _group("Looks after a library of videos.")
 library_app.command("list")(library.list_videos)
 library_app.command()(library.stats)
@@ -91,4 +98,5 @@ library_app.command()(library.verify)
 library_app.command()(library.compact)
 library_app.command()(library.upgrade)
 library_app.command()(index.update)
+library_app.command()(index.reindex)
 app.add_typer(library_app, name="library")

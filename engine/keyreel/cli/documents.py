@@ -143,6 +143,27 @@ class Upgrade:
     videos: Count  # converted
 
 
+@dataclass(frozen=True, slots=True)
+class Model:
+    name: str
+    installed: bool
+    recommended: bool
+    download_bytes: Count
+    width: Count | None  # numbers in a vector
+    frames_a_second: Seconds | None  # an estimate for this machine's CPU
+    languages: str
+    licence: str
+    about: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """`keyreel models list --json`."""
+
+    schema: Literal["keyreel.models/1"] = "keyreel.models/1"
+    models: Sequence[Model]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Doctor:
     """`keyreel doctor --json`."""

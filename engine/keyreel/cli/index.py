@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from typer import Argument, Option
 
+import keyreel
 from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, listed, tell_passed, within
 from keyreel.cli.library import model_of, open_library
+from keyreel.cli.models import ensure
 from keyreel.cli.output import log, log_failures, plural, print_json, print_line, reason
 from keyreel.cli.progress import Bars
 from keyreel.config import DecodeLimits, EncodeConfig, IndexConfig, Sampling
@@ -45,6 +47,7 @@ def index(
         bool, Option("--ray", help="on a Ray cluster: --ray auto, --ray ray://HOST:PORT; --ray alone starts one")
     ] = False,
     model: options.OwnModel = None,
+    yes: options.Yes = False,
     device: options.Device = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -75,6 +78,7 @@ def index(
         workers=workers,
         force=force,
     )
+    ensure(model, yes=yes, quiet=quiet)
     if not 0 < watch_seconds <= 86_400:
         raise ValueError(f"watch_seconds must be in (0, 86400], got {watch_seconds}")
     if ray and (watch or prune):
@@ -148,6 +152,58 @@ def update(
         found = library.update(config, prune=prune, progress=bars.whole, begin=bars.start, tell=report.add)
         for added in found:  # once more: what was missing is removed by now
             report.add(added)
+    exit_for(report.failed, report.succeeded)
+
+
+def reindex(
+    folder: options.Folder,
+    model: Annotated[str, Option(help="the new model: builtin, a bundle's folder, or a name")],
+    yes: options.Yes = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    sampling: options.Mode = options.SAMPLING.mode,
+    fps: options.Fps = options.SAMPLING.fps,
+    tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
+    every: options.Every = options.SAMPLING.every,
+    shift: options.Shift = options.ENCODING.shift,
+    subject: options.Subject = options.ENCODING.subject,
+    batch_size: options.BatchSize = options.ENCODING.batch_size,
+    allow_network: options.AllowNetwork = False,
+    longest: options.Longest = options.LONGEST,
+    workers: Workers = INDEXING.workers,
+    drop_failed: Annotated[
+        bool, Option("--drop-failed", help="change the model although some videos cannot be read any more")
+    ] = False,
+) -> None:
+    """Changes the model of a library; goes on where it was left, and the old model answers until the end."""
+    from keyreel.library.reindex import reindex
+
+    config = IndexConfig(
+        sampling=Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every),
+        encode=EncodeConfig(shift=shift, subject=subject, batch_size=batch_size),
+        limits=DecodeLimits(max_duration_seconds=longest, allow_network=allow_network),
+        workers=workers,
+    )
+    ensure(model, yes=yes, quiet=quiet)
+    with (
+        keyreel.Engine.from_pretrained(model, device=device) as engine,
+        Bars(quiet=quiet) as bars,
+        Report(folder, bars, as_json=as_json) as report,
+    ):
+        done = reindex(
+            folder,
+            engine,
+            config,
+            drop_failed=drop_failed,
+            progress=bars.whole,
+            begin=bars.start,
+            tell=report.add,
+        )
+    if done.done:
+        log(f"the library now has the model {engine.bundle.name}")
+    else:
+        log("the library keeps its model: some videos could not be indexed; mend them, or give --drop-failed")
     exit_for(report.failed, report.succeeded)
 
 

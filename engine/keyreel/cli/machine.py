@@ -178,10 +178,7 @@ def export(
     output: Annotated[Path | None, Option("--output", "-o", help="folder; the cache by default")] = None,
     precision: Annotated[str, Option(help="fp32, fp16 for GPUs, or int8 for CPUs")] = "fp32",
     verify_video: Annotated[Path | None, Option(help="measures an int8 model on frames of this video")] = None,
-    attention: Annotated[
-        str, Option(help="timm network of the spatial attention, or uniform")
-    ] = "mobilenetv3_small_100",
-    attention_weights: Annotated[Path | None, Option(help="its weights, a local file")] = None,
+    attention: Annotated[str, Option(help="spatial attention: the built-in model's, or uniform for none")] = "builtin",
     projection: Annotated[Path | None, Option(help="trained projection, safetensors")] = None,
     fit: Annotated[
         Path | None,
@@ -215,7 +212,7 @@ def export(
     from keyreel_export.triton import export_triton
 
     if (triton is not None or tensorrt) and (model == BUILTIN or (Path(model) / MANIFEST).is_file()):
-        other = output or attention_weights or projection or fit or verify_video
+        other = output or projection or fit or verify_video
         if other or random_weights or seed or precision != "fp32":
             raise ValueError(f"{model} is a bundle already: only --triton and --tensorrt go with it")
         folder = Bundle.find(model).folder
@@ -225,7 +222,6 @@ def export(
             output,
             precision=precision,
             attention=attention,
-            attention_weights=attention_weights,
             projection=projection,
             random_weights=random_weights,
             seed=seed,

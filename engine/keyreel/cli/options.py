@@ -16,6 +16,7 @@ SAMPLING, ENCODING = Sampling(), EncodeConfig()  # defaults
 Videos = Annotated[list[str], Argument(metavar="VIDEO...", help="files, folders, or - for standard input")]
 Folder = Annotated[str, Argument(metavar="DIR", help="the library's folder or s3:// address")]
 Model = Annotated[str, Option(help="builtin, a bundle's folder, or the name of an exported model")]
+Yes = Annotated[bool, Option("--yes", help="install the model first, if it is one of `keyreel models list`")]
 OwnModel = Annotated[
     str | None, Option(help="builtin, a bundle's folder, or a name; a library's own model, else builtin")
 ]

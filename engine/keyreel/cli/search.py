@@ -17,6 +17,7 @@ import keyreel
 from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, for_each, sources
 from keyreel.cli.library import open_library
+from keyreel.cli.models import ensure
 from keyreel.cli.output import log, print_hits, print_json, print_videos
 from keyreel.cli.progress import Bars
 from keyreel.config import DecodeLimits, EncodeConfig, Sampling
@@ -61,6 +62,7 @@ def search(
     k: Annotated[int, Option("-k", min=1, help="how many moments, or videos")] = 5,
     per_video: Annotated[int | None, Option(min=1, help="most moments of one video; 2, with --in as many as k")] = None,
     model: options.OwnModel = None,
+    yes: options.Yes = False,
     device: options.Device = "auto",
     as_json: options.Json = False,
     html: Annotated[Path | None, Option(help="write a page with pictures of the moments")] = None,
@@ -100,6 +102,7 @@ def search(
     from keyreel.render.pictures import read_picture
 
     names, pictures = list(videos or []), html is not None or previews is not None
+    ensure(model, yes=yes, quiet=quiet)
     if html is not None:  # before the work, not after it
         _check_replaceable(html, [*(one for one in (text, image) if one), *names], overwrite=overwrite)
     if library is not None:

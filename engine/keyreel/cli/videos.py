@@ -11,6 +11,7 @@ from typer import Option
 import keyreel
 from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, folder_name, for_each, sources
+from keyreel.cli.models import ensure
 from keyreel.cli.output import log, print_json, print_line, print_summary, print_table, span
 from keyreel.cli.progress import Bars
 from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, Sampling, SelectConfig
@@ -26,6 +27,7 @@ def summarize(
     output: Annotated[Path, Option("--output", "-o", help="folder; each video gets one of its own in it")],
     keyframes: Annotated[str, Option(metavar="N|auto", help="how many key-frames")] = "auto",
     model: options.Model = "builtin",
+    yes: options.Yes = False,
     device: options.Device = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -90,6 +92,7 @@ def summarize(
     documents: list[dict[str, Any]] = []
     used: set[str] = set()
     existed = output.exists()
+    ensure(model, yes=yes, quiet=quiet)
     with keyreel.Engine.from_pretrained(model, device=device) as engine, Bars(quiet=quiet) as bars:
 
         def work(source: Source) -> None:

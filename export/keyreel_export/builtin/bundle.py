@@ -20,8 +20,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from keyreel.models.verify import OUTPUTS, run_graph
 from keyreel.runtime.bundle import SubjectScale
 from keyreel_export.builtin.data import SIZE
 from keyreel_export.builtin.student import (
@@ -31,13 +31,12 @@ from keyreel_export.builtin.student import (
     UNKNOWN_MARK,
     ImageTower,
     TextTower,
+    fuse_norms,
 )
-from keyreel_export.bundle import OUTPUTS
 from keyreel_export.fit import TokenAttention
 from keyreel_export.fusion import AveragePooling, TemporalSpatialFusion
-from keyreel_export.onnx import export_graph
+from keyreel_export.onnx import cases, export_graph
 from keyreel_export.subject import digest
-from keyreel_export.verify import cases, run_graph
 
 GRID = SIZE // 16
 
@@ -63,17 +62,6 @@ class Texts(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.tower(ids)  # type: ignore[no-any-return]
-
-
-def _fuse(module: nn.Module) -> None:
-    """Folds each BatchNorm into the convolution before it, in place."""
-    for child in module.children():
-        if isinstance(child, nn.Sequential) and len(child) == 2:
-            conv, norm = child[0], child[1]
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                child[0], child[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-                continue
-        _fuse(child)
 
 
 def _write(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], path: Path) -> float:
@@ -173,8 +161,8 @@ def _round(module: nn.Module) -> None:
 def write_graphs(folder: Path, image: ImageTower, text: Texts, tokenizer: Tokenizer, fitted: Fitted) -> dict[str, Any]:
     """Writes all of the bundle but its manifest, which it returns without "sources"."""
     folder.mkdir(parents=True, exist_ok=True)
-    image = copy.deepcopy(image.eval())
-    _fuse(image)
+    image = copy.deepcopy(image)
+    fuse_norms(image)
     _round(image)
     rng = np.random.default_rng(0)
     frames = torch.from_numpy(rng.integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8))

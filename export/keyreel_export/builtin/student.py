@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 WIDTHS = (64, 64, 128, 256)
 BLOCKS = (1, 2, 3)
@@ -18,6 +19,18 @@ UNKNOWN_MARK = "Ġ"  # a token alone: a space, as byte-level tokenizers write it
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+def fuse_norms(module: nn.Module) -> nn.Module:
+    """Folds each BatchNorm into the convolution before it, in place. Returns the module, in evaluation mode."""
+    for child in module.eval().children():
+        if isinstance(child, nn.Sequential) and len(child) == 2:
+            conv, norm = child[0], child[1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                child[0], child[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+                continue
+        fuse_norms(child)
+    return module
 
 
 class Block(nn.Module):

@@ -8,6 +8,7 @@ onnxruntime took 1.1 to 6 times as long in 8 bits for RN50 and MobileCLIP2-S0; s
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,8 @@ from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.errors import ModelError, SourceError, import_extra
+from keyreel.models import verify
 from keyreel.types import U8
-from keyreel_export import verify
-from keyreel_export.onnx import LARGEST_INSIDE_BYTES, contained
 
 # Cosine between a vector and the one in float32. The selection takes two frames that are more alike for one picture
 # (`similarity_limit`), as a frame must be with itself.
@@ -54,7 +54,7 @@ def quantize_backbone(folder: Path, frames: U8, attention_input: str) -> dict[st
     Returns:
         "int8_cosine", the lowest between a vector and the one in float32, "int8_cosine_mean" and "int8_frames".
     """
-    onnx = import_extra("onnx", extra="export", purpose="quantising a model")
+    onnx = import_extra("onnx", extra="int8", purpose="quantising a model")
     import_extra("onnxruntime", extra="cpu", purpose="quantising a model")
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -65,7 +65,8 @@ def quantize_backbone(folder: Path, frames: U8, attention_input: str) -> dict[st
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         made = Path(aside) / source.name
         try:
-            with contained():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 quantize_dynamic(
                     str(source),
                     str(made),
@@ -73,7 +74,7 @@ def quantize_backbone(folder: Path, frames: U8, attention_input: str) -> dict[st
                     per_channel=True,
                     reduce_range=True,
                     weight_type=QuantType.QInt8,
-                    use_external_data_format=sum(file.stat().st_size for file in files) > LARGEST_INSIDE_BYTES,
+                    use_external_data_format=sum(file.stat().st_size for file in files) > verify.LARGEST_INSIDE_BYTES,
                 )
         except Exception as error:
             raise ModelError(f"onnxruntime cannot quantise {source.name}: {error}") from error

@@ -1,0 +1,170 @@
+"""`keyreel models`: what there is, and one command to install it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from typer import Argument, Option
+
+import keyreel
+from keyreel.cli import options
+from keyreel.cli.output import log, plural, print_json, print_line, print_table
+from keyreel.cli.progress import Bars
+
+_FRAMES = 32  # that tell the machine's speed
+
+
+def list_models(as_json: options.Json = False) -> None:
+    """Lists the models that one command installs, and those that are installed."""
+    from keyreel.cli.documents import Model, Models
+    from keyreel.models.catalogue import BUILTIN_GIGAFLOPS, CATALOGUE, RECOMMENDED
+    from keyreel.models.install import installed
+    from keyreel.runtime.bundle import BUILTIN
+
+    here, rate = set(installed()), _gigaflops_a_second()
+    demo = Model(
+        BUILTIN, True, False, 0, 256, _round(rate / BUILTIN_GIGAFLOPS), "English", "Apache-2.0", "the demo model"
+    )
+    known = [
+        Model(
+            name=one.name,
+            installed=one.name in here,
+            recommended=one.name == RECOMMENDED,
+            download_bytes=one.size_bytes,
+            width=one.width,
+            frames_a_second=_round(rate / one.gigaflops),
+            languages=one.languages,
+            licence=one.licence,
+            about=one.about,
+        )
+        for one in CATALOGUE
+    ]
+    others = [
+        Model(name, True, False, 0, None, None, "unknown", "unknown", "exported, or weights of your own")
+        for name in sorted(here - {one.name for one in CATALOGUE})
+    ]
+    models = [demo, *known, *others]
+    if as_json:
+        print_json(Models(models=models))
+        return
+    rows = [
+        (
+            "" if not one.download_bytes else f"{one.download_bytes / 1e6:,.0f} MB",
+            "" if one.frames_a_second is None else f"~{one.frames_a_second:g}",
+            "" if one.width is None else str(one.width),
+            "yes" if one.installed else "",
+            one.name,
+            one.languages,
+            one.licence,
+            one.about,
+        )
+        for one in models
+    ]
+    heads = ("download", "frames/s", "numbers", "installed", "model", "languages", "licence", "good for")
+    print_table(heads, rows, right=3)
+    print_line("frames/s: an estimate for this machine's CPU; numbers: of a vector, what a frame takes in a library")
+
+
+def install(
+    name: Annotated[str | None, Argument(help="as `keyreel models list` names it; the recommended one")] = None,
+    checkpoint: Annotated[
+        Path | None, Option("--from", metavar="FILE", help="weights in safetensors, instead of a download")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, Option(metavar="FILE", help="tokenizer.json or merges.txt, if it does not lie beside the weights")
+    ] = None,
+    called: Annotated[str | None, Option("--name", help="name for weights of your own")] = None,
+    revision: Annotated[str | None, Option(help="another commit or branch of the model's repository")] = None,
+    precision: Annotated[str, Option(help="fp32, fp16 for GPUs, or int8 for CPUs")] = "fp32",
+    output: Annotated[Path | None, Option("--output", "-o", help="folder; the cache by default")] = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Downloads a model and makes it ready, without PyTorch."""
+    from keyreel.models.catalogue import RECOMMENDED
+
+    with Bars(quiet=quiet) as bars:
+        _install(
+            bars,
+            name or RECOMMENDED,
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            called=called,
+            revision=revision,
+            precision=precision,
+            folder=output,
+        )
+
+
+def remove(
+    names: Annotated[list[str], Argument(metavar="NAME...", help="installed or exported models")],
+) -> None:
+    """Deletes models from the cache; the downloaded weights stay in the hub's own cache."""
+    from keyreel.models.install import remove
+
+    for name in names:
+        log(f"deleted {remove(name)}")
+
+
+def verify(
+    names: Annotated[list[str] | None, Argument(metavar="NAME...", help="all that are installed by default")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Compares models with their manifests and runs them."""
+    from keyreel.models.install import check, installed
+
+    found = {name: check(name) for name in names or ("builtin", *installed())}
+    if as_json:
+        print_json(found)
+        return
+    for name, measured in found.items():
+        pictures, texts = (plural(int(measured[kind]), kind[:-1]) for kind in ("pictures", "texts"))
+        print_line(f"{name}: {pictures} and {texts} encoded, every vector of unit length")
+
+
+def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
+    """Installs a model that is known and not here, if the user said yes; else says how."""
+    from keyreel.errors import ModelNotFound
+    from keyreel.models import catalogue
+    from keyreel.models.install import installed
+
+    if name is None or (weights := catalogue.find(name)) is None or name in installed():
+        return
+    if not yes:
+        size = f"{weights.size_bytes / 1e6:,.0f} MB, licence: {weights.licence}"
+        hint = f"`keyreel models install {name}` downloads it ({size}); --yes does so from here"
+        raise ModelNotFound(name, hint=hint)
+    with Bars(quiet=quiet) as bars:
+        _install(bars, name)
+
+
+def _install(bars: Bars, name: str, **given: Any) -> None:
+    from keyreel.models.catalogue import find
+    from keyreel.models.install import install
+
+    weights = find(name)
+    if weights is not None and given.get("checkpoint") is None:
+        log(f"{name}: {weights.size_bytes / 1e6:,.0f} MB from {weights.repository}, licence: {weights.licence}")
+    began = time.perf_counter()
+    folder = install(name, **given, progress=bars.start(name))
+    bars.finish()
+    log(f"installed {folder} in {time.perf_counter() - began:.1f} s")
+
+
+def _gigaflops_a_second() -> float:
+    """What this machine's CPU makes of the built-in model; larger towers make about as much of it."""
+    from keyreel.models import catalogue
+
+    frames = np.random.default_rng(0).integers(0, 256, (_FRAMES, 112, 112, 3), np.uint8)
+    with keyreel.Engine.from_pretrained(device="cpu") as engine:
+        engine.embed(frames)
+        began = time.perf_counter()
+        engine.embed(frames)
+        return _FRAMES * catalogue.BUILTIN_GIGAFLOPS / (time.perf_counter() - began)
+
+
+def _round(rate: float) -> float:
+    """Two digits: it is an estimate."""
+    return float(f"{rate:.2g}")

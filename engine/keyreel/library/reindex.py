@@ -1,0 +1,147 @@
+"""Another model for a library: new vectors beside the old ones, video by video, then in their place.
+
+The new vectors lie in a library of their own inside the library's folder, `reindex-SHA256`, until every video is in it.
+An interrupted run goes on where it was. Until the end the old vectors answer.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keyreel.config import IndexConfig
+from keyreel.library import schema, upkeep
+from keyreel.library.errors import ask_for_room, lance_errors
+from keyreel.library.library import Library
+from keyreel.library.schema import RECORDS, TABLES, VECTORS
+from keyreel.library.table import Tables
+from keyreel.library.types import Added, Record
+from keyreel.types import Progress
+
+if TYPE_CHECKING:
+    from keyreel.engine import Engine
+
+WAITS = "not yet indexed by the new model"
+
+
+@dataclass(frozen=True, slots=True)
+class Reindexed:
+    """What a run did."""
+
+    done: bool  # whether the library now has the new model
+    videos: int  # that the new model has indexed
+    left: tuple[Record, ...]  # that the old model has and the new one could not index
+
+
+def reindex(
+    uri: str,
+    engine: Engine,
+    config: IndexConfig | None = None,
+    *,
+    drop_failed: bool = False,
+    storage_options: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    begin: Callable[[str], Progress] | None = None,
+    tell: Callable[[Added], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Reindexed:
+    """Indexes all videos of a library with another model, then replaces the old vectors.
+
+    Ids, paths and tags stay. Programs that have the library open must open it again with the new model afterwards.
+    Needs free space for both sets of vectors. What others add meanwhile is indexed, too; nothing may be written in the
+    last moment, while the tables are replaced.
+
+    Args:
+        uri: the library's folder or URI.
+        engine: of the new model.
+        config, progress, begin, tell, stop: as for `Library.add`.
+        drop_failed: replace the old vectors although some videos could not be indexed, whose files are gone or damaged;
+            the library then has them as failed.
+        storage_options: of the object store.
+
+    Raises:
+        LibraryError: there is no library, it cannot be written, or it has an older format.
+    """
+    old = Tables(uri, storage_options=storage_options)
+    bundle = engine.bundle
+    if old.model()[1] == bundle.sha256:
+        return Reindexed(True, len(old.records()), ())
+    beside = f"{old.uri}/reindex-{bundle.sha256[:12]}"
+    with Library(beside, engine, storage_options=storage_options) as library:
+        new = Tables(beside, storage_options=storage_options)
+        if not new.exists():
+            new.create(model=bundle.name, model_sha256=bundle.sha256, width=bundle.embedding_width)
+        while _follow(old, new, bundle.name, bundle.sha256):
+            waiting = [record.path for record in new.records() if record.status != "ok"]
+            library.add(waiting, config, progress=progress, begin=begin, tell=tell, stop=stop)
+            if stop is not None and stop():
+                break
+        found = {record.id: record for record in new.records()}
+    left = tuple(one for one in old.records() if one.status == "ok" and found[one.id].status != "ok")
+    good = sum(record.status == "ok" for record in found.values())
+    waits = any(record.error == WAITS for record in found.values())
+    if waits or (left and not drop_failed):
+        new.close()
+        return Reindexed(False, good, left)
+    _replace(old, new)
+    return Reindexed(True, good, left)
+
+
+def _follow(old: Tables, new: Tables, model: str, sha256: str) -> bool:
+    """Takes over which videos there are. Returns whether some of them were not looked at yet."""
+    known, there = {record.id: record for record in old.records()}, {record.id for record in new.records()}
+    new.drop([id for id in there if id not in known])
+    fresh = [
+        replace(
+            record,
+            fingerprint="",
+            generation="",
+            frames=0,
+            subjects=None,
+            status="failed",
+            error=WAITS,
+            hint=None,
+            shots=(),
+            scenes=(),
+            digest=None,
+            model=model,
+            model_sha256=sha256,
+        )
+        for id, record in known.items()
+        if id not in there
+    ]
+    new.upsert(fresh)
+    return any(record.error == WAITS for record in new.records())
+
+
+def _replace(old: Tables, new: Tables) -> None:
+    """Puts the new tables in the place of the old ones: each in one commit, the records last.
+
+    Stopped between the two, the library cannot be searched until this is done again: the new tables are still there.
+    """
+    upkeep.compact(new, alone=True)  # without what no record names
+    ask_for_room(old.folder, new.bytes() or 0)
+    target = Tables(old.uri, storage_options=old.options, upgrading=True)
+    for name in (VECTORS, RECORDS):
+        table = new.table(name)
+        columns = schema.schemas(*new.model())[name]
+        target.overwrite(name, columns, _batches(new, table, columns))
+    for tables in (old, target):
+        tables.close()
+    if new.folder is None:
+        new.drop_tables(*TABLES)
+        new.close()
+    else:
+        new.close()
+        shutil.rmtree(Path(new.uri))
+    upkeep.compact(old, alone=True)  # and the old versions, with the old vectors
+
+
+def _batches(tables: Tables, table: Any, columns: Any) -> Iterator[Any]:
+    """A table's rows, in the order of `columns`."""
+    with lance_errors(tables.uri):
+        for batch in table.search().to_batches():
+            yield batch.select(columns.names)

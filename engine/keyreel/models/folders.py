@@ -1,0 +1,112 @@
+"""Folders that are replaced whole or not at all, bundles among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keyreel.errors import KeyreelError, ModelError
+from keyreel.models import verify
+from keyreel.runtime.bundle import MANIFEST, SCHEMA, Bundle, sha256_of, write_manifest
+
+_SAME = {"fp32": 1e-5, "fp16": 2e-3}  # the largest difference of scene vectors that are the same
+
+
+def check_replaceable(folder: Path, foreign: Callable[[Path], str | None]) -> None:
+    """Refuses to replace a file, or a folder in which `foreign` finds something that keyreel did not write."""
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"{folder} is a file", hint="name a folder")
+    name = foreign(folder) if folder.is_dir() and any(folder.iterdir()) else None
+    if name is not None:
+        raise ModelError(f"{folder} holds {name}, which keyreel did not write", hint="name another folder")
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Raises ModelError where a disk has less room than `size` bytes."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < size * 1.02 + (64 << 20):
+        raise ModelError(
+            f"{folder} needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+            hint="make room, or set KEYREEL_CACHE (models) or HF_HOME (downloads) to a folder on another disk",
+        )
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder to write to, put in the place of `folder` at the end, removed after an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".keyreel-export-") as aside:
+        made = Path(aside) / "made"
+        made.mkdir()
+        yield made
+        if folder.exists():
+            folder.rename(Path(aside) / "replaced")
+        made.rename(folder)
+
+
+def foreign_to_bundle(folder: Path) -> str | None:
+    """Something in a folder that no bundle's manifest names."""
+    names = {path.name for path in folder.iterdir()}
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        known = {MANIFEST, *manifest["files"]} if manifest["schema"] == SCHEMA else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        known = set()
+    return min(names - known, default=None)
+
+
+def write_bundle_manifest(made: Path, manifest: dict[str, Any], replaced: Path) -> None:
+    """Writes the manifest of a bundle whose other files are there.
+
+    If the bundle that it replaces has the same scene vectors, it is named in it with those that it names: libraries
+    that were made with it open as they are.
+    """
+    earlier: dict[str, str] = manifest["fusion"]["same_scene"]
+    try:
+        old: Bundle | None = Bundle.load(replaced)
+    except KeyreelError:  # there is none, or it cannot be used
+        old = None
+    if old is None or not _same_scene(old, made, manifest):
+        write_manifest(made, manifest)
+        return
+    earlier.update(old.same_scene)
+    for name in filter(None, old.same_scene.values()):
+        shutil.copyfile(old.file(name), made / name)
+    write_manifest(made, manifest)
+    if sha256_of(made / MANIFEST) != old.sha256:
+        earlier[old.sha256] = ""
+        write_manifest(made, manifest)
+
+
+def _same_scene(old: Bundle, made: Path, manifest: dict[str, Any]) -> bool:
+    """Whether both bundles make the same scene vectors: of the same pictures the same tokens, of these the same
+    vectors. The layers after the tokens are compared by what they make, since the graphs differ by the subject's.
+    """
+    if dataclasses.asdict(old.image) != manifest["image"]:
+        return False
+    if old.manifest["files"]["backbone.onnx"]["sha256"] != sha256_of(made / "backbone.onnx"):
+        return False
+    random, patches = np.random.default_rng(0), old.grid[0] * old.grid[1]
+    fed: list[verify.Feeds] = [
+        {
+            "tokens": random.standard_normal((4, old.prefix_tokens + patches, old.token_width), np.float32),
+            "attention": np.full((4, patches), 1 / patches, np.float32),
+            "change": np.zeros((4, patches), np.float32),
+        }
+    ]
+    precision = "fp16" if manifest["precision"] == "fp16" else "fp32"
+    ((before, *_),), ((after, *_),) = (
+        verify.run_graph(at / "fusion.onnx", fed, precision) for at in (old.folder, made)
+    )
+    return before.shape == after.shape and bool(np.abs(before - after).max() <= _SAME[precision])
