@@ -15,6 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+def digest(data: bytes) -> str:
+    """sha256, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
 @dataclass
 class Hub:
     """Files by "REPOSITORY/FILE", and what the server does to requests."""
@@ -58,7 +63,7 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Hub]:
             begin = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted else 0
             self.send_response(206 if wanted else 200)
             self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+            self.send_header("ETag", f'"{digest(data)}"')
             self.send_header("Accept-Ranges", "bytes")
             if wanted:
                 self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")

@@ -74,47 +74,42 @@ def reindex(
         new = Tables(beside, storage_options=storage_options)
         if not new.exists():
             new.create(model=bundle.name, model_sha256=bundle.sha256, width=bundle.embedding_width)
-        while _follow(old, new, bundle.name, bundle.sha256):
-            waiting = [record.path for record in new.records() if record.status != "ok"]
-            library.add(waiting, config, progress=progress, begin=begin, tell=tell, stop=stop)
-            if stop is not None and stop():
-                break
+        tried: set[str] = set()  # paths; a file that is gone stays as it is
+        while (waiting := _waiting(old, new, bundle.name, bundle.sha256) - tried) and not (stop and stop()):
+            added = library.add(sorted(waiting), config, progress=progress, begin=begin, tell=tell, stop=stop)
+            tried |= {one.path for one in added}
         found = {record.id: record for record in new.records()}
     left = tuple(one for one in old.records() if one.status == "ok" and found[one.id].status != "ok")
     good = sum(record.status == "ok" for record in found.values())
-    waits = any(record.error == WAITS for record in found.values())
-    if waits or (left and not drop_failed):
+    if waiting or (left and not drop_failed):
         new.close()
         return Reindexed(False, good, left)
     _replace(old, new)
     return Reindexed(True, good, left)
 
 
-def _follow(old: Tables, new: Tables, model: str, sha256: str) -> bool:
-    """Takes over which videos there are. Returns whether some of them were not looked at yet."""
+def _waiting(old: Tables, new: Tables, model: str, sha256: str) -> set[str]:
+    """Takes over which videos there are. Returns the paths of those that the new model has not indexed."""
     known, there = {record.id: record for record in old.records()}, {record.id for record in new.records()}
     new.drop([id for id in there if id not in known])
-    fresh = [
-        replace(
-            record,
-            fingerprint="",
-            generation="",
-            frames=0,
-            subjects=None,
-            status="failed",
-            error=WAITS,
-            hint=None,
-            shots=(),
-            scenes=(),
-            digest=None,
-            model=model,
-            model_sha256=sha256,
-        )
-        for id, record in known.items()
-        if id not in there
-    ]
-    new.upsert(fresh)
-    return any(record.error == WAITS for record in new.records())
+    empty: dict[str, Any] = {
+        "fingerprint": "",
+        "generation": "",
+        "frames": 0,
+        "subjects": None,
+        "shots": (),
+        "scenes": (),
+    }
+    about: dict[str, Any] = {
+        "status": "failed",
+        "error": WAITS,
+        "hint": None,
+        "digest": None,
+        "model": model,
+        "model_sha256": sha256,
+    }
+    new.upsert([replace(record, **empty, **about) for id, record in known.items() if id not in there])
+    return {record.path for record in new.records() if record.status != "ok"}
 
 
 def _replace(old: Tables, new: Tables) -> None:

@@ -49,8 +49,9 @@ def download(
         except wrong.LocalEntryNotFoundError:
             check_space(Path(HF_HUB_CACHE), size)
         return Path(hf_hub_download(repository, name, revision=revision, tqdm_class=_reporting(progress)))
-    except wrong.LocalEntryNotFoundError as error:
-        raise ModelError(f"{repository}: {name} cannot be downloaded: {_first(error)}", hint=OFFLINE) from error
+    except wrong.LocalEntryNotFoundError as error:  # the hub cannot be reached; the cause says why
+        why = _first(error.__cause__ or error)
+        raise ModelError(f"{repository}: {name} cannot be downloaded: {why}", hint=OFFLINE) from error
     except wrong.EntryNotFoundError as error:
         if missing_ok:
             return None
@@ -66,7 +67,7 @@ def forget(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _first(error: Exception) -> str:
+def _first(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
