@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 from benchmarks._common import RESULTS, ROOT
+from keyreel.models.catalogue import CATALOGUE
 from keyreel.search import LESS, MORE, WITHOUT
 
 Medians = dict[str, float]  # by metric
@@ -281,7 +282,26 @@ def unknown() -> str:
     return table(["query", "nearest labels before", "now", "not known"], lines)
 
 
+def models() -> str:
+    """The models that one command installs."""
+    lines = [
+        [
+            f"`{one.name}`",
+            f"{one.size_bytes / 1e6:,.0f} MB",
+            f"{one.gigaflops:g}",
+            str(one.width),
+            one.languages,
+            one.licence,
+            one.about,
+        ]
+        for one in CATALOGUE
+    ]
+    head = ("model", "download", "GFLOP a frame", "numbers a vector", "languages", "licence", "good for")
+    return table(head, lines)
+
+
 SECTIONS = {
+    "models": models,
     "speed": speed,
     "library": library,
     "quality": quality,

@@ -51,7 +51,7 @@ def test_every_command_and_option_exists() -> None:
             command = command.commands[words[2]] if hasattr(command, "commands") else command
             known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
             assert {word for word in words if word.startswith("-") and len(word) > 1} <= known, line
-    assert seen == {"demo", "summarize", "search", "export", "bench", "doctor", "index", "library", "serve"}
+    assert seen == {"demo", "summarize", "search", "export", "bench", "doctor", "index", "library", "serve", "models"}
 
 
 def test_files_that_are_named_exist() -> None:

@@ -46,10 +46,11 @@ _NAMES = {
     "sqrt": "sqrt",
     "rsqrt": "rsqrt",
 }
-_SAME = ("detach", "alias", "clone", "contiguous", "_to_copy", "lift_fresh")
+_SAME = ("detach", "alias", "clone", "contiguous", "lift_fresh")
 _RESHAPES = ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze")
 _TURNS = ("t", "transpose", "permute")
-_RECORDED = {*_NAMES, *_SAME, *_RESHAPES, *_TURNS, "constant_pad_nd"}
+_CASTS = {torch.float64: "double", torch.float32: "single"}
+_RECORDED = {*_NAMES, *_SAME, *_RESHAPES, *_TURNS, "constant_pad_nd", "_to_copy"}
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -91,6 +92,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             step = self.steps[first]
         elif name in _NAMES:
             step = [_NAMES[name], *(self._argument(one) for one in args)]
+        elif name == "_to_copy":
+            step = [_CASTS.get(result.dtype), first]
         elif name in _RESHAPES:
             step = ["reshape", first, list(result.shape)]
         elif name in _TURNS:

@@ -12,6 +12,7 @@ C token width, F width of the pooled features, D embedding width.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -327,7 +328,8 @@ def _split_timm(visual: Any) -> Tower:
         raise _unsupported(f"timm's {name}")
     # FastViT's training-time branches become one convolution each (MobileOne, arXiv 2206.04040): same values. What
     # normalisation is left is folded here, and not by the exporter, so that a template can tell how.
-    return AveragePoolTower(visual, _without_norms(reparameterize_model(trunk)))
+    whole = copy.deepcopy(trunk).double()
+    return AveragePoolTower(visual, _without_norms(reparameterize_model(whole, inplace=True)).float())
 
 
 def _without_norms(trunk: Any) -> Any:

@@ -28,6 +28,8 @@ from keyreel.errors import BackendError, import_extra
 
 if TYPE_CHECKING:
     from keyreel.cli.documents import Bench, BenchVideo
+    from keyreel.runtime.backend import Backend
+    from keyreel.types import Progress
 
 STAGES = ("decode", "encode", "fuse", "select")
 PACKAGES = ("keyreel", "av", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-cu13")
@@ -196,17 +198,11 @@ def export(
     as_json: options.Json = False,
 ) -> None:
     """Turns an open_clip model into a bundle that keyreel runs; needs the extra `export`."""
-    from keyreel.runtime.backend import resolve
     from keyreel.runtime.bundle import BUILTIN, MANIFEST, Bundle
-    from keyreel.runtime.tensorrt import build_plans
-    from keyreel.runtime.tensorrt_build import load_tensorrt
 
     if (triton is not None or tensorrt) and precision == "int8":
         raise ValueError("int8 is for CPUs: --triton and --tensorrt take fp32 or fp16")
-    backend = None
-    if tensorrt:  # checked first: an export takes minutes
-        load_tensorrt()
-        backend = resolve("cuda")
+    backend = device_for_plans() if tensorrt else None  # checked first: an export takes minutes
     import_extra("torch", extra="export", purpose="exporting a model")
     from keyreel_export.bundle import export_model
     from keyreel_export.triton import export_triton
@@ -234,9 +230,7 @@ def export(
         log(f"wrote {triton}")
     if backend is not None:
         with Bars() as bars:
-            arrays: Any = backend.ops.arrays
-            progress = bars.start(model)
-            build_plans(Bundle.load(folder), arrays, batch_size=backend.batch_size, progress=progress)
+            write_plans(backend, folder, bars.start(model))
     manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
     if fit is not None:
         _log_fit(manifest["verify"])
@@ -244,6 +238,24 @@ def export(
         print_json({"folder": str(folder), "manifest": manifest})
     else:
         print(folder)
+
+
+def device_for_plans() -> Backend:
+    """The GPU that TensorRT builds plans for, if both work."""
+    from keyreel.runtime.backend import resolve
+    from keyreel.runtime.tensorrt_build import load_tensorrt
+
+    load_tensorrt()
+    return resolve("cuda")
+
+
+def write_plans(backend: Backend, folder: Path, progress: Progress) -> None:
+    """Builds the TensorRT plans of a bundle for this GPU."""
+    from keyreel.runtime.bundle import Bundle
+    from keyreel.runtime.tensorrt import build_plans
+
+    arrays: Any = backend.ops.arrays
+    build_plans(Bundle.load(folder), arrays, batch_size=backend.batch_size, progress=progress)
 
 
 def _log_fit(measured: Mapping[str, float]) -> None:

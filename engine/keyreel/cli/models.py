@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 import keyreel
 from keyreel.cli import options
+from keyreel.cli.machine import device_for_plans, write_plans
 from keyreel.cli.output import log, plural, print_json, print_line, print_table
 from keyreel.cli.progress import Bars
 
@@ -79,14 +80,18 @@ def install(
     called: Annotated[str | None, Option("--name", help="name for weights of your own")] = None,
     revision: Annotated[str | None, Option(help="another commit or branch of the model's repository")] = None,
     precision: Annotated[str, Option(help="fp32, fp16 for GPUs, or int8 for CPUs")] = "fp32",
+    tensorrt: Annotated[bool, Option("--tensorrt", help="build TensorRT plans for this GPU")] = False,
     output: Annotated[Path | None, Option("--output", "-o", help="folder; the cache by default")] = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Downloads a model and makes it ready, without PyTorch."""
     from keyreel.models.catalogue import RECOMMENDED
 
+    if tensorrt and precision == "int8":
+        raise ValueError("int8 is for CPUs: --tensorrt takes fp32 or fp16")
+    backend = device_for_plans() if tensorrt else None
     with Bars(quiet=quiet) as bars:
-        _install(
+        folder = _install(
             bars,
             name or RECOMMENDED,
             checkpoint=checkpoint,
@@ -96,6 +101,8 @@ def install(
             precision=precision,
             folder=output,
         )
+        if backend is not None:
+            write_plans(backend, folder, bars.start(folder.name))
 
 
 def remove(
@@ -140,7 +147,8 @@ def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
         _install(bars, name)
 
 
-def _install(bars: Bars, name: str, **given: Any) -> None:
+def _install(bars: Bars, name: str, **given: Any) -> Path:
+    """Installs a model and says so. Returns its folder."""
     from keyreel.models.catalogue import find
     from keyreel.models.install import install
 
@@ -151,6 +159,7 @@ def _install(bars: Bars, name: str, **given: Any) -> None:
     folder = install(name, **given, progress=bars.start(name))
     bars.finish()
     log(f"installed {folder} in {time.perf_counter() - began:.1f} s")
+    return folder
 
 
 def _gigaflops_a_second() -> float:

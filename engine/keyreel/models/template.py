@@ -2,8 +2,9 @@
 
 An ONNX file is nodes and, between them, the bytes of its weights. A template keeps all but those bytes. For each gap it
 says what fills it: a tensor of the checkpoint, or what a few steps of arithmetic make of some (a transpose, a part, the
-branches of a FastViT folded into one convolution). The steps are those that torch takes at an export, in its order and
-in float32, so the files are those of `keyreel export`, to the bit.
+branches of a FastViT folded into one convolution). These are the steps of an export by torch, in its order, so the
+files are those of `keyreel export`, to the bit. Branches are folded in float64 and then rounded, since the last digit
+of a square root in float32 depends on the library.
 
 A template is a file `templates/ARCHITECTURE.xz`: LZMA of the length of a JSON document (8 bytes, little endian), the
 document, and all bytes that are kept. `python -m keyreel_export.templates` writes them.
@@ -50,7 +51,7 @@ _ARITHMETIC: Mapping[str, Callable[..., Array]] = {
     "multiply": np.multiply,
     "divide": np.divide,
     "sqrt": np.sqrt,
-    "rsqrt": lambda values: np.float32(1) / np.sqrt(values),
+    "rsqrt": lambda values: 1 / np.sqrt(values),
 }
 
 
@@ -133,7 +134,7 @@ class Template:
         """The array that a step gives."""
         name, *arguments = self.steps[number]
         if name in _ARITHMETIC:
-            made = [self.value(one, source) if isinstance(one, int) else np.float32(one) for one in arguments]
+            made = [self.value(one, source) if isinstance(one, int) else one for one in arguments]
             return _ARITHMETIC[name](*made)
         if name == "tensor":
             return source.tensor(arguments[0], self.tensors[arguments[0]])
@@ -155,6 +156,8 @@ class Template:
             return np.pad(inner, own[0])
         if name == "part":
             return np.split(inner, own[0])[own[1]]
+        if name in ("double", "single"):
+            return inner.astype(np.float64 if name == "double" else np.float32)
         if name == "half":
             with np.errstate(over="ignore"):  # the check after the install refuses what it makes
                 return inner.astype(np.float16)
