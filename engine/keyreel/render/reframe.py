@@ -227,7 +227,9 @@ def decide(density: F64, width: int) -> tuple[TakeMode, str, I64]:
         density: [K, BINS] at the control points, rows sum to 1. width: of the window in bins.
     """
     nowhere = np.empty(0, np.int64)
-    if width < BINS and np.abs(density - 1 / BINS).sum(axis=1).mean() / 2 < FLAT:
+    if width == BINS:
+        return "fixed", "nothing is cut off", np.zeros(1, np.int64)
+    if np.abs(density - 1 / BINS).sum(axis=1).mean() / 2 < FLAT:
         return "fit", "nothing stands out", nowhere
     held, costs = _held(density, width), _costs(density, width)
     mean = held.mean(axis=0)
