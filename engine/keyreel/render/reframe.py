@@ -39,7 +39,7 @@ TRAVEL, EASE = 0.6, 0.6  # cost of moving by the whole side, and of changing the
 GAIN = 0.05  # of the map: a path must hold so much more of it than the best fixed place
 SLACK = 0.02  # of the map: among places that leave out so little more than the best, the most central is taken
 FLAT = 0.2  # a map that is closer to an even one, in total variation, has no subject
-RIVAL = 0.7  # of what the window holds: another place that holds as much is a second subject
+RIVAL, AWAY = 0.5, 0.25  # a place AWAY windows off that holds RIVAL of what the window does is a second subject
 BLUR_EDGE = 48  # pixels, long side of the picture that is blurred
 
 TakeMode: TypeAlias = Literal["fixed", "path", "fit"]
@@ -241,8 +241,8 @@ def decide(density: F64, width: int) -> tuple[TakeMode, str, I64]:
         if holds_moving > holds + GAIN:
             places, holds = path, holds_moving
     ahead = np.arange(BINS) - places[:, None]
-    outside = np.where((ahead < 0) | (ahead >= width), density, 0)
-    if _held(outside, width).mean(axis=0).max() > RIVAL * holds:
+    away = np.where((ahead < -AWAY * width) | (ahead >= (1 + AWAY) * width), density, 0)
+    if _held(away, width).mean(axis=0).max() > RIVAL * holds:
         return "fit", "two subjects are far apart", nowhere
     if (places == still).all():
         return "fixed", "the subject stays inside", places[:1]
