@@ -38,7 +38,7 @@ REACH = 0.75  # windows: what is further from the centre counts as left out
 TRAVEL, EASE = 0.6, 0.6  # cost of moving by the whole side, and of changing the speed by a side a second
 GAIN = 0.05  # of the map: a path must hold so much more of it than the best fixed place
 SLACK = 0.02  # of the map: among places that leave out so little more than the best, the most central is taken
-FLAT = 0.2  # a map that is closer to an even one, in total variation, has no subject
+FLAT = 0.3  # of what a window cannot hold of an even map: one that is closer to it, in total variation, has no subject
 RIVAL, AWAY = 0.5, 0.25  # a place AWAY windows off that holds RIVAL of what the window does is a second subject
 BLUR_EDGE = 48  # pixels, long side of the picture that is blurred
 
@@ -229,7 +229,7 @@ def decide(density: F64, width: int) -> tuple[TakeMode, str, I64]:
     nowhere = np.empty(0, np.int64)
     if width == BINS:
         return "fixed", "nothing is cut off", np.zeros(1, np.int64)
-    if np.abs(density - 1 / BINS).sum(axis=1).mean() / 2 < FLAT:
+    if np.abs(density - 1 / BINS).sum(axis=1).mean() / 2 < FLAT * (1 - width / BINS):
         return "fit", "nothing stands out", nowhere
     held, costs = _held(density, width), _costs(density, width)
     mean = held.mean(axis=0)
