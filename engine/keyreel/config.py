@@ -175,6 +175,8 @@ class OutputConfig:
             aspect_ratio(self.aspect)
         allowed = get_args(ReframeMode)
         _check(self.reframe in allowed, f"unknown reframe mode {self.reframe!r}, allowed: {', '.join(allowed)}")
+        shaped = self.aspect is not None or self.reframe == "follow"
+        _check(shaped, f"reframe {self.reframe!r} needs an aspect, such as 9:16")
 
 
 @dataclass(frozen=True, slots=True)

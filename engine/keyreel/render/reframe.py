@@ -126,7 +126,7 @@ def blurred_sides(frame: U8, size: tuple[int, int]) -> U8:
     whole, (height, width) = Image.fromarray(frame), size
     scale = min(height / whole.height, width / whole.width)
     inner_size = max(1, round(whole.width * scale)), max(1, round(whole.height * scale))
-    inner = whole.resize(inner_size, Image.Resampling.BILINEAR)
+    inner = whole.resize(inner_size, Image.Resampling.BILINEAR, reducing_gap=1.5)
     edge = BLUR_EDGE / max(size)
     small = max(2, round(width * edge)), max(2, round(height * edge))
     ground = ImageOps.fit(inner, small, Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(2))
