@@ -4,10 +4,10 @@ The window is the largest of the wanted shape that fits into the frame, so it mo
 That side has BINS bins; a place is the first bin of the window. A subject map, summed across, is a density m[t, u] over
 the bins u. Each take, the part of a span that lies in one shot, is decided by itself:
 
-fixed: one place for all of the take: the one that leaves out the least of the map.
-path: where moving leaves out less by more than GAIN. The places p_t, one each STEP_SECONDS, of least cost
+fixed: one place for all of the take. Of those that hold as much of the map as any, up to GAIN, the one of least cost.
+path: where moving holds more by more than GAIN. The places p_t, one each STEP_SECONDS, of least cost
 
-        sum_t STEP sum_u m[t, u] min(1, ((u - c(p_t)) / reach)^2) + TRAVEL sum_t |v_t| + EASE sum_t |v_t - v_t-1| / STEP
+        sum_t STEP sum_u m[t, u] min(1, ((u - c(p_t)) / REACH)^2) + TRAVEL sum_t |v_t| + EASE sum_t |v_t - v_t-1| / STEP
 
     with v_t = p_t - p_t-1, |v_t| <= SPEED STEP and |v_t - v_t-1| <= ACCELERATION STEP^2, all of them inside the frame;
     c is the window's centre. The truncated square (Blake and Zisserman 1987) ignores what lies far off, as noise does;
@@ -34,10 +34,9 @@ BINS = 128  # along the side on which the window moves
 STEP_SECONDS = 0.25  # between two places of a path
 SPEED = 0.375  # sides of the frame a second, at most
 ACCELERATION = 0.5  # sides a second^2, at most
-REACH = 0.75  # windows: what is further from the centre counts as left out
+REACH = 0.2  # sides: what is further from the centre counts as missed
 TRAVEL, EASE = 0.6, 0.6  # cost of moving by the whole side, and of changing the speed by a side a second
-GAIN = 0.05  # of the map: a path must hold so much more of it than the best fixed place
-SLACK = 0.02  # of the map: among places that leave out so little more than the best, the most central is taken
+GAIN = 0.05  # of the map: what is worth a path instead of a fixed place, or a place that is less central
 FLAT = 0.3  # of what a window cannot hold of an even map: one that is closer to it, in total variation, has no subject
 RIVAL, AWAY = 0.5, 0.25  # a place AWAY windows off that holds RIVAL of what the window does is a second subject
 BLUR_EDGE = 48  # pixels, long side of the picture that is blurred
@@ -233,7 +232,7 @@ def decide(density: F64, width: int) -> tuple[TakeMode, str, I64]:
         return "fit", "nothing stands out", nowhere
     held, costs = _held(density, width), _costs(density, width)
     mean = held.mean(axis=0)
-    still = int(np.where(mean >= mean.max() - SLACK, costs.mean(axis=0), np.inf).argmin())
+    still = int(np.where(mean >= mean.max() - GAIN, costs.mean(axis=0), np.inf).argmin())
     places, holds = np.full(len(density), still), mean[still]
     if holds < 1 - GAIN:
         path = least_cost_path(costs)
@@ -257,9 +256,9 @@ def _held(density: F64, width: int) -> F64:
 
 
 def _costs(density: F64, width: int) -> F64:
-    """[K, N]: the truncated square of the distance from the window's centre, in reaches, in the mean of the density."""
+    """[K, N]: the truncated square of the distance from the window's centre, mean over the density."""
     centres = np.arange(BINS + 1 - width) + (width - 1) / 2
-    far = (np.arange(BINS)[:, None] - centres) / (REACH * width)
+    far = (np.arange(BINS)[:, None] - centres) / (REACH * BINS)
     costs: F64 = density @ np.minimum(1.0, far**2)
     return costs
 
