@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks._common import ROOT, Row, parser_of, rows_of, run
+from benchmarks._common import Row, parser_of, rows_of, run
 from keyreel.config import EncodeConfig
 from keyreel.encode import Encoder
 from keyreel.render.reframe import Camera, plan_camera, window_of
@@ -123,6 +123,5 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
 
 if __name__ == "__main__":
     parser = parser_of(__doc__)
-    trainset = ROOT.parent / "shared" / "trainset"
-    parser.add_argument("--trainset", type=Path, default=trainset, help="folder with labels.jsonl and tar shards")
+    parser.add_argument("--trainset", type=Path, required=True, help="folder with labels.jsonl and tar shards")
     raise SystemExit(run(parser, measure))
