@@ -54,6 +54,19 @@ def test_a_script_runs(script: str, cases: set[str], tmp_path: Path) -> None:
             assert row["median"] == 0 or row["metric"] not in ("wrong_frames", "errors", "lost"), row
 
 
+def test_reframing_keeps_the_subject(tmp_path: Path) -> None:
+    trainset = SHARED / "trainset"
+    if not trainset.is_dir():
+        pytest.skip(f"the photographs are not here: {trainset} is missing (set KEYREEL_SHARED)")
+    done = ran("reframe", tmp_path / "rows.jsonl", "--trainset", str(trainset))
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in map(json.loads, done.stdout.splitlines()) if row["metric"] == "centre_inside"]
+    own, middle = ([row["median"] for row in rows if row["system"] == name] for name in ("keyreel", "middle"))
+    assert len(own) == len(middle) == 6
+    assert min(own) >= 0.85
+    assert all(a > b + 0.15 for a, b in zip(own, middle, strict=True))
+
+
 def test_fuzzing_counts_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         sys.executable,

@@ -66,6 +66,11 @@ def test_shapes_that_do_not_agree_are_printed() -> None:
         (SelectConfig, {"quality_floor": 1}),
         (OutputConfig, {"reel_seconds": 0}),
         (OutputConfig, {"jpeg_quality": 0}),
+        (OutputConfig, {"aspect": "9x16"}),
+        (OutputConfig, {"aspect": "11:1"}),
+        (OutputConfig, {"aspect": "0:1"}),
+        (OutputConfig, {"aspect": "9:16", "reframe": "zoom"}),
+        (OutputConfig, {"reframe": "fit"}),
     ],
 )
 def test_senseless_values_are_refused(kind: type, values: dict[str, object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Literal, get_args
@@ -10,6 +11,7 @@ SamplingMode = Literal["fps", "near", "every", "times", "keyframes", "all"]
 ShiftMode = Literal["off", "fixed", "adaptive"]
 ResizeMode = Literal["shortest", "longest", "squash", "fit"]
 Interpolation = Literal["bicubic", "bilinear", "area"]
+ReframeMode = Literal["follow", "fit"]
 
 
 def _check(holds: bool, message: str) -> None:
@@ -28,6 +30,19 @@ def _check_within(config: object, interval: str, *names: str) -> None:
         above = value is None or (low <= value if interval[0] == "[" else low < value)
         below = value is None or (value <= high if interval[-1] == "]" else value < high)
         _check(above and below, f"{name} must be in {interval}, got {value}")
+
+
+def aspect_ratio(aspect: str) -> float:
+    """Width over height of a shape such as "9:16".
+
+    Raises:
+        ValueError: not two numbers above 0 with a colon between, or more than 10:1 or 1:10.
+    """
+    found = re.fullmatch(r"(\d{1,5}(?:\.\d{1,4})?):(\d{1,5}(?:\.\d{1,4})?)", aspect)
+    width, height = (float(found[1]), float(found[2])) if found else (0.0, 0.0)
+    allowed = "allowed: 9:16, 1:1, 4:5, 16:9 and any width:height from 1:10 to 10:1"
+    _check(0 < height <= 10 * width <= 100 * height, f"unknown aspect {aspect!r}, {allowed}")
+    return width / height
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +157,8 @@ class OutputConfig:
     reel: bool = True  # write reel.mp4
     reel_seconds: float | None = None  # length of the reel; None: 15 % of the video, 10 to 60 s
     query: str | None = None  # rank the reel's spans by how well they answer this text
+    aspect: str | None = None  # shape of the reel, "9:16"; None: that of the video
+    reframe: ReframeMode = "follow"  # with aspect: follow the subject, or fit the whole frame
     storyboard: bool = True  # write storyboard.html
     thumbnails: bool = True  # write thumbs.vtt and thumbs.jpg
     otio: bool = False  # write reel.otio
@@ -154,6 +171,12 @@ class OutputConfig:
         _check_within(self, "(0, 1e9)", "reel_seconds")
         _check_within(self, "[1, 95]", "jpeg_quality")
         _check_within(self, "[16, inf)", "keyframe_height")
+        if self.aspect is not None:
+            aspect_ratio(self.aspect)
+        allowed = get_args(ReframeMode)
+        _check(self.reframe in allowed, f"unknown reframe mode {self.reframe!r}, allowed: {', '.join(allowed)}")
+        shaped = self.aspect is not None or self.reframe == "follow"
+        _check(shaped, f"reframe {self.reframe!r} needs an aspect, such as 9:16")
 
 
 @dataclass(frozen=True, slots=True)

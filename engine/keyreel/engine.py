@@ -22,7 +22,7 @@ from keyreel.encode import Encoded, Encoder, timed
 from keyreel.errors import ModelError
 from keyreel.render.pictures import attended_area, read_picture
 from keyreel.render.reel import write_reel
-from keyreel.render.save import reel_spans, save_summary
+from keyreel.render.save import reel_camera, reel_spans, save_summary
 from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import BUILTIN, Bundle, SubjectScale
 from keyreel.runtime.telemetry import record_stages, span, traced
@@ -392,10 +392,9 @@ class _Actions:
         scores = self._scores(summary, output)
         return save_summary(summary, self.source, folder, output, query_scores=scores, progress=progress)
 
-    def render_reel(self, summary: Summary, path: Path, seconds: float | None, query: str | None) -> tuple[Shot, ...]:
-        output = OutputConfig(reel_seconds=seconds, query=query)
+    def render_reel(self, summary: Summary, path: Path, output: OutputConfig) -> tuple[Shot, ...]:
         spans = reel_spans(summary, output, self._scores(summary, output))
-        write_reel(self.source, spans, path)
+        write_reel(self.source, spans, path, camera=reel_camera(summary, output, spans))
         return spans
 
     def search(self, summary: Summary, query: Query | Combined, k: int) -> list[SearchHit]:

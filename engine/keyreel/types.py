@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.config import OutputConfig
+from keyreel.config import OutputConfig, ReframeMode
 
 U8: TypeAlias = NDArray[np.uint8]
 F32: TypeAlias = NDArray[np.float32]
@@ -223,9 +223,7 @@ class SummaryActions(Protocol):
     """What a Summary can do with its video and its model; the Engine provides it."""
 
     def save(self, summary: Summary, folder: Path, output: OutputConfig, progress: Progress | None) -> Path: ...
-    def render_reel(
-        self, summary: Summary, path: Path, seconds: float | None, query: str | None
-    ) -> tuple[Shot, ...]: ...
+    def render_reel(self, summary: Summary, path: Path, output: OutputConfig) -> tuple[Shot, ...]: ...
     def search(self, summary: Summary, query: Query | Combined, k: int) -> list[SearchHit]: ...
     def close(self) -> None: ...
 
@@ -270,14 +268,26 @@ class Summary:
         return self.actions.save(self, Path(folder), output or OutputConfig(), progress)
 
     def render_reel(
-        self, path: str | Path, *, seconds: float | None = None, query: str | None = None
+        self,
+        path: str | Path,
+        *,
+        seconds: float | None = None,
+        query: str | None = None,
+        aspect: str | None = None,
+        reframe: ReframeMode = "follow",
     ) -> tuple[Shot, ...]:
         """Writes an MP4 of the spans around the key-frames, or around what `query` finds; returns the spans.
 
+        Args:
+            aspect: shape of the reel, "9:16", "1:1" or another width:height; None for that of the video.
+            reframe: with `aspect`, "follow" cuts out what the subject map marks, "fit" shows whole frames.
+
         Raises:
             RenderError: the reel cannot be made.
+            ValueError: an aspect or a mode that does not exist.
         """
-        return self.actions.render_reel(self, Path(path), seconds, query)
+        output = OutputConfig(reel_seconds=seconds, query=query, aspect=aspect, reframe=reframe)
+        return self.actions.render_reel(self, Path(path), output)
 
     def search(self, query: Query | Combined, *, k: int = 5) -> list[SearchHit]:
         """The k best moments of this video that answer a text or a picture, best first."""

@@ -14,7 +14,7 @@ from keyreel.cli.inputs import exit_for, folder_name, for_each, sources
 from keyreel.cli.models import ensure
 from keyreel.cli.output import log, print_json, print_line, print_summary, print_table, span
 from keyreel.cli.progress import Bars
-from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, Sampling, SelectConfig
+from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, ReframeMode, Sampling, SelectConfig
 
 if TYPE_CHECKING:
     from keyreel.decode.source import Source
@@ -50,6 +50,13 @@ def summarize(
         float | None, Option(help="length of the reel; 15 % of the video, 10 to 60 s, by default")
     ] = OUTPUT.reel_seconds,
     query: Annotated[str | None, Option(help="rank the reel's spans by how well they answer this text")] = OUTPUT.query,
+    aspect: Annotated[
+        str | None, Option(metavar="W:H", help="shape of the reel: 9:16, 1:1, 4:5, 16:9 or another; the video's own")
+    ] = OUTPUT.aspect,
+    reframe: Annotated[
+        ReframeMode,
+        Option(parser=str, metavar="<str>", help="with --aspect: follow the subject, or fit whole frames"),
+    ] = OUTPUT.reframe,
     storyboard: Annotated[bool, Option(help="write storyboard.html")] = OUTPUT.storyboard,
     thumbnails: Annotated[bool, Option(help="write thumbs.vtt and thumbs.jpg")] = OUTPUT.thumbnails,
     otio: Annotated[bool, Option("--otio", help="write reel.otio")] = OUTPUT.otio,
@@ -80,6 +87,8 @@ def summarize(
         reel=reel,
         reel_seconds=reel_seconds,
         query=query,
+        aspect=aspect,
+        reframe=reframe,
         storyboard=storyboard,
         thumbnails=thumbnails,
         otio=otio,

@@ -13,6 +13,7 @@ import numpy as np
 from msgspec import UNSET, Meta, UnsetType
 
 from keyreel.errors import Failure
+from keyreel.render.reframe import Camera, TakeMode
 from keyreel.types import AnsweredBy, SearchHit, Shot, Summary
 
 SUMMARY: Final = "keyreel.summary/1"
@@ -104,9 +105,47 @@ class KeyFrameEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowEntry:
+    """The part of the frame that is shown from a time on, or up to the next one."""
+
+    pts_seconds: Seconds
+    region: tuple[Fraction, Fraction, Fraction, Fraction]  # x, y, width, height, as shares of the frame
+
+
+@dataclass(frozen=True, slots=True)
+class TakeEntry:
+    """How one span of one shot is shown: `fixed` by one window, `path` by one that moves evenly between those here,
+    `fit` whole before blurred sides.
+    """
+
+    start_seconds: Seconds
+    stop_seconds: Seconds
+    mode: TakeMode
+    reason: str
+    windows: tuple[WindowEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReframeEntry:
+    """How the reel comes to its shape."""
+
+    aspect: str
+    takes: tuple[TakeEntry, ...]
+
+    @classmethod
+    def of(cls, camera: Camera) -> ReframeEntry:
+        takes = []
+        for take in camera.takes:
+            windows = tuple(WindowEntry(seconds, camera.region_of(take, seconds)) for seconds in take.times)
+            takes.append(TakeEntry(take.start_seconds, take.stop_seconds, take.mode, take.reason, windows))
+        return cls(camera.aspect, tuple(takes))
+
+
+@dataclass(frozen=True, slots=True)
 class ReelEntry:
     file: str | None
     spans: tuple[Shot, ...]
+    reframe: ReframeEntry | UnsetType = UNSET  # where the reel has another shape than the video
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from keyreel.errors import RenderError, import_extra
+from keyreel.render.documents import ReframeEntry, plain
+from keyreel.render.reframe import Camera
 from keyreel.types import Shot, VideoInfo
 
 
@@ -23,14 +25,25 @@ def import_otio(*, edl: bool = False) -> Any:
     return import_extra("opentimelineio", extra="otio", purpose="writing OTIO or an EDL")
 
 
-def write_otio(video: VideoInfo, target: str, spans: Sequence[Shot], path: Path) -> None:
+def write_otio(
+    video: VideoInfo, target: str, spans: Sequence[Shot], path: Path, *, camera: Camera | None = None
+) -> None:
     """Writes the reel as an OpenTimelineIO timeline.
+
+    With `camera` each picture clip has an effect "keyreel.reframe", whose metadata are the aspect and the clip's takes
+    as in summary.json.
 
     Raises:
         MissingExtra: opentimelineio is not installed.
     """
     otio = import_otio()
     timeline = _timeline(otio, video, target, spans, _rate(video.average_fps))
+    if camera is not None:
+        whole = plain(ReframeEntry.of(camera))
+        for span, clip in zip(spans, timeline.video_tracks()[0], strict=True):
+            own = [t for t in whole["takes"] if span.start_seconds <= t["start_seconds"] < span.stop_seconds]
+            reframe = {"keyreel": {**whole, "takes": own}}
+            clip.effects.append(otio.schema.Effect("reframe", "keyreel.reframe", reframe))
     otio.adapters.write_to_file(timeline, str(path), adapter_name="otio_json")
 
 

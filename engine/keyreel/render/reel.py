@@ -27,6 +27,7 @@ from keyreel.decode.stream import FrameStream, distinct
 from keyreel.decode.timeline import start_seconds
 from keyreel.errors import NoFrames, RenderError
 from keyreel.render.files import atomic_write
+from keyreel.render.reframe import Camera
 from keyreel.types import F32, U8, Progress, Shot, VideoInfo
 
 MAX_HEIGHT = 1080  # taller videos are scaled down
@@ -41,7 +42,14 @@ BATCH_BYTES = 16 << 20
 BT709 = 1  # the code point of BT.709 in ITU-T H.273, for primaries, transfer and matrix alike
 
 
-def write_reel(source: Source, spans: Sequence[Shot], path: Path, *, progress: Progress | None = None) -> None:
+def write_reel(
+    source: Source,
+    spans: Sequence[Shot],
+    path: Path,
+    *,
+    camera: Camera | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Writes the spans one after the other as an MP4 that starts fast.
 
     Frames keep their pts (a variable rate stays variable), are upright with square pixels and even sides, and each span
@@ -51,6 +59,7 @@ def write_reel(source: Source, spans: Sequence[Shot], path: Path, *, progress: P
     Args:
         spans: in time order, disjoint.
         path: of the MP4; its folder must be there.
+        camera: what a reel of another shape shows; None for whole frames.
         progress: called with ("reel", seconds done, seconds in all).
 
     Raises:
@@ -69,16 +78,25 @@ def write_reel(source: Source, spans: Sequence[Shot], path: Path, *, progress: P
         raise RenderError(f"{path}: is the video itself, and is not replaced", hint="give the reel another name")
     try:
         with atomic_write(path) as made, closing(_SoundReader(source)) as sound:
-            _write(source, sound, spans, made, progress)
+            _write(source, sound, spans, made, camera, progress)
     except (OSError, av.FFmpegError) as error:
         raise RenderError(
             f"{path}: the reel cannot be written: {error}", hint="is the folder there, is the disk full?"
         ) from error
 
 
-def _write(source: Source, sound: _SoundReader, spans: Sequence[Shot], path: Path, progress: Progress | None) -> None:
+def _write(
+    source: Source,
+    sound: _SoundReader,
+    spans: Sequence[Shot],
+    path: Path,
+    camera: Camera | None,
+    progress: Progress | None,
+) -> None:
     info = source.probe()
-    height, width = _even_size(info)
+    height, width = whole = _even_size(info)
+    if camera is not None:
+        (height, width), whole = camera.sizes(info.height, info.width, MAX_HEIGHT)
     total = sum(span.duration_seconds for span in spans)
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as output:
         video = _video_stream(output, info, height, width)
@@ -95,13 +113,16 @@ def _write(source: Source, sound: _SoundReader, spans: Sequence[Shot], path: Pat
 
         begin = 0.0  # of this span, in the output's seconds
         # "area" also at full size: it costs half of what bicubic does where only the chroma is scaled.
-        frames = _frames(source, spans, ImageTransform(height, width, "squash", "area"), info)
+        frames = _frames(source, spans, ImageTransform(*whole, "squash", "area"), info)
         for span, shown in itertools.groupby(_shown(frames, spans), key=lambda frame: frame.span):
             heard, last = round(begin * RATE), round((begin + span.duration_seconds) * RATE)
             blocks = _faded(_sound(sound, span.start_seconds, last - heard), last - heard)
             for number, picture in enumerate(shown):
                 now = begin + picture.seconds - span.start_seconds
-                frame = _yuv(picture.data, height, width)
+                data = picture.data
+                if camera is not None:
+                    data = camera.picture(data, picture.seconds, (height, width))
+                frame = _yuv(data, height, width)
                 frame.pts, frame.time_base = round(now * TICKS), Fraction(1, TICKS)
                 lasting[frame.pts] = max(1, round((now + picture.lasts) * TICKS) - frame.pts)
                 if number == 0:

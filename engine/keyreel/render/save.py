@@ -6,21 +6,23 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from msgspec import UNSET
 from PIL import Image
 
 from keyreel.config import OutputConfig
 from keyreel.decode.source import Source
 from keyreel.errors import RenderError
-from keyreel.render.documents import SUMMARY, ReelEntry, SummaryDocument, summary_document, to_json
+from keyreel.render.documents import SUMMARY, ReelEntry, ReframeEntry, SummaryDocument, summary_document, to_json
 from keyreel.render.files import hidden
 from keyreel.render.interchange import import_otio, write_edl, write_otio
-from keyreel.render.pictures import at_most, contact_sheet, jpeg, keyframe_name, pictures_at, shrink
+from keyreel.render.pictures import at_most, attended_area, contact_sheet, jpeg, keyframe_name, pictures_at, shrink
 from keyreel.render.plan import plan_reel
 from keyreel.render.reel import write_reel
+from keyreel.render.reframe import Camera, plan_camera
 from keyreel.render.storyboard import link_to, picture_edge, storyboard_page
 from keyreel.render.thumbnails import chapters, sprite, tile, tile_times, webvtt
 from keyreel.types import F32, Progress, Shot, Summary
@@ -93,6 +95,24 @@ def reel_spans(summary: Summary, config: OutputConfig, query_scores: F32 | None 
     return _moved(spans, begin)
 
 
+def reel_camera(summary: Summary, config: OutputConfig, spans: Sequence[Shot]) -> Camera | None:
+    """What a reel of another shape shows; None where `config.aspect` is. See `reframe.plan_camera`."""
+    if config.aspect is None:
+        return None
+    embedding, image = summary.embedding, summary.config.get("image")
+    return plan_camera(
+        embedding.attention,
+        embedding.grid,
+        embedding.pts_seconds,
+        area=attended_area(summary.video, image if isinstance(image, Mapping) else {}),
+        size=summary.video.display_size,
+        shots=summary.shots,
+        spans=spans,
+        aspect=config.aspect,
+        mode=config.reframe,
+    )
+
+
 def _moved(spans: Iterable[Shot], seconds: float) -> tuple[Shot, ...]:
     return tuple(Shot(span.start_seconds + seconds, span.stop_seconds + seconds) for span in spans)
 
@@ -111,14 +131,18 @@ def _write_all(
     spans: tuple[Shot, ...] = ()
     if config.reel or config.otio or config.edl:
         spans = reel_spans(summary, config, query_scores)
+    camera = reel_camera(summary, config, spans)
     if config.reel:
-        write_reel(source, spans, made / "reel.mp4", progress=progress)
+        write_reel(source, spans, made / "reel.mp4", camera=camera, progress=progress)
     media = source.path.absolute().as_uri() if source.path is not None else summary.video.path
     if config.otio:
-        write_otio(summary.video, media, spans, made / "reel.otio")
+        write_otio(summary.video, media, spans, made / "reel.otio", camera=camera)
     if config.edl:
         write_edl(summary.video, media, spans, made / "reel.edl")
-    reel = ReelEntry("reel.mp4" if config.reel else None, spans) if spans else None
+    reel = None
+    if spans:
+        reframed = UNSET if camera is None else ReframeEntry.of(camera)
+        reel = ReelEntry("reel.mp4" if config.reel else None, spans, reframed)
 
     def document() -> SummaryDocument:
         return summary_document(summary, files=files, reel=reel, render_seconds=time.perf_counter() - began)

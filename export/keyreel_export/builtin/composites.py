@@ -40,12 +40,18 @@ def read_parts(trainset: Path, examples: Sequence[Example]) -> tuple[dict[Exampl
 
 
 def moving(
-    objects: Mapping[Example, Image.Image], places: Mapping[Example, Image.Image], *, size: int, pan: int, count: int
+    objects: Mapping[Example, Image.Image],
+    places: Mapping[Example, Image.Image],
+    *,
+    size: int,
+    pan: int,
+    count: int,
+    seed: int = 1,
 ) -> Clips:
     """What is measured: `count` videos of six frames, each of another object `size` lines tall that crosses a place in
     a straight line, under a camera that pans by `pan` pixels a frame.
     """
-    rng, length = np.random.default_rng(1), 6
+    rng, length = np.random.default_rng(seed), 6
     names, grounds = list(objects), list(places)
     width = size * 9 // 16
     frames, boxes, things = [], [], []

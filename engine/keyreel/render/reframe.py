@@ -1,0 +1,298 @@
+"""A virtual camera: which part of each frame a reel of another shape shows.
+
+The window is the largest of the wanted shape that fits into the frame, so it moves along one side of the frame only.
+That side has BINS bins; a place is the first bin of the window. A subject map, summed across, is a density m[t, u] over
+the bins u. Each take, the part of a span that lies in one shot, is decided by itself:
+
+fixed: one place for all of the take. Of those that hold as much of the map as any, up to GAIN, the one of least cost.
+path: where moving holds more by more than GAIN. The places p_t, one each STEP_SECONDS, of least cost
+
+        sum_t STEP sum_u m[t, u] min(1, ((u - c(p_t)) / REACH)^2) + TRAVEL sum_t |v_t| + EASE sum_t |v_t - v_t-1| / STEP
+
+    with v_t = p_t - p_t-1, |v_t| <= SPEED STEP and |v_t - v_t-1| <= ACCELERATION STEP^2, all of them inside the frame;
+    c is the window's centre. The truncated square (Blake and Zisserman 1987) ignores what lies far off, as noise does;
+    the other terms are the L1 camera paths of Grundmann et al. 2011. The places are the control points of a uniform
+    quadratic B-spline: its speed and acceleration are means of their differences, so the bounds hold at any time.
+fit: the whole frame before a blurred copy of itself, where the map is flat or a second subject is far from the first.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from keyreel.config import ReframeMode, aspect_ratio
+from keyreel.types import F32, F64, I64, U8, Region, Shot
+
+BINS = 128  # along the side on which the window moves
+STEP_SECONDS = 0.25  # between two places of a path
+SPEED = 0.375  # sides of the frame a second, at most
+ACCELERATION = 0.5  # sides a second^2, at most
+REACH = 0.2  # sides: what is further from the centre counts as missed
+TRAVEL, EASE = 0.6, 0.6  # cost of moving by the whole side, and of changing the speed by a side a second
+GAIN = 0.05  # of the map: what is worth a path instead of a fixed place, or a place that is less central
+FLAT = 0.3  # of what a window cannot hold of an even map: one that is closer to it, in total variation, has no subject
+RIVAL, AWAY = 0.5, 0.25  # a place AWAY windows off that holds RIVAL of what the window does is a second subject
+BLUR_EDGE = 48  # pixels, long side of the picture that is blurred
+
+TakeMode: TypeAlias = Literal["fixed", "path", "fit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """How one span of one shot is shown."""
+
+    start_seconds: float
+    stop_seconds: float
+    mode: TakeMode
+    reason: str
+    controls: tuple[float, ...] = ()  # 0..1 along the room that the window has: one for fixed, none for fit
+
+    def along(self, seconds: float) -> float:
+        """Where the window is at a time, 0..1 of its room."""
+        if len(self.controls) == 1:
+            return self.controls[0]
+        place = min(max((seconds - self.start_seconds) / STEP_SECONDS, 0.0), len(self.controls) - 2.0)
+        first = min(int(place), len(self.controls) - 3)
+        f = place - first
+        before, own, after = self.controls[first : first + 3]
+        return (1 - f) ** 2 / 2 * before + (0.5 + f * (1 - f)) * own + f**2 / 2 * after
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Times at which the window is worth noting: one for fixed, for a path each STEP_SECONDS and the end."""
+        if len(self.controls) <= 1:
+            return (self.start_seconds,) * len(self.controls)
+        count = math.ceil((self.stop_seconds - self.start_seconds) / STEP_SECONDS)
+        return (*(self.start_seconds + n * STEP_SECONDS for n in range(count)), self.stop_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Camera:
+    """What a reel of another shape shows of each frame."""
+
+    aspect: str
+    window: tuple[float, float]  # width and height, as shares of the frame's
+    takes: tuple[Take, ...]  # in time order
+
+    def region(self, seconds: float) -> Region | None:
+        """The part of the frame that is shown at a time; None for all of it before a blurred ground."""
+        starts = [take.start_seconds for take in self.takes]
+        take = self.takes[max(bisect_right(starts, seconds + 1e-6) - 1, 0)]
+        return None if take.mode == "fit" else self.region_of(take, seconds)
+
+    def region_of(self, take: Take, seconds: float) -> Region:
+        """The part of the frame that a take, which is not fit, shows at a time."""
+        along, (width, height) = take.along(seconds), self.window
+        return along * (1 - width), along * (1 - height), width, height
+
+    def sizes(self, height: int, width: int, max_height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((height, width) of the reel, both even; the same of whole frames, of which it is cut out).
+
+        Args:
+            height, width: of the video's frames, in pixels. max_height: of the reel.
+        """
+        high, wide = height * self.window[1], width * self.window[0]
+        scale = min(1.0, max_height / high)
+        shown = max(2, round(high * scale / 2) * 2), max(2, round(wide * scale / 2) * 2)
+        return shown, (max(shown[0], round(height * scale)), max(shown[1], round(width * scale)))
+
+    def picture(self, frame: U8, seconds: float, size: tuple[int, int]) -> U8:
+        """What is shown at a time, [h, w, 3] uint8.
+
+        Args:
+            frame: [H, W, 3] uint8, the whole picture. size: (h, w), see `sizes`.
+        """
+        region = self.region(seconds)
+        return blurred_sides(frame, size) if region is None else cut_out(frame, region, size)
+
+
+def cut_out(frame: U8, region: Region, size: tuple[int, int]) -> U8:
+    """The part [h, w, 3] of a frame [H, W, 3] that begins where the region does, to the pixel."""
+    top = min(max(round(region[1] * frame.shape[0]), 0), frame.shape[0] - size[0])
+    left = min(max(round(region[0] * frame.shape[1]), 0), frame.shape[1] - size[1])
+    return frame[top : top + size[0], left : left + size[1]]
+
+
+def blurred_sides(frame: U8, size: tuple[int, int]) -> U8:
+    """All of a frame [H, W, 3] in the middle of [h, w, 3], before a blurred copy that fills the rest."""
+    whole, (height, width) = Image.fromarray(frame), size
+    scale = min(height / whole.height, width / whole.width)
+    inner_size = max(1, round(whole.width * scale)), max(1, round(whole.height * scale))
+    inner = whole.resize(inner_size, Image.Resampling.BILINEAR, reducing_gap=1.5)
+    edge = BLUR_EDGE / max(size)
+    small = max(2, round(width * edge)), max(2, round(height * edge))
+    ground = ImageOps.fit(inner, small, Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(2))
+    ground = ground.resize((width, height), Image.Resampling.BICUBIC)
+    ground.paste(inner, ((width - inner.width) // 2, (height - inner.height) // 2))
+    made: U8 = np.asarray(ground)
+    return made
+
+
+def window_of(height: int, width: int, aspect: str) -> tuple[float, float]:
+    """(width, height) of the largest window of a shape inside a frame, as shares of the frame's."""
+    ratio = aspect_ratio(aspect) * height / width
+    return min(1.0, ratio), min(1.0, 1 / ratio)
+
+
+def plan_camera(
+    maps: F32,
+    grid: tuple[int, int],
+    pts_seconds: F64,
+    *,
+    area: tuple[float, float, float, float],
+    size: tuple[int, int],
+    shots: Sequence[Shot],
+    spans: Sequence[Shot],
+    aspect: str,
+    mode: ReframeMode = "follow",
+) -> Camera:
+    """The camera of a reel.
+
+    Args:
+        maps: [T, P] float32 >= 0, see `Embedding.attention`. grid: (h, w), h * w = P.
+        pts_seconds: [T] float64, rising.
+        area: (left, top, right, bottom) of the maps on the frame, as shares, see `attended_area`.
+        size: (height, width) of the frames in pixels.
+        shots, spans: in time order; the spans are the reel's.
+        aspect: "9:16", see `OutputConfig.aspect`.
+    """
+    window = window_of(*size, aspect)
+    moves = 0 if window[0] < window[1] else 1
+    density = density_of(maps, grid, area, axis=moves)
+    # Rounded down, so that the room of the window in bins is no smaller than in the frame, and bounds hold there too.
+    width = max(1, int(window[moves] * BINS + 1e-9))
+    takes = []
+    for start, stop, rows in _pieces(spans, shots, pts_seconds):
+        if mode == "fit":
+            takes.append(Take(start, stop, "fit", "asked for"))
+            continue
+        count = max(1, math.ceil((stop - start) / STEP_SECONDS - 1e-9)) + 2
+        times = start + (np.arange(count) - 0.5) * STEP_SECONDS
+        inside = np.clip(times, start, stop)
+        chosen, reason, places = decide(_between(density[rows], pts_seconds[rows], inside), width)
+        takes.append(Take(start, stop, chosen, reason, tuple((places / max(1, BINS - width)).tolist())))
+    return Camera(aspect, window, tuple(takes))
+
+
+def _pieces(
+    spans: Sequence[Shot], shots: Sequence[Shot], pts_seconds: F64
+) -> Iterator[tuple[float, float, slice | list[int]]]:
+    """(start, stop, rows) of the part of each span in each shot, with the shot's sampled frames."""
+    for span in spans:
+        for shot in shots:
+            start, stop = max(span.start_seconds, shot.start_seconds), min(span.stop_seconds, shot.stop_seconds)
+            if stop - start > 1e-6:
+                first, last = np.searchsorted(pts_seconds, [shot.start_seconds, shot.stop_seconds])
+                nearest = int(np.abs(pts_seconds - start).argmin())
+                yield start, stop, slice(int(first), int(last)) if first < last else [nearest]
+
+
+def _between(rows: F64, pts_seconds: F64, times: F64) -> F64:
+    """Densities [T, BINS] at `times`, linear between the sampled frames."""
+    place = np.interp(times, pts_seconds, np.arange(len(pts_seconds)))
+    low = np.minimum(place.astype(np.int64), max(len(rows) - 2, 0))
+    share = (place - low)[:, None]
+    found: F64 = (1 - share) * rows[low] + share * rows[np.minimum(low + 1, len(rows) - 1)]
+    return found
+
+
+def density_of(maps: F32, grid: tuple[int, int], area: tuple[float, float, float, float], *, axis: int) -> F64:
+    """[T, BINS] float64, rows sum to 1: how much of each map lies in each bin of the frame's width or height.
+
+    Args:
+        maps: [T, P]. grid: (h, w). area: of the maps on the frame, as shares; what lies outside the frame is left out.
+        axis: 0 for bins from left to right, 1 from top to bottom.
+    """
+    cells = maps.reshape(-1, *grid).sum(axis=1 + axis, dtype=np.float64)
+    sums = np.concatenate([np.zeros((len(cells), 1)), cells.cumsum(axis=1)], axis=1)
+    edges = np.linspace(area[axis], area[axis + 2], cells.shape[1] + 1)
+    bins = np.linspace(0, 1, BINS + 1)
+    found = np.diff([np.interp(bins, edges, row) for row in sums], axis=1)
+    whole = found.sum(axis=1, keepdims=True)
+    return np.where(whole > 1e-9, found / np.maximum(whole, 1e-9), 1 / BINS)
+
+
+def decide(density: F64, width: int) -> tuple[TakeMode, str, I64]:
+    """(mode, why, places) of one take; one place for fixed, none for fit.
+
+    Args:
+        density: [K, BINS] at the control points, rows sum to 1. width: of the window in bins.
+    """
+    nowhere = np.empty(0, np.int64)
+    if width == BINS:
+        return "fixed", "nothing is cut off", np.zeros(1, np.int64)
+    if np.abs(density - 1 / BINS).sum(axis=1).mean() / 2 < FLAT * (1 - width / BINS):
+        return "fit", "nothing stands out", nowhere
+    held, costs = _held(density, width), _costs(density, width)
+    mean = held.mean(axis=0)
+    still = int(np.where(mean >= mean.max() - GAIN, costs.mean(axis=0), np.inf).argmin())
+    places, holds = np.full(len(density), still), mean[still]
+    if holds < 1 - GAIN:
+        path = least_cost_path(costs)
+        holds_moving = held[np.arange(len(path)), path].mean()
+        if holds_moving > holds + GAIN:
+            places, holds = path, holds_moving
+    ahead = np.arange(BINS) - places[:, None]
+    away = np.where((ahead < -AWAY * width) | (ahead >= (1 + AWAY) * width), density, 0)
+    if _held(away, width).mean(axis=0).max() > RIVAL * holds:
+        return "fit", "two subjects are far apart", nowhere
+    if (places == still).all():
+        return "fixed", "the subject stays inside", places[:1]
+    return "path", "the subject moves", places
+
+
+def _held(density: F64, width: int) -> F64:
+    """[K, N]: how much of each density [K, BINS] a window at each of the N places holds."""
+    sums = np.concatenate([np.zeros((len(density), 1)), density.cumsum(axis=1)], axis=1)
+    held: F64 = sums[:, width:] - sums[:, : BINS + 1 - width]
+    return held
+
+
+def _costs(density: F64, width: int) -> F64:
+    """[K, N]: the truncated square of the distance from the window's centre, mean over the density."""
+    centres = np.arange(BINS + 1 - width) + (width - 1) / 2
+    far = (np.arange(BINS)[:, None] - centres) / (REACH * BINS)
+    costs: F64 = density @ np.minimum(1.0, far**2)
+    return costs
+
+
+def least_cost_path(costs: F64) -> I64:
+    """The places [K] of the path that the module's docstring defines, by dynamic programming over place and speed.
+
+    Args:
+        costs: [K, N] of each place at each control point.
+    """
+    places = costs.shape[1]
+    fastest = int(SPEED * STEP_SECONDS * BINS + 1e-9)
+    sharpest = int(ACCELERATION * STEP_SECONDS**2 * BINS + 1e-9)
+    speeds = np.arange(-fastest, fastest + 1)[:, None]
+    changes = sorted(range(-sharpest, sharpest + 1), key=abs)
+    came_from = np.arange(places) - speeds  # [V, N]
+    outside = (came_from < 0) | (came_from >= places)
+    came_from = came_from.clip(0, places - 1)
+    rows = np.arange(len(speeds))[:, None]
+    ease = EASE / (BINS * STEP_SECONDS)  # of a change by one bin a step
+    # best[v, n]: least cost of a path to place n at speed v. The camera may be on its way when a take begins.
+    best = np.tile(costs[0] * STEP_SECONDS, (len(speeds), 1))
+    speeds_before = []  # [V, N] of each control point but the first, as rows
+    for cost in costs[1:] * STEP_SECONDS:
+        padded = np.pad(best, ((sharpest, sharpest), (0, 0)), constant_values=np.inf)
+        eased = np.stack([padded[sharpest + c : sharpest + c + len(speeds)] + abs(c) * ease for c in changes])
+        chosen = eased.argmin(axis=0)
+        before = (rows + np.array(changes)[chosen])[rows, came_from]
+        best = eased.min(axis=0)[rows, came_from] + TRAVEL / BINS * np.abs(speeds) + cost
+        best[outside] = np.inf
+        speeds_before.append(before.astype(np.int8))
+    row, place = divmod(int(best.argmin()), places)
+    path = [place]
+    for before in reversed(speeds_before):
+        row, place = int(before[row, place]), place - int(speeds[row, 0])
+        path.append(place)
+    return np.array(path[::-1])
