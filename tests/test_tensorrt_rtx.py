@@ -31,10 +31,10 @@ from keyreel_export.bundle import export_model
 
 pytestmark = pytest.mark.full
 
-FAMILIES = {  # model, network of the spatial attention
+FAMILIES = {  # model, spatial attention
     "cls": ("keyreel-tiny-vit", "builtin"),
     "attention_pool": ("keyreel-tiny-rn", "uniform"),
-    "map": ("keyreel-tiny-map", "test_resnet"),
+    "map": ("keyreel-tiny-map", "builtin"),
     "average": ("keyreel-tiny-avg", "builtin"),
 }
 CASES = [(family, precision) for family in FAMILIES for precision in ("fp32", "fp16")]
