@@ -15,7 +15,7 @@ from keyreel.config import Sampling
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.errors import RenderError
-from keyreel.render import reel
+from keyreel.render import reel, sound
 from keyreel.render.reel import write_reel
 from keyreel.types import Shot
 
@@ -99,7 +99,7 @@ def test_samples_are_cut_exactly(tmp_path):
     original = decode_sound(clip)[0].reshape(-1, 2).T.astype(np.float32) / 32768
     for start in (0.0, 0.123, 2.6, 7.9):
         with Source(clip) as source:
-            blocks = list(reel._sound(reel._SoundReader(source), start, 40000))
+            blocks = list(sound.placed_sound(sound.SoundReader(source), start, 40000))
         first = round(start * 48000)
         expected = np.zeros((2, 40000), np.float32)
         expected[:, : original.shape[1] - first] = original[:, first : first + 40000]
@@ -113,7 +113,7 @@ def test_samples_are_cut_exactly(tmp_path):
 
 def test_each_joint_fades_and_the_length_is_exact(tmp_path):
     blocks = [np.ones((2, n), np.float32) for n in (100, 4000, 900)]
-    faded = np.concatenate(list(reel._faded(iter(blocks), 5000)), axis=1)
+    faded = np.concatenate(list(sound.faded(iter(blocks), 5000)), axis=1)
     assert faded.shape == (2, 5000)
     ramp = (np.arange(1440) + 0.5) / 1440
     np.testing.assert_allclose(faded[0, :1440], ramp, atol=1e-6)

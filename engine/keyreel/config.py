@@ -10,6 +10,7 @@ SamplingMode = Literal["fps", "near", "every", "times", "keyframes", "all"]
 ShiftMode = Literal["off", "fixed", "adaptive"]
 ResizeMode = Literal["shortest", "longest", "squash", "fit"]
 Interpolation = Literal["bicubic", "bilinear", "area"]
+ReelMode = Literal["auto", "copy", "encode"]
 
 
 def _check(holds: bool, message: str) -> None:
@@ -141,6 +142,7 @@ class OutputConfig:
 
     reel: bool = True  # write reel.mp4
     reel_seconds: float | None = None  # length of the reel; None: 15 % of the video, 10 to 60 s
+    reel_mode: ReelMode = "auto"  # copy the reel's packets, encode its frames anew, or copy where that is possible
     query: str | None = None  # rank the reel's spans by how well they answer this text
     storyboard: bool = True  # write storyboard.html
     thumbnails: bool = True  # write thumbs.vtt and thumbs.jpg
@@ -152,6 +154,8 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         _check_within(self, "(0, 1e9)", "reel_seconds")
+        modes = get_args(ReelMode)
+        _check(self.reel_mode in modes, f"unknown reel mode {self.reel_mode!r}, allowed: {', '.join(modes)}")
         _check_within(self, "[1, 95]", "jpeg_quality")
         _check_within(self, "[16, inf)", "keyframe_height")
 

@@ -20,8 +20,8 @@ from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, distinct
 from keyreel.encode import Encoded, Encoder, timed
 from keyreel.errors import ModelError
+from keyreel.render.modes import make_reel
 from keyreel.render.pictures import attended_area, read_picture
-from keyreel.render.reel import write_reel
 from keyreel.render.save import reel_spans, save_summary
 from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import BUILTIN, Bundle, SubjectScale
@@ -392,11 +392,9 @@ class _Actions:
         scores = self._scores(summary, output)
         return save_summary(summary, self.source, folder, output, query_scores=scores, progress=progress)
 
-    def render_reel(self, summary: Summary, path: Path, seconds: float | None, query: str | None) -> tuple[Shot, ...]:
-        output = OutputConfig(reel_seconds=seconds, query=query)
+    def render_reel(self, summary: Summary, path: Path, output: OutputConfig) -> tuple[Shot, ...]:
         spans = reel_spans(summary, output, self._scores(summary, output))
-        write_reel(self.source, spans, path)
-        return spans
+        return make_reel(self.source, spans, path, shots=summary.shots, mode=output.reel_mode).spans
 
     def search(self, summary: Summary, query: Query | Combined, k: int) -> list[SearchHit]:
         return self.engine.search(query, [summary], k=k)

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.config import OutputConfig
+from keyreel.config import OutputConfig, ReelMode
 
 U8: TypeAlias = NDArray[np.uint8]
 F32: TypeAlias = NDArray[np.float32]
@@ -223,9 +223,7 @@ class SummaryActions(Protocol):
     """What a Summary can do with its video and its model; the Engine provides it."""
 
     def save(self, summary: Summary, folder: Path, output: OutputConfig, progress: Progress | None) -> Path: ...
-    def render_reel(
-        self, summary: Summary, path: Path, seconds: float | None, query: str | None
-    ) -> tuple[Shot, ...]: ...
+    def render_reel(self, summary: Summary, path: Path, output: OutputConfig) -> tuple[Shot, ...]: ...
     def search(self, summary: Summary, query: Query | Combined, k: int) -> list[SearchHit]: ...
     def close(self) -> None: ...
 
@@ -270,14 +268,26 @@ class Summary:
         return self.actions.save(self, Path(folder), output or OutputConfig(), progress)
 
     def render_reel(
-        self, path: str | Path, *, seconds: float | None = None, query: str | None = None
+        self,
+        path: str | Path,
+        *,
+        seconds: float | None = None,
+        query: str | None = None,
+        mode: ReelMode = "auto",
     ) -> tuple[Shot, ...]:
-        """Writes an MP4 of the spans around the key-frames, or around what `query` finds; returns the spans.
+        """Writes a video of the spans around the key-frames, or around what `query` finds; returns the spans.
+
+        Args:
+            path: .mp4; also .mkv where the packets of VP8 or VP9 are copied.
+            seconds: length of the reel; 15 % of the video, 10 to 60 s, by default.
+            mode: "copy" takes the video's packets as they are, "encode" makes H.264 and AAC of them, "auto" copies
+                where that is possible. Copying moves the ends of the spans by up to 0.75 s.
 
         Raises:
             RenderError: the reel cannot be made.
         """
-        return self.actions.render_reel(self, Path(path), seconds, query)
+        output = OutputConfig(reel_seconds=seconds, query=query, reel_mode=mode)
+        return self.actions.render_reel(self, Path(path), output)
 
     def search(self, query: Query | Combined, *, k: int = 5) -> list[SearchHit]:
         """The k best moments of this video that answer a text or a picture, best first."""

@@ -13,7 +13,7 @@ from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, folder_name, for_each, sources
 from keyreel.cli.output import log, print_json, print_line, print_summary, print_table, span
 from keyreel.cli.progress import Bars
-from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, Sampling, SelectConfig
+from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, ReelMode, Sampling, SelectConfig
 
 if TYPE_CHECKING:
     from keyreel.decode.source import Source
@@ -43,10 +43,14 @@ def summarize(
     similarity_limit: Annotated[
         float, Option(help="no two key-frames are more alike than this cosine")
     ] = SELECT.similarity_limit,
-    reel: Annotated[bool, Option(help="write reel.mp4")] = OUTPUT.reel,
+    reel: Annotated[bool, Option(help="write reel.mp4, or reel.mkv where VP8 or VP9 is copied")] = OUTPUT.reel,
     reel_seconds: Annotated[
         float | None, Option(help="length of the reel; 15 % of the video, 10 to 60 s, by default")
     ] = OUTPUT.reel_seconds,
+    reel_mode: Annotated[
+        ReelMode,
+        Option(parser=str, metavar="<str>", help="auto, copy its packets as they are, or encode its frames anew"),
+    ] = OUTPUT.reel_mode,
     query: Annotated[str | None, Option(help="rank the reel's spans by how well they answer this text")] = OUTPUT.query,
     storyboard: Annotated[bool, Option(help="write storyboard.html")] = OUTPUT.storyboard,
     thumbnails: Annotated[bool, Option(help="write thumbs.vtt and thumbs.jpg")] = OUTPUT.thumbnails,
@@ -77,6 +81,7 @@ def summarize(
     outputs = OutputConfig(
         reel=reel,
         reel_seconds=reel_seconds,
+        reel_mode=reel_mode,
         query=query,
         storyboard=storyboard,
         thumbnails=thumbnails,

@@ -107,6 +107,8 @@ class KeyFrameEntry:
 class ReelEntry:
     file: str | None
     spans: tuple[Shot, ...]
+    mode: Literal["copy", "encode"] | None  # how the file was made; None without one
+    reason: str  # why this mode, or why there is no file
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ const length = Number(timeline.dataset.seconds);
 const spans = JSON.parse(timeline.dataset.reel);
 let now = 0;
 
-const playsReel = () => video !== null && video.currentSrc.endsWith("/reel.mp4") && video.dataset.reelOnly !== undefined;
+const playsReel = () => video !== null && /\/reel\.(mp4|mkv)$/.test(video.currentSrc) && video.dataset.reelOnly !== undefined;
 
 // The reel's own time for a time of the video, and back; a time outside all spans goes to the next span.
 function toReel(time) {

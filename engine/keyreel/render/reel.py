@@ -15,28 +15,20 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from av.audio.resampler import AudioResampler
-from av.container import InputContainer
-from av.stream import Discard
 from av.video.reformatter import ColorRange, Colorspace
 
 from keyreel.config import ImageTransform, Sampling
-from keyreel.decode.packets import BROKEN, demux
-from keyreel.decode.source import Source, select_video
+from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream, distinct
-from keyreel.decode.timeline import start_seconds
 from keyreel.errors import NoFrames, RenderError
 from keyreel.render.files import atomic_write
+from keyreel.render.sound import RATE, SoundReader, faded, placed_sound
 from keyreel.types import F32, U8, Progress, Shot, VideoInfo
 
 MAX_HEIGHT = 1080  # taller videos are scaled down
 CRF, PRESET = "20", "veryfast"  # of x264
-FADE_SECONDS = 0.03  # of the sound, at both ends of a span
 TICKS = 90000  # a second, of the picture's clock
-RATE = 48000  # samples a second
 SOUND_BITS = 160_000  # a second
-PREROLL_SECONDS = 0.5  # decoded before a span and dropped: lossy audio needs a few frames to settle
-SLACK_SECONDS = 0.01  # pts rounded to milliseconds must not cut the sound; a larger step is a real gap
 BATCH_BYTES = 16 << 20
 BT709 = 1  # the code point of BT.709 in ITU-T H.273, for primaries, transfer and matrix alike
 
@@ -65,10 +57,9 @@ def write_reel(source: Source, spans: Sequence[Shot], path: Path, *, progress: P
                 f"this build of PyAV has no {encoder} encoder, which the reel needs",
                 hint="install PyAV's own wheel: pip install --force-reinstall --only-binary av av",
             ) from error
-    if source.path is not None and path.exists() and path.samefile(source.path):
-        raise RenderError(f"{path}: is the video itself, and is not replaced", hint="give the reel another name")
+    check_target(source, path)
     try:
-        with atomic_write(path) as made, closing(_SoundReader(source)) as sound:
+        with atomic_write(path) as made, closing(SoundReader(source)) as sound:
             _write(source, sound, spans, made, progress)
     except (OSError, av.FFmpegError) as error:
         raise RenderError(
@@ -76,7 +67,13 @@ def write_reel(source: Source, spans: Sequence[Shot], path: Path, *, progress: P
         ) from error
 
 
-def _write(source: Source, sound: _SoundReader, spans: Sequence[Shot], path: Path, progress: Progress | None) -> None:
+def check_target(source: Source, path: Path) -> None:
+    """Raises RenderError where the reel would replace its video."""
+    if source.path is not None and path.exists() and path.samefile(source.path):
+        raise RenderError(f"{path}: is the video itself, and is not replaced", hint="give the reel another name")
+
+
+def _write(source: Source, sound: SoundReader, spans: Sequence[Shot], path: Path, progress: Progress | None) -> None:
     info = source.probe()
     height, width = _even_size(info)
     total = sum(span.duration_seconds for span in spans)
@@ -98,7 +95,7 @@ def _write(source: Source, sound: _SoundReader, spans: Sequence[Shot], path: Pat
         frames = _frames(source, spans, ImageTransform(height, width, "squash", "area"), info)
         for span, shown in itertools.groupby(_shown(frames, spans), key=lambda frame: frame.span):
             heard, last = round(begin * RATE), round((begin + span.duration_seconds) * RATE)
-            blocks = _faded(_sound(sound, span.start_seconds, last - heard), last - heard)
+            blocks = faded(placed_sound(sound, span.start_seconds, last - heard), last - heard)
             for number, picture in enumerate(shown):
                 now = begin + picture.seconds - span.start_seconds
                 frame = _yuv(picture.data, height, width)
@@ -214,126 +211,3 @@ def _write_sound(output: Any, audio: Any, sound: Iterator[F32], heard: int, unti
         output.mux(audio.encode(frame))
         heard += block.shape[1]
     return heard
-
-
-def _faded(blocks: Iterator[F32], count: int) -> Iterator[F32]:
-    """The blocks [2, n] float32, `count` samples in all, with a linear fade at both ends."""
-    length = max(1.0, min(FADE_SECONDS * RATE, count / 2))
-    done = 0
-    for block in blocks:
-        place = np.arange(done, done + block.shape[1]) + 0.5
-        gain = np.clip(np.minimum(place, count - place) / length, 0.0, 1.0)
-        yield (block * gain).astype(np.float32)
-        done += block.shape[1]
-
-
-def _sound(reader: _SoundReader, start_seconds: float, count: int) -> Iterator[F32]:
-    """`count` samples [2, n] float32 at 48 kHz from `start_seconds` on, each at its time, silence in the gaps."""
-    done = 0
-    end = (count, np.zeros((2, 0), np.float32))
-    for position, block in itertools.chain(_placed(reader, start_seconds), [end]):
-        while done < min(position, count):
-            silence = min(min(position, count) - done, RATE)
-            yield np.zeros((2, silence), np.float32)
-            done += silence
-        if position >= count:
-            return
-        block = block[:, done - position : count - position]
-        if block.shape[1]:
-            yield block
-            done += block.shape[1]
-
-
-def _placed(reader: _SoundReader, start_seconds: float) -> Iterator[tuple[int, F32]]:
-    """(place of the first sample counted from `start_seconds`, block [2, n]); places may be negative or overlap."""
-    resampler = AudioResampler(format="fltp", layout="stereo", rate=RATE)
-    kind: tuple[str, str, int] | None = None
-    due = position = 0.0  # when the next frame is expected, in seconds; where its first sample goes
-
-    for frame, seconds in reader.frames(start_seconds):
-        arrived = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if kind != arrived or (seconds is not None and abs(seconds - due) > SLACK_SECONDS):
-            for block in _blocks(resampler, None) if kind is not None else ():
-                yield round(position), block
-            resampler, kind = AudioResampler(format="fltp", layout="stereo", rate=RATE), arrived
-            due = seconds if seconds is not None else due
-            position = (due - start_seconds) * RATE
-        frame.pts = None
-        for block in _blocks(resampler, frame):
-            yield round(position), block
-            position += block.shape[1]
-        due += frame.samples / frame.sample_rate
-    if kind is not None:
-        for block in _blocks(resampler, None):
-            yield round(position), block
-
-
-def _blocks(resampler: AudioResampler, frame: av.AudioFrame | None) -> Iterator[F32]:
-    for resampled in resampler.resample(frame):
-        yield resampled.to_ndarray().astype(np.float32, copy=False)
-
-
-class _SoundReader:
-    """Decodes the sound of a source from any time on; the file is opened once."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._container: InputContainer | None = None
-
-    def close(self) -> None:
-        if self._container is not None:
-            self._container.close()
-        self._container = None
-
-    def frames(self, start_seconds: float) -> Iterator[tuple[av.AudioFrame, float | None]]:
-        """Frames from a little before `start_seconds` on, with their time from the video stream's start."""
-        for again in (False, True):
-            if again:
-                self.close()  # the index led too far, or there is none: read from the beginning
-            opened = self._container is None
-            container = self._container = self._container or self._source.open()
-            stream = container.streams.audio[0]
-            base = float(stream.time_base or 1.0)
-            origin = _origin(container)
-            for other in container.streams:
-                if other.index != stream.index:
-                    other.discard = Discard.all
-            target = start_seconds - PREROLL_SECONDS + origin
-            from_start = opened and (again or target <= 0)
-            if not from_start:
-                try:
-                    container.seek(max(0, int(target / base)), stream=stream)
-                except av.FFmpegError:
-                    continue
-            landed = from_start
-            for frame in _decoded(container, stream):
-                seconds = None if frame.pts is None else frame.pts * base - origin
-                if not landed and (seconds is None or seconds > start_seconds):
-                    break
-                landed = True
-                yield frame, seconds
-            if landed:
-                return
-
-
-def _origin(container: InputContainer) -> float:
-    """Where time begins, on the file's clock."""
-    stream = select_video(container)
-    start = None if stream is None else start_seconds(container, stream)
-    return float(start or 0)
-
-
-def _decoded(container: Any, stream: Any) -> Iterator[av.AudioFrame]:
-    """Frames that can be decoded; a damaged packet is skipped and leaves a gap, which becomes silence."""
-    packets = demux(container, stream)
-    while True:
-        try:
-            packet = next(packets, None)
-        except BROKEN:
-            return
-        if packet is None:
-            return
-        try:
-            yield from packet.decode()
-        except BROKEN:
-            continue

@@ -18,16 +18,16 @@ from keyreel.errors import RenderError
 from keyreel.render.documents import SUMMARY, ReelEntry, SummaryDocument, summary_document, to_json
 from keyreel.render.files import hidden
 from keyreel.render.interchange import import_otio, write_edl, write_otio
+from keyreel.render.modes import make_reel
 from keyreel.render.pictures import at_most, contact_sheet, jpeg, keyframe_name, pictures_at, shrink
 from keyreel.render.plan import plan_reel
-from keyreel.render.reel import write_reel
 from keyreel.render.storyboard import link_to, picture_edge, storyboard_page
 from keyreel.render.thumbnails import chapters, sprite, tile, tile_times, webvtt
 from keyreel.types import F32, Progress, Shot, Summary
 
 REPLACE = "replace keyreel's own files in it: --overwrite (overwrite=True)"
 OURS = {"summary.json", "scenes.vtt", "keyframes", "contact.jpg", "storyboard.html"}
-OURS |= {"reel.mp4", "reel.otio", "reel.edl", "thumbs.vtt", "thumbs.jpg"}
+OURS |= {"reel.mp4", "reel.mkv", "reel.otio", "reel.edl", "thumbs.vtt", "thumbs.jpg"}
 CONTACT_EDGE = 960
 
 
@@ -111,14 +111,23 @@ def _write_all(
     spans: tuple[Shot, ...] = ()
     if config.reel or config.otio or config.edl:
         spans = reel_spans(summary, config, query_scores)
+    reel = ReelEntry(None, spans, None, "not asked for") if spans else None
     if config.reel:
-        write_reel(source, spans, made / "reel.mp4", progress=progress)
+        written = make_reel(
+            source,
+            spans,
+            made / "reel.mp4",
+            shots=summary.shots,
+            mode=config.reel_mode,
+            any_container=True,
+            progress=progress,
+        )
+        spans, reel = written.spans, ReelEntry(written.path.name, written.spans, written.mode, written.reason)
     media = source.path.absolute().as_uri() if source.path is not None else summary.video.path
     if config.otio:
         write_otio(summary.video, media, spans, made / "reel.otio")
     if config.edl:
         write_edl(summary.video, media, spans, made / "reel.edl")
-    reel = ReelEntry("reel.mp4" if config.reel else None, spans) if spans else None
 
     def document() -> SummaryDocument:
         return summary_document(summary, files=files, reel=reel, render_seconds=time.perf_counter() - began)
