@@ -162,7 +162,8 @@ def test_mp4_of_the_right_kind(tmp_path, media):
         assert (context.name, context.pix_fmt, audio.codec_context.name) == ("h264", "yuv420p", "aac")
         assert (context.width, context.height, audio.rate, audio.channels) == (960, 540, 48000, 2)
         assert video.sample_aspect_ratio in (None, 1)
-        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+        # BT.601, as the source: colours are not converted where the encoder can say what they are.
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (6, 6, 6, 1)
         frames = list(container.decode(video=0))
     assert 59 <= len(frames) <= 62
 
@@ -171,11 +172,15 @@ def test_mp4_of_the_right_kind(tmp_path, media):
 @pytest.mark.parametrize(
     ("name", "start", "size"),
     [
-        ("format/rotate-buck-bunny.mp4", 0.5, (1080, 608)),
+        ("format/rotate-buck-bunny.mp4", 0.5, (1280, 720)),
         ("format/nasa_13013_rotated.mp4", 0.1, (480, 270)),
         ("format/testsrc2_odd_height_and_width_444.mp4", 0.2, (240, 320)),
         ("format/bt601_full_range.mp4", 0.5, (240, 320)),
         ("format/testsrc2_hdr.mp4", 0.5, (180, 320)),
+        ("format/bt709_full_range.mp4", 0.5, (720, 1280)),
+        ("format/h264_10bits.mp4", 0.5, (200, 200)),
+        ("natural/flower.mp4", 0.5, (540, 960)),
+        ("long/long_1080p_lowbitrate.mp4", 9.0, (720, 1280)),
     ],
 )
 def test_upright_even_and_in_the_same_colours(tmp_path, media, monkeypatch, name, start, size):
@@ -196,6 +201,17 @@ def test_upright_even_and_in_the_same_colours(tmp_path, media, monkeypatch, name
         for p in (picture, wanted)
     ]
     assert np.abs(blocks[0] - blocks[1]).mean() < 2.5
+
+
+def test_frames_of_the_right_size_reach_the_encoder_as_they_are(tmp_path, media, monkeypatch):
+    monkeypatch.setattr(reel, "CRF", "0")  # lossless
+    clip = media("natural/internal_emulator_transformer_output.mp4")
+    write(clip, tmp_path / "reel.mp4", (Shot(1.5, 2.0),))
+    with av.open(str(clip)) as container:
+        wanted = [f.to_ndarray() for f in container.decode(video=0) if 1.5 <= f.time < 2.0 - 1e-6]
+    made = [frame.to_ndarray() for frame in frames_of(tmp_path / "reel.mp4")]
+    made = made[-len(wanted) :]  # the first one was shown before the span, too
+    assert all(np.array_equal(one, other) for one, other in zip(made, wanted, strict=True))
 
 
 def test_a_video_without_sound_and_one_with_damaged_pictures(tmp_path, media):
@@ -251,7 +267,7 @@ def test_progress_rises_to_the_end_and_the_file_is_opened_once_for_pictures_and_
     assert {(stage, end) for stage, _, end in told} == {("reel", total)}
     assert all(a[1] <= b[1] for a, b in itertools.pairwise(told))
     assert told[-1][1] == total
-    assert opened.count("MainThread") == 1  # the sound, for all spans
+    assert opened.count("MainThread") == 2  # the colours of the first frame; the sound, for all spans
 
 
 def test_a_reel_never_replaces_its_video(tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ class OutputConfig:
     reel: bool = True  # write reel.mp4
     reel_seconds: float | None = None  # length of the reel; None: 15 % of the video, 10 to 60 s
     reel_mode: ReelMode = "auto"  # copy the reel's packets, encode its frames anew, or copy where that is possible
+    reel_height: int = 720  # tallest picture of an encoded reel, in pixels; its width if it is upright
     query: str | None = None  # rank the reel's spans by how well they answer this text
     storyboard: bool = True  # write storyboard.html
     thumbnails: bool = True  # write thumbs.vtt and thumbs.jpg
@@ -157,7 +158,7 @@ class OutputConfig:
         modes = get_args(ReelMode)
         _check(self.reel_mode in modes, f"unknown reel mode {self.reel_mode!r}, allowed: {', '.join(modes)}")
         _check_within(self, "[1, 95]", "jpeg_quality")
-        _check_within(self, "[16, inf)", "keyframe_height")
+        _check_within(self, "[16, inf)", "keyframe_height", "reel_height")
 
 
 @dataclass(frozen=True, slots=True)

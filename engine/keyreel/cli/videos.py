@@ -51,6 +51,9 @@ def summarize(
         ReelMode,
         Option(parser=str, metavar="<str>", help="auto, copy its packets as they are, or encode its frames anew"),
     ] = OUTPUT.reel_mode,
+    reel_height: Annotated[
+        int, Option(help="tallest picture of an encoded reel, in pixels; its width if it is upright")
+    ] = OUTPUT.reel_height,
     query: Annotated[str | None, Option(help="rank the reel's spans by how well they answer this text")] = OUTPUT.query,
     storyboard: Annotated[bool, Option(help="write storyboard.html")] = OUTPUT.storyboard,
     thumbnails: Annotated[bool, Option(help="write thumbs.vtt and thumbs.jpg")] = OUTPUT.thumbnails,
@@ -82,6 +85,7 @@ def summarize(
         reel=reel,
         reel_seconds=reel_seconds,
         reel_mode=reel_mode,
+        reel_height=reel_height,
         query=query,
         storyboard=storyboard,
         thumbnails=thumbnails,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
@@ -27,7 +28,6 @@ from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.source import Source
 from keyreel.decode.timeline import Timeline
 from keyreel.errors import UnsupportedCodec
-from keyreel.types import U8
 from keyreel_kernels.arrays import usable_cores
 
 M = TypeVar("M")
@@ -103,6 +103,14 @@ class Decoder(Protocol):
         """The decoder that goes on after an error; raises where there is none."""
 
 
+class Conversion(Protocol):
+    """From a decoded frame to a picture."""
+
+    tone_mapped: str | None  # the transfer that was mapped to SDR, if any
+
+    def __call__(self, frame: VideoFrame) -> Any: ...
+
+
 class CpuDecoder:
     """FFmpeg decodes, swscale converts; pictures are NumPy arrays.
 
@@ -111,18 +119,25 @@ class CpuDecoder:
         transform: size of the pictures; None for the full display resolution.
         threads: of all workers together, or of one that works alone; 0 for as many as there are cores.
         workers: that share a file, with one thread each; by default one for each thread.
+        converter: makes, for a stream's sample aspect ratio, what converts its frames; RGB pictures by default.
     """
 
     gap = 0
     whole = True
 
     def __init__(
-        self, source: Source, transform: ImageTransform | None, threads: int = 0, workers: int | None = None
+        self,
+        source: Source,
+        transform: ImageTransform | None,
+        threads: int = 0,
+        workers: int | None = None,
+        converter: Callable[[Fraction | None], Conversion] | None = None,
     ) -> None:
         self.workers = workers or threads or min(_MAX_WORKERS, usable_cores())
         pixels = transform.height * transform.width if transform else 1920 * 1080
         self.ahead = max(2, _AHEAD_BYTES // (6 * self.workers * pixels))
-        self._source, self._transform, self._threads = source, transform, threads
+        self._source, self._threads = source, threads
+        self._converter = converter or (lambda ratio: Converter(transform, ratio, source.limits.max_pixels))
 
     @contextmanager
     def open(
@@ -133,7 +148,7 @@ class CpuDecoder:
         shared = alone and stream.codec_context.name != "mpeg4"
         stream.codec_context.thread_count = self._threads if shared else 1
         threaded = shared and self._threads != 1
-        converter = Converter(self._transform, stream.sample_aspect_ratio, self._source.limits.max_pixels)
+        converter = self._converter(stream.sample_aspect_ratio)
         yield CpuWorker(container, stream, threaded, converter, note, self._source.name)
 
     def stack(self, pictures: list[Any]) -> Any:
@@ -151,7 +166,7 @@ class CpuWorker:
     container: InputContainer
     stream: VideoStream
     threaded: bool
-    converter: Converter
+    converter: Conversion
     note: Callable[..., None]
     name: str  # of the source
 
@@ -171,7 +186,7 @@ class CpuWorker:
     def keep(self, picture: VideoFrame) -> VideoFrame:
         return picture
 
-    def convert(self, pictures: Iterable[tuple[M, VideoFrame]]) -> Iterator[tuple[M, U8]]:
+    def convert(self, pictures: Iterable[tuple[M, VideoFrame]]) -> Iterator[tuple[M, Any]]:
         converter = self.converter
         for mark, frame in pictures:
             try:

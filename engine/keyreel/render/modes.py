@@ -11,7 +11,7 @@ from keyreel.config import ReelMode
 from keyreel.decode.source import Source
 from keyreel.errors import RenderError
 from keyreel.render.copy import NotCopyable, plan_copy, write_copy
-from keyreel.render.reel import check_target, write_reel
+from keyreel.render.reel import DEFAULTS, check_target, write_reel
 from keyreel.types import Progress, Shot
 
 
@@ -32,6 +32,7 @@ def make_reel(
     *,
     shots: Sequence[Shot],
     mode: ReelMode = "auto",
+    height: int = DEFAULTS.reel_height,
     any_container: bool = False,
     progress: Progress | None = None,
 ) -> Reel:
@@ -42,6 +43,7 @@ def make_reel(
         path: of the file; its folder must be there.
         shots: of the video; copying moves no end of a span over a cut.
         mode: "auto" copies where every span can be copied.
+        height: of an encoded picture, see `write_reel`.
         any_container: the suffix of `path` may change to that of a container that fits the packets.
         progress: called with ("reel", seconds done, seconds in all).
 
@@ -51,7 +53,7 @@ def make_reel(
     """
     check_target(source, path)
     if mode == "encode":
-        write_reel(source, spans, path, progress=progress)
+        write_reel(source, spans, path, height=height, progress=progress)
         return Reel(path, "encode", "asked for", tuple(spans))
     try:
         plan = plan_copy(source, spans, shots)
@@ -65,7 +67,7 @@ def make_reel(
                 f"{source.name}: the reel cannot be copied: {error}",
                 hint="let it be encoded: --reel-mode auto (mode='auto')",
             ) from error
-        write_reel(source, spans, path, progress=progress)
+        write_reel(source, spans, path, height=height, progress=progress)
         return Reel(path, "encode", f"cannot be copied: {error}", tuple(spans))
     why = "asked for" if mode == "copy" else "every span can begin and end where packets can be cut"
     return Reel(target, "copy", why, plan.spans)

@@ -17,23 +17,30 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
-from keyreel.config import ImageTransform, Sampling
+from keyreel.config import ImageTransform, OutputConfig, Sampling
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream, distinct
 from keyreel.errors import NoFrames, RenderError
+from keyreel.render.direct import BT709, Colours, direct_colours, direct_frames
 from keyreel.render.files import atomic_write
 from keyreel.render.sound import RATE, SoundReader, faded, placed_sound
 from keyreel.types import F32, U8, Progress, Shot, VideoInfo
 
-MAX_HEIGHT = 1080  # taller videos are scaled down
-CRF, PRESET = "20", "veryfast"  # of x264
+DEFAULTS = OutputConfig()
+CRF, PRESET = "20", "superfast"  # of x264
 TICKS = 90000  # a second, of the picture's clock
 SOUND_BITS = 160_000  # a second
 BATCH_BYTES = 16 << 20
-BT709 = 1  # the code point of BT.709 in ITU-T H.273, for primaries, transfer and matrix alike
 
 
-def write_reel(source: Source, spans: Sequence[Shot], path: Path, *, progress: Progress | None = None) -> None:
+def write_reel(
+    source: Source,
+    spans: Sequence[Shot],
+    path: Path,
+    *,
+    height: int = DEFAULTS.reel_height,
+    progress: Progress | None = None,
+) -> None:
     """Writes the spans one after the other as an MP4 that starts fast.
 
     Frames keep their pts (a variable rate stays variable), are upright with square pixels and even sides, and each span
@@ -43,6 +50,7 @@ def write_reel(source: Source, spans: Sequence[Shot], path: Path, *, progress: P
     Args:
         spans: in time order, disjoint.
         path: of the MP4; its folder must be there.
+        height: of the picture in pixels, width if it is upright; a larger one is scaled down.
         progress: called with ("reel", seconds done, seconds in all).
 
     Raises:
@@ -60,7 +68,7 @@ def write_reel(source: Source, spans: Sequence[Shot], path: Path, *, progress: P
     check_target(source, path)
     try:
         with atomic_write(path) as made, closing(SoundReader(source)) as sound:
-            _write(source, sound, spans, made, progress)
+            _write(source, sound, spans, made, height, progress)
     except (OSError, av.FFmpegError) as error:
         raise RenderError(
             f"{path}: the reel cannot be written: {error}", hint="is the folder there, is the disk full?"
@@ -73,12 +81,15 @@ def check_target(source: Source, path: Path) -> None:
         raise RenderError(f"{path}: is the video itself, and is not replaced", hint="give the reel another name")
 
 
-def _write(source: Source, sound: SoundReader, spans: Sequence[Shot], path: Path, progress: Progress | None) -> None:
+def _write(
+    source: Source, sound: SoundReader, spans: Sequence[Shot], path: Path, most: int, progress: Progress | None
+) -> None:
     info = source.probe()
-    height, width = _even_size(info)
+    height, width = _even_size(info, most)
+    colours = direct_colours(source)
     total = sum(span.duration_seconds for span in spans)
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as output:
-        video = _video_stream(output, info, height, width)
+        video = _video_stream(output, info, height, width, colours or BT709)
         audio: Any = output.add_stream("aac", rate=RATE, layout="stereo") if info.has_audio else None
         if audio is not None:
             audio.codec_context.bit_rate = SOUND_BITS
@@ -92,13 +103,17 @@ def _write(source: Source, sound: SoundReader, spans: Sequence[Shot], path: Path
 
         begin = 0.0  # of this span, in the output's seconds
         # "area" also at full size: it costs half of what bicubic does where only the chroma is scaled.
-        frames = _frames(source, spans, ImageTransform(height, width, "squash", "area"), info)
+        frames: Iterator[tuple[Any, float]] = (
+            _frames(source, spans, ImageTransform(height, width, "squash", "area"), info)
+            if colours is None
+            else direct_frames(source, _wanted(source, spans), height, width, colours)
+        )
         for span, shown in itertools.groupby(_shown(frames, spans), key=lambda frame: frame.span):
             heard, last = round(begin * RATE), round((begin + span.duration_seconds) * RATE)
             blocks = faded(placed_sound(sound, span.start_seconds, last - heard), last - heard)
             for number, picture in enumerate(shown):
                 now = begin + picture.seconds - span.start_seconds
-                frame = _yuv(picture.data, height, width)
+                frame = _yuv(picture.data, height, width) if colours is None else picture.data
                 frame.pts, frame.time_base = round(now * TICKS), Fraction(1, TICKS)
                 lasting[frame.pts] = max(1, round((now + picture.lasts) * TICKS) - frame.pts)
                 if number == 0:
@@ -120,13 +135,13 @@ def _write(source: Source, sound: SoundReader, spans: Sequence[Shot], path: Path
         progress("reel", total, total)
 
 
-def _even_size(info: VideoInfo) -> tuple[int, int]:
-    """(height, width), at most MAX_HEIGHT tall, both even as 4:2:0 needs them."""
-    scale = min(1.0, MAX_HEIGHT / info.height)
+def _even_size(info: VideoInfo, most: int) -> tuple[int, int]:
+    """(height, width), the shorter at most `most`, both even as 4:2:0 needs them."""
+    scale = min(1.0, most / min(info.height, info.width))
     return max(2, round(info.height * scale / 2) * 2), max(2, round(info.width * scale / 2) * 2)
 
 
-def _video_stream(output: Any, info: VideoInfo, height: int, width: int) -> Any:
+def _video_stream(output: Any, info: VideoInfo, height: int, width: int, colours: Colours) -> Any:
     fps = min(max(info.average_fps or 25.0, 1.0), 240.0)
     # forced-idr: a picture asked to be an I-frame is one that a player can start at.
     # bf 0: pictures are stored as they are shown, so that the picture needs no edit list, which not every player reads,
@@ -137,7 +152,8 @@ def _video_stream(output: Any, info: VideoInfo, height: int, width: int) -> Any:
     context.width, context.height, context.pix_fmt = width, height, "yuv420p"
     context.time_base = stream.time_base = Fraction(1, TICKS)
     context.sample_aspect_ratio = Fraction(1, 1)
-    context.color_primaries = context.color_trc = context.colorspace = BT709
+    context.color_primaries, context.color_trc = colours.primaries, colours.transfer
+    context.colorspace = colours.matrix
     context.color_range = ColorRange.MPEG
     return stream
 
@@ -159,14 +175,14 @@ class _Shown(NamedTuple):
     """A frame in the reel."""
 
     span: Shot
-    data: U8
+    data: Any  # as `_frames` or `direct_frames` gives it
     seconds: float  # of the source, when it begins to be shown
     lasts: float  # seconds
 
 
-def _shown(frames: Iterator[tuple[U8, float]], spans: Sequence[Shot]) -> Iterator[_Shown]:
+def _shown(frames: Iterator[tuple[Any, float]], spans: Sequence[Shot]) -> Iterator[_Shown]:
     """The frames of each span in turn; the first is the one that is shown at its start."""
-    held: tuple[U8, float] | None = None  # the last frame before `ahead`
+    held: tuple[Any, float] | None = None  # the last frame before `ahead`
     ahead = next(frames, None)
     for span in spans:
         # Before the first frame of a video, that frame is shown.
@@ -186,14 +202,7 @@ def _frames(
     source: Source, spans: Sequence[Shot], transform: ImageTransform, info: VideoInfo
 ) -> Iterator[tuple[U8, float]]:
     """(picture, time) of each frame of the spans and of those shown at their starts, in one pass over the file."""
-    timeline = source.timeline()
-    if timeline is None:
-        sampling = Sampling("all", stop_seconds=spans[-1].stop_seconds)
-    else:
-        starts = timeline.starts
-        inside = [starts[(starts > span.start_seconds) & (starts < span.stop_seconds)] for span in spans]
-        times = np.concatenate([[span.start_seconds for span in spans], *inside])
-        sampling = Sampling("times", times=tuple(np.sort(times).tolist()))
+    sampling = _wanted(source, spans)
     batch_size = max(1, min(16, BATCH_BYTES // (transform.height * transform.width * 3)))
     with (
         FrameStream(source, sampling, transform=transform, batch_size=batch_size) as stream,
@@ -201,6 +210,17 @@ def _frames(
     ):
         for batch in distinct(stream):
             yield from zip(batch.data, batch.pts_seconds.tolist(), strict=True)
+
+
+def _wanted(source: Source, spans: Sequence[Shot]) -> Sampling:
+    """The frames of the spans and those shown at their starts."""
+    timeline = source.timeline()
+    if timeline is None:
+        return Sampling("all", stop_seconds=spans[-1].stop_seconds)
+    starts = timeline.starts
+    inside = [starts[(starts > span.start_seconds) & (starts < span.stop_seconds)] for span in spans]
+    times = np.concatenate([[span.start_seconds for span in spans], *inside])
+    return Sampling("times", times=tuple(np.sort(times).tolist()))
 
 
 def _write_sound(output: Any, audio: Any, sound: Iterator[F32], heard: int, until: int) -> int:

@@ -119,6 +119,7 @@ def _write_all(
             made / "reel.mp4",
             shots=summary.shots,
             mode=config.reel_mode,
+            height=config.reel_height,
             any_container=True,
             progress=progress,
         )
