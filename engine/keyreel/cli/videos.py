@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ import keyreel
 from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, folder_name, for_each, sources
 from keyreel.cli.output import log, print_json, print_line, print_summary, print_table, span
-from keyreel.cli.progress import Bars
+from keyreel.cli.progress import PICTURED, RENDERED, Bars
 from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, ReelMode, Sampling, SelectConfig
 
 if TYPE_CHECKING:
@@ -103,16 +104,19 @@ def summarize(
 
         def work(source: Source) -> None:
             folder = output / folder_name(source, used)
-            progress = bars.start(source.name)
+            began = time.perf_counter()
+            progress = bars.start(source.name, RENDERED if reel else PICTURED)
             with source:
                 summary = engine.summarize(source, sampling=frames, encode=encode, select=select, progress=progress)
                 summary.save(folder, outputs, progress=progress)
+            seconds = time.perf_counter() - began
             bars.finish()
             documents.append(json.loads((folder / "summary.json").read_text("utf-8")))
             for warning in summary.warnings:
                 log(f"{source.name}: warning: {warning}", style="yellow")
             if not as_json:
-                print_summary(summary, folder)
+                with bars.hidden():
+                    print_summary(summary, folder, seconds)
 
         try:
             limits = DecodeLimits(max_duration_seconds=longest, allow_network=allow_network)
@@ -140,11 +144,14 @@ def demo(
     with keyreel.Engine.from_pretrained(device=device) as engine, Bars(quiet=quiet) as bars:
         with atomic_write(clip) as made:
             write_demo(made)
-        progress = bars.start(str(clip))
+        began = time.perf_counter()
+        progress = bars.start(str(clip), RENDERED)
         summary = engine.summarize(clip, progress=progress)
         folder = summary.save(output / "demo", progress=progress)
+        seconds = time.perf_counter() - began
         bars.finish()
-        print_summary(summary, folder)
+        with bars.hidden():
+            print_summary(summary, folder, seconds)
         best = [(scene.caption, summary.search(scene.caption, k=1)[0]) for scene in SCENES]
     rows = [(caption, span(hit.start_seconds, hit.stop_seconds), f"{hit.score:.3f}") for caption, hit in best]
     print_table(("query", "found at", "score"), rows)
