@@ -18,6 +18,7 @@ from keyreel import EncodeConfig, Engine, Sampling, SelectConfig, Summary
 from keyreel.config import OutputConfig
 from keyreel.errors import BackendUnavailable, ModelNotFound, SourceError, SourceNotFound
 from keyreel.render.save import reel_spans
+from keyreel.render.thumbnails import tile, tile_times
 from keyreel.runtime.bundle import SubjectScale
 from keyreel.search import frame_scores, region
 
@@ -167,6 +168,21 @@ def test_saved_summary_reads_back(summary: Summary, tmp_path: Path) -> None:
         *("summary.json", "scenes.vtt", "keyframes", "contact.jpg", "storyboard.html"),
         *("reel.mp4", "reel.otio", "thumbs.vtt", "thumbs.jpg"),
     }
+
+
+def test_thumbnails_come_from_the_frames_of_the_analysis(engine: Engine, media: Callable[[str], Path]) -> None:
+    for name in ("natural/test.mp4", "format/rotate-buck-bunny.mp4"):
+        summary = engine.summarize(media(name))
+        _, times = tile_times(summary.stop_seconds)
+        assert set(summary.thumbnails) == set(times)
+        with engine.frames(media(name), Sampling(mode="times", times=times)) as stream:
+            frames = [frame for batch in stream for frame in batch.data]
+        for time, frame in zip(times, frames, strict=True):
+            small, wanted = summary.thumbnails[time].astype(int), tile(frame, summary.video).astype(int)
+            assert small.shape == wanted.shape
+            assert np.abs(small - wanted).mean() < 2
+    part = engine.summarize(media("natural/test.mp4"), sampling=Sampling(fps=0.4))  # at 0 and 2.5 s
+    assert set(part.thumbnails) == {0.0}
 
 
 def test_reel_by_query(summary: Summary, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from keyreel.errors import ModelError
 from keyreel.render.modes import make_reel
 from keyreel.render.pictures import attended_area, read_picture
 from keyreel.render.save import reel_spans, save_summary
+from keyreel.render.thumbnails import thumbnails_of
 from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import BUILTIN, Bundle, SubjectScale
 from keyreel.runtime.telemetry import record_stages, span, traced
@@ -274,11 +275,12 @@ class Engine:
         sampling = dataclasses.replace(sampling, times=tuple(sorted(sampling.times)))
         source = _as_source(video)
         info = source.probe()
-        image = self.bundle.image
+        thumbnails = thumbnails_of(source, info, sampling.stop_seconds)
+        image, size = self.bundle.image, encode.batch_size or self.backend.batch_size
         with (
             span("keyreel.encode"),
             self.backend.running(),
-            self.frames(source, sampling, transform=image, batch_size=encode.batch_size) as stream,
+            self.backend.open_stream(source, sampling, transform=image, batch_size=size, aside=thumbnails) as stream,
         ):
             batches = _with_progress(distinct(stream), progress, source, sampling)
             encoded = self._images.encode(batches, encode)
@@ -315,6 +317,7 @@ class Engine:
             warnings=(*warnings, *found.warnings),
             timings_seconds=timings,
             actions=_Actions(self, source),
+            thumbnails=thumbnails.pictures() if thumbnails is not None else {},
         )
 
     def search(self, query: Query | Combined, summaries: Sequence[Summary], *, k: int = 5) -> list[SearchHit]:

@@ -244,6 +244,8 @@ class Summary:
     warnings: tuple[str, ...]
     timings_seconds: Mapping[str, float]  # decode, encode, fuse, select, total: busy time of each stage
     actions: SummaryActions = field(repr=False, compare=False)
+    # [h, w, 3] uint8 RGB of the thumbnails whose frames were among the sampled ones, by their time in seconds
+    thumbnails: Mapping[float, U8] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def stop_seconds(self) -> float:

@@ -22,6 +22,7 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
 from keyreel.config import ImageTransform
+from keyreel.decode.aside import Aside
 from keyreel.decode.color import Converter
 from keyreel.decode.packets import BROKEN, demux, reason_of
 from keyreel.decode.sampling import PlanBroken
@@ -119,6 +120,7 @@ class CpuDecoder:
         transform: size of the pictures; None for the full display resolution.
         threads: of all workers together, or of one that works alone; 0 for as many as there are cores.
         workers: that share a file, with one thread each; by default one for each thread.
+        aside: collects small pictures of some of the frames.
         converter: makes, for a stream's sample aspect ratio, what converts its frames; RGB pictures by default.
     """
 
@@ -131,12 +133,13 @@ class CpuDecoder:
         transform: ImageTransform | None,
         threads: int = 0,
         workers: int | None = None,
+        aside: Aside | None = None,
         converter: Callable[[Fraction | None], Conversion] | None = None,
     ) -> None:
         self.workers = workers or threads or min(_MAX_WORKERS, usable_cores())
         pixels = transform.height * transform.width if transform else 1920 * 1080
         self.ahead = max(2, _AHEAD_BYTES // (6 * self.workers * pixels))
-        self._source, self._threads = source, threads
+        self._source, self._threads, self._aside = source, threads, aside
         self._converter = converter or (lambda ratio: Converter(transform, ratio, source.limits.max_pixels))
 
     @contextmanager
@@ -149,7 +152,8 @@ class CpuDecoder:
         stream.codec_context.thread_count = self._threads if shared else 1
         threaded = shared and self._threads != 1
         converter = self._converter(stream.sample_aspect_ratio)
-        yield CpuWorker(container, stream, threaded, converter, note, self._source.name)
+        small = self._aside.converter(stream.sample_aspect_ratio) if self._aside is not None else None
+        yield CpuWorker(container, stream, threaded, converter, small, note, self._source.name)
 
     def stack(self, pictures: list[Any]) -> Any:
         return np.stack(pictures)
@@ -167,6 +171,7 @@ class CpuWorker:
     stream: VideoStream
     threaded: bool
     converter: Conversion
+    small: Callable[[VideoFrame], None] | None  # looks at each picture that is converted
     note: Callable[..., None]
     name: str  # of the source
 
@@ -191,6 +196,8 @@ class CpuWorker:
         for mark, frame in pictures:
             try:
                 picture = converter(frame)
+                if self.small is not None:
+                    self.small(frame)
             except (av.error.FFmpegError, ValueError, OverflowError) as error:
                 raise UnsupportedCodec(
                     f"{self.name}: pictures of the format {frame.format.name} cannot be shown: {reason_of(error)}.",

@@ -107,12 +107,14 @@ def _write_all(
     progress: Progress | None,
 ) -> None:
     began = time.perf_counter()
-    files, small = _write_pictures(summary, source, made, config, progress)
+    seconds: dict[str, float] = {}
+    files, small = _write_pictures(summary, source, made, config, progress, seconds)
     spans: tuple[Shot, ...] = ()
     if config.reel or config.otio or config.edl:
         spans = reel_spans(summary, config, query_scores)
     reel = ReelEntry(None, spans, None, "not asked for") if spans else None
     if config.reel:
+        reel_began = time.perf_counter()
         written = make_reel(
             source,
             spans,
@@ -123,6 +125,7 @@ def _write_all(
             any_container=True,
             progress=progress,
         )
+        seconds["reel"] = time.perf_counter() - reel_began
         spans, reel = written.spans, ReelEntry(written.path.name, written.spans, written.mode, written.reason)
     media = source.path.absolute().as_uri() if source.path is not None else summary.video.path
     if config.otio:
@@ -131,7 +134,8 @@ def _write_all(
         write_edl(summary.video, media, spans, made / "reel.edl")
 
     def document() -> SummaryDocument:
-        return summary_document(summary, files=files, reel=reel, render_seconds=time.perf_counter() - began)
+        spent = time.perf_counter() - began
+        return summary_document(summary, files=files, reel=reel, render_seconds=spent, stage_seconds=seconds)
 
     if config.storyboard:
         link = link_to(source.path, target) if source.path is not None else None
@@ -142,9 +146,14 @@ def _write_all(
 
 
 def _write_pictures(
-    summary: Summary, source: Source, made: Path, config: OutputConfig, progress: Progress | None
+    summary: Summary,
+    source: Source,
+    made: Path,
+    config: OutputConfig,
+    progress: Progress | None,
+    seconds: dict[str, float],
 ) -> tuple[list[str], list[Image.Image]]:
-    """Writes key-frames, contact sheet and thumbnails from one pass over the file.
+    """Writes key-frames, contact sheet and thumbnails; one pass decodes what the analysis has not left.
 
     Returns:
         the names of the key-frames' files; their pictures for the storyboard, small.
@@ -152,11 +161,11 @@ def _write_pictures(
     (made / "keyframes").mkdir()
     keyframes, quality, duration = summary.keyframes, config.jpeg_quality, summary.stop_seconds
     step, tile_seconds = tile_times(duration) if config.thumbnails else (0.0, ())
-    times = [*(k.pts_seconds for k in keyframes), *tile_seconds]
+    tiles = {time: summary.thumbnails[time] for time in tile_seconds if time in summary.thumbnails}
+    times = [*(k.pts_seconds for k in keyframes), *(time for time in tile_seconds if time not in tiles)]
     files: list[str] = []
     contact: list[Image.Image] = []
     small: list[Image.Image] = []
-    tiles: list[Image.Image] = []
     pictures = pictures_at(source, times, at_most(summary.video.height, summary.video.width, config.keyframe_height))
     for done, (place, picture) in enumerate(pictures, 1):
         if place < len(keyframes):
@@ -165,15 +174,17 @@ def _write_pictures(
             contact.append(shrink(picture, CONTACT_EDGE if len(keyframes) <= 4 else CONTACT_EDGE // 2))
             small.append(shrink(picture, picture_edge(len(keyframes))))
         else:
-            tiles.append(tile(picture))
+            tiles[times[place]] = tile(picture, summary.video)
         if progress is not None:
             progress("pictures", done, len(times))
     sheet = contact_sheet(contact, [k.pts_seconds for k in keyframes])
     (made / "contact.jpg").write_bytes(jpeg(sheet, quality))
     if tiles:
-        sheet, boxes = sprite(tiles)
+        began = time.perf_counter()
+        sheet, boxes = sprite([tiles[time] for time in tile_seconds])
         (made / "thumbs.jpg").write_bytes(jpeg(sheet, quality))
         (made / "thumbs.vtt").write_text(webvtt(boxes, step, duration, "thumbs.jpg"), encoding="utf-8")
+        seconds["thumbnails"] = time.perf_counter() - began
     return files, small
 
 
