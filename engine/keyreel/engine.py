@@ -19,10 +19,10 @@ from keyreel.config import EncodeConfig, ImageTransform, OutputConfig, Sampling,
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, distinct
 from keyreel.encode import Encoded, Encoder, timed
-from keyreel.errors import ModelError
-from keyreel.render.modes import make_reel
+from keyreel.errors import ModelError, RenderError
+from keyreel.render.modes import make_reel, planned_reel
 from keyreel.render.pictures import attended_area, read_picture
-from keyreel.render.save import reel_spans, save_summary
+from keyreel.render.save import save_summary
 from keyreel.render.thumbnails import thumbnails_of
 from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import BUILTIN, Bundle, SubjectScale
@@ -396,8 +396,12 @@ class _Actions:
         return save_summary(summary, self.source, folder, output, query_scores=scores, progress=progress)
 
     def render_reel(self, summary: Summary, path: Path, output: OutputConfig) -> tuple[Shot, ...]:
-        spans = reel_spans(summary, output, self._scores(summary, output))
-        return make_reel(self.source, spans, path, shots=summary.shots, mode=output.reel_mode).spans
+        plan = planned_reel(summary, self.source, output, self._scores(summary, output))
+        if not plan.spans:
+            raise RenderError(f"{self.source.name}: there is no reel: {plan.reason}", hint="ask for fewer seconds")
+        return make_reel(
+            self.source, plan.spans, path, shots=summary.shots, mode=output.reel_mode, height=output.reel_height
+        ).spans
 
     def search(self, summary: Summary, query: Query | Combined, k: int) -> list[SearchHit]:
         return self.engine.search(query, [summary], k=k)

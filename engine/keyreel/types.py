@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.config import OutputConfig, ReelMode
+from keyreel.config import OutputConfig, ReelMode, ReelOrder
 
 U8: TypeAlias = NDArray[np.uint8]
 F32: TypeAlias = NDArray[np.float32]
@@ -276,19 +276,21 @@ class Summary:
         seconds: float | None = None,
         query: str | None = None,
         mode: ReelMode = "auto",
+        order: ReelOrder = "time",
     ) -> tuple[Shot, ...]:
         """Writes a video of the spans around the key-frames, or around what `query` finds; returns the spans.
 
         Args:
             path: .mp4; also .mkv where the packets of VP8 or VP9 are copied.
-            seconds: length of the reel; 15 % of the video, 10 to 60 s, by default.
+            seconds: length of the reel at most; 15 % of the video within 10 to 60 s, at most half, by default.
             mode: "copy" takes the video's packets as they are, "encode" makes H.264 and AAC of them, "auto" copies
                 where that is possible. Copying moves the ends of the spans by up to 0.75 s.
+            order: of the spans with a query; "score" begins with the best.
 
         Raises:
-            RenderError: the reel cannot be made.
+            RenderError: the reel cannot be made, or would be most of the video again.
         """
-        output = OutputConfig(reel_seconds=seconds, query=query, reel_mode=mode)
+        output = OutputConfig(reel_seconds=seconds, query=query, reel_mode=mode, order=order)
         return self.actions.render_reel(self, Path(path), output)
 
     def search(self, query: Query | Combined, *, k: int = 5) -> list[SearchHit]:

@@ -14,7 +14,7 @@ from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, folder_name, for_each, sources
 from keyreel.cli.output import log, print_json, print_line, print_summary, print_table, span
 from keyreel.cli.progress import PICTURED, RENDERED, Bars
-from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, ReelMode, Sampling, SelectConfig
+from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, ReelMode, ReelOrder, Sampling, SelectConfig
 
 if TYPE_CHECKING:
     from keyreel.decode.source import Source
@@ -46,7 +46,7 @@ def summarize(
     ] = SELECT.similarity_limit,
     reel: Annotated[bool, Option(help="write reel.mp4, or reel.mkv where VP8 or VP9 is copied")] = OUTPUT.reel,
     reel_seconds: Annotated[
-        float | None, Option(help="length of the reel; 15 % of the video, 10 to 60 s, by default")
+        float | None, Option(help="longest reel; 15 % of the video, 10 to 60 s, by default")
     ] = OUTPUT.reel_seconds,
     reel_mode: Annotated[
         ReelMode,
@@ -56,6 +56,10 @@ def summarize(
         int, Option(help="tallest picture of an encoded reel, in pixels; its width if it is upright")
     ] = OUTPUT.reel_height,
     query: Annotated[str | None, Option(help="rank the reel's spans by how well they answer this text")] = OUTPUT.query,
+    order: Annotated[
+        ReelOrder,
+        Option(parser=str, metavar="<str>", help="of the spans with a query: time, or score for the best first"),
+    ] = OUTPUT.order,
     storyboard: Annotated[bool, Option(help="write storyboard.html")] = OUTPUT.storyboard,
     thumbnails: Annotated[bool, Option(help="write thumbs.vtt and thumbs.jpg")] = OUTPUT.thumbnails,
     otio: Annotated[bool, Option("--otio", help="write reel.otio")] = OUTPUT.otio,
@@ -88,6 +92,7 @@ def summarize(
         reel_mode=reel_mode,
         reel_height=reel_height,
         query=query,
+        order=order,
         storyboard=storyboard,
         thumbnails=thumbnails,
         otio=otio,
@@ -114,6 +119,8 @@ def summarize(
             documents.append(json.loads((folder / "summary.json").read_text("utf-8")))
             for warning in summary.warnings:
                 log(f"{source.name}: warning: {warning}", style="yellow")
+            if reel and documents[-1]["reel"]["file"] is None:
+                log(f"{source.name}: no reel: {documents[-1]['reel']['reason']}")
             if not as_json:
                 with bars.hidden():
                     print_summary(summary, folder, seconds)

@@ -1,18 +1,23 @@
-"""How a reel is made: its packets copied, or its frames encoded anew."""
+"""The reel of a summary: its spans, and whether their packets are copied or their frames encoded anew."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from keyreel.config import ReelMode
+import numpy as np
+
+from keyreel.config import OutputConfig, ReelMode, SelectConfig
 from keyreel.decode.source import Source
 from keyreel.errors import RenderError
 from keyreel.render.copy import NotCopyable, plan_copy, write_copy
+from keyreel.render.plan import SNAP_SECONDS, ReelPlan, interest_of, plan_reel
 from keyreel.render.reel import DEFAULTS, check_target, write_reel
-from keyreel.types import Progress, Shot
+from keyreel.render.sound import SoundReader, quietest
+from keyreel.types import F32, F64, Progress, Shot, Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,46 @@ class Reel:
     mode: Literal["copy", "encode"]
     reason: str  # why this mode
     spans: tuple[Shot, ...]  # as they are in the reel: copying moves their ends
+
+
+def planned_reel(summary: Summary, source: Source, config: OutputConfig, query_scores: F32 | None = None) -> ReelPlan:
+    """The spans of a summary's reel, inside the analysed part of the video; see `plan.plan_reel`.
+
+    With `query_scores` and `config.order` "score" they are in the order of their best frames' scores.
+    """
+    begin, embedding = summary.shots[0].start_seconds, summary.embedding
+    interest = interest_of(embedding, summary.shots, summary.importance)
+    scores = interest if query_scores is None else query_scores
+    select = summary.config.get("select", {})
+    with closing(SoundReader(source)) as sound:
+
+        def quiet(seconds: float) -> float:
+            return quietest(sound, seconds + begin, SNAP_SECONDS) - begin
+
+        plan = plan_reel(
+            duration_seconds=summary.stop_seconds - begin,
+            shots=_moved(summary.shots, -begin),
+            pts_seconds=embedding.pts_seconds - begin,
+            scores=scores,
+            vectors=embedding.joint,
+            seconds=config.reel_seconds,
+            similarity_limit=select.get("similarity_limit", SelectConfig().similarity_limit),
+            quiet=quiet if summary.video.has_audio else None,
+        )
+    spans = _moved(plan.spans, begin)
+    if query_scores is not None and config.order == "score":
+        spans = tuple(sorted(spans, key=lambda span: -_best(span, embedding.pts_seconds, query_scores)))
+    return ReelPlan(spans, plan.reason)
+
+
+def _best(span: Shot, pts: F64, scores: F32) -> float:
+    """The best score of a sample in a span."""
+    inside = (pts >= span.start_seconds) & (pts < span.stop_seconds)
+    return float(scores[inside].max(initial=-np.inf))
+
+
+def _moved(spans: Iterable[Shot], seconds: float) -> tuple[Shot, ...]:
+    return tuple(Shot(span.start_seconds + seconds, span.stop_seconds + seconds) for span in spans)
 
 
 def make_reel(
@@ -39,7 +84,7 @@ def make_reel(
     """Writes the spans one after the other, copied where `mode` and the video allow it.
 
     Args:
-        spans: disjoint, in time order.
+        spans: disjoint, in the order of the reel.
         path: of the file; its folder must be there.
         shots: of the video; copying moves no end of a span over a cut.
         mode: "auto" copies where every span can be copied.

@@ -48,7 +48,7 @@ def write_reel(
     none. The video is read once, its sound beside it.
 
     Args:
-        spans: in time order, disjoint.
+        spans: disjoint; those in time order are decoded in one pass.
         path: of the MP4; its folder must be there.
         height: of the picture in pixels, width if it is upright; a larger one is scaled down.
         progress: called with ("reel", seconds done, seconds in all).
@@ -103,12 +103,15 @@ def _write(
 
         begin = 0.0  # of this span, in the output's seconds
         # "area" also at full size: it costs half of what bicubic does where only the chroma is scaled.
-        frames: Iterator[tuple[Any, float]] = (
-            _frames(source, spans, ImageTransform(height, width, "squash", "area"), info)
-            if colours is None
-            else direct_frames(source, _wanted(source, spans), height, width, colours)
-        )
-        for span, shown in itertools.groupby(_shown(frames, spans), key=lambda frame: frame.span):
+        transform = ImageTransform(height, width, "squash", "area")
+
+        def frames_of(spans: Sequence[Shot]) -> Iterator[tuple[Any, float]]:
+            if colours is None:
+                return _frames(source, spans, transform, info)
+            return direct_frames(source, _wanted(source, spans), height, width, colours)
+
+        pictures = itertools.chain.from_iterable(_shown(frames_of(run), run) for run in _rising(spans))
+        for span, shown in itertools.groupby(pictures, key=lambda frame: frame.span):
             heard, last = round(begin * RATE), round((begin + span.duration_seconds) * RATE)
             blocks = faded(placed_sound(sound, span.start_seconds, last - heard), last - heard)
             for number, picture in enumerate(shown):
@@ -210,6 +213,18 @@ def _frames(
     ):
         for batch in distinct(stream):
             yield from zip(batch.data, batch.pts_seconds.tolist(), strict=True)
+
+
+def _rising(spans: Sequence[Shot]) -> Iterator[list[Shot]]:
+    """Runs of spans in time order: each is decoded in one pass."""
+    run: list[Shot] = []
+    for span in spans:
+        if run and span.start_seconds < run[-1].stop_seconds:
+            yield run
+            run = []
+        run.append(span)
+    if run:
+        yield run
 
 
 def _wanted(source: Source, spans: Sequence[Shot]) -> Sampling:

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -18,9 +16,8 @@ from keyreel.errors import RenderError
 from keyreel.render.documents import SUMMARY, ReelEntry, SummaryDocument, summary_document, to_json
 from keyreel.render.files import hidden
 from keyreel.render.interchange import import_otio, write_edl, write_otio
-from keyreel.render.modes import make_reel
+from keyreel.render.modes import make_reel, planned_reel
 from keyreel.render.pictures import at_most, contact_sheet, jpeg, keyframe_name, pictures_at, shrink
-from keyreel.render.plan import plan_reel
 from keyreel.render.storyboard import link_to, picture_edge, storyboard_page
 from keyreel.render.thumbnails import chapters, sprite, tile, tile_times, webvtt
 from keyreel.types import F32, Progress, Shot, Summary
@@ -78,25 +75,6 @@ def save_summary(
     return folder
 
 
-def reel_spans(summary: Summary, config: OutputConfig, query_scores: F32 | None = None) -> tuple[Shot, ...]:
-    """The spans of a summary's reel, inside the analysed part of the video; see `plan.plan_reel`."""
-    begin = summary.shots[0].start_seconds
-    spans = plan_reel(
-        duration_seconds=summary.stop_seconds - begin,
-        shots=_moved(summary.shots, -begin),
-        keyframes=[replace(frame, pts_seconds=frame.pts_seconds - begin) for frame in summary.keyframes],
-        importance=summary.importance,
-        pts_seconds=summary.embedding.pts_seconds - begin,
-        seconds=config.reel_seconds,
-        query_scores=query_scores,
-    )
-    return _moved(spans, begin)
-
-
-def _moved(spans: Iterable[Shot], seconds: float) -> tuple[Shot, ...]:
-    return tuple(Shot(span.start_seconds + seconds, span.stop_seconds + seconds) for span in spans)
-
-
 def _write_all(
     summary: Summary,
     source: Source,
@@ -110,10 +88,12 @@ def _write_all(
     seconds: dict[str, float] = {}
     files, small = _write_pictures(summary, source, made, config, progress, seconds)
     spans: tuple[Shot, ...] = ()
+    reel: ReelEntry | None = None
     if config.reel or config.otio or config.edl:
-        spans = reel_spans(summary, config, query_scores)
-    reel = ReelEntry(None, spans, None, "not asked for") if spans else None
-    if config.reel:
+        plan = planned_reel(summary, source, config, query_scores)
+        spans = plan.spans
+        reel = ReelEntry(None, spans, None, plan.reason or "not asked for")
+    if config.reel and spans:
         reel_began = time.perf_counter()
         written = make_reel(
             source,
@@ -128,9 +108,9 @@ def _write_all(
         seconds["reel"] = time.perf_counter() - reel_began
         spans, reel = written.spans, ReelEntry(written.path.name, written.spans, written.mode, written.reason)
     media = source.path.absolute().as_uri() if source.path is not None else summary.video.path
-    if config.otio:
+    if config.otio and spans:
         write_otio(summary.video, media, spans, made / "reel.otio")
-    if config.edl:
+    if config.edl and spans:
         write_edl(summary.video, media, spans, made / "reel.edl")
 
     def document() -> SummaryDocument:

@@ -23,6 +23,8 @@ FADE_SECONDS = 0.03  # at both ends of a span
 PREROLL_SECONDS = 0.5  # read before a span: lossy audio needs a few frames to settle
 SLACK_SECONDS = 0.01  # pts rounded to milliseconds must not cut the sound; a larger step is a real gap
 
+_STEP = RATE // 50  # samples, of which the energy is taken
+
 T = TypeVar("T", bound=Any)
 
 
@@ -35,6 +37,25 @@ def faded(blocks: Iterator[F32], count: int) -> Iterator[F32]:
         gain = np.clip(np.minimum(place, count - place) / length, 0.0, 1.0)
         yield (block * gain).astype(np.float32)
         done += block.shape[1]
+
+
+def quietest(reader: SoundReader, seconds: float, reach_seconds: float) -> float:
+    """The middle of the quietest 60 ms within reach of a time; the time itself where it is no louder than twice that.
+
+    Energy is that of both channels in steps of 20 ms.
+    """
+    start = max(seconds - reach_seconds, 0.0)
+    steps = int((seconds + reach_seconds - start) * RATE) // _STEP
+    blocks = list(placed_sound(reader, start, steps * _STEP))
+    if steps < 3 or not blocks:
+        return seconds
+    samples = np.concatenate(blocks, axis=1)
+    energy = np.square(samples[:, : steps * _STEP].reshape(2, steps, _STEP)).mean((0, 2))
+    around = np.convolve(energy, np.ones(3) / 3, mode="valid")  # of the steps n to n + 2
+    places = start + (np.arange(len(around)) + 1.5) * _STEP / RATE
+    now = int(np.abs(places - seconds).argmin())
+    best = int(np.lexsort((np.abs(places - seconds), around))[0])
+    return seconds if around[now] <= 2 * around[best] else float(places[best])
 
 
 def placed_sound(reader: SoundReader, start_seconds: float, count: int) -> Iterator[F32]:
