@@ -38,6 +38,7 @@ def ran(script: str, output: Path, *words: str) -> subprocess.CompletedProcess[s
         ("shots", {"shots"}),
         ("service", {"service", "commits"}),
         ("reels", {"reels"}),
+        ("summarize", {"summarize"}),
     ],
 )
 def test_a_script_runs(script: str, cases: set[str], tmp_path: Path) -> None:

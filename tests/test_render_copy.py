@@ -76,6 +76,7 @@ def check(clip: Path, reel: Reel) -> None:
 
 REAL = [
     ("natural/bikes.mp4", spans_of((1.3, 2.9), (5.0, 7.3)), ".mp4"),  # H.264 with B-pictures
+    ("natural/bikes.mp4", spans_of((5.0, 7.3), (1.3, 2.9)), ".mp4"),  # in another order than that of the video
     ("natural/internal_emulator_transformer_output.mp4", spans_of((0.6, 1.9), (3.2, 4.97)), ".mp4"),  # AAC beside it
     ("format/bbb_642x642_768kbps_30fps_vp9.webm", spans_of((0.2, 1.0), (2.1, 2.9)), ".mkv"),
     ("format/h265_video.mp4", spans_of((0.0, 0.2), (0.4, 0.7)), ".mp4"),  # leading pictures that need the GOP before

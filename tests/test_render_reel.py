@@ -141,6 +141,22 @@ def test_frames_keep_their_times_and_spans_open_with_key_frames(tmp_path):
             assert float(stream.duration * stream.time_base) == pytest.approx(before, abs=0.001)
 
 
+def test_spans_whose_ends_miss_a_frame_by_rounding(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", STEADY, FLASHES, size=(32, 32))
+    noise = 5e-15
+    write(clip, tmp_path / "reel.mp4", (Shot(0.96 + noise, 2.0 + noise), Shot(3.0 - noise, 4.0)))
+    frames = frames_of(tmp_path / "reel.mp4")
+    assert [float(f.time) for f in frames] == pytest.approx([n / 25 for n in range(51)], abs=1e-4)
+
+
+def test_spans_in_any_order(tmp_path):
+    colours = [(8 * n, 250 - 8 * n, 90) for n in range(30)]
+    clip = write_clip(tmp_path / "clip.mp4", [n / 2 for n in range(30)], size=(72, 128), sound=None, colours=colours)
+    write(clip, tmp_path / "reel.mp4", (Shot(9.0, 10.0), Shot(2.0, 3.0), Shot(5.0, 6.0)))
+    middle = [f.to_ndarray(format="rgb24")[36, 64] for f in frames_of(tmp_path / "reel.mp4")]
+    np.testing.assert_allclose(middle, [colours[n] for n in (18, 19, 4, 5, 10, 11)], atol=6)
+
+
 def test_a_picture_held_for_seconds_is_shown_from_the_spans_start(tmp_path):
     colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
     clip = write_clip(tmp_path / "slides.mp4", [0.0, 4.0, 8.0], size=(64, 64), sound=None, colours=colours)

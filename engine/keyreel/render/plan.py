@@ -22,7 +22,7 @@ APART_SECONDS = 2.0  # two spans of one shot; less looks like a mistake
 SNAP_SECONDS = 0.4  # an end this close to a cut moves onto it, and one this close to a quiet place there
 # Much happens in the samples around the best one whose score is this share of it; samples below that share of the
 # video's best are not shown.
-LIVELY, DULL = 0.5, 0.15
+LIVELY, DULL = 0.4, 0.15
 # A layout changes by about 0.02 from sample to sample where nothing moves, and by 0.2 to 0.7 where cars pass.
 MOVING = 0.1
 IMPORTANCE = 0.25  # weight of what a frame stands for beside what happens in it

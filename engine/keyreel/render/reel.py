@@ -194,7 +194,7 @@ def _shown(frames: Iterator[tuple[Any, float]], spans: Sequence[Shot]) -> Iterat
         if held is None:
             return
         seconds = span.start_seconds
-        while ahead is not None and ahead[1] < span.stop_seconds:
+        while ahead is not None and ahead[1] < span.stop_seconds - 1 / TICKS:
             yield _Shown(span, held[0], seconds, ahead[1] - seconds)
             seconds = ahead[1]
             held, ahead = ahead, next(frames, None)
