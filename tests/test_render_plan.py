@@ -171,6 +171,7 @@ def test_the_quietest_place_by_the_loudness_of_each_moment(tmp_path: Path) -> No
         sound.close()
 
 
+@pytest.mark.full
 def test_cars_on_a_road_rather_than_the_road(media: Callable[[str], Path]) -> None:
     """Cars cross the picture from 4.5 to 9, 14.5 to 19.5 and 25.4 to 28.4 s; else the road is empty."""
     with Engine.from_pretrained(device="cpu") as engine, Source(media("natural/car-detection.mp4")) as source:

@@ -283,7 +283,7 @@ def test_progress_rises_to_the_end_and_the_file_is_opened_once_for_pictures_and_
     assert {(stage, end) for stage, _, end in told} == {("reel", total)}
     assert all(a[1] <= b[1] for a, b in itertools.pairwise(told))
     assert told[-1][1] == total
-    assert opened.count("MainThread") == 2  # the colours of the first frame; the sound, for all spans
+    assert opened.count("MainThread") == 3  # the text tracks, the colours of the first frame, the sound of all spans
 
 
 def test_a_reel_never_replaces_its_video(tmp_path: Path) -> None:

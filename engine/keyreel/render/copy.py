@@ -26,6 +26,7 @@ from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.source import Source
 from keyreel.decode.timeline import TIME_BASE, Timeline
 from keyreel.errors import RenderError
+from keyreel.render.captions import add_captions
 from keyreel.render.files import atomic_write
 from keyreel.render.sound import SoundReader
 from keyreel.types import F64, I64, Progress, Shot
@@ -223,6 +224,7 @@ class _Copy:
         self.audio = None
         if container.streams.audio:
             self.audio = output.add_stream_from_template(container.streams.audio[0], opaque=True)
+        self.captions = add_captions(output, source, plan.spans)
         self.output = output
         kept, pts = [], []
         begin = 0
@@ -268,6 +270,8 @@ class _Copy:
 
 def _write(copy: _Copy, sound: SoundReader, progress: Progress | None) -> None:
     total = float(copy.total * copy.base)
+    for caption in copy.captions:
+        copy.output.mux(caption)
     begin, heard = 0.0, 0.0  # seconds of the output: of this piece, and at which the sound written so far ends
     for piece, span, pictures in zip(copy.plan.pieces, copy.plan.spans, copy.pictures(), strict=True):
         length = float((piece.stop_ticks - piece.start_ticks) * copy.base)

@@ -21,6 +21,7 @@ from keyreel.config import ImageTransform, OutputConfig, Sampling
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream, distinct
 from keyreel.errors import NoFrames, RenderError
+from keyreel.render.captions import add_captions
 from keyreel.render.direct import BT709, Colours, direct_colours, direct_frames
 from keyreel.render.files import atomic_write
 from keyreel.render.sound import RATE, SoundReader, faded, placed_sound
@@ -95,6 +96,8 @@ def _write(
         audio: Any = output.add_stream("aac", rate=RATE, layout="stereo") if info.has_audio else None
         if audio is not None:
             audio.codec_context.bit_rate = SOUND_BITS
+        for caption in add_captions(output, source, spans):
+            output.mux(caption)
         lasting: dict[int, int] = {}  # how long the frame of a pts is shown: the encoder guesses at the last one
 
         def coded(frame: av.VideoFrame | None) -> Any:

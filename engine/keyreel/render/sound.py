@@ -132,7 +132,7 @@ class SoundReader:
             container = self._container = self._container or self._source.open()
             stream = container.streams.audio[0]
             base = float(stream.time_base or 1.0)
-            origin = _origin(container)
+            origin = origin_of(container)
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all
@@ -154,7 +154,7 @@ class SoundReader:
                 return
 
 
-def _origin(container: InputContainer) -> float:
+def origin_of(container: InputContainer) -> float:
     """Where time begins, on the file's clock."""
     stream = select_video(container)
     start = None if stream is None else start_seconds(container, stream)
