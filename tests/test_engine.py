@@ -185,6 +185,7 @@ def test_thumbnails_come_from_the_frames_of_the_analysis(engine: Engine, media: 
             small, wanted = summary.thumbnails[time].astype(int), tile(frame, summary.video).astype(int)
             assert small.shape == wanted.shape
             assert np.abs(small - wanted).mean() < 2
+    assert not engine.summarize(media("natural/test.mp4"), thumbnails=False).thumbnails
     part = engine.summarize(media("natural/test.mp4"), sampling=Sampling(fps=0.4))  # at 0 and 2.5 s
     assert set(part.thumbnails) == {0.0}
 

@@ -253,6 +253,7 @@ class Engine:
         sampling: Sampling | None = None,
         encode: EncodeConfig | None = None,
         select: SelectConfig | None = None,
+        thumbnails: bool = True,
         progress: Progress | None = None,
     ) -> Summary:
         """Finds the key-frames, shots and scenes of a video.
@@ -260,6 +261,7 @@ class Engine:
         Args:
             keyframes: how many, or "auto"; see also `select`.
             sampling: which frames are analysed; two a second by default.
+            thumbnails: keep small pictures for `save`, 43 KB each, 200 at most; else it decodes them again.
             progress: called as progress(stage, done, total) from this thread.
 
         Raises:
@@ -275,12 +277,12 @@ class Engine:
         sampling = dataclasses.replace(sampling, times=tuple(sorted(sampling.times)))
         source = _as_source(video)
         info = source.probe()
-        thumbnails = thumbnails_of(source, info, sampling.stop_seconds)
+        aside = thumbnails_of(source, info, sampling.stop_seconds) if thumbnails else None
         image, size = self.bundle.image, encode.batch_size or self.backend.batch_size
         with (
             span("keyreel.encode"),
             self.backend.running(),
-            self.backend.open_stream(source, sampling, transform=image, batch_size=size, aside=thumbnails) as stream,
+            self.backend.open_stream(source, sampling, transform=image, batch_size=size, aside=aside) as stream,
         ):
             batches = _with_progress(distinct(stream), progress, source, sampling)
             encoded = self._images.encode(batches, encode)
@@ -317,7 +319,7 @@ class Engine:
             warnings=(*warnings, *found.warnings),
             timings_seconds=timings,
             actions=_Actions(self, source),
-            thumbnails=thumbnails.pictures() if thumbnails is not None else {},
+            thumbnails=aside.pictures() if aside is not None else {},
         )
 
     def search(self, query: Query | Combined, summaries: Sequence[Summary], *, k: int = 5) -> list[SearchHit]:
