@@ -240,6 +240,8 @@ class _Copy:
         self._dts = decode_times(self._pts)
         order = np.append(np.sort(self._pts), begin)
         self._lasts = order[np.searchsorted(order, self._pts, side="right")] - self._pts
+        # MP4 adds up steps of decoding: with the last one they are as long as what is shown.
+        self._lasts[-1] = max(1, begin + self._dts[0] - self._dts[-1])
 
     def pictures(self) -> Iterator[Iterator[tuple[float, Packet[Any]]]]:
         """(seconds of decoding, packet) of each piece."""
