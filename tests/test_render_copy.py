@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,21 @@ def test_what_cannot_be_copied_is_encoded_and_says_why(tmp_path: Path, media: Ca
             with pytest.raises(RenderError, match="cannot be copied"):
                 make_reel(source, late, tmp_path / "not.mp4", shots=(), mode="copy")
     assert not (tmp_path / "not.mp4").exists()
+
+
+def test_the_shape_that_only_the_container_names(tmp_path: Path) -> None:
+    plain = encode(tmp_path / "plain", codec="libx264", frames=60, gop=12)
+    clip = tmp_path / "wide.mp4"
+    with av.open(str(plain)) as source, av.open(str(clip), "w") as output:
+        stream = output.add_stream_from_template(source.streams.video[0], opaque=True)
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                output.mux(packet)
+    reel = copy(clip, tmp_path / "reel.mp4", spans_of((0.5, 1.5)))
+    with Source(clip) as source, Source(reel.path) as made:
+        assert made.probe().display_size == source.probe().display_size == (64, 128)
 
 
 def test_a_file_that_is_to_be_mp4_stays_one(tmp_path: Path, media: Callable[[str], Path]) -> None:

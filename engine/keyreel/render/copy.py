@@ -218,6 +218,8 @@ class _Copy:
         self._codec = stream.codec_context.codec.canonical_name
         self._read = Packets(container, stream, self._timeline, lambda: None)
         self.video = output.add_stream_from_template(stream, opaque=True)
+        if stream.sample_aspect_ratio:  # the container's, which counts
+            self.video.codec_context.sample_aspect_ratio = stream.sample_aspect_ratio
         if plan.suffix == ".mp4" and self._codec in ("h264", "hevc"):
             tag = stream.codec_context.codec_tag
             self.video.codec_context.codec_tag = tag if tag in _TAGS else {"h264": "avc1", "hevc": "hvc1"}[self._codec]
