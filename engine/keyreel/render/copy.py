@@ -132,7 +132,7 @@ def _container(source: Source) -> str:
         if picture in pictures and (sound is None or sound in allowed):
             return suffix
     what = picture if sound is None or all(picture not in pictures for pictures, _ in CONTAINERS.values()) else sound
-    raise NotCopyable(f"neither MP4 nor Matroska players surely know {what} in such a file")
+    raise NotCopyable(f"{what} is copied into neither MP4 nor Matroska, where few players would know it")
 
 
 def _entries(timeline: Timeline) -> tuple[I64, F64]:
