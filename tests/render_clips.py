@@ -90,11 +90,13 @@ def onsets(path: Path) -> tuple[list[float], list[float]]:
                 flashes.append(frame.time)
             dark = not bright
     samples, starts = decode_sound(path)
+    with av.open(str(path)) as container:
+        rate = container.streams.audio[0].rate
     loud = np.abs(samples[0]) > 0.15
     # A beep begins where it is loud after 50 ms of quiet.
     places = np.flatnonzero(loud)
-    begins = places[np.concatenate([[True], np.diff(places) > 0.05 * 48000])] if len(places) else places
-    return flashes, [starts + place / 48000 for place in begins]
+    begins = places[np.concatenate([[True], np.diff(places) > 0.05 * rate])] if len(places) else places
+    return flashes, [starts + place / rate for place in begins]
 
 
 def decode_sound(path: Path) -> tuple[np.ndarray, float]:

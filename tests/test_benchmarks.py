@@ -37,6 +37,8 @@ def ran(script: str, output: Path, *words: str) -> subprocess.CompletedProcess[s
         ("answers", {"answers"}),
         ("shots", {"shots"}),
         ("service", {"service", "commits"}),
+        ("reels", {"reels"}),
+        ("summarize", {"summarize"}),
     ],
 )
 def test_a_script_runs(script: str, cases: set[str], tmp_path: Path) -> None:

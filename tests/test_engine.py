@@ -16,8 +16,10 @@ from PIL import Image
 
 from keyreel import EncodeConfig, Engine, Sampling, SelectConfig, Summary
 from keyreel.config import OutputConfig
-from keyreel.errors import BackendUnavailable, ModelNotFound, SourceError, SourceNotFound
-from keyreel.render.save import reel_spans
+from keyreel.decode.source import Source
+from keyreel.errors import BackendUnavailable, ModelNotFound, RenderError, SourceError, SourceNotFound
+from keyreel.render.modes import planned_reel
+from keyreel.render.thumbnails import tile, tile_times
 from keyreel.runtime.bundle import SubjectScale
 from keyreel.search import frame_scores, region
 
@@ -108,7 +110,8 @@ def test_sampling_modes_reach_the_summary(engine: Engine, clip: Path) -> None:
     assert part.shots[0].start_seconds == 1.0
     assert part.shots[-1].stop_seconds == 2.0
     assert (part.embedding.pts_seconds < 2.0).all()
-    spans = reel_spans(part, OutputConfig())
+    with Source(clip) as source:
+        spans = planned_reel(part, source, OutputConfig(reel_seconds=0.8)).spans
     assert min(span.start_seconds for span in spans) >= 1.0
     assert max(span.stop_seconds for span in spans) <= 2.0
 
@@ -144,9 +147,11 @@ def test_texts_are_scored_by_the_models_scale_and_pictures_by_plain_cosines(
     assert hit.answered_by == "subject"
     row = int(np.searchsorted(embedding.pts_seconds, hit.pts_seconds))
     assert hit.region == region(embedding.attention[row], embedding.grid)
-    spans = summary.render_reel(tmp_path / "reel.mp4", seconds=1.0, query="a dog")
+    spans = summary.render_reel(tmp_path / "reel.mp4", seconds=1.0, query="a dog", mode="encode")
     output = OutputConfig(reel_seconds=1.0, query="a dog")
-    assert spans == reel_spans(summary, output, frame_scores(embedding.scene, embedding.subject, text, scale).best)
+    scores = frame_scores(embedding.scene, embedding.subject, text, scale).best
+    with Source(clip) as source:
+        assert spans == planned_reel(summary, source, output, scores).spans
     with engine.frames(clip, Sampling(mode="times", times=(1.0,))) as stream:
         picture = next(iter(stream)).data[0]
     vector = engine.encode_image(picture)[0]
@@ -155,7 +160,7 @@ def test_texts_are_scored_by_the_models_scale_and_pictures_by_plain_cosines(
 
 
 def test_saved_summary_reads_back(summary: Summary, tmp_path: Path) -> None:
-    folder = summary.save(tmp_path / "out", OutputConfig(otio=True))
+    folder = summary.save(tmp_path / "out", OutputConfig(otio=True, reel_seconds=1.5))
     document = json.loads((folder / "summary.json").read_text())
     assert document["schema"] == "keyreel.summary/1"
     assert [k["frame_index"] for k in document["keyframes"]] == [k.frame_index for k in summary.keyframes]
@@ -169,10 +174,37 @@ def test_saved_summary_reads_back(summary: Summary, tmp_path: Path) -> None:
     }
 
 
+def test_thumbnails_come_from_the_frames_of_the_analysis(engine: Engine, media: Callable[[str], Path]) -> None:
+    for name in ("natural/test.mp4", "format/rotate-buck-bunny.mp4"):
+        summary = engine.summarize(media(name))
+        _, times = tile_times(summary.stop_seconds)
+        assert set(summary.thumbnails) == set(times)
+        with engine.frames(media(name), Sampling(mode="times", times=times)) as stream:
+            frames = [frame for batch in stream for frame in batch.data]
+        for time, frame in zip(times, frames, strict=True):
+            small, wanted = summary.thumbnails[time].astype(int), tile(frame, summary.video).astype(int)
+            assert small.shape == wanted.shape
+            assert np.abs(small - wanted).mean() < 2
+    assert not engine.summarize(media("natural/test.mp4"), thumbnails=False).thumbnails
+    part = engine.summarize(media("natural/test.mp4"), sampling=Sampling(fps=0.4))  # at 0 and 2.5 s
+    assert set(part.thumbnails) == {0.0}
+
+
 def test_reel_by_query(summary: Summary, tmp_path: Path) -> None:
-    spans = summary.render_reel(tmp_path / "reel.mp4", seconds=1.0, query="a dog")
-    assert sum(span.duration_seconds for span in spans) == pytest.approx(1.0, abs=len(spans) / 30)
+    spans = summary.render_reel(tmp_path / "reel.mp4", seconds=1.0, query="a dog", mode="encode")
+    assert sum(span.duration_seconds for span in spans) == pytest.approx(1.0, abs=0.8)  # ends move to quiet places
     assert (tmp_path / "reel.mp4").stat().st_size > 1000
+
+
+def test_a_reel_that_would_be_most_of_the_video_is_none(summary: Summary, tmp_path: Path) -> None:
+    with pytest.raises(RenderError, match=r"no reel: the video is 3.2 s long(.|\n)*fewer seconds"):
+        summary.render_reel(tmp_path / "reel.mp4", seconds=10)
+    assert not list(tmp_path.iterdir())
+    folder = summary.save(tmp_path / "out", OutputConfig(otio=True))
+    reel = json.loads((folder / "summary.json").read_text())["reel"]
+    assert (reel["file"], reel["spans"], reel["mode"]) == (None, [], None)
+    assert reel["reason"].startswith("the video is 3.2 s long")
+    assert not list(folder.glob("reel.*"))
 
 
 def test_a_summary_of_another_model_is_refused(engine: Engine, summary: Summary) -> None:

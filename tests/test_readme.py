@@ -26,7 +26,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_blocks_run(media: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copy(media("natural/test.mp4"), tmp_path / "match.mp4")
+    shutil.copy(media("natural/car-detection.mp4"), tmp_path / "match.mp4")
     (tmp_path / "clips").mkdir()
     for name, clip in (("a", "natural/test.mp4"), ("b", "natural/bikes.mp4")):
         shutil.copy(media(clip), tmp_path / "clips" / f"{name}.mp4")

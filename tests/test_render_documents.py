@@ -49,7 +49,7 @@ def validator(document: type) -> Any:
 def test_summary(summary: Summary) -> None:
     config = {"a": np.float32(0.5), "b": np.int64(3), "c": (np.bool_(True), None), "d": {"e": Path("x")}}
     turned = dataclasses.replace(summary, keyframes=summary.keyframes[::-1], config=config)
-    reel = ReelEntry("reel.mp4", SPANS)
+    reel = ReelEntry("reel.mp4", SPANS, "encode", "asked for")
     text = to_json(summary_document(turned, files=["c", "b", "a"], reel=reel, render_seconds=0.25))
     document = json.loads(text)
     validator(SummaryDocument).validate(document)
@@ -83,7 +83,7 @@ def test_summary(summary: Summary) -> None:
     ],
 )
 def test_the_schema_refuses_wrong_summaries(summary: Summary, spoil: Callable[[Any], Any]) -> None:
-    document = json.loads(to_json(summary_document(summary, reel=ReelEntry(None, SPANS))))
+    document = json.loads(to_json(summary_document(summary, reel=ReelEntry(None, SPANS, None, "not asked for"))))
     validator(SummaryDocument).validate(document)
     spoil(document)
     assert not validator(SummaryDocument).is_valid(document)

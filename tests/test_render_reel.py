@@ -15,7 +15,7 @@ from keyreel.config import Sampling
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.errors import RenderError
-from keyreel.render import reel
+from keyreel.render import reel, sound
 from keyreel.render.reel import write_reel
 from keyreel.types import Shot
 
@@ -99,7 +99,7 @@ def test_samples_are_cut_exactly(tmp_path):
     original = decode_sound(clip)[0].reshape(-1, 2).T.astype(np.float32) / 32768
     for start in (0.0, 0.123, 2.6, 7.9):
         with Source(clip) as source:
-            blocks = list(reel._sound(reel._SoundReader(source), start, 40000))
+            blocks = list(sound.placed_sound(sound.SoundReader(source), start, 40000))
         first = round(start * 48000)
         expected = np.zeros((2, 40000), np.float32)
         expected[:, : original.shape[1] - first] = original[:, first : first + 40000]
@@ -113,7 +113,7 @@ def test_samples_are_cut_exactly(tmp_path):
 
 def test_each_joint_fades_and_the_length_is_exact(tmp_path):
     blocks = [np.ones((2, n), np.float32) for n in (100, 4000, 900)]
-    faded = np.concatenate(list(reel._faded(iter(blocks), 5000)), axis=1)
+    faded = np.concatenate(list(sound.faded(iter(blocks), 5000)), axis=1)
     assert faded.shape == (2, 5000)
     ramp = (np.arange(1440) + 0.5) / 1440
     np.testing.assert_allclose(faded[0, :1440], ramp, atol=1e-6)
@@ -141,6 +141,22 @@ def test_frames_keep_their_times_and_spans_open_with_key_frames(tmp_path):
             assert float(stream.duration * stream.time_base) == pytest.approx(before, abs=0.001)
 
 
+def test_spans_whose_ends_miss_a_frame_by_rounding(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", STEADY, FLASHES, size=(32, 32))
+    noise = 5e-15
+    write(clip, tmp_path / "reel.mp4", (Shot(0.96 + noise, 2.0 + noise), Shot(3.0 - noise, 4.0)))
+    frames = frames_of(tmp_path / "reel.mp4")
+    assert [float(f.time) for f in frames] == pytest.approx([n / 25 for n in range(51)], abs=1e-4)
+
+
+def test_spans_in_any_order(tmp_path):
+    colours = [(8 * n, 250 - 8 * n, 90) for n in range(30)]
+    clip = write_clip(tmp_path / "clip.mp4", [n / 2 for n in range(30)], size=(72, 128), sound=None, colours=colours)
+    write(clip, tmp_path / "reel.mp4", (Shot(9.0, 10.0), Shot(2.0, 3.0), Shot(5.0, 6.0)))
+    middle = [f.to_ndarray(format="rgb24")[36, 64] for f in frames_of(tmp_path / "reel.mp4")]
+    np.testing.assert_allclose(middle, [colours[n] for n in (18, 19, 4, 5, 10, 11)], atol=6)
+
+
 def test_a_picture_held_for_seconds_is_shown_from_the_spans_start(tmp_path):
     colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
     clip = write_clip(tmp_path / "slides.mp4", [0.0, 4.0, 8.0], size=(64, 64), sound=None, colours=colours)
@@ -162,7 +178,8 @@ def test_mp4_of_the_right_kind(tmp_path, media):
         assert (context.name, context.pix_fmt, audio.codec_context.name) == ("h264", "yuv420p", "aac")
         assert (context.width, context.height, audio.rate, audio.channels) == (960, 540, 48000, 2)
         assert video.sample_aspect_ratio in (None, 1)
-        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+        # BT.601, as the source: colours are not converted where the encoder can say what they are.
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (6, 6, 6, 1)
         frames = list(container.decode(video=0))
     assert 59 <= len(frames) <= 62
 
@@ -171,11 +188,15 @@ def test_mp4_of_the_right_kind(tmp_path, media):
 @pytest.mark.parametrize(
     ("name", "start", "size"),
     [
-        ("format/rotate-buck-bunny.mp4", 0.5, (1080, 608)),
+        ("format/rotate-buck-bunny.mp4", 0.5, (1280, 720)),
         ("format/nasa_13013_rotated.mp4", 0.1, (480, 270)),
         ("format/testsrc2_odd_height_and_width_444.mp4", 0.2, (240, 320)),
         ("format/bt601_full_range.mp4", 0.5, (240, 320)),
         ("format/testsrc2_hdr.mp4", 0.5, (180, 320)),
+        ("format/bt709_full_range.mp4", 0.5, (720, 1280)),
+        ("format/h264_10bits.mp4", 0.5, (200, 200)),
+        ("natural/flower.mp4", 0.5, (540, 960)),
+        ("long/long_1080p_lowbitrate.mp4", 9.0, (720, 1280)),
     ],
 )
 def test_upright_even_and_in_the_same_colours(tmp_path, media, monkeypatch, name, start, size):
@@ -196,6 +217,17 @@ def test_upright_even_and_in_the_same_colours(tmp_path, media, monkeypatch, name
         for p in (picture, wanted)
     ]
     assert np.abs(blocks[0] - blocks[1]).mean() < 2.5
+
+
+def test_frames_of_the_right_size_reach_the_encoder_as_they_are(tmp_path, media, monkeypatch):
+    monkeypatch.setattr(reel, "CRF", "0")  # lossless
+    clip = media("natural/internal_emulator_transformer_output.mp4")
+    write(clip, tmp_path / "reel.mp4", (Shot(1.5, 2.0),))
+    with av.open(str(clip)) as container:
+        wanted = [f.to_ndarray() for f in container.decode(video=0) if 1.5 <= f.time < 2.0 - 1e-6]
+    made = [frame.to_ndarray() for frame in frames_of(tmp_path / "reel.mp4")]
+    made = made[-len(wanted) :]  # the first one was shown before the span, too
+    assert all(np.array_equal(one, other) for one, other in zip(made, wanted, strict=True))
 
 
 def test_a_video_without_sound_and_one_with_damaged_pictures(tmp_path, media):
@@ -251,7 +283,7 @@ def test_progress_rises_to_the_end_and_the_file_is_opened_once_for_pictures_and_
     assert {(stage, end) for stage, _, end in told} == {("reel", total)}
     assert all(a[1] <= b[1] for a, b in itertools.pairwise(told))
     assert told[-1][1] == total
-    assert opened.count("MainThread") == 1  # the sound, for all spans
+    assert opened.count("MainThread") == 3  # the text tracks, the colours of the first frame, the sound of all spans
 
 
 def test_a_reel_never_replaces_its_video(tmp_path: Path) -> None:

@@ -69,7 +69,10 @@ def test_all_files_are_there_and_agree(summary: Summary, source: Source, tmp_pat
             assert picture.size == (80, 45)
     assert len(list((folder / "keyframes").iterdir())) == 3
     spans = document["reel"]["spans"]
-    assert sum(s["stop_seconds"] - s["start_seconds"] for s in spans) == pytest.approx(4.0)
+    assert sum(s["stop_seconds"] - s["start_seconds"] for s in spans) == pytest.approx(4.0, abs=1.5)
+    assert (document["reel"]["mode"], document["reel"]["file"]) == ("copy", "reel.mp4")
+    assert document["reel"]["reason"] == "every span can begin and end where packets can be cut"
+    assert 0 < document["timings_seconds"]["reel"] < document["timings_seconds"]["render"]
     assert document["timings_seconds"]["render"] > 0
     with Image.open(folder / "thumbs.jpg") as picture:
         assert picture.size == (1600, 180)

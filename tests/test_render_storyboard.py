@@ -23,7 +23,7 @@ from keyreel.render.storyboard import _curve, link_to, picture_edge, search_page
 from keyreel.types import SearchHit, Shot
 
 HOSTILE = """<script>alert(1)</script>"' onload=x &amp; \udcff.mp4"""
-REEL = ReelEntry("reel.mp4", (Shot(1.0, 2.0), Shot(4.0, 6.0)))
+REEL = ReelEntry("reel.mp4", (Shot(1.0, 2.0), Shot(4.0, 6.0)), "encode", "asked for")
 VOID = {"meta", "img", "source", "input", "br", "link"}
 
 

@@ -12,6 +12,8 @@ ShiftMode = Literal["off", "fixed", "adaptive"]
 ResizeMode = Literal["shortest", "longest", "squash", "fit"]
 Interpolation = Literal["bicubic", "bilinear", "area"]
 ReframeMode = Literal["follow", "fit"]
+ReelOrder = Literal["time", "score"]
+ReelMode = Literal["auto", "copy", "encode"]
 
 
 def _check(holds: bool, message: str) -> None:
@@ -155,8 +157,11 @@ class OutputConfig:
     """What `Summary.save` writes."""
 
     reel: bool = True  # write reel.mp4
-    reel_seconds: float | None = None  # length of the reel; None: 15 % of the video, 10 to 60 s
+    reel_seconds: float | None = None  # longest reel; None: 15 % of the video, 10 to 60 s
+    reel_mode: ReelMode = "auto"  # copy the reel's packets, encode its frames anew, or copy where that is possible
+    reel_height: int = 720  # tallest picture of an encoded reel, in pixels; its width if it is upright
     query: str | None = None  # rank the reel's spans by how well they answer this text
+    order: ReelOrder = "time"  # of the reel's spans, with a query: time, or score for the best first
     aspect: str | None = None  # shape of the reel, "9:16"; None: that of the video
     reframe: ReframeMode = "follow"  # with aspect: follow the subject, or fit the whole frame
     storyboard: bool = True  # write storyboard.html
@@ -169,8 +174,11 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         _check_within(self, "(0, 1e9)", "reel_seconds")
+        orders, modes = get_args(ReelOrder), get_args(ReelMode)
+        _check(self.order in orders, f"unknown order {self.order!r}, allowed: {', '.join(orders)}")
+        _check(self.reel_mode in modes, f"unknown reel mode {self.reel_mode!r}, allowed: {', '.join(modes)}")
         _check_within(self, "[1, 95]", "jpeg_quality")
-        _check_within(self, "[16, inf)", "keyframe_height")
+        _check_within(self, "[16, inf)", "keyframe_height", "reel_height")
         if self.aspect is not None:
             aspect_ratio(self.aspect)
         allowed = get_args(ReframeMode)

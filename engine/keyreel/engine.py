@@ -19,10 +19,11 @@ from keyreel.config import EncodeConfig, ImageTransform, OutputConfig, Sampling,
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, distinct
 from keyreel.encode import Encoded, Encoder, timed
-from keyreel.errors import ModelError
+from keyreel.errors import ModelError, RenderError
+from keyreel.render.modes import make_reel, planned_reel, reel_camera
 from keyreel.render.pictures import attended_area, read_picture
-from keyreel.render.reel import write_reel
-from keyreel.render.save import reel_camera, reel_spans, save_summary
+from keyreel.render.save import save_summary
+from keyreel.render.thumbnails import thumbnails_of
 from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import BUILTIN, Bundle, SubjectScale
 from keyreel.runtime.telemetry import record_stages, span, traced
@@ -252,6 +253,7 @@ class Engine:
         sampling: Sampling | None = None,
         encode: EncodeConfig | None = None,
         select: SelectConfig | None = None,
+        thumbnails: bool = True,
         progress: Progress | None = None,
     ) -> Summary:
         """Finds the key-frames, shots and scenes of a video.
@@ -259,6 +261,7 @@ class Engine:
         Args:
             keyframes: how many, or "auto"; see also `select`.
             sampling: which frames are analysed; two a second by default.
+            thumbnails: keep small pictures for `save`, 43 KB each, 200 at most; else it decodes them again.
             progress: called as progress(stage, done, total) from this thread.
 
         Raises:
@@ -274,11 +277,12 @@ class Engine:
         sampling = dataclasses.replace(sampling, times=tuple(sorted(sampling.times)))
         source = _as_source(video)
         info = source.probe()
-        image = self.bundle.image
+        aside = thumbnails_of(source, info, sampling.stop_seconds) if thumbnails else None
+        image, size = self.bundle.image, encode.batch_size or self.backend.batch_size
         with (
             span("keyreel.encode"),
             self.backend.running(),
-            self.frames(source, sampling, transform=image, batch_size=encode.batch_size) as stream,
+            self.backend.open_stream(source, sampling, transform=image, batch_size=size, aside=aside) as stream,
         ):
             batches = _with_progress(distinct(stream), progress, source, sampling)
             encoded = self._images.encode(batches, encode)
@@ -315,6 +319,7 @@ class Engine:
             warnings=(*warnings, *found.warnings),
             timings_seconds=timings,
             actions=_Actions(self, source),
+            thumbnails=aside.pictures() if aside is not None else {},
         )
 
     def search(self, query: Query | Combined, summaries: Sequence[Summary], *, k: int = 5) -> list[SearchHit]:
@@ -393,9 +398,18 @@ class _Actions:
         return save_summary(summary, self.source, folder, output, query_scores=scores, progress=progress)
 
     def render_reel(self, summary: Summary, path: Path, output: OutputConfig) -> tuple[Shot, ...]:
-        spans = reel_spans(summary, output, self._scores(summary, output))
-        write_reel(self.source, spans, path, camera=reel_camera(summary, output, spans))
-        return spans
+        plan = planned_reel(summary, self.source, output, self._scores(summary, output))
+        if not plan.spans:
+            raise RenderError(f"{self.source.name}: there is no reel: {plan.reason}", hint="ask for fewer seconds")
+        return make_reel(
+            self.source,
+            plan.spans,
+            path,
+            shots=summary.shots,
+            mode=output.reel_mode,
+            height=output.reel_height,
+            camera=reel_camera(summary, output, plan.spans),
+        ).spans
 
     def search(self, summary: Summary, query: Query | Combined, k: int) -> list[SearchHit]:
         return self.engine.search(query, [summary], k=k)

@@ -88,7 +88,7 @@ def _reason_against(path: Path, rules: list[tuple[Path, pathspec.GitIgnoreSpec]]
         return "hidden files"
     if _is_ignored(path, rules):
         return f"files that {IGNORE_FILE} names"
-    if path.name == "reel.mp4" and (path.parent / "summary.json").is_file():
+    if path.name in ("reel.mp4", "reel.mkv") and (path.parent / "summary.json").is_file():
         return "reels of keyreel"
     try:
         if not path.is_file():

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.config import OutputConfig, ReframeMode
+from keyreel.config import OutputConfig, ReelMode, ReelOrder, ReframeMode
 
 U8: TypeAlias = NDArray[np.uint8]
 F32: TypeAlias = NDArray[np.float32]
@@ -244,6 +244,8 @@ class Summary:
     warnings: tuple[str, ...]
     timings_seconds: Mapping[str, float]  # decode, encode, fuse, select, total: busy time of each stage
     actions: SummaryActions = field(repr=False, compare=False)
+    # [h, w, 3] uint8 RGB of the thumbnails whose frames were among the sampled ones, by their time in seconds
+    thumbnails: Mapping[float, U8] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def stop_seconds(self) -> float:
@@ -273,20 +275,31 @@ class Summary:
         *,
         seconds: float | None = None,
         query: str | None = None,
+        mode: ReelMode = "auto",
+        order: ReelOrder = "time",
         aspect: str | None = None,
         reframe: ReframeMode = "follow",
     ) -> tuple[Shot, ...]:
-        """Writes an MP4 of the spans around the key-frames, or around what `query` finds; returns the spans.
+        """Writes a video of the spans around the key-frames, or around what `query` finds; returns the spans.
+
+        Args:
+            path: .mp4; also .mkv where the packets of VP8 or VP9 are copied.
+            seconds: length of the reel at most; 15 % of the video within 10 to 60 s, at most half, by default.
+            mode: "copy" takes the video's packets as they are, "encode" makes H.264 and AAC of them, "auto" copies
+                where that is possible. Copying moves the ends of the spans by up to 0.75 s.
+            order: of the spans with a query; "score" begins with the best.
 
         Args:
             aspect: shape of the reel, "9:16", "1:1" or another width:height; None for that of the video.
             reframe: with `aspect`, "follow" cuts out what the subject map marks, "fit" shows whole frames.
 
         Raises:
-            RenderError: the reel cannot be made.
+            RenderError: the reel cannot be made, or would be most of the video again.
             ValueError: an aspect or a mode that does not exist.
         """
-        output = OutputConfig(reel_seconds=seconds, query=query, aspect=aspect, reframe=reframe)
+        output = OutputConfig(
+            reel_seconds=seconds, query=query, reel_mode=mode, order=order, aspect=aspect, reframe=reframe
+        )
         return self.actions.render_reel(self, Path(path), output)
 
     def search(self, query: Query | Combined, *, k: int = 5) -> list[SearchHit]:

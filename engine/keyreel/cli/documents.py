@@ -180,17 +180,18 @@ class BenchVideo:
     video: str
     video_seconds: Seconds
     frames: Count  # sampled
-    seconds: Seconds  # from opening the file to the summary
+    seconds: Seconds  # from opening the file to the last of its outputs
     cpu_seconds: Seconds  # of all cores
     times_real_time: Seconds  # seconds of video a second
-    stage_seconds: Mapping[str, Seconds]  # decode, encode, fuse, select; decode runs beside encode and fuse
+    # decode, which runs beside encode and fuse; select; render, all outputs; reel, one of them
+    stage_seconds: Mapping[str, Seconds]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
     """`keyreel bench --json`."""
 
-    schema: Literal["keyreel.bench/2"] = "keyreel.bench/2"
+    schema: Literal["keyreel.bench/3"] = "keyreel.bench/3"
     model: str
     model_sha256: str
     device: str

@@ -87,12 +87,15 @@ def span(start: float, stop: float) -> str:
     return f"{start:.2f} - {stop:.2f} s"
 
 
-def print_summary(summary: Summary, folder: Path) -> None:
-    """Prints a line for the video and one for each key-frame."""
+def print_summary(summary: Summary, folder: Path, seconds: float) -> None:
+    """Prints a line for the video and one for each key-frame.
+
+    Args:
+        seconds: that all of it took.
+    """
     keyframes, shots = plural(len(summary.keyframes), "key-frame"), plural(len(summary.shots), "shot")
     scenes, frames = plural(len(summary.scenes), "scene"), plural(len(summary.embedding), "frame")
-    total = summary.timings_seconds["total"]
-    done = f"{keyframes}, {shots} and {scenes} from {frames} in {total:.1f} s on {summary.device}"
+    done = f"{keyframes}, {shots} and {scenes} from {frames} in {seconds:.1f} s on {summary.device}"
     print_line(f"{summary.video.path}: {done} -> {folder}")
     for frame in summary.keyframes:
         print_line(f"  {frame.pts_seconds:9.3f} s  {frame.weight:6.1%}")

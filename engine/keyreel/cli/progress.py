@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -12,6 +14,10 @@ from keyreel.cli.output import errors, log, printable
 from keyreel.errors import Failure
 
 LONGEST = 40  # characters of a name; its end says more than its beginning
+# Where in a video's work each stage begins, and its part of the work, as measured: without a reel, and with one that is
+# encoded. A part that takes no time is passed over.
+PICTURED = {"encode": (0.0, 0.85), "pictures": (0.85, 0.15)}
+RENDERED = {"encode": (0.0, 0.5), "pictures": (0.5, 0.1), "reel": (0.6, 0.4)}
 
 
 class _Rate(ProgressColumn):
@@ -44,15 +50,34 @@ class Bars:
         """Removes all bars. Idempotent."""
         self._bars.stop()
 
-    def start(self, name: str) -> Callable[[str, float, float | None], None]:
-        """Adds the bar of a video; returns its progress callback."""
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """No bars on the screen: what is printed on stdout stands alone."""
+        self._bars.stop()
+        yield
+        self._bars.start()
+
+    def start(
+        self, name: str, parts: Mapping[str, tuple[float, float]] = MappingProxyType({})
+    ) -> Callable[[str, float, float | None], None]:
+        """Adds the bar of a video; returns its progress callback.
+
+        Args:
+            parts: where each stage begins and how much it is of the whole, 0 to 1: the bar then runs once over all
+                stages. By default once over each.
+        """
         self.finish()
         label = printable(name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}")
-        task = self._tasks[threading.get_ident()] = self._bars.add_task(label, total=None, seconds=True)
+        task = self._tasks[threading.get_ident()] = self._bars.add_task(label, total=None, seconds=not parts)
         current = ""
 
         def progress(stage: str, done: float, total: float | None) -> None:
             nonlocal current
+            if stage in parts:
+                begins, share = parts[stage]
+                within = min(done / total, 1.0) if total else 0.0
+                self._bars.update(task, description=f"{label}: {stage}", completed=begins + share * within, total=1.0)
+                return
             if stage != current:  # each stage counts in its own unit, so rate and remaining time start anew
                 current = stage
                 self._bars.reset(task, description=f"{label}: {stage}", seconds=stage == "encode")

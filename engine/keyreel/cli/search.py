@@ -180,7 +180,10 @@ def _search_videos(
             opened.enter_context(source)
             by_name[source.probe().path] = source
             progress = bars.start(source.name)
-            summaries.append(engine.summarize(source, keyframes=1, sampling=sampling, encode=encode, progress=progress))
+            summary = engine.summarize(
+                source, keyframes=1, sampling=sampling, encode=encode, thumbnails=False, progress=progress
+            )
+            summaries.append(summary)
             bars.finish()
 
         failed = for_each(videos, work, bars.failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +14,17 @@ from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, folder_name, for_each, sources
 from keyreel.cli.models import ensure
 from keyreel.cli.output import log, print_json, print_line, print_summary, print_table, span
-from keyreel.cli.progress import Bars
-from keyreel.config import DecodeLimits, EncodeConfig, OutputConfig, ReframeMode, Sampling, SelectConfig
+from keyreel.cli.progress import PICTURED, RENDERED, Bars
+from keyreel.config import (
+    DecodeLimits,
+    EncodeConfig,
+    OutputConfig,
+    ReelMode,
+    ReelOrder,
+    ReframeMode,
+    Sampling,
+    SelectConfig,
+)
 
 if TYPE_CHECKING:
     from keyreel.decode.source import Source
@@ -45,11 +55,22 @@ def summarize(
     similarity_limit: Annotated[
         float, Option(help="no two key-frames are more alike than this cosine")
     ] = SELECT.similarity_limit,
-    reel: Annotated[bool, Option(help="write reel.mp4")] = OUTPUT.reel,
+    reel: Annotated[bool, Option(help="write reel.mp4, or reel.mkv where VP8 or VP9 is copied")] = OUTPUT.reel,
     reel_seconds: Annotated[
-        float | None, Option(help="length of the reel; 15 % of the video, 10 to 60 s, by default")
+        float | None, Option(help="longest reel; 15 % of the video, 10 to 60 s, by default")
     ] = OUTPUT.reel_seconds,
+    reel_mode: Annotated[
+        ReelMode,
+        Option(parser=str, metavar="<str>", help="auto, copy its packets as they are, or encode its frames anew"),
+    ] = OUTPUT.reel_mode,
+    reel_height: Annotated[
+        int, Option(help="tallest picture of an encoded reel, in pixels; its width if it is upright")
+    ] = OUTPUT.reel_height,
     query: Annotated[str | None, Option(help="rank the reel's spans by how well they answer this text")] = OUTPUT.query,
+    order: Annotated[
+        ReelOrder,
+        Option(parser=str, metavar="<str>", help="of the spans with a query: time, or score for the best first"),
+    ] = OUTPUT.order,
     aspect: Annotated[
         str | None, Option(metavar="W:H", help="shape of the reel: 9:16, 1:1, 4:5, 16:9 or another; the video's own")
     ] = OUTPUT.aspect,
@@ -86,7 +107,10 @@ def summarize(
     outputs = OutputConfig(
         reel=reel,
         reel_seconds=reel_seconds,
+        reel_mode=reel_mode,
+        reel_height=reel_height,
         query=query,
+        order=order,
         aspect=aspect,
         reframe=reframe,
         storyboard=storyboard,
@@ -106,16 +130,21 @@ def summarize(
 
         def work(source: Source) -> None:
             folder = output / folder_name(source, used)
-            progress = bars.start(source.name)
+            began = time.perf_counter()
+            progress = bars.start(source.name, RENDERED if reel else PICTURED)
             with source:
                 summary = engine.summarize(source, sampling=frames, encode=encode, select=select, progress=progress)
                 summary.save(folder, outputs, progress=progress)
+            seconds = time.perf_counter() - began
             bars.finish()
             documents.append(json.loads((folder / "summary.json").read_text("utf-8")))
             for warning in summary.warnings:
                 log(f"{source.name}: warning: {warning}", style="yellow")
+            if reel and documents[-1]["reel"]["file"] is None:
+                log(f"{source.name}: no reel: {documents[-1]['reel']['reason']}")
             if not as_json:
-                print_summary(summary, folder)
+                with bars.hidden():
+                    print_summary(summary, folder, seconds)
 
         try:
             limits = DecodeLimits(max_duration_seconds=longest, allow_network=allow_network)
@@ -143,11 +172,14 @@ def demo(
     with keyreel.Engine.from_pretrained(device=device) as engine, Bars(quiet=quiet) as bars:
         with atomic_write(clip) as made:
             write_demo(made)
-        progress = bars.start(str(clip))
+        began = time.perf_counter()
+        progress = bars.start(str(clip), RENDERED)
         summary = engine.summarize(clip, progress=progress)
         folder = summary.save(output / "demo", progress=progress)
+        seconds = time.perf_counter() - began
         bars.finish()
-        print_summary(summary, folder)
+        with bars.hidden():
+            print_summary(summary, folder, seconds)
         best = [(scene.caption, summary.search(scene.caption, k=1)[0]) for scene in SCENES]
     rows = [(caption, span(hit.start_seconds, hit.stop_seconds), f"{hit.score:.3f}") for caption, hit in best]
     print_table(("query", "found at", "score"), rows)

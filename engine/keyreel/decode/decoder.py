@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain
 from typing import Any, Protocol, TypeVar
 
@@ -21,13 +22,13 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
 from keyreel.config import ImageTransform
+from keyreel.decode.aside import Aside
 from keyreel.decode.color import Converter
 from keyreel.decode.packets import BROKEN, demux, reason_of
 from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.source import Source
 from keyreel.decode.timeline import Timeline
 from keyreel.errors import UnsupportedCodec
-from keyreel.types import U8
 from keyreel_kernels.arrays import usable_cores
 
 M = TypeVar("M")
@@ -103,6 +104,14 @@ class Decoder(Protocol):
         """The decoder that goes on after an error; raises where there is none."""
 
 
+class Conversion(Protocol):
+    """From a decoded frame to a picture."""
+
+    tone_mapped: str | None  # the transfer that was mapped to SDR, if any
+
+    def __call__(self, frame: VideoFrame) -> Any: ...
+
+
 class CpuDecoder:
     """FFmpeg decodes, swscale converts; pictures are NumPy arrays.
 
@@ -111,18 +120,27 @@ class CpuDecoder:
         transform: size of the pictures; None for the full display resolution.
         threads: of all workers together, or of one that works alone; 0 for as many as there are cores.
         workers: that share a file, with one thread each; by default one for each thread.
+        aside: collects small pictures of some of the frames.
+        converter: makes, for a stream's sample aspect ratio, what converts its frames; RGB pictures by default.
     """
 
     gap = 0
     whole = True
 
     def __init__(
-        self, source: Source, transform: ImageTransform | None, threads: int = 0, workers: int | None = None
+        self,
+        source: Source,
+        transform: ImageTransform | None,
+        threads: int = 0,
+        workers: int | None = None,
+        aside: Aside | None = None,
+        converter: Callable[[Fraction | None], Conversion] | None = None,
     ) -> None:
         self.workers = workers or threads or min(_MAX_WORKERS, usable_cores())
         pixels = transform.height * transform.width if transform else 1920 * 1080
         self.ahead = max(2, _AHEAD_BYTES // (6 * self.workers * pixels))
-        self._source, self._transform, self._threads = source, transform, threads
+        self._source, self._threads, self._aside = source, threads, aside
+        self._converter = converter or (lambda ratio: Converter(transform, ratio, source.limits.max_pixels))
 
     @contextmanager
     def open(
@@ -133,8 +151,9 @@ class CpuDecoder:
         shared = alone and stream.codec_context.name != "mpeg4"
         stream.codec_context.thread_count = self._threads if shared else 1
         threaded = shared and self._threads != 1
-        converter = Converter(self._transform, stream.sample_aspect_ratio, self._source.limits.max_pixels)
-        yield CpuWorker(container, stream, threaded, converter, note, self._source.name)
+        converter = self._converter(stream.sample_aspect_ratio)
+        small = self._aside.converter(stream.sample_aspect_ratio) if self._aside is not None else None
+        yield CpuWorker(container, stream, threaded, converter, small, note, self._source.name)
 
     def stack(self, pictures: list[Any]) -> Any:
         return np.stack(pictures)
@@ -151,7 +170,8 @@ class CpuWorker:
     container: InputContainer
     stream: VideoStream
     threaded: bool
-    converter: Converter
+    converter: Conversion
+    small: Callable[[VideoFrame], None] | None  # looks at each picture that is converted
     note: Callable[..., None]
     name: str  # of the source
 
@@ -171,11 +191,13 @@ class CpuWorker:
     def keep(self, picture: VideoFrame) -> VideoFrame:
         return picture
 
-    def convert(self, pictures: Iterable[tuple[M, VideoFrame]]) -> Iterator[tuple[M, U8]]:
+    def convert(self, pictures: Iterable[tuple[M, VideoFrame]]) -> Iterator[tuple[M, Any]]:
         converter = self.converter
         for mark, frame in pictures:
             try:
                 picture = converter(frame)
+                if self.small is not None:
+                    self.small(frame)
             except (av.error.FFmpegError, ValueError, OverflowError) as error:
                 raise UnsupportedCodec(
                     f"{self.name}: pictures of the format {frame.format.name} cannot be shown: {reason_of(error)}.",

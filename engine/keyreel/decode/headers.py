@@ -11,6 +11,8 @@ from av.video.stream import VideoStream
 
 from keyreel.decode.sampling import PlanBroken
 
+_CRA, _BLA_N_LP = 21, 18  # nal_unit_type: ITU-T H.265, table 7-1
+
 
 def is_shown(codec: str, packet: Packet[VideoStream]) -> bool:
     """Whether a packet gives a frame, for the codecs in which one may give none or several.
@@ -64,6 +66,40 @@ class Keys:
         # A recovery point (H.264, D.2.8) that does not promise exact frames.
         inexact = self._codec == "h264" and re.search(rb"\x06\x01[\x80-\xbf]", data[:256])
         return not (self._old_encoder or inexact) and self._changed <= own
+
+    def is_joint(self, packet: Packet[VideoStream]) -> bool:
+        """Whether a decoder that comes from another place of the stream starts anew at this entry.
+
+        H.264 can only at an IDR picture: after another one the decoder misses the pictures before it. HEVC can at each
+        kind of IRAP picture, once a CRA picture is marked as a splice (`spliced`).
+        """
+        if self._codec not in ("h264", "hevc"):
+            return True
+        kinds = {_kind(self._codec, unit) for unit in units(bytes(packet), _length_bytes(self._codec, self._extradata))}
+        return 5 in kinds if self._codec == "h264" else not kinds.isdisjoint(range(16, 22))
+
+
+def spliced(data: bytes, extradata: bytes) -> bytes:
+    """An HEVC packet with its CRA picture marked as one that follows a splice, without leading pictures: BLA_N_LP.
+
+    Both kinds have the same slice header: ITU-T H.265, 7.4.2.2 and 7.3.6.1.
+
+    Args:
+        data: the packet.
+        extradata: of the container.
+    """
+    changed, at, width = bytearray(data), 0, _length_bytes("hevc", extradata)
+    for unit in units(data, width):
+        at = data.index(unit, at)
+        if _kind("hevc", unit) == _CRA:
+            changed[at] = unit[0] & 0x81 | _BLA_N_LP << 1
+        at += len(unit)
+    return bytes(changed)
+
+
+def _kind(codec: str, unit: bytes) -> int:
+    """nal_unit_type."""
+    return unit[0] & 31 if codec == "h264" else unit[0] >> 1 & 63
 
 
 def _is_vp9_key(data: bytes) -> bool:
@@ -157,7 +193,7 @@ def parameter_sets(codec: str, data: bytes, extradata: bytes) -> frozenset[bytes
     kinds = (7, 8) if codec == "h264" else (32, 33, 34)
     found = set()
     for unit in units(data, _length_bytes(codec, extradata)):
-        if (unit[0] & 31 if codec == "h264" else unit[0] >> 1 & 63) in kinds:
+        if _kind(codec, unit) in kinds:
             found.add(unit.rstrip(b"\0"))
     return frozenset(found)
 

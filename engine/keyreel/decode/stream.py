@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from keyreel.config import ImageTransform, Sampling
+from keyreel.decode.aside import Aside
 from keyreel.decode.decoder import CpuDecoder, Decoder
 from keyreel.decode.parallel import Channel, Stopped
 from keyreel.decode.reader import Reader
@@ -124,6 +125,7 @@ class FrameStream(Stream):
         batch_size: rows in a batch, the last may have fewer.
         threads: threads that decode, 0 for as many as suit the machine. Parts of a long file are decoded side by side,
             by one thread each; what cannot be cut is decoded by FFmpeg with that many.
+        aside: collects small pictures of some of the frames.
 
     Raises:
         CorruptStream: (while iterating) no frame at all can be decoded. A stream that breaks midway yields what it has,
@@ -140,10 +142,11 @@ class FrameStream(Stream):
         transform: ImageTransform | None = None,
         batch_size: int = 16,
         threads: int = 0,
+        aside: Aside | None = None,
     ) -> None:
         if threads < 0:
             raise ValueError(f"threads must be >= 0, got {threads}")
-        super().__init__(source, sampling, CpuDecoder(source, transform, threads), batch_size)
+        super().__init__(source, sampling, CpuDecoder(source, transform, threads, aside=aside), batch_size)
 
 
 class _Production:

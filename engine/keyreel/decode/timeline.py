@@ -87,6 +87,7 @@ class Timeline:
     size: I64  # [N] bytes
     key: NDArray[np.bool_]  # [N] as the container says
     entry: NDArray[np.bool_]  # [N] decoding may begin there
+    joint: NDArray[np.bool_]  # [N] and it may follow packets of another place
     shown: I64  # [M] packet of each frame, in display order
     end_ticks: int  # where the last frame is no longer shown
     clock: Clock
@@ -173,7 +174,7 @@ def scan(
     keys = Keys(codec, extradata, context.pix_fmt or "")
     numbers = FrameNumbers(extradata) if codec == "h264" else None
     pts, dts, size = array("q"), array("q"), array("q")
-    key, entry, shown = bytearray(), bytearray(), bytearray()
+    key, entry, joint, shown = bytearray(), bytearray(), bytearray(), bytearray()
     first: list[Packet[VideoStream]] = []
     last = (-(1 << 63), 0)  # pts and duration of the frame that is shown last
     try:
@@ -190,7 +191,9 @@ def scan(
             dts.append(packet.pts if packet.dts is None else packet.dts)
             size.append(packet.size)
             key.append(packet.is_keyframe)
-            entry.append(not len(entry) or (visible and packet.is_keyframe and keys.is_entry(packet)))
+            enters = visible and packet.is_keyframe and keys.is_entry(packet)
+            joint.append(enters and keys.is_joint(packet))
+            entry.append(not len(entry) or enters)
             shown.append(visible)
             if visible:
                 last = max(last, (packet.pts, packet.duration or 0))
@@ -221,6 +224,7 @@ def scan(
         size=np.array(size, np.int64),
         key=np.frombuffer(bytes(key), np.bool_),
         entry=np.frombuffer(bytes(entry), np.bool_),
+        joint=np.frombuffer(bytes(joint), np.bool_),
         shown=order,
         end_ticks=end,
         clock=Clock.of(container, stream, int(times[order[0]]), late),

@@ -61,12 +61,12 @@ class _Watched(Source):
 def contents(
     summary: Summary, source: Source, preview_height: int, novelty: float, progress: Progress
 ) -> tuple[Rows, tuple[Preview, ...], Extras]:
-    """What a library keeps of a video; one more pass decodes the pictures."""
+    """What a library keeps of a video; one more pass decodes the pictures that the analysis has not left."""
     embedding, frames = summary.embedding, summary.keyframes
     step, tile_seconds = tile_times(summary.stop_seconds)
-    times = [*(frame.pts_seconds for frame in frames), *tile_seconds]
+    tiles = {time: summary.thumbnails[time] for time in tile_seconds if time in summary.thumbnails}
+    times = [*(frame.pts_seconds for frame in frames), *(time for time in tile_seconds if time not in tiles)]
     previews: list[Preview] = []
-    tiles: list[Image.Image] = []
     small = at_most(summary.video.height, summary.video.width, preview_height)
     for done, (place, picture) in enumerate(pictures_at(source, times, small)):
         progress("pictures", float(done), float(len(times)))
@@ -74,7 +74,7 @@ def contents(
             data, frame = jpeg(Image.fromarray(picture), JPEG_QUALITY), frames[place]
             previews.append(Preview(frame.pts_seconds, data, embedding.attention[frame.sample]))
         else:
-            tiles.append(tile(picture))
+            tiles[times[place]] = tile(picture, summary.video)
     shot = shot_of(summary.shots, embedding.pts_seconds)
     area = attended_area(summary.video, summary.config["image"])
     rows = Rows(
@@ -86,7 +86,7 @@ def contents(
         weight=summary.importance,
         subjects=subjects_of(embedding, novelty, area),
     )
-    sheet, boxes = sprite(tiles)
+    sheet, boxes = sprite([tiles[time] for time in tile_seconds])
     overview = {
         "keyframes": [
             {

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -145,6 +146,8 @@ class ReframeEntry:
 class ReelEntry:
     file: str | None
     spans: tuple[Shot, ...]
+    mode: Literal["copy", "encode"] | None  # how the file was made; None without one
+    reason: str  # why this mode, or why there is no file
     reframe: ReframeEntry | UnsetType = UNSET  # where the reel has another shape than the video
 
 
@@ -154,7 +157,9 @@ class StageSeconds:
     encode: Seconds
     fuse: Seconds
     select: Seconds
-    render: Seconds
+    render: Seconds  # all outputs
+    thumbnails: Seconds  # of these, the sprite; its pictures are made while the frames are decoded
+    reel: Seconds  # of these
     total: Seconds
 
 
@@ -181,6 +186,7 @@ def summary_document(
     files: Sequence[str | None] | None = None,
     reel: ReelEntry | None = None,
     render_seconds: float = 0.0,
+    stage_seconds: Mapping[str, float] = MappingProxyType({}),
 ) -> SummaryDocument:
     """A summary as a document.
 
@@ -188,6 +194,7 @@ def summary_document(
         files: path of each key-frame's picture, relative to summary.json; None where none was written.
         reel: file and spans of the reel.
         render_seconds: time that writing the outputs took; it is added to the total.
+        stage_seconds: "thumbnails" and "reel", parts of it.
     """
     video, spent = summary.video, summary.timings_seconds
     names = files if files is not None else [None] * len(summary.keyframes)
@@ -198,6 +205,7 @@ def summary_document(
     timings = StageSeconds(
         **{stage: spent.get(stage, 0.0) for stage in ("decode", "encode", "fuse", "select")},
         render=spent.get("render", 0.0) + render_seconds,
+        **{stage: stage_seconds.get(stage, 0.0) for stage in ("thumbnails", "reel")},
         total=spent.get("total", 0.0) + render_seconds,
     )
     return SummaryDocument(

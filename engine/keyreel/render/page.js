@@ -9,16 +9,16 @@ const length = Number(timeline.dataset.seconds);
 const spans = JSON.parse(timeline.dataset.reel);
 let now = 0;
 
-const playsReel = () => video !== null && video.currentSrc.endsWith("/reel.mp4") && video.dataset.reelOnly !== undefined;
+const playsReel = () => video !== null && /\/reel\.(mp4|mkv)$/.test(video.currentSrc) && video.dataset.reelOnly !== undefined;
 
-// The reel's own time for a time of the video, and back; a time outside all spans goes to the next span.
+// The reel's own time for a time of the video, and back; a time outside all spans goes to the next span in time.
 function toReel(time) {
-  let before = 0;
+  let before = 0, found = 0, nearest = Infinity;
   for (const [start, stop] of spans) {
-    if (time < stop) return before + Math.max(0, time - start);
+    if (time < stop && start < nearest) [found, nearest] = [before + Math.max(0, time - start), start];
     before += stop - start;
   }
-  return before;
+  return nearest < Infinity ? found : before;
 }
 function fromReel(time) {
   for (const [start, stop] of spans) {

@@ -120,9 +120,10 @@ def shrink(picture: U8, edge: int) -> Image.Image:
 def jpeg(image: Image.Image, quality: int) -> bytes:
     """The image as the content of a JPEG file."""
     buffer = io.BytesIO()
-    # Without chroma subsampling at high quality.
-    subsampling = "4:4:4" if quality >= 90 else "4:2:0"
-    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling, optimize=True, progressive=True)
+    # High quality: without chroma subsampling, and with the standard's code tables, since own ones ("optimize") and
+    # scans that refine ("progressive") take five times as long for 4 % fewer bytes.
+    high = quality >= 90
+    image.save(buffer, "JPEG", quality=quality, subsampling="4:4:4" if high else "4:2:0", optimize=not high)
     return buffer.getvalue()
 
 
@@ -188,12 +189,13 @@ def attention_overlay(
     canvas = Image.new("F", size, -1.0)
     canvas.paste(scaled, (left, top))
     values = np.asarray(canvas)
-    level = np.clip(values, 0.0, 1.0)
-    stops = np.linspace(0, 1, len(HEAT))
-    colours = np.stack([np.interp(level, stops, HEAT[:, channel]) for channel in range(3)], axis=-1)
+    level = (np.clip(values, 0.0, 1.0) * 255).round().astype(np.uint8)
+    steps, stops = np.linspace(0, 1, 256), np.linspace(0, 1, len(HEAT))
+    table = np.stack([*(np.interp(steps, stops, HEAT[:, channel]) for channel in range(3)), 40 + 170 * steps], axis=-1)
+    pixels = table.round().astype(np.uint8)[level]
     # -1 marks what the model did not see; bicubic undershoot stays above it.
-    alpha = np.where(values <= -0.999, 0.0, 40 + 170 * level)
-    return Image.fromarray(np.concatenate([colours, alpha[..., None]], axis=-1).round().astype(np.uint8), "RGBA")
+    pixels[values <= -0.999, 3] = 0
+    return Image.fromarray(pixels, "RGBA")
 
 
 def overlay_png(overlay: Image.Image) -> bytes:

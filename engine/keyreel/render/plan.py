@@ -1,126 +1,190 @@
-"""Which spans of a video make a reel."""
+"""Which spans of a video make a reel: where most happens, no two alike, none too short to be seen."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from keyreel.types import F32, F64, KeyFrame, Shot
+from keyreel.types import F32, F64, Embedding, Shot
 
 FRACTION = 0.15  # of the video, the default length
 MIN_REEL_SECONDS, MAX_REEL_SECONDS = 10.0, 60.0
-SPAN_SECONDS = 3.0  # wished length of one span
-SNAP_SECONDS = 0.4  # an end this close to a cut or to another span moves onto it
-MIN_SPAN_SECONDS = 0.8  # a shorter piece of a shot looks like a flicker
+# A default reel is at most this share of its video, and a shorter one is none; nor is one that was asked for and would
+# be more than this share.
+MOST_OF_DEFAULT, SHORTEST_REEL_SECONDS, MOST = 0.5, 3.0, 0.9
+SPAN_SECONDS = (2.0, 6.0)  # of one span, by how long much happens there
+MIN_SPAN_SECONDS = 1.5  # a shorter one looks like a flicker
+APART_SECONDS = 2.0  # two spans of one shot; less looks like a mistake
+SNAP_SECONDS = 0.4  # an end this close to a cut moves onto it, and one this close to a quiet place there
+# Much happens in the samples around the best one whose score is this share of it; samples below that share of the
+# video's best are not shown.
+LIVELY, DULL = 0.4, 0.15
+# A layout changes by about 0.02 from sample to sample where nothing moves, and by 0.2 to 0.7 where cars pass.
+MOVING = 0.1
+IMPORTANCE = 0.25  # weight of what a frame stands for beside what happens in it
 EPSILON = 1e-9
 
 Span = tuple[float, float]
 
 
+@dataclass(frozen=True, slots=True)
+class ReelPlan:
+    """The spans of a reel, in time order and disjoint."""
+
+    spans: tuple[Shot, ...]
+    reason: str  # why there is none, else empty
+
+
 def reel_seconds(asked: float | None, duration_seconds: float) -> float:
-    """Length of the reel: as asked, else 15 % of the video within 10 to 60 s; at most the whole video."""
-    wished = asked if asked is not None else min(max(FRACTION * duration_seconds, MIN_REEL_SECONDS), MAX_REEL_SECONDS)
-    return min(wished, duration_seconds)
+    """Longest length of the reel: as asked, else 15 % of the video within 10 to 60 s, at most half of it."""
+    if asked is not None:
+        return asked
+    wished = min(max(FRACTION * duration_seconds, MIN_REEL_SECONDS), MAX_REEL_SECONDS)
+    return min(wished, MOST_OF_DEFAULT * duration_seconds)
+
+
+def interest_of(embedding: Embedding, shots: Sequence[Shot], importance: F32) -> F32:
+    """[T] float32 in 0..1: how much happens in each sampled frame, and a little of how much it stands for.
+
+    What happens is how far the layout differs from that of the sample before; the jump at a cut does not count.
+    """
+    change = embedding.layout_change.astype(np.float64)
+    pts = embedding.pts_seconds
+    starts = np.array([shot.start_seconds for shot in shots])
+    shot = np.searchsorted(starts, pts + EPSILON, side="right")
+    smooth = np.zeros(len(pts))
+    for number in np.unique(shot):
+        rows = np.flatnonzero(shot == number)
+        own = change[rows].copy()
+        own[0] = own[1] if len(own) > 1 else 0.0
+        padded = np.pad(own, 1, mode="edge")
+        smooth[rows] = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
+    activity = np.clip(smooth / max(float(np.quantile(smooth, 0.95)), MOVING), 0, 1)
+    interest: F32 = ((1 - IMPORTANCE) * activity + IMPORTANCE * importance).astype(np.float32)
+    return interest
 
 
 def plan_reel(
     *,
     duration_seconds: float,
     shots: Sequence[Shot],
-    keyframes: Sequence[KeyFrame],
-    importance: F32,
     pts_seconds: F64,
+    scores: F32,
+    vectors: F32,
     seconds: float | None = None,
-    query_scores: F32 | None = None,
-) -> tuple[Shot, ...]:
-    """Spans around the most important frames, in time order, disjoint, of the wished length together.
+    similarity_limit: float = 0.97,
+    quiet: Callable[[float], float] | None = None,
+) -> ReelPlan:
+    """Spans of 2 to 6 s around the frames with the best scores, together of the wished length or less.
 
-    Spans stay inside their shot, snap to its ends when near, and are merged where they touch. Key-frames come first,
-    by weight, then the other sampled frames by importance; with `query_scores` the sampled frames by score. Spans grow
-    across a cut only when every shot in use is full.
+    Spans stay inside their shot, but shots that are shorter than a span are shown with those beside them. Ends snap to
+    cuts when near, else to quiet places in the sound. What is alike is shown once, and what is dull not at all: the
+    reel is shorter then.
 
     Args:
         duration_seconds: length of the video.
         shots: in time order.
-        keyframes: any order.
-        importance: [T] float32, of the sampled frames.
         pts_seconds: [T] float64, of the sampled frames.
+        scores: [T] float32, `interest_of` or how well each sampled frame answers a query.
+        vectors: [T, D] float32, unit length.
         seconds: wished length of the reel.
-        query_scores: [T] float32, how well each sampled frame answers the query.
+        similarity_limit: the best frames of two spans are no more alike than this cosine.
+        quiet: from a time to the quietest one within 0.4 s.
 
     Raises:
         ValueError: lengths disagree, or the duration is not a positive number.
     """
     if not (np.isfinite(duration_seconds) and duration_seconds > 0):
         raise ValueError(f"duration_seconds must be positive, got {duration_seconds}")
-    for name, values in (("importance", importance), ("query_scores", query_scores)):
-        if values is not None and values.shape != pts_seconds.shape:
-            raise ValueError(f"{name} {values.shape} and pts_seconds {pts_seconds.shape} must agree")
+    if not len(scores) == len(pts_seconds) == len(vectors):
+        shapes = f"scores {scores.shape}, pts_seconds {pts_seconds.shape} and vectors {vectors.shape}"
+        raise ValueError(f"{shapes} must agree")
     total = reel_seconds(seconds, duration_seconds)
-    if total > duration_seconds - EPSILON:
-        return (Shot(0.0, duration_seconds),)
+    shortest = SHORTEST_REEL_SECONDS if seconds is None else 0.0
+    if total < shortest or total > MOST * duration_seconds:
+        reel = f"a reel of {total:.1f} s" if seconds is not None else "a reel"
+        return ReelPlan((), f"the video is {duration_seconds:.1f} s long: {reel} would be most of it again")
     cuts = sorted({0.0, duration_seconds} | {shot.start_seconds for shot in shots} | {s.stop_seconds for s in shots})
     cuts = [cut for cut in cuts if 0 <= cut <= duration_seconds]
-    wished = SPAN_SECONDS
-    if query_scores is None and keyframes:
-        # Few key-frames for a long reel: longer spans around them rather than spans around lesser frames.
-        wished = min(max(total / len(keyframes), wished), 2 * wished)
+    level = _level(scores)
+    least = min(MIN_SPAN_SECONDS, total)
 
     taken: list[Span] = []  # disjoint, in time order
+    shown: list[int] = []  # the best row of each
     remaining = total
-    for anchor in _anchors(keyframes, importance, pts_seconds, query_scores):
-        if remaining < MIN_SPAN_SECONDS:
+    for row in _rows(level, pts_seconds, duration_seconds):
+        if remaining < least - EPSILON:
             break
-        gap = _free_gap(anchor, cuts, taken)
-        if gap is None or gap[1] - gap[0] < MIN_SPAN_SECONDS:
+        if shown and (level[row] < DULL or (vectors[shown] @ vectors[row]).max() > similarity_limit):
             continue
-        # The remainder must be long enough for a span of its own.
-        length = wished if remaining - wished >= MIN_SPAN_SECONDS else remaining
-        span = _place(anchor, length, gap, remaining)
+        gap = _free_gap(float(pts_seconds[row]), cuts, taken)
+        if gap is None or gap[1] - gap[0] < least - EPSILON:
+            continue
+        span = _place(row, level, pts_seconds, gap, remaining)
         taken.insert(bisect_left(taken, span), span)
+        shown.append(row)
         remaining -= span[1] - span[0]
-    if not taken:
-        anchors = _anchors(keyframes, importance, pts_seconds, query_scores)
-        anchor = max(next((t for t in anchors if t < duration_seconds), 0.0), 0.0)
-        taken = [(anchor, anchor)]
-    taken = _grow(_merge(taken), cuts, remaining)
-    return tuple(Shot(start, stop) for start, stop in taken)
+    if quiet is not None:
+        taken = _quieted(taken, cuts, least, quiet)
+    return ReelPlan(tuple(Shot(start, stop) for start, stop in _merge(taken)), "")
 
 
-def _anchors(
-    keyframes: Sequence[KeyFrame], importance: F32, pts_seconds: F64, query_scores: F32 | None
-) -> Iterator[float]:
-    """Times to show, best first."""
-    if query_scores is None:
-        for keyframe in sorted(keyframes, key=lambda k: (-k.weight, k.pts_seconds)):
-            yield keyframe.pts_seconds
-    scores = importance if query_scores is None else query_scores
-    for row in np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable"):
-        yield float(pts_seconds[row])
+def _level(scores: F32) -> F64:
+    """[T] float64: the scores with the tenth percentile at 0 and the best at 1."""
+    values = np.nan_to_num(scores.astype(np.float64), nan=-np.inf)
+    low, high = float(np.quantile(values, 0.1, method="lower")), float(values.max(initial=-np.inf))
+    if not np.isfinite(low) or high - low < EPSILON:
+        return np.where(np.isfinite(values), 1.0, 0.0)
+    return np.clip((values - low) / (high - low), 0.0, 1.0)
+
+
+def _rows(level: F64, pts: F64, duration: float) -> Iterator[int]:
+    """The samples inside the video, best first."""
+    order = [int(row) for row in np.argsort(-level, kind="stable") if 0 <= pts[row] < duration]
+    return iter(order or [0])
 
 
 def _free_gap(anchor: float, cuts: list[float], taken: list[Span]) -> Span | None:
-    """The free part around `anchor` inside its shot."""
-    if not cuts[0] <= anchor < cuts[-1]:
-        return None
-    place = bisect_right(cuts, anchor)
-    low, high = cuts[place - 1], cuts[place]
+    """The free part around `anchor` inside its shot, or inside its shot and neighbours where it is short."""
+    place = min(max(bisect_right(cuts, anchor), 1), len(cuts) - 1)
+    first, last = place - 1, place
+    while cuts[last] - cuts[first] < SPAN_SECONDS[0] and (last < len(cuts) - 1 or first > 0):
+        if last < len(cuts) - 1:
+            last += 1
+        else:
+            first -= 1
+    low, high = cuts[first], cuts[last]
     after = bisect_right(taken, (anchor, np.inf))
     if after:
-        low = max(low, taken[after - 1][1])
+        edge = taken[after - 1][1]
+        low = max(low, edge if edge in cuts else edge + APART_SECONDS)
     if after < len(taken):
-        high = min(high, taken[after][0])
-    return (low, high) if low <= anchor < high else None
+        edge = taken[after][0]
+        high = min(high, edge if edge in cuts else edge - APART_SECONDS)
+    return (low, high) if low <= max(anchor, 0.0) < high else None
 
 
-def _place(anchor: float, length: float, gap: Span, max_length: float) -> Span:
+def _place(row: int, level: F64, pts: F64, gap: Span, remaining: float) -> Span:
+    """The span around a sample: as long as much happens, within the gap."""
     low, high = gap
-    if high - low <= min(length + SNAP_SECONDS, max_length):
+    first = last = row
+    while first > 0 and pts[first - 1] >= low and level[first - 1] >= LIVELY * level[row]:
+        first -= 1
+    while last + 1 < len(pts) and pts[last + 1] < high and level[last + 1] >= LIVELY * level[row]:
+        last += 1
+    begin = float(pts[first])
+    end = float(pts[last + 1]) if last + 1 < len(pts) else high
+    shortest, longest = SPAN_SECONDS
+    length = min(max(min(end, high) - begin, shortest), longest, remaining)
+    if high - low <= min(length + SNAP_SECONDS, remaining):
         return gap
     length = min(length, high - low)
-    start = min(max(anchor - length / 2, low), high - length)
+    middle = (begin + end) / 2 if end - begin <= length else min(max(float(pts[row]), begin + length / 2), end)
+    start = min(max(middle - length / 2, low), high - length)
     if start - low < SNAP_SECONDS:
         return low, low + length
     if high - start - length < SNAP_SECONDS:
@@ -128,41 +192,30 @@ def _place(anchor: float, length: float, gap: Span, max_length: float) -> Span:
     return start, start + length
 
 
+def _quieted(spans: list[Span], cuts: list[float], least: float, quiet: Callable[[float], float]) -> list[Span]:
+    """Moves the ends that are at no cut to quiet places, over no cut and onto no other span."""
+    found: list[Span] = []
+    for number, (start, stop) in enumerate(spans):
+        place = bisect_right(cuts, start + EPSILON)
+        low = max(cuts[place - 1], found[-1][1] + APART_SECONDS if found else 0.0)
+        place = bisect_left(cuts, stop - EPSILON)
+        high = min(cuts[place], spans[number + 1][0] - APART_SECONDS if number + 1 < len(spans) else np.inf)
+        new_start = quiet(start) if start not in cuts else start
+        if not low <= new_start <= stop - least:
+            new_start = start
+        new_stop = quiet(stop) if stop not in cuts else stop
+        if not new_start + least <= new_stop <= high:
+            new_stop = stop
+        found.append((new_start, new_stop))
+    return found
+
+
 def _merge(spans: list[Span]) -> list[Span]:
+    """Spans that touch, at a cut, become one."""
     merged = spans[:1]
-    for start, stop in spans[1:]:
-        if start <= merged[-1][1] + EPSILON:
-            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
+    for (_, before), (start, stop) in pairwise(spans):
+        if start <= before + EPSILON:
+            merged[-1] = merged[-1][0], stop
         else:
             merged.append((start, stop))
     return merged
-
-
-def _grow(spans: list[Span], cuts: list[float], remaining: float) -> list[Span]:
-    """Makes the spans longer by `remaining` in all, inside their shots first."""
-    while remaining > EPSILON:
-        sides = []
-        for row, (start, stop) in enumerate(spans):
-            place = bisect_right(cuts, stop)
-            if place < len(cuts):
-                edge = min(cuts[place], spans[row + 1][0] if row + 1 < len(spans) else cuts[-1])
-                sides.append((stop in cuts, edge - stop, row, 1))
-            place = bisect_left(cuts, start)
-            if place:
-                edge = max(cuts[place - 1], spans[row - 1][1] if row else 0.0)
-                sides.append((start in cuts, start - edge, row, -1))
-        if not sides:
-            break
-        # Inside the shot first; across a cut only where the piece of the next shot is long enough to be seen.
-        crossing, room, row, side = min(
-            sides, key=lambda s: (s[0], s[0] and min(s[1], remaining) < min(s[1], MIN_SPAN_SECONDS), -s[1])
-        )
-        step = min(room, remaining)
-        start, stop = spans[row]
-        back = 0.0
-        if crossing and step < min(room, MIN_SPAN_SECONDS) and stop - start >= 2 * MIN_SPAN_SECONDS:
-            back = min(room, MIN_SPAN_SECONDS) - step  # the other end gives way
-        spans[row] = (start + back, stop + step + back) if side > 0 else (start - step - back, stop - back)
-        remaining -= step
-        spans = _merge(spans)
-    return spans

@@ -15,31 +15,26 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from av.audio.resampler import AudioResampler
-from av.container import InputContainer
-from av.stream import Discard
 from av.video.reformatter import ColorRange, Colorspace
 
-from keyreel.config import ImageTransform, Sampling
-from keyreel.decode.packets import BROKEN, demux
-from keyreel.decode.source import Source, select_video
+from keyreel.config import ImageTransform, OutputConfig, Sampling
+from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream, distinct
-from keyreel.decode.timeline import start_seconds
 from keyreel.errors import NoFrames, RenderError
+from keyreel.render.captions import add_captions
+from keyreel.render.direct import BT709, Colours, direct_colours, direct_frames
 from keyreel.render.files import atomic_write
 from keyreel.render.reframe import Camera
+from keyreel.render.sound import RATE, SoundReader, faded, placed_sound
 from keyreel.types import F32, U8, Progress, Shot, VideoInfo
 
-MAX_HEIGHT = 1080  # taller videos are scaled down
-CRF, PRESET = "20", "veryfast"  # of x264
-FADE_SECONDS = 0.03  # of the sound, at both ends of a span
+DEFAULTS = OutputConfig()
+# Of x264. As like the source as "veryfast" at 20 (SSIM), in 70 % of its time, with 1.1 to 1.6 times the bytes:
+# benchmarks.reels.
+CRF, PRESET = "22", "superfast"
 TICKS = 90000  # a second, of the picture's clock
-RATE = 48000  # samples a second
 SOUND_BITS = 160_000  # a second
-PREROLL_SECONDS = 0.5  # decoded before a span and dropped: lossy audio needs a few frames to settle
-SLACK_SECONDS = 0.01  # pts rounded to milliseconds must not cut the sound; a larger step is a real gap
 BATCH_BYTES = 16 << 20
-BT709 = 1  # the code point of BT.709 in ITU-T H.273, for primaries, transfer and matrix alike
 
 
 def write_reel(
@@ -47,6 +42,7 @@ def write_reel(
     spans: Sequence[Shot],
     path: Path,
     *,
+    height: int = DEFAULTS.reel_height,
     camera: Camera | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -57,8 +53,9 @@ def write_reel(
     none. The video is read once, its sound beside it.
 
     Args:
-        spans: in time order, disjoint.
+        spans: disjoint; those in time order are decoded in one pass.
         path: of the MP4; its folder must be there.
+        height: of the picture in pixels, width if it is upright; a larger one is scaled down.
         camera: what a reel of another shape shows; None for whole frames.
         progress: called with ("reel", seconds done, seconds in all).
 
@@ -74,35 +71,46 @@ def write_reel(
                 f"this build of PyAV has no {encoder} encoder, which the reel needs",
                 hint="install PyAV's own wheel: pip install --force-reinstall --only-binary av av",
             ) from error
-    if source.path is not None and path.exists() and path.samefile(source.path):
-        raise RenderError(f"{path}: is the video itself, and is not replaced", hint="give the reel another name")
+    check_target(source, path)
     try:
-        with atomic_write(path) as made, closing(_SoundReader(source)) as sound:
-            _write(source, sound, spans, made, camera, progress)
+        with atomic_write(path) as made, closing(SoundReader(source)) as sound:
+            _write(source, sound, spans, made, height, camera, progress)
     except (OSError, av.FFmpegError) as error:
         raise RenderError(
             f"{path}: the reel cannot be written: {error}", hint="is the folder there, is the disk full?"
         ) from error
 
 
+def check_target(source: Source, path: Path) -> None:
+    """Raises RenderError where the reel would replace its video."""
+    if source.path is not None and path.exists() and path.samefile(source.path):
+        raise RenderError(f"{path}: is the video itself, and is not replaced", hint="give the reel another name")
+
+
 def _write(
     source: Source,
-    sound: _SoundReader,
+    sound: SoundReader,
     spans: Sequence[Shot],
     path: Path,
+    most: int,
     camera: Camera | None,
     progress: Progress | None,
 ) -> None:
     info = source.probe()
-    height, width = whole = _even_size(info)
-    if camera is not None:
-        (height, width), whole = camera.sizes(info.height, info.width, MAX_HEIGHT)
+    if camera is None:
+        height, width = whole = _even_size(info, most)
+        colours = direct_colours(source)
+    else:
+        (height, width), whole = camera.sizes(info.height, info.width, most)
+        colours = None
     total = sum(span.duration_seconds for span in spans)
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as output:
-        video = _video_stream(output, info, height, width)
+        video = _video_stream(output, info, height, width, colours or BT709)
         audio: Any = output.add_stream("aac", rate=RATE, layout="stereo") if info.has_audio else None
         if audio is not None:
             audio.codec_context.bit_rate = SOUND_BITS
+        for caption in add_captions(output, source, spans):
+            output.mux(caption)
         lasting: dict[int, int] = {}  # how long the frame of a pts is shown: the encoder guesses at the last one
 
         def coded(frame: av.VideoFrame | None) -> Any:
@@ -113,16 +121,23 @@ def _write(
 
         begin = 0.0  # of this span, in the output's seconds
         # "area" also at full size: it costs half of what bicubic does where only the chroma is scaled.
-        frames = _frames(source, spans, ImageTransform(*whole, "squash", "area"), info)
-        for span, shown in itertools.groupby(_shown(frames, spans), key=lambda frame: frame.span):
+        transform = ImageTransform(*whole, "squash", "area")
+
+        def frames_of(spans: Sequence[Shot]) -> Iterator[tuple[Any, float]]:
+            if colours is None:
+                return _frames(source, spans, transform, info)
+            return direct_frames(source, _wanted(source, spans), height, width, colours)
+
+        pictures = itertools.chain.from_iterable(_shown(frames_of(run), run) for run in _rising(spans))
+        for span, shown in itertools.groupby(pictures, key=lambda frame: frame.span):
             heard, last = round(begin * RATE), round((begin + span.duration_seconds) * RATE)
-            blocks = _faded(_sound(sound, span.start_seconds, last - heard), last - heard)
+            blocks = faded(placed_sound(sound, span.start_seconds, last - heard), last - heard)
             for number, picture in enumerate(shown):
                 now = begin + picture.seconds - span.start_seconds
                 data = picture.data
                 if camera is not None:
                     data = camera.picture(data, picture.seconds, (height, width))
-                frame = _yuv(data, height, width)
+                frame = _yuv(data, height, width) if colours is None else data
                 frame.pts, frame.time_base = round(now * TICKS), Fraction(1, TICKS)
                 lasting[frame.pts] = max(1, round((now + picture.lasts) * TICKS) - frame.pts)
                 if number == 0:
@@ -144,13 +159,13 @@ def _write(
         progress("reel", total, total)
 
 
-def _even_size(info: VideoInfo) -> tuple[int, int]:
-    """(height, width), at most MAX_HEIGHT tall, both even as 4:2:0 needs them."""
-    scale = min(1.0, MAX_HEIGHT / info.height)
+def _even_size(info: VideoInfo, most: int) -> tuple[int, int]:
+    """(height, width), the shorter at most `most`, both even as 4:2:0 needs them."""
+    scale = min(1.0, most / min(info.height, info.width))
     return max(2, round(info.height * scale / 2) * 2), max(2, round(info.width * scale / 2) * 2)
 
 
-def _video_stream(output: Any, info: VideoInfo, height: int, width: int) -> Any:
+def _video_stream(output: Any, info: VideoInfo, height: int, width: int, colours: Colours) -> Any:
     fps = min(max(info.average_fps or 25.0, 1.0), 240.0)
     # forced-idr: a picture asked to be an I-frame is one that a player can start at.
     # bf 0: pictures are stored as they are shown, so that the picture needs no edit list, which not every player reads,
@@ -161,7 +176,8 @@ def _video_stream(output: Any, info: VideoInfo, height: int, width: int) -> Any:
     context.width, context.height, context.pix_fmt = width, height, "yuv420p"
     context.time_base = stream.time_base = Fraction(1, TICKS)
     context.sample_aspect_ratio = Fraction(1, 1)
-    context.color_primaries = context.color_trc = context.colorspace = BT709
+    context.color_primaries, context.color_trc = colours.primaries, colours.transfer
+    context.colorspace = colours.matrix
     context.color_range = ColorRange.MPEG
     return stream
 
@@ -183,14 +199,14 @@ class _Shown(NamedTuple):
     """A frame in the reel."""
 
     span: Shot
-    data: U8
+    data: Any  # as `_frames` or `direct_frames` gives it
     seconds: float  # of the source, when it begins to be shown
     lasts: float  # seconds
 
 
-def _shown(frames: Iterator[tuple[U8, float]], spans: Sequence[Shot]) -> Iterator[_Shown]:
+def _shown(frames: Iterator[tuple[Any, float]], spans: Sequence[Shot]) -> Iterator[_Shown]:
     """The frames of each span in turn; the first is the one that is shown at its start."""
-    held: tuple[U8, float] | None = None  # the last frame before `ahead`
+    held: tuple[Any, float] | None = None  # the last frame before `ahead`
     ahead = next(frames, None)
     for span in spans:
         # Before the first frame of a video, that frame is shown.
@@ -199,7 +215,7 @@ def _shown(frames: Iterator[tuple[U8, float]], spans: Sequence[Shot]) -> Iterato
         if held is None:
             return
         seconds = span.start_seconds
-        while ahead is not None and ahead[1] < span.stop_seconds:
+        while ahead is not None and ahead[1] < span.stop_seconds - 1 / TICKS:
             yield _Shown(span, held[0], seconds, ahead[1] - seconds)
             seconds = ahead[1]
             held, ahead = ahead, next(frames, None)
@@ -210,14 +226,7 @@ def _frames(
     source: Source, spans: Sequence[Shot], transform: ImageTransform, info: VideoInfo
 ) -> Iterator[tuple[U8, float]]:
     """(picture, time) of each frame of the spans and of those shown at their starts, in one pass over the file."""
-    timeline = source.timeline()
-    if timeline is None:
-        sampling = Sampling("all", stop_seconds=spans[-1].stop_seconds)
-    else:
-        starts = timeline.starts
-        inside = [starts[(starts > span.start_seconds) & (starts < span.stop_seconds)] for span in spans]
-        times = np.concatenate([[span.start_seconds for span in spans], *inside])
-        sampling = Sampling("times", times=tuple(np.sort(times).tolist()))
+    sampling = _wanted(source, spans)
     batch_size = max(1, min(16, BATCH_BYTES // (transform.height * transform.width * 3)))
     with (
         FrameStream(source, sampling, transform=transform, batch_size=batch_size) as stream,
@@ -225,6 +234,29 @@ def _frames(
     ):
         for batch in distinct(stream):
             yield from zip(batch.data, batch.pts_seconds.tolist(), strict=True)
+
+
+def _rising(spans: Sequence[Shot]) -> Iterator[list[Shot]]:
+    """Runs of spans in time order: each is decoded in one pass."""
+    run: list[Shot] = []
+    for span in spans:
+        if run and span.start_seconds < run[-1].stop_seconds:
+            yield run
+            run = []
+        run.append(span)
+    if run:
+        yield run
+
+
+def _wanted(source: Source, spans: Sequence[Shot]) -> Sampling:
+    """The frames of the spans and those shown at their starts."""
+    timeline = source.timeline()
+    if timeline is None:
+        return Sampling("all", stop_seconds=spans[-1].stop_seconds)
+    starts = timeline.starts
+    inside = [starts[(starts > span.start_seconds) & (starts < span.stop_seconds)] for span in spans]
+    times = np.concatenate([[span.start_seconds for span in spans], *inside])
+    return Sampling("times", times=tuple(np.sort(times).tolist()))
 
 
 def _write_sound(output: Any, audio: Any, sound: Iterator[F32], heard: int, until: int) -> int:
@@ -235,126 +267,3 @@ def _write_sound(output: Any, audio: Any, sound: Iterator[F32], heard: int, unti
         output.mux(audio.encode(frame))
         heard += block.shape[1]
     return heard
-
-
-def _faded(blocks: Iterator[F32], count: int) -> Iterator[F32]:
-    """The blocks [2, n] float32, `count` samples in all, with a linear fade at both ends."""
-    length = max(1.0, min(FADE_SECONDS * RATE, count / 2))
-    done = 0
-    for block in blocks:
-        place = np.arange(done, done + block.shape[1]) + 0.5
-        gain = np.clip(np.minimum(place, count - place) / length, 0.0, 1.0)
-        yield (block * gain).astype(np.float32)
-        done += block.shape[1]
-
-
-def _sound(reader: _SoundReader, start_seconds: float, count: int) -> Iterator[F32]:
-    """`count` samples [2, n] float32 at 48 kHz from `start_seconds` on, each at its time, silence in the gaps."""
-    done = 0
-    end = (count, np.zeros((2, 0), np.float32))
-    for position, block in itertools.chain(_placed(reader, start_seconds), [end]):
-        while done < min(position, count):
-            silence = min(min(position, count) - done, RATE)
-            yield np.zeros((2, silence), np.float32)
-            done += silence
-        if position >= count:
-            return
-        block = block[:, done - position : count - position]
-        if block.shape[1]:
-            yield block
-            done += block.shape[1]
-
-
-def _placed(reader: _SoundReader, start_seconds: float) -> Iterator[tuple[int, F32]]:
-    """(place of the first sample counted from `start_seconds`, block [2, n]); places may be negative or overlap."""
-    resampler = AudioResampler(format="fltp", layout="stereo", rate=RATE)
-    kind: tuple[str, str, int] | None = None
-    due = position = 0.0  # when the next frame is expected, in seconds; where its first sample goes
-
-    for frame, seconds in reader.frames(start_seconds):
-        arrived = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if kind != arrived or (seconds is not None and abs(seconds - due) > SLACK_SECONDS):
-            for block in _blocks(resampler, None) if kind is not None else ():
-                yield round(position), block
-            resampler, kind = AudioResampler(format="fltp", layout="stereo", rate=RATE), arrived
-            due = seconds if seconds is not None else due
-            position = (due - start_seconds) * RATE
-        frame.pts = None
-        for block in _blocks(resampler, frame):
-            yield round(position), block
-            position += block.shape[1]
-        due += frame.samples / frame.sample_rate
-    if kind is not None:
-        for block in _blocks(resampler, None):
-            yield round(position), block
-
-
-def _blocks(resampler: AudioResampler, frame: av.AudioFrame | None) -> Iterator[F32]:
-    for resampled in resampler.resample(frame):
-        yield resampled.to_ndarray().astype(np.float32, copy=False)
-
-
-class _SoundReader:
-    """Decodes the sound of a source from any time on; the file is opened once."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._container: InputContainer | None = None
-
-    def close(self) -> None:
-        if self._container is not None:
-            self._container.close()
-        self._container = None
-
-    def frames(self, start_seconds: float) -> Iterator[tuple[av.AudioFrame, float | None]]:
-        """Frames from a little before `start_seconds` on, with their time from the video stream's start."""
-        for again in (False, True):
-            if again:
-                self.close()  # the index led too far, or there is none: read from the beginning
-            opened = self._container is None
-            container = self._container = self._container or self._source.open()
-            stream = container.streams.audio[0]
-            base = float(stream.time_base or 1.0)
-            origin = _origin(container)
-            for other in container.streams:
-                if other.index != stream.index:
-                    other.discard = Discard.all
-            target = start_seconds - PREROLL_SECONDS + origin
-            from_start = opened and (again or target <= 0)
-            if not from_start:
-                try:
-                    container.seek(max(0, int(target / base)), stream=stream)
-                except av.FFmpegError:
-                    continue
-            landed = from_start
-            for frame in _decoded(container, stream):
-                seconds = None if frame.pts is None else frame.pts * base - origin
-                if not landed and (seconds is None or seconds > start_seconds):
-                    break
-                landed = True
-                yield frame, seconds
-            if landed:
-                return
-
-
-def _origin(container: InputContainer) -> float:
-    """Where time begins, on the file's clock."""
-    stream = select_video(container)
-    start = None if stream is None else start_seconds(container, stream)
-    return float(start or 0)
-
-
-def _decoded(container: Any, stream: Any) -> Iterator[av.AudioFrame]:
-    """Frames that can be decoded; a damaged packet is skipped and leaves a gap, which becomes silence."""
-    packets = demux(container, stream)
-    while True:
-        try:
-            packet = next(packets, None)
-        except BROKEN:
-            return
-        if packet is None:
-            return
-        try:
-            yield from packet.decode()
-        except BROKEN:
-            continue

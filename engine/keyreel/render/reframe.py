@@ -92,14 +92,14 @@ class Camera:
         along, (width, height) = take.along(seconds), self.window
         return along * (1 - width), along * (1 - height), width, height
 
-    def sizes(self, height: int, width: int, max_height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def sizes(self, height: int, width: int, most: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """((height, width) of the reel, both even; the same of whole frames, of which it is cut out).
 
         Args:
-            height, width: of the video's frames, in pixels. max_height: of the reel.
+            height, width: of the video's frames, in pixels. most: of the reel's shorter side.
         """
         high, wide = height * self.window[1], width * self.window[0]
-        scale = min(1.0, max_height / high)
+        scale = min(1.0, most / min(high, wide))
         shown = max(2, round(high * scale / 2) * 2), max(2, round(wide * scale / 2) * 2)
         return shown, (max(shown[0], round(height * scale)), max(shown[1], round(width * scale)))
 

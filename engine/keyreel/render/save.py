@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,17 +18,16 @@ from keyreel.errors import RenderError
 from keyreel.render.documents import SUMMARY, ReelEntry, ReframeEntry, SummaryDocument, summary_document, to_json
 from keyreel.render.files import hidden
 from keyreel.render.interchange import import_otio, write_edl, write_otio
-from keyreel.render.pictures import at_most, attended_area, contact_sheet, jpeg, keyframe_name, pictures_at, shrink
-from keyreel.render.plan import plan_reel
-from keyreel.render.reel import write_reel
-from keyreel.render.reframe import Camera, plan_camera
+from keyreel.render.modes import make_reel, planned_reel, reel_camera
+from keyreel.render.pictures import at_most, contact_sheet, jpeg, keyframe_name, pictures_at, shrink
+from keyreel.render.reframe import Camera
 from keyreel.render.storyboard import link_to, picture_edge, storyboard_page
 from keyreel.render.thumbnails import chapters, sprite, tile, tile_times, webvtt
 from keyreel.types import F32, Progress, Shot, Summary
 
 REPLACE = "replace keyreel's own files in it: --overwrite (overwrite=True)"
 OURS = {"summary.json", "scenes.vtt", "keyframes", "contact.jpg", "storyboard.html"}
-OURS |= {"reel.mp4", "reel.otio", "reel.edl", "thumbs.vtt", "thumbs.jpg"}
+OURS |= {"reel.mp4", "reel.mkv", "reel.otio", "reel.edl", "thumbs.vtt", "thumbs.jpg"}
 CONTACT_EDGE = 960
 
 
@@ -80,43 +78,6 @@ def save_summary(
     return folder
 
 
-def reel_spans(summary: Summary, config: OutputConfig, query_scores: F32 | None = None) -> tuple[Shot, ...]:
-    """The spans of a summary's reel, inside the analysed part of the video; see `plan.plan_reel`."""
-    begin = summary.shots[0].start_seconds
-    spans = plan_reel(
-        duration_seconds=summary.stop_seconds - begin,
-        shots=_moved(summary.shots, -begin),
-        keyframes=[replace(frame, pts_seconds=frame.pts_seconds - begin) for frame in summary.keyframes],
-        importance=summary.importance,
-        pts_seconds=summary.embedding.pts_seconds - begin,
-        seconds=config.reel_seconds,
-        query_scores=query_scores,
-    )
-    return _moved(spans, begin)
-
-
-def reel_camera(summary: Summary, config: OutputConfig, spans: Sequence[Shot]) -> Camera | None:
-    """What a reel of another shape shows; None where `config.aspect` is. See `reframe.plan_camera`."""
-    if config.aspect is None:
-        return None
-    embedding, image = summary.embedding, summary.config.get("image")
-    return plan_camera(
-        embedding.attention,
-        embedding.grid,
-        embedding.pts_seconds,
-        area=attended_area(summary.video, image if isinstance(image, Mapping) else {}),
-        size=summary.video.display_size,
-        shots=summary.shots,
-        spans=spans,
-        aspect=config.aspect,
-        mode=config.reframe,
-    )
-
-
-def _moved(spans: Iterable[Shot], seconds: float) -> tuple[Shot, ...]:
-    return tuple(Shot(span.start_seconds + seconds, span.stop_seconds + seconds) for span in spans)
-
-
 def _write_all(
     summary: Summary,
     source: Source,
@@ -127,25 +88,42 @@ def _write_all(
     progress: Progress | None,
 ) -> None:
     began = time.perf_counter()
-    files, small = _write_pictures(summary, source, made, config, progress)
+    seconds: dict[str, float] = {}
+    files, small = _write_pictures(summary, source, made, config, progress, seconds)
     spans: tuple[Shot, ...] = ()
+    reel: ReelEntry | None = None
+    camera: Camera | None = None
     if config.reel or config.otio or config.edl:
-        spans = reel_spans(summary, config, query_scores)
-    camera = reel_camera(summary, config, spans)
-    if config.reel:
-        write_reel(source, spans, made / "reel.mp4", camera=camera, progress=progress)
-    media = source.path.absolute().as_uri() if source.path is not None else summary.video.path
-    if config.otio:
-        write_otio(summary.video, media, spans, made / "reel.otio", camera=camera)
-    if config.edl:
-        write_edl(summary.video, media, spans, made / "reel.edl")
-    reel = None
-    if spans:
+        plan = planned_reel(summary, source, config, query_scores)
+        spans = plan.spans
+        camera = reel_camera(summary, config, spans)
         reframed = UNSET if camera is None else ReframeEntry.of(camera)
-        reel = ReelEntry("reel.mp4" if config.reel else None, spans, reframed)
+        reel = ReelEntry(None, spans, None, plan.reason or "not asked for", reframed)
+    if config.reel and reel is not None and spans:
+        reel_began = time.perf_counter()
+        written = make_reel(
+            source,
+            spans,
+            made / "reel.mp4",
+            shots=summary.shots,
+            mode=config.reel_mode,
+            height=config.reel_height,
+            camera=camera,
+            any_container=True,
+            progress=progress,
+        )
+        seconds["reel"] = time.perf_counter() - reel_began
+        spans = written.spans
+        reel = replace(reel, file=written.path.name, spans=spans, mode=written.mode, reason=written.reason)
+    media = source.path.absolute().as_uri() if source.path is not None else summary.video.path
+    if config.otio and spans:
+        write_otio(summary.video, media, spans, made / "reel.otio", camera=camera)
+    if config.edl and spans:
+        write_edl(summary.video, media, spans, made / "reel.edl")
 
     def document() -> SummaryDocument:
-        return summary_document(summary, files=files, reel=reel, render_seconds=time.perf_counter() - began)
+        spent = time.perf_counter() - began
+        return summary_document(summary, files=files, reel=reel, render_seconds=spent, stage_seconds=seconds)
 
     if config.storyboard:
         link = link_to(source.path, target) if source.path is not None else None
@@ -156,9 +134,14 @@ def _write_all(
 
 
 def _write_pictures(
-    summary: Summary, source: Source, made: Path, config: OutputConfig, progress: Progress | None
+    summary: Summary,
+    source: Source,
+    made: Path,
+    config: OutputConfig,
+    progress: Progress | None,
+    seconds: dict[str, float],
 ) -> tuple[list[str], list[Image.Image]]:
-    """Writes key-frames, contact sheet and thumbnails from one pass over the file.
+    """Writes key-frames, contact sheet and thumbnails; one pass decodes what the analysis has not left.
 
     Returns:
         the names of the key-frames' files; their pictures for the storyboard, small.
@@ -166,11 +149,11 @@ def _write_pictures(
     (made / "keyframes").mkdir()
     keyframes, quality, duration = summary.keyframes, config.jpeg_quality, summary.stop_seconds
     step, tile_seconds = tile_times(duration) if config.thumbnails else (0.0, ())
-    times = [*(k.pts_seconds for k in keyframes), *tile_seconds]
+    tiles = {time: summary.thumbnails[time] for time in tile_seconds if time in summary.thumbnails}
+    times = [*(k.pts_seconds for k in keyframes), *(time for time in tile_seconds if time not in tiles)]
     files: list[str] = []
     contact: list[Image.Image] = []
     small: list[Image.Image] = []
-    tiles: list[Image.Image] = []
     pictures = pictures_at(source, times, at_most(summary.video.height, summary.video.width, config.keyframe_height))
     for done, (place, picture) in enumerate(pictures, 1):
         if place < len(keyframes):
@@ -179,15 +162,17 @@ def _write_pictures(
             contact.append(shrink(picture, CONTACT_EDGE if len(keyframes) <= 4 else CONTACT_EDGE // 2))
             small.append(shrink(picture, picture_edge(len(keyframes))))
         else:
-            tiles.append(tile(picture))
+            tiles[times[place]] = tile(picture, summary.video)
         if progress is not None:
             progress("pictures", done, len(times))
     sheet = contact_sheet(contact, [k.pts_seconds for k in keyframes])
     (made / "contact.jpg").write_bytes(jpeg(sheet, quality))
     if tiles:
-        sheet, boxes = sprite(tiles)
+        began = time.perf_counter()
+        sheet, boxes = sprite([tiles[time] for time in tile_seconds])
         (made / "thumbs.jpg").write_bytes(jpeg(sheet, quality))
         (made / "thumbs.vtt").write_text(webvtt(boxes, step, duration, "thumbs.jpg"), encoding="utf-8")
+        seconds["thumbnails"] = time.perf_counter() - began
     return files, small
 
 

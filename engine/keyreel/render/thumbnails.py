@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image
 
+from keyreel.config import ImageTransform
+from keyreel.decode.aside import Aside
+from keyreel.decode.source import Source
 from keyreel.render.pictures import clock
-from keyreel.types import U8, Shot
+from keyreel.types import U8, Shot, VideoInfo
 
 TILE_EDGE = 160  # pixels, long side of a thumbnail
 MOST_TILES = 200
@@ -23,16 +27,35 @@ def tile_times(duration_seconds: float) -> tuple[float, tuple[float, ...]]:
     return step, tuple(step * n for n in range(max(1, math.ceil(duration_seconds / step - 1e-9))))
 
 
-def tile(picture: U8) -> Image.Image:
-    """A picture of a video as a thumbnail."""
-    height, width = picture.shape[:2]
+def tile_transform(height: int, width: int) -> ImageTransform:
+    """From a frame of this size to a thumbnail."""
     scale = TILE_EDGE / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return Image.fromarray(picture).resize(size, Image.Resampling.BOX, reducing_gap=3.0)
+    return ImageTransform(max(1, round(height * scale)), max(1, round(width * scale)), "squash", "area")
 
 
-def sprite(tiles: Sequence[Image.Image]) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
+def thumbnails_of(source: Source, video: VideoInfo, stop_seconds: float | None) -> Aside | None:
+    """What collects the thumbnails while a video is decoded; None where its frames cannot be told in advance.
+
+    Args:
+        stop_seconds: where the analysed part ends; None: at the video's end.
+    """
+    ends = [end for end in (stop_seconds, video.duration_seconds) if end is not None]
+    timeline = source.timeline()
+    if timeline is None or not ends:
+        return None
+    return Aside(timeline, tile_times(min(ends))[1], tile_transform(*video.display_size))
+
+
+def tile(picture: U8, video: VideoInfo) -> U8:
+    """A picture of a video, of any size, as a thumbnail."""
+    size = tile_transform(*video.display_size)
+    small = Image.fromarray(picture).resize((size.width, size.height), Image.Resampling.BOX, reducing_gap=3.0)
+    return np.asarray(small)
+
+
+def sprite(pictures: Sequence[U8]) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
     """(picture of all thumbnails, (x, y, width, height) of each)."""
+    tiles = [Image.fromarray(picture) for picture in pictures]
     width, height = tiles[0].size
     columns = min(len(tiles), TILE_COLUMNS)
     boxes = [(n % columns * width, n // columns * height, width, height) for n in range(len(tiles))]

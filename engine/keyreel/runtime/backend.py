@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from keyreel.config import ImageTransform, Sampling
+from keyreel.decode.aside import Aside
 from keyreel.decode.nvdec import open_stream, pool_of
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream, Stream
@@ -39,7 +40,13 @@ _GPU_EXTRA = "pip install 'keyreel[gpu]'"
 
 class OpenStream(Protocol):
     def __call__(
-        self, source: Source, sampling: Sampling, *, transform: ImageTransform | None = None, batch_size: int = ...
+        self,
+        source: Source,
+        sampling: Sampling,
+        *,
+        transform: ImageTransform | None = None,
+        batch_size: int = ...,
+        aside: Aside | None = None,
     ) -> Stream: ...
 
 
@@ -169,7 +176,12 @@ def _cuda(ops: Ops, reason: str, *, strict: bool) -> Backend:
             cuda.pool.free_all_blocks()
 
     def stream(
-        source: Source, sampling: Sampling, *, transform: ImageTransform | None = None, batch_size: int = CUDA_BATCH
+        source: Source,
+        sampling: Sampling,
+        *,
+        transform: ImageTransform | None = None,
+        batch_size: int = CUDA_BATCH,
+        aside: Aside | None = None,  # stays empty: frames on the device are not copied back for it
     ) -> Stream:
         return open_stream(
             source, sampling, transform=transform, batch_size=batch_size, cuda=cuda, ops=ops, strict=strict

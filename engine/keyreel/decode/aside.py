@@ -1,0 +1,58 @@
+"""Small pictures of frames that are decoded for another purpose anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from av.video.frame import VideoFrame
+
+from keyreel.config import ImageTransform
+from keyreel.decode.color import Converter
+from keyreel.decode.timeline import Timeline
+from keyreel.types import U8
+
+
+class Aside:
+    """Collects pictures of the frames that are shown at some times, as far as these are decoded.
+
+    Several workers may add pictures at a time.
+
+    Args:
+        timeline: of the video.
+        times: seconds from the video's start.
+        transform: size of the pictures.
+    """
+
+    def __init__(self, timeline: Timeline, times: Sequence[float], transform: ImageTransform) -> None:
+        self.transform = transform
+        ranks = np.searchsorted(timeline.starts, np.asarray(times) + 1e-9, side="right") - 1
+        self._wanted = dict(zip(times, timeline.ticks[np.maximum(ranks, 0)].tolist(), strict=True))
+        self._ticks = frozenset(self._wanted.values())
+        self._pictures: dict[int, U8] = {}
+
+    def converter(self, sample_aspect_ratio: Fraction | None) -> AsideConverter:
+        """What adds pictures; one for each worker."""
+        return AsideConverter(self, Converter(self.transform, sample_aspect_ratio))
+
+    def wants(self, ticks: int | None) -> bool:
+        return ticks in self._ticks and ticks not in self._pictures
+
+    def add(self, ticks: int, picture: U8) -> None:
+        self._pictures[ticks] = picture
+
+    def pictures(self) -> dict[float, U8]:
+        """[H, W, 3] uint8 RGB of each time whose frame was decoded."""
+        return {time: self._pictures[ticks] for time, ticks in self._wanted.items() if ticks in self._pictures}
+
+
+class AsideConverter:
+    """Adds the pictures of one worker's frames."""
+
+    def __init__(self, aside: Aside, converter: Converter) -> None:
+        self._aside, self._converter = aside, converter
+
+    def __call__(self, frame: VideoFrame) -> None:
+        if frame.pts is not None and self._aside.wants(frame.pts):
+            self._aside.add(frame.pts, self._converter(frame))

@@ -1,0 +1,142 @@
+"""The reel of a summary: its spans, and whether their packets are copied or their frames encoded anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from keyreel.config import OutputConfig, ReelMode, SelectConfig
+from keyreel.decode.source import Source
+from keyreel.errors import RenderError
+from keyreel.render.copy import NotCopyable, plan_copy, write_copy
+from keyreel.render.pictures import attended_area
+from keyreel.render.plan import SNAP_SECONDS, ReelPlan, interest_of, plan_reel
+from keyreel.render.reel import DEFAULTS, check_target, write_reel
+from keyreel.render.reframe import Camera, plan_camera, window_of
+from keyreel.render.sound import SoundReader, quietest
+from keyreel.types import F32, F64, Progress, Shot, Summary
+
+
+@dataclass(frozen=True, slots=True)
+class Reel:
+    """A reel that was written."""
+
+    path: Path
+    mode: Literal["copy", "encode"]
+    reason: str  # why this mode
+    spans: tuple[Shot, ...]  # as they are in the reel: copying moves their ends
+
+
+def planned_reel(summary: Summary, source: Source, config: OutputConfig, query_scores: F32 | None = None) -> ReelPlan:
+    """The spans of a summary's reel, inside the analysed part of the video; see `plan.plan_reel`.
+
+    With `query_scores` and `config.order` "score" they are in the order of their best frames' scores.
+    """
+    begin, embedding = summary.shots[0].start_seconds, summary.embedding
+    interest = interest_of(embedding, summary.shots, summary.importance)
+    scores = interest if query_scores is None else query_scores
+    select = summary.config.get("select", {})
+    with closing(SoundReader(source)) as sound:
+
+        def quiet(seconds: float) -> float:
+            return quietest(sound, seconds + begin, SNAP_SECONDS) - begin
+
+        plan = plan_reel(
+            duration_seconds=summary.stop_seconds - begin,
+            shots=_moved(summary.shots, -begin),
+            pts_seconds=embedding.pts_seconds - begin,
+            scores=scores,
+            vectors=embedding.joint,
+            seconds=config.reel_seconds,
+            similarity_limit=select.get("similarity_limit", SelectConfig().similarity_limit),
+            quiet=quiet if summary.video.has_audio else None,
+        )
+    spans = _moved(plan.spans, begin)
+    if query_scores is not None and config.order == "score":
+        spans = tuple(sorted(spans, key=lambda span: -_best(span, embedding.pts_seconds, query_scores)))
+    return ReelPlan(spans, plan.reason)
+
+
+def reel_camera(summary: Summary, config: OutputConfig, spans: Sequence[Shot]) -> Camera | None:
+    """What a reel of another shape shows; None for whole frames. See `reframe.plan_camera`."""
+    height, width = size = summary.video.display_size
+    if config.aspect is None or min(window_of(height, width, config.aspect)) > 0.999:
+        return None
+    embedding, image = summary.embedding, summary.config.get("image")
+    return plan_camera(
+        embedding.attention,
+        embedding.grid,
+        embedding.pts_seconds,
+        area=attended_area(summary.video, image if isinstance(image, Mapping) else {}),
+        size=size,
+        shots=summary.shots,
+        spans=sorted(spans, key=lambda span: span.start_seconds),
+        aspect=config.aspect,
+        mode=config.reframe,
+    )
+
+
+def _best(span: Shot, pts: F64, scores: F32) -> float:
+    """The best score of a sample in a span."""
+    inside = (pts >= span.start_seconds) & (pts < span.stop_seconds)
+    return float(scores[inside].max(initial=-np.inf))
+
+
+def _moved(spans: Iterable[Shot], seconds: float) -> tuple[Shot, ...]:
+    return tuple(Shot(span.start_seconds + seconds, span.stop_seconds + seconds) for span in spans)
+
+
+def make_reel(
+    source: Source,
+    spans: Sequence[Shot],
+    path: Path,
+    *,
+    shots: Sequence[Shot],
+    mode: ReelMode = "auto",
+    height: int = DEFAULTS.reel_height,
+    camera: Camera | None = None,
+    any_container: bool = False,
+    progress: Progress | None = None,
+) -> Reel:
+    """Writes the spans one after the other, copied where `mode` and the video allow it.
+
+    Args:
+        spans: disjoint, in the order of the reel.
+        path: of the file; its folder must be there.
+        shots: of the video; copying moves no end of a span over a cut.
+        mode: "auto" copies where every span can be copied.
+        height, camera: of an encoded picture, see `write_reel`.
+        any_container: the suffix of `path` may change to that of a container that fits the packets.
+        progress: called with ("reel", seconds done, seconds in all).
+
+    Raises:
+        RenderError: the spans cannot be copied and `mode` is "copy", or the file cannot be written.
+        SourceError: the video cannot be opened.
+    """
+    check_target(source, path)
+    if mode == "encode":
+        write_reel(source, spans, path, height=height, camera=camera, progress=progress)
+        return Reel(path, "encode", "asked for", tuple(spans))
+    try:
+        if camera is not None:
+            raise NotCopyable("it has another shape than the video")
+        plan = plan_copy(source, spans, shots)
+        target = path.with_suffix(plan.suffix) if any_container else path
+        if target.suffix.lower() != plan.suffix:
+            raise NotCopyable(f"its packets fit into {plan.suffix}, the reel is to be {target.suffix or path.name}")
+        write_copy(source, plan, target, progress=progress)
+    except NotCopyable as error:
+        if mode == "copy":
+            raise RenderError(
+                f"{source.name}: the reel cannot be copied: {error}",
+                hint="let it be encoded: --reel-mode auto (mode='auto')",
+            ) from error
+        write_reel(source, spans, path, height=height, camera=camera, progress=progress)
+        return Reel(path, "encode", f"cannot be copied: {error}", tuple(spans))
+    why = "asked for" if mode == "copy" else "every span can begin and end where packets can be cut"
+    return Reel(target, "copy", why, plan.spans)
