@@ -187,3 +187,17 @@ def test_cars_on_a_road_rather_than_the_road(media: Callable[[str], Path]) -> No
     )
     assert shown >= 0.95 * sum(span.duration_seconds for span in spans)
     assert len(spans) >= 2
+
+
+def test_a_short_video_is_shown_whole_where_the_reel_has_another_shape() -> None:
+    pts = np.arange(0, 5, 0.5)
+    given = {
+        "duration_seconds": 5.0,
+        "shots": [Shot(0.0, 5.0)],
+        "pts_seconds": pts,
+        "scores": np.linspace(0, 1, len(pts)).astype(np.float32),
+        "vectors": np.eye(len(pts), dtype=np.float32),
+    }
+    assert plan_reel(**given).spans == ()
+    assert plan_reel(**given, whole=True) == ReelPlan((Shot(0.0, 5.0),), "")
+    assert plan_reel(**given, whole=True, seconds=2.0) == plan_reel(**given, seconds=2.0)

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from typer import Argument, Option
 
 import keyreel
@@ -164,6 +163,8 @@ def _install(bars: Bars, name: str, **given: Any) -> Path:
 
 def _gigaflops_a_second() -> float:
     """What this machine's CPU makes of the built-in model; larger towers make about as much of it."""
+    import numpy as np
+
     from keyreel.models import catalogue
 
     frames = np.random.default_rng(0).integers(0, 256, (_FRAMES, 112, 112, 3), np.uint8)

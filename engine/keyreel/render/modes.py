@@ -53,6 +53,7 @@ def planned_reel(summary: Summary, source: Source, config: OutputConfig, query_s
             scores=scores,
             vectors=embedding.joint,
             seconds=config.reel_seconds,
+            whole=_has_another_shape(summary, config),
             similarity_limit=select.get("similarity_limit", SelectConfig().similarity_limit),
             quiet=quiet if summary.video.has_audio else None,
         )
@@ -64,8 +65,7 @@ def planned_reel(summary: Summary, source: Source, config: OutputConfig, query_s
 
 def reel_camera(summary: Summary, config: OutputConfig, spans: Sequence[Shot]) -> Camera | None:
     """What a reel of another shape shows; None for whole frames. See `reframe.plan_camera`."""
-    height, width = size = summary.video.display_size
-    if config.aspect is None or min(window_of(height, width, config.aspect)) > 0.999:
+    if config.aspect is None or not _has_another_shape(summary, config):
         return None
     embedding, image = summary.embedding, summary.config.get("image")
     return plan_camera(
@@ -73,12 +73,17 @@ def reel_camera(summary: Summary, config: OutputConfig, spans: Sequence[Shot]) -
         embedding.grid,
         embedding.pts_seconds,
         area=attended_area(summary.video, image if isinstance(image, Mapping) else {}),
-        size=size,
+        size=summary.video.display_size,
         shots=summary.shots,
         spans=sorted(spans, key=lambda span: span.start_seconds),
         aspect=config.aspect,
         mode=config.reframe,
     )
+
+
+def _has_another_shape(summary: Summary, config: OutputConfig) -> bool:
+    """Whether the reel's shape is another one than the video's."""
+    return config.aspect is not None and min(window_of(*summary.video.display_size, config.aspect)) < 0.999
 
 
 def _best(span: Shot, pts: F64, scores: F32) -> float:

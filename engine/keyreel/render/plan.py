@@ -76,6 +76,7 @@ def plan_reel(
     scores: F32,
     vectors: F32,
     seconds: float | None = None,
+    whole: bool = False,
     similarity_limit: float = 0.97,
     quiet: Callable[[float], float] | None = None,
 ) -> ReelPlan:
@@ -92,6 +93,7 @@ def plan_reel(
         scores: [T] float32, `interest_of` or how well each sampled frame answers a query.
         vectors: [T, D] float32, unit length.
         seconds: wished length of the reel.
+        whole: a video that is too short for a reel is shown whole, since the reel has another shape.
         similarity_limit: the best frames of two spans are no more alike than this cosine.
         quiet: from a time to the quietest one within 0.4 s.
 
@@ -106,6 +108,8 @@ def plan_reel(
     total = reel_seconds(seconds, duration_seconds)
     shortest = SHORTEST_REEL_SECONDS if seconds is None else 0.0
     if total < shortest or total > MOST * duration_seconds:
+        if whole:
+            return ReelPlan((Shot(0.0, duration_seconds),), "")
         reel = f"a reel of {total:.1f} s" if seconds is not None else "a reel"
         return ReelPlan((), f"the video is {duration_seconds:.1f} s long: {reel} would be most of it again")
     cuts = sorted({0.0, duration_seconds} | {shot.start_seconds for shot in shots} | {s.stop_seconds for s in shots})
