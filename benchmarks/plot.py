@@ -297,11 +297,30 @@ def models() -> str:
         for one in CATALOGUE
     ]
     head = ("model", "download", "GFLOP a frame", "numbers a vector", "languages", "licence", "good for")
+    [(params, found)] = groups("install", precision="fp32")
+    took = found["keyreel"]
+    note = (
+        f"{params['model']} from a file on two cores: {number(took['wall_seconds'])} s, "
+        f"{number(took['peak_of_file'])} times the file in memory."
+    )
+    return f"{table(head, lines)}\n\n{note}"
+
+
+def summaries() -> str:
+    """The main command beside its analysis and PySceneDetect."""
+    lines = []
+    for params, found in groups("summarize"):
+        ours, other = found["keyreel"], found.get("scenedetect")
+        cells = [f"{number(ours[name])} s" for name in ("wall_seconds", "cpu_seconds")]
+        beside = "reads no AV1" if other is None else f"{number(other['wall_seconds'])} s"
+        lines.append([f"`{params['clip']}`", *cells, f"{number(ours['of_analysis'])}x", beside])
+    head = ("clip", "`summarize`, wall", "CPU-s", "of its analysis, CPU", "PySceneDetect, wall")
     return table(head, lines)
 
 
 SECTIONS = {
     "models": models,
+    "summaries": summaries,
     "speed": speed,
     "library": library,
     "quality": quality,

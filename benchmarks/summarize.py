@@ -44,6 +44,8 @@ def command(words: Sequence[str], needs: str, folder: Path) -> Callable[[], Any]
             raise Absent(done.stderr.split(": ", 1)[-1].splitlines()[0])
         if done.returncode:
             raise RuntimeError(done.stderr[-300:])
+        if needs == "scenedetect" and not any(folder.rglob("*.jpg")):
+            raise Absent("it wrote no picture")  # PySceneDetect ends without an error where it cannot read a file
 
     return work
 

@@ -39,6 +39,7 @@ def ran(script: str, output: Path, *words: str) -> subprocess.CompletedProcess[s
         ("service", {"service", "commits"}),
         ("reels", {"reels"}),
         ("summarize", {"summarize"}),
+        ("install", {"install"}),
     ],
 )
 def test_a_script_runs(script: str, cases: set[str], tmp_path: Path) -> None:
