@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -211,24 +212,30 @@ def unexplained(one: F32, other: F32) -> float:
 def _left(one: F32, other: F32) -> float:
     """Sum of the differences between the blocks of `other` and the best fits for them in `one`."""
     rows, columns, half, reach = one.shape[0] // BLOCK, one.shape[1] // BLOCK, BLOCK // 2, REACH // 2
-    small_one, small_other = (x.reshape(x.shape[0] // 2, 2, x.shape[1] // 2, 2).mean((1, 3)) for x in (one, other))
-    height, width = small_one.shape
-    padded = np.pad(small_one, reach, mode="edge")
-    best, shift = np.full((rows, columns), np.inf, np.float32), np.zeros((rows, columns, 2), np.int64)
-    for down, right in itertools.product(range(2 * reach + 1), repeat=2):
-        moved = np.abs(padded[down : down + height, right : right + width] - small_other)
-        found = moved.reshape(rows, half, columns, half).sum((1, 3))
-        better = found < best
-        best[better], shift[better] = found[better], (down - reach, right - reach)
-    views = sliding_window_view(np.pad(one, REACH + 1, mode="edge"), (BLOCK, BLOCK))
+    small_one, small_other = (_sums(x, 2) / 4 for x in (one, other))
+    views = sliding_window_view(np.pad(small_one, reach, mode="edge"), small_other.shape)
+    steps = 2 * reach + 1
+    moved, found = np.empty(views.shape[1:], np.float32), np.empty((steps, steps, rows, columns), np.float32)
+    for down in range(steps):  # a row of places at a time, which the cache holds
+        np.abs(np.subtract(views[down], small_other, out=moved), out=moved)
+        found[down] = _sums(moved, half)
+    best = np.divmod(found.reshape(-1, rows, columns).argmin(0), steps)
+    top, left = (np.arange(count) * BLOCK + REACH for count in (rows, columns))
+    wide = sliding_window_view(np.pad(one, REACH + 1, mode="edge"), (BLOCK + 2, BLOCK + 2))
+    around = wide[top[:, None] + 2 * (best[0] - reach), left + 2 * (best[1] - reach)]
     blocks = other.reshape(rows, BLOCK, columns, BLOCK).swapaxes(1, 2)
-    top = np.arange(rows)[:, None] * BLOCK + REACH + 1 + 2 * shift[..., 0]
-    left = np.arange(columns) * BLOCK + REACH + 1 + 2 * shift[..., 1]
     fits = [
-        np.abs(views[top + down, left + right] - blocks).sum((2, 3))
-        for down, right in itertools.product((-1, 0, 1), repeat=2)
+        np.abs(around[..., y : y + BLOCK, x : x + BLOCK] - blocks).reshape(rows, columns, -1).sum(-1)
+        for y, x in itertools.product(range(3), repeat=2)
     ]
     return float(np.minimum.reduce(fits).sum())
+
+
+def _sums(values: F32, size: int) -> F32:
+    """[..., H / size, W / size]: sums of blocks of [..., H, W]. By slices: NumPy's own sum is slow over few numbers."""
+    across = reduce(np.add, (values[..., n::size] for n in range(size)))
+    down: F32 = reduce(np.add, (across[..., n::size, :] for n in range(size)))
+    return down
 
 
 def _dissolve(luma: F32, pictures: F32, inside: NDArray[np.int64], pts: F64) -> int | None:
