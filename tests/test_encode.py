@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from keyreel.decode.stream import FrameStream
 from keyreel.encode import SHIFT_CUT, Encoder
 from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import AttentionInput, Bundle, SubjectScale
-from keyreel.runtime.threads import one_blas_thread
 from keyreel.types import Embedding, FrameBatch
 from keyreel_kernels import ops_for
 
@@ -245,28 +243,3 @@ def test_frames_of_another_size_are_refused() -> None:
         encoder().encode([batch], EncodeConfig())
     with pytest.raises(ValueError, match="no frames"):
         encoder().encode([], EncodeConfig())
-
-
-def test_blas_has_its_threads_back_when_the_last_one_leaves() -> None:
-    from threadpoolctl import threadpool_info
-
-    def blas() -> set[int]:
-        found = [library for library in threadpool_info() if library["user_api"] == "blas"]
-        return {library["num_threads"] for library in found if "numpy" in library["filepath"]}  # torch has its own
-
-    before, inside, go = blas(), threading.Event(), threading.Event()
-
-    def other() -> None:
-        with one_blas_thread:
-            inside.set()
-            go.wait(10)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    inside.wait(10)
-    with one_blas_thread:
-        assert blas() == {1}
-    assert blas() == {1}  # the other one is inside
-    go.set()
-    thread.join()
-    assert blas() == before

@@ -17,7 +17,6 @@ import numpy as np
 from keyreel.config import EncodeConfig, ShiftMode
 from keyreel.runtime.backend import Backend
 from keyreel.runtime.bundle import Bundle
-from keyreel.runtime.threads import one_blas_thread
 from keyreel.types import JOINT, Embedding, FrameBatch
 
 # Histogram distance that counts as a cut for the shift. In the test clips at 2 fps it is below 0.4 within a scene and
@@ -198,8 +197,7 @@ class Encoder:
             attention = self._attention.run({self.bundle.attention_input: seen[core]})["attention"]
             if config.subject:
                 patches = tokens[:, self.bundle.prefix_tokens :]
-                with one_blas_thread:
-                    change = self._ops.patch_change(patches, self.bundle.grid, linked, steps=config.shift_steps)[core]
+                change = self._ops.patch_change(patches, self.bundle.grid, linked, steps=config.shift_steps)[core]
             else:
                 change = self._arrays.xp.zeros_like(attention)
             fused = self._fusion.run({"tokens": tokens[core], "attention": attention, "change": change})

@@ -20,6 +20,9 @@ Bools: TypeAlias = NDArray[np.bool_]
 OFFSETS = sorted(itertools.product((-1, 0, 1), repeat=2), key=lambda o: (abs(o[0]) + abs(o[1]), *o))
 # Added to the mean cosine of (0, 0): a camera is taken to be still unless a displacement explains more.
 STILL_BONUS = 0.005
+# Products of so many multiplications run on one thread (OpenBLAS: SMP_THRESHOLD_MIN * GEMM_MULTITHREAD_THRESHOLD); they
+# are taken in parts if these have this width or more.
+_ONE_THREAD, _LEAST_WIDTH = 4 * 65_536, 32
 
 
 def fixed_shift(count: int, grid: tuple[int, int], linked: Bools, *, fraction: float, step: int) -> I64:
@@ -99,11 +102,28 @@ def patch_change(patches: F32, grid: tuple[int, int], linked: Bools, *, steps: i
         same_shot = shot[s:] == shot[:-s]
         early, late = slice(None, -s), slice(s, None)
         # All pairs of patches, though nine a patch are looked at: one product of matrices is faster than nine of rows.
-        cosines = unit[early] @ unit[late].swapaxes(1, 2)
+        cosines = _products(unit[early], unit[late])
         for own, seen in ((early, cosines), (late, cosines.swapaxes(1, 2))):
             total[own] += np.where(same_shot[:, None], _change_between(seen, grid), 0)
             pairs[own] += same_shot
     total /= np.maximum(pairs, 1)[:, None]
+    return total
+
+
+def _products(one: F32, other: F32) -> F32:
+    """[N, P, P]: inner products of the rows of one [N, P, C] and of the other.
+
+    Small products are taken in parts that OpenBLAS does on one thread. Above that it wakes its threads for each of
+    them, and they spin: that took seven times as long on two cores.
+    """
+    places, width = one.shape[1:]
+    step = _ONE_THREAD // (places * places)
+    if step < _LEAST_WIDTH:
+        return one @ other.swapaxes(1, 2)
+    total = one[..., :step] @ other[..., :step].swapaxes(1, 2)
+    for first in range(step, width, step):
+        part = slice(first, first + step)
+        total += one[..., part] @ other[..., part].swapaxes(1, 2)
     return total
 
 
