@@ -26,7 +26,7 @@ from tokenizers import models as kinds
 
 import keyreel
 from keyreel.cli.documents import Models
-from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound, SourceNotFound
+from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 from keyreel.models import catalogue, folders, install, tokenizers
 from keyreel.models.template import Template
 from keyreel.render.documents import schema_of
@@ -189,7 +189,7 @@ def test_weights_of_ones_own(
     with pytest.raises(ModelNotFound) as caught:
         install.install("keyreel-tiny-vot", checkpoint=path, called="mine")
     assert caught.value.near == ("keyreel-tiny-vit",)
-    with pytest.raises(SourceNotFound, match=r"absent\.safetensors"):
+    with pytest.raises(ModelError, match=r"absent\.safetensors: there is no such file"):
         install.install("keyreel-tiny-vit", checkpoint=tmp_path / "absent.safetensors", called="mine")
     (path.parent / "tokenizer.json").write_bytes(words.read_bytes())  # found beside the weights
     known.files = {}

@@ -91,7 +91,8 @@ def assert_same_bundles(filled: Path, exported: Path, *, to_the_bit: bool) -> No
         for graph in GRAPHS:
             assert one.manifest["files"][f"{graph}.onnx"] == other.manifest["files"][f"{graph}.onnx"]
     mine, theirs = (
-        install.encode(Tokenizer.from_file(str(own.file("tokenizer.json"))), own.clean, TEXTS) for own in (one, other)
+        tokenizers.encode(Tokenizer.from_file(str(own.file("tokenizer.json"))), own.clean, TEXTS)
+        for own in (one, other)
     )
     np.testing.assert_array_equal(mine, theirs)
     alike = (
@@ -206,7 +207,7 @@ def test_clip_s_tokenizer_from_any_file_with_its_merges(tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text, "utf-8")
         built = tokenizers.build(known, tmp_path / name)
-        found = tokens.encode(built, known["clean"], tokens.CORPUS)
+        found = tokenizers.encode(built, known["clean"], tokens.CORPUS)
         np.testing.assert_array_equal(found, original(list(tokens.CORPUS)).numpy())
     (tmp_path / "short.txt").write_text("\n".join(["#version", *lines[:-1]]), "utf-8")
     (tmp_path / "other.json").write_text(json.dumps({"model": {"merges": [["q", "zzzz"], *merges[1:]]}}))

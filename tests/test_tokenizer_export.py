@@ -9,11 +9,12 @@ import pytest
 
 pytest.importorskip("torch", reason="the extra export is not installed")
 
-import tokenizers
+import tokenizers as package
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keyreel.errors import ModelError
+from keyreel.models import tokenizers
 from keyreel.runtime.text import clean_text
 from keyreel_export import tokens
 from keyreel_export.torchvision_cpu import import_open_clip
@@ -39,26 +40,26 @@ EXTRA = [
 
 
 @pytest.fixture(scope="module")
-def simple() -> tuple[Any, tokenizers.Tokenizer, str]:
+def simple() -> tuple[Any, package.Tokenizer, str]:
     original = open_clip.get_tokenizer("ViT-B-32")
     rebuilt, clean = tokens.export_tokenizer(original)
     # Through JSON, as a bundle does.
-    return original, tokenizers.Tokenizer.from_str(rebuilt.to_str()), clean
+    return original, package.Tokenizer.from_str(rebuilt.to_str()), clean
 
 
-def assert_same(simple: tuple[Any, tokenizers.Tokenizer, str], texts: list[str]) -> None:
+def assert_same(simple: tuple[Any, package.Tokenizer, str], texts: list[str]) -> None:
     original, rebuilt, clean = simple
-    np.testing.assert_array_equal(tokens.encode(rebuilt, clean, texts), original(texts).numpy())
+    np.testing.assert_array_equal(tokenizers.encode(rebuilt, clean, texts), original(texts).numpy())
 
 
-def test_corpus(simple: tuple[Any, tokenizers.Tokenizer, str]) -> None:
+def test_corpus(simple: tuple[Any, package.Tokenizer, str]) -> None:
     assert simple[2] == "lower"
     assert_same(simple, [*tokens.CORPUS, *EXTRA])
 
 
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=60))
-def test_any_text(simple: tuple[Any, tokenizers.Tokenizer, str], text: str) -> None:
+def test_any_text(simple: tuple[Any, package.Tokenizer, str], text: str) -> None:
     assert_same(simple, [text])
 
 
@@ -68,12 +69,12 @@ _PIECES = ["<start_of_text>", "<end_of_text>", *"<>! '7\u00e9\u4e2d_", "'s", "&a
 @settings(max_examples=100, deadline=None)
 @given(pieces=st.lists(st.sampled_from(_PIECES), max_size=12))
 def test_special_tokens_and_punctuation_in_any_order(
-    simple: tuple[Any, tokenizers.Tokenizer, str], pieces: list[str]
+    simple: tuple[Any, package.Tokenizer, str], pieces: list[str]
 ) -> None:
     assert_same(simple, ["".join(pieces)])
 
 
-def test_words_are_cut_alike_for_every_character(simple: tuple[Any, tokenizers.Tokenizer, str]) -> None:
+def test_words_are_cut_alike_for_every_character(simple: tuple[Any, package.Tokenizer, str]) -> None:
     """Each 23rd character of Unicode between letters, digits and punctuation."""
     original, rebuilt, clean = simple
     for code in range(0, 0x110000, 23):
@@ -97,7 +98,7 @@ def test_other_cleaning_and_length(clean: str) -> None:
 class _Fast:
     """What transformers' fast tokenizers have of the interface that is used."""
 
-    def __init__(self, backend: tokenizers.Tokenizer | None) -> None:
+    def __init__(self, backend: package.Tokenizer | None) -> None:
         self.backend_tokenizer = backend
         self.pad_token_id, self.pad_token, self.padding_side = 1, "</s>", "right"
 
@@ -112,7 +113,7 @@ class _Fast:
         return type("Encoding", (), {"input_ids": ids})()
 
 
-def hugging_face(backend: tokenizers.Tokenizer | None, **changes: Any) -> Any:
+def hugging_face(backend: package.Tokenizer | None, **changes: Any) -> Any:
     from open_clip.tokenizer import HFTokenizer, get_clean_fn
 
     made = HFTokenizer.__new__(HFTokenizer)
@@ -123,9 +124,9 @@ def hugging_face(backend: tokenizers.Tokenizer | None, **changes: Any) -> Any:
     return made
 
 
-def word_level() -> tokenizers.Tokenizer:
+def word_level() -> package.Tokenizer:
     vocabulary = {"<unk>": 0, "</s>": 1, "a": 2, "photo": 3, "of": 4, "cat": 5, "word": 6}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend = package.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return backend
@@ -136,7 +137,7 @@ def test_hugging_face_fast_tokenizer() -> None:
     rebuilt, clean = tokens.export_tokenizer(original)
     assert clean == "canonicalize"
     assert_same((original, rebuilt, clean), [*tokens.CORPUS, *EXTRA])
-    assert tokens.encode(rebuilt, clean, ["A photo, of_a CAT!"]).tolist() == [[2, 3, 4, 2, 5] + [1] * 7]
+    assert tokenizers.encode(rebuilt, clean, ["A photo, of_a CAT!"]).tolist() == [[2, 3, 4, 2, 5] + [1] * 7]
 
 
 @pytest.mark.parametrize(

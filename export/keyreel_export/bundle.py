@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from keyreel.config import ImageTransform
-from keyreel.models import quantize, verify
+from keyreel.models import quantize, tokenizers, verify
 from keyreel.models.folders import check_replaceable, foreign_to_bundle, replacing, write_bundle_manifest
 from keyreel.runtime.bundle import BUILTIN, Bundle, SubjectScale, bundle_folder
 from keyreel.types import Progress
@@ -127,7 +127,7 @@ def export_model(
     image = image_of(parts)
 
     def texts(given: Sequence[str]) -> Tensor:
-        ids = torch.from_numpy(tokens.encode(tokenizer, clean, given))
+        ids = torch.from_numpy(tokenizers.encode(tokenizer, clean, given))
         with torch.no_grad():
             return torch.cat([parts.modules["text"](some) for some in torch.split(ids, 64)])
 
@@ -147,7 +147,9 @@ def export_model(
         length = int((tokenizer.truncation or {})["max_length"])
         manifest = manifest_of(name, parts, image, length, clean)
         manifest["fusion"]["scene_similarity"] = calibrated.scene_similarity
-        measured = _write_graphs(made, parts, tokens.encode(tokenizer, clean, tokens.CORPUS), precision, seed, report)
+        measured = _write_graphs(
+            made, parts, tokenizers.encode(tokenizer, clean, tokens.CORPUS), precision, seed, report
+        )
         if precision == "int8":
             frames = quantize.pictures(image, verify_video, seed)
             measured = {graph: value for graph, value in measured.items() if not graph.startswith(("back", "ident"))}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,7 @@ import regex  # type: ignore[import-untyped]
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from keyreel.errors import ModelError
-from keyreel.runtime.text import clean_text
-from keyreel.types import I64
+from keyreel.models.tokenizers import encode
 from keyreel_export.torchvision_cpu import import_open_clip
 
 CORPUS = (
@@ -87,11 +85,6 @@ def described(tokenizer: Any) -> dict[str, Any]:
         "special_merges": merges[count:],
         "special_tokens": {token: vocabulary[token] for token in ordered if token not in own},
     }
-
-
-def encode(tokenizer: Tokenizer, clean: str, texts: Sequence[str]) -> I64:
-    """Token ids as keyreel makes them: [Q, L] int64."""
-    return np.array([row.ids for row in tokenizer.encode_batch([clean_text(text, clean) for text in texts])], np.int64)
 
 
 def _clean_name(function: Any) -> str:

@@ -15,10 +15,10 @@ SAMPLING, ENCODING = Sampling(), EncodeConfig()  # defaults
 
 Videos = Annotated[list[str], Argument(metavar="VIDEO...", help="files, folders, or - for standard input")]
 Folder = Annotated[str, Argument(metavar="DIR", help="the library's folder or s3:// address")]
-Model = Annotated[str, Option(help="builtin, a bundle's folder, or the name of an exported model")]
+Model = Annotated[str, Option(help="builtin (the demo model), a name from `keyreel models list`, or a bundle's folder")]
 Yes = Annotated[bool, Option("--yes", help="install the model first, if it is one of `keyreel models list`")]
 OwnModel = Annotated[
-    str | None, Option(help="builtin, a bundle's folder, or a name; a library's own model, else builtin")
+    str | None, Option(help="a name from `keyreel models list`, or a bundle's folder; a library's own, else builtin")
 ]
 Device = Annotated[str, Option(help="auto, cpu or cuda:N; an explicit device never falls back")]
 Json = Annotated[bool, Option("--json", help="print one JSON document on stdout")]

@@ -125,7 +125,7 @@ class Tables:
             raise ModelMismatch(
                 f"the library {self.uri} holds vectors of the model {known!r} (D = {known_width}, sha256 "
                 f"{sha256[:12]}), not of {model!r} (D = {width}, sha256 {model_sha256[:12]})",
-                hint="use that model, or another library for this one",
+                hint=f"use that model, or change the library's: `keyreel library reindex {self.uri} --model {model}`",
             )
 
     def model(self) -> tuple[str, str, int]:

@@ -11,7 +11,7 @@ import dataclasses
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from keyreel.config import ImageTransform
-from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound, SourceNotFound
+from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound, import_extra
 from keyreel.models import calibration, catalogue, hub, quantize, tokenizers, verify
 from keyreel.models.catalogue import CATALOGUE, Pixels, Weights
 from keyreel.models.checkpoint import opened
 from keyreel.models.folders import check_replaceable, check_space, foreign_to_bundle, replacing, write_bundle_manifest
 from keyreel.models.template import BUILTIN_FOLDER, GRAPHS, Template
 from keyreel.runtime.bundle import MANIFEST, Bundle, bundle_folder, cache_root, cached_names, sha256_of
-from keyreel.runtime.text import clean_text
 from keyreel.types import F32, I64, Progress
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -76,12 +75,15 @@ def install(
     Raises:
         ModelNotFound: the catalogue has no such model; `near` has close ones.
         CheckpointMismatch: a file with another digest, or a checkpoint with other names or shapes of tensors.
-        ModelError: offline, not enough space on the disk, a folder that holds something else, no tokenizer, weights
-            that give no finite numbers, or int8 vectors that differ too much.
+        ModelError: a file that is not there, offline, not enough space on the disk, a folder that holds something else,
+            no tokenizer, weights that give no finite numbers, or int8 vectors that differ too much.
         MissingExtra: onnxruntime is not installed, or for int8 onnx.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    import_extra("onnxruntime", extra="cpu", purpose="installing a model")  # checked first: a download takes minutes
+    if precision == "int8":
+        import_extra("onnx", extra="int8", purpose="quantising a model")
     wanted = _wanted(name, checkpoint, tokenizer, called, revision)
     full = wanted.name if precision == "fp32" else f"{wanted.name}@{precision}"
     folder = bundle_folder(full) if folder is None else folder
@@ -102,7 +104,7 @@ def install(
         whole = Path(aside) if precision == "fp16" else made
         _fill(template, path, wanted.weights.pixels, {"fp32": whole, "fp16": made}, precision, report)
         report("check", 0, 2)
-        ids = encode(made_tokenizer, clean, calibration.WORDS)
+        ids = tokenizers.encode(made_tokenizer, clean, calibration.WORDS)
         measured = _calibrate(whole, image, manifest, ids)
         report("check", 1, 2)
         if precision == "fp16":
@@ -128,11 +130,6 @@ def _fill(
             with (folders[own] / f"{graph}.onnx").open("wb") as file:
                 template.fill(own, graph, values, file)
     report("weights", len(graphs), len(graphs))
-
-
-def encode(tokenizer: Tokenizer, clean: str, texts: Sequence[str]) -> I64:
-    """Token ids as keyreel makes them: [Q, L] int64."""
-    return np.array([row.ids for row in tokenizer.encode_batch([clean_text(text, clean) for text in texts])], np.int64)
 
 
 def remove(name: str) -> Path:
@@ -168,7 +165,7 @@ def check(name: str) -> dict[str, float]:
     """
     bundle = Bundle.find(name)
     tokenizer = Tokenizer.from_file(str(bundle.file("tokenizer.json")))
-    ids = encode(tokenizer, bundle.clean, calibration.WORDS)
+    ids = tokenizers.encode(tokenizer, bundle.clean, calibration.WORDS)
     scene, subject, texts = _vectors(bundle.folder, bundle.image, bundle.attention_input, ids, bundle.precision)
     return {
         "pictures": float(len(scene)),
@@ -193,7 +190,7 @@ def _wanted(
         raise ValueError("a revision is of a download: it does not go with a checkpoint of your own")
     for path in (checkpoint, tokenizer):
         if path is not None and not path.is_file():
-            raise SourceNotFound(f"{path}: there is no such file")
+            raise ModelError(f"{path}: there is no such file")
     return Wanted(called or name, weights, checkpoint, tokenizer)
 
 

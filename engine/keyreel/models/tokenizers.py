@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, processors
 
 from keyreel.errors import CheckpointMismatch, ModelError
 from keyreel.runtime.bundle import sha256_of
+from keyreel.runtime.text import clean_text
+from keyreel.types import I64
 
 FILES = ("tokenizer.json", "merges.txt")  # that a repository may have, the better one first
 HINT = "--tokenizer takes the tokenizer.json or merges.txt that lies beside the weights"
@@ -45,6 +48,11 @@ def build(known: Mapping[str, Any], path: Path) -> Tokenizer:
     tokenizer.enable_truncation(known["context_length"])
     tokenizer.enable_padding(length=known["context_length"], pad_id=pad[0], pad_token=pad[1])
     return tokenizer
+
+
+def encode(tokenizer: Tokenizer, clean: str, texts: Sequence[str]) -> I64:
+    """Token ids as keyreel makes them: [Q, L] int64."""
+    return np.array([row.ids for row in tokenizer.encode_batch([clean_text(text, clean) for text in texts])], np.int64)
 
 
 def _from_merges(known: Mapping[str, Any], path: Path) -> Tokenizer:

@@ -27,6 +27,7 @@ import numpy as np
 
 from keyreel.config import ImageTransform, ShiftMode
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
+from keyreel.models import catalogue
 from keyreel.render.files import atomic_write
 from keyreel.types import F32
 
@@ -155,7 +156,10 @@ class Bundle:
         cached = bundle_folder(text)
         if (cached / MANIFEST).is_file():
             return cls.load(cached)
-        hint = f"`keyreel export {text}` makes it (needs pip install 'keyreel[export]'), or leave the model out"
+        command = f"`keyreel models install {text}` downloads it"
+        if catalogue.find(text) is None:
+            command = f"`keyreel export {text}` makes it (needs pip install 'keyreel[export]')"
+        hint = f"{command}; `keyreel models list` has what one command installs"
         raise ModelNotFound(text, cached_names(), hint=hint)
 
     @classmethod
