@@ -18,11 +18,12 @@ from typing import Any
 
 from benchmarks._common import RESULTS, ROOT
 from keyreel.models.catalogue import CATALOGUE
+from keyreel.render.reel import CRF, PRESET
 from keyreel.search import LESS, MORE, WITHOUT
 
 Medians = dict[str, float]  # by metric
 MODELS = ROOT / "engine" / "keyreel" / "models"
-PAGES = (ROOT / "README.md", MODELS / "MODEL_CARD.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", MODELS / "MODEL_CARD.md")
 _DECODERS = ("pyav", "torchcodec", "decord", "opencv")
 _RUNTIMES = ("onnxruntime fp32", "torch bf16", "openvino bf16")
 _SEARCHERS = ("numpy", "faiss flat", "lancedb flat")
@@ -318,7 +319,19 @@ def summaries() -> str:
     return table(head, lines)
 
 
+def presets() -> str:
+    """What x264's presets cost and keep, beside the one that reels have."""
+    lines = []
+    for params, found in groups("reels"):
+        own = found[f"{PRESET} {CRF}"]
+        for system, one in found.items():
+            ratios = [f"{number(one[name] / own[name])}x" for name in ("cpu_seconds", "bytes")]
+            lines.append([f"`{params['clip']}`, {params['height']} lines", system, *ratios, f"{one['ssim']:.4f}"])
+    return table(("clip", "preset and CRF", "CPU-s", "bytes", "SSIM"), lines)
+
+
 SECTIONS = {
+    "presets": presets,
     "models": models,
     "summaries": summaries,
     "speed": speed,
