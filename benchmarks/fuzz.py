@@ -154,7 +154,7 @@ def read(sources: Sequence[Path], seed: int, number: int, folder: Path) -> Resul
                 pass
         if number % 10 == 0:
             summary = _engine().summarize(path, keyframes=3)
-            summary.render_reel(folder / f"{number}.mp4")
+            summary.render_reel(folder / f"{number}.mp4", aspect="1:1")  # another shape: short ones have a reel, too
     except SourceError as error:
         what = type(error).__name__
     except KeyreelError as error:

@@ -29,8 +29,12 @@ def write_checkpoint(architecture: str, folder: Path) -> Path:
     from keyreel_export.torchvision_cpu import import_open_clip
 
     path, rng = folder / "weights.safetensors", np.random.default_rng(0)
-    shapes = Template.find(architecture).tensors
-    save_file({name: rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in shapes.items()}, path)
+    tensors = {
+        name: rng.normal(0, 0.02, shape).astype(np.float32)
+        for name, shape in Template.find(architecture).tensors.items()
+    }
+    tensors |= {name: np.abs(values) for name, values in tensors.items() if name.endswith("running_var")}
+    save_file(tensors, path)
     ranks = import_open_clip().get_tokenizer(architecture).bpe_ranks
     merges = sorted(ranks, key=ranks.__getitem__)
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"merges": merges}}), "utf-8")

@@ -59,7 +59,12 @@ class Uploaded:
 
 def backend_on(cuda: Cuda, batch_size: int = 16) -> Backend:
     def stream(
-        source: Source, sampling: Sampling, *, transform: ImageTransform | None = None, batch_size: int = CUDA_BATCH
+        source: Source,
+        sampling: Sampling,
+        *,
+        transform: ImageTransform | None = None,
+        batch_size: int = CUDA_BATCH,
+        aside: Any = None,
     ) -> Any:
         return Uploaded(FrameStream(source, sampling, transform=transform, batch_size=batch_size), cuda)
 
