@@ -126,9 +126,9 @@ def hugging_face(backend: package.Tokenizer | None, **changes: Any) -> Any:
 
 def word_level() -> package.Tokenizer:
     vocabulary = {"<unk>": 0, "</s>": 1, "a": 2, "photo": 3, "of": 4, "cat": 5, "word": 6}
-    backend = package.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    backend = package.Tokenizer(package.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = package.pre_tokenizers.Whitespace()
+    backend.post_processor = package.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return backend
 
 
