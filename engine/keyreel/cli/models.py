@@ -132,7 +132,7 @@ def verify(
 
 def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
     """Installs a model that is known and not here, if the user said yes; else says how."""
-    from keyreel.errors import ModelNotFound
+    from keyreel.errors import ModelError
     from keyreel.models import catalogue
     from keyreel.models.install import installed
 
@@ -141,7 +141,7 @@ def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
     if not yes:
         size = f"{weights.size_bytes / 1e6:,.0f} MB, licence: {weights.licence}"
         hint = f"`keyreel models install {name}` downloads it ({size}); --yes does so from here"
-        raise ModelNotFound(name, hint=hint)
+        raise ModelError(f"the model {name} is not installed", hint=hint)
     with Bars(quiet=quiet) as bars:
         _install(bars, name)
 
