@@ -24,6 +24,7 @@ from keyreel.runtime.bundle import Bundle
 from keyreel_export import pretrained, tokens
 from keyreel_export.bundle import export_model, versions
 from keyreel_export.templates import draw_weights, make_template
+from keyreel_export.torchvision_cpu import import_open_clip
 
 pytestmark = pytest.mark.full
 
@@ -49,6 +50,7 @@ class HuggingFace:
     """What `transformers` makes of that file with the settings of SigLIP 2: no <bos>, an <eos>, padded to the right."""
 
     def __init__(self, path: Path) -> None:
+        import_open_clip()
         from open_clip.tokenizer import HFTokenizer, get_clean_fn
         from transformers import PreTrainedTokenizerFast
 
@@ -193,8 +195,6 @@ def test_the_tiny_template_of_the_quick_tests_is_current(open_clip: Any) -> None
 
 
 def test_clip_s_tokenizer_from_any_file_with_its_merges(tmp_path: Path) -> None:
-    from keyreel_export.torchvision_cpu import import_open_clip
-
     original = import_open_clip().get_tokenizer("ViT-B-32")
     known = Template.find("ViT-B-32").tokenizer
     merges = sorted(original.bpe_ranks, key=original.bpe_ranks.__getitem__)
