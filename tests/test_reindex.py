@@ -73,7 +73,9 @@ def test_all_videos_get_new_vectors_and_keep_their_ids(
         assert [(hit.video, hit.score) for hit in found] == [(hit.video, hit.score) for hit in wanted]
         assert sum(1 + hit.folded for hit in found) == 3  # alike videos are folded
         assert opened.verify() == ()
+    (library / f"reindex-{new_engine.bundle.sha256[:12]}").mkdir()  # of a run that was killed at its very end
     assert reindex(str(library), new_engine).done  # nothing is left to do
+    assert [path.name for path in library.iterdir() if path.name.startswith("reindex")] == []
 
 
 def test_it_goes_on_where_it_was_and_the_old_model_answers(

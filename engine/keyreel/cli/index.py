@@ -78,7 +78,6 @@ def index(
         workers=workers,
         force=force,
     )
-    ensure(model, yes=yes, quiet=quiet)
     if not 0 < watch_seconds <= 86_400:
         raise ValueError(f"watch_seconds must be in (0, 86400], got {watch_seconds}")
     if ray and (watch or prune):
@@ -93,6 +92,7 @@ def index(
         names[place : place + 1] = [os.path.join(".", n) if n == "-" else n for n in listed(sys.stdin.buffer.read())]
     if not names:
         raise ValueError("there is no video to index: give files, folders, or - for a list on standard input")
+    ensure(model, yes=yes, quiet=quiet)
     if ray:
         with Bars(quiet=quiet) as bars, Report(library, bars, as_json=as_json, hidden=hidden) as report:
             _index_on_ray(report, names, model, device, address, config)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keyreel.config import IndexConfig
@@ -67,9 +66,10 @@ def reindex(
     """
     old = Tables(uri, storage_options=storage_options)
     bundle = engine.bundle
-    if old.model()[1] == bundle.sha256:
-        return Reindexed(True, len(old.records()), ())
     beside = f"{old.uri}/reindex-{bundle.sha256[:12]}"
+    if old.model()[1] == bundle.sha256:
+        _delete(Tables(beside, storage_options=storage_options))  # left where a run was killed at its very end
+        return Reindexed(True, len(old.records()), ())
     with Library(beside, engine, storage_options=storage_options) as library:
         new = Tables(beside, storage_options=storage_options)
         if not new.exists():
@@ -126,13 +126,17 @@ def _replace(old: Tables, new: Tables) -> None:
         target.overwrite(name, columns, _batches(new, table, columns))
     for tables in (old, target):
         tables.close()
-    if new.folder is None:
-        new.drop_tables(*TABLES)
-        new.close()
-    else:
-        new.close()
-        shutil.rmtree(Path(new.uri))
+    _delete(new)
     upkeep.compact(old, alone=True)  # and the old versions, with the old vectors
+
+
+def _delete(tables: Tables) -> None:
+    """Deletes a library that is no longer needed, if it is there."""
+    if tables.folder is None:
+        tables.drop_tables(*TABLES)
+    elif tables.folder.is_dir():
+        shutil.rmtree(tables.folder)
+    tables.close()
 
 
 def _batches(tables: Tables, table: Any, columns: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Runs an ONNX graph on the CPU with few optimisations: `python half_runner.py GRAPH FEEDS.npz OUT.npz`.
+"""Runs an ONNX graph on the CPU with few optimisations: `python -P half_runner.py GRAPH FEEDS.npz OUT.npz`.
 
 `verify` runs graphs in half precision in this process: onnxruntime 1.31 crashes while it optimises some of them.
 """

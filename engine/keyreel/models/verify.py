@@ -97,7 +97,8 @@ def _run_in_process(path: Path, feeds: list[Feeds]) -> list[Found]:
         given, got = Path(folder) / "feeds.npz", Path(folder) / "out.npz"
         arrays = {f"{index}.{name}": array for index, feed in enumerate(feeds) for name, array in feed.items()}
         np.savez(given, allow_pickle=False, **arrays)
-        command = [sys.executable, str(runner), str(path), str(given), str(got)]
+        # Without -P, tokenizers.py in this folder would hide the package tokenizers.
+        command = [sys.executable, "-P", str(runner), str(path), str(given), str(got)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = done.stderr.strip().splitlines()[-1:] or [f"signal {-done.returncode}"]
