@@ -102,7 +102,6 @@ def search(
     from keyreel.render.pictures import read_picture
 
     names, pictures = list(videos or []), html is not None or previews is not None
-    ensure(model, yes=yes, quiet=quiet)
     if html is not None:  # before the work, not after it
         _check_replaceable(html, [*(one for one in (text, image) if one), *names], overwrite=overwrite)
     if library is not None:
@@ -124,6 +123,7 @@ def search(
         query, name = _library_query(text, image, like)
         # A moment of the library as a query needs no model.
         texts = bool(like is None or also or without)
+        ensure(model, yes=yes, quiet=quiet)
         with open_library(library, model, device) if texts else keyreel.Library(library) as searched:
             query = keyreel.Combined(query, also=also or (), without=without or ())
             found = _search_library(searched, query, name, k, where, videos=whole, pictures=pictures)
@@ -137,6 +137,7 @@ def search(
         query = keyreel.Combined(query, also=also or (), without=without or ())
         frames = Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every)
         encode = EncodeConfig(shift=shift, subject=subject, batch_size=batch_size)
+        ensure(model, yes=yes, quiet=quiet)
         given = sources(names, DecodeLimits(max_duration_seconds=longest, allow_network=allow_network), hidden=hidden)
         with keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine, Bars(quiet=quiet) as bars:
             found = _search_videos(engine, bars, query, name, k, given, frames, encode, pictures=pictures)
