@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks._common import RESULTS, ROOT
 from keyreel.models.catalogue import CATALOGUE
-from keyreel.render.reel import CRF, PRESET
+from keyreel.render.reel import ENCODERS
 from keyreel.search import LESS, MORE, WITHOUT
 
 Medians = dict[str, float]  # by metric
@@ -314,16 +314,25 @@ def summaries() -> str:
         ours, other = found["keyreel"], found.get("scenedetect")
         cells = [f"{number(ours[name])} s" for name in ("wall_seconds", "cpu_seconds")]
         beside = "reads no AV1" if other is None else f"{number(other['wall_seconds'])} s"
-        lines.append([f"`{params['clip']}`", *cells, f"{number(ours['of_analysis'])}x", beside])
-    head = ("clip", "`summarize`, wall", "CPU-s", "of its analysis, CPU", "PySceneDetect, wall")
+        scenes = found.get("ffmpeg select=scene")
+        plain = "no scene" if scenes is None else f"{number(scenes['wall_seconds'])} s"
+        lines.append([f"`{params['clip']}`", *cells, f"{number(ours['of_analysis'])}x", beside, plain])
+    head = (
+        "clip",
+        "`summarize`, wall",
+        "CPU-s",
+        "of its analysis, CPU",
+        "PySceneDetect, wall",
+        "ffmpeg's filter, wall",
+    )
     return table(head, lines)
 
 
 def presets() -> str:
     """What x264's presets cost and keep, beside the one that reels have."""
-    lines = []
+    lines, x264 = [], ENCODERS["libx264"]
     for params, found in groups("reels"):
-        own = found[f"{PRESET} {CRF}"]
+        own = found[f"{x264['preset']} {x264['crf']}"]
         for system, one in found.items():
             ratios = [f"{number(one[name] / own[name])}x" for name in ("cpu_seconds", "bytes")]
             lines.append([f"`{params['clip']}`, {params['height']} lines", system, *ratios, f"{one['ssim']:.4f}"])

@@ -41,7 +41,7 @@ def encoder(clip: Path, preset: str, crf: int, height: int, content: Path) -> Ca
     from keyreel.render import reel
     from keyreel.types import Shot
 
-    reel.PRESET, reel.CRF = preset, str(crf)
+    reel.ENCODERS = {"libx264": reel.ENCODERS["libx264"] | {"preset": preset, "crf": str(crf)}}
     target = content / f"reel-{clip.stem}-{preset}-{crf}-{height}.mp4"
 
     def work() -> Path:

@@ -2,7 +2,8 @@
 
 `keyreel` writes all its default outputs; `keyreel copied` and `keyreel encoded` say how the reel is made; `analysis` is
 `Engine.summarize` in a process of its own, start-up and all. PySceneDetect finds scenes by `detect-adaptive` and saves
-one picture of each. `of_analysis` is CPU-seconds of the whole over those of the analysis, from the same run.
+one picture of each; ffmpeg's scene filter does so in one command. (auto-editor's package downloads its program at its
+first start, so it is not here.) `of_analysis` is CPU-seconds of the whole over those of the analysis, from one run.
 
     python -m benchmarks.summarize -o benchmarks/results/summarize.jsonl
 """
@@ -34,37 +35,47 @@ ANALYSIS = "import sys, keyreel; keyreel.Engine.from_pretrained(device='cpu').su
 
 def command(words: Sequence[str], needs: str, folder: Path) -> Callable[[], Any]:
     """Runs a command with `folder` empty before."""
-    if importlib.util.find_spec(needs) is None:
+    if importlib.util.find_spec(needs) is None and shutil.which(needs) is None:
         raise Absent(f"not installed: {needs}")
 
     def work() -> None:
         shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if "cannot be copied" in done.stderr:
             raise Absent(done.stderr.split(": ", 1)[-1].splitlines()[0])
         if done.returncode:
             raise RuntimeError(done.stderr[-300:])
-        if needs == "scenedetect" and not any(folder.rglob("*.jpg")):
-            raise Absent("it wrote no picture")  # PySceneDetect ends without an error where it cannot read a file
+        if needs != "keyreel" and not any(folder.rglob("*.jpg")):
+            # PySceneDetect ends without an error where it cannot read a file; ffmpeg's filter finds no scene in a take.
+            raise Absent("it wrote no picture")
 
     return work
 
 
 def systems(clip: Path, content: Path) -> list[System]:
     def of(name: str, needs: str, *words: str) -> System:
-        return System(name, partial(command, [sys.executable, *words], needs, content / "outputs"))
+        return System(name, partial(command, words, needs, content / "outputs"))
 
     out = str(content / "outputs")
-    ours = ("-m", "keyreel", "summarize", str(clip), "-o", out, "-q")
+    python = sys.executable
+    ours = (python, "-m", "keyreel", "summarize", str(clip), "-o", out, "-q")
     return [
         of("keyreel", "keyreel", *ours),
         of("keyreel copied", "keyreel", *ours, "--reel-mode", "copy"),
         of("keyreel encoded", "keyreel", *ours, "--reel-mode", "encode"),
-        of("analysis", "keyreel", "-c", ANALYSIS, str(clip)),
+        of("analysis", "keyreel", python, "-c", ANALYSIS, str(clip)),
         of(
             "scenedetect",
             "scenedetect",
-            *("-m", "scenedetect", "-q", "-i", str(clip), "-o", out, "detect-adaptive", "save-images", "-n", "1"),
+            *(python, "-m", "scenedetect", "-q", "-i", str(clip), "-o", out),
+            *("detect-adaptive", "save-images", "-n", "1"),
+        ),
+        of(
+            "ffmpeg select=scene",
+            "ffmpeg",
+            *("ffmpeg", "-v", "error", "-i", str(clip), "-vf", "select='gt(scene,0.3)'", "-fps_mode", "vfr"),
+            f"{out}/%04d.jpg",
         ),
     ]
 

@@ -38,7 +38,7 @@ def in_reel(times, spans):
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(reel, "PRESET", "ultrafast")
+    monkeypatch.setitem(reel.ENCODERS["libx264"], "preset", "ultrafast")
 
 
 def write(path: Path, out: Path, spans):
@@ -200,7 +200,7 @@ def test_mp4_of_the_right_kind(tmp_path, media):
     ],
 )
 def test_upright_even_and_in_the_same_colours(tmp_path, media, monkeypatch, name, start, size):
-    monkeypatch.setattr(reel, "CRF", "8")
+    monkeypatch.setitem(reel.ENCODERS["libx264"], "crf", "8")
     clip = media(name)
     write(clip, tmp_path / "reel.mp4", (Shot(start, start + 0.3),))
     first = frames_of(tmp_path / "reel.mp4")[0]
@@ -220,7 +220,7 @@ def test_upright_even_and_in_the_same_colours(tmp_path, media, monkeypatch, name
 
 
 def test_frames_of_the_right_size_reach_the_encoder_as_they_are(tmp_path, media, monkeypatch):
-    monkeypatch.setattr(reel, "CRF", "0")  # lossless
+    monkeypatch.setitem(reel.ENCODERS["libx264"], "crf", "0")  # lossless
     clip = media("natural/internal_emulator_transformer_output.mp4")
     write(clip, tmp_path / "reel.mp4", (Shot(1.5, 2.0),))
     with av.open(str(clip)) as container:
@@ -256,17 +256,25 @@ def test_errors_leave_nothing(tmp_path, monkeypatch):
             write_reel(source, SPANS[:1], tmp_path / "reel.mp4", progress=interrupt)
         with pytest.raises(RenderError, match="cannot be written"):
             write_reel(source, SPANS[:1], tmp_path / "missing" / "reel.mp4")
-        monkeypatch.setattr(reel, "PRESET", "no such preset")
-        with pytest.raises(RenderError, match="cannot be written"):
-            write_reel(source, SPANS[:1], tmp_path / "reel.mp4")
-
-        def missing(name, mode):
-            raise av.codec.codec.UnknownCodecError(name)
-
-        monkeypatch.setattr(av.codec, "Codec", missing)
-        with pytest.raises(RenderError, match=r"libx264(.|\n)*pip install"):
+        with monkeypatch.context() as patch:
+            patch.setitem(reel.ENCODERS["libx264"], "preset", "no such preset")
+            with pytest.raises(RenderError, match=r"libx264(.|\n)*pip install"):
+                write_reel(source, SPANS[:1], tmp_path / "reel.mp4")
+        monkeypatch.setattr(reel, "ENCODERS", {"h264_none": {}})
+        with pytest.raises(RenderError, match=r"no H.264 encoder(.|\n)*h264_none(.|\n)*pip install"):
             write_reel(source, SPANS[:1], tmp_path / "reel.mp4")
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("first", ["h264_none", "h264_nvenc"])
+def test_the_first_encoder_that_opens_is_used(tmp_path, monkeypatch, first):
+    monkeypatch.setattr(reel, "ENCODERS", {first: reel.ENCODERS["h264_nvenc"], "libvpx-vp9": {"deadline": "realtime"}})
+    write(write_clip(tmp_path / "clip.mp4", STEADY[:50], size=(160, 256)), tmp_path / "reel.mp4", SPANS[:1])
+    with av.open(str(tmp_path / "reel.mp4")) as container:
+        name = container.streams.video[0].codec_context.name
+    if first == "h264_nvenc" and name == "h264":
+        pytest.skip("this machine has NVENC")
+    assert name.startswith(("vp9", "libvpx-vp9"))
 
 
 def test_progress_rises_to_the_end_and_the_file_is_opened_once_for_pictures_and_once_for_sound(tmp_path, monkeypatch):

@@ -265,8 +265,9 @@ def _dissolve(luma: F32, pictures: F32, inside: NDArray[np.int64], pts: F64) -> 
         if flatter and ends >= ENDS and away <= MIXTURE * ends:
             return middle
         if away <= EXACT and ends >= SLIDES:
-            sides = [(a, b) for a, b in ((first - beside, first), (last, last + beside)) if a >= 0 and b < len(pictures)]
-            if sides and all(unexplained(pictures[a], pictures[b]) <= STILL for a, b in sides):
+            sides = [(first - beside, first), (last, last + beside)]
+            inner = [(pictures[a], pictures[b]) for a, b in sides if a >= 0 and b < len(pictures)]
+            if inner and all(unexplained(*pair) <= STILL for pair in inner):
                 return middle
     return None
 

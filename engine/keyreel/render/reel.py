@@ -29,11 +29,19 @@ from keyreel.render.sound import RATE, SoundReader, faded, placed_sound
 from keyreel.types import F32, U8, Progress, Shot, VideoInfo
 
 DEFAULTS = OutputConfig()
-# Of x264. As like the source as "veryfast" at 20 (SSIM), in 70 % of its time, with 1.1 to 1.6 times the bytes:
-# benchmarks.reels.
-CRF, PRESET = "22", "superfast"
+# The first that can be opened encodes: many a GPU has no NVENC (A100, H100), and drivers bound its sessions.
+# x264: as like the source as "veryfast" at 20 (SSIM), in 70 % of its time, with 1.1 to 1.6 times the bytes, see
+# benchmarks.reels. NVENC never ran here: its preset is the middle one, and 23 what its makers set beside x264's 22.
+# forced-idr: a picture asked to be an I-frame is one that a player can start at.
+# bf 0: pictures are stored as they are shown, so that the picture needs no edit list, which not every player reads, and
+# the last picture's duration is that of the track's end.
+ENCODERS = {
+    "h264_nvenc": {"preset": "p4", "rc": "vbr", "cq": "23", "b": "0", "forced-idr": "1", "bf": "0"},
+    "libx264": {"preset": "superfast", "crf": "22", "forced-idr": "1", "bf": "0"},
+}
 TICKS = 90000  # a second, of the picture's clock
 SOUND_BITS = 160_000  # a second
+REINSTALL = "install PyAV's own wheel: pip install --force-reinstall --only-binary av av"
 BATCH_BYTES = 16 << 20
 
 
@@ -60,21 +68,15 @@ def write_reel(
         progress: called with ("reel", seconds done, seconds in all).
 
     Raises:
-        RenderError: no H.264 or AAC encoder, nothing could be decoded, or the file cannot be written.
+        RenderError: no H.264 or AAC encoder, no frame could be decoded, or the file cannot be written.
         SourceError: the video cannot be opened.
     """
-    for encoder in ("libx264", "aac"):
-        try:
-            av.codec.Codec(encoder, "w")
-        except av.codec.codec.UnknownCodecError as error:
-            raise RenderError(
-                f"this build of PyAV has no {encoder} encoder, which the reel needs",
-                hint="install PyAV's own wheel: pip install --force-reinstall --only-binary av av",
-            ) from error
     check_target(source, path)
     try:
         with atomic_write(path) as made, closing(SoundReader(source)) as sound:
             _write(source, sound, spans, made, height, camera, progress)
+    except av.codec.codec.UnknownCodecError as error:
+        raise RenderError(f"this build of PyAV has no {error} encoder, which the reel needs", hint=REINSTALL) from error
     except (OSError, av.FFmpegError) as error:
         raise RenderError(
             f"{path}: the reel cannot be written: {error}", hint="is the folder there, is the disk full?"
@@ -166,20 +168,31 @@ def _even_size(info: VideoInfo, most: int) -> tuple[int, int]:
 
 
 def _video_stream(output: Any, info: VideoInfo, height: int, width: int, colours: Colours) -> Any:
-    fps = min(max(info.average_fps or 25.0, 1.0), 240.0)
-    # forced-idr: a picture asked to be an I-frame is one that a player can start at.
-    # bf 0: pictures are stored as they are shown, so that the picture needs no edit list, which not every player reads,
-    # and the last picture's duration is that of the track's end.
-    options = {"crf": CRF, "preset": PRESET, "forced-idr": "1", "bf": "0"}
-    stream = output.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
-    context = stream.codec_context
-    context.width, context.height, context.pix_fmt = width, height, "yuv420p"
-    context.time_base = stream.time_base = Fraction(1, TICKS)
-    context.sample_aspect_ratio = Fraction(1, 1)
-    context.color_primaries, context.color_trc = colours.primaries, colours.transfer
-    context.colorspace = colours.matrix
-    context.color_range = ColorRange.MPEG
-    return stream
+    fps = Fraction(min(max(info.average_fps or 25.0, 1.0), 240.0)).limit_denominator(1001)
+
+    def prepared(context: Any) -> Any:
+        context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+        context.time_base, context.framerate = Fraction(1, TICKS), fps
+        context.sample_aspect_ratio = Fraction(1, 1)
+        context.color_primaries, context.color_trc = colours.primaries, colours.transfer
+        context.colorspace = colours.matrix
+        context.color_range = ColorRange.MPEG
+        return context
+
+    failed = []
+    for name, options in ENCODERS.items():
+        try:
+            trial = prepared(av.CodecContext.create(name, "w"))
+            trial.options = options
+            trial.open()
+        except (av.codec.codec.UnknownCodecError, av.FFmpegError) as error:
+            failed.append(f"{name}: {error}")
+            continue
+        stream = output.add_stream(name, rate=fps, options=options)
+        prepared(stream.codec_context)
+        stream.time_base = stream.codec_context.time_base
+        return stream
+    raise RenderError(f"no H.264 encoder can be opened: {'; '.join(failed)}", hint=REINSTALL)
 
 
 def _yuv(picture: U8, height: int, width: int) -> av.VideoFrame:
