@@ -350,12 +350,12 @@ def test_limits(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refusal(clip, SourceError, "64 x 48", "3071", "max_pixels", limits=DecodeLimits(max_pixels=3071))
     Source(clip, limits=DecodeLimits(max_pixels=64 * 48)).probe()
     refusal(clip, SourceError, "max_duration_seconds", limits=DecodeLimits(max_duration_seconds=1.0))
-    monkeypatch.setattr("keyreel.decode.source._MAX_SPOOL_BYTES", len(data) - 1)
+    monkeypatch.setattr("keyreel.decode.streams.MAX_SPOOL_BYTES", len(data) - 1)
     with Source(Pipe(data)) as source:  # type: ignore[arg-type]
         for _ in range(2):
             with pytest.raises(SourceError, match="more than"):
                 source.probe()
-    monkeypatch.setattr("keyreel.decode.source._MAX_SPOOL_BYTES", len(data))
+    monkeypatch.setattr("keyreel.decode.streams.MAX_SPOOL_BYTES", len(data))
     with Source(Pipe(data)) as source:  # type: ignore[arg-type]
         assert len(pixels(source)) == 12
     monkeypatch.setattr("keyreel.decode.stream._MAX_FRAMES", 11)

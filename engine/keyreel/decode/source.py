@@ -9,9 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
-import stat
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,9 +29,11 @@ from keyreel.config import DecodeLimits
 from keyreel.decode.color import display_size, rotation_degrees, transfer_of
 from keyreel.decode.headers import remarks_of
 from keyreel.decode.packets import BARREN_PACKETS, BROKEN, demux, reason_of
+from keyreel.decode.refusals import HEAD_BYTES, encrypted, head_of_file, is_scrambled, refusal, refuse_playlists
 from keyreel.decode.sampling import PlanBroken
+from keyreel.decode.streams import FileView, check_size, checked, reading, spooled
 from keyreel.decode.timeline import Timeline, clocks_restart, promised_seconds, scan
-from keyreel.errors import CorruptStream, SourceError, SourceNotFound, UnsupportedCodec
+from keyreel.errors import CorruptStream, SourceError, UnsupportedCodec
 from keyreel.types import VideoInfo
 
 # FFmpeg matches a demuxer when any of its names is listed. Left out on purpose: hls, dash, concat, imf, sdp, rtsp and
@@ -43,46 +43,8 @@ _CONTAINERS = (
     "mjpeg,mpjpeg,nut,mxf,gxf,wtv,rm,dv,gif,apng,webp_anim,yuv4mpegpipe,swf,nuv,bink,smk,roq,flic,amv,dirac,cavsvideo,"
     "avs2,avs3,mp3,wav,flac,aac,aiff,w64,caf,amr,ac3,eac3,dts,truehd,ape,tta,wv"
 )
-_PLAYLIST = re.compile(
-    rb"\s*(#EXTM3U|ffconcat|\[playlist\]|\[reference\]|<asx|<\?xml.{0,300}<(MPD|SmoothStreaming))", re.I | re.S
-)
-_PICTURES = {
-    "JPEG": re.compile(rb"\xff\xd8\xff"),
-    "PNG": re.compile(rb"\x89PNG\r\n"),
-    "WebP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
-    "HEIC or AVIF": re.compile(rb".{4}ftyp(heic|heix|mif1|msf1|avif|avis)", re.DOTALL),
-    "TIFF": re.compile(rb"II\*\0|MM\0\*"),
-    "BMP": re.compile(rb"BM.{4}\0\0\0\0", re.DOTALL),
-    "SVG": re.compile(rb"\s*(<\?xml.{0,500})?<svg", re.DOTALL),
-}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//|\S*\|)")
 _DEFAULT_LIMITS = DecodeLimits()
-_MAX_SPOOL_BYTES = 8 << 30  # read from a stream that cannot be rewound
-_CHUNK_BYTES = 1 << 20
-_SCRAMBLED_BYTES = 188 << 12  # of a transport stream that are looked at
-
-
-class _View:
-    """A file object with a position of its own, so that several containers can read one file object."""
-
-    def __init__(self, file: BinaryIO, lock: threading.Lock) -> None:
-        self._file, self._lock, self._position = file, lock, 0
-
-    def read(self, size: int = -1) -> bytes:
-        with self._lock:
-            self._file.seek(self._position)
-            data = self._file.read(size)
-        self._position += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        with self._lock:
-            base = 0 if whence == os.SEEK_SET else self._position if whence == os.SEEK_CUR else self._file.seek(0, 2)
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
 
 
 class Source:
@@ -158,12 +120,7 @@ class Source:
         if self._closed:
             raise ValueError(f"{self.name}: the source is closed")
         target, head = self._target()
-        if _PLAYLIST.match(head):
-            raise SourceError(
-                f"{self.name}: is a playlist; it names other files or hosts and is not opened. Allowed: files that "
-                "hold the video themselves, such as MP4, MOV, MKV, WebM, AVI, TS.",
-                hint="Give the video file itself, or join the parts with ffmpeg first.",
-            )
+        refuse_playlists(self.name, head)
         options = {
             "protocol_whitelist": "http,https,tcp,tls" if self._url else "file",
             "format_whitelist": _CONTAINERS,
@@ -175,7 +132,10 @@ class Source:
                 target, mode="r", options=options, metadata_errors="replace", timeout=timeout
             )
         except (*BROKEN, OSError) as error:
-            raise self._refusal(error, head) from error
+            damaged = isinstance(error, av.error.InvalidDataError | av.error.EOFError)
+            if damaged and self._is_scrambled():
+                raise encrypted(self.name) from error
+            raise refusal(self.name, error, head, remote=self._url is not None) from error
         try:
             with self.guarded():
                 self._check(container)
@@ -287,7 +247,7 @@ class Source:
                 if not isinstance(error, av.error.InvalidDataError | av.error.ArgumentError):
                     break
         if self._is_scrambled():
-            raise self._encrypted()
+            raise encrypted(self.name)
         raise CorruptStream(
             f"{self.name}: not one frame can be decoded: {reason}.", hint="Check that it plays; copy it again."
         )
@@ -305,18 +265,18 @@ class Source:
                 )
             return self._url, b""
         if self.path is not None:
-            return f"file:{self.path.absolute()}", self._head_of_file(self.path)
+            return f"file:{self.path.absolute()}", head_of_file(self.name, self.path)
         target: Any
         if isinstance(self._video, bytes):
-            target, head = io.BytesIO(self._video), self._video[:1024]
+            target, head = io.BytesIO(self._video), self._video[:HEAD_BYTES]
         elif self._can_seek():
-            target = _View(self._video, self._file_lock)
-            with self._reading():
-                head = self._checked(target.read(1024))
+            target = FileView(self._video, self._file_lock)
+            with reading(self.name):
+                head = checked(self.name, target.read(HEAD_BYTES))
             target.seek(0)
         else:
             copy = self._spooled()
-            target, head = f"file:{copy}", self._head_of_file(copy)
+            target, head = f"file:{copy}", head_of_file(self.name, copy)
         if not head:
             raise CorruptStream(f"{self.name}: empty, 0 bytes of video.", hint="Check what was read.")
         return target, head
@@ -329,75 +289,9 @@ class Source:
         """A temporary copy of a stream that cannot seek, made at the first use."""
         with self._lock:
             if self._copy is None:
-                self._copy = tempfile.NamedTemporaryFile(prefix="keyreel-", suffix=".video")  # noqa: SIM115
-                file: BinaryIO = sys.stdin.buffer if self._video == "-" else self._video
-                with self._reading():
-                    while data := self._checked(file.read(_CHUNK_BYTES)):
-                        self._copy.write(data)
-                        if self._copy.tell() > _MAX_SPOOL_BYTES:
-                            break
-                    self._copy.flush()
-            if self._copy.tell() > _MAX_SPOOL_BYTES:
-                raise SourceError(
-                    f"{self.name}: more than {_MAX_SPOOL_BYTES} bytes.", hint="Save it to a file and give the path."
-                )
+                self._copy = spooled(self.name, sys.stdin.buffer if self._video == "-" else self._video)
+            check_size(self.name, self._copy)
             return Path(self._copy.name)
-
-    def _checked(self, data: Any) -> bytes:
-        if not isinstance(data, bytes):
-            raise TypeError(f"{self.name}: read() gave {type(data).__name__}, a binary file object gives bytes")
-        return data
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise SourceError(f"{self.name}: cannot be read: {error.strerror or error}.") from error
-
-    def _head_of_file(self, path: Path) -> bytes:
-        try:
-            mode = path.stat().st_mode
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise SourceNotFound(f"{self.name}: no such file.", hint="Check the path.") from error
-        except (OSError, ValueError) as error:
-            raise SourceError(f"{self.name}: cannot be read: {error}.") from error
-        if stat.S_ISDIR(mode):
-            raise SourceError(f"{self.name}: is a folder, not a video file.", hint="Name the files in it.")
-        if not stat.S_ISREG(mode):
-            raise SourceError(f"{self.name}: is not a regular file.", hint="Pipe it in, and give '-' as the video.")
-        with self._reading(), path.open("rb") as file:
-            head = file.read(1024)
-        if not head:
-            raise CorruptStream(f"{self.name}: empty file, 0 bytes.", hint="Copy or download it again.")
-        return head
-
-    def _refusal(self, error: Exception, head: bytes) -> SourceError:
-        if isinstance(error, av.error.ArgumentError):
-            # EINVAL comes from format_whitelist: FFmpeg knows the format, and it is none of ours.
-            if picture := next((name for name, head_of in _PICTURES.items() if head_of.match(head)), None):
-                return SourceError(
-                    f"{self.name}: a {picture} picture, not a video.",
-                    hint="The video of a motion photo lies beside it, or is saved by the phone's own gallery.",
-                )
-            return SourceError(
-                f"{self.name}: a playlist, a text or another format that is no single video file. Allowed: MP4, MOV, "
-                "MKV, WebM, AVI, TS, MPEG, FLV, OGG, IVF and the like.",
-                hint="Give the video file itself.",
-            )
-        if isinstance(error, FileNotFoundError):
-            return SourceNotFound(f"{self.name}: no such file.", hint="Check the path.")
-        if self._url is not None:
-            reason = getattr(error, "strerror", None) or error
-            return SourceNotFound(f"{self.name}: cannot be fetched: {reason}.", hint="Check the address.")
-        if isinstance(error, av.error.InvalidDataError | av.error.EOFError):
-            if self._is_scrambled():
-                return self._encrypted()
-            return CorruptStream(
-                f"{self.name}: not a video, or too damaged to open: {error.strerror}.",
-                hint="Check that it plays; copy or download it again.",
-            )
-        return SourceError(f"{self.name}: cannot be opened: {getattr(error, 'strerror', None) or error}.")
 
     def _check(self, container: InputContainer) -> None:
         stream = select_video(container)
@@ -428,23 +322,18 @@ class Source:
             if not number:
                 self.remarks = remarks_of(stream, packet)
             if packet.has_sidedata("encryption_info"):
-                raise self._encrypted()
+                raise encrypted(self.name)
             yield packet
 
-    def _encrypted(self) -> SourceError:
-        return UnsupportedCodec(
-            f"{self.name}: its video is encrypted.", hint="Give a copy without protection (DRM), or decrypt it first."
-        )
-
     def _is_scrambled(self) -> bool:
-        """Whether it is a transport stream with transport_scrambling_control set: ISO/IEC 13818-1, 2.4.3.3."""
-        target, head = self._target()
-        if self._url is not None or head[:1] + head[188:189] != b"GG":
+        if self._url is not None:
             return False
-        with self._reading(), open(self.path or target[5:], "rb") if isinstance(target, str) else target as file:
-            data = file.read(_SCRAMBLED_BYTES)
-        packets = [data[at : at + 4] for at in range(0, len(data) - 3, 188)]
-        return any(packet[:1] == b"G" and packet[3] & 0x80 for packet in packets)
+        target, _ = self._target()
+        with reading(self.name):
+            if not isinstance(target, str):
+                return is_scrambled(target)
+            with open(target.removeprefix("file:"), "rb") as file:
+                return is_scrambled(file)
 
     def _check_count(self, frames: int) -> None:
         if frames > self.limits.max_frames:
