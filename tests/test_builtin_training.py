@@ -24,6 +24,7 @@ from keyreel.runtime.bundle import SubjectScale  # noqa: E402
 from keyreel.runtime.words import SILENT, words_of  # noqa: E402
 from keyreel_export.builtin import data, text  # noqa: E402
 from keyreel_export.builtin.__main__ import main  # noqa: E402
+from keyreel_export.builtin.corpus import careless, make_phrases  # noqa: E402
 from keyreel_export.builtin.data import Bank, Example, random_view  # noqa: E402
 from keyreel_export.builtin.distil import Distillation, Lesson, Plan, draw_scenes  # noqa: E402
 from keyreel_export.builtin.knowledge import RIDGE, WIDTH, Glove, Meaning, fit_map, unit  # noqa: E402
@@ -35,7 +36,8 @@ from keyreel_export.builtin.scenes import COLOURS as PALETTE  # noqa: E402
 from keyreel_export.builtin.scenes import KINDS, render_scene  # noqa: E402
 from keyreel_export.builtin.space import Space, contrast  # noqa: E402
 from keyreel_export.builtin.student import UNKNOWN_MARK, TextTower  # noqa: E402
-from keyreel_export.builtin.text import Labelled, Sources, careless, make_phrases, make_tokenizer, word_list  # noqa: E402
+from keyreel_export.builtin.text import Labelled, Sources  # noqa: E402
+from keyreel_export.builtin.vocabulary import make_tokenizer, word_list  # noqa: E402
 from keyreel_export.builtin.wordnet import Nouns, read_entries  # noqa: E402
 from keyreel_export.fit import Outlined, TokenAttention, fit_attention  # noqa: E402
 

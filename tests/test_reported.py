@@ -271,7 +271,8 @@ def scrambled(data: bytes) -> bytes:
 def test_an_encrypted_file_is_called_encrypted(engine: Engine) -> None:
     key = "00112233445566778899aabbccddeeff"
     protected = small("mp4", encryption_scheme="cenc-aes-ctr", encryption_key=key, encryption_kid=key)
-    for video in (protected, scrambled(small("mpegts"))):
+    stream = scrambled(small("mpegts"))
+    for video in (protected, stream, io.BufferedReader(io.BytesIO(stream))):
         with pytest.raises(UnsupportedCodec, match="its video is encrypted"):
             read(engine, video, Sampling(fps=1.0))
 

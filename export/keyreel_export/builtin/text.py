@@ -14,9 +14,7 @@ import hashlib
 import json
 import math
 import shutil
-import string
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,247 +22,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from keyreel.render.files import atomic_write
 from keyreel.runtime.bundle import MANIFEST, write_manifest
-from keyreel.runtime.words import SILENT, words_of
+from keyreel.runtime.words import SILENT
 from keyreel.types import F32
 from keyreel_export.builtin.bundle import Texts, write_text
+from keyreel_export.builtin.corpus import Phrases, make_phrases
 from keyreel_export.builtin.data import Example, read_examples
 from keyreel_export.builtin.distil import draw_scenes
 from keyreel_export.builtin.knowledge import Glove, Meaning, Sentences
-from keyreel_export.builtin.language import pick, plural, read_lists, read_rows
+from keyreel_export.builtin.language import read_lists, read_rows
 from keyreel_export.builtin.measure import Towers, measure_all
-from keyreel_export.builtin.phrases import TEMPLATES, encode
-from keyreel_export.builtin.student import CONTEXT_LENGTH, EMBEDDING_WIDTH, UNKNOWN_MARK, TextTower
+from keyreel_export.builtin.phrases import encode
+from keyreel_export.builtin.student import EMBEDDING_WIDTH, UNKNOWN_MARK, TextTower
 from keyreel_export.builtin.subject import pooled_photographs, scene_layer
-from keyreel_export.builtin.wordnet import Entry, read_entries
+from keyreel_export.builtin.vocabulary import make_tokenizer, word_list
+from keyreel_export.builtin.wordnet import read_entries
 
-# Ranks in GloVe up to which words get a row: all, nouns of what can be seen, verbs and adjectives (by WordNet).
-FREQUENT, VISIBLE, OTHER = 10_000, 150_000, 25_000
-PIECES = 2_000  # of words that are in no list
 NARROW = 56  # width of the table of words
 STEPS, BATCH, RATE = 2600, 384, 2e-3
 SHOWN, NEGATIVES, TOLD = 192, 256, 0.02  # photographs a step, further names for them, weight of telling them apart
-LEMMAS, DEFINED, SENTENCES = 15_000, 50_000, 50_000  # of several words; definitions and examples; made-up ones
 SCENES = 600  # rendered, for their captions
-LONGEST = 14  # words of a definition
 PART = 4096  # texts that the teachers see at a time
-SHARES = {
-    "names": 0.2,
-    "words": 0.2,
-    "lemmas": 0.08,
-    "defined": 0.18,
-    "captions": 0.04,
-    "scenes": 0.06,
-    "sentences": 0.24,
-}
-ODD, MISSPELLED, GONE = 0.15, 0.15, 0.05
-
-
-def word_list(own: Sequence[str], entries: Sequence[Entry], rank: dict[str, int]) -> list[str]:
-    """The words that get a row of their own: those of `own` texts, the frequent ones, WordNet's less frequent ones."""
-    found = {word for text in own for word in words_of(text)}
-    found |= {word for word, row in rank.items() if row < FREQUENT}
-    for entry in entries:
-        least = VISIBLE if entry.visible else 0 if entry.part == "noun" else OTHER
-        several = {other for word in entry.words for part in words_of(word) for other in (part, plural(part))}
-        found |= {word for word in several if rank.get(word, least) < least}
-    return sorted(word for word in found if word.isascii() and word.isalpha())
-
-
-def make_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """A listed word is one token; another one is a mark that says so, and then pieces of bytes.
-
-    Pieces begin without the mark, so none of them is also a listed word: "carpaccio" is not read as "car" and a rest.
-    """
-    tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["[PAD]", "[START]"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=len(special) + len(alphabet) + PIECES,
-        special_tokens=special,
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(words, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    vocabulary = dict(model["vocab"])
-    for word in words:
-        vocabulary.setdefault(UNKNOWN_MARK + word, len(vocabulary))
-    merges = [tuple(pair) for pair in model["merges"]]
-    made = Tokenizer(models.BPE(vocabulary, merges, unk_token=None, ignore_merges=True))
-    made.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFKD(),
-            normalizers.StripAccents(),
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"['’]s\b"), ""),
-            normalizers.Replace(Regex(r"['’]"), ""),
-            normalizers.Replace(Regex(r"[^\p{L}\p{N}]+"), " "),
-            normalizers.Strip(),
-        ]
-    )
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"(?=\d)(?<=\p{L})|(?<=\d)(?=\p{L})"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True),
-        ]
-    )
-    made.decoder = decoders.ByteLevel()
-    start = vocabulary["[START]"]
-    made.post_processor = processors.TemplateProcessing(single="[START] $A", special_tokens=[("[START]", start)])
-    made.enable_truncation(CONTEXT_LENGTH)
-    made.enable_padding(pad_id=vocabulary["[PAD]"], pad_token="[PAD]", length=CONTEXT_LENGTH)
-    return made
-
-
-@dataclass(frozen=True, slots=True)
-class Phrases:
-    """What is learned from, by kind: texts, and where they belong, [n, D] unit."""
-
-    texts: dict[str, list[str]]
-    targets: dict[str, Tensor]
-
-    def draw(self, count: int, rng: np.random.Generator) -> tuple[list[str], Tensor]:
-        """Random phrases of all kinds, as a careless user writes them, with their targets [n, D]."""
-        texts, rows = [], []
-        for kind, share in SHARES.items():
-            own = self.texts[kind]
-            for n in rng.integers(0, len(own), round(count * share)).tolist() if own else ():
-                text = own[n]
-                if kind in ("names", "words", "lemmas"):
-                    text = plural(text) if rng.random() < 0.15 else text
-                    text = pick(TEMPLATES, rng).format(text) if rng.random() < 0.4 else text
-                texts.append(careless(text, rng))
-                rows.append(self.targets[kind][n])
-        return texts, torch.stack(rows).float()
-
-
-def careless(text: str, rng: np.random.Generator) -> str:
-    """The text, in some cases with a word of no language or a number, or with one letter of a long word wrong."""
-    words = text.split()
-    if rng.random() < MISSPELLED:
-        long = [n for n, word in enumerate(words) if len(word) > 4 and word.isalpha()]
-        if long:
-            place = pick(long, rng)
-            words[place] = misspelled(words[place], rng)
-    if rng.random() < ODD:
-        odd = str(rng.integers(2100)) if rng.random() < 0.2 else _pick_letters(int(rng.integers(3, 10)), rng)
-        words.insert(int(rng.integers(len(words) + 1)), odd)
-    return " ".join(words)
-
-
-def misspelled(word: str, rng: np.random.Generator) -> str:
-    """One letter after the first is left out, doubled, exchanged for the next, or another one."""
-    at = int(rng.integers(1, len(word) - 1))
-    ways = (
-        word[:at] + word[at + 1 :],
-        word[:at] + word[at] + word[at:],
-        word[:at] + word[at + 1] + word[at] + word[at + 2 :],
-    )
-    kind = int(rng.integers(4))
-    return ways[kind] if kind < 3 else word[:at] + _pick_letters(1, rng) + word[at + 1 :]
-
-
-def _pick_letters(count: int, rng: np.random.Generator) -> str:
-    return "".join(string.ascii_lowercase[int(n)] for n in rng.integers(0, 26, count))
-
-
-def make_phrases(
-    names: Sequence[str],
-    captions: Sequence[str],
-    listed: Sequence[str],
-    entries: Sequence[Entry],
-    rank: dict[str, int],
-    grammar: dict[str, list[str]],
-    seed: int,
-) -> dict[str, list[str]]:
-    """All texts, by kind. Lemmas and definitions are of listed words, for the greater part."""
-    rng, there = np.random.default_rng(seed), frozenset(listed)
-
-    def mostly(text: str) -> bool:
-        words = words_of(text)
-        return bool(words) and sum(word in there for word in words) > 0.7 * len(words)
-
-    lemmas = {w for e in entries for w in e.words if (e.visible or e.part != "noun") and len(w.split()) > 1}
-    defined = {" ".join(said.split()[:LONGEST]) for e in entries if e.visible or e.part == "verb" for said in e.said}
-
-    def some(texts: set[str], count: int) -> list[str]:
-        usable = sorted(text for text in texts if mostly(text))
-        return [usable[int(n)] for n in rng.permutation(len(usable))[:count]]
-
-    return {
-        "names": list(names),
-        "words": list(listed),
-        "lemmas": some(lemmas, LEMMAS),
-        "defined": some(defined, DEFINED),
-        "captions": list(captions),
-        "sentences": make_sentences(names, listed, entries, rank, grammar, rng),
-    }
-
-
-def make_sentences(
-    names: Sequence[str],
-    listed: Sequence[str],
-    entries: Sequence[Entry],
-    rank: dict[str, int],
-    grammar: dict[str, list[str]],
-    rng: np.random.Generator,
-) -> list[str]:
-    """Sentences of the patterns in grammar.txt, with things, deeds and looks from all of WordNet."""
-    there = frozenset(listed)
-    pools: dict[str, Pool] = {}
-    for part, slots in {"noun": ("thing", "thing2", "place"), "verb": ("verb", "action"), "adj": ("adj",)}.items():
-        counts = Counter(
-            w for e in entries if e.part == part and (e.visible or part != "noun") for w in e.words if w in there
-        )
-        words = [participle(word) for word in counts] if part == "verb" else list(counts)
-        # The more frequent the likelier, but less than in proportion.
-        shares = np.array([(rank.get(word, VISIBLE) + 300.0) ** -0.7 for word in counts])
-        pools |= dict.fromkeys(slots, Pool(words, shares / shares.sum()))
-    people = [w for e in entries if "person" in e.words for w in e.words] + ["man", "woman", "boy", "girl", "people"]
-    texts = []
-    for _ in range(SENTENCES):
-        pattern = pick(grammar["sentences"], rng)
-        filled = {slot: pool.draw(rng) for slot, pool in pools.items()}
-        for slot, common in (
-            ("thing", names),
-            ("thing2", names),
-            ("place", grammar["places"]),
-            ("verb", grammar["verbs"]),
-        ):
-            if rng.random() < 0.35:
-                filled[slot] = pick(common, rng)
-        for slot in ("thing", "thing2"):
-            filled[slot] = plural(filled[slot]) if rng.random() < 0.2 else filled[slot]
-        drawn = {"a": "articles", "prep": "prepositions"}
-        filled |= {slot: pick(grammar[pool], rng) for slot, pool in drawn.items()}
-        filled["person"] = f"a {pick(people, rng)}" if rng.random() < 0.6 else f"a {pools['thing'].draw(rng)}"
-        texts.append(" ".join(pattern.format(**filled).split()))
-    return texts
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """Words, and how often each is drawn."""
-
-    words: list[str]
-    shares: F32
-
-    def draw(self, rng: np.random.Generator) -> str:
-        return self.words[int(rng.choice(len(self.words), p=self.shares))]
-
-
-def participle(verb: str) -> str:
-    """The regular present participle."""
-    if verb.endswith("e") and not verb.endswith(("ee", "ye", "oe")):
-        return verb[:-1] + "ing"
-    return verb + "ing"
+GONE = 0.05  # of the words are left out
 
 
 @dataclass(frozen=True, slots=True)
