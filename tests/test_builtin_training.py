@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression  # noqa: E402
 from keyreel.runtime.bundle import Bundle as Checked  # noqa: E402
 from keyreel.runtime.bundle import SubjectScale  # noqa: E402
 from keyreel.runtime.words import SILENT, words_of  # noqa: E402
-from keyreel_export.builtin import data, text  # noqa: E402
+from keyreel_export.builtin import corpus, data, text  # noqa: E402
 from keyreel_export.builtin.__main__ import main  # noqa: E402
 from keyreel_export.builtin.corpus import careless, make_phrases  # noqa: E402
 from keyreel_export.builtin.data import Bank, Example, random_view  # noqa: E402
@@ -104,7 +104,7 @@ def text_sources(folder: Path) -> Sources:
 def test_the_script_makes_a_bundle_that_loads_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "Teacher", Blocks)
     monkeypatch.setattr(text, "Sentences", lambda folder: letters)
-    monkeypatch.setattr(text, "SENTENCES", 100)
+    monkeypatch.setattr(corpus, "SENTENCES", 100)
     monkeypatch.setattr(text, "SCENES", 20)
     sources = text_sources(tmp_path / "texts")
     trainset, out, work = tiny_trainset(tmp_path / "set"), tmp_path / "out" / "tiny", tmp_path / "work"
@@ -452,12 +452,12 @@ def test_careless_writing_keeps_the_other_words() -> None:
         kinds["whole"] += words == ["an", "elephant", "in", "the", "savanna"]
         assert len(own & set(words)) >= 4
         assert 5 <= len(words) <= 6
-    assert kinds["odd"] / 2000 == pytest.approx(text.ODD, abs=0.03)
-    assert kinds["misspelled"] / 2000 == pytest.approx(text.MISSPELLED, abs=0.03)
+    assert kinds["odd"] / 2000 == pytest.approx(corpus.ODD, abs=0.03)
+    assert kinds["misspelled"] / 2000 == pytest.approx(corpus.MISSPELLED, abs=0.03)
 
 
 def test_phrases_are_of_listed_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "SENTENCES", 500)
+    monkeypatch.setattr(corpus, "SENTENCES", 500)
     sources = text_sources(tmp_path / "texts")
     glove, entries = Glove(sources.glove), read_entries(sources.wordnet)
     grammar = read_rows(Path(data.__file__).with_name("grammar.txt"))
@@ -467,7 +467,7 @@ def test_phrases_are_of_listed_words(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(made["words"]) == set(listed)
     assert "the dog runs in the park" not in made["defined"]  # "runs", "in" and "park" are in no list here
     assert "barks" not in made["defined"]  # of one word
-    assert len(made["sentences"]) == text.SENTENCES
+    assert len(made["sentences"]) == corpus.SENTENCES
     assert any("puppy" in sentence for sentence in made["sentences"])
     assert not any("truth" in sentence for sentence in made["sentences"])  # nobody can see it
 
