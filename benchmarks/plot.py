@@ -23,7 +23,12 @@ from keyreel.search import LESS, MORE, WITHOUT
 
 Medians = dict[str, float]  # by metric
 MODELS = ROOT / "engine" / "keyreel" / "models"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", MODELS / "MODEL_CARD.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "engine" / "guide" / "models.md",
+    MODELS / "MODEL_CARD.md",
+)
 _DECODERS = ("pyav", "torchcodec", "decord", "opencv")
 _RUNTIMES = ("onnxruntime fp32", "torch bf16", "openvino bf16")
 _SEARCHERS = ("numpy", "faiss flat", "lancedb flat")
