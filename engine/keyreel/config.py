@@ -134,7 +134,7 @@ class SelectConfig:
     margin: float = 0.8  # cosine above which two centroids repel each other
     similarity_limit: float = 0.97  # no two key-frames are more alike than this cosine
     min_gap_seconds: float = 0.5  # least time between two key-frames
-    quality_floor: float = 0.2  # fraction of the frames, the least clean ones, that are never key-frames
+    quality_floor: float = 0.2  # fraction of the frames, the least clean ones, that key-frames avoid
 
     def __post_init__(self) -> None:
         both = self.keyframes is not None and self.per_minute is not None

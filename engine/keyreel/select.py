@@ -52,8 +52,8 @@ ALIKE, BESIDE_SECONDS = 0.88, 5.0
 # A shot of this length is a slide if its layout changes by no more, in the median: of rendered decks it is up to 0.008,
 # of real clips 0.026 and more.
 SLIDE_SECONDS, SLIDE_CHANGE = 2.5, 0.015
-# What a frame fails, in the order in which the quality floor is relaxed.
-LEVELS = ("sharpness", "exposure", "lone flash frames")
+# What is said of key-frames that are not clean, by the level of the worst; see `frame_quality`.
+LEVELS = ("", "less sharp than the rest", "dark, bright or blank", "flashes of one frame")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def select_keyframes(
         for n, (cluster, row) in enumerate(kept)
     )
     worst = max(int(level[frame.sample]) for frame in keyframes)
-    warnings = [f"quality floor relaxed for some key-frames: {', '.join(LEVELS[:worst])}"] if worst else []
+    warnings = [f"some key-frames are {LEVELS[worst]}: the video has no better ones there"] if LEVELS[worst] else []
     if wished is not None and len(keyframes) < wished:
         warnings.append(f"{wished} key-frames were asked for, only {len(keyframes)} frames differ enough")
     return Selection(keyframes, _importance(x, w, found), tuple(warnings))
