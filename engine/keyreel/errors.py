@@ -16,7 +16,8 @@ KeyreelError                   .hint: what to do about it, .exit_code: what the 
 ├─ LibraryError       exit 6   the library of videos
 │  ├─ ModelMismatch            its vectors are of another model
 │  └─ Damaged                  .findings: what cannot be read
-└─ RenderError        exit 7   the outputs
+├─ RenderError        exit 7   the outputs
+└─ ConfigError        exit 2   the file keyreel.toml
 
 MissingExtra(ImportError)      a feature's package is not installed; names the pip command
 Wrong arguments raise ValueError or TypeError.
@@ -139,6 +140,12 @@ class RenderError(KeyreelError):
     """An output cannot be made."""
 
     exit_code = 7
+
+
+class ConfigError(KeyreelError):
+    """The file keyreel.toml is wrong."""
+
+    exit_code = 2
 
 
 class MissingExtra(ImportError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ from keyreel.cli.library import model_of, open_library
 from keyreel.cli.models import ensure
 from keyreel.cli.output import log, log_failures, plural, print_json, print_line, reason
 from keyreel.cli.progress import Bars
-from keyreel.config import DecodeLimits, EncodeConfig, IndexConfig, Sampling
+from keyreel.config import IndexConfig
 from keyreel.errors import Failure, KeyreelError
 
 if TYPE_CHECKING:
@@ -33,56 +34,45 @@ RAY_ADDRESS = re.compile(r"auto|local|ray://\S+|[\w.-]+:\d+")
 CHANGES = ("added", "changed", "moved", "copied", "unchanged", "removed", "missing", "failed")  # order of the last line
 
 Name: TypeAlias = Path | str
-NewTags = Annotated[list[str] | None, Option("--tag", metavar="TAG", help="a word for these videos; repeatable")]
-Workers = Annotated[int, Option(help="videos at a time")]
-Force = Annotated[bool, Option("--force", help="index again what is unchanged, too")]
-Prune = Annotated[bool, Option("--prune", help="remove from the library what is gone from the folders")]
+NewTags = Annotated[list[str] | None, Option("--tag", metavar="WORD", help="a tag for these videos; repeat for more")]
+Force = Annotated[bool, Option("--force", help="index unchanged videos again, too")]
+Prune = Annotated[bool, Option("--prune", help="remove videos from the library whose files are deleted")]
 
 
 def index(
-    paths: Annotated[list[str], Argument(metavar="PATH...", help="videos, folders, or - for a list on standard input")],
-    library: Annotated[str, Option(metavar="DIR", help="folder or s3:// address; made where there is none")],
+    *,
+    paths: Annotated[list[str], Argument(metavar="PATH", help="videos, folders, or - for a list on standard input")],
+    library: Annotated[str, Option(metavar="DIR", help="a folder or an s3:// address; created if it is missing")],
     tag: NewTags = None,
+    config: options.Indexing,
+    model: options.Model = None,
+    yes: options.Yes = False,
+    device: options.Device = "auto",
+    force: Force = INDEXING.force,
+    prune: Prune = False,
+    watch: Annotated[bool, Option("--watch", help="keep looking for new and changed videos until ctrl-c")] = False,
+    watch_seconds: Annotated[
+        float, Option(metavar="SECONDS", rich_help_panel=options.LIMITS, help="pause between two looks of --watch")
+    ] = 2.0,
     ray: Annotated[
         bool, Option("--ray", help="on a Ray cluster: --ray auto, --ray ray://HOST:PORT; --ray alone starts one")
     ] = False,
-    model: options.OwnModel = None,
-    yes: options.Yes = False,
-    device: options.Device = "auto",
+    hidden: options.Hidden = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
-    sampling: options.Mode = options.SAMPLING.mode,
-    fps: options.Fps = options.SAMPLING.fps,
-    tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
-    every: options.Every = options.SAMPLING.every,
-    shift: options.Shift = options.ENCODING.shift,
-    subject: options.Subject = options.ENCODING.subject,
-    batch_size: options.BatchSize = options.ENCODING.batch_size,
-    allow_network: options.AllowNetwork = False,
-    longest: options.Longest = options.LONGEST,
-    hidden: options.Hidden = False,
-    workers: Workers = INDEXING.workers,
-    force: Force = INDEXING.force,
-    prune: Prune = False,
-    watch: Annotated[bool, Option("--watch", help="go on looking for new and changed videos, until ctrl-c")] = False,
-    watch_seconds: Annotated[
-        float, Option(help="between two looks of --watch; a file that stays the same is done")
-    ] = 2.0,
 ) -> None:
-    """Brings videos into a library that can be searched; goes on where it was left."""
-    config = IndexConfig(
-        sampling=Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every),
-        encode=EncodeConfig(shift=shift, subject=subject, batch_size=batch_size),
-        limits=DecodeLimits(max_duration_seconds=longest, allow_network=allow_network),
-        tags=tuple(tag or ()),
-        workers=workers,
-        force=force,
-    )
+    """Adds videos to a library that can be searched. Skips unchanged videos, so an interrupted run continues.
+
+    Examples:
+        keyreel index ~/Videos --library lib --workers 2
+        keyreel index ~/Videos --library lib --watch --tag holiday
+    """
+    config = dataclasses.replace(config, tags=tuple(tag or ()), force=force)
     if not 0 < watch_seconds <= 86_400:
         raise ValueError(f"watch_seconds must be in (0, 86400], got {watch_seconds}")
     if ray and (watch or prune):
         raise ValueError("--ray goes with neither --watch nor --prune")
-    if ray and allow_network:
+    if ray and config.limits.allow_network:
         raise ValueError("--ray opens no URLs")
     address = next((p for p in paths if ray and RAY_ADDRESS.fullmatch(p) and not os.path.exists(p)), None)
     names = [name for name in paths if name != address]
@@ -116,34 +106,24 @@ def index(
 
 
 def update(
+    *,
     folder: options.Folder,
     tag: NewTags = None,
-    model: options.OwnModel = None,
+    config: options.Indexing,
+    model: options.Model = None,
     device: options.Device = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    sampling: options.Mode = options.SAMPLING.mode,
-    fps: options.Fps = options.SAMPLING.fps,
-    tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
-    every: options.Every = options.SAMPLING.every,
-    shift: options.Shift = options.ENCODING.shift,
-    subject: options.Subject = options.ENCODING.subject,
-    batch_size: options.BatchSize = options.ENCODING.batch_size,
-    allow_network: options.AllowNetwork = False,
-    longest: options.Longest = options.LONGEST,
-    workers: Workers = INDEXING.workers,
     force: Force = INDEXING.force,
     prune: Prune = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Looks at every video of a library again: indexes those that changed, tells those that are gone."""
-    config = IndexConfig(
-        sampling=Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every),
-        encode=EncodeConfig(shift=shift, subject=subject, batch_size=batch_size),
-        limits=DecodeLimits(max_duration_seconds=longest, allow_network=allow_network),
-        tags=tuple(tag or ()),
-        workers=workers,
-        force=force,
-    )
+    """Checks every video of a library again: indexes changed ones and lists missing files.
+
+    Examples:
+        keyreel library update lib
+        keyreel library update lib --prune --workers 2
+    """
+    config = dataclasses.replace(config, tags=tuple(tag or ()), force=force)
     with (
         open_library(folder, model, device) as library,
         Bars(quiet=quiet) as bars,
@@ -156,35 +136,28 @@ def update(
 
 
 def reindex(
+    *,
     folder: options.Folder,
-    model: Annotated[str, Option(help="the new model: builtin, a bundle's folder, or a name")],
+    model: Annotated[
+        str, Option(metavar="NAME|FOLDER", autocompletion=options.known_models, help="the new model, or builtin")
+    ],
+    config: options.Indexing,
     yes: options.Yes = False,
     device: options.Device = "auto",
+    drop_failed: Annotated[
+        bool, Option("--drop-failed", help="change the model even if some videos can no longer be read")
+    ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
-    sampling: options.Mode = options.SAMPLING.mode,
-    fps: options.Fps = options.SAMPLING.fps,
-    tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
-    every: options.Every = options.SAMPLING.every,
-    shift: options.Shift = options.ENCODING.shift,
-    subject: options.Subject = options.ENCODING.subject,
-    batch_size: options.BatchSize = options.ENCODING.batch_size,
-    allow_network: options.AllowNetwork = False,
-    longest: options.Longest = options.LONGEST,
-    workers: Workers = INDEXING.workers,
-    drop_failed: Annotated[
-        bool, Option("--drop-failed", help="change the model although some videos cannot be read any more")
-    ] = False,
 ) -> None:
-    """Changes the model of a library; goes on where it was left, and the old model answers until the end."""
+    """Changes the model of a library. Searches use the old model until the new one is complete.
+
+    Examples:
+        keyreel library reindex lib --model ViT-B-32-256/datacomp_s34b_b86k
+        keyreel library reindex lib --model builtin --drop-failed
+    """
     from keyreel.library.reindex import reindex
 
-    config = IndexConfig(
-        sampling=Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every),
-        encode=EncodeConfig(shift=shift, subject=subject, batch_size=batch_size),
-        limits=DecodeLimits(max_duration_seconds=longest, allow_network=allow_network),
-        workers=workers,
-    )
     ensure(model, yes=yes, quiet=quiet)
     with (
         keyreel.Engine.from_pretrained(model, device=device) as engine,
@@ -203,7 +176,7 @@ def reindex(
     if done.done:
         log(f"the library now has the model {engine.bundle.name}")
     else:
-        log("the library keeps its model: some videos could not be indexed; mend them, or give --drop-failed")
+        log("the library keeps its old model: some videos failed. Repair these files, or use --drop-failed")
     exit_for(report.failed, report.succeeded)
 
 

@@ -40,27 +40,19 @@ def model_of(uri: str) -> str:
 
 def list_videos(
     folder: options.Folder,
+    where: options.Where,
     as_json: options.Json = False,
-    path: options.PathGlob = None,
-    tag: options.Tag = None,
-    after: options.After = None,
-    before: options.Before = None,
-    min_duration: options.MinDuration = None,
-    max_duration: options.MaxDuration = None,
 ) -> None:
-    """Lists the videos of a library, those that failed with the reason."""
+    """Lists the videos of a library, those that failed with the reason.
+
+    Examples:
+        keyreel library list lib
+        keyreel library list lib --tag holiday --after 2024-06-01 --json
+    """
     from keyreel.cli.documents import Videos
     from keyreel.render.pictures import short_clock
 
     with keyreel.Library(folder) as library:
-        where = keyreel.Filter(
-            path=path,
-            tags=tuple(tag or ()),
-            after=after,
-            before=before,
-            min_duration_seconds=min_duration,
-            max_duration_seconds=max_duration,
-        )
         records = library.list(where)
     if as_json:
         print_json(Videos.of(folder, records))
@@ -95,10 +87,19 @@ def stats(folder: options.Folder, as_json: options.Json = False) -> None:
 
 def remove(
     folder: options.Folder,
-    videos: Annotated[list[str], Argument(metavar="VIDEO...", help="paths, ids or globs, '*/holiday/*'")],
+    videos: Annotated[list[str], Argument(metavar="VIDEO", help="paths, ids or globs, '*/holiday/*'")],
     as_json: options.Json = False,
 ) -> None:
-    """Takes videos out of a library; the files themselves stay."""
+    """Takes videos out of a library; the files themselves stay.
+
+    Examples:
+        keyreel library stats lib
+        keyreel library stats s3://bucket/library --json
+
+    Examples:
+        keyreel library remove lib holiday.mp4
+        keyreel library remove lib '*/old/*'
+    """
     from keyreel.cli.documents import Videos
 
     with keyreel.Library(folder) as library:
@@ -114,7 +115,12 @@ def verify(
     repair: Annotated[bool, Option("--repair", help="keep what is sound, index the rest again with update")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Reads a library from end to end, and tells what is damaged; exits with 6 where something is and stays."""
+    """Reads a library from end to end, and tells what is damaged; exits with 6 where something is and stays.
+
+    Examples:
+        keyreel library verify lib
+        keyreel library verify lib --repair
+    """
     from keyreel.cli.documents import Verify
 
     with keyreel.Library(folder) as library:
@@ -161,7 +167,7 @@ def upgrade(folder: options.Folder, as_json: options.Json = False) -> None:
 def serve(
     library: Annotated[str, Option(metavar="DIR", help="the library's folder or s3:// address")],
     token_file: Annotated[Path | None, Option(help="file with the token that callers must send")] = None,
-    model: options.OwnModel = None,
+    model: options.Model = None,
     device: options.Device = "auto",
     host: Annotated[str, Option(help="address to listen on; this machine alone by default")] = SERVING.host,
     port: Annotated[int, Option(help="port to listen on; 0 takes a free one")] = SERVING.port,
@@ -185,7 +191,20 @@ def serve(
         float, Option(help="how long requests, and then the jobs at work, may go on after SIGTERM")
     ] = SERVING.drain_seconds,
 ) -> None:
-    """Serves a library over HTTP, with a page to search it; needs the extra `serve`."""
+    """Serves a library over HTTP, with a page to search it; needs the extra `serve`.
+
+    Examples:
+        keyreel serve --library lib --root ~/Videos
+        keyreel serve --library lib --host 0.0.0.0 --token-file token.txt
+
+    Examples:
+        keyreel library compact lib
+        keyreel library compact lib --json
+
+    Examples:
+        keyreel library upgrade lib
+        keyreel library upgrade lib --json
+    """
     from keyreel.serve import run
 
     config = ServeConfig(

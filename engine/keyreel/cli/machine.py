@@ -24,7 +24,6 @@ from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, for_each, sources
 from keyreel.cli.output import log, plural, print_json, print_line, print_table
 from keyreel.cli.progress import RENDERED, Bars
-from keyreel.config import DecodeLimits, EncodeConfig, Sampling
 from keyreel.errors import BackendError, import_extra
 
 if TYPE_CHECKING:
@@ -59,37 +58,42 @@ def doctor(as_json: options.Json = False) -> None:
 
 
 def bench(
+    *,
     videos: options.Videos,
-    model: options.Model = "builtin",
+    runs: Annotated[
+        int, Option(min=1, max=1000, metavar="N", help="measured runs over all videos, after one that warms up")
+    ] = 3,
+    stop_seconds: Annotated[
+        float | None, Option(metavar="SECONDS", help="use each video up to this time; default: all of it")
+    ] = None,
+    frames: options.Frames,
+    encode: options.Encode,
+    limits: options.Limits,
+    hidden: options.Hidden = False,
+    model: options.Model = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
-    runs: Annotated[int, Option(min=1, max=1000, help="measured runs over all videos, after one that warms up")] = 3,
-    sampling: options.Mode = options.SAMPLING.mode,
-    fps: options.Fps = options.SAMPLING.fps,
-    tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
-    every: options.Every = options.SAMPLING.every,
-    stop_seconds: Annotated[
-        float | None, Option(help="end of what counts, exclusive; the video's end by default")
-    ] = options.SAMPLING.stop_seconds,
-    shift: options.Shift = options.ENCODING.shift,
-    subject: options.Subject = options.ENCODING.subject,
-    batch_size: options.BatchSize = options.ENCODING.batch_size,
-    allow_network: options.AllowNetwork = False,
-    longest: options.Longest = options.LONGEST,
-    hidden: options.Hidden = False,
 ) -> None:
-    """Measures how fast your own videos are summarised on this machine, stage by stage; keeps no outputs."""
+    """Measures how fast your own videos are summarised on this machine, stage by stage; keeps no outputs.
+
+    Examples:
+        keyreel doctor
+        keyreel doctor --json
+
+    Examples:
+        keyreel bench holiday.mp4
+        keyreel bench ~/Videos --stop-seconds 60 --runs 5 --json
+    """
     from keyreel.cli.documents import Bench, BenchVideo
     from keyreel.decode.source import Source
     from keyreel.render.documents import FailedVideo
 
-    frames = Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every, stop_seconds=stop_seconds)
-    encode = EncodeConfig(shift=shift, subject=subject, batch_size=batch_size)
+    frames = dataclasses.replace(frames, stop_seconds=stop_seconds)
     measured: dict[str, list[BenchVideo]] = {}
     began = time.perf_counter()
     with (
-        keyreel.Engine.from_pretrained(model, device=device) as engine,
+        keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine,
         Bars(quiet=quiet) as bars,
         contextlib.ExitStack() as opened,
     ):
@@ -116,7 +120,6 @@ def bench(
             measured.setdefault(source.name, []).append(run)
 
         engine.warmup()
-        limits = DecodeLimits(max_duration_seconds=longest, allow_network=allow_network)
         given = sources(videos, limits, hidden=hidden)
         good = [opened.enter_context(source) for source in given if isinstance(source, Source)]
         failed = for_each(given, measure, bars.failed)  # warms up
@@ -203,7 +206,12 @@ def export(
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Turns an open_clip model into a bundle that keyreel runs; needs the extra `export`."""
+    """Turns an open_clip model into a bundle that keyreel runs; needs the extra `export`.
+
+    Examples:
+        keyreel export ViT-B-32/laion2b_s34b_b79k
+        keyreel export ViT-B-32/laion2b_s34b_b79k --precision fp16 -o bundle
+    """
     from keyreel.runtime.bundle import BUILTIN, MANIFEST, Bundle
 
     if (triton is not None or tensorrt) and precision == "int8":

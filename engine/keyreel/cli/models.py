@@ -83,7 +83,16 @@ def install(
     output: Annotated[Path | None, Option("--output", "-o", help="folder; the cache by default")] = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Downloads a model and makes it ready, without PyTorch."""
+    """Downloads a model and makes it ready, without PyTorch.
+
+    Examples:
+        keyreel models list
+        keyreel models list --json
+
+    Examples:
+        keyreel models install
+        keyreel models install ViT-B-32 --from my.safetensors --name mine
+    """
     from keyreel.models.catalogue import RECOMMENDED
 
     if tensorrt and precision == "int8":
@@ -105,9 +114,14 @@ def install(
 
 
 def remove(
-    names: Annotated[list[str], Argument(metavar="NAME...", help="installed or exported models")],
+    names: Annotated[list[str], Argument(metavar="NAME", help="installed or exported models")],
 ) -> None:
-    """Deletes models from the cache; the downloaded weights stay in the hub's own cache."""
+    """Deletes models from the cache; the downloaded weights stay in the hub's own cache.
+
+    Examples:
+        keyreel models remove mine
+        keyreel models remove ViT-B-32/laion2b_s34b_b79k ViT-L-14/laion2b_s32b_b82k
+    """
     from keyreel.models.install import remove
 
     for name in names:
@@ -115,10 +129,15 @@ def remove(
 
 
 def verify(
-    names: Annotated[list[str] | None, Argument(metavar="NAME...", help="all that are installed by default")] = None,
+    names: Annotated[list[str] | None, Argument(metavar="NAME", help="all that are installed by default")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Compares models with their manifests and runs them."""
+    """Compares models with their manifests and runs them.
+
+    Examples:
+        keyreel models verify
+        keyreel models verify builtin --json
+    """
     from keyreel.models.install import check, installed
 
     found = {name: check(name) for name in names or ("builtin", *installed())}
