@@ -20,14 +20,14 @@ from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, listed, tell_passed, within
 from keyreel.cli.library import model_of, open_library
 from keyreel.cli.models import ensure
-from keyreel.cli.output import log, log_failures, plural, print_json, print_line, reason
+from keyreel.cli.output import log, log_failures, plural, print_json, print_line, print_table, reason
 from keyreel.cli.progress import Bars
 from keyreel.config import IndexConfig
 from keyreel.errors import Failure, KeyreelError
 
 if TYPE_CHECKING:
     from keyreel import Library
-    from keyreel.library.types import Added
+    from keyreel.library.types import Added, Record
 
 INDEXING = IndexConfig()  # defaults
 RAY_ADDRESS = re.compile(r"auto|local|ray://\S+|[\w.-]+:\d+")
@@ -50,6 +50,7 @@ def index(
     device: options.Device = "auto",
     force: Force = INDEXING.force,
     prune: Prune = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="only print what would be done and why; write nothing")] = False,
     watch: Annotated[bool, Option("--watch", help="keep looking for new and changed videos until ctrl-c")] = False,
     watch_seconds: Annotated[
         float, Option(metavar="SECONDS", rich_help_panel=options.LIMITS, help="pause between two looks of --watch")
@@ -71,9 +72,11 @@ def index(
     if not 0 < watch_seconds <= 86_400:
         raise ValueError(f"watch_seconds must be in (0, 86400], got {watch_seconds}")
     if ray and (watch or prune):
-        raise ValueError("--ray goes with neither --watch nor --prune")
+        raise ValueError("--ray does not work with --watch or --prune")
     if ray and config.limits.allow_network:
-        raise ValueError("--ray opens no URLs")
+        raise ValueError("--ray does not work with --allow-network")
+    if dry_run and (ray or watch):
+        raise ValueError("--dry-run does not work with --ray or --watch")
     address = next((p for p in paths if ray and RAY_ADDRESS.fullmatch(p) and not os.path.exists(p)), None)
     names = [name for name in paths if name != address]
     if "-" in names:
@@ -82,6 +85,9 @@ def index(
         names[place : place + 1] = [os.path.join(".", n) if n == "-" else n for n in listed(sys.stdin.buffer.read())]
     if not names:
         raise ValueError("there is no video to index: give files, folders, or - for a list on standard input")
+    if dry_run:
+        _dry_run(names, library, config, model, prune=prune, hidden=hidden, as_json=as_json)
+        return
     ensure(model, yes=yes, quiet=quiet)
     if ray:
         with Bars(quiet=quiet) as bars, Report(library, bars, as_json=as_json, hidden=hidden) as report:
@@ -264,15 +270,70 @@ def _prune(report: Report, names: Sequence[str], library: Library) -> tuple[str,
 
     A folder without any video is left alone: it may be a disk that is not mounted.
     """
-    from keyreel.library.files import is_gone
     from keyreel.library.types import Added
 
-    full = {name for name, found in within(names, hidden=report.hidden) if isinstance(found, Path)}
-    folders = tuple(os.path.join(os.path.abspath(name), "") for name in full)
-    gone = [r.id for r in library.list() if r.path.startswith(folders) and is_gone(r.path)] if folders else []
-    for record in library.remove(gone) if gone else ():
+    folders, gone = _gone(names, library, hidden=report.hidden)
+    for record in library.remove([record.id for record in gone]) if gone else ():
         report.add(Added(record.path, "missing", None, None, 0.0))
     return folders
+
+
+def _gone(names: Sequence[str], library: Library, *, hidden: bool) -> tuple[tuple[str, ...], list[Record]]:
+    """The folders that have videos, and the library's videos that were in them and are deleted."""
+    from keyreel.library.files import is_gone
+
+    full = {name for name, found in within(names, hidden=hidden) if isinstance(found, Path)}
+    folders = tuple(os.path.join(os.path.abspath(name), "") for name in full)
+    records = library.list() if folders and library.exists() else []
+    return folders, [record for record in records if record.path.startswith(folders) and is_gone(record.path)]
+
+
+def _dry_run(
+    names: Sequence[str],
+    library: str,
+    config: IndexConfig,
+    model: str | None,
+    *,
+    prune: bool,
+    hidden: bool,
+    as_json: bool,
+) -> None:
+    """Prints what `index` would do with each video, and why."""
+    from keyreel.cli.documents import Plan, PlannedVideo
+    from keyreel.models.install import installed
+    from keyreel.render.documents import FailedVideo
+    from keyreel.render.pictures import short_clock
+    from keyreel.runtime.bundle import BUILTIN
+
+    found = list(within(names, hidden=hidden, tell=tell_passed))
+    failed = [Failure(name, error) for name, error in found if isinstance(error, KeyreelError)]
+    with keyreel.Library(library) as opened:
+        plans = opened.plan([video for _, video in found if not isinstance(video, KeyreelError)], config)
+        gone = _gone(names, opened, hidden=hidden)[1] if prune else []
+        own = opened.stats().model if opened.exists() else None
+    moved = {plan.was for plan in plans if plan.change == "moved"}
+    failed += [plan.failure for plan in plans if plan.failure is not None]
+    videos = [
+        PlannedVideo(plan.path, plan.change, plan.why, plan.duration_seconds) for plan in plans if plan.failure is None
+    ]
+    videos += [PlannedVideo(r.path, "removed", "its file is deleted", None) for r in gone if r.path not in moved]
+    model = model or own or BUILTIN
+    here = model in (BUILTIN, *installed()) or os.path.isdir(model)
+    if not here:
+        log(f"the model {model} is not installed", style="yellow")
+    if own is not None and model != own and not os.path.isdir(model):
+        log(f"the library has the model {own}: `keyreel library reindex` changes it", style="yellow")
+    if as_json:
+        failures = list(map(FailedVideo.of, failed))
+        print_json(Plan(library=library, model=model, model_installed=here, videos=videos, failed=failures))
+    else:
+        log_failures(failed)
+        print_table(("change", "why", "video"), [(video.change, video.why, video.video) for video in videos])
+        counts = Counter(video.change for video in videos) + Counter(failed=len(failed))
+        changes = ", ".join(f"{counts[change]} {change}" for change in CHANGES if counts[change]) or "nothing to do"
+        length = short_clock(sum(video.duration_seconds or 0.0 for video in videos))
+        print_line(f"would be: {changes}; {length} of video to decode. Nothing was written")
+    exit_for(failed, len(videos))
 
 
 def _watch(
