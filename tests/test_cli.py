@@ -221,8 +221,8 @@ def test_the_table_of_hits_names_the_subject(capsys: pytest.CaptureFixture[str])
     print_hits(hits)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1:] == [
-        ["0.400", "1.00", "-", "2.00", "s", "1.50", "s,", "subject", "a.mp4"],
-        ["0.300", "1.00", "-", "2.00", "s", "1.25", "s", "b.mp4"],
+        ["0.400", "0:01.0", "-", "0:02.0", "0:01.5,", "subject", "a.mp4"],
+        ["0.300", "0:01.0", "-", "0:02.0", "0:01.3", "b.mp4"],
     ]
 
 
@@ -282,7 +282,7 @@ def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
     assert odd["hits"][0]["chance"] < 0.5  # of two words one is known
     said = run("search", "zzzz qqqq", clip).stderr
     assert "the model does not know 'zzzz', 'qqqq'" in said
-    assert "nothing matches well: no word of a text is known" in said
+    assert "nothing matches well: the model knows no word of the query" in said
 
 
 def test_search_reports_failures(tiny: Path, tmp_path: Path) -> None:

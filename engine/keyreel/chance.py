@@ -21,6 +21,11 @@ RANK, ALIKE = 3, 0.6
 WELL = 0.3
 
 
+def percent(chance: float) -> str:
+    """0.123 -> "12 %", and "<1 %" below that: nothing is known to be impossible."""
+    return "<1 %" if chance < 0.01 else f"{math.floor(100 * chance + 0.5)} %"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Chances:
     """The calibration of a model, with its background of texts."""

@@ -20,7 +20,7 @@ from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, listed, tell_passed, within
 from keyreel.cli.library import model_of, open_library
 from keyreel.cli.models import ensure
-from keyreel.cli.output import log, log_failures, plural, print_json, print_line, print_table, reason
+from keyreel.cli.output import clock, log, log_failures, plural, print_json, print_line, print_table, reason
 from keyreel.cli.progress import Bars
 from keyreel.config import IndexConfig
 from keyreel.errors import Failure, KeyreelError
@@ -302,7 +302,6 @@ def _dry_run(
     from keyreel.cli.documents import Plan, PlannedVideo
     from keyreel.models.install import installed
     from keyreel.render.documents import FailedVideo
-    from keyreel.render.pictures import short_clock
     from keyreel.runtime.bundle import BUILTIN
 
     found = list(within(names, hidden=hidden, tell=tell_passed))
@@ -331,7 +330,7 @@ def _dry_run(
         print_table(("change", "why", "video"), [(video.change, video.why, video.video) for video in videos])
         counts = Counter(video.change for video in videos) + Counter(failed=len(failed))
         changes = ", ".join(f"{counts[change]} {change}" for change in CHANGES if counts[change]) or "nothing to do"
-        length = short_clock(sum(video.duration_seconds or 0.0 for video in videos))
+        length = clock(sum(video.duration_seconds or 0.0 for video in videos))
         print_line(f"would be: {changes}; {length} of video to decode. Nothing was written")
     exit_for(failed, len(videos))
 

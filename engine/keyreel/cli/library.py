@@ -14,7 +14,7 @@ from typer import Argument, Option
 
 import keyreel
 from keyreel.cli import options
-from keyreel.cli.output import log, plural, print_json, print_line, print_table, printable
+from keyreel.cli.output import clock, log, plural, print_json, print_line, print_table, printable
 from keyreel.config import ServeConfig
 from keyreel.errors import Damaged
 
@@ -50,7 +50,6 @@ def list_videos(
         keyreel library list lib --tag holiday --after 2024-06-01 --json
     """
     from keyreel.cli.documents import Videos
-    from keyreel.render.pictures import short_clock
 
     with keyreel.Library(folder) as library:
         records = library.list(where)
@@ -59,7 +58,7 @@ def list_videos(
         return
     rows = []
     for record in records:
-        length = "" if record.duration_seconds is None else short_clock(record.duration_seconds)
+        length = "" if record.duration_seconds is None else clock(record.duration_seconds)
         recorded = "" if record.date is None else f"{datetime.fromtimestamp(record.date):%Y-%m-%d %H:%M}"
         name = Text(printable(record.path))
         if record.status == "failed":

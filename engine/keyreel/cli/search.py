@@ -19,7 +19,7 @@ from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, for_each, sources
 from keyreel.cli.library import open_library
 from keyreel.cli.models import ensure
-from keyreel.cli.output import log, print_hits, print_json, print_videos
+from keyreel.cli.output import log, print_csv, print_hits, print_json, print_videos
 from keyreel.cli.progress import Bars
 from keyreel.cli.signature import names
 from keyreel.config import EncodeConfig, Sampling
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from keyreel.library.types import VideoHit
     from keyreel.types import U8, SearchHit, Summary
 
+# --csv: fields of a hit or a video, which stay empty where it has none
+HIT_COLUMNS = ("video", "video_id", "start_seconds", "stop_seconds", "pts_seconds", "score", "chance", "answered_by")
+VIDEO_COLUMNS = ("video", "video_id", "score")
 _OF_VIDEOS = [*names(options.Frames, options.Encode, options.Limits), "hidden"]
 OUR_PAGE, OUR_PAGE_WITHIN = b'<meta name="generator" content="keyreel">', 4096  # bytes
 _PER_VIDEO = 2  # moments of one video in an answer, if nothing else is said
@@ -102,6 +105,7 @@ def search(
     yes: options.Yes = False,
     device: options.Device = "auto",
     as_json: options.Json = False,
+    as_csv: Annotated[bool, Option("--csv", help="print the moments, or videos, as CSV on stdout")] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Finds the moments of videos, or of a library, that show what a text or a picture says.
@@ -113,6 +117,8 @@ def search(
     from keyreel.render.pictures import read_picture
 
     paths, pictures = list(videos or []), html is not None or previews is not None
+    if as_csv and as_json:
+        raise ValueError("give --csv or --json, not both")
     if html is not None:  # before the work, not after it
         _check_replaceable(html, [*(one for one in (text, image) if one), *paths], overwrite=overwrite)
     if library is not None:
@@ -145,7 +151,7 @@ def search(
         given = sources(paths, limits, hidden=hidden)
         with keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine, Bars(quiet=quiet) as bars:
             found = _search_videos(engine, bars, query, name, k, given, frames, encode, pictures=pictures)
-    _show(found, html=html, previews=previews, as_json=as_json)
+    _show(found, html=html, previews=previews, as_json=as_json, as_csv=as_csv)
     exit_for(found.failed, found.searched)
 
 
@@ -221,9 +227,9 @@ def _library_query(text: str | None, image: Path | None, like: str | None) -> tu
         raise ValueError(f"--like takes VIDEO@SECONDS, holiday.mp4@12.5, got {like!r}") from error
 
 
-def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bool) -> None:
+def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bool, as_csv: bool) -> None:
     """Writes the files that are wanted, and prints the answers."""
-    from keyreel.chance import WELL
+    from keyreel.chance import WELL, percent
     from keyreel.render.documents import FoundVideo, search_document
     from keyreel.render.files import atomic_write
     from keyreel.render.results import save_previews
@@ -242,7 +248,11 @@ def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bo
         log("`keyreel library verify --repair` has them indexed again")
     chances = [hit.chance for hit in hits if hit.chance is not None]
     if chances and max(chances) < WELL:
-        why = f"the best moment has a chance of {max(chances):.0%}" if max(chances) else "no word of a text is known"
+        why = (
+            f"the best moment has a chance of {percent(max(chances))}"
+            if max(chances)
+            else "the model knows no word of the query"
+        )
         log(f"nothing matches well: {why}")
     if as_json:
         videos = None if found.videos is None else [FoundVideo(v.video, v.video_id, v.score) for v in found.videos]
@@ -258,6 +268,8 @@ def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bo
                 left_out=found.left_out,
             )
         )
+    elif as_csv:
+        print_csv(HIT_COLUMNS, hits) if found.videos is None else print_csv(VIDEO_COLUMNS, found.videos)
     elif found.videos is None:
         print_hits(hits)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ from keyreel.config import OutputConfig, ReelMode, ReelOrder, ReframeMode, Selec
 if TYPE_CHECKING:
     from keyreel.decode.source import Source
 
+_log = logging.getLogger(__name__)
 KEYFRAMES, REEL, FILES = "Key-frames", "Reel", "Files"  # panels
 
 
@@ -125,8 +127,11 @@ def summarize(
             documents.append(json.loads((folder / "summary.json").read_text("utf-8")))
             for warning in summary.warnings:
                 log(f"{source.name}: warning: {warning}", style="yellow")
-            if outputs.reel and documents[-1]["reel"]["file"] is None:
-                log(f"{source.name}: no reel: {documents[-1]['reel']['reason']}")
+            _log.info("%s: written in %.2f s", source.name, documents[-1]["timings_seconds"]["render"])
+            if (reel := documents[-1]["reel"]) is not None:
+                _log.info("%s: reel %s: %s", source.name, reel["mode"], reel["reason"])
+            if outputs.reel and reel["file"] is None:
+                log(f"{source.name}: no reel: {reel['reason']}")
             if not as_json:
                 with bars.hidden():
                     print_summary(summary, folder, seconds)

@@ -6,6 +6,7 @@ is checked, and at the first difference everything is decoded from the start.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections import Counter
@@ -32,6 +33,7 @@ from keyreel.decode.timeline import TIME_BASE, Clock, Timeline, leap_seconds, pr
 from keyreel.errors import CorruptStream, NoFrames
 from keyreel.types import F64
 
+_log = logging.getLogger(__name__)
 _READ_ATTEMPTS = 16  # reading goes on after that many failed reads in a row
 _JUMP_SECONDS = 1.0  # a pts that goes back further is a new timeline, not a frame out of order
 _UNTYPED = ("qtrle", "rpza", "smc", "cinepak", "msrle")  # FFmpeg's decoders do not say which frames are key frames
@@ -153,6 +155,7 @@ class Reader:
                 return
             except PlanBroken as error:
                 if self._planning:
+                    _log.info("%s: decodes every frame: the frames differ from the packet list", self._source.name)
                     self._planning = False
                 else:
                     self._hand_over(DecoderFailed(*error.args), given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import logging
 import threading
 import time
 import uuid
@@ -37,6 +38,7 @@ from keyreel.types import Embedding, Progress, Summary
 if TYPE_CHECKING:
     from keyreel.engine import Engine
 
+_log = logging.getLogger(__name__)
 SPRITE = "sprite.jpg"  # name of the thumbnails' picture in the WebVTT
 JPEG_QUALITY = 82
 _EARLIEST = 86_400.0  # seconds since 1970: clocks that were never set are earlier
@@ -202,7 +204,9 @@ class Indexer:
         except Exception as error:  # noqa: BLE001 - whatever is wrong with one video, the others go on
             failure = Failure.of(name, _cause(error, name, path, state))
             change, record = "failed", self._failed(failure.error, name, known, state, content)
-        return Added(name, change, record, failure, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        _log.info("%s: %s in %.2f s", name, change, seconds)
+        return Added(name, change, record, failure, seconds)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -222,6 +226,7 @@ class Indexer:
         self, name: str, known: Record | None, state: FileState | None, content: str, progress: Progress
     ) -> tuple[Change, Record]:
         choice = compared(name, self._read(name), known, content, self._catalog, self._config.force)
+        _log.info("%s: %s, %s", name, choice.change, choice.why)
         if choice.record is not None:
             moved = choice.change == "moved"
             state = state if moved or known is not None else None  # another name of a file says nothing new of it
