@@ -85,10 +85,8 @@ class Engine:
         began = time.perf_counter()
         bundle = Bundle.find(model)
         engine = cls(bundle, resolve(device, threads=threads, precision=bundle.precision))
-        took = time.perf_counter() - began
-        _log.info(
-            "model %s on %s: %s; loaded in %.2f s", bundle.name, engine.backend.device, engine.backend.reason, took
-        )
+        _log.info("model %s, loaded in %.2f s", bundle.name, time.perf_counter() - began)
+        _log.info("device %s: %s", engine.backend.device, engine.backend.reason)
         return engine
 
     def __enter__(self) -> Engine:

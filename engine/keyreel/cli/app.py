@@ -16,6 +16,7 @@ from typer import Option
 
 from keyreel.cli import index, library, machine, models, search, videos
 from keyreel.cli.help import Command, Group
+from keyreel.cli.options import source_of
 from keyreel.cli.output import log
 from keyreel.cli.settings import find, load
 from keyreel.cli.signals import exit_code_of
@@ -23,6 +24,7 @@ from keyreel.cli.signature import expanded
 from keyreel.errors import KeyreelError, MissingExtra, RenderError
 
 USAGE = 2
+SETTINGS = "keyreel.settings"  # key in `Context.meta`: the file that options are read from
 
 
 class _Messages(logging.Handler):
@@ -49,7 +51,12 @@ class _Commands(Group):
     def invoke(self, ctx: Any) -> Any:
         _log.addHandler(_messages)
         with _exit_codes():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except typer.BadParameter as error:
+                if error.ctx and error.param and source_of(error.ctx, error.param.name) == "DEFAULT_MAP":
+                    error.message += f" (from {ctx.meta[SETTINGS]})"
+                raise
 
 
 @contextlib.contextmanager
@@ -124,11 +131,10 @@ def settings(
         ),
     ] = None,
 ) -> None:
-    """Reads the options that a file gives; an empty name reads none."""
-    path = find() if config is None else Path(config) if config else None
-    if path is not None:
+    """Reads the options that a file gives."""
+    if (path := Path(config) if config else find()) is not None:
         context.default_map = load(path, context.command)
-        _log.debug("options from %s", path)
+        context.meta[SETTINGS] = path
 
 
 _add(app, videos.summarize, panel="Summarize")

@@ -62,11 +62,13 @@ def index(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Adds videos to a library that can be searched. Skips unchanged videos, so an interrupted run continues.
+    """Adds videos to a library that can be searched.
+
+    Unchanged videos are skipped: run it again after an interrupt, or when there are new videos.
 
     Examples:
-        keyreel index ~/Videos --library lib --workers 2
-        keyreel index ~/Videos --library lib --watch --tag holiday
+        keyreel index ~/Videos --library lib --dry-run
+        keyreel index ~/Videos --library lib --workers 2 --tag holiday
     """
     config = dataclasses.replace(config, tags=tuple(tag or ()), force=force)
     if not 0 < watch_seconds <= 86_400:
@@ -123,7 +125,7 @@ def update(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Checks every video of a library again: indexes changed ones and lists missing files.
+    """Checks the videos of a library: indexes changed ones, lists missing ones.
 
     Examples:
         keyreel library update lib
@@ -156,7 +158,9 @@ def reindex(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Changes the model of a library. Searches use the old model until the new one is complete.
+    """Changes the model of a library.
+
+    Searches use the old model until all videos are done. Run it again to continue after an interrupt.
 
     Examples:
         keyreel library reindex lib --model ViT-B-32-256/datacomp_s34b_b86k

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -40,6 +41,11 @@ Model = Annotated[
         help="a model of `keyreel models list`, or a bundle's folder; default: the library's model, else builtin",
     ),
 ]
+Precision = Annotated[
+    Literal["fp32", "fp16", "int8"], Option(help="fp16 is for GPUs, int8 for CPUs with VNNI instructions")
+]
+Output = Annotated[Path | None, Option("--output", "-o", metavar="DIR", help="where to write; default: the cache")]
+TensorRT = Annotated[bool, Option("--tensorrt", help="build TensorRT plans for this GPU")]
 Yes = Annotated[bool, Option("--yes", help="install the model first if it is missing")]
 Device = Annotated[
     str,
@@ -169,9 +175,14 @@ Where = Annotated[
 ]
 
 
+def source_of(context: Any, name: str | None) -> str:
+    """Where a parameter's value is from: COMMANDLINE, DEFAULT_MAP (a file), DEFAULT or another of Click's names."""
+    source = context.get_parameter_source(name or "")
+    return "" if source is None else str(source.name)
+
+
 def reject(context: typer.Context, names: Iterable[str], reason: str) -> None:
     """Raises ValueError if one of the parameters was given on the command line."""
     for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+        if parameter.name in names and source_of(context, parameter.name) == "COMMANDLINE":
             raise ValueError(f"{parameter.opts[0]} {reason}")

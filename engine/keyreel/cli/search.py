@@ -108,7 +108,7 @@ def search(
     as_csv: Annotated[bool, Option("--csv", help="print the moments, or videos, as CSV on stdout")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Finds the moments of videos, or of a library, that show what a text or a picture says.
+    """Finds moments by a text or a picture, in videos or in a library.
 
     Examples:
         keyreel search "a dog" holiday.mp4 --and snow --html hits.html

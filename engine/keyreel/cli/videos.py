@@ -152,7 +152,7 @@ def demo(
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Renders a clip, summarizes and searches it. Downloads nothing.
+    """Renders a clip, summarizes it and searches in it; downloads nothing.
 
     Examples:
         keyreel demo

@@ -79,7 +79,7 @@ def planned(name: str, catalog: Catalog, config: IndexConfig, seen: dict[str, st
         content = "" if path is None or state is None else fingerprint(path)
         choice = compared(name, path, known, content, catalog, config.force)
         first = seen.setdefault(content or name, name)
-        if first != name and known is None and not config.force:
+        if first != name and known is None and not choice.twins and not config.force:
             return Planned(name, "copied", f"the same content as {first}")
         if choice.record is None and not choice.twins:
             with Source(path or name, limits=config.limits) as source:
