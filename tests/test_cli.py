@@ -182,7 +182,7 @@ def test_the_subject_is_switched_on_and_off(tiny: Path, tmp_path: Path) -> None:
     for command in (("summarize",), ("search", "a"), ("index",), ("bench",)):
         for wrong in ("maybe", "ON", "1", ""):
             said = run(*command, tiny, "--subject", wrong, code=2).stderr
-            assert f"{wrong!r} is neither on nor off" in " ".join(said.split())
+            assert f"must be on or off, got {wrong!r}" in " ".join(said.split())
 
 
 def test_folders_of_others_are_not_overwritten(tiny: Path, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_search_reports_failures(tiny: Path, tmp_path: Path) -> None:
     found = document(schema_of(SearchDocument), "search", "a dog", missing, tiny, code=8)
     assert [(failure["video"], failure["exit_code"]) for failure in found["failed"]] == [(str(missing), 3)]
     assert {hit["video"] for hit in found["hits"]} == {str(tiny)}
-    assert "cannot be written" in run("search", "a", tiny, "--html", "/proc/no/x.html", code=7).stderr
+    assert "cannot read or write" in run("search", "a", tiny, "--html", "/proc/no/x.html", code=7).stderr
 
 
 # --- demo, bench, doctor ----------------------------------------------------------------------------------------------
@@ -396,12 +396,12 @@ def test_what_a_folder_holds_beside_videos_is_counted(tiny: Path, tmp_path: Path
     done = run("summarize", folder, "-o", tmp_path / "out", *BARE)
     assert [path.parent.name for path in (tmp_path / "out").glob("*/summary.json")] == ["a"]
     told = (
-        ".ts files that are no video",
-        "files of other kinds",
-        "files that are still being downloaded",
+        ".ts files that are not videos",
+        "files that are not videos",
+        "unfinished downloads",
         "hidden files",
     )
-    assert f"passed over {' (1), '.join(told)} (1)" in " ".join(done.stderr.split())
+    assert f"skipped {' (1), '.join(sorted(told))} (1)" in " ".join(done.stderr.split())
     assert (
         run("summarize", tiny, "-o", tmp_path / "out", "--longest", "0.1", *BARE, code=3).stderr.count("--longest") == 1
     )
@@ -416,9 +416,9 @@ def test_a_page_replaces_only_pages(clip: Path, tmp_path: Path) -> None:
         run("search", "a dog", video, "--html", page)
     assert "a dog" in page.read_text()
     for target, words, why in (
-        (notes, (), "no page of keyreel"),
-        (video, (), "is what is searched"),
-        (video, ("--overwrite",), "is what is searched"),
+        (notes, (), "not written by keyreel"),
+        (video, (), "is an input of this search"),
+        (video, ("--overwrite",), "is an input of this search"),
         (tmp_path, ("--overwrite",), "is a folder"),
     ):
         before = target.read_bytes() if target.is_file() else b""
@@ -429,4 +429,4 @@ def test_a_page_replaces_only_pages(clip: Path, tmp_path: Path) -> None:
     picture = tmp_path / "query.png"
     Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(picture)
     done = run("search", "--image", picture, video, "--html", picture, "--overwrite", code=7)
-    assert "is what is searched" in done.stderr
+    assert "is an input of this search" in done.stderr

@@ -388,7 +388,7 @@ class Engine:
             if isinstance(one, str):
                 return Part(self.encode_text(one)[0], own, self.known(one))
             if isinstance(one, Example):
-                raise TypeError("a frame of a library is asked for in that library: Library.search")
+                raise TypeError("search with a frame of a library in that library: Library.search")
             return Part(self.encode_image(one)[0], plain, None)
 
         return Asked.of(query, part_of, self.chances)

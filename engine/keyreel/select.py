@@ -120,7 +120,7 @@ def select_keyframes(
         for n, (cluster, row) in enumerate(kept)
     )
     worst = max(int(level[frame.sample]) for frame in keyframes)
-    warnings = [f"quality floor relaxed for some key-frames: {', '.join(LEVELS[:worst])}"] if worst else []
+    warnings = [f"some key-frames fail a quality check: {', '.join(LEVELS[:worst])}"] if worst else []
     if wished is not None and len(keyframes) < wished:
         warnings.append(f"{wished} key-frames were asked for, only {len(keyframes)} frames differ enough")
     return Selection(keyframes, _importance(x, w, found), tuple(warnings))

@@ -73,7 +73,7 @@ def _exit_codes() -> Iterator[None]:
         log(str(error), style="red")
         raise typer.Exit(error.exit_code) from error
     except OSError as error:
-        log(f"cannot be written or read: {error}", style="red")
+        log(f"cannot read or write a file: {error}", style="red")
         raise typer.Exit(RenderError.exit_code) from error
     except (ValueError, TypeError) as error:
         log(str(error), style="red")

@@ -86,7 +86,7 @@ def index(
         # A file may be called "-", too.
         names[place : place + 1] = [os.path.join(".", n) if n == "-" else n for n in listed(sys.stdin.buffer.read())]
     if not names:
-        raise ValueError("there is no video to index: give files, folders, or - for a list on standard input")
+        raise ValueError("no video to index: give files, folders, or - for a list on standard input")
     if dry_run:
         _dry_run(names, library, config, model, prune=prune, hidden=hidden, as_json=as_json)
         return
@@ -349,7 +349,7 @@ def _watch(
     prune: bool,
 ) -> None:
     """Adds videos once their size and time of change stay the same between two looks, until ctrl-c."""
-    log("watching; ctrl-c ends", style="dim")
+    log("watching for new and changed videos; ctrl-c stops", style="dim")
     before: dict[Name, tuple[int, int]] = {}
     done: dict[Name, tuple[int, int]] = {}
     with contextlib.suppress(KeyboardInterrupt):

@@ -238,4 +238,4 @@ def serve(
         warning = f"WARNING: anyone who reaches {config.host} can search, add and remove videos; use --token-file"
         log(warning, style="bold red")
     with open_library(library, model, device) as opened:
-        run(opened, config, listening=lambda address: log(f"{address} serves {library}; ctrl-c ends"))
+        run(opened, config, listening=lambda address: log(f"serving {library} at {address}; ctrl-c stops"))

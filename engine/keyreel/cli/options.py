@@ -61,7 +61,7 @@ Hidden = Annotated[
 def _switch(given: str | bool) -> bool:
     """on or off; Typer passes the default through, too."""
     if isinstance(given, str) and given not in ("on", "off"):
-        raise typer.BadParameter(f"{given!r} is neither on nor off")
+        raise typer.BadParameter(f"must be on or off, got {given!r}")
     return given in ("on", True)
 
 
@@ -70,7 +70,7 @@ def _timestamp(date: str) -> float:
     try:
         return datetime.fromisoformat(date).timestamp()
     except (ValueError, OverflowError, OSError) as error:
-        raise typer.BadParameter(f"{date!r} is no date, write 2024-12-31 or 2024-12-31T18:00") from error
+        raise typer.BadParameter(f"{date!r} is not a date; write 2024-12-31 or 2024-12-31T18:00") from error
 
 
 Frames = Annotated[

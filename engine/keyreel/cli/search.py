@@ -123,8 +123,8 @@ def search(
         _check_replaceable(html, [*(one for one in (text, image) if one), *paths], overwrite=overwrite)
     if library is not None:
         if paths:
-            raise ValueError("videos of a library are chosen with --in and --path")
-        options.reject(context, _OF_VIDEOS, "goes with videos, not with --library")
+            raise ValueError("choose videos of a library with --in and --path")
+        options.reject(context, _OF_VIDEOS, "works with videos only, not with --library")
         where = dataclasses.replace(
             where,
             videos=tuple(within or ()),
@@ -140,7 +140,7 @@ def search(
             query = keyreel.Combined(query, also=also or (), without=without or ())
             found = _search_library(searched, query, name, k, where, videos=whole, pictures=pictures)
     else:
-        options.reject(context, _OF_LIBRARY, "goes with --library")
+        options.reject(context, _OF_LIBRARY, "works with --library only")
         if image is not None and text is not None:
             paths.insert(0, text)
         if not paths or (image is None and not text):
@@ -160,13 +160,17 @@ def _check_replaceable(page: Path, inputs: Sequence[str | Path], *, overwrite: b
     if not page.exists():
         return
     if any(os.path.exists(one) and os.path.samefile(one, page) for one in inputs):
-        raise RenderError(f"{page}: is what is searched, and is not replaced", hint="give --html another file")
+        raise RenderError(
+            f"{page}: is an input of this search and will not be overwritten", hint="choose another file for --html"
+        )
     if page.is_dir():
-        raise RenderError(f"{page}: is a folder", hint="give --html a file")
+        raise RenderError(f"{page}: is a folder", hint="--html needs a file")
     with page.open("rb") as file:
         ours = OUR_PAGE in file.read(OUR_PAGE_WITHIN)
     if not (ours or overwrite):
-        raise RenderError(f"{page}: is there and is no page of keyreel", hint="give another file, or --overwrite")
+        raise RenderError(
+            f"{page}: exists and was not written by keyreel", hint="choose another file, or add --overwrite"
+        )
 
 
 def _search_videos(
@@ -210,7 +214,7 @@ def _search_library(
     hits = library.search(query, k=k, where=where) if best is None else [m for v in best for m in v.moments]
     images = [library.preview(hit.video_id, hit.pts_seconds) for hit in hits] if pictures else []
     if not hits:
-        log("nothing was found")
+        log("no moments found")
     return Found(name, query, hits, images, library.unknown_words(query), videos=best, left_out=library.left_out())
 
 
@@ -224,7 +228,7 @@ def _library_query(text: str | None, image: Path | None, like: str | None) -> tu
     try:
         return keyreel.Example(video, float(seconds)), f"like {like}"
     except ValueError as error:
-        raise ValueError(f"--like takes VIDEO@SECONDS, holiday.mp4@12.5, got {like!r}") from error
+        raise ValueError(f"--like needs VIDEO@SECONDS, such as holiday.mp4@12.5, got {like!r}") from error
 
 
 def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bool, as_csv: bool) -> None:
@@ -244,8 +248,8 @@ def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bo
     if found.unknown:
         log(f"the model does not know {', '.join(map(repr, found.unknown))}")
     if found.left_out:
-        log(f"not searched, since what is stored of them is damaged: {', '.join(found.left_out)}")
-        log("`keyreel library verify --repair` has them indexed again")
+        log(f"skipped, because their stored data is damaged: {', '.join(found.left_out)}")
+        log("`keyreel library verify --repair`, then `keyreel library update` restore them")
     chances = [hit.chance for hit in hits if hit.chance is not None]
     if chances and max(chances) < WELL:
         why = (

@@ -50,7 +50,7 @@ def _commands(path: Path, group: Any, tables: dict[str, Any], above: tuple[str, 
     for name, table in tables.items():
         here = (*above, name)
         if not isinstance(table, dict):
-            raise ConfigError(f"{path}: {name} stands outside of the table of a command", hint=_EXAMPLE)
+            raise ConfigError(f"{path}: {name} is not inside the table of a command", hint=_EXAMPLE)
         if (command := group.commands.get(name)) is None:
             raise _unknown(path, f"command [{'.'.join(here)}]", name, group.commands)
         inside = hasattr(command, "commands")

@@ -37,8 +37,8 @@ _log = logging.getLogger(__name__)
 _READ_ATTEMPTS = 16  # reading goes on after that many failed reads in a row
 _JUMP_SECONDS = 1.0  # a pts that goes back further is a new timeline, not a frame out of order
 _UNTYPED = ("qtrle", "rpza", "smc", "cinepak", "msrle")  # FFmpeg's decoders do not say which frames are key frames
-_LEAPS = "leaps of the clock, as between joined recordings"
-_NEAR_IS_EXACT = "its packets do not tell which frames are cheap: the frames shown at the wanted times are taken"
+_LEAPS = "jumps in the time stamps, as in joined recordings"
+_NEAR_IS_EXACT = "the file does not say which frames decode fast: mode near takes the exact frames"
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +269,7 @@ class Reader:
         if held is None:
             reason = "; ".join(self.warnings()) or "it holds no pictures"
             raise CorruptStream(
-                f"{self._source.name}: not one frame can be decoded: {reason}.",
+                f"{self._source.name}: no frame can be decoded: {reason}.",
                 hint="Check that it plays; copy or download it again.",
             )
         promised = promised_seconds(worker.container, worker.stream)
@@ -310,10 +310,10 @@ class Reader:
                     self._damaged(_LEAPS, f"at {clock.seconds(last + gap):.3f} s")
                     shift += last + gap - ticks
                 else:
-                    self._damaged("frames with a stray time, shown after the one before", f"frame {index}")
+                    self._damaged("frames with a wrong time, placed after the frame before", f"frame {index}")
                 ticks = last + gap
             elif ticks <= last:
-                self._damaged("frames whose time goes back, moved behind the frame before", f"frame {index}")
+                self._damaged("frames whose time goes back, placed after the frame before", f"frame {index}")
                 ticks = last + 1
             last, gap = ticks, ticks - last
             start = clock.seconds(ticks)
@@ -331,7 +331,7 @@ class Reader:
             if fed:
                 ticks = heappop(fed)
             elif frame.pts is None:
-                self._damaged("frames without pts, times derived from their neighbours")
+                self._damaged("frames without a time stamp, times taken from their neighbours")
             yield frame, ticks
 
     def _frames(self, worker: Worker, fed: list[int] | None) -> Iterator[Any]:
@@ -356,7 +356,7 @@ class Reader:
             for frame in frames:
                 barren = 0
                 if frame.is_corrupt:
-                    self._damaged("frames damaged, or referring to missing ones", f"at pts {frame.pts}")
+                    self._damaged("frames that are damaged or depend on missing ones", f"at pts {frame.pts}")
                 yield frame
 
     def _packets(self, worker: Worker) -> Iterator[Packet[VideoStream] | None]:

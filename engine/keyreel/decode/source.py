@@ -253,7 +253,7 @@ class Source:
         height, width = display_size(frame, stream.sample_aspect_ratio)
         if height * width > self.limits.max_pixels:
             raise SourceError(
-                f"{self.name}: shown at {width} x {height} pixels, allowed are {self.limits.max_pixels} (max_pixels).",
+                f"{self.name}: shown at {width} x {height} pixels, the limit is {self.limits.max_pixels} (max_pixels).",
                 hint="Raise max_pixels if you trust the file.",
             )
         return VideoInfo(
@@ -289,7 +289,7 @@ class Source:
         if self._is_scrambled():
             raise self._encrypted()
         raise CorruptStream(
-            f"{self.name}: not one frame can be decoded: {reason}.", hint="Check that it plays; copy it again."
+            f"{self.name}: no frame can be decoded: {reason}.", hint="Check that it plays; copy it again."
         )
 
     def _target(self) -> tuple[Any, bytes]:
@@ -300,7 +300,7 @@ class Source:
                 raise SourceError(f"{self.name}: this kind of address cannot be opened. {allowed}", hint="Download it.")
             if not self.limits.allow_network:
                 raise SourceError(
-                    f"{self.name}: URLs are not opened unless asked for.",
+                    f"{self.name}: URLs are not opened by default.",
                     hint="Allow it (--allow-network, DecodeLimits(allow_network=True)), or download the file first.",
                 )
             return self._url, b""
@@ -378,10 +378,10 @@ class Source:
             if picture := next((name for name, head_of in _PICTURES.items() if head_of.match(head)), None):
                 return SourceError(
                     f"{self.name}: a {picture} picture, not a video.",
-                    hint="The video of a motion photo lies beside it, or is saved by the phone's own gallery.",
+                    hint="A motion photo keeps its video in a file of its own; the phone's gallery can export it.",
                 )
             return SourceError(
-                f"{self.name}: a playlist, a text or another format that is no single video file. Allowed: MP4, MOV, "
+                f"{self.name}: not a video file, but a playlist, a text or another format. Allowed: MP4, MOV, "
                 "MKV, WebM, AVI, TS, MPEG, FLV, OGG, IVF and the like.",
                 hint="Give the video file itself.",
             )
@@ -406,7 +406,7 @@ class Source:
         pixels = stream.width * stream.height
         if pixels > self.limits.max_pixels:
             raise SourceError(
-                f"{self.name}: pictures of {stream.width} x {stream.height} = {pixels} pixels, allowed are "
+                f"{self.name}: pictures of {stream.width} x {stream.height} = {pixels} pixels, the limit is "
                 f"{self.limits.max_pixels} (max_pixels).",
                 hint="Raise max_pixels if you trust the file.",
             )
@@ -457,7 +457,7 @@ class Source:
         """Raises SourceError where a video of this many seconds is longer than the limit."""
         if seconds is not None and seconds > self.limits.max_duration_seconds:
             raise SourceError(
-                f"{self.name}: {seconds:.0f} s long, allowed are {self.limits.max_duration_seconds:.0f} s "
+                f"{self.name}: {seconds:.0f} s long, the limit is {self.limits.max_duration_seconds:.0f} s "
                 "(max_duration_seconds).",
                 hint="Raise max_duration_seconds (--longest), or cut the video.",
             )
@@ -472,7 +472,7 @@ class Source:
         if stream is None:
             kinds = {"cover picture" if s.type == "video" else s.type for s in container.streams}
             raise UnsupportedCodec(
-                f"{self.name}: no video in it, only: {', '.join(sorted(kinds)) or 'nothing'}.",
+                f"{self.name}: has no video stream, only: {', '.join(sorted(kinds)) or 'nothing'}.",
                 hint="Give a file that has a video stream.",
             )
         if stream.codec_context is None:

@@ -312,7 +312,7 @@ class Indexer:
             # Another process may have changed the record since the catalog was read.
             current = self._current(record.id)
             if current is None:
-                raise KeyreelError(f"{record.path}: was removed from the library meanwhile", hint="add it again")
+                raise KeyreelError(f"{record.path}: was removed from the library during indexing", hint="add it again")
             record, new = current, renew(current)
             self._checkpoint()
             with self._committing:
@@ -394,7 +394,7 @@ def _text(said: Any) -> str | None:
 def _changed(name: str) -> SourceError:
     return SourceError(
         f"{name}: changed while it was read.",
-        hint="Add it again when it is written to the end; --watch waits for that.",
+        hint="Index it again when it is complete; --watch waits for that.",
     )
 
 

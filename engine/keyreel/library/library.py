@@ -156,7 +156,7 @@ class Library:
         names = _names_of(videos)
         config = config or IndexConfig()
         if held is not None and len(names) != 1:
-            raise ValueError(f"held goes with one video, got {len(names)}")
+            raise ValueError(f"held works with one video only, got {len(names)}")
         run = IndexRun(stop=stop, progress=progress, begin=begin, tell=tell)
         indexer = self._indexer(config, run, held)
         return run.run(names, indexer.index, config.workers)
@@ -329,7 +329,7 @@ class Library:
         record = self.record(video)
         extras = self._tables.extras(record.generation)
         if extras is None and record.generation:
-            raise Damaged(f"{record.path}: what is stored of its pictures is damaged", [record.path], hint=REPAIR)
+            raise Damaged(f"{record.path}: its stored pictures are damaged", [record.path], hint=REPAIR)
         if extras is None:
             raise LibraryError(f"{record.path}: has no pictures in the library: {record.error}", hint=record.hint)
         return extras
@@ -466,5 +466,5 @@ def _names_of(videos: Videos) -> tuple[str, ...]:
 
 
 def _unknown(video: str | os.PathLike[str]) -> LibraryError:
-    hint = "`keyreel library list` names them; a path, an id or a glob over the whole path"
-    return LibraryError(f"no video of the library fits {os.fspath(video)!r}", hint=hint)
+    hint = "`keyreel library list` shows all; give a path, an id or a pattern for the whole path"
+    return LibraryError(f"no video of the library matches {os.fspath(video)!r}", hint=hint)
