@@ -122,7 +122,7 @@ def test_other_folders_are_not_touched(summary: Summary, source: Source, tmp_pat
     with pytest.raises(RenderError, match=r"not a summary(.|\n)*Hint: .*overwrite"):
         save_summary(summary, source, out, QUICK)
     (out / "summary.json").write_text('{"schema": "other/1"}')
-    with pytest.raises(RenderError, match="no summary"):
+    with pytest.raises(RenderError, match="not a summary"):
         save_summary(summary, source, out, QUICK)
     save_summary(summary, source, out, FORCE)
     assert letter.read_text() == "dear"

@@ -339,7 +339,7 @@ class Reader:
         barren = 0  # packets in a row that gave nothing
         for packet in self._packets(worker):
             if barren >= BARREN_PACKETS:
-                self._damaged(f"rest of the file left out after {BARREN_PACKETS} packets in a row without a picture")
+                self._damaged(f"the rest of the file is skipped: {BARREN_PACKETS} packets in a row have no picture")
                 return
             barren += 1
             if fed is not None and packet is not None and packet.dts is not None:

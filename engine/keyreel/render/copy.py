@@ -101,13 +101,13 @@ def plan_copy(source: Source, spans: Sequence[Shot], shots: Sequence[Shot]) -> C
         fits = (entry_seconds >= max(low, stopped) - EPSILON) & (entry_seconds < high - EPSILON)
         start = _nearest(entry_seconds, fits, span.start_seconds)
         if start is None:
-            raise NotCopyable(f"no key frame to begin with within {MOVE_SECONDS} s of {span.start_seconds:.2f} s")
+            raise NotCopyable(f"no key frame to start at within {MOVE_SECONDS} s of {span.start_seconds:.2f} s")
         least = entry_seconds[start] + min(span.duration_seconds, LEAST_SECONDS)
         low, high = _between(cuts, span.stop_seconds - 2 * EPSILON)
         fits = (exit_seconds > max(low, least - EPSILON)) & (exit_seconds <= high + EPSILON)
         stop = _nearest(exit_seconds, fits & (exits > entries[start]), span.stop_seconds)
         if stop is None:
-            raise NotCopyable(f"no frame to end with within {MOVE_SECONDS} s of {span.stop_seconds:.2f} s")
+            raise NotCopyable(f"no frame to end at within {MOVE_SECONDS} s of {span.stop_seconds:.2f} s")
         first = int(entries[start])
         pieces[span] = Piece(first, int(exits[stop]), int(timeline.pts[first]), int(exit_ticks[stop]))
         moved[span] = Shot(clock.seconds(pieces[span].start_ticks), clock.seconds(pieces[span].stop_ticks))
