@@ -243,6 +243,9 @@ def test_verbose_says_what_is_decided_and_how_long_it_takes(tiny: Path) -> None:
     assert re.search(r"^ *\d+\.\d\d s  device cpu: ", said, flags=re.MULTILINE)
     assert re.search(r"tiny\.mp4: h264 64x48, 1 frames of 0\.5 s analysed \(fps\), 1 shots, 1 key-frames", said)
     assert re.search(r"tiny\.mp4: decode \d+\.\d\d s, encode \d+\.\d\d s", said)
+    assert f"options from {os.devnull}" in said
+    assert "Sampling(mode='fps'" not in said
+    assert "Sampling(mode='fps'" in run("search", "a dog", tiny, "-vv").stderr
     assert "device cpu" not in run("search", "a dog", tiny).stderr
 
 

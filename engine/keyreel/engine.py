@@ -282,6 +282,7 @@ class Engine:
         # Everything after the decoder takes times as rising.
         sampling = dataclasses.replace(sampling, times=tuple(sorted(sampling.times)))
         source = _as_source(video)
+        _log.debug("%s: %s, %s, %s", source.name, sampling, encode, select)
         info = source.probe()
         aside = thumbnails_of(source, info, sampling.stop_seconds) if thumbnails else None
         image, size = self.bundle.image, encode.batch_size or self.backend.batch_size

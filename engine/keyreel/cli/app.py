@@ -42,9 +42,11 @@ _messages = _Messages()
 _log = logging.getLogger("keyreel")
 
 
-def _begin(verbose: int) -> None:
+def _begin(context: typer.Context, verbose: int) -> None:
     """Sets what is logged, by the number of -v."""
     _log.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    if (path := context.meta.get(SETTINGS)) is not None:
+        _log.info("options from %s", path)
 
 
 class _Commands(Group):

@@ -38,7 +38,7 @@ Model = Annotated[
     Option(
         metavar="NAME|FOLDER",
         autocompletion=known_models,
-        help="a model of `keyreel models list`, or a bundle's folder; default: the library's model, else builtin",
+        help="a name from `keyreel models list`, or a bundle's folder; default: the library's, else builtin",
     ),
 ]
 Precision = Annotated[
@@ -79,19 +79,19 @@ Frames = Annotated[
         Sampling,
         mode=Annotated[
             Literal["fps", "near", "every", "keyframes", "all"],  # config has one more that only Python can give
-            Option("--sampling", rich_help_panel=FRAMES, help="how frames are chosen"),
+            Option("--sampling", rich_help_panel=FRAMES, help="how frames are chosen; fps and near use --fps"),
         ],
-        fps=Annotated[float, Option(metavar="N", help="analyse N frames per second of video (modes fps and near)")],
+        fps=Annotated[float, Option(metavar="N", help="frames to analyse per second of video")],
         tolerance_seconds=Annotated[
             float | None,
             Option(
                 "--tolerance",
                 metavar="SECONDS",
                 rich_help_panel=FRAMES,
-                help="mode near: take a frame up to this far from its time if it decodes faster; default: half a step",
+                help="sampling near: how far from its time a frame may be that decodes faster; default: half a step",
             ),
         ],
-        every=Annotated[int, Option(metavar="N", rich_help_panel=FRAMES, help="mode every: take each N-th frame")],
+        every=Annotated[int, Option(metavar="N", rich_help_panel=FRAMES, help="sampling every: take each N-th frame")],
     ),
 ]
 Encode = Annotated[
@@ -99,7 +99,10 @@ Encode = Annotated[
     Made(
         EncodeConfig,
         shift=Annotated[
-            ShiftMode | None, Option(rich_help_panel=VECTORS, help="temporal shift; default: what the model says")
+            ShiftMode | None,
+            Option(
+                rich_help_panel=VECTORS, help="shift patches in time before the attention; default: the model's setting"
+            ),
         ],
         subject=Annotated[
             Any,  # a bool; Typer would make it a flag

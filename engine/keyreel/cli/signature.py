@@ -82,12 +82,12 @@ _HELP_ALL = Annotated[
 ]
 
 
-def expanded(command: Callable[..., None], begin: Callable[[int], None]) -> Callable[..., None]:
+def expanded(command: Callable[..., None], begin: Callable[[typer.Context, int], None]) -> Callable[..., None]:
     """A command with the options that make its parameters in their place, and with those that every command has.
 
     Args:
         command: its parameters may be marked with `Made`.
-        begin: called with the number of -v before the command runs.
+        begin: called with the context and the number of -v before the command runs.
     """
     groups: dict[str, Made] = {}
     parameters: dict[str, Parameter] = {}
@@ -103,9 +103,12 @@ def expanded(command: Callable[..., None], begin: Callable[[int], None]) -> Call
     for name, annotation in [("verbose", _VERBOSE), *([("help_all", _HELP_ALL)] if rare else [])]:
         parameters[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=0, annotation=annotation)
 
+    asks = "context" in parameters
+    parameters["context"] = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
+
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        begin(given.pop("verbose"))
+        begin(given["context"] if asks else given.pop("context"), given.pop("verbose"))
         given.pop("help_all", None)
         command(**given | {name: made.take(given) for name, made in groups.items()})
 

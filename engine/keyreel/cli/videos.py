@@ -40,7 +40,9 @@ Select = Annotated[
         keyframes=Annotated[
             int | None, Option(parser=_count, metavar="N|auto", help="number of key-frames; default: auto")
         ],
-        per_minute=Annotated[float | None, Option(metavar="N", help="key-frames per minute of video, not a number")],
+        per_minute=Annotated[
+            float | None, Option(metavar="N", help="key-frames per minute of video, instead of --keyframes")
+        ],
         max_keyframes=Annotated[int, Option(metavar="N", rich_help_panel=KEYFRAMES, help="auto chooses at most N")],
         min_gap_seconds=Annotated[
             float, Option(metavar="SECONDS", rich_help_panel=KEYFRAMES, help="least time between two key-frames")
@@ -59,9 +61,9 @@ Outputs = Annotated[
         reel_seconds=Annotated[
             float | None, Option(metavar="SECONDS", help="longest reel; default: 15 % of the video, 10 to 60 s")
         ],
-        query=Annotated[str | None, Option(metavar="TEXT", help="put what answers this text into the reel")],
+        query=Annotated[str | None, Option(metavar="TEXT", help="fill the reel with what matches this text")],
         aspect=Annotated[str | None, Option(metavar="W:H", help="shape of the reel: 9:16, 1:1, 4:5, 16:9 or another")],
-        overwrite=Annotated[bool, Option("--overwrite", help="replace the output of another video")],
+        overwrite=Annotated[bool, Option("--overwrite", help="replace an existing output folder")],
         reel_mode=Annotated[
             ReelMode,
             Option(rich_help_panel=REEL, help="copy the video's packets, encode its frames, or auto: copy if possible"),

@@ -188,7 +188,9 @@ def _check_replaceable(target: Path, source: Source, video: str, *, overwrite: b
         precious.append(source.path.resolve())
     for path in precious:
         if path.is_relative_to(target):
-            raise RenderError(f"{target}: holds {path} and will not be replaced", hint="give another folder, or one in it")
+            raise RenderError(
+                f"{target}: holds {path} and will not be replaced", hint="give another folder, or one in it"
+            )
     names = {entry.name for entry in target.iterdir()}
     if overwrite or not names:
         return
