@@ -35,9 +35,9 @@ class Command(_Examples, TyperCommand):
             if (record := parameter.get_help_record(ctx)) is not None:
                 if parameter.param_type_name == "argument":
                     name = re.sub(r"[{}[\]]", "", " ".join(parameter.get_usage_pieces(ctx)))
-                    groups["Arguments"].append((name, parameter.help))
+                    groups["Arguments"].append((name, parameter.help or ""))
                 else:
-                    groups.setdefault(parameter.rich_help_panel or "Options", []).append(record)
+                    groups.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(record)
         shown = groups if ctx.meta.get(HELP_ALL) else _SHOWN
         for name in shown:
             if groups[name]:

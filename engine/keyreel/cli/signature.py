@@ -100,8 +100,9 @@ def expanded(command: Callable[..., None], begin: Callable[[typer.Context, int],
     rare = any(
         _info(one.annotation).rich_help_panel for one in parameters.values() if one.annotation is not typer.Context
     )
-    for name, annotation in [("verbose", _VERBOSE), *([("help_all", _HELP_ALL)] if rare else [])]:
-        parameters[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=0, annotation=annotation)
+    own: list[tuple[str, Any, int]] = [("verbose", _VERBOSE, 0), ("help_all", _HELP_ALL, False)]
+    for name, annotation, default in own if rare else own[:1]:
+        parameters[name] = Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
     asks = "context" in parameters
     parameters["context"] = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
