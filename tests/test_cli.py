@@ -28,6 +28,7 @@ from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.demo import SCENES
 from keyreel.render.documents import SearchDocument, SummaryDocument, schema_of
+from keyreel.render.pictures import short_clock
 
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
 
@@ -308,7 +309,7 @@ def test_demo_finds_what_it_shows(tmp_path: Path) -> None:
     assert set(scenes.tolist()) == {1, 2, 3, 4, 5, 6}
     for start, scene in zip(edges, SCENES, strict=False):
         line = next(line for line in done.stdout.splitlines() if line.strip().startswith(scene.caption))
-        assert f"{start:.2f} - " in line, done.stdout
+        assert f"{short_clock(start)} - " in line, done.stdout
     assert (tmp_path / "demo" / "storyboard.html").is_file()
 
 
