@@ -210,7 +210,7 @@ def test_a_file_gives_options_and_the_command_line_wins(tmp_path: Path, monkeypa
         ("[summarise]\nfps = 1", "there is no command [summarise]\nHint: did you mean summarize?"),
         ("[library.updat]\nfps = 1", "there is no command [library.updat]\nHint: did you mean update?"),
         ("[search]\nfp = 1", "there is no option fp in [search]\nHint: did you mean fps?"),
-        ("[search]\nreel_secs = 1", "there is no option reel_secs in [search]\nHint: known are: "),
+        ("[search]\nreel_secs = 1", "there is no option reel_secs in [search]\nHint: allowed: "),
         ("fps = 1", "fps is not inside the table of a command"),
         ("[search]\nfps = true", "fps in [search] must not be true or false, got True"),
         ("[search]\nvideos = 1", "videos in [search] must be true or false, got 1"),

@@ -82,5 +82,5 @@ def _options(path: Path, command: Any, table: dict[str, Any], above: tuple[str, 
 
 def _unknown(path: Path, what: str, name: str, known: Iterable[str]) -> ConfigError:
     near = difflib.get_close_matches(name.replace("_", "-"), list(known), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(sorted(known))}"
+    hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(sorted(known))}"
     return ConfigError(f"{path}: there is no {what}", hint=hint)
