@@ -16,6 +16,9 @@ from keyreel_kernels.cuda import Cuda
 # Which runtime runs a model must not hang on what is installed here. Tests that compare the two choose for themselves.
 os.environ.setdefault("KEYREEL_CPU_RUNTIME", "onnxruntime")
 
+# Options that a keyreel.toml of this machine gives must not change what is tested: an empty file is read instead.
+os.environ["KEYREEL_CONFIG"] = os.devnull
+
 SHARED = Path(os.environ.get("KEYREEL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 MEDIA = SHARED / "media"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from cuda_on_host import host_cuda
 from hosted_session import HostedSession
 
-from keyreel.errors import BackendUnavailable, MissingExtra, ModelError, import_extra
+from keyreel import errors
+from keyreel.errors import BackendUnavailable, MissingExtra, ModelError, import_extra, pip_install
 from keyreel.runtime import backend
 from keyreel.runtime.backend import Probe, probe_cuda, probe_driver, resolve
 from keyreel.runtime.doctor import probe_codec, probes
@@ -87,7 +89,7 @@ def test_each_check_can_fail_and_is_named(
 def test_a_kernel_that_computes_something_else_is_no_device(device: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = dataclasses.replace(device, histogram_distance=lambda one, other: one[:, 0])
     monkeypatch.setattr(backend, "ops_for", lambda name: ops_for(name) if name == "cpu" else wrong)
-    with pytest.raises(BackendUnavailable, match="something else than NumPy") as caught:
+    with pytest.raises(BackendUnavailable, match="result differs from NumPy's") as caught:
         resolve("cuda:0")
     assert caught.value.probe == "cuda kernels"
 
@@ -136,3 +138,27 @@ def test_a_package_that_is_there_but_broken_is_no_missing_extra(
     with pytest.raises(ModuleNotFoundError) as caught:
         import_extra("broken_package", extra="x", purpose="this")
     assert not isinstance(caught.value, MissingExtra)
+
+
+def test_hints_install_from_where_keyreel_came(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    assert shlex.split(pip_install("cpu")) == ["pip", "install", "-e", f"{root}[cpu]"]
+    noted: list[str | None] = []
+
+    class Installed:
+        def read_text(self, name: str) -> str | None:
+            assert name == "direct_url.json"
+            return noted[-1]
+
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages" / "keyreel" / "errors.py"))
+    monkeypatch.setattr(errors.metadata, "distribution", lambda name: Installed())
+    for text, wanted in (
+        (None, "keyreel[serve]"),
+        ('{"url": "file:///a%20b", "dir_info": {}}', "keyreel[serve] @ file:///a%20b"),
+        (
+            '{"url": "https://example.org/k.git", "vcs_info": {"vcs": "git", "commit_id": "ab12"}}',
+            "keyreel[serve] @ git+https://example.org/k.git@ab12",
+        ),
+    ):
+        noted.append(text)
+        assert shlex.split(pip_install("serve")) == ["pip", "install", wanted]

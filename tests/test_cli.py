@@ -28,6 +28,7 @@ from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.demo import SCENES
 from keyreel.render.documents import SearchDocument, SummaryDocument, schema_of
+from keyreel.render.pictures import short_clock
 
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
 
@@ -182,7 +183,7 @@ def test_the_subject_is_switched_on_and_off(tiny: Path, tmp_path: Path) -> None:
     for command in (("summarize",), ("search", "a"), ("index",), ("bench",)):
         for wrong in ("maybe", "ON", "1", ""):
             said = run(*command, tiny, "--subject", wrong, code=2).stderr
-            assert f"{wrong!r} is neither on nor off" in " ".join(said.split())
+            assert f"must be on or off, got {wrong!r}" in " ".join(said.split())
 
 
 def test_folders_of_others_are_not_overwritten(tiny: Path, tmp_path: Path) -> None:
@@ -221,8 +222,8 @@ def test_the_table_of_hits_names_the_subject(capsys: pytest.CaptureFixture[str])
     print_hits(hits)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1:] == [
-        ["0.400", "1.00", "-", "2.00", "s", "1.50", "s,", "subject", "a.mp4"],
-        ["0.300", "1.00", "-", "2.00", "s", "1.25", "s", "b.mp4"],
+        ["0.400", "0:01.0", "-", "0:02.0", "0:01.5,", "subject", "a.mp4"],
+        ["0.300", "0:01.0", "-", "0:02.0", "0:01.3", "b.mp4"],
     ]
 
 
@@ -282,7 +283,7 @@ def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
     assert odd["hits"][0]["chance"] < 0.5  # of two words one is known
     said = run("search", "zzzz qqqq", clip).stderr
     assert "the model does not know 'zzzz', 'qqqq'" in said
-    assert "nothing matches well: no word of a text is known" in said
+    assert "nothing matches well: the model knows no word of the query" in said
 
 
 def test_search_reports_failures(tiny: Path, tmp_path: Path) -> None:
@@ -290,7 +291,7 @@ def test_search_reports_failures(tiny: Path, tmp_path: Path) -> None:
     found = document(schema_of(SearchDocument), "search", "a dog", missing, tiny, code=8)
     assert [(failure["video"], failure["exit_code"]) for failure in found["failed"]] == [(str(missing), 3)]
     assert {hit["video"] for hit in found["hits"]} == {str(tiny)}
-    assert "cannot be written" in run("search", "a", tiny, "--html", "/proc/no/x.html", code=7).stderr
+    assert "cannot read or write" in run("search", "a", tiny, "--html", "/proc/no/x.html", code=7).stderr
 
 
 # --- demo, bench, doctor ----------------------------------------------------------------------------------------------
@@ -308,7 +309,7 @@ def test_demo_finds_what_it_shows(tmp_path: Path) -> None:
     assert set(scenes.tolist()) == {1, 2, 3, 4, 5, 6}
     for start, scene in zip(edges, SCENES, strict=False):
         line = next(line for line in done.stdout.splitlines() if line.strip().startswith(scene.caption))
-        assert f"{start:.2f} - " in line, done.stdout
+        assert f"{short_clock(start)} - " in line, done.stdout
     assert (tmp_path / "demo" / "storyboard.html").is_file()
 
 
@@ -396,12 +397,12 @@ def test_what_a_folder_holds_beside_videos_is_counted(tiny: Path, tmp_path: Path
     done = run("summarize", folder, "-o", tmp_path / "out", *BARE)
     assert [path.parent.name for path in (tmp_path / "out").glob("*/summary.json")] == ["a"]
     told = (
-        ".ts files that are no video",
-        "files of other kinds",
-        "files that are still being downloaded",
+        ".ts files that are not videos",
+        "files that are not videos",
+        "unfinished downloads",
         "hidden files",
     )
-    assert f"passed over {' (1), '.join(told)} (1)" in " ".join(done.stderr.split())
+    assert f"skipped {' (1), '.join(sorted(told))} (1)" in " ".join(done.stderr.split())
     assert (
         run("summarize", tiny, "-o", tmp_path / "out", "--longest", "0.1", *BARE, code=3).stderr.count("--longest") == 1
     )
@@ -416,9 +417,9 @@ def test_a_page_replaces_only_pages(clip: Path, tmp_path: Path) -> None:
         run("search", "a dog", video, "--html", page)
     assert "a dog" in page.read_text()
     for target, words, why in (
-        (notes, (), "no page of keyreel"),
-        (video, (), "is what is searched"),
-        (video, ("--overwrite",), "is what is searched"),
+        (notes, (), "not written by keyreel"),
+        (video, (), "is an input of this search"),
+        (video, ("--overwrite",), "is an input of this search"),
         (tmp_path, ("--overwrite",), "is a folder"),
     ):
         before = target.read_bytes() if target.is_file() else b""
@@ -429,4 +430,4 @@ def test_a_page_replaces_only_pages(clip: Path, tmp_path: Path) -> None:
     picture = tmp_path / "query.png"
     Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(picture)
     done = run("search", "--image", picture, video, "--html", picture, "--overwrite", code=7)
-    assert "is what is searched" in done.stderr
+    assert "is an input of this search" in done.stderr

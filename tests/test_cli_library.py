@@ -282,12 +282,12 @@ def test_a_moment_as_query_needs_no_model(folder: Path, library: Path, monkeypat
         (("--library", "none"), "one of"),
         (("a dog", "--image", "a.jpg", "--library", "none"), "one of"),
         (("--like", "a.mp4", "--library", "none"), "VIDEO@SECONDS"),
-        (("a dog", "--fps", "2", "--library", "none"), "--fps goes with videos"),
-        (("a dog", "--after", "yesterday", "--library", "none"), "no date"),
-        (("a dog", "a.mp4", "--tag", "x"), "--tag goes with --library"),
-        (("a dog", "a.mp4", "--in", "a.mp4"), "--in goes with --library"),
-        (("a dog", "a.mp4", "--videos"), "--videos goes with --library"),
-        (("a dog", "a.mp4", "--start", "0"), "--start goes with --library"),
+        (("a dog", "--fps", "2", "--library", "none"), "--fps works with videos only"),
+        (("a dog", "--after", "yesterday", "--library", "none"), "is not a date"),
+        (("a dog", "a.mp4", "--tag", "x"), "--tag works with --library only"),
+        (("a dog", "a.mp4", "--in", "a.mp4"), "--in works with --library only"),
+        (("a dog", "a.mp4", "--videos"), "--videos works with --library only"),
+        (("a dog", "a.mp4", "--start", "0"), "--start works with --library only"),
     ],
 )
 def test_searches_that_mean_nothing_are_refused(words: tuple[str, ...], message: str) -> None:
@@ -370,8 +370,8 @@ def test_options_of_the_server(library: Path, tmp_path: Path, monkeypatch: pytes
     assert uri == str(library)
     assert (config.host, config.port, config.roots) == ("127.0.0.1", 8123, ("/a", "/b"))
     assert config.token == "a secret of mine"
-    assert done.stderr == f"http://127.0.0.1:8123 serves {library}; ctrl-c ends\n"
+    assert done.stderr == f"serving {library} at http://127.0.0.1:8123; ctrl-c stops\n"
     for host, warned in (("0.0.0.0", True), ("video.example", True), ("::1", False), ("localhost", False)):
         done = run("serve", "--library", library, "--host", host)
-        assert ("WARNING: without --token-file" in done.stderr) == warned, host
+        assert ("WARNING: anyone who reaches" in done.stderr) == warned, host
     assert "WARNING" not in run("serve", "--library", library, "--host", "0.0.0.0", *words).stderr

@@ -378,7 +378,7 @@ def test_missing_and_falling_times(tmp_path: Path) -> None:
     joined.write_bytes(part.read_bytes() * 2)
     got, warnings = read(joined, Sampling("all"), None)
     assert numbers(got) == [*range(100), *range(100)]
-    assert any("leaps of the clock" in warning for warning in warnings)
+    assert any("jumps in the time stamps" in warning for warning in warnings)
     np.testing.assert_allclose(np.diff(got.pts_seconds), 0.04, atol=1e-3)
 
 
@@ -428,7 +428,7 @@ def test_not_one_frame(tmp_path: Path) -> None:
             assert packet.pos is not None
             data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
     for sampling in (Sampling("all"), Sampling("fps")):
-        with pytest.raises(CorruptStream, match="not one frame") as caught:
+        with pytest.raises(CorruptStream, match="no frame") as caught:
             read(bytes(data), sampling)
         assert caught.value.recovered_frames == 0
     with pytest.raises(CorruptStream):

@@ -54,11 +54,11 @@ def test_a_folder_as_it_comes_from_a_nas(tmp_path: Path) -> None:
     names, passed = found(tmp_path)
     assert names == ["a.MP4", "reel.mp4", "trip/b.mkv"]
     assert passed == {
-        "folders that are hidden, a system's, or ignored": 6,
+        "hidden, system or ignored folders": 6,
         "hidden files": 2,
-        "files that are still being downloaded": 2,
-        "files of other kinds": 2,
-        "reels of keyreel": 1,
+        "unfinished downloads": 2,
+        "files that are not videos": 2,
+        "reels written by keyreel": 1,
     }
     shown, passed = found(tmp_path, hidden=True)
     assert {".hidden.mp4", "trip/._b.mkv", "#recycle/old.mp4", "trip/@eaDir/b.mkv/thumb.mp4"} < set(shown)
@@ -114,7 +114,7 @@ def test_ignored_files_are_those_that_git_ignores(tmp_path: Path) -> None:
             (tmp_path / folder / name).write_text(text)
     names, passed = found(tmp_path)
     assert names == ["a.mp4", "raw/keep.mp4", "x/e.mp4", "x/f.mov"]
-    assert passed["files that .keyreelignore names"] == 3
+    assert passed["files listed in .keyreelignore"] == 3
     if shutil.which("git") is None:
         pytest.skip("git is missing: the rules are not compared with it")
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
@@ -136,7 +136,7 @@ def test_folders_that_cannot_be_read_are_counted(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "scandir", scandir)
     names, passed = found(tmp_path)
     assert names == ["a.mp4"]
-    assert passed == {"folders that cannot be read": 1}
+    assert passed == {"unreadable folders": 1}
 
 
 def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ QUERIES = (
 COMMANDS = (
     (), ("summarize",), ("search",), ("index",), ("serve",), ("bench",), ("demo",), ("export",), ("doctor",),
     ("version",), ("library",), ("library", "list"), ("library", "stats"), ("library", "remove"),
-    ("library", "verify"), ("library", "compact"), ("library", "update"),
+    ("library", "verify"), ("library", "compact"), ("library", "update"), ("library", "reindex"),
+    ("library", "upgrade"), ("models",), ("models", "list"), ("models", "install"), ("models", "remove"),
+    ("models", "verify"),
 )  # fmt: skip
 
 
@@ -154,6 +156,7 @@ def documents(folder: Path) -> dict[str, Any]:
 
     keep("search", "search", "a bicycle", bikes, chaplin, "-q")
     keep("search image", "search", "--image", str(SHARED / "teacher/CLIP.png"), bikes, "-q")
+    keep("index plan", "index", bikes, chaplin, *at, "--dry-run", "-q")
     keep("index", "index", bikes, chaplin, *at, "--tag", "film", "-q")
     keep("index again", "index", bikes, chaplin, broken, *at, "-q")
     keep("search library", "search", "a bicycle", *at)
@@ -172,7 +175,11 @@ def documents(folder: Path) -> dict[str, Any]:
 
 
 def helps(folder: Path) -> dict[str, Any]:
-    return {" ".join(words): run(*words, "--help", folder=folder).splitlines() for words in COMMANDS}
+    def all_of(words: tuple[str, ...]) -> list[str]:
+        short = run(*words, "--help", folder=folder)
+        return run(*words, "--help-all", folder=folder).splitlines() if "--help-all" in short else short.splitlines()
+
+    return {" ".join(words): all_of(words) for words in COMMANDS}
 
 
 def api(folder: Path) -> dict[str, Any]:

@@ -450,7 +450,7 @@ def test_addresses_are_opened_only_when_that_is_allowed(folder: Path, library: L
             url = f"http://127.0.0.1:{server.server_port}/a.mp4"
             (refused,) = library.add([url])
             assert refused.change == "failed"
-            assert "unless asked for" in str(refused.failure and refused.failure.error)
+            assert "by default" in str(refused.failure and refused.failure.error)
             assert not asked
             assert not library.exists()
             allowed = DecodeLimits(allow_network=True)
@@ -609,7 +609,7 @@ def test_remove_by_id_path_and_glob(folder: Path, library: Library, monkeypatch:
     first, second, third = library.list()
     with pytest.raises(LibraryError, match=r"nothing\.mp4"):
         library.remove([first.id, "nothing.mp4"])
-    with pytest.raises(LibraryError, match="no video of the library fits"):
+    with pytest.raises(LibraryError, match="no video of the library matches"):
         library.remove([""])
     assert library.list() == [first, second, third]
     assert library.remove(["c[1].mp4"]) == [third]
@@ -619,7 +619,7 @@ def test_remove_by_id_path_and_glob(folder: Path, library: Library, monkeypatch:
     assert (folder / "a.mp4").exists()
     library.add(["a.mp4", "b.mp4"])
     assert [record.path for record in library.remove(["[ab].mp4"])] == [str(folder / "a.mp4"), str(folder / "b.mp4")]
-    with pytest.raises(LibraryError, match="no video of the library fits"):
+    with pytest.raises(LibraryError, match="no video of the library matches"):
         library.record(first.id)
 
 

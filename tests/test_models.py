@@ -215,7 +215,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "empty": (lambda t: t.clear(), "and .* more"),
     "not a number": (
         lambda t: t.update({"visual.proj": np.full((64, 32), np.nan, np.float32)}),
-        "the weights make no sense",
+        "the weights are wrong",
     ),
 }
 
@@ -240,7 +240,7 @@ def test_what_is_no_checkpoint(known: hub_server.Hub, words: Path, tmp_path: Pat
     (tmp_path / "model.pt").write_bytes(pickle.dumps({"visual.proj": 1}))
     (tmp_path / "cut.safetensors").write_bytes(known.files[f"{REPOSITORY}/{FILE}"][:5000])
     for name in ("model.pt", "cut.safetensors"):
-        with pytest.raises(CheckpointMismatch, match="is no checkpoint in safetensors"):
+        with pytest.raises(CheckpointMismatch, match="is not a checkpoint in safetensors"):
             install.install("keyreel-tiny-vit", checkpoint=tmp_path / name, tokenizer=words, called="bad")
     with pytest.raises(CheckpointMismatch, match="is not the model's tokenizer"):
         install.install(NAME, tokenizer=tmp_path / "model.pt")
@@ -309,7 +309,7 @@ def test_the_list(known: hub_server.Hub) -> None:
 def test_a_model_that_is_known_and_not_here_is_offered(known: hub_server.Hub, tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4")
     done = run("search", "a red circle", clip, "--model", NAME, code=4)
-    assert f"`keyreel models install {NAME}` downloads it" in done.stderr
+    assert f"`keyreel models install {NAME}` or the option --yes downloads it" in done.stderr
     assert "Apache-2.0" in done.stderr
     assert known.asked == []
     done = run("search", "a red circle", clip, "--model", NAME, "--yes")

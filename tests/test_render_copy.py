@@ -204,7 +204,7 @@ def test_ends_move_to_the_nearest_place_and_never_over_a_cut(media: Callable[[st
         assert moved.start_seconds == pytest.approx(3.04)
         assert abs(moved.stop_seconds - 5.0) <= 0.2
         cut = (Shot(0.0, 2.8), Shot(2.8, 10.0))
-        with pytest.raises(NotCopyable, match=r"no key frame to begin with within 0.75 s of 2.60 s"):
+        with pytest.raises(NotCopyable, match=r"no key frame to start at within 0.75 s of 2.60 s"):
             plan_copy(source, spans_of((2.6, 5.0)), cut)
         # An end at a cut stays at it or before it.
         (moved,) = plan_copy(source, spans_of((3.1, 5.48)), (Shot(0.0, 5.48), Shot(5.48, 10.0))).spans
@@ -222,7 +222,7 @@ def test_what_cannot_be_copied_is_encoded_and_says_why(tmp_path: Path, media: Ca
         (open_gop, "no key frame"),  # no IDR picture but the first
         (encode(tmp_path / "old", codec="mpeg4", frames=60, container="mp4"), "mpeg4"),
         (write_clip(tmp_path / "pcm.mkv", [n / 25 for n in range(60)], sound="pcm_s16le"), "pcm_s16le"),
-        (media("broken/corrupted.mp4"), "packets do not tell"),
+        (media("broken/corrupted.mp4"), "packets do not say"),
     ]
     for clip, reason in cases:
         late = spans_of((1.5, 2.2)) if clip is open_gop else spans

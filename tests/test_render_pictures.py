@@ -41,8 +41,8 @@ def test_clocks_by_hand():
     assert clock(83.456) == "00:01:23.456"
     assert clock(3599.9996) == "01:00:00.000"
     assert short_clock(0) == "0:00.0"
-    assert short_clock(83.48) == "1:23.4"
-    assert short_clock(7261.05) == "2:01:01.0"
+    assert short_clock(83.48) == "1:23.5"
+    assert short_clock(7261.05) == "2:01:01.1"
     assert short_clock(0.3) == "0:00.3"
     assert keyframe_name(7, 83.456) == "keyframe_0007_00-01-23.456.jpg"
 

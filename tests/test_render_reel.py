@@ -297,6 +297,6 @@ def test_progress_rises_to_the_end_and_the_file_is_opened_once_for_pictures_and_
 def test_a_reel_never_replaces_its_video(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "clip.mp4", STEADY)
     before = path.read_bytes()
-    with Source(path) as source, pytest.raises(RenderError, match="is the video itself"):
+    with Source(path) as source, pytest.raises(RenderError, match="is the input video"):
         write_reel(source, [Shot(0, 1)], path)
     assert path.read_bytes() == before

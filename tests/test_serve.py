@@ -267,7 +267,7 @@ def test_health_is_measured_not_said(service: Served, place: Path) -> None:
     assert answer.status_code == 503
     assert "no engine" in error(answer)["message"]
     Broken.uri = "s3://bucket/library"
-    with pytest.raises(LibraryError, match="no folder"):
+    with pytest.raises(LibraryError, match="is not a folder"):
         app(Broken(), ServeConfig())  # type: ignore[arg-type]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import shutil
 import socket
@@ -29,6 +28,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from keyreel import Engine, Library
+from keyreel.chance import percent
 from keyreel.config import IndexConfig, OutputConfig, SelectConfig, ServeConfig
 from keyreel.serve import app, router
 
@@ -117,7 +117,7 @@ def page(browser: Any, site: Site) -> Iterator[Any]:
 
 
 def _clock(seconds: float) -> str:
-    tenths = int(seconds * 10 + 1e-6)
+    tenths = int(seconds * 10 + 0.5)
     return f"{tenths // 600}:{tenths % 600 / 10:04.1f}"
 
 
@@ -130,8 +130,7 @@ def _labels(hits: list[Any]) -> list[str]:
 
 
 def _chance(hit: Any) -> str:
-    """As JavaScript rounds, up at the half."""
-    return f"{hit['score']:.3f}" if hit["chance"] is None else f"{math.floor(100 * hit['chance'] + 0.5)} %"
+    return f"{hit['score']:.3f}" if hit["chance"] is None else percent(hit["chance"])
 
 
 def _shown(page: Any) -> list[str]:
@@ -522,7 +521,7 @@ def test_words_that_the_model_does_not_know_are_named(page: Any, site: Site) -> 
     _comes(page, "document.querySelector('#weak').textContent.includes('The model does not know “zwyxq”.')")
     page.goto("/?q=zzzz+qqqq")
     _comes(page, "document.querySelector('#weak').textContent.includes('“zzzz”, “qqqq”')")
-    told = "Nothing matches well\n\nThe best moment shows it with a chance of 0 %."
+    told = "Nothing matches well\n\nThe best moment shows it with a chance of <1 %."
     assert page.inner_text("#weak").startswith(told)
     assert page.locator("#weak").bounding_box()["y"] < page.locator("#results").bounding_box()["y"]
     page.goto("/?q=flower")

@@ -8,6 +8,7 @@ verification does (Auckenthaler et al. 2000), and the number of pictures that we
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,18 @@ from keyreel.types import F32
 
 # The score is compared with the third best of the background texts whose cosine with the query is lower.
 RANK, ALIKE = 3, 0.6
-# Below this chance nothing matches well.
-WELL = 0.3
+WELL = 0.3  # the best chance from which on something matches well
+
+
+def matches_well(chances: Iterable[float | None]) -> bool | None:
+    """Whether the best chance is high enough; None where there is none."""
+    known = [chance for chance in chances if chance is not None]
+    return max(known) >= WELL if known else None
+
+
+def percent(chance: float) -> str:
+    """0.123 -> "12 %", and "<1 %" below that: nothing is known to be impossible."""
+    return "<1 %" if chance < 0.01 else f"{math.floor(100 * chance + 0.5)} %"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

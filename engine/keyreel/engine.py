@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import threading
 import time
@@ -35,6 +36,7 @@ from keyreel.shots import find_candidates, place_boundaries, shots_between
 from keyreel.types import F32, Combined, Embedding, Example, FrameBatch, Progress, Query, SearchHit, Shot, Summary
 from keyreel_kernels.arrays import on_host
 
+_log = logging.getLogger(__name__)
 Video: TypeAlias = Source | str | os.PathLike[str] | bytes | BinaryIO
 
 
@@ -80,8 +82,12 @@ class Engine:
             BackendUnavailable: the device does not work.
             MissingExtra: no runtime is installed.
         """
+        began = time.perf_counter()
         bundle = Bundle.find(model)
-        return cls(bundle, resolve(device, threads=threads, precision=bundle.precision))
+        engine = cls(bundle, resolve(device, threads=threads, precision=bundle.precision))
+        _log.info("model %s, loaded in %.2f s", bundle.name, time.perf_counter() - began)
+        _log.info("device %s: %s", engine.backend.device, engine.backend.reason)
+        return engine
 
     def __enter__(self) -> Engine:
         return self
@@ -276,6 +282,7 @@ class Engine:
         # Everything after the decoder takes times as rising.
         sampling = dataclasses.replace(sampling, times=tuple(sorted(sampling.times)))
         source = _as_source(video)
+        _log.debug("%s: %s, %s, %s", source.name, sampling, encode, select)
         info = source.probe()
         aside = thumbnails_of(source, info, sampling.stop_seconds) if thumbnails else None
         image, size = self.bundle.image, encode.batch_size or self.backend.batch_size
@@ -298,6 +305,13 @@ class Engine:
             found = self._select(encoded, select, stop - sampling.start_seconds, shots)
         timings = {**seconds, "total": time.perf_counter() - began}
         record_stages(timings)
+        _log.info(
+            "%s: %s %dx%d, %d frames of %.1f s analysed (%s), %d shots, %d key-frames (%s)",
+            *(source.name, info.codec, info.width, info.height, len(embedding), stop - sampling.start_seconds),
+            *(sampling.mode, len(shots), len(found.keyframes)),
+            "as many as differ" if select.automatic else "as many as asked for",
+        )
+        _log.info("%s: %s", source.name, ", ".join(f"{stage} {spent:.2f} s" for stage, spent in timings.items()))
         return Summary(
             video=info,
             embedding=embedding,
@@ -375,7 +389,7 @@ class Engine:
             if isinstance(one, str):
                 return Part(self.encode_text(one)[0], own, self.known(one))
             if isinstance(one, Example):
-                raise TypeError("a frame of a library is asked for in that library: Library.search")
+                raise TypeError("search with a frame of a library in that library: Library.search")
             return Part(self.encode_image(one)[0], plain, None)
 
         return Asked.of(query, part_of, self.chances)

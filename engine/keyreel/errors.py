@@ -16,7 +16,8 @@ KeyreelError                   .hint: what to do about it, .exit_code: what the 
 ├─ LibraryError       exit 6   the library of videos
 │  ├─ ModelMismatch            its vectors are of another model
 │  └─ Damaged                  .findings: what cannot be read
-└─ RenderError        exit 7   the outputs
+├─ RenderError        exit 7   the outputs
+└─ ConfigError        exit 2   the file keyreel.toml
 
 MissingExtra(ImportError)      a feature's package is not installed; names the pip command
 Wrong arguments raise ValueError or TypeError.
@@ -24,10 +25,15 @@ Wrong arguments raise ValueError or TypeError.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 
@@ -141,6 +147,29 @@ class RenderError(KeyreelError):
     exit_code = 7
 
 
+class ConfigError(KeyreelError):
+    """The file keyreel.toml is wrong."""
+
+    exit_code = 2
+
+
+def pip_install(extra: str) -> str:
+    """The command that installs an extra, from where keyreel itself is installed from.
+
+    That is a checkout, a wheel or a repository, as pip notes it (PEP 610), else the package index.
+    """
+    checkout = Path(__file__).parents[2]
+    if (checkout / "pyproject.toml").is_file():  # editable, or not installed at all
+        return f"pip install -e {shlex.quote(f'{checkout}[{extra}]')}"
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        if noted := metadata.distribution("keyreel").read_text("direct_url.json"):
+            origin = json.loads(noted)
+            vcs = origin.get("vcs_info")
+            url = f"{vcs['vcs']}+{origin['url']}@{vcs['commit_id']}" if vcs else origin["url"]
+            return f"pip install {shlex.quote(f'keyreel[{extra}] @ {url}')}"
+    return f"pip install 'keyreel[{extra}]'"
+
+
 class MissingExtra(ImportError):
     """An optional package is not installed."""
 
@@ -150,7 +179,7 @@ class MissingExtra(ImportError):
         # others: packages that would do as well, and their extras
         either = {module: extra, **(others or {})}
         packages = " or ".join(repr(name) for name in either)
-        lines = " or ".join(f"pip install 'keyreel[{name}]'" for name in either.values())
+        lines = " or ".join(pip_install(name) for name in either.values())
         super().__init__(f"{purpose} needs the package {packages}. Hint: {lines}", name=module)
         self.extra = extra
 

@@ -50,7 +50,7 @@ def videos_in(folder: Path, *, hidden: bool = False) -> tuple[list[Path], Counte
     rules: dict[str, list[tuple[Path, pathspec.GitIgnoreSpec]]] = {}
 
     def unreadable(error: OSError) -> None:
-        passed["folders that cannot be read"] += 1
+        passed["unreadable folders"] += 1
 
     for name, inside, files in os.walk(folder, onerror=unreadable):
         here = Path(name)
@@ -60,7 +60,7 @@ def videos_in(folder: Path, *, hidden: bool = False) -> tuple[list[Path], Counte
             one for one in inside if (hidden or not is_hidden(one)) and not _is_ignored(here / one, own, folder=True)
         ]
         if len(kept) < len(inside):
-            passed["folders that are hidden, a system's, or ignored"] += len(inside) - len(kept)
+            passed["hidden, system or ignored folders"] += len(inside) - len(kept)
         inside[:] = kept
         for file in files:
             path = here / file
@@ -81,23 +81,23 @@ def _reason_against(path: Path, rules: list[tuple[Path, pathspec.GitIgnoreSpec]]
     """None for a video; "" for what nobody takes for one."""
     suffix = path.suffix.lower()
     if _PARTIAL.search(path.name):
-        return "files that are still being downloaded"
+        return "unfinished downloads"
     if suffix not in SUFFIXES:
-        return "" if path.name == IGNORE_FILE else "files of other kinds"
+        return "" if path.name == IGNORE_FILE else "files that are not videos"
     if not hidden and is_hidden(path.name):
         return "hidden files"
     if _is_ignored(path, rules):
-        return f"files that {IGNORE_FILE} names"
+        return f"files listed in {IGNORE_FILE}"
     if path.name in ("reel.mp4", "reel.mkv") and (path.parent / "summary.json").is_file():
-        return "reels of keyreel"
+        return "reels written by keyreel"
     try:
         if not path.is_file():
-            return "files of other kinds"
+            return "files that are not videos"
         if suffix in _HEADS:
             with path.open("rb") as file:
                 head = file.read(512)
             if head and not _HEADS[suffix].match(head):
-                return f"{suffix} files that are no video"
+                return f"{suffix} files that are not videos"
     except OSError:
         return None  # the error is told where the video is opened
     return None

@@ -6,35 +6,59 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from inspect import cleandoc
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer import Option
 
 from keyreel.cli import index, library, machine, models, search, videos
+from keyreel.cli.help import Command, Group
+from keyreel.cli.options import source_of
 from keyreel.cli.output import log
+from keyreel.cli.settings import find, load
 from keyreel.cli.signals import exit_code_of
+from keyreel.cli.signature import expanded
 from keyreel.errors import KeyreelError, MissingExtra, RenderError
 
 USAGE = 2
+SETTINGS = "keyreel.settings"  # key in `Context.meta`: the file that options are read from
 
 
 class _Messages(logging.Handler):
-    """Prints what the modules log."""
+    """Prints what the modules log; with -v also when, in seconds since the start."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        log(self.format(record))
+        text = self.format(record)
+        if record.levelno >= logging.WARNING:
+            log(text)
+        else:
+            log(f"{record.relativeCreated / 1000:7.2f} s  {text}", style="dim")
 
 
-_messages = _Messages(logging.WARNING)
+_messages = _Messages()
+_log = logging.getLogger("keyreel")
 
 
-class _Commands(TyperGroup):
+def _begin(context: typer.Context, verbose: int) -> None:
+    """Sets what is logged, by the number of -v."""
+    _log.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    if (path := context.meta.get(SETTINGS)) is not None:
+        _log.info("options from %s", path)
+
+
+class _Commands(Group):
     def invoke(self, ctx: Any) -> Any:
-        logging.getLogger("keyreel").addHandler(_messages)
+        _log.addHandler(_messages)
         with _exit_codes():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except typer.BadParameter as error:
+                if error.ctx and error.param and source_of(error.ctx, error.param.name) == "DEFAULT_MAP":
+                    error.message += f" (from {ctx.meta[SETTINGS]})"
+                raise
 
 
 @contextlib.contextmanager
@@ -51,7 +75,7 @@ def _exit_codes() -> Iterator[None]:
         log(str(error), style="red")
         raise typer.Exit(error.exit_code) from error
     except OSError as error:
-        log(f"cannot be written or read: {error}", style="red")
+        log(f"cannot read or write a file: {error}", style="red")
         raise typer.Exit(RenderError.exit_code) from error
     except (ValueError, TypeError) as error:
         log(str(error), style="red")
@@ -61,42 +85,86 @@ def _exit_codes() -> Iterator[None]:
         raise typer.Exit(exit_code_of(error)) from error
 
 
-def _group(help: str, **options: Any) -> typer.Typer:
+def _group(help: str, *examples: str, **options: Any) -> typer.Typer:
     return typer.Typer(
         help=help,
         no_args_is_help=True,
-        add_completion=False,
+        epilog="\n".join(examples),
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        **options,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        **{"cls": Group, **options},
     )
 
 
-app = _group("Turns video into key-frames, highlight reels and text search.", name="keyreel", cls=_Commands)
-app.command()(videos.summarize)
-app.command()(search.search)
-app.command()(index.index)
-app.command()(library.serve)
-app.command()(machine.bench)
-app.command()(videos.demo)
-app.command()(machine.export)
-app.command()(machine.doctor)
-app.command()(machine.version)
+def _add(to: typer.Typer, work: Callable[..., None], *, name: str | None = None, panel: str | None = None) -> None:
+    """Adds a command; its docstring is its help, and ends with examples."""
+    help, _, examples = cleandoc(work.__doc__ or "").partition("\n\nExamples:\n")
+    options: Any = {"cls": Command, "rich_help_panel": panel, "epilog": cleandoc(examples)}
+    to.command(name, help=help, **options)(expanded(work, _begin))
 
-models_app = _group("Installs models and looks after them.")
-models_app.command("list")(models.list_models)
-models_app.command()(models.install)
-models_app.command()(models.remove)
-models_app.command()(models.verify)
-app.add_typer(models_app, name="models")
 
-library_app = _group("Looks after a library of videos.")
-library_app.command("list")(library.list_videos)
-library_app.command()(library.stats)
-library_app.command()(library.remove)
-library_app.command()(library.verify)
-library_app.command()(library.compact)
-library_app.command()(library.upgrade)
-library_app.command()(index.update)
-library_app.command()(index.reindex)
-app.add_typer(library_app, name="library")
+def _version(wanted: bool) -> None:
+    if wanted:
+        machine.version()
+        raise typer.Exit
+
+
+app = _group(
+    "Turns video into key-frames, highlight reels and text search.",
+    "keyreel demo",
+    "keyreel summarize holiday.mp4 -o out",
+    "keyreel --install-completion    # the tab key then completes commands, options and models",
+    name="keyreel",
+    cls=_Commands,
+)
+
+
+@app.callback()
+def settings(
+    context: typer.Context,
+    version: Annotated[bool, Option("--version", is_eager=True, callback=_version, help="print the version")] = False,
+    config: Annotated[
+        str | None,
+        Option(
+            envvar="KEYREEL_CONFIG",
+            metavar="FILE",
+            help="defaults for options; default: keyreel.toml in this folder or in the user's config folder",
+        ),
+    ] = None,
+) -> None:
+    """Reads the options that a file gives."""
+    if (path := Path(config) if config else find()) is not None:
+        context.default_map = load(path, context.command)
+        context.meta[SETTINGS] = path
+
+
+_add(app, videos.summarize, panel="Summarize")
+_add(app, videos.demo, panel="Summarize")
+_add(app, search.search, panel="Search")
+_add(app, index.index, panel="Library")
+library_app = _group(
+    "Lists, checks and changes a library.", "keyreel library list lib", "keyreel library update lib --prune"
+)
+app.add_typer(library_app, name="library", rich_help_panel="Library")
+_add(app, library.serve, panel="Library")
+models_app = _group("Lists, installs and checks models.", "keyreel models list", "keyreel models install")
+app.add_typer(models_app, name="models", rich_help_panel="Models")
+_add(app, machine.export, panel="Models")
+_add(app, machine.doctor, panel="System")
+_add(app, machine.bench, panel="System")
+app.command(hidden=True)(machine.version)
+
+_add(models_app, models.list_models, name="list")
+_add(models_app, models.install)
+_add(models_app, models.remove)
+_add(models_app, models.verify)
+
+_add(library_app, library.list_videos, name="list")
+_add(library_app, library.stats)
+_add(library_app, index.update)
+_add(library_app, index.reindex)
+_add(library_app, library.remove)
+_add(library_app, library.verify)
+_add(library_app, library.compact)
+_add(library_app, library.upgrade)

@@ -53,6 +53,26 @@ class Index:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedVideo:
+    video: str
+    change: Change | Literal["removed"]
+    why: str
+    duration_seconds: Seconds | None  # of a video that would be decoded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """`keyreel index --dry-run --json`."""
+
+    schema: Literal["keyreel.plan/1"] = "keyreel.plan/1"
+    library: str
+    model: str
+    model_installed: bool
+    videos: Sequence[PlannedVideo]
+    failed: Sequence[FailedVideo]
+
+
+@dataclass(frozen=True, slots=True)
 class Video:
     video: str
     video_id: str

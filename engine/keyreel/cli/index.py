@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import sys
@@ -19,71 +20,65 @@ from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, listed, tell_passed, within
 from keyreel.cli.library import model_of, open_library
 from keyreel.cli.models import ensure
-from keyreel.cli.output import log, log_failures, plural, print_json, print_line, reason
+from keyreel.cli.output import clock, log, log_failures, plural, print_json, print_line, print_table, reason
 from keyreel.cli.progress import Bars
-from keyreel.config import DecodeLimits, EncodeConfig, IndexConfig, Sampling
+from keyreel.config import IndexConfig
 from keyreel.errors import Failure, KeyreelError
 
 if TYPE_CHECKING:
     from keyreel import Library
-    from keyreel.library.types import Added
+    from keyreel.library.types import Added, Record
 
 INDEXING = IndexConfig()  # defaults
 RAY_ADDRESS = re.compile(r"auto|local|ray://\S+|[\w.-]+:\d+")
 CHANGES = ("added", "changed", "moved", "copied", "unchanged", "removed", "missing", "failed")  # order of the last line
 
 Name: TypeAlias = Path | str
-NewTags = Annotated[list[str] | None, Option("--tag", metavar="TAG", help="a word for these videos; repeatable")]
-Workers = Annotated[int, Option(help="videos at a time")]
-Force = Annotated[bool, Option("--force", help="index again what is unchanged, too")]
-Prune = Annotated[bool, Option("--prune", help="remove from the library what is gone from the folders")]
+NewTags = Annotated[list[str] | None, Option("--tag", metavar="WORD", help="a tag for these videos; repeat for more")]
+Force = Annotated[bool, Option("--force", help="index unchanged videos again, too")]
+Prune = Annotated[bool, Option("--prune", help="remove videos from the library whose files are deleted")]
 
 
 def index(
-    paths: Annotated[list[str], Argument(metavar="PATH...", help="videos, folders, or - for a list on standard input")],
-    library: Annotated[str, Option(metavar="DIR", help="folder or s3:// address; made where there is none")],
+    *,
+    paths: Annotated[list[str], Argument(metavar="PATH", help="videos, folders, or - for a list on standard input")],
+    library: Annotated[str, Option(metavar="DIR", help="a folder or an s3:// address; created if it is missing")],
     tag: NewTags = None,
+    config: options.Indexing,
+    model: options.Model = None,
+    yes: options.Yes = False,
+    device: options.Device = "auto",
+    force: Force = INDEXING.force,
+    prune: Prune = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="only print what would be done and why; write nothing")] = False,
+    watch: Annotated[bool, Option("--watch", help="keep looking for new and changed videos until ctrl-c")] = False,
+    watch_seconds: Annotated[
+        float, Option(metavar="SECONDS", rich_help_panel=options.LIMITS, help="pause between two looks of --watch")
+    ] = 2.0,
     ray: Annotated[
         bool, Option("--ray", help="on a Ray cluster: --ray auto, --ray ray://HOST:PORT; --ray alone starts one")
     ] = False,
-    model: options.OwnModel = None,
-    yes: options.Yes = False,
-    device: options.Device = "auto",
+    hidden: options.Hidden = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
-    sampling: options.Mode = options.SAMPLING.mode,
-    fps: options.Fps = options.SAMPLING.fps,
-    tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
-    every: options.Every = options.SAMPLING.every,
-    shift: options.Shift = options.ENCODING.shift,
-    subject: options.Subject = options.ENCODING.subject,
-    batch_size: options.BatchSize = options.ENCODING.batch_size,
-    allow_network: options.AllowNetwork = False,
-    longest: options.Longest = options.LONGEST,
-    hidden: options.Hidden = False,
-    workers: Workers = INDEXING.workers,
-    force: Force = INDEXING.force,
-    prune: Prune = False,
-    watch: Annotated[bool, Option("--watch", help="go on looking for new and changed videos, until ctrl-c")] = False,
-    watch_seconds: Annotated[
-        float, Option(help="between two looks of --watch; a file that stays the same is done")
-    ] = 2.0,
 ) -> None:
-    """Brings videos into a library that can be searched; goes on where it was left."""
-    config = IndexConfig(
-        sampling=Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every),
-        encode=EncodeConfig(shift=shift, subject=subject, batch_size=batch_size),
-        limits=DecodeLimits(max_duration_seconds=longest, allow_network=allow_network),
-        tags=tuple(tag or ()),
-        workers=workers,
-        force=force,
-    )
+    """Adds videos to a library that can be searched.
+
+    Unchanged videos are skipped: run it again after an interrupt, or when there are new videos.
+
+    Examples:
+        keyreel index ~/Videos --library lib --dry-run
+        keyreel index ~/Videos --library lib --workers 2 --tag holiday
+    """
+    config = dataclasses.replace(config, tags=tuple(tag or ()), force=force)
     if not 0 < watch_seconds <= 86_400:
         raise ValueError(f"watch_seconds must be in (0, 86400], got {watch_seconds}")
     if ray and (watch or prune):
-        raise ValueError("--ray goes with neither --watch nor --prune")
-    if ray and allow_network:
-        raise ValueError("--ray opens no URLs")
+        raise ValueError("--ray does not work with --watch or --prune")
+    if ray and config.limits.allow_network:
+        raise ValueError("--ray does not work with --allow-network")
+    if dry_run and (ray or watch):
+        raise ValueError("--dry-run does not work with --ray or --watch")
     address = next((p for p in paths if ray and RAY_ADDRESS.fullmatch(p) and not os.path.exists(p)), None)
     names = [name for name in paths if name != address]
     if "-" in names:
@@ -91,7 +86,10 @@ def index(
         # A file may be called "-", too.
         names[place : place + 1] = [os.path.join(".", n) if n == "-" else n for n in listed(sys.stdin.buffer.read())]
     if not names:
-        raise ValueError("there is no video to index: give files, folders, or - for a list on standard input")
+        raise ValueError("no video to index: give files, folders, or - for a list on standard input")
+    if dry_run:
+        _dry_run(names, library, config, model, prune=prune, hidden=hidden, as_json=as_json)
+        return
     ensure(model, yes=yes, quiet=quiet)
     if ray:
         with Bars(quiet=quiet) as bars, Report(library, bars, as_json=as_json, hidden=hidden) as report:
@@ -116,34 +114,24 @@ def index(
 
 
 def update(
+    *,
     folder: options.Folder,
     tag: NewTags = None,
-    model: options.OwnModel = None,
+    config: options.Indexing,
+    model: options.Model = None,
     device: options.Device = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    sampling: options.Mode = options.SAMPLING.mode,
-    fps: options.Fps = options.SAMPLING.fps,
-    tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
-    every: options.Every = options.SAMPLING.every,
-    shift: options.Shift = options.ENCODING.shift,
-    subject: options.Subject = options.ENCODING.subject,
-    batch_size: options.BatchSize = options.ENCODING.batch_size,
-    allow_network: options.AllowNetwork = False,
-    longest: options.Longest = options.LONGEST,
-    workers: Workers = INDEXING.workers,
     force: Force = INDEXING.force,
     prune: Prune = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Looks at every video of a library again: indexes those that changed, tells those that are gone."""
-    config = IndexConfig(
-        sampling=Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every),
-        encode=EncodeConfig(shift=shift, subject=subject, batch_size=batch_size),
-        limits=DecodeLimits(max_duration_seconds=longest, allow_network=allow_network),
-        tags=tuple(tag or ()),
-        workers=workers,
-        force=force,
-    )
+    """Checks the videos of a library: indexes changed ones, lists missing ones.
+
+    Examples:
+        keyreel library update lib
+        keyreel library update lib --prune --workers 2
+    """
+    config = dataclasses.replace(config, tags=tuple(tag or ()), force=force)
     with (
         open_library(folder, model, device) as library,
         Bars(quiet=quiet) as bars,
@@ -156,35 +144,30 @@ def update(
 
 
 def reindex(
+    *,
     folder: options.Folder,
-    model: Annotated[str, Option(help="the new model: builtin, a bundle's folder, or a name")],
+    model: Annotated[
+        str, Option(metavar="NAME|FOLDER", autocompletion=options.known_models, help="the new model, or builtin")
+    ],
+    config: options.Indexing,
     yes: options.Yes = False,
     device: options.Device = "auto",
+    drop_failed: Annotated[
+        bool, Option("--drop-failed", help="change the model even if some videos can no longer be read")
+    ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
-    sampling: options.Mode = options.SAMPLING.mode,
-    fps: options.Fps = options.SAMPLING.fps,
-    tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
-    every: options.Every = options.SAMPLING.every,
-    shift: options.Shift = options.ENCODING.shift,
-    subject: options.Subject = options.ENCODING.subject,
-    batch_size: options.BatchSize = options.ENCODING.batch_size,
-    allow_network: options.AllowNetwork = False,
-    longest: options.Longest = options.LONGEST,
-    workers: Workers = INDEXING.workers,
-    drop_failed: Annotated[
-        bool, Option("--drop-failed", help="change the model although some videos cannot be read any more")
-    ] = False,
 ) -> None:
-    """Changes the model of a library; goes on where it was left, and the old model answers until the end."""
+    """Changes the model of a library.
+
+    Searches use the old model until all videos are done. Run it again to continue after an interrupt.
+
+    Examples:
+        keyreel library reindex lib --model ViT-B-32-256/datacomp_s34b_b86k
+        keyreel library reindex lib --model builtin --drop-failed
+    """
     from keyreel.library.reindex import reindex
 
-    config = IndexConfig(
-        sampling=Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every),
-        encode=EncodeConfig(shift=shift, subject=subject, batch_size=batch_size),
-        limits=DecodeLimits(max_duration_seconds=longest, allow_network=allow_network),
-        workers=workers,
-    )
     ensure(model, yes=yes, quiet=quiet)
     with (
         keyreel.Engine.from_pretrained(model, device=device) as engine,
@@ -203,7 +186,7 @@ def reindex(
     if done.done:
         log(f"the library now has the model {engine.bundle.name}")
     else:
-        log("the library keeps its model: some videos could not be indexed; mend them, or give --drop-failed")
+        log("the library keeps its old model: some videos failed. Repair these files, or use --drop-failed")
     exit_for(report.failed, report.succeeded)
 
 
@@ -291,15 +274,69 @@ def _prune(report: Report, names: Sequence[str], library: Library) -> tuple[str,
 
     A folder without any video is left alone: it may be a disk that is not mounted.
     """
-    from keyreel.library.files import is_gone
     from keyreel.library.types import Added
 
-    full = {name for name, found in within(names, hidden=report.hidden) if isinstance(found, Path)}
-    folders = tuple(os.path.join(os.path.abspath(name), "") for name in full)
-    gone = [r.id for r in library.list() if r.path.startswith(folders) and is_gone(r.path)] if folders else []
-    for record in library.remove(gone) if gone else ():
+    folders, gone = _gone(names, library, hidden=report.hidden)
+    for record in library.remove([record.id for record in gone]) if gone else ():
         report.add(Added(record.path, "missing", None, None, 0.0))
     return folders
+
+
+def _gone(names: Sequence[str], library: Library, *, hidden: bool) -> tuple[tuple[str, ...], list[Record]]:
+    """The folders that have videos, and the library's videos that were in them and are deleted."""
+    from keyreel.library.files import is_gone
+
+    full = {name for name, found in within(names, hidden=hidden) if isinstance(found, Path)}
+    folders = tuple(os.path.join(os.path.abspath(name), "") for name in full)
+    records = library.list() if folders and library.exists() else []
+    return folders, [record for record in records if record.path.startswith(folders) and is_gone(record.path)]
+
+
+def _dry_run(
+    names: Sequence[str],
+    library: str,
+    config: IndexConfig,
+    model: str | None,
+    *,
+    prune: bool,
+    hidden: bool,
+    as_json: bool,
+) -> None:
+    """Prints what `index` would do with each video, and why."""
+    from keyreel.cli.documents import Plan, PlannedVideo
+    from keyreel.models.install import installed
+    from keyreel.render.documents import FailedVideo
+    from keyreel.runtime.bundle import BUILTIN
+
+    found = list(within(names, hidden=hidden, tell=tell_passed))
+    failed = [Failure(name, error) for name, error in found if isinstance(error, KeyreelError)]
+    with keyreel.Library(library) as opened:
+        plans = opened.plan([video for _, video in found if not isinstance(video, KeyreelError)], config)
+        gone = _gone(names, opened, hidden=hidden)[1] if prune else []
+        own = opened.stats().model if opened.exists() else None
+    moved = {plan.was for plan in plans if plan.change == "moved"}
+    failed += [plan.failure for plan in plans if plan.failure is not None]
+    videos = [
+        PlannedVideo(plan.path, plan.change, plan.why, plan.duration_seconds) for plan in plans if plan.failure is None
+    ]
+    videos += [PlannedVideo(r.path, "removed", "its file is deleted", None) for r in gone if r.path not in moved]
+    model = model or own or BUILTIN
+    here = model in (BUILTIN, *installed()) or os.path.isdir(model)
+    if not here:
+        log(f"the model {model} is not installed", style="yellow")
+    if own is not None and model != own and not os.path.isdir(model):
+        log(f"the library has the model {own}: `keyreel library reindex` changes it", style="yellow")
+    if as_json:
+        failures = list(map(FailedVideo.of, failed))
+        print_json(Plan(library=library, model=model, model_installed=here, videos=videos, failed=failures))
+    else:
+        log_failures(failed)
+        print_table(("change", "why", "video"), [(video.change, video.why, video.video) for video in videos])
+        counts = Counter(video.change for video in videos) + Counter(failed=len(failed))
+        changes = ", ".join(f"{counts[change]} {change}" for change in CHANGES if counts[change]) or "nothing to do"
+        length = clock(sum(video.duration_seconds or 0.0 for video in videos))
+        print_line(f"would be: {changes}; {length} of video to decode. Nothing was written")
+    exit_for(failed, len(videos))
 
 
 def _watch(
@@ -312,7 +349,7 @@ def _watch(
     prune: bool,
 ) -> None:
     """Adds videos once their size and time of change stay the same between two looks, until ctrl-c."""
-    log("watching; ctrl-c ends", style="dim")
+    log("watching for new and changed videos; ctrl-c stops", style="dim")
     before: dict[Name, tuple[int, int]] = {}
     done: dict[Name, tuple[int, int]] = {}
     with contextlib.suppress(KeyboardInterrupt):

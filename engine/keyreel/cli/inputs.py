@@ -30,10 +30,10 @@ def sources(names: Sequence[str], limits: DecodeLimits, *, hidden: bool = False)
 
 
 def tell_passed(folder: str, passed: Counter[str]) -> None:
-    """Says what of a folder was passed over, if there was anything."""
+    """Says what was skipped in a folder, if there was anything."""
     if passed:
         log(
-            f"{folder}: passed over {', '.join(f'{what} ({count})' for what, count in sorted(passed.items()))}",
+            f"{folder}: skipped {', '.join(f'{what} ({count})' for what, count in sorted(passed.items()))}",
             style="dim",
         )
 
@@ -46,11 +46,11 @@ def within(
     Args:
         names: as on the command line.
         hidden: see `videos_in`.
-        tell: takes each folder, and what was passed over in it.
+        tell: takes each folder, and what was skipped in it.
     """
     for name in names:
         if not name:
-            raise ValueError("an empty name is no video")
+            raise ValueError("a video's name must not be empty")
         if name == "-" or not os.path.isdir(name):
             yield name, name
             continue

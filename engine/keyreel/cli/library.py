@@ -14,14 +14,13 @@ from typer import Argument, Option
 
 import keyreel
 from keyreel.cli import options
-from keyreel.cli.output import log, plural, print_json, print_line, print_table, printable
+from keyreel.cli.output import clock, log, plural, print_json, print_line, print_table, printable
+from keyreel.cli.signature import Made
 from keyreel.config import ServeConfig
 from keyreel.errors import Damaged
 
 if TYPE_CHECKING:
     from keyreel import Library
-
-SERVING = ServeConfig()  # defaults
 
 
 @contextlib.contextmanager
@@ -40,34 +39,25 @@ def model_of(uri: str) -> str:
 
 def list_videos(
     folder: options.Folder,
+    where: options.Where,
     as_json: options.Json = False,
-    path: options.PathGlob = None,
-    tag: options.Tag = None,
-    after: options.After = None,
-    before: options.Before = None,
-    min_duration: options.MinDuration = None,
-    max_duration: options.MaxDuration = None,
 ) -> None:
-    """Lists the videos of a library, those that failed with the reason."""
+    """Lists the videos of a library, and why some failed.
+
+    Examples:
+        keyreel library list lib
+        keyreel library list lib --tag holiday --after 2024-06-01 --json
+    """
     from keyreel.cli.documents import Videos
-    from keyreel.render.pictures import short_clock
 
     with keyreel.Library(folder) as library:
-        where = keyreel.Filter(
-            path=path,
-            tags=tuple(tag or ()),
-            after=after,
-            before=before,
-            min_duration_seconds=min_duration,
-            max_duration_seconds=max_duration,
-        )
         records = library.list(where)
     if as_json:
         print_json(Videos.of(folder, records))
         return
     rows = []
     for record in records:
-        length = "" if record.duration_seconds is None else short_clock(record.duration_seconds)
+        length = "" if record.duration_seconds is None else clock(record.duration_seconds)
         recorded = "" if record.date is None else f"{datetime.fromtimestamp(record.date):%Y-%m-%d %H:%M}"
         name = Text(printable(record.path))
         if record.status == "failed":
@@ -78,7 +68,12 @@ def list_videos(
 
 
 def stats(folder: options.Folder, as_json: options.Json = False) -> None:
-    """Tells how large a library is, and of which model."""
+    """Prints the size and the model of a library.
+
+    Examples:
+        keyreel library stats lib
+        keyreel library stats s3://bucket/library --json
+    """
     from keyreel.cli.documents import Stats
 
     with keyreel.Library(folder) as library:
@@ -95,10 +90,15 @@ def stats(folder: options.Folder, as_json: options.Json = False) -> None:
 
 def remove(
     folder: options.Folder,
-    videos: Annotated[list[str], Argument(metavar="VIDEO...", help="paths, ids or globs, '*/holiday/*'")],
+    videos: Annotated[list[str], Argument(metavar="VIDEO", help="paths, ids, or patterns such as '*/holiday/*'")],
     as_json: options.Json = False,
 ) -> None:
-    """Takes videos out of a library; the files themselves stay."""
+    """Removes videos from a library; the files stay.
+
+    Examples:
+        keyreel library remove lib holiday.mp4
+        keyreel library remove lib '*/old/*'
+    """
     from keyreel.cli.documents import Videos
 
     with keyreel.Library(folder) as library:
@@ -111,10 +111,19 @@ def remove(
 
 def verify(
     folder: options.Folder,
-    repair: Annotated[bool, Option("--repair", help="keep what is sound, index the rest again with update")] = False,
+    repair: Annotated[
+        bool, Option("--repair", help="delete what is damaged; `keyreel library update` indexes it again")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Reads a library from end to end, and tells what is damaged; exits with 6 where something is and stays."""
+    """Reads a whole library and prints what is damaged.
+
+    Exits with 6 if damage remains.
+
+    Examples:
+        keyreel library verify lib
+        keyreel library verify lib --repair
+    """
     from keyreel.cli.documents import Verify
 
     with keyreel.Library(folder) as library:
@@ -129,12 +138,17 @@ def verify(
         if not findings:
             print_line("nothing is damaged")
     if left := [finding.what for finding in findings if not finding.repaired]:
-        hint = "run it with --repair, then keyreel library update"
+        hint = "`keyreel library verify --repair` deletes damaged parts, then `keyreel library update` restores them"
         raise Damaged(f"{folder}: {plural(len(left), 'finding')}", left, hint=hint)
 
 
 def compact(folder: options.Folder, as_json: options.Json = False) -> None:
-    """Puts small files together and gives the space of what was removed back."""
+    """Merges small files and frees the space of removed videos.
+
+    Examples:
+        keyreel library compact lib
+        keyreel library compact lib --json
+    """
     from keyreel.cli.documents import Compact
 
     with keyreel.Library(folder) as library:
@@ -142,11 +156,16 @@ def compact(folder: options.Folder, as_json: options.Json = False) -> None:
     if as_json:
         print_json(Compact(library=folder, bytes=given_back))
     else:
-        print_line(f"{given_back / 1e6:.1f} MB given back")
+        print_line(f"{given_back / 1e6:.1f} MB freed")
 
 
 def upgrade(folder: options.Folder, as_json: options.Json = False) -> None:
-    """Converts a library that an older keyreel made, and keeps all that it holds."""
+    """Converts a library of an older keyreel and keeps its content.
+
+    Examples:
+        keyreel library upgrade lib
+        keyreel library upgrade lib --json
+    """
     from keyreel.cli.documents import Upgrade
 
     with keyreel.Library(folder) as library:
@@ -154,57 +173,69 @@ def upgrade(folder: options.Folder, as_json: options.Json = False) -> None:
     if as_json:
         print_json(Upgrade(library=folder, videos=videos))
     else:
-        without = "; they have no subjects until keyreel index --force" if videos else ""
+        without = "; `keyreel library update --force` adds subject vectors" if videos else ""
         print_line(f"{plural(videos, 'video')} converted{without}")
 
 
+WORK, SAFETY = "Work and limits", "Safety"  # panels
+Service = Annotated[
+    ServeConfig,
+    Made(
+        ServeConfig,
+        host=Annotated[str, Option(metavar="ADDRESS", help="address to listen on; the default is this machine only")],
+        port=Annotated[int, Option(metavar="N", help="port to listen on; 0 takes a free one")],
+        roots=Annotated[
+            list[str] | None,
+            Option("--root", metavar="DIR", help="videos in DIR may be indexed and played; repeat for more"),
+        ],
+        hosts=Annotated[
+            list[str] | None,
+            Option("--answer-to", metavar="NAME", rich_help_panel=SAFETY, help="accepted Host header, * for all"),
+        ],
+        folder=Annotated[
+            str | None,
+            Option(metavar="DIR", rich_help_panel=WORK, help="for uploads and jobs; default: serve/ in the library"),
+        ],
+        threads=Annotated[int, Option(metavar="N", rich_help_panel=WORK, help="requests at the same time")],
+        timeout_seconds=Annotated[
+            float, Option(metavar="SECONDS", rich_help_panel=WORK, help="longest work on one request (504)")
+        ],
+        job_threads=Annotated[int, Option(metavar="N", rich_help_panel=WORK, help="videos indexed at the same time")],
+        max_jobs=Annotated[int, Option(metavar="N", rich_help_panel=WORK, help="jobs that may wait; others get 429")],
+        upload_bytes=Annotated[int, Option(metavar="BYTES", rich_help_panel=WORK, help="largest upload")],
+        upload_quota=Annotated[
+            int | None, Option(min=1, metavar="BYTES", rich_help_panel=WORK, help="largest sum of all uploads (507)")
+        ],
+        drain_seconds=Annotated[
+            float,
+            Option(metavar="SECONDS", rich_help_panel=WORK, help="after SIGTERM, time to finish requests and jobs"),
+        ],
+    ),
+]
+
+
 def serve(
-    library: Annotated[str, Option(metavar="DIR", help="the library's folder or s3:// address")],
-    token_file: Annotated[Path | None, Option(help="file with the token that callers must send")] = None,
-    model: options.OwnModel = None,
-    device: options.Device = "auto",
-    host: Annotated[str, Option(help="address to listen on; this machine alone by default")] = SERVING.host,
-    port: Annotated[int, Option(help="port to listen on; 0 takes a free one")] = SERVING.port,
-    root: Annotated[list[str] | None, Option(help="folder whose videos may be indexed and played; repeatable")] = None,
-    answer_to: Annotated[
-        list[str] | None,
-        Option(help="names in the Host header that are answered; on loopback its own by default"),
+    *,
+    library: Annotated[str, Option(metavar="DIR", help="the library: a folder or an s3:// address")],
+    token_file: Annotated[
+        Path | None, Option(metavar="FILE", help="file with the token that clients must send; needed with --host")
     ] = None,
-    folder: Annotated[
-        str | None, Option(help="folder of uploads and of the list of jobs; serve/ in the library by default")
-    ] = SERVING.folder,
-    threads: Annotated[int, Option(help="requests that are worked on at a time")] = SERVING.threads,
-    timeout_seconds: Annotated[float, Option(help="longest work on one request (504)")] = SERVING.timeout_seconds,
-    job_threads: Annotated[int, Option(help="videos indexed at a time")] = SERVING.job_threads,
-    max_jobs: Annotated[int, Option(help="jobs that may wait; more are told to come back (429)")] = SERVING.max_jobs,
-    upload_bytes: Annotated[int, Option(help="largest upload, in bytes")] = SERVING.upload_bytes,
-    upload_quota: Annotated[
-        int | None, Option(min=1, help="bytes that all uploads together may take (507)")
-    ] = SERVING.upload_quota,
-    drain_seconds: Annotated[
-        float, Option(help="how long requests, and then the jobs at work, may go on after SIGTERM")
-    ] = SERVING.drain_seconds,
+    service: Service,
+    model: options.Model = None,
+    device: options.Device = "auto",
 ) -> None:
-    """Serves a library over HTTP, with a page to search it; needs the extra `serve`."""
+    """Serves a library over HTTP, with a search page; needs the extra `serve`.
+
+    Examples:
+        keyreel serve --library lib --root ~/Videos
+        keyreel serve --library lib --host 0.0.0.0 --token-file token.txt
+    """
     from keyreel.serve import run
 
-    config = ServeConfig(
-        token=None if token_file is None else token_file.read_text("utf-8").strip(),
-        host=host,
-        port=port,
-        roots=tuple(root or ()),
-        hosts=tuple(answer_to or ()),
-        folder=folder,
-        threads=threads,
-        timeout_seconds=timeout_seconds,
-        job_threads=job_threads,
-        max_jobs=max_jobs,
-        upload_bytes=upload_bytes,
-        upload_quota=upload_quota,
-        drain_seconds=drain_seconds,
-    )
+    token = None if token_file is None else token_file.read_text("utf-8").strip()
+    config = dataclasses.replace(service, token=token)
     if not (config.loopback or config.token):
-        warning = f"WARNING: without --token-file anyone who reaches {host} can search, add and remove videos"
+        warning = f"WARNING: anyone who reaches {config.host} can search, add and remove videos; use --token-file"
         log(warning, style="bold red")
     with open_library(library, model, device) as opened:
-        run(opened, config, listening=lambda address: log(f"{address} serves {library}; ctrl-c ends"))
+        run(opened, config, listening=lambda address: log(f"serving {library} at {address}; ctrl-c stops"))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -24,7 +24,6 @@ from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, for_each, sources
 from keyreel.cli.output import log, plural, print_json, print_line, print_table
 from keyreel.cli.progress import RENDERED, Bars
-from keyreel.config import DecodeLimits, EncodeConfig, Sampling
 from keyreel.errors import BackendError, import_extra
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from keyreel.runtime.backend import Backend
     from keyreel.types import Progress
 
+RESEARCH = "Research and tests"  # panel
 STAGES = ("decode", "encode", "fuse", "select", "render", "reel")
 PACKAGES = ("keyreel", "av", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-cu13")
 
@@ -42,7 +42,12 @@ def version() -> None:
 
 
 def doctor(as_json: options.Json = False) -> None:
-    """Checks what keyreel needs on this machine, and says how to mend what is missing."""
+    """Checks what works on this machine and says how to fix the rest.
+
+    Examples:
+        keyreel doctor
+        keyreel doctor --json
+    """
     from keyreel.cli.documents import Doctor
     from keyreel.runtime.doctor import probes
 
@@ -59,37 +64,38 @@ def doctor(as_json: options.Json = False) -> None:
 
 
 def bench(
+    *,
     videos: options.Videos,
-    model: options.Model = "builtin",
+    runs: Annotated[
+        int, Option(min=1, max=1000, metavar="N", help="measured runs over all videos, after one that warms up")
+    ] = 3,
+    stop_seconds: Annotated[
+        float | None, Option(metavar="SECONDS", help="use each video up to this time; default: all of it")
+    ] = None,
+    frames: options.Frames,
+    encode: options.Encode,
+    limits: options.Limits,
+    hidden: options.Hidden = False,
+    model: options.Model = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
-    runs: Annotated[int, Option(min=1, max=1000, help="measured runs over all videos, after one that warms up")] = 3,
-    sampling: options.Mode = options.SAMPLING.mode,
-    fps: options.Fps = options.SAMPLING.fps,
-    tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
-    every: options.Every = options.SAMPLING.every,
-    stop_seconds: Annotated[
-        float | None, Option(help="end of what counts, exclusive; the video's end by default")
-    ] = options.SAMPLING.stop_seconds,
-    shift: options.Shift = options.ENCODING.shift,
-    subject: options.Subject = options.ENCODING.subject,
-    batch_size: options.BatchSize = options.ENCODING.batch_size,
-    allow_network: options.AllowNetwork = False,
-    longest: options.Longest = options.LONGEST,
-    hidden: options.Hidden = False,
 ) -> None:
-    """Measures how fast your own videos are summarised on this machine, stage by stage; keeps no outputs."""
+    """Measures the speed of `summarize` on your videos, stage by stage.
+
+    Examples:
+        keyreel bench holiday.mp4
+        keyreel bench ~/Videos --stop-seconds 60 --runs 5 --json
+    """
     from keyreel.cli.documents import Bench, BenchVideo
     from keyreel.decode.source import Source
     from keyreel.render.documents import FailedVideo
 
-    frames = Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every, stop_seconds=stop_seconds)
-    encode = EncodeConfig(shift=shift, subject=subject, batch_size=batch_size)
+    frames = dataclasses.replace(frames, stop_seconds=stop_seconds)
     measured: dict[str, list[BenchVideo]] = {}
     began = time.perf_counter()
     with (
-        keyreel.Engine.from_pretrained(model, device=device) as engine,
+        keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine,
         Bars(quiet=quiet) as bars,
         contextlib.ExitStack() as opened,
     ):
@@ -116,7 +122,6 @@ def bench(
             measured.setdefault(source.name, []).append(run)
 
         engine.warmup()
-        limits = DecodeLimits(max_duration_seconds=longest, allow_network=allow_network)
         given = sources(videos, limits, hidden=hidden)
         good = [opened.enter_context(source) for source in given if isinstance(source, Source)]
         failed = for_each(given, measure, bars.failed)  # warms up
@@ -178,32 +183,44 @@ def _print_bench(result: Bench) -> None:
     memory = f"peak memory {result.peak_memory_bytes / 1e6:.0f} MB"
     warmup = f"a warm-up of {result.warmup_seconds:.1f} s"
     print_line(f"medians of {plural(result.runs, 'run')} after {warmup}; {memory}")
-    print_line("decode runs beside encode and fuse; render is all outputs, with the reel")
+    print_line("decode runs at the same time as encode and fuse; render includes the reel")
 
 
 def export(
-    model: Annotated[str, Argument(help="ARCH/PRETRAINED or ARCH/CHECKPOINT as open_clip spells it, hf-hub:ORG/REPO")],
-    output: Annotated[Path | None, Option("--output", "-o", help="folder; the cache by default")] = None,
-    precision: Annotated[str, Option(help="fp32, fp16 for GPUs, or int8 for CPUs")] = "fp32",
-    verify_video: Annotated[Path | None, Option(help="measures an int8 model on frames of this video")] = None,
-    attention: Annotated[str, Option(help="spatial attention: the built-in model's, or uniform for none")] = "builtin",
-    projection: Annotated[Path | None, Option(help="trained projection, safetensors")] = None,
+    model: Annotated[
+        str, Argument(metavar="MODEL", help="ARCH/PRETRAINED or ARCH/FILE of open_clip, or hf-hub:ORG/REPO")
+    ],
+    output: options.Output = None,
+    precision: options.Precision = "fp32",
+    verify_video: Annotated[
+        Path | None, Option(metavar="FILE", help="measure an int8 model on frames of this video")
+    ] = None,
     fit: Annotated[
         Path | None,
-        Option(metavar="FOLDER", help="learn what moves from your pictures: a subfolder for each label, or labels.csv"),
+        Option(metavar="DIR", help="fit the subject vectors to your pictures: a subfolder per label, or labels.csv"),
     ] = None,
-    random_weights: Annotated[bool, Option("--random-weights", help="for tests: weights that know nothing")] = False,
-    seed: Annotated[int, Option(help="of the random weights")] = 0,
     triton: Annotated[
-        Path | None,
-        Option(metavar="DIR", help="a Triton model repository; MODEL may then be builtin or a bundle's folder"),
+        Path | None, Option(metavar="DIR", help="write a Triton model repository; MODEL may be a bundle or builtin")
     ] = None,
-    tensorrt: Annotated[
-        bool, Option("--tensorrt", help="build TensorRT plans for this GPU; MODEL may be builtin or a folder too")
+    tensorrt: options.TensorRT = False,
+    attention: Annotated[
+        Literal["builtin", "uniform"], Option(rich_help_panel=RESEARCH, help="spatial attention; uniform means none")
+    ] = "builtin",
+    projection: Annotated[
+        Path | None, Option(metavar="FILE", rich_help_panel=RESEARCH, help="a trained projection in safetensors")
+    ] = None,
+    random_weights: Annotated[
+        bool, Option("--random-weights", rich_help_panel=RESEARCH, help="random weights, for tests")
     ] = False,
+    seed: Annotated[int, Option(metavar="N", rich_help_panel=RESEARCH, help="seed of the random weights")] = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Turns an open_clip model into a bundle that keyreel runs; needs the extra `export`."""
+    """Makes a bundle of an open_clip model; needs the extra `export`.
+
+    Examples:
+        keyreel export ViT-B-32/laion2b_s34b_b79k
+        keyreel export ViT-B-32/laion2b_s34b_b79k --precision fp16 -o bundle
+    """
     from keyreel.runtime.bundle import BUILTIN, MANIFEST, Bundle
 
     if (triton is not None or tensorrt) and precision == "int8":
@@ -216,7 +233,7 @@ def export(
     if (triton is not None or tensorrt) and (model == BUILTIN or (Path(model) / MANIFEST).is_file()):
         other = output or projection or fit or verify_video
         if other or random_weights or seed or precision != "fp32":
-            raise ValueError(f"{model} is a bundle already: only --triton and --tensorrt go with it")
+            raise ValueError(f"{model} is a bundle already: use only --triton and --tensorrt with it")
         folder = Bundle.find(model).folder
     else:
         folder = export_model(
@@ -266,7 +283,7 @@ def write_plans(backend: Backend, folder: Path, progress: Progress) -> None:
 
 def _log_fit(measured: Mapping[str, float]) -> None:
     fitted, held = (int(measured[name]) for name in ("fitted_pictures", "held_out_pictures"))
-    log(f"fitted to {plural(fitted, 'picture')}; mean average precision on clips made of {held} others, by name:")
+    log(f"fitted to {plural(fitted, 'picture')}; mean average precision on clips of {held} other pictures:")
     for kind, what in (("objects", "what moves"), ("places", "the place")):
         scene, free, own = (measured[f"held_out_{kind}_{way}"] for way in ("scene", "training_free", "fitted"))
-        log(f"  {what}: {scene:.3f} without a subject, {free:.3f} with one that is not fitted, {own:.3f} fitted")
+        log(f"  {what}: {scene:.3f} without subject vectors, {free:.3f} with unfitted ones, {own:.3f} with fitted ones")

@@ -18,7 +18,12 @@ _FRAMES = 32  # that tell the machine's speed
 
 
 def list_models(as_json: options.Json = False) -> None:
-    """Lists the models that one command installs, and those that are installed."""
+    """Lists the models that you can install, and those that you have.
+
+    Examples:
+        keyreel models list
+        keyreel models list --json
+    """
     from keyreel.cli.documents import Model, Models
     from keyreel.models.catalogue import BUILTIN_GIGAFLOPS, CATALOGUE, RECOMMENDED
     from keyreel.models.install import installed
@@ -65,25 +70,34 @@ def list_models(as_json: options.Json = False) -> None:
     ]
     heads = ("download", "frames/s", "numbers", "installed", "model", "languages", "licence", "good for")
     print_table(heads, rows, right=3)
-    print_line("frames/s: an estimate for this machine's CPU; numbers: of a vector, what a frame takes in a library")
+    print_line("frames/s: estimated for this CPU. numbers: length of a vector; longer ones make a larger library")
 
 
 def install(
-    name: Annotated[str | None, Argument(help="as `keyreel models list` names it; the recommended one")] = None,
+    name: Annotated[
+        str | None, Argument(metavar="NAME", help="a name from `keyreel models list`; default: the recommended one")
+    ] = None,
     checkpoint: Annotated[
-        Path | None, Option("--from", metavar="FILE", help="weights in safetensors, instead of a download")
+        Path | None, Option("--from", metavar="FILE", help="read weights from this safetensors file; downloads nothing")
     ] = None,
     tokenizer: Annotated[
-        Path | None, Option(metavar="FILE", help="tokenizer.json or merges.txt, if it does not lie beside the weights")
+        Path | None, Option(metavar="FILE", help="tokenizer.json or merges.txt; default: beside the weights")
     ] = None,
-    called: Annotated[str | None, Option("--name", help="name for weights of your own")] = None,
-    revision: Annotated[str | None, Option(help="another commit or branch of the model's repository")] = None,
-    precision: Annotated[str, Option(help="fp32, fp16 for GPUs, or int8 for CPUs")] = "fp32",
-    tensorrt: Annotated[bool, Option("--tensorrt", help="build TensorRT plans for this GPU")] = False,
-    output: Annotated[Path | None, Option("--output", "-o", help="folder; the cache by default")] = None,
+    called: Annotated[str | None, Option("--name", metavar="NAME", help="the name of your own weights")] = None,
+    revision: Annotated[
+        str | None, Option(metavar="COMMIT", help="another commit or branch of the model's repository")
+    ] = None,
+    precision: options.Precision = "fp32",
+    tensorrt: options.TensorRT = False,
+    output: options.Output = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Downloads a model and makes it ready, without PyTorch."""
+    """Downloads a model and prepares it; needs no PyTorch.
+
+    Examples:
+        keyreel models install
+        keyreel models install ViT-B-32 --from my.safetensors --name mine
+    """
     from keyreel.models.catalogue import RECOMMENDED
 
     if tensorrt and precision == "int8":
@@ -105,9 +119,14 @@ def install(
 
 
 def remove(
-    names: Annotated[list[str], Argument(metavar="NAME...", help="installed or exported models")],
+    names: Annotated[list[str], Argument(metavar="NAME", help="installed or exported models")],
 ) -> None:
-    """Deletes models from the cache; the downloaded weights stay in the hub's own cache."""
+    """Deletes models; downloaded weights stay in the Hugging Face cache.
+
+    Examples:
+        keyreel models remove mine
+        keyreel models remove ViT-B-32/laion2b_s34b_b79k ViT-L-14/laion2b_s32b_b82k
+    """
     from keyreel.models.install import remove
 
     for name in names:
@@ -115,10 +134,15 @@ def remove(
 
 
 def verify(
-    names: Annotated[list[str] | None, Argument(metavar="NAME...", help="all that are installed by default")] = None,
+    names: Annotated[list[str] | None, Argument(metavar="NAME", help="default: all installed models")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Compares models with their manifests and runs them."""
+    """Checks the files of models and runs each model once.
+
+    Examples:
+        keyreel models verify
+        keyreel models verify builtin --json
+    """
     from keyreel.models.install import check, installed
 
     found = {name: check(name) for name in names or ("builtin", *installed())}
@@ -127,7 +151,7 @@ def verify(
         return
     for name, measured in found.items():
         pictures, texts = (plural(int(measured[kind]), kind[:-1]) for kind in ("pictures", "texts"))
-        print_line(f"{name}: {pictures} and {texts} encoded, every vector of unit length")
+        print_line(f"{name}: {pictures} and {texts} encoded, all vectors have unit length")
 
 
 def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
@@ -140,7 +164,7 @@ def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
         return
     if not yes:
         size = f"{weights.size_bytes / 1e6:,.0f} MB, licence: {weights.licence}"
-        hint = f"`keyreel models install {name}` downloads it ({size}); --yes does so from here"
+        hint = f"`keyreel models install {name}` or the option --yes downloads it ({size})"
         raise ModelError(f"the model {name} is not installed", hint=hint)
     with Bars(quiet=quiet) as bars:
         _install(bars, name)

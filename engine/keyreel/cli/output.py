@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -66,6 +68,20 @@ def print_json(document: Any) -> None:
     print(to_json(document), end="")
 
 
+def print_csv(columns: Sequence[str], rows: Sequence[object]) -> None:
+    """Prints a table with a head on stdout, in UTF-8; a name that is not keeps its bytes.
+
+    Args:
+        columns: attributes of the rows.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows([getattr(row, column, None) for column in columns] for row in rows)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.getvalue().encode("utf-8", "surrogateescape"))
+
+
 def _stdout() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
 
@@ -84,7 +100,15 @@ def plural(number: int, noun: str) -> str:
 
 
 def span(start: float, stop: float) -> str:
-    return f"{start:.2f} - {stop:.2f} s"
+    """0:01.0 - 0:02.5"""
+    return f"{clock(start)} - {clock(stop)}"
+
+
+def clock(seconds: float) -> str:
+    """As the pages show it."""
+    from keyreel.render.pictures import short_clock
+
+    return short_clock(seconds)
 
 
 def print_summary(summary: Summary, folder: Path, seconds: float) -> None:
@@ -98,11 +122,13 @@ def print_summary(summary: Summary, folder: Path, seconds: float) -> None:
     done = f"{keyframes}, {shots} and {scenes} from {frames} in {seconds:.1f} s on {summary.device}"
     print_line(f"{summary.video.path}: {done} -> {folder}")
     for frame in summary.keyframes:
-        print_line(f"  {frame.pts_seconds:9.3f} s  {frame.weight:6.1%}")
+        print_line(f"  {clock(frame.pts_seconds):>9}  {frame.weight:6.1%}")
 
 
 def print_hits(hits: Sequence[SearchHit]) -> None:
     """Prints a table of moments, best first."""
+    from keyreel.chance import percent
+
     rows = []
     for hit in hits:
         folded = getattr(hit, "folded", 0)
@@ -112,8 +138,8 @@ def print_hits(hits: Sequence[SearchHit]) -> None:
             + (f" (and {folded} much alike)" if folded else "")
             + (f" (and {more} more in it)" if more else "")
         )
-        best = f"{hit.pts_seconds:.2f} s" + (", subject" if hit.answered_by == "subject" else "")
-        chance = "" if hit.chance is None else f"{hit.chance:.0%}"
+        best = clock(hit.pts_seconds) + (", subject" if hit.answered_by == "subject" else "")
+        chance = "" if hit.chance is None else percent(hit.chance)
         rows.append((f"{hit.score:.3f}", chance, span(hit.start_seconds, hit.stop_seconds), best, name))
     print_table(("score", "chance", "moment", "best at", "video"), rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 from collections.abc import Sequence
@@ -18,9 +19,10 @@ from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, for_each, sources
 from keyreel.cli.library import open_library
 from keyreel.cli.models import ensure
-from keyreel.cli.output import log, print_hits, print_json, print_videos
+from keyreel.cli.output import log, print_csv, print_hits, print_json, print_videos
 from keyreel.cli.progress import Bars
-from keyreel.config import DecodeLimits, EncodeConfig, Sampling
+from keyreel.cli.signature import names
+from keyreel.config import EncodeConfig, Sampling
 from keyreel.errors import Failure, KeyreelError, RenderError
 
 if TYPE_CHECKING:
@@ -29,12 +31,14 @@ if TYPE_CHECKING:
     from keyreel.library.types import VideoHit
     from keyreel.types import U8, SearchHit, Summary
 
-_OF_VIDEOS = ["sampling", "fps", "tolerance", "every", "shift", "subject", "batch_size", "allow_network"]
-_OF_VIDEOS += ["longest", "hidden"]
+# --csv: fields of a hit or a video, which stay empty where it has none
+HIT_COLUMNS = ("video", "video_id", "start_seconds", "stop_seconds", "pts_seconds", "score", "chance", "answered_by")
+VIDEO_COLUMNS = ("video", "video_id", "score")
+_OF_VIDEOS = [*names(options.Frames, options.Encode, options.Limits), "hidden"]
 OUR_PAGE, OUR_PAGE_WITHIN = b'<meta name="generator" content="keyreel">', 4096  # bytes
 _PER_VIDEO = 2  # moments of one video in an answer, if nothing else is said
-_OF_LIBRARY = ["within", "like", "start", "stop", "whole", "path", "tag", "after", "before", "per_video"]
-_OF_LIBRARY += ["min_duration", "max_duration"]
+_OF_LIBRARY = [*names(options.Where), "within", "like", "start", "stop", "whole", "per_video"]
+ANSWER, LIBRARY = "Answers", "Search in a library"  # panels
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,71 +58,79 @@ class Found:
 
 def search(
     context: typer.Context,
+    *,
     text: Annotated[str | None, Argument(metavar="TEXT", help="what to look for")] = None,
-    videos: Annotated[list[str] | None, Argument(metavar="VIDEO...", help="files, folders, or -")] = None,
-    image: Annotated[Path | None, Option(help="look for this picture instead; then every argument is a video")] = None,
-    also: Annotated[list[str] | None, Option("--and", help="a text that must fit, too; repeatable")] = None,
-    without: Annotated[list[str] | None, Option("--not", help="a text that must not fit; repeatable")] = None,
-    k: Annotated[int, Option("-k", min=1, help="how many moments, or videos")] = 5,
-    per_video: Annotated[int | None, Option(min=1, help="most moments of one video; 2, with --in as many as k")] = None,
-    model: options.OwnModel = None,
+    videos: Annotated[list[str] | None, Argument(metavar="VIDEO", help="files, folders, or -")] = None,
+    library: Annotated[str | None, Option(metavar="DIR", help="search this library instead of VIDEO...")] = None,
+    image: Annotated[Path | None, Option(metavar="FILE", help="search with a picture instead of TEXT")] = None,
+    like: Annotated[
+        str | None, Option(metavar="VIDEO@SECONDS", help="search the library with this moment instead of TEXT")
+    ] = None,
+    also: Annotated[
+        list[str] | None, Option("--and", metavar="TEXT", help="must show this, too; repeat for more texts")
+    ] = None,
+    without: Annotated[
+        list[str] | None, Option("--not", metavar="TEXT", help="must not show this; repeat for more texts")
+    ] = None,
+    k: Annotated[int, Option("-k", min=1, metavar="N", help="number of moments, or of videos")] = 5,
+    whole: Annotated[bool, Option("--videos", help="rank videos instead of moments")] = False,
+    within: Annotated[
+        list[str] | None,
+        Option("--in", metavar="VIDEO", rich_help_panel=LIBRARY, help="only this video, a path or id; repeat for more"),
+    ] = None,
+    start: Annotated[
+        float | None, Option(metavar="SECONDS", rich_help_panel=LIBRARY, help="only moments after this time")
+    ] = None,
+    stop: Annotated[
+        float | None, Option(metavar="SECONDS", rich_help_panel=LIBRARY, help="only moments before this time")
+    ] = None,
+    per_video: Annotated[
+        int | None,
+        Option(min=1, metavar="N", rich_help_panel=LIBRARY, help="at most N moments per video; 2, with --in up to k"),
+    ] = None,
+    html: Annotated[Path | None, Option(metavar="FILE", help="write a page with pictures of the moments")] = None,
+    previews: Annotated[
+        Path | None, Option(metavar="DIR", rich_help_panel=ANSWER, help="write a picture of each moment into DIR")
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        Option("--overwrite", rich_help_panel=ANSWER, help="let --html replace a file that keyreel did not write"),
+    ] = False,
+    where: options.Where,
+    frames: options.Frames,
+    encode: options.Encode,
+    limits: options.Limits,
+    hidden: options.Hidden = False,
+    model: options.Model = None,
     yes: options.Yes = False,
     device: options.Device = "auto",
     as_json: options.Json = False,
-    html: Annotated[Path | None, Option(help="write a page with pictures of the moments")] = None,
-    previews: Annotated[Path | None, Option(help="write a picture of each moment into this folder")] = None,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="let --html replace a file that is no page of keyreel")
-    ] = False,
+    as_csv: Annotated[bool, Option("--csv", help="print the moments, or videos, as CSV on stdout")] = False,
     quiet: options.Quiet = False,
-    sampling: options.Mode = options.SAMPLING.mode,
-    fps: options.Fps = options.SAMPLING.fps,
-    tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
-    every: options.Every = options.SAMPLING.every,
-    shift: options.Shift = options.ENCODING.shift,
-    subject: options.Subject = options.ENCODING.subject,
-    batch_size: options.BatchSize = options.ENCODING.batch_size,
-    allow_network: options.AllowNetwork = False,
-    longest: options.Longest = options.LONGEST,
-    hidden: options.Hidden = False,
-    library: Annotated[str | None, Option(help="search this library instead of VIDEO...")] = None,
-    within: Annotated[
-        list[str] | None, Option("--in", help="search in this video only, by path or id; repeatable")
-    ] = None,
-    like: Annotated[
-        str | None, Option(help="look for what is like this moment, VIDEO@SECONDS, instead of a text")
-    ] = None,
-    start: Annotated[float | None, Option(help="seconds, from here on in each video")] = None,
-    stop: Annotated[float | None, Option(help="seconds, up to here in each video")] = None,
-    whole: Annotated[bool, Option("--videos", help="rank videos, not moments")] = False,
-    path: options.PathGlob = None,
-    tag: options.Tag = None,
-    after: options.After = None,
-    before: options.Before = None,
-    min_duration: options.MinDuration = None,
-    max_duration: options.MaxDuration = None,
 ) -> None:
-    """Finds the moments of videos, or of a whole library, that answer a text or a picture."""
+    """Finds moments by a text or a picture, in videos or in a library.
+
+    Examples:
+        keyreel search "a dog" holiday.mp4 --and snow --html hits.html
+        keyreel search "a red car" --library lib --videos --after 2024-06-01
+    """
     from keyreel.render.pictures import read_picture
 
-    names, pictures = list(videos or []), html is not None or previews is not None
+    paths, pictures = list(videos or []), html is not None or previews is not None
+    if as_csv and as_json:
+        raise ValueError("give --csv or --json, not both")
     if html is not None:  # before the work, not after it
-        _check_replaceable(html, [*(one for one in (text, image) if one), *names], overwrite=overwrite)
+        _check_replaceable(html, [*(one for one in (text, image) if one), *paths], overwrite=overwrite)
     if library is not None:
-        if names:
-            raise ValueError("videos of a library are chosen with --in and --path")
-        options.reject(context, _OF_VIDEOS, "goes with videos, not with --library")
-        where = keyreel.Filter(
+        if paths:
+            raise ValueError("choose videos of a library with --in and --path")
+        options.reject(context, _OF_VIDEOS, "works with videos only, not with --library")
+        where = dataclasses.replace(
+            where,
             videos=tuple(within or ()),
-            path=path,
-            tags=tuple(tag or ()),
             start_seconds=start,
             stop_seconds=stop,
-            after=after,
-            before=before,
             per_video=per_video or (None if within else _PER_VIDEO),
-            min_duration_seconds=min_duration,
-            max_duration_seconds=max_duration,
         )
         query, name = _library_query(text, image, like)
         # A moment of the library as a query needs no model.
@@ -128,20 +140,18 @@ def search(
             query = keyreel.Combined(query, also=also or (), without=without or ())
             found = _search_library(searched, query, name, k, where, videos=whole, pictures=pictures)
     else:
-        options.reject(context, _OF_LIBRARY, "goes with --library")
+        options.reject(context, _OF_LIBRARY, "works with --library only")
         if image is not None and text is not None:
-            names.insert(0, text)
-        if not names or (image is None and not text):
+            paths.insert(0, text)
+        if not paths or (image is None and not text):
             raise ValueError("search needs a text (or --image FILE) and at least one video, or --library DIR")
         query, name = (text or "", text or "") if image is None else (read_picture(image), str(image))
         query = keyreel.Combined(query, also=also or (), without=without or ())
-        frames = Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every)
-        encode = EncodeConfig(shift=shift, subject=subject, batch_size=batch_size)
         ensure(model, yes=yes, quiet=quiet)
-        given = sources(names, DecodeLimits(max_duration_seconds=longest, allow_network=allow_network), hidden=hidden)
+        given = sources(paths, limits, hidden=hidden)
         with keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine, Bars(quiet=quiet) as bars:
             found = _search_videos(engine, bars, query, name, k, given, frames, encode, pictures=pictures)
-    _show(found, html=html, previews=previews, as_json=as_json)
+    _show(found, html=html, previews=previews, as_json=as_json, as_csv=as_csv)
     exit_for(found.failed, found.searched)
 
 
@@ -150,13 +160,17 @@ def _check_replaceable(page: Path, inputs: Sequence[str | Path], *, overwrite: b
     if not page.exists():
         return
     if any(os.path.exists(one) and os.path.samefile(one, page) for one in inputs):
-        raise RenderError(f"{page}: is what is searched, and is not replaced", hint="give --html another file")
+        raise RenderError(
+            f"{page}: is an input of this search and will not be overwritten", hint="choose another file for --html"
+        )
     if page.is_dir():
-        raise RenderError(f"{page}: is a folder", hint="give --html a file")
+        raise RenderError(f"{page}: is a folder", hint="--html needs a file")
     with page.open("rb") as file:
         ours = OUR_PAGE in file.read(OUR_PAGE_WITHIN)
     if not (ours or overwrite):
-        raise RenderError(f"{page}: is there and is no page of keyreel", hint="give another file, or --overwrite")
+        raise RenderError(
+            f"{page}: exists and was not written by keyreel", hint="choose another file, or add --overwrite"
+        )
 
 
 def _search_videos(
@@ -200,7 +214,7 @@ def _search_library(
     hits = library.search(query, k=k, where=where) if best is None else [m for v in best for m in v.moments]
     images = [library.preview(hit.video_id, hit.pts_seconds) for hit in hits] if pictures else []
     if not hits:
-        log("nothing was found")
+        log("no moments found")
     return Found(name, query, hits, images, library.unknown_words(query), videos=best, left_out=library.left_out())
 
 
@@ -214,12 +228,12 @@ def _library_query(text: str | None, image: Path | None, like: str | None) -> tu
     try:
         return keyreel.Example(video, float(seconds)), f"like {like}"
     except ValueError as error:
-        raise ValueError(f"--like takes VIDEO@SECONDS, holiday.mp4@12.5, got {like!r}") from error
+        raise ValueError(f"--like needs VIDEO@SECONDS, such as holiday.mp4@12.5, got {like!r}") from error
 
 
-def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bool) -> None:
+def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bool, as_csv: bool) -> None:
     """Writes the files that are wanted, and prints the answers."""
-    from keyreel.chance import WELL
+    from keyreel.chance import matches_well, percent
     from keyreel.render.documents import FoundVideo, search_document
     from keyreel.render.files import atomic_write
     from keyreel.render.results import save_previews
@@ -234,11 +248,11 @@ def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bo
     if found.unknown:
         log(f"the model does not know {', '.join(map(repr, found.unknown))}")
     if found.left_out:
-        log(f"not searched, since what is stored of them is damaged: {', '.join(found.left_out)}")
-        log("`keyreel library verify --repair` has them indexed again")
-    chances = [hit.chance for hit in hits if hit.chance is not None]
-    if chances and max(chances) < WELL:
-        why = f"the best moment has a chance of {max(chances):.0%}" if max(chances) else "no word of a text is known"
+        log(f"skipped, because their stored data is damaged: {', '.join(found.left_out)}")
+        log("`keyreel library verify --repair`, then `keyreel library update` restore them")
+    if matches_well(hit.chance for hit in hits) is False:
+        best = max(hit.chance or 0.0 for hit in hits)
+        why = f"the best moment has a chance of {percent(best)}" if best else "the model knows no word of the query"
         log(f"nothing matches well: {why}")
     if as_json:
         videos = None if found.videos is None else [FoundVideo(v.video, v.video_id, v.score) for v in found.videos]
@@ -254,6 +268,8 @@ def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bo
                 left_out=found.left_out,
             )
         )
+    elif as_csv:
+        print_csv(HIT_COLUMNS, hits) if found.videos is None else print_csv(VIDEO_COLUMNS, found.videos)
     elif found.videos is None:
         print_hits(hits)
     else:

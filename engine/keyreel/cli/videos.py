@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from typer import Option
 
 import keyreel
@@ -15,123 +17,110 @@ from keyreel.cli.inputs import exit_for, folder_name, for_each, sources
 from keyreel.cli.models import ensure
 from keyreel.cli.output import log, print_json, print_line, print_summary, print_table, span
 from keyreel.cli.progress import PICTURED, RENDERED, Bars
-from keyreel.config import (
-    DecodeLimits,
-    EncodeConfig,
-    OutputConfig,
-    ReelMode,
-    ReelOrder,
-    ReframeMode,
-    Sampling,
-    SelectConfig,
-)
+from keyreel.cli.signature import Made
+from keyreel.config import OutputConfig, ReelMode, ReelOrder, ReframeMode, SelectConfig
 
 if TYPE_CHECKING:
     from keyreel.decode.source import Source
 
-SELECT, OUTPUT = SelectConfig(), OutputConfig()  # defaults
+_log = logging.getLogger(__name__)
+KEYFRAMES, REEL, FILES = "Key-frames", "Reel", "Files"  # panels
+
+
+def _count(given: str) -> int | None:
+    if given != "auto" and not given.isdecimal():
+        raise typer.BadParameter(f"must be a number or auto, got {given!r}")
+    return None if given == "auto" else int(given)
+
+
+Select = Annotated[
+    SelectConfig,
+    Made(
+        SelectConfig,
+        keyframes=Annotated[
+            int | None, Option(parser=_count, metavar="N|auto", help="number of key-frames; default: auto")
+        ],
+        per_minute=Annotated[
+            float | None, Option(metavar="N", help="key-frames per minute of video, instead of --keyframes")
+        ],
+        max_keyframes=Annotated[int, Option(metavar="N", rich_help_panel=KEYFRAMES, help="auto chooses at most N")],
+        min_gap_seconds=Annotated[
+            float, Option(metavar="SECONDS", rich_help_panel=KEYFRAMES, help="least time between two key-frames")
+        ],
+        similarity_limit=Annotated[
+            float,
+            Option(metavar="COSINE", rich_help_panel=KEYFRAMES, help="no two key-frames are more similar, -1 to 1"),
+        ],
+    ),
+]
+Outputs = Annotated[
+    OutputConfig,
+    Made(
+        OutputConfig,
+        reel=Annotated[bool, Option(help="write a highlight reel: reel.mp4, or reel.mkv for copied VP8 and VP9")],
+        reel_seconds=Annotated[
+            float | None, Option(metavar="SECONDS", help="longest reel; default: 15 % of the video, 10 to 60 s")
+        ],
+        query=Annotated[str | None, Option(metavar="TEXT", help="fill the reel with what matches this text")],
+        aspect=Annotated[str | None, Option(metavar="W:H", help="shape of the reel: 9:16, 1:1, 4:5, 16:9 or another")],
+        overwrite=Annotated[bool, Option("--overwrite", help="replace an existing output folder")],
+        reel_mode=Annotated[
+            ReelMode,
+            Option(rich_help_panel=REEL, help="copy the video's packets, encode its frames, or auto: copy if possible"),
+        ],
+        reel_height=Annotated[
+            int, Option(metavar="PIXELS", rich_help_panel=REEL, help="largest short side of an encoded reel")
+        ],
+        order=Annotated[ReelOrder, Option(rich_help_panel=REEL, help="with --query: by time, or best first")],
+        reframe=Annotated[
+            ReframeMode, Option(rich_help_panel=REEL, help="with --aspect: follow the subject, or fit the whole frame")
+        ],
+        storyboard=Annotated[bool, Option(rich_help_panel=FILES, help="write storyboard.html")],
+        thumbnails=Annotated[bool, Option(rich_help_panel=FILES, help="write thumbs.vtt and thumbs.jpg")],
+        otio=Annotated[bool, Option("--otio", rich_help_panel=FILES, help="write reel.otio for editing programs")],
+        edl=Annotated[bool, Option("--edl", rich_help_panel=FILES, help="write reel.edl for editing programs")],
+        keyframe_height=Annotated[
+            int, Option(metavar="PIXELS", rich_help_panel=FILES, help="largest height of a key-frame picture")
+        ],
+    ),
+]
 
 
 def summarize(
+    *,
     videos: options.Videos,
-    output: Annotated[Path, Option("--output", "-o", help="folder; each video gets one of its own in it")],
-    keyframes: Annotated[str, Option(metavar="N|auto", help="how many key-frames")] = "auto",
-    model: options.Model = "builtin",
+    output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="each video gets a folder of its own in DIR")],
+    select: Select,
+    outputs: Outputs,
+    frames: options.Frames,
+    encode: options.Encode,
+    limits: options.Limits,
+    hidden: options.Hidden = False,
+    model: options.Model = None,
     yes: options.Yes = False,
     device: options.Device = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
-    sampling: options.Mode = options.SAMPLING.mode,
-    fps: options.Fps = options.SAMPLING.fps,
-    tolerance: options.Tolerance = options.SAMPLING.tolerance_seconds,
-    every: options.Every = options.SAMPLING.every,
-    per_minute: Annotated[
-        float | None, Option(help="key-frames for each minute of video, instead of a number")
-    ] = SELECT.per_minute,
-    max_keyframes: Annotated[
-        int, Option(help="most key-frames that the automatic choice may take")
-    ] = SELECT.max_keyframes,
-    min_gap_seconds: Annotated[float, Option(help="least time between two key-frames")] = SELECT.min_gap_seconds,
-    similarity_limit: Annotated[
-        float, Option(help="no two key-frames are more alike than this cosine")
-    ] = SELECT.similarity_limit,
-    reel: Annotated[bool, Option(help="write reel.mp4, or reel.mkv where VP8 or VP9 is copied")] = OUTPUT.reel,
-    reel_seconds: Annotated[
-        float | None, Option(help="longest reel; 15 % of the video, 10 to 60 s, by default")
-    ] = OUTPUT.reel_seconds,
-    reel_mode: Annotated[
-        ReelMode,
-        Option(parser=str, metavar="<str>", help="auto, copy its packets as they are, or encode its frames anew"),
-    ] = OUTPUT.reel_mode,
-    reel_height: Annotated[
-        int, Option(help="tallest picture of an encoded reel, in pixels; its width if it is upright")
-    ] = OUTPUT.reel_height,
-    query: Annotated[str | None, Option(help="rank the reel's spans by how well they answer this text")] = OUTPUT.query,
-    order: Annotated[
-        ReelOrder,
-        Option(parser=str, metavar="<str>", help="of the spans with a query: time, or score for the best first"),
-    ] = OUTPUT.order,
-    aspect: Annotated[
-        str | None, Option(metavar="W:H", help="shape of the reel: 9:16, 1:1, 4:5, 16:9 or another; the video's own")
-    ] = OUTPUT.aspect,
-    reframe: Annotated[
-        ReframeMode,
-        Option(parser=str, metavar="<str>", help="with --aspect: follow the subject, or fit whole frames"),
-    ] = OUTPUT.reframe,
-    storyboard: Annotated[bool, Option(help="write storyboard.html")] = OUTPUT.storyboard,
-    thumbnails: Annotated[bool, Option(help="write thumbs.vtt and thumbs.jpg")] = OUTPUT.thumbnails,
-    otio: Annotated[bool, Option("--otio", help="write reel.otio")] = OUTPUT.otio,
-    edl: Annotated[bool, Option("--edl", help="write reel.edl")] = OUTPUT.edl,
-    keyframe_height: Annotated[int, Option(help="tallest key-frame picture, in pixels")] = OUTPUT.keyframe_height,
-    overwrite: Annotated[bool, Option("--overwrite", help="replace a folder that is there")] = OUTPUT.overwrite,
-    shift: options.Shift = options.ENCODING.shift,
-    subject: options.Subject = options.ENCODING.subject,
-    batch_size: options.BatchSize = options.ENCODING.batch_size,
-    allow_network: options.AllowNetwork = False,
-    longest: options.Longest = options.LONGEST,
-    hidden: options.Hidden = False,
 ) -> None:
-    """Writes key-frames, storyboard, contact sheet, thumbnails and a highlight reel for each video."""
+    """Writes key-frames, a storyboard, thumbnails and a highlight reel of each video.
+
+    Examples:
+        keyreel summarize holiday.mp4 -o out
+        keyreel summarize match.mp4 -o out --reel-seconds 60 --query "a goal is scored" --aspect 9:16
+    """
     from keyreel.cli.documents import Summaries
     from keyreel.render.documents import FailedVideo
 
-    if keyframes != "auto" and not keyframes.isdecimal():
-        raise ValueError(f"--keyframes must be a number or auto, got {keyframes!r}")
-    select = SelectConfig(
-        keyframes=None if keyframes == "auto" else int(keyframes),
-        per_minute=per_minute,
-        max_keyframes=max_keyframes,
-        min_gap_seconds=min_gap_seconds,
-        similarity_limit=similarity_limit,
-    )
-    outputs = OutputConfig(
-        reel=reel,
-        reel_seconds=reel_seconds,
-        reel_mode=reel_mode,
-        reel_height=reel_height,
-        query=query,
-        order=order,
-        aspect=aspect,
-        reframe=reframe,
-        storyboard=storyboard,
-        thumbnails=thumbnails,
-        otio=otio,
-        edl=edl,
-        keyframe_height=keyframe_height,
-        overwrite=overwrite,
-    )
-    frames = Sampling(mode=sampling, fps=fps, tolerance_seconds=tolerance, every=every)
-    encode = EncodeConfig(shift=shift, subject=subject, batch_size=batch_size)
     documents: list[dict[str, Any]] = []
     used: set[str] = set()
     existed = output.exists()
     ensure(model, yes=yes, quiet=quiet)
-    with keyreel.Engine.from_pretrained(model, device=device) as engine, Bars(quiet=quiet) as bars:
+    with keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine, Bars(quiet=quiet) as bars:
 
         def work(source: Source) -> None:
             folder = output / folder_name(source, used)
             began = time.perf_counter()
-            progress = bars.start(source.name, RENDERED if reel else PICTURED)
+            progress = bars.start(source.name, RENDERED if outputs.reel else PICTURED)
             with source:
                 summary = engine.summarize(source, sampling=frames, encode=encode, select=select, progress=progress)
                 summary.save(folder, outputs, progress=progress)
@@ -140,14 +129,16 @@ def summarize(
             documents.append(json.loads((folder / "summary.json").read_text("utf-8")))
             for warning in summary.warnings:
                 log(f"{source.name}: warning: {warning}", style="yellow")
-            if reel and documents[-1]["reel"]["file"] is None:
-                log(f"{source.name}: no reel: {documents[-1]['reel']['reason']}")
+            _log.info("%s: written in %.2f s", source.name, documents[-1]["timings_seconds"]["render"])
+            if (reel := documents[-1]["reel"]) is not None:
+                _log.info("%s: reel %s: %s", source.name, reel["mode"], reel["reason"])
+            if outputs.reel and reel["file"] is None:
+                log(f"{source.name}: no reel: {reel['reason']}")
             if not as_json:
                 with bars.hidden():
                     print_summary(summary, folder, seconds)
 
         try:
-            limits = DecodeLimits(max_duration_seconds=longest, allow_network=allow_network)
             failed = for_each(sources(videos, limits, hidden=hidden), work, bars.failed)
         finally:
             if not existed and output.is_dir() and not any(output.iterdir()):
@@ -159,11 +150,16 @@ def summarize(
 
 
 def demo(
-    output: Annotated[Path, Option("--output", "-o", help="folder")] = Path("keyreel-demo"),
+    output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="where to write")] = Path("keyreel-demo"),
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Renders a clip, summarises it and searches it with the built-in model; downloads nothing."""
+    """Renders a clip, summarizes it and searches in it; downloads nothing.
+
+    Examples:
+        keyreel demo
+        keyreel demo -o /tmp/demo --device cpu
+    """
     from keyreel.demo import SCENES, write_demo
     from keyreel.render.files import atomic_write
 

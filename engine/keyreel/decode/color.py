@@ -140,7 +140,7 @@ class Converter:
                 height, width, self._transform.height, self._transform.width, self._transform.mode
             )
         if height * width > self._max_pixels:
-            raise ValueError(f"{width} x {height} pixels, allowed are {self._max_pixels}")
+            raise ValueError(f"{width} x {height} pixels, the limit is {self._max_pixels}")
         transpose, flip_rows, flip_columns = orientation
         transfer = transfer_of(frame)
         scaled = self._scale(frame, (width, height) if transpose else (height, width), transfer)

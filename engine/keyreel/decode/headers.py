@@ -217,7 +217,7 @@ def remarks_of(stream: VideoStream, packet: Packet[VideoStream]) -> tuple[str, .
     if codec.name == "hevc":  # nal_unit_header(): ITU-T H.265, 7.3.1.2
         own = [unit for unit in units(bytes(packet), _length_bytes("hevc", bytes(codec.extradata or b""))) if unit[1:]]
     if any(unit[0] & 1 or unit[1] >> 3 for unit in own):
-        found.append("a second view is there (MV-HEVC, spatial video): the first is shown")
+        found.append("spatial video (MV-HEVC): only the first of its two views is used")
     # Dolby's metadata is a unit of type 62. Where the base layer does not name its transfer, it is for Dolby only.
     dolby = codec.codec_tag in ("dvh1", "dvhe", "dav1") or any(unit[0] >> 1 & 63 == 62 for unit in own)
     if dolby and codec.color_trc == ColorTrc.UNSPECIFIED:

@@ -470,7 +470,7 @@ def _check_size(claim: Claim, transform: ImageTransform | None, max_pixels: int)
     if transform is not None:
         height, width = resized_size(height, width, transform.height, transform.width, transform.mode)
     if height * width > max_pixels:
-        raise _Declined(f"{width} x {height} pixels, allowed are {max_pixels}")
+        raise _Declined(f"{width} x {height} pixels, the limit is {max_pixels}")
 
 
 def _first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame:

@@ -6,6 +6,7 @@ is checked, and at the first difference everything is decoded from the start.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections import Counter
@@ -32,11 +33,12 @@ from keyreel.decode.timeline import TIME_BASE, Clock, Timeline, leap_seconds, pr
 from keyreel.errors import CorruptStream, NoFrames
 from keyreel.types import F64
 
+_log = logging.getLogger(__name__)
 _READ_ATTEMPTS = 16  # reading goes on after that many failed reads in a row
 _JUMP_SECONDS = 1.0  # a pts that goes back further is a new timeline, not a frame out of order
 _UNTYPED = ("qtrle", "rpza", "smc", "cinepak", "msrle")  # FFmpeg's decoders do not say which frames are key frames
-_LEAPS = "leaps of the clock, as between joined recordings"
-_NEAR_IS_EXACT = "its packets do not tell which frames are cheap: the frames shown at the wanted times are taken"
+_LEAPS = "jumps in the time stamps, as in joined recordings"
+_NEAR_IS_EXACT = "the file does not say which frames decode fast: mode near takes the exact frames"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ class Reader:
                 return
             except PlanBroken as error:
                 if self._planning:
+                    _log.info("%s: decodes every frame: the frames differ from the packet list", self._source.name)
                     self._planning = False
                 else:
                     self._hand_over(DecoderFailed(*error.args), given)
@@ -266,7 +269,7 @@ class Reader:
         if held is None:
             reason = "; ".join(self.warnings()) or "it holds no pictures"
             raise CorruptStream(
-                f"{self._source.name}: not one frame can be decoded: {reason}.",
+                f"{self._source.name}: no frame can be decoded: {reason}.",
                 hint="Check that it plays; copy or download it again.",
             )
         promised = promised_seconds(worker.container, worker.stream)
@@ -307,10 +310,10 @@ class Reader:
                     self._damaged(_LEAPS, f"at {clock.seconds(last + gap):.3f} s")
                     shift += last + gap - ticks
                 else:
-                    self._damaged("frames with a stray time, shown after the one before", f"frame {index}")
+                    self._damaged("frames with a wrong time, placed after the frame before", f"frame {index}")
                 ticks = last + gap
             elif ticks <= last:
-                self._damaged("frames whose time goes back, moved behind the frame before", f"frame {index}")
+                self._damaged("frames whose time goes back, placed after the frame before", f"frame {index}")
                 ticks = last + 1
             last, gap = ticks, ticks - last
             start = clock.seconds(ticks)
@@ -328,7 +331,7 @@ class Reader:
             if fed:
                 ticks = heappop(fed)
             elif frame.pts is None:
-                self._damaged("frames without pts, times derived from their neighbours")
+                self._damaged("frames without a time stamp, times taken from their neighbours")
             yield frame, ticks
 
     def _frames(self, worker: Worker, fed: list[int] | None) -> Iterator[Any]:
@@ -336,7 +339,7 @@ class Reader:
         barren = 0  # packets in a row that gave nothing
         for packet in self._packets(worker):
             if barren >= BARREN_PACKETS:
-                self._damaged(f"rest of the file left out after {BARREN_PACKETS} packets in a row without a picture")
+                self._damaged(f"the rest of the file is skipped: {BARREN_PACKETS} packets in a row have no picture")
                 return
             barren += 1
             if fed is not None and packet is not None and packet.dts is not None:
@@ -353,7 +356,7 @@ class Reader:
             for frame in frames:
                 barren = 0
                 if frame.is_corrupt:
-                    self._damaged("frames damaged, or referring to missing ones", f"at pts {frame.pts}")
+                    self._damaged("frames that are damaged or depend on missing ones", f"at pts {frame.pts}")
                 yield frame
 
     def _packets(self, worker: Worker) -> Iterator[Packet[VideoStream] | None]:

@@ -75,11 +75,11 @@ def refusal(name: str, error: Exception, head: bytes, *, remote: bool) -> Source
         if picture := next((name for name, head_of in _PICTURES.items() if head_of.match(head)), None):
             return SourceError(
                 f"{name}: a {picture} picture, not a video.",
-                hint="The video of a motion photo lies beside it, or is saved by the phone's own gallery.",
+                hint="A motion photo keeps its video in a file of its own; the phone's gallery can export it.",
             )
         return SourceError(
-            f"{name}: a playlist, a text or another format that is no single video file. Allowed: MP4, MOV, "
-            "MKV, WebM, AVI, TS, MPEG, FLV, OGG, IVF and the like.",
+            f"{name}: not a video file, but a playlist, a text or another format. Allowed: MP4, MOV, MKV, "
+            " WebM, AVI, TS, MPEG, FLV, OGG, IVF and the like.",
             hint="Give the video file itself.",
         )
     if isinstance(error, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Which frames are wanted.
+"""Which frames were asked for.
 
 `Picker` is the one definition of the sampling modes: it is asked about each frame in display order. Mode `near` chooses
 from a timeline instead.

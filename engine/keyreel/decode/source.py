@@ -213,7 +213,7 @@ class Source:
         height, width = display_size(frame, stream.sample_aspect_ratio)
         if height * width > self.limits.max_pixels:
             raise SourceError(
-                f"{self.name}: shown at {width} x {height} pixels, allowed are {self.limits.max_pixels} (max_pixels).",
+                f"{self.name}: shown at {width} x {height} pixels, the limit is {self.limits.max_pixels} (max_pixels).",
                 hint="Raise max_pixels if you trust the file.",
             )
         return VideoInfo(
@@ -249,7 +249,7 @@ class Source:
         if self._is_scrambled():
             raise encrypted(self.name)
         raise CorruptStream(
-            f"{self.name}: not one frame can be decoded: {reason}.", hint="Check that it plays; copy it again."
+            f"{self.name}: no frame can be decoded: {reason}.", hint="Check that it plays; copy or download it again."
         )
 
     def _target(self) -> tuple[Any, bytes]:
@@ -260,7 +260,7 @@ class Source:
                 raise SourceError(f"{self.name}: this kind of address cannot be opened. {allowed}", hint="Download it.")
             if not self.limits.allow_network:
                 raise SourceError(
-                    f"{self.name}: URLs are not opened unless asked for.",
+                    f"{self.name}: URLs are not opened by default.",
                     hint="Allow it (--allow-network, DecodeLimits(allow_network=True)), or download the file first.",
                 )
             return self._url, b""
@@ -300,7 +300,7 @@ class Source:
         pixels = stream.width * stream.height
         if pixels > self.limits.max_pixels:
             raise SourceError(
-                f"{self.name}: pictures of {stream.width} x {stream.height} = {pixels} pixels, allowed are "
+                f"{self.name}: pictures of {stream.width} x {stream.height} = {pixels} pixels, the limit is "
                 f"{self.limits.max_pixels} (max_pixels).",
                 hint="Raise max_pixels if you trust the file.",
             )
@@ -346,7 +346,7 @@ class Source:
         """Raises SourceError where a video of this many seconds is longer than the limit."""
         if seconds is not None and seconds > self.limits.max_duration_seconds:
             raise SourceError(
-                f"{self.name}: {seconds:.0f} s long, allowed are {self.limits.max_duration_seconds:.0f} s "
+                f"{self.name}: {seconds:.0f} s long, the limit is {self.limits.max_duration_seconds:.0f} s "
                 "(max_duration_seconds).",
                 hint="Raise max_duration_seconds (--longest), or cut the video.",
             )
@@ -361,7 +361,7 @@ class Source:
         if stream is None:
             kinds = {"cover picture" if s.type == "video" else s.type for s in container.streams}
             raise UnsupportedCodec(
-                f"{self.name}: no video in it, only: {', '.join(sorted(kinds)) or 'nothing'}.",
+                f"{self.name}: has no video stream, only: {', '.join(sorted(kinds)) or 'nothing'}.",
                 hint="Give a file that has a video stream.",
             )
         if stream.codec_context is None:

@@ -202,12 +202,12 @@ class _Production:
         for taken, row in enumerate(self._rows()):
             if taken >= _MAX_FRAMES:
                 raise SourceError(
-                    f"{self._source.name}: more than {_MAX_FRAMES} frames are wanted.", hint="Sample fewer frames."
+                    f"{self._source.name}: more than {_MAX_FRAMES} frames were asked for.", hint="Sample fewer frames."
                 )
             if rows and row[0].shape != rows[0][0].shape:
                 (was_high, was_wide, _), (high, wide, _) = rows[0][0].shape, row[0].shape
                 change = f"{was_wide} x {was_high} to {wide} x {high} at {row[1]:.3f} s"
-                self.reader.note("changes of the picture's size, each starts a batch", change)
+                self.reader.note("changes of the picture size; each starts a new batch", change)
                 yield batch()
             rows.append(row)
             if len(rows) == self._batch_size:

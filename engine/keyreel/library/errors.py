@@ -14,7 +14,7 @@ _CONFLICTS = ("conflict", "concurrent", "preempted", "please retry")
 _DENIED = ("permission denied", "read-only", "operation not permitted", "accessdenied", "forbidden")
 _UNREACHABLE = ("failed to connect", "retryerror", "error sending request", "not a directory")
 _SPARE_BYTES = 1 << 20  # left free on the disk for manifests and deletions
-MAKE = "`keyreel index` or `Library.add` makes one"
+MAKE = "`keyreel index` or `Library.add` creates one"
 
 
 class Absent(LibraryError):
@@ -22,7 +22,7 @@ class Absent(LibraryError):
 
 
 class Outdated(LibraryError):
-    """The library has an older format, or vectors of an earlier model that this one can go on with."""
+    """The library has an older format, or vectors of an earlier model that this one can still use."""
 
 
 class Conflict(LibraryError):
@@ -49,8 +49,8 @@ def ask_for_room(folder: Path | None, size: int) -> None:
 
 def cut_short(uri: str) -> Full:
     """The error for files that LanceDB committed although they are incomplete."""
-    hint = "make room on the disk, or lift the limit on the size of files"
-    return Full(f"the library {uri} cannot be written: what was written was cut short", hint=hint)
+    hint = "free disk space, or raise the limit on the size of files"
+    return Full(f"the library {uri} cannot be written: a write was cut short", hint=hint)
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def lance_errors(uri: str) -> Iterator[None]:
         if "was not found" in small:
             raise Absent(f"there is no library at {uri}", hint=MAKE) from error
         if has(_FULL_DISK):
-            hint = "make room on the disk; what was committed is safe"
+            hint = "free disk space; finished videos are safe"
             raise Full(f"the library {uri} cannot be written: {text}", hint=hint) from error
         if has(_CONFLICTS):
             raise Conflict(f"other processes keep changing the library {uri}: {text}", hint="try again") from error
@@ -78,5 +78,5 @@ def lance_errors(uri: str) -> Iterator[None]:
         if has(_DENIED) or has(_UNREACHABLE) or getattr(error, "errno", None):
             raise LibraryError(f"the library {uri} cannot be used: {text}", hint="check place and access") from error
         kind = Vanished if "not found" in small else Damaged
-        hint = "`keyreel library verify --repair` mends it"
+        hint = "`keyreel library verify --repair` repairs it"
         raise kind(f"the library {uri} cannot be read: {text}", [text], hint=hint) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import os
+import logging
 import threading
 import time
 import uuid
@@ -23,7 +23,8 @@ from keyreel.config import DecodeLimits, IndexConfig
 from keyreel.decode.source import Source
 from keyreel.errors import Failure, KeyreelError, LibraryError, MissingExtra, RenderError, SourceError
 from keyreel.library import upkeep
-from keyreel.library.files import Catalog, FileState, fingerprint, is_gone, path_of, real_name
+from keyreel.library.files import Catalog, FileState, fingerprint, path_of, real_name
+from keyreel.library.planned import compared, is_done
 from keyreel.library.run import Halted
 from keyreel.library.table import Tables
 from keyreel.library.types import Added, Change, Extras, Preview, Record, Rows, Subjects
@@ -37,6 +38,7 @@ from keyreel.types import Embedding, Progress, Summary
 if TYPE_CHECKING:
     from keyreel.engine import Engine
 
+_log = logging.getLogger(__name__)
 SPRITE = "sprite.jpg"  # name of the thumbnails' picture in the WebVTT
 JPEG_QUALITY = 82
 _EARLIEST = 86_400.0  # seconds since 1970: clocks that were never set are earlier
@@ -191,7 +193,7 @@ class Indexer:
         record: Record | None
         try:
             state = FileState.of(path)
-            if known is not None and not self._config.force and _is_done(known, path, state):
+            if known is not None and not self._config.force and is_done(known, path, state):
                 change, record = "unchanged", self._renewed(known)
             else:
                 content = "" if path is None or state is None else fingerprint(path)
@@ -202,7 +204,9 @@ class Indexer:
         except Exception as error:  # noqa: BLE001 - whatever is wrong with one video, the others go on
             failure = Failure.of(name, _cause(error, name, path, state))
             change, record = "failed", self._failed(failure.error, name, known, state, content)
-        return Added(name, change, record, failure, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        _log.info("%s: %s in %.2f s", name, change, seconds)
+        return Added(name, change, record, failure, seconds)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -221,26 +225,20 @@ class Indexer:
     def _compared(
         self, name: str, known: Record | None, state: FileState | None, content: str, progress: Progress
     ) -> tuple[Change, Record]:
-        twins = [] if self._config.force else self._catalog.like(content)
-        if known is not None and any(twin.id == known.id for twin in twins):
-            return "unchanged", self._renewed(known, state=state)
-        if known is None and twins:
-            for twin in twins:
-                other, path = str(path_of(twin.path)), str(self._read(name))
-                if os.path.exists(other) and os.path.samefile(other, path):
-                    return "unchanged", self._renewed(twin)  # another name of the same file
-            for twin in twins:
-                if is_gone(twin.path):
-                    return "moved", self._renewed(twin, state=state, path=name)
+        choice = compared(name, self._read(name), known, content, self._catalog, self._config.force)
+        _log.info("%s: %s, %s", name, choice.change, choice.why)
+        if choice.record is not None:
+            moved = choice.change == "moved"
+            state = state if moved or known is not None else None  # another name of a file says nothing new of it
+            return choice.change, self._renewed(choice.record, state=state, path=name if moved else None)
         record = self._record(name, known, state, content)
-        change: Change = "added" if known is None or not known.generation else "changed"
         current = self._current(record.id)
-        if not self._config.force and current is not None and _is_done(current, self._read(name), state):
+        if not self._config.force and current is not None and is_done(current, self._read(name), state):
             return "unchanged", self._renewed(current)  # another process was quicker
-        for twin in twins:
+        for twin in choice.twins:
             if (copied := self._copied(record, twin)) is not None:
-                return "copied" if known is None else change, copied
-        return change, self._decoded(record, state, progress)
+                return choice.change, copied
+        return "added" if known is None or not known.generation else "changed", self._decoded(record, state, progress)
 
     def _decoded(self, record: Record, state: FileState | None, progress: Progress) -> Record:
         config, path = self._config, self._read(record.path)
@@ -314,7 +312,7 @@ class Indexer:
             # Another process may have changed the record since the catalog was read.
             current = self._current(record.id)
             if current is None:
-                raise KeyreelError(f"{record.path}: was removed from the library meanwhile", hint="add it again")
+                raise KeyreelError(f"{record.path}: was removed from the library during indexing", hint="add it again")
             record, new = current, renew(current)
             self._checkpoint()
             with self._committing:
@@ -384,12 +382,6 @@ class Indexer:
         return record
 
 
-def _is_done(known: Record, path: Path | None, state: FileState | None) -> bool:
-    """Whether the library has the video in its current state, judged without opening it."""
-    here = path is None if state is None else state.fits(known)
-    return known.status == "ok" and here
-
-
 def _joined(tags: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*tags, *more)))
 
@@ -402,7 +394,7 @@ def _text(said: Any) -> str | None:
 def _changed(name: str) -> SourceError:
     return SourceError(
         f"{name}: changed while it was read.",
-        hint="Add it again when it is written to the end; --watch waits for that.",
+        hint="Index it again when it is complete; --watch waits for that.",
     )
 
 

@@ -20,6 +20,7 @@ from keyreel.library import upkeep
 from keyreel.library.errors import Outdated
 from keyreel.library.files import Catalog, FileState, is_gone, name_of, real_name
 from keyreel.library.indexing import Indexer, frame_of
+from keyreel.library.planned import planned
 from keyreel.library.run import IndexRun
 from keyreel.library.search import SearchIndex, fits
 from keyreel.library.table import REPAIR, Tables
@@ -30,6 +31,7 @@ from keyreel.library.types import (
     Finding,
     LibraryHit,
     LibraryStats,
+    Planned,
     Preview,
     Record,
     VideoHit,
@@ -151,16 +153,22 @@ class Library:
             ModelMismatch: the library holds vectors of another model.
             LibraryError: the library cannot be written; what was committed before stays.
         """
-        given = [videos] if isinstance(videos, (str, os.PathLike)) else videos
-        names: dict[str, str] = {}
-        for name in map(name_of, given):
-            names.setdefault(real_name(name), name)
+        names = _names_of(videos)
         config = config or IndexConfig()
         if held is not None and len(names) != 1:
-            raise ValueError(f"held goes with one video, got {len(names)}")
+            raise ValueError(f"held works with one video only, got {len(names)}")
         run = IndexRun(stop=stop, progress=progress, begin=begin, tell=tell)
         indexer = self._indexer(config, run, held)
-        return run.run(tuple(names.values()), indexer.index, config.workers)
+        return run.run(names, indexer.index, config.workers)
+
+    def plan(self, videos: Videos, config: IndexConfig | None = None) -> builtins.list[Planned]:
+        """What `add` would do with each video, and why. Writes nothing, needs no engine, decodes nothing.
+
+        A video that would be decoded is opened to read its headers; damage further on in it is found by `add` only.
+        """
+        catalog = Catalog(self._tables.records() if self._tables.exists() else ())
+        seen: dict[str, str] = {}
+        return [planned(name, catalog, config or IndexConfig(), seen) for name in _names_of(videos)]
 
     def update(
         self,
@@ -321,7 +329,7 @@ class Library:
         record = self.record(video)
         extras = self._tables.extras(record.generation)
         if extras is None and record.generation:
-            raise Damaged(f"{record.path}: what is stored of its pictures is damaged", [record.path], hint=REPAIR)
+            raise Damaged(f"{record.path}: its stored pictures are damaged", [record.path], hint=REPAIR)
         if extras is None:
             raise LibraryError(f"{record.path}: has no pictures in the library: {record.error}", hint=record.hint)
         return extras
@@ -449,6 +457,14 @@ class Library:
         return [Asked.of(one, part_of, chances) for one in given], own
 
 
+def _names_of(videos: Videos) -> tuple[str, ...]:
+    """The name of each file once."""
+    names: dict[str, str] = {}
+    for name in map(name_of, [videos] if isinstance(videos, (str, os.PathLike)) else videos):
+        names.setdefault(real_name(name), name)
+    return tuple(names.values())
+
+
 def _unknown(video: str | os.PathLike[str]) -> LibraryError:
-    hint = "`keyreel library list` names them; a path, an id or a glob over the whole path"
-    return LibraryError(f"no video of the library fits {os.fspath(video)!r}", hint=hint)
+    hint = "`keyreel library list` shows all; give a path, an id or a pattern for the whole path"
+    return LibraryError(f"no video of the library matches {os.fspath(video)!r}", hint=hint)

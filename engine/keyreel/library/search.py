@@ -15,6 +15,7 @@ a video may be missed that has the best sum, but neither the best scene nor the 
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -44,6 +45,7 @@ FRAMES_A_VIDEO = 16
 FEW_ROWS = 65_536
 # Up to so many videos, a filter names them to the table; of more, what does not fit is dropped afterwards.
 FEW_VIDEOS = 1000
+_log = logging.getLogger(__name__)
 # Rows in one part of the index, rounds of its clustering, and parts that are looked at: at least so many, and a
 # fraction of all, or recall would fall as libraries grow.
 ROWS_A_PART, ROUNDS = 1000, 20
@@ -94,6 +96,7 @@ class SearchIndex:
         with self._running():
             snapshot = self._vectors.snapshot()
             self.left_out = snapshot.left_out
+            _log_way(snapshot)
             if snapshot.matrix is not None:
                 chosen = self._chosen(snapshot, where)
                 ranking = self._ranking(snapshot, chosen, given, where, pictures=_pictures(snapshot, chosen))
@@ -118,6 +121,7 @@ class SearchIndex:
         with self._running():
             snapshot = self._vectors.snapshot()
             self.left_out = snapshot.left_out
+            _log_way(snapshot)
             chosen = self._chosen(snapshot, where)
             pictures = _pictures(snapshot, chosen)
             if snapshot.matrix is None:
@@ -294,6 +298,11 @@ class SearchIndex:
             if len(found) >= wanted or len(names) < limit:
                 return found, len(names) < limit
             limit *= 4
+
+
+def _log_way(snapshot: Snapshot) -> None:
+    way = "every vector is compared" if snapshot.matrix is not None else "an index names candidates"
+    _log.info("%d videos are searched: %s", len(snapshot.records), way)
 
 
 def _pictures(snapshot: Snapshot, chosen: BOOL) -> int:

@@ -28,7 +28,7 @@ from keyreel.library.schema import RECORDS, VECTORS, quoted
 from keyreel.library.types import Extras, Preview, Record, Rows
 from keyreel.types import I64
 
-REPAIR = "`keyreel library verify --repair` finds the videos and has them indexed again"
+REPAIR = "`keyreel library verify --repair`, then `keyreel library update` restore the videos"
 _log = logging.getLogger("keyreel.library")
 
 T = TypeVar("T")
@@ -118,8 +118,8 @@ class Tables:
         if sha256 in same_scene:
             raise Outdated(
                 f"the library {self.uri} holds vectors of an earlier model {known!r} (sha256 {sha256[:12]}), which "
-                f"{model!r} (sha256 {model_sha256[:12]}) can go on with",
-                hint=f"`keyreel library upgrade {self.uri}` makes it fit without decoding anything",
+                f"{model!r} (sha256 {model_sha256[:12]}) can still use",
+                hint=f"`keyreel library upgrade {self.uri}` converts it without decoding a video",
             )
         if sha256 not in same_vectors and (sha256, known_width) != (model_sha256, width):
             raise ModelMismatch(
@@ -261,7 +261,7 @@ class Tables:
         table = self.read(name, where, None)
         right, array = schema.checks(table) == table["check"].to_numpy(), schema.arrow().array
         if not right.all():
-            _log.warning("%s: %d rows of %s are damaged and left out; %s", self.uri, (~right).sum(), name, REPAIR)
+            _log.warning("%s: %d rows of %s are damaged and skipped; %s", self.uri, (~right).sum(), name, REPAIR)
         return table.filter(array(right)).to_pylist(), table.filter(array(~right)).to_pylist()
 
     def read(self, name: str, where: str | None, columns: Sequence[str] | None = None) -> Any:

@@ -156,6 +156,18 @@ class Added:
 
 
 @dataclass(frozen=True, slots=True)
+class Planned:
+    """What indexing one video would do."""
+
+    path: str
+    change: Change
+    why: str
+    duration_seconds: float | None = None  # of a video that would be decoded, as its headers say
+    failure: Failure | None = None  # what is wrong with it already
+    was: str | None = None  # the path before, of a video that moved
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """A problem that `verify` found."""
 

@@ -147,7 +147,7 @@ def _opened(tables: Tables, name: str, repair: bool) -> Iterator[Finding]:
                 yield Finding("manifest", what, (), False)
                 return
             versions[0].rename(versions[0].with_suffix(".damaged"))
-            what = f"the newest version of {name} could not be opened; it is set aside as {versions[0].stem}.damaged"
+            what = f"the newest version of {name} could not be opened; it was renamed to {versions[0].stem}.damaged"
             yield Finding("manifest", what, (), True)
 
 
@@ -214,7 +214,7 @@ def _complete(tables: Tables, repair: bool) -> Iterator[Finding]:
     renewed = [replace(record, digest=digest) for record, digest in found_digests if digest != record.digest]
     if renewed:
         paths = tuple(record.path for record in renewed)
-        what = f"the digest of {len(renewed)} videos is wrong, their rows are right"
+        what = f"the digest of {len(renewed)} videos is wrong, their data is right"
         yield Finding("unreadable", what, paths, repair)
     for record in renewed if repair else ():
         tables.renew(record)
@@ -234,7 +234,7 @@ def _lost(record: Record, rows: int) -> Record:
 def upgrade(
     tables: Tables, bundle: Bundle | None = None, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> int:
-    """Converts a library of format 1 or 2, or of an earlier model that `bundle` can go on with; nothing is decoded.
+    """Converts a library of format 1 or 2, or of an earlier model that `bundle` can still use; nothing is decoded.
 
     It keeps the vectors of the scenes, the pictures and the records. The videos then have no subjects until they are
     indexed again. Each table is written anew in one commit; an interrupted upgrade starts the table again. It needs

@@ -17,7 +17,7 @@ from keyreel.models.catalogue import Pixels
 from keyreel.types import F32
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-HINT = "keyreel takes open_clip's own checkpoints, saved as safetensors, with its names of tensors"
+HINT = "use a checkpoint of open_clip in safetensors, with open_clip's tensor names"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def opened(
     try:
         file: Any = safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointMismatch(f"{path} is no checkpoint in safetensors: {error}", hint=HINT) from error
+        raise CheckpointMismatch(f"{path} is not a checkpoint in safetensors: {error}", hint=HINT) from error
     with file:
         names = set(file.keys())
         prefix = "module." if names and all(name.startswith("module.") for name in names) else ""
@@ -80,7 +80,7 @@ def opened(
         if problems:
             more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise CheckpointMismatch(
-                f"{path} is no checkpoint of {architecture}: it {'; it '.join(problems[:3])}{more}", hint=HINT
+                f"{path} is not a checkpoint of {architecture}: it {'; it '.join(problems[:3])}{more}", hint=HINT
             )
         yield Checkpoint(path, file, prefix, pixels)
 

@@ -38,7 +38,7 @@ def check_space(folder: Path, size: int) -> None:
     if free < size * 1.02 + (64 << 20):
         raise ModelError(
             f"{folder} needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-            hint="make room, or set KEYREEL_CACHE (models) or HF_HOME (downloads) to a folder on another disk",
+            hint="free disk space, or set KEYREEL_CACHE (models) or HF_HOME (downloads) to a folder on another disk",
         )
 
 

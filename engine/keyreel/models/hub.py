@@ -10,7 +10,7 @@ from keyreel.errors import ModelError
 from keyreel.models.folders import check_space
 from keyreel.types import Progress
 
-OFFLINE = "a file of your own goes with --from; HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 takes what the cache has"
+OFFLINE = "use --from for a file of your own, HF_ENDPOINT for a mirror, HF_HUB_OFFLINE=1 for the cache only"
 
 
 @overload

@@ -141,7 +141,7 @@ def remove(name: str) -> Path:
     """
     folder = bundle_folder(name)
     if not (folder / MANIFEST).is_file():
-        raise ModelNotFound(name, installed(), hint="`keyreel models list` names those that are installed")
+        raise ModelNotFound(name, installed(), hint="`keyreel models list` shows the installed models")
     check_replaceable(folder, foreign_to_bundle)
     shutil.rmtree(folder)
     return folder
@@ -184,10 +184,10 @@ def _wanted(
             raise ValueError(f"{checkpoint} needs a name: --name")
     if weights is None:
         known = [one.name for one in CATALOGUE] if checkpoint is None else list(catalogue.ARCHITECTURES)
-        hint = "`keyreel models list` has all; `keyreel export` makes bundles of every other model of open_clip"
+        hint = "`keyreel models list` shows all; `keyreel export` converts any other model of open_clip"
         raise ModelNotFound(name, known, hint=hint)
     if checkpoint is not None and revision is not None:
-        raise ValueError("a revision is of a download: it does not go with a checkpoint of your own")
+        raise ValueError("a revision is for downloads: it does not work with a checkpoint of your own")
     for path in (checkpoint, tokenizer):
         if path is not None and not path.is_file():
             raise ModelError(f"{path}: there is no such file")
@@ -197,8 +197,10 @@ def _wanted(
 def _check_builtin(template: Template) -> None:
     for name, digest in template.builtin.items():
         if sha256_of(BUILTIN_FOLDER / name) != digest:
-            hint = "install keyreel again, or make templates anew: python -m keyreel_export.templates"
-            raise ModelError(f"the built-in model's {name} is not the one that the templates were made with", hint=hint)
+            hint = "install keyreel again, or rebuild the templates: python -m keyreel_export.templates"
+            raise ModelError(
+                f"the built-in model's {name} differs from the one that the templates were made with", hint=hint
+            )
 
 
 def _checkpoint(wanted: Wanted, revision: str | None, report: Progress) -> tuple[Path, dict[str, str]]:
@@ -214,7 +216,7 @@ def _checkpoint(wanted: Wanted, revision: str | None, report: Progress) -> tuple
             hub.forget(path)
         raise CheckpointMismatch(
             f"{path} is not the file of {weights.name}: sha256 {digest[:12]}, expected {weights.sha256[:12]}",
-            hint="download it again; weights of your own take a name of their own: --name",
+            hint="download it again, or give your own weights a name with --name",
         )
     if own:
         return path, {"what": what, "from": f"{path.name} sha256:{digest}", "licence": "unknown"}
@@ -260,7 +262,7 @@ def _vectors(
         lengths = np.linalg.norm(vectors, axis=1)
         if not np.allclose(lengths, 1, atol=1e-2):  # refuses NaN too
             wrong = float(lengths[~np.isclose(lengths, 1, atol=1e-2)][0])
-            raise ModelError(f"a {what} vector has the length {wrong:.3g}, not 1: the weights make no sense")
+            raise ModelError(f"a {what} vector has the length {wrong:.3g}, not 1: the weights are wrong")
     return scene, subject, texts
 
 

@@ -35,7 +35,7 @@ def pictures(image: ImageTransform, video: Path | None, seed: int) -> U8:
     with Source(video) as source:
         seconds = source.probe().duration_seconds
         if seconds is None:
-            raise SourceError(f"{source.name}: its length is not known", hint="copy it into an .mp4 or .mkv file")
+            raise SourceError(f"{source.name}: its length is unknown", hint="copy it into an .mp4 or .mkv file")
         sampling = Sampling("times", times=tuple(seconds * (np.arange(FRAMES) + 0.5) / FRAMES))
         with FrameStream(source, sampling, transform=image) as stream:
             return np.concatenate([batch.data for batch in stream])

@@ -22,14 +22,14 @@ from typing import Any, BinaryIO, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.errors import ModelError
+from keyreel.errors import ModelError, pip_install
 
 SCHEMA = "keyreel.template/1"
 FOLDER = Path(__file__).with_name("templates")
 BUILTIN_FOLDER = Path(__file__).with_name("builtin")
 GRAPHS = ("backbone", "attention", "fusion", "text")
 
-EXPORT = "`keyreel export MODEL` makes bundles of all models of open_clip (needs pip install 'keyreel[export]')"
+EXPORT = f"`keyreel export MODEL` makes bundles of all models of open_clip (needs {pip_install('export')})"
 
 Array: TypeAlias = NDArray[Any]
 Step: TypeAlias = Sequence[Any]  # the name of an operation and its arguments: numbers of earlier steps, constants

@@ -21,7 +21,7 @@ from keyreel.runtime.text import clean_text
 from keyreel.types import I64
 
 FILES = ("tokenizer.json", "merges.txt")  # that a repository may have, the better one first
-HINT = "--tokenizer takes the tokenizer.json or merges.txt that lies beside the weights"
+HINT = "use --tokenizer with the tokenizer.json or merges.txt of these weights"
 
 
 def build(known: Mapping[str, Any], path: Path) -> Tokenizer:

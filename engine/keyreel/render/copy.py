@@ -86,7 +86,7 @@ def plan_copy(source: Source, spans: Sequence[Shot], shots: Sequence[Shot]) -> C
     suffix = _container(source)
     timeline = source.timeline()
     if timeline is None:
-        raise NotCopyable("its packets do not tell where decoding may begin")
+        raise NotCopyable("its packets do not say where decoding can start")
     if timeline.fields:
         raise NotCopyable("its pictures are interlaced")
     clock = timeline.clock
@@ -101,13 +101,13 @@ def plan_copy(source: Source, spans: Sequence[Shot], shots: Sequence[Shot]) -> C
         fits = (entry_seconds >= max(low, stopped) - EPSILON) & (entry_seconds < high - EPSILON)
         start = _nearest(entry_seconds, fits, span.start_seconds)
         if start is None:
-            raise NotCopyable(f"no key frame to begin with within {MOVE_SECONDS} s of {span.start_seconds:.2f} s")
+            raise NotCopyable(f"no key frame to start at within {MOVE_SECONDS} s of {span.start_seconds:.2f} s")
         least = entry_seconds[start] + min(span.duration_seconds, LEAST_SECONDS)
         low, high = _between(cuts, span.stop_seconds - 2 * EPSILON)
         fits = (exit_seconds > max(low, least - EPSILON)) & (exit_seconds <= high + EPSILON)
         stop = _nearest(exit_seconds, fits & (exits > entries[start]), span.stop_seconds)
         if stop is None:
-            raise NotCopyable(f"no frame to end with within {MOVE_SECONDS} s of {span.stop_seconds:.2f} s")
+            raise NotCopyable(f"no frame to end at within {MOVE_SECONDS} s of {span.stop_seconds:.2f} s")
         first = int(entries[start])
         pieces[span] = Piece(first, int(exits[stop]), int(timeline.pts[first]), int(exit_ticks[stop]))
         moved[span] = Shot(clock.seconds(pieces[span].start_ticks), clock.seconds(pieces[span].stop_ticks))
@@ -123,16 +123,16 @@ def _container(source: Source) -> str:
         if container.format.name == "avi":
             raise NotCopyable("AVI does not say when a frame is shown")
         if stream.codec_context.codec_tag.strip("\0") in ("dvh1", "dvhe", "dav1"):
-            raise NotCopyable("it is Dolby Vision, which needs more than its packets")
+            raise NotCopyable("Dolby Vision cannot be copied")
         sounds = container.streams.audio[:1]
         sound = sounds[0].codec_context.codec.canonical_name if sounds and sounds[0].codec_context else None
         if sounds and sound is None:
-            raise NotCopyable("its sound is of a codec that is not known")
+            raise NotCopyable("its audio codec is unknown")
     for suffix, (pictures, allowed) in CONTAINERS.items():
         if picture in pictures and (sound is None or sound in allowed):
             return suffix
     what = picture if sound is None or all(picture not in pictures for pictures, _ in CONTAINERS.values()) else sound
-    raise NotCopyable(f"{what} is copied into neither MP4 nor Matroska, where few players would know it")
+    raise NotCopyable(f"{what} is not copied: few players read it in MP4 or Matroska")
 
 
 def _entries(timeline: Timeline) -> tuple[I64, F64]:
@@ -198,12 +198,12 @@ def write_copy(source: Source, plan: CopyPlan, path: Path, *, progress: Progress
                 _write(_Copy(source, plan, container, output), sound, progress)
                 output.close()  # writes what is left
             except PlanBroken as error:
-                raise NotCopyable("its packets are not those that were read before") from error
+                raise NotCopyable("the file changed after it was read") from error
             except BROKEN as error:
                 raise NotCopyable(f"the container refuses its packets: {error}") from error
     except OSError as error:
         raise RenderError(
-            f"{path}: the reel cannot be written: {error}", hint="is the folder there, is the disk full?"
+            f"{path}: the reel cannot be written: {error}", hint="check that the folder exists and the disk has space"
         ) from error
 
 

@@ -129,7 +129,7 @@ def make_reel(
         return Reel(path, "encode", "asked for", tuple(spans))
     try:
         if camera is not None:
-            raise NotCopyable("it has another shape than the video")
+            raise NotCopyable("the reel's shape differs from the video's")
         plan = plan_copy(source, spans, shots)
         target = path.with_suffix(plan.suffix) if any_container else path
         if target.suffix.lower() != plan.suffix:
@@ -139,9 +139,9 @@ def make_reel(
         if mode == "copy":
             raise RenderError(
                 f"{source.name}: the reel cannot be copied: {error}",
-                hint="let it be encoded: --reel-mode auto (mode='auto')",
+                hint="encode it: --reel-mode auto (mode='auto')",
             ) from error
         write_reel(source, spans, path, height=height, camera=camera, progress=progress)
         return Reel(path, "encode", f"cannot be copied: {error}", tuple(spans))
-    why = "asked for" if mode == "copy" else "every span can begin and end where packets can be cut"
+    why = "asked for" if mode == "copy" else "all its parts start and end where packets can be cut"
     return Reel(target, "copy", why, plan.spans)

@@ -28,7 +28,7 @@ function fromReel(time) {
   return spans.length ? spans[spans.length - 1][1] : 0;
 }
 function label(time) {
-  const tenths = Math.floor(time * 10 + 1e-6), minutes = Math.floor(tenths / 600), hours = Math.floor(minutes / 60);
+  const tenths = Math.floor(time * 10 + 0.5), minutes = Math.floor(tenths / 600), hours = Math.floor(minutes / 60);
   const rest = ((tenths % 600) / 10).toFixed(1).padStart(4, "0");
   return hours ? `${hours}:${String(minutes % 60).padStart(2, "0")}:${rest}` : `${minutes}:${rest}`;
 }

@@ -41,8 +41,8 @@ def clock(seconds: float, separator: str = ":") -> str:
 
 
 def short_clock(seconds: float) -> str:
-    """12.3 -> "0:12.3", for people; hours only where there are some."""
-    tenths = math.floor(seconds * 10 + 1e-6)
+    """13.48 -> "0:13.5", for people; hours only where there are some. The pages' scripts round alike."""
+    tenths = math.floor(seconds * 10 + 0.5)
     minutes, rest = divmod(tenths, 600)
     hours, minutes = divmod(minutes, 60)
     text = f"{rest // 10:02d}.{rest % 10}"

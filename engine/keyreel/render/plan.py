@@ -111,7 +111,7 @@ def plan_reel(
         if whole:
             return ReelPlan((Shot(0.0, duration_seconds),), "")
         reel = f"a reel of {total:.1f} s" if seconds is not None else "a reel"
-        return ReelPlan((), f"the video is {duration_seconds:.1f} s long: {reel} would be most of it again")
+        return ReelPlan((), f"the video is {duration_seconds:.1f} s long: {reel} would repeat most of it")
     cuts = sorted({0.0, duration_seconds} | {shot.start_seconds for shot in shots} | {s.stop_seconds for s in shots})
     cuts = [cut for cut in cuts if 0 <= cut <= duration_seconds]
     level = _level(scores)

@@ -79,14 +79,14 @@ def write_reel(
         raise RenderError(f"this build of PyAV has no {error} encoder, which the reel needs", hint=REINSTALL) from error
     except (OSError, av.FFmpegError) as error:
         raise RenderError(
-            f"{path}: the reel cannot be written: {error}", hint="is the folder there, is the disk full?"
+            f"{path}: the reel cannot be written: {error}", hint="check that the folder exists and the disk has space"
         ) from error
 
 
 def check_target(source: Source, path: Path) -> None:
     """Raises RenderError where the reel would replace its video."""
     if source.path is not None and path.exists() and path.samefile(source.path):
-        raise RenderError(f"{path}: is the video itself, and is not replaced", hint="give the reel another name")
+        raise RenderError(f"{path}: is the input video and will not be overwritten", hint="give the reel another name")
 
 
 def _write(

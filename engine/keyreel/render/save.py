@@ -71,7 +71,7 @@ def save_summary(
         _swap(made, target)
     except OSError as error:
         raise RenderError(
-            f"{folder}: cannot be written: {error}", hint="is the disk full, may you write there?"
+            f"{folder}: cannot be written: {error}", hint="check the disk space and your permission to write there"
         ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -181,20 +181,24 @@ def _check_replaceable(target: Path, source: Source, video: str, *, overwrite: b
     if not target.exists():
         return
     if not target.is_dir():
-        raise RenderError(f"{target}: is a file, the outputs need a folder", hint="give another folder")
+        raise RenderError(f"{target}: is a file; the outputs need a folder", hint="give another folder")
     # Replacing means deleting: never the video itself, the working folder or the home folder.
     precious = [Path.cwd(), Path(os.path.expanduser("~"))]
     if source.path is not None:
         precious.append(source.path.resolve())
     for path in precious:
         if path.is_relative_to(target):
-            raise RenderError(f"{target}: holds {path} and is not replaced", hint="give another folder, or one in it")
+            raise RenderError(
+                f"{target}: holds {path} and will not be replaced", hint="give another folder, or one in it"
+            )
     names = {entry.name for entry in target.iterdir()}
     if overwrite or not names:
         return
     earlier = _summarised(target / "summary.json")
     if earlier is None:
-        raise RenderError(f"{target}: is there and is no summary of keyreel", hint=f"give another folder, or {REPLACE}")
+        raise RenderError(
+            f"{target}: exists and is not a summary of keyreel", hint=f"give another folder, or {REPLACE}"
+        )
     if os.path.abspath(earlier) != os.path.abspath(video):
         raise RenderError(f"{target}: holds the summary of {earlier}", hint=f"give another folder, or {REPLACE}")
     if foreign := sorted(names - OURS):

@@ -21,7 +21,7 @@ from keyreel.decode.aside import Aside
 from keyreel.decode.nvdec import open_stream, pool_of
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream, Stream
-from keyreel.errors import BackendUnavailable, MissingExtra, OutOfMemory
+from keyreel.errors import BackendUnavailable, MissingExtra, OutOfMemory, pip_install
 from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.openvino import OpenVINOSession, image_precision
 from keyreel.runtime.sessions import OnnxRuntimeCudaSession, OnnxRuntimeSession, Session, import_runtime
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 # Frames in one inference. A smaller batch leaves a GPU idle; on a CPU 16 cost up to 20 % less per frame than 1, and
 # neither 8 nor 32 differed from 16, on both runtimes and for each tower tried.
 CPU_BATCH, CUDA_BATCH = 16, 64
-_GPU_EXTRA = "pip install 'keyreel[gpu]'"
 
 
 class OpenStream(Protocol):
@@ -70,7 +69,7 @@ class Backend:
             with self.ops.arrays.scope():
                 yield
         except MemoryError as error:  # CuPy's is one
-            hint = "use smaller batches (--batch-size), or leave more of the device's memory free"
+            hint = "use smaller batches (--batch-size), or free memory on the device"
             raise OutOfMemory(f"{self.device}: the memory is full: {error}", hint=hint) from error
 
 
@@ -266,10 +265,10 @@ def _probe_cupy(index: int) -> tuple[Probe, Ops | None]:
         if ops.arrays.to_host(array + array).tolist() != [0, 2, 4, 6, 8]:
             return Probe(name, False, "arrays come back from the device changed", required=False), None
     except ImportError as error:
-        return Probe(name, False, f"CuPy cannot be imported: {error}", _GPU_EXTRA, required=False), None
+        return Probe(name, False, f"CuPy cannot be imported: {error}", pip_install("gpu"), required=False), None
     except Exception as error:  # noqa: BLE001  CuPy's own errors have no common public base
         found = f"CuPy does not work on the device: {type(error).__name__}: {error}"
-        fix = f"{_GPU_EXTRA}; where the home folder cannot be written, set CUPY_CACHE_DIR"
+        fix = f"{pip_install('gpu')}; where the home folder cannot be written, set CUPY_CACHE_DIR"
         return Probe(name, False, found, fix, required=False), None
     return Probe(name, True, f"{ops.arrays!r}", required=False), ops
 
@@ -284,7 +283,7 @@ def _probe_kernels(ops: Ops) -> Probe:
         found = f"kernels do not compile or start: {type(error).__name__}: {str(error)[:500]}"
         return Probe(name, False, found, "pip install 'cupy-cuda13x[ctk]'", required=False)
     if not np.allclose(got, ops_for("cpu").histogram_distance(rows, rows[::-1]), atol=1e-5):
-        return Probe(name, False, "a kernel computes something else than NumPy", required=False)
+        return Probe(name, False, "a kernel's result differs from NumPy's", required=False)
     return Probe(name, True, "compiled by NVRTC, equal to NumPy", required=False)
 
 
@@ -297,7 +296,7 @@ def _probe_session(ops: Ops) -> Probe:
         with closing(open_cuda_session(bundle.file("text.onnx"), device, batch_size=1)) as session:
             norm = float(np.linalg.norm(ops.arrays.to_host(session.run({"token_ids": ids})["vectors"])))
     except Exception as error:  # noqa: BLE001  whatever goes wrong, a cache that cannot be written too, `auto` falls back
-        return Probe(name, False, str(error), getattr(error, "hint", None) or _GPU_EXTRA, required=False)
+        return Probe(name, False, str(error), getattr(error, "hint", None) or pip_install("gpu"), required=False)
     if not 0.99 < norm < 1.01:
         return Probe(name, False, f"a unit vector came out with length {norm:.3f}", required=False)
     return Probe(name, True, f"{type(session).__name__} on {ops.arrays!r}", required=False)

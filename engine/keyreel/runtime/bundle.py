@@ -26,7 +26,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from keyreel.config import ImageTransform, ShiftMode
-from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
+from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound, pip_install
 from keyreel.models import catalogue
 from keyreel.render.files import atomic_write
 from keyreel.types import F32
@@ -158,8 +158,8 @@ class Bundle:
             return cls.load(cached)
         command = f"`keyreel models install {text}` downloads it"
         if catalogue.find(text) is None:
-            command = f"`keyreel export {text}` makes it (needs pip install 'keyreel[export]')"
-        hint = f"{command}; `keyreel models list` has what one command installs"
+            command = f"`keyreel export {text}` makes it (needs {pip_install('export')})"
+        hint = f"{command}; `keyreel models list` shows what you can install"
         raise ModelNotFound(text, cached_names(), hint=hint)
 
     @classmethod

@@ -14,7 +14,7 @@ import av
 import numpy as np
 
 from keyreel.decode.nvdec import pool_of
-from keyreel.errors import KeyreelError, MissingExtra
+from keyreel.errors import KeyreelError, MissingExtra, pip_install
 from keyreel.runtime.backend import Probe, cpu_runtime, probe_cuda
 from keyreel.runtime.bundle import Bundle, cache_root
 from keyreel.runtime.openvino import OpenVINOSession, image_precision
@@ -55,7 +55,7 @@ def _probe_onnxruntime(*, required: bool) -> Probe:
     installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
     wheels = [f"{wheel} {installed[wheel]}" for wheel in (name, "onnxruntime-gpu") if wheel in installed]
     if len(wheels) > 1:
-        fix = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'keyreel[cpu]'"
+        fix = f"pip uninstall -y onnxruntime onnxruntime-gpu && {pip_install('cpu')}"
         return Probe(name, False, f"{' and '.join(wheels)} overwrite each other's files", fix)
     found = f"{' '.join(wheels) or name} runs on CPUExecutionProvider"
     return _probe_session(name, "cpu", OnnxRuntimeSession, lambda: found, required=required)
@@ -80,7 +80,7 @@ def _probe_session(
             session.run({"token_ids": np.zeros((1, bundle.context_length), np.int64)})
         return Probe(name, True, found(), required=required)
     except MissingExtra:
-        return Probe(name, False, "not installed", f"pip install 'keyreel[{extra}]'", required)
+        return Probe(name, False, "not installed", pip_install(extra), required)
     except KeyreelError as error:
         return Probe(name, False, error.args[0], error.hint, required)
 
@@ -99,7 +99,7 @@ def _probe_cache() -> Probe:
     root = cache_root()
     first = next((folder for folder in (root, *root.parents) if folder.exists()), Path("/"))
     writable = os.access(first, os.W_OK)
-    fix = None if writable else "set KEYREEL_CACHE to a folder that you may write"
+    fix = None if writable else "set KEYREEL_CACHE to a folder that you can write to"
     return Probe("cache folder", writable, f"{root}{'' if writable else ' cannot be written'}", fix, required=False)
 
 

@@ -140,7 +140,7 @@ def check_plan(path: Path, signature: Signature, largest: int, run: Callable[[Ar
             if not cosine >= MIN_COSINE:  # refuses NaN too
                 raise ModelError(
                     f"the TensorRT plan of {path.name} is refused: {name} of {rows} rows has cosine {cosine:.6f} to "
-                    f"the float32 reference, at least {MIN_COSINE} is wanted",
+                    f"the float32 reference, at least {MIN_COSINE} is required",
                     hint="export with --precision fp32, or run on onnxruntime",
                 )
     return lowest

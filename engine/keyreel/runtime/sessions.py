@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.errors import BackendUnavailable, MissingExtra, ModelError, import_extra
+from keyreel.errors import BackendUnavailable, MissingExtra, ModelError, import_extra, pip_install
 
 if TYPE_CHECKING:
     from keyreel_kernels.cuda import Cuda
@@ -164,9 +164,9 @@ def import_runtime(extra: str) -> Any:
         raise
     except ImportError as error:
         found = str(error)
-    message = f"the package onnxruntime is there but broken: {found}"
+    message = f"the package onnxruntime is installed but broken: {found}"
     raise BackendUnavailable(message, probe="onnxruntime", hint=_reinstall(extra))
 
 
 def _reinstall(extra: str) -> str:
-    return f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'keyreel[{extra}]'"
+    return f"pip uninstall -y onnxruntime onnxruntime-gpu && {pip_install(extra)}"

@@ -185,7 +185,7 @@ class _Context:
         self._graph: Any = None
         self._may_capture = whole
         self._rows = 0
-        hint = "leave more of the device's memory free"
+        hint = "free memory on the device"
         try:
             self._context = engine.create_execution_context()
             names = (*session.inputs, *session.outputs)

@@ -16,6 +16,7 @@ from fastapi import APIRouter, FastAPI, Query, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
+from keyreel.chance import matches_well
 from keyreel.library.types import Extras, Filter
 from keyreel.serve import models, uploads
 from keyreel.serve.files import OpenFile, safe_name
@@ -159,7 +160,7 @@ def _add_search(router: APIRouter, service: Service) -> None:
             seconds=seconds,
             unknown_words=list(found.unknown_words),
             left_out=models.names(found.left_out),
-            matches_well=models.matches_well(found.hits),
+            matches_well=matches_well(hit.chance for hit in found.hits),
             hits=models.moments(found.hits, base),
         )
 
@@ -184,7 +185,7 @@ def _add_search(router: APIRouter, service: Service) -> None:
             found = await service.pool.run(service.search, query.query(example), query.k, query.where())
         seconds = time.perf_counter() - began
         hits, left_out = models.moments(found.hits, _base(request)), models.names(found.left_out)
-        well = models.matches_well(found.hits)
+        well = matches_well(hit.chance for hit in found.hits)
         return models.Hits(query=name, seconds=seconds, left_out=left_out, matches_well=well, hits=hits)
 
     @router.get("/api/v1/videos/{id}/moments", tags=["search"])

@@ -12,7 +12,6 @@ from urllib.parse import quote
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from keyreel.chance import WELL
 from keyreel.library.types import Extras, Filter, LibraryHit, Preview, Record
 from keyreel.serve.files import file_name
 from keyreel.serve.security import redact_paths
@@ -259,12 +258,6 @@ def moments(hits: Sequence[LibraryHit], base: str) -> list[Moment]:
         preview = _preview(base, hit.video_id, hit.pts_seconds)
         found.append(Moment(**asdict(hit) | {"video": file_name(hit.video), "preview": preview}))
     return found
-
-
-def matches_well(hits: Sequence[LibraryHit]) -> bool | None:
-    """Whether one of them has a chance of `WELL` or more; None without chances."""
-    chances = [hit.chance for hit in hits if hit.chance is not None]
-    return max(chances) >= WELL if chances else None
 
 
 def _example(frame: str) -> Example:

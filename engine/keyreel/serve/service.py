@@ -40,7 +40,7 @@ class Service:
 
     def __init__(self, library: Library, config: ServeConfig) -> None:
         if config.folder is None and "://" in library.uri:
-            raise LibraryError(f"{library.uri} is no folder: give the service one of its own", hint="--folder DIR")
+            raise LibraryError(f"{library.uri} is not a folder: give the service its own folder", hint="--folder DIR")
         folder = Path(config.folder or os.path.join(library.uri, "serve")).absolute()
         self.library, self.config, self.metrics = library, config, Metrics()
         self.private = (library.uri, str(folder))

@@ -86,7 +86,7 @@ def picture(data: bytes) -> U8:
         with Image.open(BytesIO(data), formats=_FORMATS) as image:
             # Pillow knows the size from the header and has not unpacked anything yet.
             if image.width * image.height > IMAGE_PIXELS:
-                raise ApiError(413, "too_large", f"{image.width} x {image.height} pixels, allowed are {IMAGE_PIXELS}")
+                raise ApiError(413, "too_large", f"{image.width} x {image.height} pixels, the limit is {IMAGE_PIXELS}")
             return upright(image)
     except ApiError:
         raise

@@ -7,12 +7,13 @@ export const stamp = (id) => $(`#${id}`).content.firstElementChild.cloneNode(tru
 export const make = (tag, values = {}) => Object.assign(document.createElement(tag), values);
 export const still = matchMedia("(prefers-reduced-motion: reduce)");
 export const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+export const percent = (chance) => (chance < 0.01 ? "<1 %" : `${Math.round(100 * chance)} %`);
 export const between = (value, low, high) => Math.min(Math.max(value, low), high);
 export const bar = (node, share) => $("rect", node).setAttribute("width", `${(100 * between(share, 0, 1)).toFixed(1)}%`);
 export const say = (text) => { $("#said").textContent = text; };
 
 export function clock(seconds) {
-  const tenths = Math.floor(seconds * 10 + 1e-6), minutes = Math.floor(tenths / 600), hours = Math.floor(minutes / 60);
+  const tenths = Math.floor(seconds * 10 + 0.5), minutes = Math.floor(tenths / 600), hours = Math.floor(minutes / 60);
   const rest = ((tenths % 600) / 10).toFixed(1).padStart(4, "0");
   return hours ? `${hours}:${String(minutes % 60).padStart(2, "0")}:${rest}` : `${minutes}:${rest}`;
 }

@@ -1,6 +1,6 @@
 // The page: which view the address asks for, search, library, keyboard.
 
-import { $, $$, Problem, api, bar, clock, complain, count, detail, forget, make, pause, say, sprite, stamp } from "./base.js";
+import { $, $$, Problem, api, bar, clock, complain, count, detail, forget, make, pause, percent, say, sprite, stamp } from "./base.js";
 import { card, cardPictures, neighbour } from "./cards.js";
 import { jobs } from "./jobs.js";
 import { video } from "./video.js";
@@ -75,7 +75,6 @@ document.addEventListener("click", (event) => {
 
 // ---- Cards
 
-const percent = (share) => `${Math.round(100 * share)} %`;
 // A link to this search with a frame among those that it takes more, or less, after.
 function steered(frame, to, from) {
   const without = several(address(), from).filter((one) => one !== frame);
