@@ -20,9 +20,10 @@ from keyreel.library import upkeep
 from keyreel.library.errors import Outdated
 from keyreel.library.files import Catalog, FileState, is_gone, name_of, real_name
 from keyreel.library.indexing import Indexer, frame_of
+from keyreel.library.opened import REPAIR
 from keyreel.library.run import IndexRun
 from keyreel.library.search import SearchIndex, fits
-from keyreel.library.table import REPAIR, Tables
+from keyreel.library.table import Tables
 from keyreel.library.types import (
     Added,
     Extras,

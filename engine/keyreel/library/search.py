@@ -28,9 +28,10 @@ import numpy as np
 from keyreel.config import LibraryConfig
 from keyreel.errors import Damaged, LibraryError, import_extra
 from keyreel.library.errors import lance_errors
+from keyreel.library.opened import REPAIR
 from keyreel.library.ranking import Ranking
 from keyreel.library.schema import SCENE, SUBJECT, VECTORS, quoted
-from keyreel.library.table import REPAIR, Tables
+from keyreel.library.table import Tables
 from keyreel.library.types import BOOL, Filter, LibraryHit, Record, VideoHit
 from keyreel.library.vectors import ATTEMPTS, Snapshot, Spans, Vectors, vector_at
 from keyreel.runtime.backend import Backend

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from keyreel.errors import Damaged
-from keyreel.library.table import REPAIR, Tables
+from keyreel.library.opened import REPAIR
+from keyreel.library.table import Tables
 from keyreel.library.types import BOOL, F16, I32, Record, Rows
 from keyreel.types import F32, F64, I64
 from keyreel_kernels.arrays import Arrays
