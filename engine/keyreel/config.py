@@ -194,8 +194,10 @@ class LibraryConfig:
     exact_rows: int = 2_000_000  # search exactly, from memory, up to so many vectors; an index beyond
     fold_similarity: float = 0.98  # moments of different videos more alike than this are shown as one
     preview_height: int = 240  # pixels of the previews
+    shards: int | None = None  # spread a new library over so many; None: one, or as many as it has
 
     def __post_init__(self) -> None:
+        _check_within(self, "[1, 1024]", "shards")
         _check(self.exact_rows >= 0, f"exact_rows must be >= 0, got {self.exact_rows}")
         _check(0 < self.fold_similarity <= 1, f"fold_similarity must be in (0, 1], got {self.fold_similarity}")
         _check(32 <= self.preview_height <= 2160, f"preview_height must be in 32..2160, got {self.preview_height}")

@@ -21,7 +21,7 @@ from keyreel.cli.library import model_of, open_library
 from keyreel.cli.models import ensure
 from keyreel.cli.output import log, log_failures, plural, print_json, print_line, reason
 from keyreel.cli.progress import Bars
-from keyreel.config import DecodeLimits, EncodeConfig, IndexConfig, Sampling
+from keyreel.config import DecodeLimits, EncodeConfig, IndexConfig, LibraryConfig, Sampling
 from keyreel.errors import Failure, KeyreelError
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def index(
     paths: Annotated[list[str], Argument(metavar="PATH...", help="videos, folders, or - for a list on standard input")],
     library: Annotated[str, Option(metavar="DIR", help="folder or s3:// address; made where there is none")],
     tag: NewTags = None,
+    shards: Annotated[
+        int | None, Option(min=1, max=1024, help="spread a new library over so many shards, which are written apart")
+    ] = None,
     ray: Annotated[
         bool, Option("--ray", help="on a Ray cluster: --ray auto, --ray ray://HOST:PORT; --ray alone starts one")
     ] = False,
@@ -84,6 +87,7 @@ def index(
         raise ValueError("--ray goes with neither --watch nor --prune")
     if ray and allow_network:
         raise ValueError("--ray opens no URLs")
+    keeping = LibraryConfig(shards=shards)
     address = next((p for p in paths if ray and RAY_ADDRESS.fullmatch(p) and not os.path.exists(p)), None)
     names = [name for name in paths if name != address]
     if "-" in names:
@@ -95,10 +99,10 @@ def index(
     ensure(model, yes=yes, quiet=quiet)
     if ray:
         with Bars(quiet=quiet) as bars, Report(library, bars, as_json=as_json, hidden=hidden) as report:
-            _index_on_ray(report, names, model, device, address, config)
+            _index_on_ray(report, names, model, device, address, config, keeping)
     else:
         with (
-            open_library(library, model, device) as opened,
+            open_library(library, model, device, keeping) as opened,
             Bars(quiet=quiet) as bars,
             Report(library, bars, as_json=as_json, each=watch, hidden=hidden) as report,
         ):
@@ -270,7 +274,13 @@ class Report:
 
 
 def _index_on_ray(
-    report: Report, names: Sequence[str], model: str | None, device: str, address: str | None, config: IndexConfig
+    report: Report,
+    names: Sequence[str],
+    model: str | None,
+    device: str,
+    address: str | None,
+    config: IndexConfig,
+    library: LibraryConfig,
 ) -> None:
     from keyreel.cluster import indexing
 
@@ -283,7 +293,9 @@ def _index_on_ray(
     report.bars.whole("videos", 0, len(videos))
     model = model or model_of(report.library)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints there when a worker has died
-        indexing.index(videos, report.library, config, model=model, device=device, address=address, tell=add)
+        indexing.index(
+            videos, report.library, config, model=model, device=device, address=address, library=library, tell=add
+        )
 
 
 def _prune(report: Report, names: Sequence[str], library: Library) -> tuple[str, ...]:

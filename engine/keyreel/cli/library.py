@@ -1,4 +1,4 @@
-"""Commands of a library: list, stats, remove, verify, compact, upgrade, serve."""
+"""Commands of a library: list, stats, remove, verify, compact, upgrade, reshard, serve."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typer import Argument, Option
 import keyreel
 from keyreel.cli import options
 from keyreel.cli.output import log, plural, print_json, print_line, print_table, printable
-from keyreel.config import ServeConfig
+from keyreel.config import LibraryConfig, ServeConfig
 from keyreel.errors import Damaged
 
 if TYPE_CHECKING:
@@ -25,10 +25,13 @@ SERVING = ServeConfig()  # defaults
 
 
 @contextlib.contextmanager
-def open_library(uri: str, model: str | None, device: str) -> Iterator[Library]:
+def open_library(uri: str, model: str | None, device: str, config: LibraryConfig | None = None) -> Iterator[Library]:
     """A library with an engine; for its own model by default."""
     model = model or model_of(uri)
-    with keyreel.Engine.from_pretrained(model, device=device) as engine, keyreel.Library(uri, engine) as library:
+    with (
+        keyreel.Engine.from_pretrained(model, device=device) as engine,
+        keyreel.Library(uri, engine, config=config) as library,
+    ):
         yield library
 
 
@@ -156,6 +159,22 @@ def upgrade(folder: options.Folder, as_json: options.Json = False) -> None:
     else:
         without = "; they have no subjects until keyreel index --force" if videos else ""
         print_line(f"{plural(videos, 'video')} converted{without}")
+
+
+def reshard(
+    folder: options.Folder,
+    shards: Annotated[int, Option(min=1, max=1024, help="how many")],
+    as_json: options.Json = False,
+) -> None:
+    """Spreads a library over so many shards; they are written apart from each other, and can be served apart."""
+    from keyreel.cli.documents import Reshard
+
+    with keyreel.Library(folder) as library:
+        videos = library.reshard(shards)
+    if as_json:
+        print_json(Reshard(library=folder, shards=shards, videos=videos))
+    else:
+        print_line(f"{plural(videos, 'video')} spread over {plural(shards, 'shard')}")
 
 
 def serve(

@@ -37,10 +37,26 @@ class Tables(Stored):
         super().__init__(uri, storage_options=storage_options, upgrading=upgrading)
         self._writing = threading.Lock()  # one commit at a time, while others read
 
+    @property
+    def parts(self) -> tuple[Tables]:
+        """The only one: see `shards.Shards`."""
+        return (self,)
+
+    def number_of(self, id: str) -> int:
+        """The shard to which a video falls, by its id."""
+        return 0
+
+    def of(self, id: str) -> Tables:
+        """The tables that hold a video."""
+        return self
+
     def create(self, *, model: str, model_sha256: str, width: int) -> None:
         """Makes the tables, or checks that they are of this model; several processes may do so at once."""
         if self.exists():
             self.table(RECORDS)  # raises where it is outdated
+        with contextlib.suppress(Absent):
+            self.open(schema.SHARDS)
+            raise LibraryError(f"another process has spread the library {self.uri} over shards", hint="open it again")
         for name, columns in schema.schemas(model, model_sha256, width).items():
             failure: LibraryError | None = None
             try:
@@ -212,6 +228,11 @@ class Tables(Stored):
         """Makes an older version the newest one."""
         with lance_errors(self.uri):
             self.open(name, version).restore()
+
+    def write_table(self, name: str, rows: Any, *, new: bool) -> None:
+        """Writes a whole table in one commit; with `new`, only where there is none."""
+        with lance_errors(self.uri):
+            self._connection().create_table(name, data=rows, mode="create" if new else "overwrite")
 
     def drop_tables(self, *names: str) -> None:
         """Deletes whole tables."""
