@@ -185,7 +185,7 @@ def reshard(uri: str, count: int, storage_options: Mapping[str, str] | None = No
     name, sha256, width = old.model()
     new = Shards(uri, _names(count), storage_options)
     if names_at(root) == new.names:
-        _delete(root, new.names)  # left where a run was killed at its very end
+        _delete(root, new.names, ())  # left where a run was killed at its very end
         return 0
     for part in new.parts:
         part.create(model=name, model_sha256=sha256, width=width)
@@ -201,7 +201,7 @@ def reshard(uri: str, count: int, storage_options: Mapping[str, str] | None = No
     videos = len(new.records())
     old.close()
     new.close()
-    _delete(root, new.names)
+    _delete(root, new.names, old.parts)
     return videos
 
 
@@ -227,10 +227,10 @@ def _take_over(old: Tables | Shards, new: Shards) -> None:
                 part.upsert([one for one in some if new.number_of(one.id) == number])
 
 
-def _delete(root: Tables, names: Container[str]) -> None:
-    """Deletes the tables that a library's shards have replaced."""
-    root.drop_tables(*schema.TABLES)
-    if root.folder is not None:
-        for folder in root.folder.iterdir():
-            if _NAME.fullmatch(folder.name) and folder.name not in names:
-                shutil.rmtree(folder)
+def _delete(root: Tables, names: Container[str], old: Iterable[Tables]) -> None:
+    """Deletes the tables that a library's shards have replaced; in a bucket only those of `old` are known."""
+    for part in (root, *old):
+        part.drop_tables(*schema.TABLES)
+    for folder in root.folder.iterdir() if root.folder is not None else ():
+        if _NAME.fullmatch(folder.name) and folder.name not in names:
+            shutil.rmtree(folder)
