@@ -236,6 +236,24 @@ class RayConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """The service on a Ray cluster."""
+
+    replicas: int = 1  # processes that answer requests
+    wait: bool = False  # queries wait for shards that are lost; else they are answered without these
+    replica_cpus: float = 1.0  # CPU cores of a replica
+    shard_cpus: float = 1.0  # CPU cores of the actor of a shard
+    shard_gpus: float = 0.0  # GPUs, or a fraction of one, of the actor of a shard
+    job_cpus: float = 1.0  # CPU cores of the actor that indexes
+    job_gpus: float = 0.0  # GPUs of the actor that indexes
+
+    def __post_init__(self) -> None:
+        _check_within(self, "[1, 1000]", "replicas")
+        _check_within(self, "(0, 1000]", "replica_cpus", "shard_cpus", "job_cpus")
+        _check_within(self, "[0, 1000]", "shard_gpus", "job_gpus")
+
+
+@dataclass(frozen=True, slots=True)
 class ServeConfig:
     """The service."""
 

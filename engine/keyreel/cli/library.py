@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 from typer import Argument, Option
@@ -15,13 +17,13 @@ from typer import Argument, Option
 import keyreel
 from keyreel.cli import options
 from keyreel.cli.output import log, plural, print_json, print_line, print_table, printable
-from keyreel.config import LibraryConfig, ServeConfig
-from keyreel.errors import Damaged
+from keyreel.config import ClusterConfig, LibraryConfig, ServeConfig
+from keyreel.errors import Damaged, LibraryError, import_extra
 
 if TYPE_CHECKING:
     from keyreel import Library
 
-SERVING = ServeConfig()  # defaults
+SERVING, CLUSTER = ServeConfig(), ClusterConfig()  # defaults
 
 
 @contextlib.contextmanager
@@ -203,10 +205,14 @@ def serve(
     drain_seconds: Annotated[
         float, Option(help="how long requests, and then the jobs at work, may go on after SIGTERM")
     ] = SERVING.drain_seconds,
+    ray: Annotated[
+        str | None,
+        Option(metavar="ADDRESS", help="on a Ray cluster, an actor a shard: auto, HOST:PORT; local starts one here"),
+    ] = None,
+    replicas: Annotated[int, Option(min=1, help="processes that answer, with --ray")] = CLUSTER.replicas,
+    wait: Annotated[bool, Option("--wait", help="with --ray, wait for shards that are lost")] = CLUSTER.wait,
 ) -> None:
-    """Serves a library over HTTP, with a page to search it; needs the extra `serve`."""
-    from keyreel.serve import run
-
+    """Serves a library over HTTP, with a page to search it; needs the extra `serve`, with --ray `cluster`."""
     config = ServeConfig(
         token=None if token_file is None else token_file.read_text("utf-8").strip(),
         host=host,
@@ -225,5 +231,38 @@ def serve(
     if not (config.loopback or config.token):
         warning = f"WARNING: without --token-file anyone who reaches {host} can search, add and remove videos"
         log(warning, style="bold red")
+
+    def listening(address: str) -> None:
+        log(f"{address} serves {library}; ctrl-c ends")
+
+    if ray is not None:
+        _serve_on_ray(library, model, device, token_file, config, ray, {"replicas": replicas, "wait": wait}, listening)
+        return
+    from keyreel.serve import run
+
     with open_library(library, model, device) as opened:
-        run(opened, config, listening=lambda address: log(f"{address} serves {library}; ctrl-c ends"))
+        run(opened, config, listening=listening)
+
+
+def _serve_on_ray(
+    library: str,
+    model: str | None,
+    device: str,
+    token_file: Path | None,
+    config: ServeConfig,
+    address: str,
+    cluster: dict[str, Any],
+    listening: Callable[[str], None],
+) -> None:
+    import_extra("ray.serve", extra="cluster", purpose="keyreel serve --ray")
+    from keyreel.cluster.serving import run
+
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if config.folder is None and "://" in library:
+        raise LibraryError(f"{library} is no folder: give the service one that all nodes share", hint="--folder DIR")
+    given["folder"] = os.path.abspath(config.folder or os.path.join(library, "serve"))
+    given |= {"library": library, "model": model, "device": device, **cluster}
+    given["token_file"] = None if token_file is None else os.path.abspath(token_file)
+    del given["token"]
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints there
+        run(given, address=None if address == "local" else address, listening=listening)

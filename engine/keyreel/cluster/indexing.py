@@ -71,7 +71,7 @@ def index(
         "library": {"config": library, "storage_options": storage_options},
         "config": replace(config, workers=1),
     }
-    with _connected(core, address, cpus=config.workers * own.cpus, gpus=config.workers * own.gpus):
+    with connected(core, address, cpus=config.workers * own.cpus, gpus=config.workers * own.gpus):
         actor = core.remote(num_cpus=own.cpus, num_gpus=own.gpus or None, max_restarts=-1, max_task_retries=RETRIES)(
             Worker
         )
@@ -125,7 +125,7 @@ def failed(video: str, error: Exception) -> Added:
 
 
 @contextmanager
-def _connected(ray: Any, address: str | None, *, cpus: float, gpus: float) -> Iterator[None]:
+def connected(ray: Any, address: str | None, *, cpus: float, gpus: float) -> Iterator[None]:
     """Ray for the time of the block. `ray.init` turns Ray's usage reports off for a cluster that it starts."""
     if ray.is_initialized():
         yield

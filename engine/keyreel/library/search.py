@@ -120,6 +120,11 @@ class SearchIndex:
         """
         return self._alone.videos(query, k, moments, where, own)
 
+    def refresh(self) -> None:
+        """Reads the rows that are new, so that no search has to."""
+        with self._running():
+            self._vectors.snapshot()
+
     def moments(self, queries: Sequence[Asked], k: int, where: Filter, own: Sequence[Example | None]) -> Answered:
         """What `hits` of a library needs of this shard, see `merge`."""
         given = self._checked(queries, k)
