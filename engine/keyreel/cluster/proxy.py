@@ -15,9 +15,8 @@ def middlewares() -> list[Middleware]:
 
 
 class Unavailable:
-    """Answers 503 where Serve's proxy would answer 500 with a stack: the replica at work on the request has died.
-
-    The service's own answers carry headers of its own, and pass.
+    """Answers 503 where Serve's proxy has no answer: the replica at work on the request has died. The server would
+    make that a 500.
     """
 
     def __init__(self, app: Any) -> None:
@@ -25,18 +24,15 @@ class Unavailable:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See the ASGI specification."""
-        replaced = False
+        begun = scope["type"] != "http"
 
-        async def checked(message: Any) -> None:
-            nonlocal replaced
-            if message["type"] == "http.response.start" and message["status"] == 500:
-                names = {name.lower() for name, _ in message["headers"]}
-                replaced = b"x-content-type-options" not in names
-            if not replaced:
-                await send(message)
+        async def noted(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
 
-        await self._app(scope, receive, checked)
-        if replaced:
+        await self._app(scope, receive, noted)
+        if not begun:
             hint, headers = "try again in some seconds", {"Retry-After": "1"}
             lost = ApiError(503, "lost", "the process that was at work on this has ended", hint=hint, headers=headers)
             await lost.response()(scope, receive, send)
