@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import pickle
 import signal
@@ -14,24 +13,32 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cluster_process import JOBS, REPLICA, SHARD, Clients, cluster_served, kill_one, processes
 from test_shards import WIDTH, fill, films, some_filter, some_query
 
+from benchmarks._cluster import (
+    JOBS,
+    REPLICA,
+    SHARD,
+    Clients,
+    answers,
+    cluster_served,
+    is_one_of,
+    kill_one,
+    processes,
+    wait_for,
+)
 from keyreel import Engine, Library
 from keyreel.cluster.carried import carried, opened
 from keyreel.cluster.proxy import Unavailable
 from keyreel.config import ClusterConfig, LibraryConfig
 from keyreel.errors import Damaged, LibraryError
-from keyreel.library.merge import Search
-from keyreel.library.search import SearchIndex
-from keyreel.library.shards import Shards, open_tables
+from keyreel.library.shards import open_tables
 from keyreel.library.types import Filter
 from keyreel.serve.security import ApiError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray's own, as in test_ray.py
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:lancedb fork support:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 CLIPS = ("natural/bikes.mp4", "natural/chaplin.mp4", "natural/test.mp4", "natural/stream-of-water.mp4")
@@ -199,7 +206,7 @@ def test_kills_under_clients(media: Callable[[str], Path], tmp_path: Path) -> No
     with Engine.from_pretrained(device="cpu", threads=1) as engine:
         with Library(uri, engine, config=LibraryConfig(shards=3)) as library:
             library.add(clips[:3])
-            right = answers(engine, library)
+            right = answers(engine, library, QUERIES)
         with cluster_served(uri, "--replicas", "2", "--root", str(clips[0].parent), "--device", "cpu") as served:
             assert len(processes(served, SHARD)) == 3
             assert len(processes(served, REPLICA)) == 2
@@ -225,47 +232,3 @@ def test_kills_under_clients(media: Callable[[str], Path], tmp_path: Path) -> No
         with Library(uri, engine) as library:
             assert len(library.list()) == 4
             assert library.verify() == ()
-
-
-def wait_for(http: Any, id: str) -> dict[str, Any]:
-    """A job once it is over; while the queue is being started again, the answer is 503."""
-    until = time.monotonic() + 90
-    while time.monotonic() < until:
-        answer = http.get(f"/api/v1/jobs/{id}")
-        assert answer.status_code in (200, 503), answer.text
-        if answer.status_code == 200 and answer.json()["state"] in ("done", "failed", "cancelled"):
-            found: dict[str, Any] = answer.json()
-            return found
-        time.sleep(0.2)
-    raise AssertionError("the job does not end")
-
-
-Told = tuple[list[str], list[Any]]  # what is left out, and the hits
-
-
-def answers(engine: Engine, library: Library) -> dict[str, list[Told]]:
-    """For each query what one machine answers: with all shards, and without each of them that may be lost."""
-    tables, found = library._tables, dict[str, list[Told]]()
-    assert isinstance(tables, Shards)
-    for count in (1, 2, 3):
-        for numbers in itertools.combinations(range(3), count):
-            parts = [SearchIndex(tables.parts[number], library.config, engine.backend, tables) for number in numbers]
-            search = Search(parts, tables.number_of, library.config.fold_similarity)
-            for query in QUERIES:
-                (hits,) = search.hits(library._asked([query])[0], 5)
-                left_out = [f"{3 - count} of 3 shards"] if count < 3 else []
-                told = left_out, [(hit.video_id, hit.pts_seconds, hit.score) for hit in hits]
-                found.setdefault(query, []).append(told)
-    return found
-
-
-def is_one_of(expected: list[Told], answer: dict[str, Any]) -> bool:
-    """Scores to a rounding: texts that are encoded together differ by it from one alone."""
-    hits = [(hit["video_id"], hit["pts_seconds"]) for hit in answer["hits"]]
-    scores = [hit["score"] for hit in answer["hits"]]
-    return any(
-        left_out == answer["left_out"]
-        and [hit[:2] for hit in told] == hits
-        and scores == pytest.approx([hit[2] for hit in told], abs=1e-6)
-        for left_out, told in expected
-    )

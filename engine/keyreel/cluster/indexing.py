@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -135,7 +136,10 @@ def connected(ray: Any, address: str | None, *, cpus: float, gpus: float) -> Ite
         options |= {"num_cpus": math.ceil(cpus), "include_dashboard": False, "object_store_memory": _STORE_BYTES}
         options |= {"num_gpus": math.ceil(gpus)} if gpus else {}
     try:
-        ray.init(configure_logging=False, log_to_driver=False, **options)
+        with warnings.catch_warnings():
+            # LanceDB warns of every fork; the children of Ray are other programs at once.
+            warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
+            ray.init(configure_logging=False, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise BackendError(f"no Ray at {options['address']!r}: {error}", hint="`ray status` says what runs") from error
     try:

@@ -13,7 +13,6 @@ import signal
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -154,18 +153,15 @@ def run(
     gpus = count * own.shard_gpus + own.job_gpus
     if address is None:
         os.environ.update(ENVIRONMENT | os.environ)
-    with warnings.catch_warnings():
-        # LanceDB warns of every fork; the children of Ray are other programs at once.
-        warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
-        with connected(ray, address, cpus=math.ceil(cpus), gpus=gpus):
-            try:
-                _start(options, wanted.host, port, everywhere=address is not None)
-                host = f"[{wanted.host}]" if ":" in wanted.host else wanted.host
-                listening(f"http://{host}:{port}")
-                (until or _signalled)()
-            finally:
-                shutdown: Callable[[], None] = serve.shutdown
-                shutdown()
+    with connected(ray, address, cpus=math.ceil(cpus), gpus=gpus):
+        try:
+            _start(options, wanted.host, port, everywhere=address is not None)
+            host = f"[{wanted.host}]" if ":" in wanted.host else wanted.host
+            listening(f"http://{host}:{port}")
+            (until or _signalled)()
+        finally:
+            shutdown: Callable[[], None] = serve.shutdown
+            shutdown()
 
 
 def _start(options: Mapping[str, Any], host: str, port: int, *, everywhere: bool) -> None:

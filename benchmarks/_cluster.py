@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -9,15 +10,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-from served import Served
+
+from keyreel import Engine, Library
+from keyreel.library.merge import Search
+from keyreel.library.search import SearchIndex
+from keyreel.library.shards import Shards
 
 SHARD, REPLICA, JOBS = "ray::ShardActor", "ray::ServeReplica", "ray::JobsActor"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A service that runs."""
+
+    process: subprocess.Popen[bytes]
+    http: httpx.Client
+    address: str
 
 
 @contextmanager
@@ -131,3 +146,49 @@ class Clients:
                         self.wrong.append(f"{query}: {answer.status_code} {answer.text[:300]}")
                 if not good:
                     time.sleep(0.05)
+
+
+def wait_for(http: Any, id: str) -> dict[str, Any]:
+    """A job once it is over; while the queue is being started again, the answer is 503."""
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        answer = http.get(f"/api/v1/jobs/{id}")
+        if answer.status_code not in (200, 503):
+            raise RuntimeError(answer.text)
+        if answer.status_code == 200 and answer.json()["state"] in ("done", "failed", "cancelled"):
+            found: dict[str, Any] = answer.json()
+            return found
+        time.sleep(0.2)
+    raise RuntimeError("the job does not end")
+
+
+Told = tuple[list[str], list[Any]]  # what is left out, and the hits
+
+
+def answers(engine: Engine, library: Library, queries: Sequence[str]) -> dict[str, list[Told]]:
+    """For each query what one machine answers: with all shards, and without each of them that may be lost."""
+    tables, found = library._tables, dict[str, list[Told]]()
+    assert isinstance(tables, Shards)
+    shards = len(tables.parts)
+    for count in range(1, shards + 1):
+        for numbers in itertools.combinations(range(shards), count):
+            parts = [SearchIndex(tables.parts[number], library.config, engine.backend, tables) for number in numbers]
+            search = Search(parts, tables.number_of, library.config.fold_similarity)
+            for query in queries:
+                (hits,) = search.hits(library._asked([query])[0], 5)
+                left_out = [f"{shards - count} of {shards} shards"] if count < shards else []
+                told = left_out, [(hit.video_id, hit.pts_seconds, hit.score) for hit in hits]
+                found.setdefault(query, []).append(told)
+    return found
+
+
+def is_one_of(expected: list[Told], answer: dict[str, Any]) -> bool:
+    """Scores to a rounding: texts that are encoded together differ by it from one alone."""
+    hits = [(hit["video_id"], hit["pts_seconds"]) for hit in answer["hits"]]
+    scores = [hit["score"] for hit in answer["hits"]]
+    return any(
+        left_out == answer["left_out"]
+        and [hit[:2] for hit in told] == hits
+        and all(abs(score - hit[2]) < 1e-6 for score, hit in zip(scores, told, strict=True))
+        for left_out, told in expected
+    )
