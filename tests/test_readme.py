@@ -21,8 +21,11 @@ README = (ROOT / "README.md").read_text("utf-8")
 CARD = (ROOT / "engine" / "keyreel" / "models" / "MODEL_CARD.md").read_text("utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+GUIDE = sorted((ROOT / "engine" / "guide").glob("*.md"))
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_python_blocks_run(media: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,9 +42,17 @@ def test_python_blocks_run(media: Callable[[str], Path], tmp_path: Path, monkeyp
 
 
 def test_every_command_and_option_exists() -> None:
+    seen = commands_in(README)
+    assert seen == {"demo", "summarize", "search", "export", "bench", "doctor", "index", "library", "serve", "models"}
+    for page in GUIDE:
+        assert commands_in(page.read_text("utf-8")) <= seen, page
+
+
+def commands_in(text: str) -> set[str]:
+    """The commands in its blocks, all of whose options exist."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     seen = set()
-    for line in "\n".join(blocks("sh")).splitlines():
+    for line in "\n".join(blocks("sh", text)).splitlines():
         for part in re.split(r"&&|\|", line.split("#")[0]):
             words = shlex.split(part)
             if words[:1] != ["keyreel"]:
@@ -51,7 +62,7 @@ def test_every_command_and_option_exists() -> None:
             command = command.commands[words[2]] if hasattr(command, "commands") else command
             known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
             assert {word for word in words if word.startswith("-") and len(word) > 1} <= known, line
-    assert seen == {"demo", "summarize", "search", "export", "bench", "doctor", "index", "library", "serve", "models"}
+    return seen
 
 
 def test_files_that_are_named_exist() -> None:

@@ -244,6 +244,7 @@ class ClusterConfig:
     replica_cpus: float = 1.0  # CPU cores of a replica
     shard_cpus: float = 1.0  # CPU cores of the actor of a shard
     shard_gpus: float = 0.0  # GPUs, or a fraction of one, of the actor of a shard
+    shard_rows: int = 25_000_000  # the actor of a shard holds up to so many vectors in memory; an index beyond
     job_cpus: float = 1.0  # CPU cores of the actor that indexes
     job_gpus: float = 0.0  # GPUs of the actor that indexes
 
@@ -251,6 +252,7 @@ class ClusterConfig:
         _check_within(self, "[1, 1000]", "replicas")
         _check_within(self, "(0, 1000]", "replica_cpus", "shard_cpus", "job_cpus")
         _check_within(self, "[0, 1000]", "shard_gpus", "job_gpus")
+        _check_within(self, "[0, inf)", "shard_rows")
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from ray.serve.config import DeploymentActorConfig
 from keyreel.cluster.indexing import connected
 from keyreel.cluster.jobs import JobsActor, RemoteJobs
 from keyreel.cluster.search import ClusterLibrary, ShardActor
-from keyreel.config import ClusterConfig, ServeConfig
+from keyreel.config import ClusterConfig, LibraryConfig, ServeConfig
 from keyreel.engine import Engine
 from keyreel.errors import LibraryError, RenderError
 from keyreel.library.files import name_of
@@ -97,7 +97,7 @@ def application(options: Mapping[str, Any]) -> serve.Application:
         DeploymentActorConfig(
             name=f"shard-{number}",
             actor_class=ray.remote(ShardActor),
-            init_args=(uri, number, None, device, storage),
+            init_args=(uri, number, LibraryConfig(exact_rows=own.shard_rows), device, storage),
             actor_options=shard | ({"num_gpus": own.shard_gpus} if own.shard_gpus else {}),
         )
         for number in range(count)
