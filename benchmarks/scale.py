@@ -3,9 +3,8 @@
 `search` asks actors of a local Ray, a shard each: in memory as 32-bit numbers, as the product keeps them, and with
 10,000,000 rows as 16-bit numbers in a mapped file. All is the product's own code but for where the rows come from.
 `recovery` kills the actor of a shard that was read from a library, `commits` writes with several processes, `kills`
-ends actors and replicas of the whole service under clients that know the right answers. `model` puts the search's
-cost, which is proportional to rows and width, into machines. Times are those of a machine that others may use:
-CPU-seconds are given beside them.
+ends actors and replicas of the whole service under clients that know the right answers. Times are those of a machine
+that others may use: CPU-seconds are given beside them. `benchmarks.machines` has the model made of them.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ import numpy as np
 from benchmarks import _cluster as cluster
 from benchmarks._common import Row, cpu_seconds, parser_of, rows_of, run, say
 from benchmarks.clips import small_clips
+from benchmarks.machines import FPS, IN_MEMORY
 from keyreel import Engine, Library
 from keyreel.cluster.search import RemoteSearch, ShardActor
 from keyreel.config import LibraryConfig
@@ -43,10 +43,8 @@ from keyreel.runtime.bundle import SubjectScale
 from keyreel.search import Asked
 
 WIDTH, K, SHARDS = 256, 10, (1, 2, 4, 8)
-OF_VIDEO, OF_SHOT, FPS = 5000, 250, 2.0  # rows
+OF_VIDEO, OF_SHOT = 5000, 250  # rows
 SECONDS = 30.0  # for the queries of one set
-LARGE, ALL_CORES, ALL_GIB = (10_000, 1_000_000, 100_000_000), 64, 480  # hours; a machine of the model, 32 GiB left
-MODEL_WIDTH, VECTORS_A_FRAME = 512, 1.5  # of the model: scenes, and subjects of half the frames
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -331,35 +329,6 @@ def killed(folder: Path, kills: int, clients: int) -> Iterator[tuple[Row, dict[s
     )
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
-def modelled(in_memory: Sequence[tuple[int, int, dict[str, list[float]]]], read: float) -> Iterator[tuple[Row, Any]]:
-    """Least squares of CPU-seconds against rows x width, through what was measured in memory; then arithmetic."""
-    sizes = np.array([[rows * WIDTH, 1.0] for rows, _ in in_memory])
-    (slope, fixed), *_ = np.linalg.lstsq(
-        sizes, np.array([found["cpu_seconds"][0] for _, found in in_memory]), rcond=None
-    )
-    yield {"hours": 0}, {"core_seconds_a_billion_numbers": [1e9 * slope], "core_seconds_a_query": [fixed]}
-    for hours in LARGE:
-        rows = hours * 3600 * FPS * VECTORS_A_FRAME
-        gib = rows * (4 * MODEL_WIDTH + 22) / 2**30
-        machines = math.ceil(gib / ALL_GIB)
-        core = slope * rows * MODEL_WIDTH + fixed * machines
-        yield (
-            {"hours": hours},
-            {
-                "rows": [rows],
-                "memory_gib": [gib],
-                "stored_gib": [rows * 2 * MODEL_WIDTH * 1.1 / 2**30],
-                "machines": [machines],
-                "query_seconds": [core / (machines * ALL_CORES)],
-                "core_hours_a_million_queries": [1e6 * core / 3600],
-                "reload_seconds": [rows / machines / (read * ALL_CORES)],
-            },
-        )
-
-
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     import ray
 
@@ -368,7 +337,6 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     quick = options.quick
     per_shard, large = (10_000, 40_000) if quick else (250_000, 10_000_000)
     seconds, shards = (1.0, (1, 2)) if quick else (SECONDS, SHARDS)
-    in_memory: list[tuple[int, int, dict[str, list[float]]]] = []
     with tempfile.TemporaryDirectory(dir=options.content) as made:
         folder = Path(made)
         if "commits" in options.only:
@@ -382,8 +350,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
                 path = rows_file(options.content, per_shard * max(4, *shards))
                 for rows, count in [*((per_shard * count, count) for count in shards), (4 * per_shard, 1)]:
                     found = searched(ray, path, rows, count, False, seconds)
-                    in_memory.append((rows, count, found))
-                    params = {"rows": rows, "shards": count, "width": WIDTH, "kept": "memory, 32 bits"}
+                    params = {"rows": rows, "shards": count, "width": WIDTH, "kept": IN_MEMORY}
                     yield from rows_of("scale-search", params, "keyreel", found)
                 path = rows_file(options.content, large)
                 for count in shards:
@@ -395,8 +362,6 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
                 fill(str(folder / "recovery"), rows, count)
                 found = recovered(ray, str(folder / "recovery"), count, 2 if quick else 8)
                 yield from rows_of("scale-recovery", {"rows": rows, "shards": count, "width": WIDTH}, "keyreel", found)
-                for params, sizes in modelled(in_memory, found["read_rows_a_second"][0] * WIDTH / MODEL_WIDTH):
-                    yield from rows_of("scale-model", params, "keyreel", sizes)
         if "kills" in options.only:
             for params, found in killed(folder, *((2, 4) if quick else (50, 32))):
                 yield from rows_of("scale-kills", params, "keyreel", found)

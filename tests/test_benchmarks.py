@@ -40,7 +40,7 @@ def ran(script: str, output: Path, *words: str) -> subprocess.CompletedProcess[s
         ("reels", {"reels"}),
         ("summarize", {"summarize"}),
         ("install", {"install"}),
-        ("scale", {"scale-commits", "scale-search", "scale-recovery", "scale-model", "scale-kills"}),
+        ("scale", {"scale-commits", "scale-search", "scale-recovery", "scale-kills"}),
     ],
 )
 def test_a_script_runs(script: str, cases: set[str], tmp_path: Path) -> None:
