@@ -310,10 +310,13 @@ def killed(folder: Path, kills: int, clients: int) -> Iterator[tuple[Row, dict[s
             for wrong in asking.wrong[:5]:
                 say(f"  wrong: {wrong}")
             for clip in clips[6:]:
-                answer = served.http.post("/api/v1/jobs", json={"path": str(clip)})
-                if answer.status_code == 202:
-                    jobs.append(answer.json()["id"])
-                    cluster.kill_one(served, cluster.JOBS, 0)
+                until = time.monotonic() + 120
+                while (answer := served.http.post("/api/v1/jobs", json={"path": str(clip)})).status_code == 503:
+                    if time.monotonic() > until:
+                        raise RuntimeError("the queue does not come back")
+                    time.sleep(0.5)
+                jobs.append(answer.json()["id"])
+                cluster.kill_one(served, cluster.JOBS, 0)
             lost = sum(cluster.wait_for(served.http, id)["state"] != "done" for id in jobs)
     yield (
         {"kills": kills, "clients": clients},

@@ -30,7 +30,7 @@ from benchmarks._cluster import (
 from keyreel import Engine, Library
 from keyreel.cluster.carried import carried, opened
 from keyreel.cluster.proxy import Unavailable
-from keyreel.config import ClusterConfig, LibraryConfig
+from keyreel.config import ClusterConfig, LibraryConfig, ServeConfig
 from keyreel.errors import Damaged, LibraryError
 from keyreel.library.shards import open_tables
 from keyreel.library.types import Filter
@@ -61,14 +61,18 @@ def test_errors_travel_whole() -> None:
     assert opened(carried(lambda: 3)) == 3
 
 
-@pytest.mark.parametrize("answers", [False, True])
-def test_a_lost_replica_is_a_503(answers: bool) -> None:
-    """Serve's proxy sends nothing when the replica that was at work has died."""
+@pytest.mark.parametrize("way", ["answers", "sends nothing", "hangs"])
+def test_a_lost_replica_is_a_503(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve's proxy sends nothing when the replica that was at work has died, and waits where there is none."""
     sent: list[Any] = []
+    monkeypatch.setattr("keyreel.cluster.proxy.ServeConfig", lambda: ServeConfig(timeout_seconds=0.05))
 
     async def proxy(scope: Any, receive: Any, send: Any) -> None:
-        if answers:
+        if way == "hangs":
+            await asyncio.sleep(60)
+        if way == "answers":
             await send({"type": "http.response.start", "status": 404, "headers": []})
+            await asyncio.sleep(0.1)  # what has begun may take its time
             await send({"type": "http.response.body", "body": b"own"})
 
     async def send(message: Any) -> None:
@@ -76,8 +80,8 @@ def test_a_lost_replica_is_a_503(answers: bool) -> None:
 
     asyncio.run(Unavailable(proxy)({"type": "http", "method": "GET"}, None, send))
     body = b"".join(message.get("body", b"") for message in sent)
-    assert sent[0]["status"] == (404 if answers else 503)
-    if answers:
+    assert sent[0]["status"] == (404 if way == "answers" else 503)
+    if way == "answers":
         assert body == b"own"
     else:
         assert b'"kind": "lost"' in body

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -379,3 +380,16 @@ def test_the_command(tmp_path: Path) -> None:
         "schema": "keyreel.reshard/1", "library": str(tmp_path / "library"), "shards": 2, "videos": 6
     }  # fmt: skip
     assert len(open_tables(str(tmp_path / "library")).parts) == 2
+
+
+@pytest.mark.full
+def test_the_command_makes_a_library_with_shards(media: Callable[[str], Path], tmp_path: Path) -> None:
+    uri = str(tmp_path / "library")
+    command = [sys.executable, "-m", "keyreel", "index", str(media("natural/bikes.mp4")), "--library", uri, "--shards"]
+    done = subprocess.run([*command, "2", "--json"], capture_output=True, text=True, check=True)
+    assert [video["change"] for video in json.loads(done.stdout)["videos"]] == ["added"]
+    assert len(open_tables(uri).parts) == 2
+    wrong = subprocess.run([*command, "3"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 6
+    assert "has 2 shards, not 3" in wrong.stderr
+    assert "keyreel library reshard" in wrong.stderr
