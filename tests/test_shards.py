@@ -286,6 +286,8 @@ def test_shards_are_made_once(tmp_path: Path) -> None:
     uri, made = str(tmp_path / "library"), {**MODEL, "width": WIDTH}
     spread = open_tables(uri, shards=3)
     assert not spread.exists()
+    early = Library(uri)  # such as a service that begins before the first video is there
+    assert not early.exists()
     other = open_tables(uri, shards=2)  # two processes, each with its own wish
     late = open_tables(uri)
     spread.create(**made)
@@ -297,6 +299,8 @@ def test_shards_are_made_once(tmp_path: Path) -> None:
     with pytest.raises(LibraryError, match="has 3 shards, not 4"):
         open_tables(uri, shards=4)
     assert open_tables(uri).exists()
+    assert early.exists()
+    assert len(early._tables.parts) == 3
     whole = str(tmp_path / "whole")
     Tables(whole).create(**made)
     with pytest.raises(LibraryError, match="has no shards") as caught:

@@ -87,6 +87,7 @@ class Library:
         self.engine = engine
         self._options = storage_options
         self._opened: Tables | Shards | None = None
+        self._there = False  # whether there is a library, as far as is known
         self._searcher: Search | None = None
         self._lock = threading.RLock()
         self._frame = lru_cache(_FRAMES)(partial(frame_of, max_height=self.config.preview_height))
@@ -113,7 +114,7 @@ class Library:
             self._searcher = None
             if self._opened is not None:
                 self._opened.close()
-                self._opened = None  # it may have other shards when it is opened again
+                self._opened, self._there = None, False  # it may have other shards when it is opened again
         self._frame.cache_clear()
 
     # --- indexing -------------------------------------------------------------------------------------------------
@@ -399,8 +400,11 @@ class Library:
     @property
     def _tables(self) -> Tables | Shards:
         with self._lock:
-            if self._opened is None:
-                self._opened = open_tables(self.uri, self._options, self.config.shards)
+            if self._opened is None or not self._there:  # others may make it, with shards or without
+                found = open_tables(self.uri, self._options, self.config.shards)
+                if self._opened is None or type(found) is not type(self._opened):
+                    self._opened = found
+                self._there = self._opened.exists()
             return self._opened
 
     def _engine_for(self, purpose: str) -> Engine:
