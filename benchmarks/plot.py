@@ -8,20 +8,17 @@ Of several rows for one metric of one system the newest counts.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import statistics
-from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
-from benchmarks._common import RESULTS, ROOT
+from benchmarks._common import ROOT
+from benchmarks._rows import Medians, groups, number, rows, table
+from benchmarks.machines import HOURS, IN_MEMORY, MODEL_WIDTH, fitted, modelled
 from keyreel.models.catalogue import CATALOGUE
 from keyreel.render.reel import ENCODERS
 from keyreel.search import LESS, MORE, WITHOUT
 
-Medians = dict[str, float]  # by metric
 MODELS = ROOT / "engine" / "keyreel" / "models"
 PAGES = (
     ROOT / "README.md",
@@ -32,33 +29,6 @@ PAGES = (
 _DECODERS = ("pyav", "torchcodec", "decord", "opencv")
 _RUNTIMES = ("onnxruntime fp32", "torch bf16", "openvino bf16")
 _SEARCHERS = ("numpy", "faiss flat", "lancedb flat")
-
-
-@cache
-def rows() -> list[dict[str, Any]]:
-    files = sorted(RESULTS.glob("*.jsonl"))
-    found = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
-    return sorted(found, key=lambda row: row["environment"]["date"])
-
-
-def groups(case: str, **params: Any) -> list[tuple[dict[str, Any], dict[str, Medians]]]:
-    """(params, medians of each system) of all sets of parameters that have these."""
-    found: dict[str, tuple[dict[str, Any], dict[str, Medians]]] = {}
-    for row in rows():
-        if row["case"] == case and row.get("median") is not None and params.items() <= row["params"].items():
-            group = found.setdefault(json.dumps(row["params"], sort_keys=True), (row["params"], {}))
-            group[1].setdefault(row["system"], {})[row["metric"]] = row["median"]
-    return list(found.values())
-
-
-def number(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    digits = max(2 - math.floor(math.log10(abs(value))), 0) if value else 0
-    return f"{value:,.{digits}f}"
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
 
 def speed() -> str:
@@ -380,8 +350,62 @@ def headline() -> str:
     return table(head, lines)
 
 
+def scale() -> str:
+    """Searching with shards, writing, recovering, kills; and what the model makes of it."""
+
+    def ms(found: Medians, name: str) -> str:
+        return number(1e3 * found[name])
+
+    searched, written = [], []
+    for params, group in groups("scale-search"):
+        own = group["keyreel"]
+        times = [ms(own, f"{name}_seconds") for name in ("p50", "p99", "slowest_alone", "cpu")]
+        memory = [number(own[f"{name}_mib"]) for name in ("actors", "driver")]
+        searched.append([f"{params['rows']:,}", params["kept"], str(params["shards"]), *times, *memory])
+    for params, group in groups("scale-commits"):
+        own = group["keyreel"]
+        rates = [number(own["commits_a_second"]), ms(own, "cpu_seconds")]
+        written.append([str(params["writers"]), str(params["shards"]), *rates])
+    head = ("rows", "kept in", "shards", "p50 ms", "p99 ms", "slowest alone", "CPU-ms", "actors MiB", "driver MiB")
+    parts = [table(head, searched), table(("writers", "shards", "commits a second", "CPU-ms each"), written)]
+    [(params, group)] = groups("scale-recovery")
+    own = group["keyreel"]
+    parts.append(
+        f"A shard's actor killed, {params['rows']:,} rows in {params['shards']} shards: the first answer without it "
+        f"after {number(own['partial_seconds'])} s, the first whole one after {number(own['recovery_seconds'])} s; one "
+        f"process reads {own['read_rows_a_second']:,.0f} rows a second."
+    )
+    [(params, group)] = groups("scale-kills")
+    own = group["keyreel"]
+    parts.append(
+        f"{params['kills']} kills of shard actors and replicas under {params['clients']} clients: {own['whole']:,.0f} "
+        f"whole answers, {own['partial']:,.0f} that said how many shards they lacked, {own['refused']:,.0f} refused "
+        f"(429 or 503), {own['wrong']:,.0f} wrong; the slowest took {number(own['slowest_seconds'])} s. Of "
+        f"{own['jobs']:.0f} accepted jobs, the queue killed after each, {own['lost']:.0f} were lost."
+    )
+    sizes = [
+        (params["rows"] * params["width"], params["shards"], group["keyreel"]["cpu_seconds"])
+        for params, group in groups("scale-search", kept=IN_MEMORY)
+    ]
+    one, shard = fitted(sizes)
+    [(params, group)] = groups("scale-recovery")
+    read, lines = group["keyreel"]["read_rows_a_second"] * params["width"] / MODEL_WIDTH, []
+    for hours in HOURS:
+        found = modelled(hours, one, shard, read)
+        whole = [f"{found[name]:,.0f}" for name in ("memory_gib", "stored_gib", "machines")]
+        rest = [number(found[name]) for name in ("query_seconds", "core_hours_a_million_queries", "reload_seconds")]
+        lines.append([f"{hours:,}", *whole, *rest])
+    parts.append(
+        f"Fitted: a query takes {number(1e9 * one)} core-seconds for a billion numbers in memory, and "
+        f"{number(1e3 * shard)} ms a shard."
+    )
+    head = ("hours", "memory GiB", "stored GiB", "machines", "s a query", "core-hours a million", "s to reload one")
+    return "\n\n".join([*parts, table(head, lines)])
+
+
 SECTIONS = {
     "headline": headline,
+    "scale": scale,
     "presets": presets,
     "models": models,
     "summaries": summaries,

@@ -21,7 +21,8 @@ from library_process import MODEL, check, made, put
 from keyreel.errors import Damaged, LibraryError, ModelMismatch
 from keyreel.library import schema
 from keyreel.library.schema import RECORDS, TABLES, VECTORS
-from keyreel.library.table import CHUNK, Tables
+from keyreel.library.stored import CHUNK
+from keyreel.library.table import Tables
 from keyreel.library.types import Record
 from keyreel.library.upkeep import compact, orphans, upgrade, verify
 from keyreel.runtime.bundle import Bundle

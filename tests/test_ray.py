@@ -37,7 +37,7 @@ QUERIES = ("a man in a hat", "running water", "bicycles in a street")
 def cluster() -> Iterator[None]:
     """A Ray of two CPUs on this machine, as `index` starts one."""
     try:
-        connection = own._connected(ray, None, cpus=2, gpus=0)
+        connection = own.connected(ray, None, cpus=2, gpus=0)
         connection.__enter__()
     except Exception as error:  # noqa: BLE001 - a sandbox may refuse it its sockets or its shared memory
         pytest.skip(f"Ray does not start here: {type(error).__name__}: {error}")

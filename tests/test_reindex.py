@@ -78,6 +78,25 @@ def test_all_videos_get_new_vectors_and_keep_their_ids(
     assert [path.name for path in library.iterdir() if path.name.startswith("reindex")] == []
 
 
+@pytest.mark.full
+def test_a_library_in_shards(library: Path, old_engine: keyreel.Engine, new_engine: keyreel.Engine) -> None:
+    before, picture = ids(library), np.full((48, 64, 3), (200, 10, 30), np.uint8)
+    with keyreel.Library(library, old_engine) as opened:
+        assert opened.reshard(2) == 3
+    stopped = reindex(str(library), new_engine, stop=lambda: True)
+    assert (stopped.done, stopped.videos) == (False, 0)
+    with keyreel.Library(library, old_engine) as opened:
+        assert len(opened.search(picture)) > 0
+    assert reindex(str(library), new_engine).done
+    assert ids(library) == before
+    with keyreel.Library(library, new_engine) as opened:
+        assert len(opened._tables.parts) == 2
+        assert sum(1 + hit.folded for hit in opened.search(picture, k=9)) == 3
+        assert opened.verify() == ()
+    assert [path.name for path in library.iterdir() if path.name.startswith("reindex")] == []
+    assert reindex(str(library), new_engine).done
+
+
 def test_it_goes_on_where_it_was_and_the_old_model_answers(
     library: Path, old_engine: keyreel.Engine, new_engine: keyreel.Engine, tmp_path: Path
 ) -> None:

@@ -194,8 +194,10 @@ class LibraryConfig:
     exact_rows: int = 2_000_000  # search exactly, from memory, up to so many vectors; an index beyond
     fold_similarity: float = 0.98  # moments of different videos more alike than this are shown as one
     preview_height: int = 240  # pixels of the previews
+    shards: int | None = None  # spread a new library over so many; None: one, or as many as it has
 
     def __post_init__(self) -> None:
+        _check_within(self, "[1, 1024]", "shards")
         _check(self.exact_rows >= 0, f"exact_rows must be >= 0, got {self.exact_rows}")
         _check(0 < self.fold_similarity <= 1, f"fold_similarity must be in (0, 1], got {self.fold_similarity}")
         _check(32 <= self.preview_height <= 2160, f"preview_height must be in 32..2160, got {self.preview_height}")
@@ -231,6 +233,26 @@ class RayConfig:
         _check(self.cpus > 0, f"cpus must be > 0, got {self.cpus}")
         _check(self.gpus >= 0, f"gpus must be >= 0, got {self.gpus}")
         _check(self.retries >= 0, f"retries must be >= 0, got {self.retries}")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """The service on a Ray cluster."""
+
+    replicas: int = 1  # processes that answer requests
+    wait: bool = False  # queries wait for shards that are lost; else they are answered without these
+    replica_cpus: float = 1.0  # CPU cores of a replica
+    shard_cpus: float = 1.0  # CPU cores of the actor of a shard
+    shard_gpus: float = 0.0  # GPUs, or a fraction of one, of the actor of a shard
+    shard_rows: int = 25_000_000  # the actor of a shard holds up to so many vectors in memory; an index beyond
+    job_cpus: float = 1.0  # CPU cores of the actor that indexes
+    job_gpus: float = 0.0  # GPUs of the actor that indexes
+
+    def __post_init__(self) -> None:
+        _check_within(self, "[1, 1000]", "replicas")
+        _check_within(self, "(0, 1000]", "replica_cpus", "shard_cpus", "job_cpus")
+        _check_within(self, "[0, 1000]", "shard_gpus", "job_gpus")
+        _check_within(self, "[0, inf)", "shard_rows")
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,16 @@ class Upgrade:
     videos: Count  # converted
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reshard:
+    """`keyreel library reshard --json`."""
+
+    schema: Literal["keyreel.reshard/1"] = "keyreel.reshard/1"
+    library: str
+    shards: Count
+    videos: Count  # moved
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     name: str

@@ -22,7 +22,7 @@ from keyreel.cli.library import model_of, open_library
 from keyreel.cli.models import ensure
 from keyreel.cli.output import clock, log, log_failures, plural, print_json, print_line, print_table, reason
 from keyreel.cli.progress import Bars
-from keyreel.config import IndexConfig
+from keyreel.config import IndexConfig, LibraryConfig
 from keyreel.errors import Failure, KeyreelError
 
 if TYPE_CHECKING:
@@ -55,6 +55,16 @@ def index(
     watch_seconds: Annotated[
         float, Option(metavar="SECONDS", rich_help_panel=options.LIMITS, help="pause between two looks of --watch")
     ] = 2.0,
+    shards: Annotated[
+        int | None,
+        Option(
+            min=1,
+            max=1024,
+            metavar="N",
+            rich_help_panel=options.LIMITS,
+            help="spread a new library over N shards, which are written apart",
+        ),
+    ] = None,
     ray: Annotated[
         bool, Option("--ray", help="on a Ray cluster: --ray auto, --ray ray://HOST:PORT; --ray alone starts one")
     ] = False,
@@ -79,6 +89,7 @@ def index(
         raise ValueError("--ray does not work with --allow-network")
     if dry_run and (ray or watch):
         raise ValueError("--dry-run does not work with --ray or --watch")
+    keeping = LibraryConfig(shards=shards)
     address = next((p for p in paths if ray and RAY_ADDRESS.fullmatch(p) and not os.path.exists(p)), None)
     names = [name for name in paths if name != address]
     if "-" in names:
@@ -93,10 +104,10 @@ def index(
     ensure(model, yes=yes, quiet=quiet)
     if ray:
         with Bars(quiet=quiet) as bars, Report(library, bars, as_json=as_json, hidden=hidden) as report:
-            _index_on_ray(report, names, model, device, address, config)
+            _index_on_ray(report, names, model, device, address, config, keeping)
     else:
         with (
-            open_library(library, model, device) as opened,
+            open_library(library, model, device, keeping) as opened,
             Bars(quiet=quiet) as bars,
             Report(library, bars, as_json=as_json, each=watch, hidden=hidden) as report,
         ):
@@ -253,7 +264,13 @@ class Report:
 
 
 def _index_on_ray(
-    report: Report, names: Sequence[str], model: str | None, device: str, address: str | None, config: IndexConfig
+    report: Report,
+    names: Sequence[str],
+    model: str | None,
+    device: str,
+    address: str | None,
+    config: IndexConfig,
+    library: LibraryConfig,
 ) -> None:
     from keyreel.cluster import indexing
 
@@ -266,7 +283,9 @@ def _index_on_ray(
     report.bars.whole("videos", 0, len(videos))
     model = model or model_of(report.library)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints there when a worker has died
-        indexing.index(videos, report.library, config, model=model, device=device, address=address, tell=add)
+        indexing.index(
+            videos, report.library, config, model=model, device=device, address=address, library=library, tell=add
+        )
 
 
 def _prune(report: Report, names: Sequence[str], library: Library) -> tuple[str, ...]:

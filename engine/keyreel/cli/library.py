@@ -1,13 +1,15 @@
-"""Commands of a library: list, stats, remove, verify, compact, upgrade, serve."""
+"""Commands of a library: list, stats, remove, verify, compact, upgrade, reshard, serve."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.text import Text
 from typer import Argument, Option
@@ -16,18 +18,23 @@ import keyreel
 from keyreel.cli import options
 from keyreel.cli.output import clock, log, plural, print_json, print_line, print_table, printable
 from keyreel.cli.signature import Made
-from keyreel.config import ServeConfig
-from keyreel.errors import Damaged
+from keyreel.config import ClusterConfig, LibraryConfig, ServeConfig
+from keyreel.errors import Damaged, LibraryError, import_extra
 
 if TYPE_CHECKING:
     from keyreel import Library
 
+CLUSTER = ClusterConfig()  # defaults
+
 
 @contextlib.contextmanager
-def open_library(uri: str, model: str | None, device: str) -> Iterator[Library]:
+def open_library(uri: str, model: str | None, device: str, config: LibraryConfig | None = None) -> Iterator[Library]:
     """A library with an engine; for its own model by default."""
     model = model or model_of(uri)
-    with keyreel.Engine.from_pretrained(model, device=device) as engine, keyreel.Library(uri, engine) as library:
+    with (
+        keyreel.Engine.from_pretrained(model, device=device) as engine,
+        keyreel.Library(uri, engine, config=config) as library,
+    ):
         yield library
 
 
@@ -177,7 +184,28 @@ def upgrade(folder: options.Folder, as_json: options.Json = False) -> None:
         print_line(f"{plural(videos, 'video')} converted{without}")
 
 
-WORK, SAFETY = "Work and limits", "Safety"  # panels
+def reshard(
+    folder: options.Folder,
+    shards: Annotated[int, Option(min=1, max=1024, metavar="N", help="how many")],
+    as_json: options.Json = False,
+) -> None:
+    """Spreads a library over N shards, which are written and served apart.
+
+    Examples:
+        keyreel library reshard lib --shards 4
+        keyreel library reshard s3://bucket/library --shards 16 --json
+    """
+    from keyreel.cli.documents import Reshard
+
+    with keyreel.Library(folder) as library:
+        videos = library.reshard(shards)
+    if as_json:
+        print_json(Reshard(library=folder, shards=shards, videos=videos))
+    else:
+        print_line(f"{plural(videos, 'video')} spread over {plural(shards, 'shard')}")
+
+
+WORK, SAFETY, CLUSTERED = "Work and limits", "Safety", "Cluster"  # panels
 Service = Annotated[
     ServeConfig,
     Made(
@@ -223,19 +251,64 @@ def serve(
     service: Service,
     model: options.Model = None,
     device: options.Device = "auto",
+    ray: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS",
+            rich_help_panel=CLUSTERED,
+            help="serve from a Ray cluster, an actor per shard: auto, HOST:PORT, or local to start one here",
+        ),
+    ] = None,
+    replicas: Annotated[
+        int, Option(min=1, metavar="N", rich_help_panel=CLUSTERED, help="processes that answer requests, with --ray")
+    ] = CLUSTER.replicas,
+    wait: Annotated[
+        bool, Option("--wait", rich_help_panel=CLUSTERED, help="with --ray, wait for shards that are lost")
+    ] = CLUSTER.wait,
 ) -> None:
-    """Serves a library over HTTP, with a search page; needs the extra `serve`.
+    """Serves a library over HTTP, with a search page; needs the extra `serve`, with --ray `cluster`.
 
     Examples:
         keyreel serve --library lib --root ~/Videos
         keyreel serve --library lib --host 0.0.0.0 --token-file token.txt
     """
-    from keyreel.serve import run
-
     token = None if token_file is None else token_file.read_text("utf-8").strip()
     config = dataclasses.replace(service, token=token)
     if not (config.loopback or config.token):
         warning = f"WARNING: anyone who reaches {config.host} can search, add and remove videos; use --token-file"
         log(warning, style="bold red")
+
+    def listening(address: str) -> None:
+        log(f"serving {library} at {address}; ctrl-c stops")
+
+    if ray is not None:
+        _serve_on_ray(library, model, device, token_file, config, ray, {"replicas": replicas, "wait": wait}, listening)
+        return
+    from keyreel.serve import run
+
     with open_library(library, model, device) as opened:
-        run(opened, config, listening=lambda address: log(f"serving {library} at {address}; ctrl-c stops"))
+        run(opened, config, listening=listening)
+
+
+def _serve_on_ray(
+    library: str,
+    model: str | None,
+    device: str,
+    token_file: Path | None,
+    config: ServeConfig,
+    address: str,
+    cluster: dict[str, Any],
+    listening: Callable[[str], None],
+) -> None:
+    import_extra("ray.serve", extra="cluster", purpose="keyreel serve --ray")
+    from keyreel.cluster.serving import run
+
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if config.folder is None and "://" in library:
+        raise LibraryError(f"{library} is no folder: give the service one that all nodes share", hint="--folder DIR")
+    given["folder"] = os.path.abspath(config.folder or os.path.join(library, "serve"))
+    given |= {"library": library, "model": model, "device": device, **cluster}
+    given["token_file"] = None if token_file is None else os.path.abspath(token_file)
+    del given["token"]
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints there
+        run(given, address=None if address == "local" else address, listening=listening)

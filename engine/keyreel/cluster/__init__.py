@@ -1,1 +1,1 @@
-"""More than one machine: videos indexed on a Ray cluster."""
+"""More than one machine: videos indexed, searched and served on a Ray cluster."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -71,7 +72,7 @@ def index(
         "library": {"config": library, "storage_options": storage_options},
         "config": replace(config, workers=1),
     }
-    with _connected(core, address, cpus=config.workers * own.cpus, gpus=config.workers * own.gpus):
+    with connected(core, address, cpus=config.workers * own.cpus, gpus=config.workers * own.gpus):
         actor = core.remote(num_cpus=own.cpus, num_gpus=own.gpus or None, max_restarts=-1, max_task_retries=RETRIES)(
             Worker
         )
@@ -125,7 +126,7 @@ def failed(video: str, error: Exception) -> Added:
 
 
 @contextmanager
-def _connected(ray: Any, address: str | None, *, cpus: float, gpus: float) -> Iterator[None]:
+def connected(ray: Any, address: str | None, *, cpus: float, gpus: float) -> Iterator[None]:
     """Ray for the time of the block. `ray.init` turns Ray's usage reports off for a cluster that it starts."""
     if ray.is_initialized():
         yield
@@ -135,7 +136,10 @@ def _connected(ray: Any, address: str | None, *, cpus: float, gpus: float) -> It
         options |= {"num_cpus": math.ceil(cpus), "include_dashboard": False, "object_store_memory": _STORE_BYTES}
         options |= {"num_gpus": math.ceil(gpus)} if gpus else {}
     try:
-        ray.init(configure_logging=False, log_to_driver=False, **options)
+        with warnings.catch_warnings():
+            # LanceDB warns of every fork; the children of Ray are other programs at once.
+            warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
+            ray.init(configure_logging=False, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise BackendError(f"no Ray at {options['address']!r}: {error}", hint="`ray status` says what runs") from error
     try:

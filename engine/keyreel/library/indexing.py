@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -26,6 +27,7 @@ from keyreel.library import upkeep
 from keyreel.library.files import Catalog, FileState, fingerprint, path_of, real_name
 from keyreel.library.planned import compared, is_done
 from keyreel.library.run import Halted
+from keyreel.library.shards import Shards
 from keyreel.library.table import Tables
 from keyreel.library.types import Added, Change, Extras, Preview, Record, Rows, Subjects
 from keyreel.render.documents import plain
@@ -167,7 +169,7 @@ class Indexer:
     def __init__(
         self,
         engine: Engine,
-        tables: Tables,
+        tables: Tables | Shards,
         catalog: Catalog,
         config: IndexConfig,
         preview_height: int,
@@ -178,7 +180,7 @@ class Indexer:
         self._preview_height, self._checkpoint, self._held = preview_height, checkpoint, held
         self._lock = threading.Lock()  # of what follows
         self._claims: dict[str, threading.Lock] = {}
-        self._committing = threading.Lock()
+        self._committing: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)  # of each shard
 
     def index(self, name: str, progress: Progress) -> Added:
         """Indexes one video, by its name from `files.name_of`, if needed.
@@ -273,8 +275,9 @@ class Indexer:
     def _copied(self, record: Record, twin: Record) -> Record | None:
         """The twin's rows under the record's id; None if they are damaged, or removed meanwhile."""
         try:
-            found = dict(self._tables.rows([twin.generation]))
-            previews, extras = self._tables.previews(twin.generation), self._tables.extras(twin.generation)
+            tables = self._tables.of(twin.id)
+            found = dict(tables.rows([twin.generation]))
+            previews, extras = tables.previews(twin.generation), tables.extras(twin.generation)
         except LibraryError:
             return None
         rows = found.get(twin.generation)
@@ -315,10 +318,11 @@ class Indexer:
                 raise KeyreelError(f"{record.path}: was removed from the library during indexing", hint="add it again")
             record, new = current, renew(current)
             self._checkpoint()
-            with self._committing:
-                if new != record and self._tables.renew(new):
+            tables = self._tables.of(new.id)
+            with self._commit_to(new.id):
+                if new != record and tables.renew(new):
                     self._catalog.put(new)
-                    upkeep.tidy(self._tables)
+                    upkeep.tidy(tables)
                     break
         return new
 
@@ -372,14 +376,20 @@ class Indexer:
         extras: Extras | None = None,
     ) -> Record:
         self._checkpoint()
-        with self._committing:
+        tables = self._tables.of(record.id)
+        with self._commit_to(record.id):
             if not self._tables.exists():
                 bundle = self._engine.bundle
                 self._tables.create(model=bundle.name, model_sha256=bundle.sha256, width=bundle.embedding_width)
-            record = self._tables.put(record, rows, previews, extras)
+            record = tables.put(record, rows, previews, extras)
             self._catalog.put(record)
-            upkeep.tidy(self._tables)
+            upkeep.tidy(tables)
         return record
+
+    def _commit_to(self, id: str) -> threading.Lock:
+        """Held while the shard of a video is written."""
+        with self._lock:
+            return self._committing[self._tables.number_of(id)]
 
 
 def _joined(tags: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:

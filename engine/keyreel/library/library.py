@@ -20,10 +20,13 @@ from keyreel.library import upkeep
 from keyreel.library.errors import Outdated
 from keyreel.library.files import Catalog, FileState, is_gone, name_of, real_name
 from keyreel.library.indexing import Indexer, frame_of
+from keyreel.library.merge import Search
+from keyreel.library.opened import REPAIR
 from keyreel.library.planned import planned
 from keyreel.library.run import IndexRun
 from keyreel.library.search import SearchIndex, fits
-from keyreel.library.table import REPAIR, Tables
+from keyreel.library.shards import Shards, open_tables, reshard
+from keyreel.library.table import Tables
 from keyreel.library.types import (
     Added,
     Extras,
@@ -84,9 +87,11 @@ class Library:
         self.uri = place if "://" in place else os.path.abspath(place)
         self.config = config or LibraryConfig()
         self.engine = engine
-        self._tables = Tables(self.uri, storage_options=storage_options)
-        self._searcher: SearchIndex | None = None
-        self._lock = threading.Lock()
+        self._options = storage_options
+        self._opened: Tables | Shards | None = None
+        self._there = False  # whether there is a library, as far as is known
+        self._searcher: Search | None = None
+        self._lock = threading.RLock()
         self._frame = lru_cache(_FRAMES)(partial(frame_of, max_height=self.config.preview_height))
         if engine is not None and self._tables.exists():
             with suppress(Damaged, Outdated):  # raised when it is used; `verify` or `upgrade` may mend it
@@ -109,8 +114,10 @@ class Library:
         """Closes the tables and frees the vectors and pictures in memory. Idempotent; the engine stays open."""
         with self._lock:
             self._searcher = None
+            if self._opened is not None:
+                self._opened.close()
+                self._opened, self._there = None, False  # it may have other shards when it is opened again
         self._frame.cache_clear()
-        self._tables.close()
 
     # --- indexing -------------------------------------------------------------------------------------------------
 
@@ -306,13 +313,14 @@ class Library:
             decode: without it, the video is not opened.
         """
         record = self.record(video)
-        picture = self._tables.preview(record.generation, seconds)
+        tables = self._tables.of(record.id)
+        picture = tables.preview(record.generation, seconds)
         if picture is None and decode and record.status == "ok":
             shape = int(record.probe["height"]), int(record.probe["width"])
             at = min(max(float(seconds), 0.0), record.duration_seconds or 0.0)
             picture = self._frame(record.path, FileState(record.size, record.mtime_ns), shape, at)
         if picture is None:
-            previews = self._tables.previews(record.generation)
+            previews = tables.previews(record.generation)
             if not previews and record.generation:
                 raise Damaged(f"{record.path}: its key-frames are damaged", [record.path], hint=REPAIR)
             if not previews:
@@ -322,12 +330,13 @@ class Library:
 
     def previews(self, video: str | os.PathLike[str]) -> tuple[Preview, ...]:
         """The key-frames of a video with their attention maps, in order of time."""
-        return self._tables.previews(self.record(video).generation)
+        record = self.record(video)
+        return self._tables.of(record.id).previews(record.generation)
 
     def extras(self, video: str | os.PathLike[str]) -> Extras:
         """Thumbnails, their WebVTT, and facts about the key-frames."""
         record = self.record(video)
-        extras = self._tables.extras(record.generation)
+        extras = self._tables.of(record.id).extras(record.generation)
         if extras is None and record.generation:
             raise Damaged(f"{record.path}: its stored pictures are damaged", [record.path], hint=REPAIR)
         if extras is None:
@@ -358,7 +367,7 @@ class Library:
             repair: drops what cannot be read and keeps the rest; videos that lost rows are then "failed", and the next
                 `add` or `update` indexes them again.
         """
-        return upkeep.verify(self._tables, repair=repair)
+        return tuple(finding for part in self._tables.parts for finding in upkeep.verify(part, repair=repair))
 
     def compact(self, *, alone: bool = False) -> int:
         """Merges small files and deletes what is no longer needed; returns the bytes given back.
@@ -368,7 +377,7 @@ class Library:
         Args:
             alone: nobody else reads or writes: what others might be about to commit is deleted, too.
         """
-        given = upkeep.compact(self._tables, alone=alone)
+        given = sum(upkeep.compact(part, alone=alone) for part in self._tables.parts)
         if sum(record.rows for record in self._tables.records()) > self.config.exact_rows:
             self._search().build()
         return given
@@ -385,9 +394,26 @@ class Library:
         Returns:
             The number of videos, all of them without subjects now; 0 if the library was up to date.
         """
-        return upkeep.upgrade(self._tables, self._bundle(), progress)
+        bundle = self._bundle()
+        return sum(upkeep.upgrade(part, bundle, progress) for part in self._tables.parts)
+
+    def reshard(self, shards: int) -> int:
+        """Spreads the library over so many shards and opens it again; see `shards.reshard`."""
+        videos = reshard(self.uri, shards, self._options)
+        self.close()
+        return videos
 
     # --- inside ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _tables(self) -> Tables | Shards:
+        with self._lock:
+            if self._opened is None or not self._there:  # others may make it, with shards or without
+                found = open_tables(self.uri, self._options, self.config.shards)
+                if self._opened is None or type(found) is not type(self._opened):
+                    self._opened = found
+                self._there = self._opened.exists()
+            return self._opened
 
     def _engine_for(self, purpose: str) -> Engine:
         if self.engine is None:
@@ -405,7 +431,7 @@ class Library:
         if self.engine is not None:
             return self.engine.bundle
         try:
-            return Bundle.find(upkeep.model_name(self._tables))
+            return Bundle.find(upkeep.model_name(self._tables.parts[0]))
         except ModelNotFound:
             return None
 
@@ -417,14 +443,19 @@ class Library:
         catalog = Catalog(self._tables.records() if there else ())
         return Indexer(engine, self._tables, catalog, config, self.config.preview_height, run.checkpoint, held)
 
-    def _search(self) -> SearchIndex:
+    def _search(self) -> Search:
         with self._lock:
             if self._searcher is None:
-                backend = None if self.engine is None else self.engine.backend
                 if self.engine is not None:
                     self._check_model(self.engine)
-                self._searcher = SearchIndex(self._tables, self.config, backend)
+                self._searcher = self._searcher_of(self._tables)
             return self._searcher
+
+    def _searcher_of(self, tables: Tables | Shards) -> Search:
+        backend = None if self.engine is None else self.engine.backend
+        whole = tables if isinstance(tables, Shards) else None
+        shards = [SearchIndex(part, self.config, backend, whole) for part in tables.parts]
+        return Search(shards, tables.number_of, self.config.fold_similarity)
 
     def _where(self, where: Filter | None) -> Filter | None:
         """With ids in the place of paths, which may be relative."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from keyreel.library.types import Filter, LibraryHit, Record, VideoHit
+from keyreel.library.merge import Candidate, Ranked, RankedVideo, keep
+from keyreel.library.types import Filter, LibraryHit, Record
 from keyreel.library.vectors import Matrix, Snapshot, Spans
 from keyreel.search import Asked, FrameScores, added, moments
 from keyreel.shots import shot_of
@@ -26,7 +26,6 @@ GAP_ROWS = 2048  # gaps of fewer unwanted rows are scored, too: a block of its o
 # whole blocks took 3 to 5 times the processor time.
 TILE_ROWS, TILE_QUERIES = 64, 16
 THREADED_PARTS = 4  # from so many blocks on, threads pay
-_ROUNDING = 1e-6  # two equal vectors of 512 numbers have a cosine this close to 1 in float32
 
 
 class Moment(NamedTuple):
@@ -58,15 +57,6 @@ def pooled(scores: F32, runs: I64, videos: I64) -> F64:
     return np.asarray(np.maximum.reduceat(each, videos, axis=1)[:, ::2])
 
 
-@dataclass(slots=True)
-class _Kept:
-    """A moment of the answer, and how many it hides, see `LibraryHit`."""
-
-    moment: Moment
-    folded: int = 0
-    more: int = 0
-
-
 class Ranking:
     """Scores of queries against all frames of some videos, and the best moments and videos by them.
 
@@ -82,7 +72,6 @@ class Ranking:
     Args:
         spans: the rows to search; none is empty.
         queries: Q of them; the `novelty` of their scales plays no part.
-        pictures: how many different ones are searched, for the chances.
     """
 
     def __init__(
@@ -94,14 +83,14 @@ class Ranking:
         fold_similarity: float,
         arrays: Arrays,
         *,
-        pictures: int,
         with_pooled: bool = False,
     ) -> None:
         assert snapshot.matrix is not None
         self._snapshot, self._spans, self._queries, self._where = snapshot, spans, queries, where
         self._matrix: Matrix = snapshot.matrix
-        self._alike, self._arrays, self._with_pooled = fold_similarity - _ROUNDING, arrays, with_pooled
-        self._on_host, self._pictures = arrays.xp is np, pictures
+        self._similarity, self._arrays, self._with_pooled = fold_similarity, arrays, with_pooled
+        self._on_host = arrays.xp is np
+        self._known: dict[tuple[int, int], FrameScores] = {}  # of query and span
         self._vectors = np.concatenate([query.vectors for query in queries])
         scales = [scale for query in queries for scale in query.scales]
         slope, offset = np.array([(scale.slope, scale.offset) for scale in scales], np.float64).reshape(-1, 2).T
@@ -130,17 +119,20 @@ class Ranking:
         self._best: F32 = np.concatenate([best for best, _ in found or [empty]], axis=1)
         self._pooled: F64 = np.concatenate([pool for _, pool in found or [empty]], axis=1)
 
-    def hits(self, query: int, k: int, own: Example | None) -> list[LibraryHit]:
-        """The k best moments without the one of `own`; near-duplicates of other videos are folded."""
+    def best(self, query: int, k: int, own: Example | None) -> Ranked:
+        """The best moments without the one of `own`: as many as it takes to show k of these videos."""
         wanted = k + (own is not None)
         while True:
             ranked = self._ranked(query, wanted)
-            kept = self._kept([moment for moment in ranked if not self._holds(moment, own)], k)
+            free = [moment for moment in ranked if not self._holds(moment, own)]
+            named = ((self._record(moment.span).id, self._vector(moment.row)) for moment in free)
+            kept = keep(named, k, self._where.per_video, self._similarity)
             if len(kept) == k or len(ranked) < wanted:
-                return [self._hit(query, one.moment, self._video_score(query, one.moment.span), one) for one in kept]
+                used = kept[-1].place + 1 if len(kept) == k else len(free)
+                return Ranked([self._candidate(query, moment) for moment in free[:used]], whole=len(kept) < k)
             wanted *= 4
 
-    def videos(self, query: int, k: int, moments: int, own: Example | None) -> list[VideoHit]:
+    def best_videos(self, query: int, k: int, moments: int, own: Example | None) -> list[RankedVideo]:
         """The k best videos without that of `own`, each with its best moments."""
         scores = self._pooled[query]
         if own is not None and (left_out := self._snapshot.names.get(own.video)) is not None:
@@ -150,8 +142,8 @@ class Ranking:
         found = []
         for negative, number, span in sorted(scored)[:k]:
             record = self._snapshot.records[number]
-            best = [self._hit(query, moment, -negative) for moment in self._moments(query, span, moments)]
-            found.append(VideoHit(record.path, record.id, -negative, tuple(best)))
+            best = [self._candidate(query, moment) for moment in self._moments(query, span, moments)]
+            found.append(RankedVideo(record.path, record.id, -negative, best))
         return found
 
     def curve(self, query: int, span: int) -> tuple[F64, F32]:
@@ -163,9 +155,12 @@ class Ranking:
 
     def _scores(self, query: int, span: int) -> FrameScores:
         """Scores of the frames of a span."""
-        weights = self._queries[query].weights
-        first = int(self._place[query])
-        return added([self._scores_of(vector, span) for vector in range(first, first + len(weights))], weights)
+        if (query, span) not in self._known:
+            weights = self._queries[query].weights
+            first = int(self._place[query])
+            each = [self._scores_of(vector, span) for vector in range(first, first + len(weights))]
+            self._known[query, span] = added(each, weights)
+        return self._known[query, span]
 
     def _scores_of(self, vector: int, span: int) -> FrameScores:
         spans = self._spans
@@ -282,33 +277,6 @@ class Ranking:
         high = hit.stop_seconds if stop is None else min(hit.stop_seconds, stop)
         return replace(hit, start_seconds=low, stop_seconds=high)
 
-    def _kept(self, ranked: Sequence[Moment], k: int) -> list[_Kept]:
-        """The first k that are no near-duplicate of a better one of another video, and within `Filter.per_video`."""
-        kept: list[_Kept] = []
-        last: dict[int, _Kept] = {}  # of each video
-        shown, limit = Counter[int](), self._where.per_video
-        videos: list[int] = []
-        vectors: list[F32] = []
-        for moment in ranked:
-            if len(kept) == k:
-                break
-            video = int(self._spans.video[moment.span])
-            if shown[video] == limit:
-                last[video].more += 1
-                continue
-            vector: F32 = self._arrays.to_host(self._matrix.vectors[moment.row : moment.row + 1])[0]
-            if kept:
-                alike = (np.stack(vectors) @ vector >= self._alike) & (np.array(videos) != video)
-                if alike.any():
-                    kept[int(alike.argmax())].folded += 1
-                    continue
-            last[video] = _Kept(moment)
-            kept.append(last[video])
-            shown[video] += 1
-            videos.append(video)
-            vectors.append(vector)
-        return kept
-
     def _holds(self, moment: Moment, own: Example | None) -> bool:
         """Whether the example's frame, the one shown at its time, lies in a moment."""
         if own is None or self._snapshot.names.get(own.video) != int(self._spans.video[moment.span]):
@@ -321,26 +289,21 @@ class Ranking:
     def _record(self, span: int) -> Record:
         return self._snapshot.records[int(self._spans.video[span])]
 
-    def _hit(self, query: int, moment: Moment, video_score: float, hides: _Kept | None = None) -> LibraryHit:
-        hit = replace(moment.hit, chance=self._chance(query, moment))
-        return LibraryHit(
-            **{field.name: getattr(hit, field.name) for field in fields(SearchHit)},
+    def _candidate(self, query: int, moment: Moment) -> Candidate:
+        hit = LibraryHit(
+            **{field.name: getattr(moment.hit, field.name) for field in fields(SearchHit)},
             video_id=self._record(moment.span).id,
             keyframe_seconds=self._keyframe(moment),
-            video_score=video_score,
-            folded=0 if hides is None else hides.folded,
-            more=0 if hides is None else hides.more,
+            video_score=self._video_score(query, moment.span),
         )
-
-    def _chance(self, query: int, moment: Moment) -> float | None:
-        asked = self._queries[query]
-        if asked.chances is None:
-            return None
         first, last = int(self._spans.first[moment.span]), int(self._spans.last[moment.span])
         frames = np.arange(first, last) - self._matrix.back[first:last]
-        rows = [moment.row, *(first + np.flatnonzero(frames == moment.row)).tolist()]
-        vectors = [self._arrays.to_host(self._matrix.vectors[row : row + 1])[0] for row in rows]
-        return asked.chance(vectors[0], vectors[1] if len(vectors) > 1 else None, self._pictures)
+        subjects = [self._vector(first + row) for row in np.flatnonzero(frames == moment.row).tolist()]
+        return Candidate(hit, self._vector(moment.row), subjects[0] if subjects else None)
+
+    def _vector(self, row: int) -> F32:
+        vector: F32 = self._arrays.to_host(self._matrix.vectors[row : row + 1])[0]
+        return vector
 
     def _keyframe(self, moment: Moment) -> float:
         """The nearest key-frame in the moment's shot, else the nearest one; the best frame without any."""

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from keyreel.config import IndexConfig
+from keyreel.config import IndexConfig, LibraryConfig
 from keyreel.library import schema, upkeep
 from keyreel.library.errors import ask_for_room, lance_errors
 from keyreel.library.library import Library
-from keyreel.library.schema import RECORDS, TABLES, VECTORS
+from keyreel.library.schema import RECORDS, SHARDS, TABLES, VECTORS
+from keyreel.library.shards import Shards, open_tables
 from keyreel.library.table import Tables
 from keyreel.library.types import Added, Record
 from keyreel.types import Progress
@@ -64,14 +65,15 @@ def reindex(
     Raises:
         LibraryError: there is no library, it cannot be written, or it has an older format.
     """
-    old = Tables(uri, storage_options=storage_options)
+    old = open_tables(uri, storage_options)
     bundle = engine.bundle
     beside = f"{old.uri}/reindex-{bundle.sha256[:12]}"
     if old.model()[1] == bundle.sha256:
-        _delete(Tables(beside, storage_options=storage_options))  # left where a run was killed at its very end
+        _delete(open_tables(beside, storage_options))  # left where a run was killed at its very end
         return Reindexed(True, len(old.records()), ())
-    with Library(beside, engine, storage_options=storage_options) as library:
-        new = Tables(beside, storage_options=storage_options)
+    shards = len(old.parts)
+    with Library(beside, engine, config=LibraryConfig(shards=shards), storage_options=storage_options) as library:
+        new = open_tables(beside, storage_options, shards)
         if not new.exists():
             new.create(model=bundle.name, model_sha256=bundle.sha256, width=bundle.embedding_width)
         tried: set[str] = set()  # paths; a file that is gone stays as it is
@@ -88,7 +90,7 @@ def reindex(
     return Reindexed(True, good, left)
 
 
-def _waiting(old: Tables, new: Tables, model: str, sha256: str) -> set[str]:
+def _waiting(old: Tables | Shards, new: Tables | Shards, model: str, sha256: str) -> set[str]:
     """Takes over which videos there are. Returns the paths of those that the new model has not indexed."""
     known, there = {record.id: record for record in old.records()}, {record.id for record in new.records()}
     new.drop([id for id in there if id not in known])
@@ -108,35 +110,43 @@ def _waiting(old: Tables, new: Tables, model: str, sha256: str) -> set[str]:
         "model": model,
         "model_sha256": sha256,
     }
-    new.upsert([replace(record, **empty, **about) for id, record in known.items() if id not in there])
+    lacking = [replace(record, **empty, **about) for id, record in known.items() if id not in there]
+    for part in new.parts:
+        part.upsert([record for record in lacking if new.of(record.id) is part])
     return {record.path for record in new.records() if record.status != "ok"}
 
 
-def _replace(old: Tables, new: Tables) -> None:
+def _replace(old: Tables | Shards, new: Tables | Shards) -> None:
     """Puts the new tables in the place of the old ones: each in one commit, the records last.
 
-    Stopped between the two, the library cannot be searched until this is done again: the new tables are still there.
+    Stopped between two, the library cannot be searched until this is done again: the new tables are still there.
     """
-    upkeep.compact(new, alone=True)  # without what no record names
-    ask_for_room(old.folder, new.bytes() or 0)
-    target = Tables(old.uri, storage_options=old.options, upgrading=True)
-    for name in (VECTORS, RECORDS):
-        table = new.table(name)
-        columns = schema.schemas(*new.model())[name]
-        target.overwrite(name, columns, _batches(new, table, columns))
-    for tables in (old, target):
-        tables.close()
+    for there, made in zip(old.parts, new.parts, strict=True):
+        upkeep.compact(made, alone=True)  # without what no record names
+        ask_for_room(there.folder, made.bytes() or 0)
+        target = Tables(there.uri, storage_options=there.options, upgrading=True)
+        for name in (VECTORS, RECORDS):
+            table = made.table(name)
+            columns = schema.schemas(*made.model())[name]
+            target.overwrite(name, columns, _batches(made, table, columns))
+        for tables in (there, target):
+            tables.close()
     _delete(new)
-    upkeep.compact(old, alone=True)  # and the old versions, with the old vectors
+    for there in old.parts:
+        upkeep.compact(there, alone=True)  # and the old versions, with the old vectors
 
 
-def _delete(tables: Tables) -> None:
+def _delete(tables: Tables | Shards) -> None:
     """Deletes a library that is no longer needed, if it is there."""
-    if tables.folder is None:
-        tables.drop_tables(*TABLES)
-    elif tables.folder.is_dir():
-        shutil.rmtree(tables.folder)
-    tables.close()
+    for part in tables.parts:
+        if part.folder is None:
+            part.drop_tables(*TABLES)
+        part.close()
+    root = Tables(tables.uri, storage_options=tables.parts[0].options)
+    if root.folder is None:
+        root.drop_tables(SHARDS)
+    elif root.folder.is_dir():
+        shutil.rmtree(root.folder)
 
 
 def _batches(tables: Tables, table: Any, columns: Any) -> Iterator[Any]:

@@ -26,6 +26,7 @@ from keyreel.types import F32, I64
 
 FORMAT = 3
 VECTORS, RECORDS = "vectors", "records"
+SHARDS = "shards"  # names the shards of a library that is spread, see `shards`
 TABLES = (VECTORS, RECORDS)  # in the order in which they are made and written: `records` is the commit
 FORMAT_1 = ("frames", "videos")  # what they were called in format 1
 SCENE, SUBJECT = "scene", "subject"  # kinds of vectors

@@ -29,9 +29,12 @@ import numpy as np
 from keyreel.config import LibraryConfig
 from keyreel.errors import Damaged, LibraryError, import_extra
 from keyreel.library.errors import lance_errors
+from keyreel.library.merge import Answered, Ranked, Search
+from keyreel.library.opened import REPAIR
 from keyreel.library.ranking import Ranking
 from keyreel.library.schema import SCENE, SUBJECT, VECTORS, quoted
-from keyreel.library.table import REPAIR, Tables
+from keyreel.library.shards import Shards
+from keyreel.library.table import Tables
 from keyreel.library.types import BOOL, Filter, LibraryHit, Record, VideoHit
 from keyreel.library.vectors import ATTEMPTS, Snapshot, Spans, Vectors, vector_at
 from keyreel.runtime.backend import Backend
@@ -53,22 +56,35 @@ PROBES, PROBES_FRACTION = 64, 0.2
 
 
 class SearchIndex:
-    """Searches a library. Safe to share between threads; a search sees one state of the library.
+    """Searches a library that has one shard, or one of its shards. Safe to share between threads; a search sees one
+    state of it.
 
     Methods raise ValueError for queries that are no vectors of this library, and LibraryError where there is no
     library, or no video that `where` or an example names.
 
     Args:
         backend: where the vectors are kept and compared; this machine's memory by default.
+        whole: the library of a shard, all of whose rows count for `exact_rows`.
     """
 
-    def __init__(self, tables: Tables, config: LibraryConfig, backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        tables: Tables,
+        config: LibraryConfig,
+        backend: Backend | None = None,
+        whole: Shards | None = None,
+    ) -> None:
         self._tables, self._config, self._backend = tables, config, backend
         self._arrays: Arrays = HostArrays() if backend is None else backend.ops.arrays
         self._width = tables.model()[2]
-        self._vectors = Vectors(tables, self._width, self._arrays, config.exact_rows)
-        self.left_out: tuple[str, ...] = ()  # paths whose rows the last search could not use
+        self._vectors = Vectors(tables, self._width, self._arrays, config.exact_rows, whole)
+        self._alone = Search([self], lambda _: 0, config.fold_similarity)
         self._last: tuple[tuple[int, str], BOOL] | None = None  # a filter, and whom it lets through
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Paths whose rows the last search could not use."""
+        return self._alone.left_out
 
     def hits(
         self,
@@ -88,20 +104,7 @@ class SearchIndex:
             own: the examples that the queries are the vectors of, None for others. The moment in which an example
                 lies is no answer to it.
         """
-        given, where, own = self._checked(queries, k), where or Filter(), own or [None] * len(queries)
-        if where.per_video is not None and where.per_video < 1:
-            raise ValueError(f"per_video must be >= 1, got {where.per_video}")
-        if not given:
-            return []
-        with self._running():
-            snapshot = self._vectors.snapshot()
-            self.left_out = snapshot.left_out
-            _log_way(snapshot)
-            if snapshot.matrix is not None:
-                chosen = self._chosen(snapshot, where)
-                ranking = self._ranking(snapshot, chosen, given, where, pictures=_pictures(snapshot, chosen))
-                return [ranking.hits(n, k, own[n]) for n in range(len(given))]
-            return [self._near_hits(query, k, where, own[n]) for n, query in enumerate(given)]
+        return self._alone.hits(queries, k, where, own)
 
     def videos(
         self,
@@ -117,18 +120,43 @@ class SearchIndex:
             moments: of each video, at most.
             query, k, where, own: as for `hits`; an example's own video is no answer to it.
         """
-        given, where = self._checked([query], min(k, moments)), where or Filter()
+        return self._alone.videos(query, k, moments, where, own)
+
+    def refresh(self) -> None:
+        """Reads the rows that are new, so that no search has to."""
+        with self._running():
+            self._vectors.snapshot()
+
+    def moments(self, queries: Sequence[Asked], k: int, where: Filter, own: Sequence[Example | None]) -> Answered:
+        """What `hits` of a library needs of this shard, see `merge`."""
+        given = self._checked(queries, k)
+        if where.per_video is not None and where.per_video < 1:
+            raise ValueError(f"per_video must be >= 1, got {where.per_video}")
         with self._running():
             snapshot = self._vectors.snapshot()
-            self.left_out = snapshot.left_out
+            _log_way(snapshot)
+            chosen = self._chosen(snapshot, where)
+            left_out = set(snapshot.left_out)
+            if snapshot.matrix is not None:
+                ranking = self._ranking(snapshot, chosen, given, where)
+                found = [ranking.best(n, k, own[n]) for n in range(len(given))]
+            else:
+                found = [self._near_best(query, k, where, own[n], left_out) for n, query in enumerate(given)]
+            return Answered(found, (), _pictures(snapshot, chosen), tuple(left_out))
+
+    def top_videos(self, query: Asked, k: int, moments: int, where: Filter, own: Example | None) -> Answered:
+        """What `videos` of a library needs of this shard, see `merge`."""
+        given = self._checked([query], min(k, moments))
+        with self._running():
+            snapshot = self._vectors.snapshot()
             _log_way(snapshot)
             chosen = self._chosen(snapshot, where)
             pictures = _pictures(snapshot, chosen)
             if snapshot.matrix is None:
                 snapshot, _ = self._near(given[0], where, 4 * k + 1)
                 chosen = np.ones(len(snapshot.records), np.bool_)
-            ranking = self._ranking(snapshot, chosen, given, where, pictures=pictures, with_pooled=True)
-            return ranking.videos(0, k, moments, own)
+            ranking = self._ranking(snapshot, chosen, given, where, with_pooled=True)
+            return Answered((), ranking.best_videos(0, k, moments, own), pictures, snapshot.left_out)
 
     def vector(self, example: Example) -> F32:
         """[D] float32: the scene's vector of the frame shown at that time, the last one before or at it."""
@@ -142,7 +170,7 @@ class SearchIndex:
         with self._running():
             snapshot, number = self._one(video)
             chosen = np.arange(len(snapshot.records)) == number
-            return self._ranking(snapshot, chosen, given, Filter(), pictures=1).curve(0, 0)
+            return self._ranking(snapshot, chosen, given, Filter()).curve(0, 0)
 
     def build(self) -> bool:
         """Builds the vector index if the library is large enough to need one; takes minutes.
@@ -215,26 +243,24 @@ class SearchIndex:
         queries: Sequence[Asked],
         where: Filter,
         *,
-        pictures: int,
         with_pooled: bool = False,
     ) -> Ranking:
         spans = snapshot.spans
         spans = spans if chosen.all() else spans[chosen[spans.video]]
         spans = _in_time(spans, snapshot, where)
         fold = self._config.fold_similarity
-        return Ranking(snapshot, spans, queries, where, fold, self._arrays, pictures=pictures, with_pooled=with_pooled)
+        return Ranking(snapshot, spans, queries, where, fold, self._arrays, with_pooled=with_pooled)
 
     # --- beyond memory --------------------------------------------------------------------------------------------
 
-    def _near_hits(self, query: Asked, k: int, where: Filter, own: Example | None) -> list[LibraryHit]:
-        snapshot = self._vectors.snapshot()
-        pictures, wanted = _pictures(snapshot, self._chosen(snapshot, where)), 2 * k + 1
+    def _near_best(self, query: Asked, k: int, where: Filter, own: Example | None, left_out: set[str]) -> Ranked:
+        wanted = 2 * k + 1
         while True:
             near, whole = self._near(query, where, wanted)
-            every = np.ones(len(near.records), np.bool_)
-            hits = self._ranking(near, every, [query], where, pictures=pictures).hits(0, k, own)
-            if len(hits) == k or whole:
-                return hits
+            ranked = self._ranking(near, np.ones(len(near.records), np.bool_), [query], where).best(0, k, own)
+            if not ranked.whole or whole:
+                left_out.update(near.left_out)
+                return ranked
             wanted *= 4
 
     def _near(self, query: Asked, where: Filter, wanted: int) -> tuple[Snapshot, bool]:
@@ -249,7 +275,6 @@ class SearchIndex:
                     raise
                 continue
             if len(part.records) == len(numbers) or attempt == ATTEMPTS - 1:
-                self.left_out = part.left_out
                 return part, whole
         raise AssertionError("unreachable")
 

@@ -17,7 +17,8 @@ from keyreel.errors import Damaged
 from keyreel.library import schema
 from keyreel.library.errors import Absent, Conflict, Full, ask_for_room, cut_short, lance_errors
 from keyreel.library.schema import RECORDS, TABLES, VECTORS, quoted
-from keyreel.library.table import CHUNK, Tables
+from keyreel.library.stored import CHUNK
+from keyreel.library.table import Tables
 from keyreel.library.types import Finding, Record
 from keyreel.runtime.bundle import Bundle
 from keyreel.types import F32, I64

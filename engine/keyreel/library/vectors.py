@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from keyreel.errors import Damaged
-from keyreel.library.table import REPAIR, Tables
+from keyreel.library.opened import REPAIR
+from keyreel.library.shards import Shards
+from keyreel.library.table import Tables
 from keyreel.library.types import BOOL, F16, I32, Record, Rows
 from keyreel.types import F32, F64, I64
 from keyreel_kernels.arrays import Arrays
@@ -97,10 +99,11 @@ class Vectors:
 
     Args:
         limit: with more rows, none are held.
+        whole: of these tables' library, if they are one of its shards: its rows count for the limit.
     """
 
-    def __init__(self, tables: Tables, width: int, arrays: Arrays, limit: int) -> None:
-        self._tables, self._width, self._arrays, self._limit = tables, width, arrays, limit
+    def __init__(self, tables: Tables, width: int, arrays: Arrays, limit: int, whole: Shards | None = None) -> None:
+        self._tables, self._width, self._arrays, self._limit, self._whole = tables, width, arrays, limit, whole
         self._matrix = Matrix.empty(0, width, arrays)
         # generation -> its first scene, its first subject, the end
         self._places: dict[str, tuple[int, int, int]] = {}
@@ -138,14 +141,15 @@ class Vectors:
             known = self._tables.records()
             records = [record for record in known if record.status == "ok" and record.frames]
             names = [name for record in known for name in (record.id, record.path)]
-            if sum(record.rows for record in records) > self._limit:
+            counted = records if self._whole is None else self._whole.records()
+            if sum(record.rows for record in counted) > self._limit:
                 self._matrix, self._places, self._used = Matrix.empty(0, self._width, self._arrays), {}, 0
                 spans = Spans(*[np.empty(0, np.int64)] * 5)
                 return Snapshot(version, tuple(records), _numbers(records, names), None, spans, self._tables.damaged())
             lacking = self._hold(records)
             if not lacking:
                 break
-        if lacking and len(lacking) == len(records):
+        if lacking and len(lacking) == len(records) and self._whole is None:
             what = [f"{record.path}: its {record.rows} rows are incomplete or damaged" for record in lacking]
             raise Damaged(f"no video of the library can be searched: {what[0]}", what, hint=REPAIR)
         return self._snapshot_of(version, records, names, lacking)

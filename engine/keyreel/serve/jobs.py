@@ -82,6 +82,8 @@ class Jobs:
         private: paths to redact in errors.
     """
 
+    part_seconds = 0.0  # uploads that are not whole and younger belong to other processes
+
     def __init__(
         self,
         folder: Path,
@@ -277,7 +279,12 @@ class Jobs:
         self._write("UPDATE jobs SET state = 'queued' WHERE state = 'running'")
         for part in self.uploads.glob("*.part"):
             accepted = self._read("WHERE id = ?", (part.stem,))
-            _rename(part, accepted[0].path) if accepted else part.unlink()
+            if accepted:
+                _rename(part, accepted[0].path)
+                continue
+            with suppress(FileNotFoundError):
+                if part.stat().st_mtime <= time.time() - self.part_seconds:
+                    part.unlink()
         self._sweep()
 
     def _sweep(self) -> None:

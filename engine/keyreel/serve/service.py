@@ -34,11 +34,14 @@ _ID = re.compile("[0-9a-f]{32}")
 class Service:
     """A library, the queue of jobs, and the bounds on both.
 
+    Args:
+        make_jobs: makes the queue.
+
     Raises:
         LibraryError: a library that is no folder needs `config.folder`.
     """
 
-    def __init__(self, library: Library, config: ServeConfig) -> None:
+    def __init__(self, library: Library, config: ServeConfig, make_jobs: Callable[..., Jobs] = Jobs) -> None:
         if config.folder is None and "://" in library.uri:
             raise LibraryError(f"{library.uri} is not a folder: give the service its own folder", hint="--folder DIR")
         folder = Path(config.folder or os.path.join(library.uri, "serve")).absolute()
@@ -46,7 +49,7 @@ class Service:
         self.private = (library.uri, str(folder))
         self.pool = Pool(config.threads)
         self.batcher = Batcher(self._search_texts, self.metrics)
-        self.jobs = Jobs(folder, self._add, self._forget, self._known, config, self.metrics, self.private)
+        self.jobs = make_jobs(folder, self._add, self._forget, self._known, config, self.metrics, self.private)
         self.roots = Roots(config.roots)
         self._playable = Roots((*config.roots, self.jobs.uploads))
 

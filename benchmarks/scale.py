@@ -1,0 +1,377 @@
+"""How searching and writing grow with shards, and what that means for machines beyond this one.
+
+`search` asks actors of a local Ray, a shard each: in memory as 32-bit numbers, as the product keeps them, and with
+10,000,000 rows as 16-bit numbers in a mapped file. All is the product's own code but for where the rows come from.
+`recovery` kills the actor of a shard that was read from a library, `commits` writes with several processes, `kills`
+ends actors and replicas of the whole service under clients that know the right answers. Times are those of a machine
+that others may use: CPU-seconds are given beside them. `benchmarks.machines` has the model made of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import _cluster as cluster
+from benchmarks._common import Row, cpu_seconds, parser_of, rows_of, run, say
+from benchmarks.clips import small_clips
+from benchmarks.machines import FPS, IN_MEMORY
+from keyreel import Engine, Library
+from keyreel.cluster.search import RemoteSearch, ShardActor
+from keyreel.config import LibraryConfig
+from keyreel.library import schema, upkeep
+from keyreel.library.search import SearchIndex
+from keyreel.library.shards import open_tables
+from keyreel.library.types import Filter, Record, Rows
+from keyreel.library.vectors import Matrix, Snapshot, Spans
+from keyreel.runtime.backend import resolve
+from keyreel.runtime.bundle import SubjectScale
+from keyreel.search import Asked
+
+WIDTH, K, SHARDS = 256, 10, (1, 2, 4, 8)
+OF_VIDEO, OF_SHOT = 5000, 250  # rows
+SECONDS = 30.0  # for the queries of one set
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def rows_file(folder: Path, rows: int) -> Path:
+    """[rows, WIDTH] float16 unit vectors; each block is a first one with its columns in another order, some negated."""
+    path, draw, block = folder / f"rows-{rows}.f16", np.random.default_rng(19), min(rows, 100_000)
+    if path.exists() and path.stat().st_size == 2 * rows * WIDTH:
+        return path
+    first = draw.standard_normal((block // OF_SHOT, OF_SHOT, WIDTH), np.float32) * 0.5
+    first += draw.standard_normal((block // OF_SHOT, 1, WIDTH), np.float32)
+    first = first.reshape(-1, WIDTH)
+    first = (first / np.linalg.norm(first, axis=1, keepdims=True)).astype(np.float16)
+    with path.open("wb") as file:
+        for _ in range(rows // block):
+            file.write((first[:, draw.permutation(WIDTH)] * draw.choice([-1, 1], WIDTH).astype(np.float16)).tobytes())
+    return path
+
+
+def record_of(number: int) -> Record:
+    times = [OF_SHOT / FPS * shot for shot in range(OF_VIDEO // OF_SHOT + 1)]
+    return Record(
+        id=f"{number:08}",
+        path=f"/made-up/{number:08}.mp4",
+        size=1,
+        mtime_ns=1,
+        fingerprint=str(number),
+        generation=str(number),
+        frames=OF_VIDEO,
+        duration_seconds=times[-1],
+        indexed_at=0.0,
+        shots=tuple(itertools.pairwise(times)),
+        model="made-up",
+        model_sha256="0" * 64,
+    )
+
+
+class MappedShard(ShardActor):
+    """A shard whose rows are a part of a file, mapped or read into memory."""
+
+    def __init__(self, path: str, first: int, last: int, mapped: bool) -> None:
+        count = last - first
+        stored = np.memmap(path, np.float16, "r", 2 * WIDTH * first, (count, WIDTH))
+        videos, frame = count // OF_VIDEO, np.arange(count) % OF_VIDEO
+        none = np.full((count, 4), np.nan, np.float16)
+        vectors = stored if mapped else stored.astype(np.float32)
+        back = np.zeros(count, np.int32)
+        matrix = Matrix(vectors, frame / FPS, frame % OF_SHOT == 0, frame % OF_SHOT == 0, back, none)
+        records = tuple(record_of(first // OF_VIDEO + number) for number in range(videos))
+        names = {record.id: number for number, record in enumerate(records)}
+        low = np.arange(videos) * OF_VIDEO
+        high = low + OF_VIDEO
+        spans = Spans(np.arange(videos), low, high, high, high)
+        self._index = SearchIndex(_Made(), LibraryConfig(), resolve("cpu", threads=1))  # type: ignore[arg-type]
+        self._index._vectors = _Made(Snapshot(1, records, names, matrix, spans))  # type: ignore[assignment]
+
+    def _found(self) -> SearchIndex | None:
+        return self._index
+
+
+class _Made:
+    """What the search needs of tables and vectors that do not change."""
+
+    def __init__(self, snapshot: Snapshot | None = None) -> None:
+        self._snapshot = snapshot
+
+    def model(self) -> tuple[str, str, int]:
+        return "made-up", "0" * 64, WIDTH
+
+    def snapshot(self) -> Snapshot | None:
+        return self._snapshot
+
+
+# --- searching --------------------------------------------------------------------------------------------------------
+
+
+def questions(path: Path, rows: int) -> list[Asked]:
+    """Queries near a row each."""
+    draw, stored = np.random.default_rng(20), np.memmap(path, np.float16, "r", 0, (rows, WIDTH))
+    near = stored[np.sort(draw.integers(0, rows, 64))].astype(np.float32)
+    near += draw.standard_normal(near.shape).astype(np.float32) / math.sqrt(WIDTH)
+    return [Asked(one[None], (SubjectScale(),), (1.0,)) for one in near / np.linalg.norm(near, axis=1, keepdims=True)]
+
+
+def timed(work: Callable[[Asked], Any], queries: Sequence[Asked], seconds: float) -> list[float]:
+    took: list[float] = []
+    work(queries[0])
+    for query in queries:
+        began = time.perf_counter()
+        work(query)
+        took.append(time.perf_counter() - began)
+        if sum(took) > seconds:
+            break
+    return took
+
+
+def cpu_of(pids: Sequence[int]) -> float:
+    """CPU-seconds of processes."""
+    found = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
+    return sum(int(one[11]) + int(one[12]) for one in found) / os.sysconf("SC_CLK_TCK")
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def searched(ray: Any, path: Path, rows: int, shards: int, mapped: bool, seconds: float) -> dict[str, list[float]]:
+    edges = [OF_VIDEO * round(rows / OF_VIDEO * number / shards) for number in range(shards + 1)]
+    kind = ray.remote(num_cpus=0, max_concurrency=2)(MappedShard)
+    actors = [kind.remote(str(path), first, last, mapped) for first, last in itertools.pairwise(edges)]
+    ray.get([actor.ready.remote() for actor in actors])
+    pids = [pid for pid, _ in ray.get([actor.process.remote() for actor in actors])]
+    queries = questions(path, rows)
+    search = RemoteSearch(shards, lambda _: 0, 0.98, actors.__getitem__, wait=True, seconds=600.0)
+    before = cpu_of(pids)
+    took = timed(lambda query: search.hits([query], K), queries, seconds)
+    cpu = (cpu_of(pids) - before) / (len(took) + 1)
+    where, own = Filter(), [None]
+    alone = [
+        statistics.median(
+            timed(lambda q, a=actor: ray.get(a.ask.remote("moments", [q], K, where, own)), queries, seconds / shards)
+        )
+        for actor in actors
+    ]
+    memory = sum(most for _, most in ray.get([actor.process.remote() for actor in actors]))
+    for actor in actors:
+        ray.kill(actor)
+    low, middle, high = np.percentile(took, [25, 50, 99])
+    return {
+        "p50_seconds": [low, middle, float(np.percentile(took, 75))],
+        "p99_seconds": [high],
+        "cpu_seconds": [cpu],
+        "slowest_alone_seconds": [max(alone)],
+        "actors_mib": [memory / 2**20],
+        "driver_mib": [resident_mib()],
+        "queries": [len(took)],
+    }
+
+
+# --- recovery ---------------------------------------------------------------------------------------------------------
+
+
+def fill(uri: str, rows: int, shards: int) -> None:
+    """A library of made-up videos, written in bulk."""
+    tables, draw = open_tables(uri, shards=shards), np.random.default_rng(21)
+    tables.create(model="made-up", model_sha256="0" * 64, width=WIDTH)
+    parts: dict[int, tuple[list[Any], list[Record]]] = {}
+    for number in range(rows // OF_VIDEO):
+        vectors = draw.standard_normal((OF_VIDEO, WIDTH), np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        frame, record = np.arange(OF_VIDEO), record_of(number)
+        weight = np.ones(OF_VIDEO, np.float32)
+        own = Rows(frame / FPS, frame, vectors, frame // OF_SHOT, frame % OF_SHOT == 0, weight)
+        place = tables.number_of(record.id)
+        columns = tables.parts[place].table(schema.VECTORS).schema
+        written = schema.vector_rows(columns, record, own)
+        digest = schema.rows_of(written.select(schema.NUMBERS)).digest
+        made = parts.setdefault(place, ([], []))
+        made[0].append(written)
+        made[1].append(replace(record, digest=digest))
+    for place, (blocks, records) in parts.items():
+        tables.parts[place].add_rows(schema.arrow().concat_tables(blocks))
+        tables.parts[place].upsert(records)
+
+
+def recovered(ray: Any, uri: str, shards: int, kills: int) -> dict[str, list[float]]:
+    """Seconds from a kill to a partial answer, and to a whole one; and what reading a shard takes."""
+    kind = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(ShardActor)
+    actors = [kind.remote(uri, number, None, "cpu") for number in range(shards)]
+    tables = open_tables(uri)
+    search = RemoteSearch(shards, tables.number_of, 0.98, actors.__getitem__, wait=False, seconds=60.0)
+    query = Asked(np.eye(1, WIDTH, dtype=np.float32), (SubjectScale(),), (1.0,))
+    right, found = search.hits([query], K), dict[str, list[float]](partial_seconds=[], recovery_seconds=[])
+    for number in range(kills):
+        pid, _ = ray.get(actors[number % shards].process.remote())
+        began = time.perf_counter()
+        os.kill(pid, signal.SIGKILL)
+        while not search.left_out:
+            search.hits([query], K)
+        found["partial_seconds"].append(time.perf_counter() - began)
+        while search.left_out:
+            time.sleep(0.01)
+            hits = search.hits([query], K)
+        found["recovery_seconds"].append(time.perf_counter() - began)
+        if hits != right:
+            raise RuntimeError("the answer after a recovery is another one")
+    for actor in actors:
+        ray.kill(actor)
+    began = time.perf_counter()
+    for part in tables.parts:
+        SearchIndex(part, LibraryConfig()).refresh()
+    rows = sum(record.rows for record in tables.records())
+    return {**found, "read_rows_a_second": [rows / (time.perf_counter() - began)]}
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(uri: str, writer: int, shards: int, videos: int, begin: Any, ended: Any) -> None:
+    """In a process of its own: so many videos, all to shard `writer` modulo their number."""
+    tables, draw = open_tables(uri), np.random.default_rng(writer)
+    ids = (f"{writer}-{number}" for number in itertools.count())
+    names = [id for id in itertools.islice(ids, 40 * shards * videos) if tables.number_of(id) == writer % shards]
+    vectors = draw.standard_normal((120, WIDTH), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    frame, part = np.arange(120), tables.parts[writer % shards]
+    rows = Rows(frame / FPS, frame, vectors, frame // 40, frame % 40 == 0, np.ones(120, np.float32))
+    part.records()
+    begin.wait()
+    before = cpu_seconds()
+    for id in names[:videos]:
+        part.put(replace(record_of(0), id=id, path=f"/{id}.mp4", generation=id, frames=120), rows)
+        upkeep.tidy(part)
+    ended.put(cpu_seconds() - before)
+
+
+def commits(folder: Path, writers: int, shards: int, videos: int) -> dict[str, list[float]]:
+    uri = str(folder / f"commits-{writers}-{shards}")
+    open_tables(uri, shards=shards).create(model="made-up", model_sha256="0" * 64, width=WIDTH)
+    spawn = multiprocessing.get_context("spawn")
+    begin, ended = spawn.Barrier(writers + 1), spawn.Queue()
+    processes = [spawn.Process(target=write, args=(uri, n, shards, videos, begin, ended)) for n in range(writers)]
+    for process in processes:
+        process.start()
+    begin.wait()
+    began = time.perf_counter()
+    cpu = sum(ended.get() for _ in processes)
+    seconds = time.perf_counter() - began
+    for process in processes:
+        process.join()
+    there = len(open_tables(uri).records())
+    if there != writers * videos:
+        raise RuntimeError(f"{there} videos instead of {writers * videos}")
+    return {"commits_a_second": [there / seconds], "cpu_seconds": [cpu / there]}
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+QUERIES = ("a red car", "a dog on a beach", "people in a street", "a bottle", "water")
+
+
+def killed(folder: Path, kills: int, clients: int) -> Iterator[tuple[Row, dict[str, list[float]]]]:
+    clips, uri = small_clips(folder, 10), folder / "served"
+    with Engine.from_pretrained(device="cpu", threads=1) as engine:
+        with Library(uri, engine, config=LibraryConfig(shards=3)) as library:
+            library.add(clips[:6])
+            right = cluster.answers(engine, library, QUERIES)
+        options = ("--replicas", "2", "--root", str(clips[0].parent), "--device", "cpu")
+        with cluster.cluster_served(uri, *options) as served:
+
+            def fits(query: str, answer: dict[str, Any]) -> bool:
+                return answer["query"] == query and cluster.is_one_of(right[query], answer)
+
+            jobs: list[str] = []
+            with cluster.Clients(served, clients, [*QUERIES], fits) as asking:
+                time.sleep(2)
+                for number in range(kills):
+                    what = (cluster.SHARD, cluster.REPLICA)[number % 2]
+                    cluster.kill_one(served, what, number // 2)
+                    say(f"  kill {number + 1}: {what}; {asking.statuses}, {len(asking.wrong)} wrong")
+                    time.sleep(3)
+            for wrong in asking.wrong[:5]:
+                say(f"  wrong: {wrong}")
+            for clip in clips[6:]:
+                until = time.monotonic() + 120
+                while (answer := served.http.post("/api/v1/jobs", json={"path": str(clip)})).status_code == 503:
+                    if time.monotonic() > until:
+                        raise RuntimeError("the queue does not come back")
+                    time.sleep(0.5)
+                jobs.append(answer.json()["id"])
+                cluster.kill_one(served, cluster.JOBS, 0)
+            lost = sum(cluster.wait_for(served.http, id)["state"] != "done" for id in jobs)
+    yield (
+        {"kills": kills, "clients": clients},
+        {
+            "whole": [asking.statuses.get(200, 0) - asking.partial],
+            "partial": [asking.partial],
+            "refused": [sum(count for status, count in asking.statuses.items() if status in (429, 503))],
+            "wrong": [len(asking.wrong)],
+            "slowest_seconds": [asking.slowest],
+            "jobs": [len(jobs)],
+            "lost": [lost],
+        },
+    )
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    import ray
+
+    from keyreel.cluster.indexing import connected
+
+    quick = options.quick
+    per_shard, large = (10_000, 40_000) if quick else (250_000, 10_000_000)
+    seconds, shards = (1.0, (1, 2)) if quick else (SECONDS, SHARDS)
+    with tempfile.TemporaryDirectory(dir=options.content) as made:
+        folder = Path(made)
+        if "commits" in options.only:
+            for writers, count in ((1, 1), (4, 1), (4, 4)) if not quick else ((1, 1), (2, 2)):
+                params = {"writers": writers, "shards": count}
+                yield from rows_of(
+                    "scale-commits", params, "keyreel", commits(folder, writers, count, 6 if quick else 60)
+                )
+        if "search" in options.only:
+            with connected(ray, None, cpus=2, gpus=0):
+                path = rows_file(options.content, per_shard * max(4, *shards))
+                for rows, count in [*((per_shard * count, count) for count in shards), (4 * per_shard, 1)]:
+                    found = searched(ray, path, rows, count, False, seconds)
+                    params = {"rows": rows, "shards": count, "width": WIDTH, "kept": IN_MEMORY}
+                    yield from rows_of("scale-search", params, "keyreel", found)
+                path = rows_file(options.content, large)
+                for count in shards:
+                    params = {"rows": large, "shards": count, "width": WIDTH, "kept": "mapped file, 16 bits"}
+                    yield from rows_of(
+                        "scale-search", params, "keyreel", searched(ray, path, large, count, True, seconds)
+                    )
+                rows, count = (20_000, 2) if quick else (200_000, 4)
+                fill(str(folder / "recovery"), rows, count)
+                found = recovered(ray, str(folder / "recovery"), count, 2 if quick else 8)
+                yield from rows_of("scale-recovery", {"rows": rows, "shards": count, "width": WIDTH}, "keyreel", found)
+        if "kills" in options.only:
+            for params, found in killed(folder, *((2, 4) if quick else (50, 32))):
+                yield from rows_of("scale-kills", params, "keyreel", found)
+
+
+if __name__ == "__main__":
+    parser = parser_of(__doc__)
+    parts = ("commits", "search", "kills")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="some of the measurements")
+    raise SystemExit(run(parser, measure))

@@ -1,0 +1,37 @@
+"""Errors that travel between processes: Ray would wrap them, and some of ours cannot be made from their message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """An exception as values."""
+
+    kind: type[Exception]
+    arguments: tuple[Any, ...]
+    fields: Mapping[str, Any]
+
+
+def carried(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | Carried:
+    """The result of `work`, or the exception that it raised."""
+    try:
+        return work(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - raised where the result is opened
+        return Carried(type(error), error.args, vars(error))
+
+
+def opened(result: R | Carried) -> R:
+    """What `carried` returned, or raises what it caught."""
+    if not isinstance(result, Carried):
+        return result
+    error = result.kind.__new__(result.kind)
+    error.args = result.arguments
+    vars(error).update(result.fields)
+    raise error

@@ -1,0 +1,46 @@
+"""What Ray Serve's HTTP proxies do besides passing requests on."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+from starlette.middleware import Middleware
+
+from keyreel.config import ServeConfig
+from keyreel.serve.security import READS, ApiError
+
+
+def middlewares() -> list[Middleware]:
+    """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
+    return [Middleware(Unavailable)]
+
+
+class Unavailable:
+    """Answers 503 where Serve's proxy has no answer: the replica at work on the request has died, which the server
+    would make a 500; or there is none for longer than a request may take (the default of `ServeConfig`). Requests with
+    a body may take as long as they come.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """See the ASGI specification."""
+        begun = scope["type"] != "http"
+        bounded = scope.get("method") in (*READS, "DELETE")
+
+        async def noted(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            deadline.reschedule(None)
+            await send(message)
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ServeConfig().timeout_seconds if bounded else None) as deadline:
+                await self._app(scope, receive, noted)
+        if not begun:
+            hint, headers = "try again in some seconds", {"Retry-After": "1"}
+            lost = ApiError(503, "lost", "no process has answered: they end, or start", hint=hint, headers=headers)
+            await lost.response()(scope, receive, send)

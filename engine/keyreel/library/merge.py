@@ -1,0 +1,220 @@
+"""From the best moments and videos of each shard to those of the whole library, exactly.
+
+A shard answers with as many moments as it needs to show k of its own, in their order, and with the vectors of their
+best frames. Merged, they are the beginning of what one search over all videos would rank, as far as every shard has
+told; near-duplicates are folded and `Filter.per_video` is counted here, over all shards. If the shards' moments hide
+each other and too few remain, they are asked for more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from keyreel.library.types import Filter, LibraryHit, VideoHit
+from keyreel.search import Asked
+from keyreel.types import F32, F64, Example
+
+T = TypeVar("T")
+_ROUNDING = 1e-6  # two equal vectors of 512 numbers have a cosine this close to 1 in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A moment of one shard."""
+
+    hit: LibraryHit  # but for its chance, and for what it hides
+    scene: F32  # [D] float32, of its best frame
+    subject: F32 | None  # [D] float32
+
+    @property
+    def order(self) -> tuple[float, str, float]:
+        """Where it comes among all others."""
+        return -self.hit.score, self.hit.video, self.hit.start_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """The best moments of one shard for one query, best first."""
+
+    moments: Sequence[Candidate]
+    whole: bool  # whether there are no others
+
+
+@dataclass(frozen=True, slots=True)
+class RankedVideo:
+    """A video of one shard."""
+
+    video: str  # path
+    video_id: str
+    score: float
+    moments: Sequence[Candidate]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What one shard has found."""
+
+    queries: Sequence[Ranked]
+    videos: Sequence[RankedVideo]
+    pictures: int  # how many different ones were searched
+    left_out: Sequence[str]  # paths of videos whose rows could not be used
+
+
+class Shard(Protocol):
+    """What searches one shard, see `search.SearchIndex`."""
+
+    def moments(self, queries: Sequence[Asked], k: int, where: Filter, own: Sequence[Example | None]) -> Answered: ...
+    def top_videos(self, query: Asked, k: int, moments: int, where: Filter, own: Example | None) -> Answered: ...
+    def vector(self, example: Example) -> F32: ...
+    def scores(self, query: Asked, video: str) -> tuple[F64, F32]: ...
+    def build(self) -> bool: ...
+
+
+@dataclass(slots=True)
+class Kept:
+    """A moment that is shown, and how many it hides, see `LibraryHit`."""
+
+    place: int  # among those that were given
+    folded: int = 0
+    more: int = 0
+
+
+def keep(ranked: Iterable[tuple[str, F32]], k: int, per_video: int | None, similarity: float) -> list[Kept]:
+    """The first k that are no near-duplicate of a better one of another video, at most `per_video` of one.
+
+    Args:
+        ranked: video and vector [D] of each moment, best first.
+        similarity: from which cosine on two are near-duplicates.
+    """
+    kept: list[Kept] = []
+    last: dict[str, Kept] = {}  # of each video
+    shown = Counter[str]()
+    videos: list[str] = []
+    vectors: list[F32] = []
+    for place, (video, vector) in enumerate(ranked):
+        if shown[video] == per_video:
+            last[video].more += 1
+            continue
+        if kept:
+            alike = (np.stack(vectors) @ vector >= similarity - _ROUNDING) & (np.array(videos) != video)
+            if alike.any():
+                kept[int(alike.argmax())].folded += 1
+                continue
+        last[video] = Kept(place)
+        kept.append(last[video])
+        if len(kept) == k:
+            break
+        shown[video] += 1
+        videos.append(video)
+        vectors.append(vector)
+    return kept
+
+
+class Search:
+    """A query to all shards of a library. Safe to share between threads.
+
+    Args:
+        shards: of the library, in their order.
+        number_of: the shard of a video, by its id.
+        similarity: `LibraryConfig.fold_similarity`.
+    """
+
+    def __init__(self, shards: Sequence[Shard], number_of: Callable[[str], int], similarity: float) -> None:
+        self.shards, self._number_of, self._similarity = shards, number_of, similarity
+        self.left_out: tuple[str, ...] = ()  # paths whose rows the last search could not use
+
+    def hits(
+        self, queries: Sequence[Asked], k: int, where: Filter | None = None, own: Sequence[Example | None] = ()
+    ) -> list[list[LibraryHit]]:
+        """See `SearchIndex.hits`."""
+        where, own = where or Filter(), own or [None] * len(queries)
+        found: list[list[LibraryHit]] = [[] for _ in queries]
+        waiting, most, left_out = list(range(len(queries))), k, set[str]()
+        while waiting:
+            some, theirs = [queries[n] for n in waiting], [own[n] for n in waiting]
+            asked = [replace(query, chances=None) for query in some]
+
+            def moments(shard: Shard, where: Filter) -> Answered:
+                return shard.moments(asked, most, where, theirs)  # noqa: B023 - called in this round
+
+            answers = self.ask(moments, where)
+            pictures = sum(answer.pictures for answer in answers)
+            left_out.update(path for answer in answers for path in answer.left_out)
+            short = []
+            for place, n in enumerate(waiting):
+                ranked, whole = _merged([answer.queries[place] for answer in answers])
+                kept = keep(((m.hit.video_id, m.scene) for m in ranked), k, where.per_video, self._similarity)
+                found[n] = [
+                    replace(_shown(queries[n], ranked[one.place], pictures), folded=one.folded, more=one.more)
+                    for one in kept
+                ]
+                if len(kept) < k and not whole:
+                    short.append(n)
+            waiting, most = short, 4 * most
+        self.left_out = tuple(sorted(left_out))
+        return found
+
+    def videos(
+        self, query: Asked, k: int, moments: int = 3, where: Filter | None = None, own: Example | None = None
+    ) -> list[VideoHit]:
+        """See `SearchIndex.videos`."""
+        asked = replace(query, chances=None)
+        answers = self.ask(lambda shard, where: shard.top_videos(asked, k, moments, where, own), where or Filter())
+        pictures = sum(answer.pictures for answer in answers)
+        self.left_out = tuple(sorted({path for answer in answers for path in answer.left_out}))
+        best = sorted(
+            (video for answer in answers for video in answer.videos),
+            key=lambda video: (-video.score, video.video, video.video_id),
+        )
+        return [
+            VideoHit(one.video, one.video_id, one.score, tuple(_shown(query, m, pictures) for m in one.moments))
+            for one in best[:k]
+        ]
+
+    def vector(self, example: Example) -> F32:
+        """See `SearchIndex.vector`."""
+        return self.ask_one(self._number_of(example.video), lambda shard: shard.vector(example))
+
+    def scores(self, query: Asked, video: str) -> tuple[F64, F32]:
+        """See `SearchIndex.scores`."""
+        asked = replace(query, chances=None)
+        return self.ask_one(self._number_of(video), lambda shard: shard.scores(asked, video))
+
+    def build(self) -> None:
+        """See `SearchIndex.build`."""
+        for number in range(len(self.shards)):
+            self.ask_one(number, lambda shard: shard.build())
+
+    def ask(self, call: Callable[[Shard, Filter], Answered], where: Filter) -> list[Answered]:
+        """What those shards answer that may have something, one after the other."""
+        return [call(self.shards[number], own) for number, own in self.parts_of(where)]
+
+    def ask_one(self, number: int, call: Callable[[Shard], T]) -> T:
+        """What one shard answers."""
+        return call(self.shards[number])
+
+    def parts_of(self, where: Filter) -> list[tuple[int, Filter]]:
+        """The shards that a filter lets through, with the filter for each: ids only of its own videos."""
+        if len(self.shards) == 1 or not where.videos:
+            return [(number, where) for number in range(len(self.shards))]
+        own: dict[int, list[str]] = {}
+        for id in where.videos:
+            own.setdefault(self._number_of(id), []).append(id)
+        return [(number, replace(where, videos=tuple(ids))) for number, ids in sorted(own.items())]
+
+
+def _merged(shards: Sequence[Ranked]) -> tuple[list[Candidate], bool]:
+    """The moments of all shards in order, as far as each has told them; and whether that is all there is."""
+    ends = [shard.moments[-1].order for shard in shards if not shard.whole]
+    every = sorted((moment for shard in shards for moment in shard.moments), key=lambda moment: moment.order)
+    return [moment for moment in every if not ends or moment.order <= min(ends)], not ends
+
+
+def _shown(query: Asked, moment: Candidate, pictures: int) -> LibraryHit:
+    """The hit with its chance."""
+    return replace(moment.hit, chance=query.chance(moment.scene, moment.subject, pictures))

@@ -1,0 +1,167 @@
+"""Reading what a library's tables hold: records, from a cache that follows every commit, rows and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from keyreel.errors import Damaged
+from keyreel.library import schema
+from keyreel.library.errors import Vanished, lance_errors
+from keyreel.library.opened import ATTEMPTS, REPAIR, Opened
+from keyreel.library.schema import RECORDS, VECTORS, quoted
+from keyreel.library.types import Extras, Preview, Record, Rows
+from keyreel.types import I64
+
+_log = logging.getLogger("keyreel.library")
+CHUNK = 128  # generations or ids named in one condition; for more, everything is read
+
+
+class Stored(Opened):
+    """What the tables hold, see `table.Tables`."""
+
+    def __init__(self, uri: str, *, storage_options: Mapping[str, str] | None = None, upgrading: bool = False) -> None:
+        super().__init__(uri, storage_options=storage_options, upgrading=upgrading)
+        self._records: dict[str, tuple[int, Record]] = {}  # when each was written, and what
+        self._seen: int | None = None  # the version that the cache holds
+        self._damaged: tuple[str, ...] = ()  # paths of records that it leaves out
+
+    def close(self) -> None:
+        """Closes the tables; they are opened again when needed. Idempotent."""
+        with self._lock:
+            super().close()
+            self._records.clear()
+            self._seen = None
+
+    def version(self) -> int:
+        """A number that changes with each commit of any process."""
+        with lance_errors(self.uri):
+            return int(self.table(RECORDS).version)
+
+    def records(self, ids: Sequence[str] | None = None) -> list[Record]:
+        """The videos in order of path; unknown `ids` are left out."""
+        with self._lock:
+            self._refresh()
+            wanted = list(self._records) if ids is None else dict.fromkeys(ids)
+            chosen = [self._records[id][1] for id in wanted if id in self._records]
+        return sorted(chosen, key=lambda record: (record.path, record.id))
+
+    def damaged(self) -> tuple[str, ...]:
+        """The paths, if they can be trusted, of videos whose record is damaged; `records` leaves them out."""
+        with self._lock:
+            self._refresh()
+            return self._damaged
+
+    def rows(self, generations: Sequence[str]) -> Iterator[tuple[str, Rows]]:
+        """Each of these generations that is there and can be read, in any order."""
+        wanted = dict.fromkeys(generations)
+        for attempt in range(ATTEMPTS):
+            if not wanted:
+                return
+            try:
+                with lance_errors(self.uri):
+                    for table in self._runs(wanted):
+                        generation = table["generation"][0].as_py()
+                        rows = schema.rows_of(table)
+                        del wanted[generation]
+                        yield generation, rows
+                return
+            except Vanished:  # a compaction may have deleted the files; the next look sees the new ones
+                if attempt == ATTEMPTS - 1:
+                    raise
+            except Damaged:  # what lies in other places can be read
+                names = list(wanted)
+                step = CHUNK if len(names) > CHUNK else 1
+                for start in range(0, len(names), step) if len(names) > 1 else ():
+                    yield from self.rows(names[start : start + step])
+                return
+
+    def previews(self, generation: str) -> tuple[Preview, ...]:
+        """The key-frames of one generation, in order of time, without damaged ones."""
+        rows, _ = self.sound(VECTORS, f"generation = {quoted([generation])} AND preview IS NOT NULL")
+        return tuple(schema.preview_of(row) for row in sorted(rows, key=lambda row: row["pts_seconds"]))
+
+    def preview(self, generation: str, pts_seconds: float) -> bytes | None:
+        """The picture of the key-frame at that time, to half a millisecond; None without one."""
+        low, high = float(pts_seconds) - 5e-4, float(pts_seconds) + 5e-4
+        where = f"generation = {quoted([generation])} AND keyframe AND pts_seconds BETWEEN {low!r} AND {high!r}"
+        rows, _ = self.sound(VECTORS, where)
+        return min(rows, key=lambda row: abs(row["pts_seconds"] - pts_seconds))["preview"] if rows else None
+
+    def extras(self, generation: str) -> Extras | None:
+        """Sprite, thumbnails and overview of one generation; None without any, or where they are damaged."""
+        rows, _ = self.sound(VECTORS, f"generation = {quoted([generation])} AND row = 0 AND sprite IS NOT NULL")
+        return Extras(rows[0]["sprite"], rows[0]["vtt"], json.loads(rows[0]["overview"])) if rows else None
+
+    def sound(self, name: str, where: str | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Whole rows of a table: those with the right checksum, and the damaged ones."""
+        table = self.read(name, where, None)
+        right, array = schema.checks(table) == table["check"].to_numpy(), schema.arrow().array
+        if not right.all():
+            _log.warning("%s: %d rows of %s are damaged and skipped; %s", self.uri, (~right).sum(), name, REPAIR)
+        return table.filter(array(right)).to_pylist(), table.filter(array(~right)).to_pylist()
+
+    def read(self, name: str, where: str | None, columns: Sequence[str] | None = None) -> Any:
+        """Rows of a table as a pyarrow table; read again if a compaction deletes their files meanwhile."""
+
+        def work() -> Any:
+            query = self.table(name).search()
+            query = query.where(where) if where else query
+            return (query.select(list(columns)) if columns else query).to_arrow()
+
+        return self.retried(work, Vanished)
+
+    def row_ids(self, table: Any) -> I64:
+        """LanceDB's numbers of all rows, rising: number of the file << 32 | row in it. Reads no data files."""
+        with lance_errors(self.uri):
+            ids = table.search().select(["_rowid"]).to_arrow()["_rowid"].to_numpy()
+        return np.sort(ids.astype(np.int64))
+
+    def bytes(self) -> int | None:
+        """Size on disk; None for a URI."""
+        total = 0
+        for path in self.folder.rglob("*") if self.folder is not None else ():
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                total += path.stat().st_size if path.is_file() else 0
+        return None if self.folder is None else total
+
+    def _refresh(self) -> None:
+        """Brings the cache of records up to date; reads only the rows that changed."""
+        version = self.version()
+        if version == self._seen:
+            return
+        written = {row["id"]: row["written"] for row in self.read(RECORDS, None, ("id", "written")).to_pylist()}
+        known = {id: old for id, old in self._records.items() if old[0] == written.get(id)}
+        missing = [id for id in written if id not in known]
+        if missing:
+            where = f"id IN ({quoted(missing)})" if len(missing) <= CHUNK else None
+            rows, damaged = self.sound(RECORDS, where)
+            known |= {row["id"]: (row["written"], schema.record_of(row)) for row in rows}
+            self._damaged = tuple(sorted({str(row["path"]) for row in damaged}))
+        else:
+            self._damaged = ()
+        self._records, self._seen = known, version
+
+    def _runs(self, wanted: Mapping[str, Any]) -> Iterator[Any]:
+        """One pyarrow table for each generation, in the order in which they are stored."""
+        query = self.table(VECTORS).search().select(list(schema.NUMBERS))
+        if len(wanted) <= CHUNK:
+            query = query.where(f"generation IN ({quoted(wanted)})")
+        pending: list[Any] = []  # batches of the generation that is being read
+        for batch in query.to_batches():
+            names = batch["generation"].to_numpy(zero_copy_only=False)
+            edges = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(names)]
+            for start, stop in pairwise(edges) if len(names) else ():
+                if pending and pending[0]["generation"][0].as_py() != names[start]:
+                    yield schema.arrow().Table.from_batches(pending)
+                    pending = []
+                if names[start] in wanted:
+                    pending.append(batch.slice(start, stop - start))
+        if pending:
+            yield schema.arrow().Table.from_batches(pending)
