@@ -87,7 +87,7 @@ class Record:
     error: str | None = None  # why indexing failed
     hint: str | None = None
     tags: tuple[str, ...] = ()
-    date: float | None = None  # recording time from the file, else its last change; seconds since 1970
+    date: float | None = None  # recording time from the file's metadata, seconds since 1970; None if it has none
     duration_seconds: float | None = None
     indexed_at: float  # seconds since 1970
     probe: Mapping[str, Any] = field(default_factory=dict)  # fields of VideoInfo; empty if indexing failed
