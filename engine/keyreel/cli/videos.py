@@ -18,6 +18,7 @@ from keyreel.cli.progress import PICTURED, RENDERED, Bars
 from keyreel.config import (
     DecodeLimits,
     EncodeConfig,
+    Markers,
     OutputConfig,
     ReelMode,
     ReelOrder,
@@ -82,6 +83,19 @@ def summarize(
     thumbnails: Annotated[bool, Option(help="write thumbs.vtt and thumbs.jpg")] = OUTPUT.thumbnails,
     otio: Annotated[bool, Option("--otio", help="write reel.otio")] = OUTPUT.otio,
     edl: Annotated[bool, Option("--edl", help="write reel.edl")] = OUTPUT.edl,
+    markers: Annotated[
+        Markers | None,
+        Option(parser=str, metavar="otio|edl|fcpxml", help="write the key-frames as markers for an editing program"),
+    ] = OUTPUT.markers,
+    scenes_csv: Annotated[
+        bool, Option("--scenes-csv", help="write the shots as scenes.csv, PySceneDetect's scene list")
+    ] = OUTPUT.scenes_csv,
+    chapters: Annotated[
+        bool, Option("--chapters", help="write a copy of the video with its scenes as chapters, nothing encoded anew")
+    ] = OUTPUT.chapters,
+    embeddings: Annotated[
+        bool, Option("--embeddings", help="write embeddings.npz, which Summary.load and NumPy read")
+    ] = OUTPUT.embeddings,
     keyframe_height: Annotated[int, Option(help="tallest key-frame picture, in pixels")] = OUTPUT.keyframe_height,
     overwrite: Annotated[bool, Option("--overwrite", help="replace a folder that is there")] = OUTPUT.overwrite,
     shift: options.Shift = options.ENCODING.shift,
@@ -117,6 +131,10 @@ def summarize(
         thumbnails=thumbnails,
         otio=otio,
         edl=edl,
+        markers=markers,
+        scenes_csv=scenes_csv,
+        chapters=chapters,
+        embeddings=embeddings,
         keyframe_height=keyframe_height,
         overwrite=overwrite,
     )
