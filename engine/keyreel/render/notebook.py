@@ -10,7 +10,7 @@ import numpy as np
 
 from keyreel.errors import KeyreelError
 from keyreel.render.pictures import short_clock
-from keyreel.render.storyboard import base_name, picture_url, templates
+from keyreel.render.storyboard import base_name, counted, picture_url, templates
 from keyreel.types import U8, HitT, Summary
 
 MOST_PICTURES = 24
@@ -31,7 +31,9 @@ def summary_html(summary: Summary, pictures: Sequence[U8]) -> str:
         facts=[
             short_clock(summary.stop_seconds),
             f"{summary.video.width} × {summary.video.height}",
-            f"{len(summary.scenes)} scenes, {len(summary.shots)} shots, {len(summary.keyframes)} key-frames",
+            counted(len(summary.scenes), "scene"),
+            counted(len(summary.shots), "shot"),
+            counted(len(summary.keyframes), "key-frame"),
         ],
         scenes=[
             (1000 * (scene.start_seconds - begin) / length, 1000 * scene.duration_seconds / length)
@@ -65,7 +67,7 @@ def hits_html(hits: Sequence[HitT], picture_of: Callable[[HitT], U8 | bytes | No
                 "lines": [span, said, base_name(hit.video)],
             }
         )
-    facts = [f"{len(hits)} moment{'' if len(hits) == 1 else 's'}"]
+    facts = [counted(len(hits), "moment")]
     return _fragment(name="Search", facts=facts, cards=cards, left_out=len(hits) - len(cards), scenes=[], marks=[])
 
 

@@ -63,8 +63,8 @@ def storyboard_page(
     name = base_name(video.path)
     reel = document.reel if document.reel is not None and document.reel.file is not None else None
     facts = [short_clock(duration), f"{video.width} × {video.height}", video.codec]
-    facts += [_counted(len(summary.scenes), "scene"), _counted(len(summary.shots), "shot")]
-    facts.append(_counted(len(summary.keyframes), "key-frame"))
+    facts += [counted(len(summary.scenes), "scene"), counted(len(summary.shots), "shot")]
+    facts.append(counted(len(summary.keyframes), "key-frame"))
     if reel is not None:
         facts.append(f"reel of {short_clock(sum(span.duration_seconds for span in reel.spans))}")
     tall = " tall" if pictures[0].height > pictures[0].width else ""
@@ -117,10 +117,13 @@ def search_page(query: str, hits: Sequence[SearchHit], previews: Sequence[U8 | N
             "fraction": hit.score / best if best > 0 else 0.0,
             "name": base_name(hit.video),
             "link": _moment_link(hit),
+            "play": link if (link := _moment_link(hit)) is not None and link.startswith("file:") else None,
         }
         for hit, preview in sorted(zip(hits, previews, strict=True), key=lambda row: -row[0].score)
     ]
-    return _page("results.html", title=f"{query} · keyreel search", script="", query=query, cards=cards)
+    return _page(
+        "results.html", title=f"{query} · keyreel search", script=_asset("results.js"), query=query, cards=cards
+    )
 
 
 def link_to(path: Path, folder: Path) -> str:
@@ -148,7 +151,7 @@ def templates() -> Any:
 
 def _page(template: str, *, script: str, **content: Any) -> str:
     pages = templates()
-    pages.filters.update(clock=short_clock, counted=_counted)
+    pages.filters.update(clock=short_clock, counted=counted)
     style = _asset("page.css")
     policy = "default-src 'none'; img-src data:; media-src 'self' file:; base-uri 'none'; form-action 'none'; "
     policy += f"style-src '{_digest(style)}'; script-src " + (f"'{_digest(script)}'" if script else "'none'")
@@ -170,7 +173,7 @@ def base_name(path: str) -> str:
     return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or path
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
