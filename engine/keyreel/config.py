@@ -275,6 +275,7 @@ class ServeConfig:
     max_jobs: int = 256  # jobs that may wait; more get 429
     upload_bytes: int = 4 << 30  # largest upload, in bytes
     upload_quota: int | None = None  # bytes that all uploads together may take; None: as the disk holds
+    play_bytes: int = 8 << 30  # bytes that copies for browsers may take together, see `serve.playable`
     drain_seconds: float = 10.0  # how long requests, and then the jobs at work, may go on after SIGTERM
 
     @property
@@ -290,7 +291,7 @@ class ServeConfig:
         token = self.token
         sound = token is None or (len(token) >= 8 and token.isascii() and token.isprintable())
         _check(sound, "a token must have 8 characters or more, all of them printable ASCII")
-        for name in ("threads", "job_threads", "max_jobs", "upload_bytes"):
+        for name in ("threads", "job_threads", "max_jobs", "upload_bytes", "play_bytes"):
             _check(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
         _check(self.drain_seconds >= 0, f"drain_seconds must be >= 0, got {self.drain_seconds}")
         _check(self.timeout_seconds > 0, f"timeout_seconds must be > 0, got {self.timeout_seconds}")

@@ -1,19 +1,20 @@
-"""A copy of a video with its scenes as chapters: packets are copied as they are, nothing is encoded anew."""
+"""Copies of a whole video, packet by packet: with its scenes as chapters, or in another container."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
-from av.packet import Packet
 
 from keyreel.decode.packets import BROKEN
 from keyreel.decode.source import Source
 from keyreel.decode.timeline import start_seconds
 from keyreel.errors import RenderError
-from keyreel.types import Shot
+from keyreel.render.copy import MP4_OPTIONS
+from keyreel.types import Progress, Shot
 
 MILLISECONDS = Fraction(1, 1000)
 
@@ -35,10 +36,10 @@ def write_chapters(source: Source, scenes: Sequence[Shot], folder: Path) -> Path
         suffix = ".mp4" if "mp4" in container.format.name else ".mkv"
         path = folder / f"chapters{suffix}"
         try:
-            with av.open(str(path), "w", options={"movflags": "+faststart"} if suffix == ".mp4" else {}) as output:
+            with av.open(str(path), "w", options=MP4_OPTIONS if suffix == ".mp4" else {}) as output:
                 picture = source.require_video(container)
                 kept = [picture, *container.streams.audio, *container.streams.subtitles]
-                made = {own.index: output.add_stream_from_template(own, opaque=True) for own in kept}
+                streams = {own.index: output.add_stream_from_template(own, opaque=True) for own in kept}
                 offset = start_seconds(container, picture) or Fraction(0)
                 output.set_chapters(
                     [
@@ -52,16 +53,71 @@ def write_chapters(source: Source, scenes: Sequence[Shot], folder: Path) -> Path
                         for number, scene in enumerate(scenes, 1)
                     ]
                 )
-                for packet in container.demux(kept):
-                    if packet.dts is not None and isinstance(packet, Packet):
-                        packet.stream = made[packet.stream.index]
-                        output.mux(packet)
+                _copy(source, container, output, streams)
         except BROKEN as error:
             path.unlink(missing_ok=True)
             raise RenderError(
                 f"{source.name}: its packets cannot be copied into {suffix}: {error}", hint="leave out --chapters"
             ) from error
     return path
+
+
+def write_remux(source: Source, path: Path, progress: Progress) -> None:
+    """Copies the picture and its first sound into an MP4 file.
+
+    Args:
+        progress: called with ("remux", seconds done, seconds in all).
+
+    Raises:
+        RenderError: MP4 does not take them.
+        SourceError: the video cannot be opened.
+    """
+    total = source.probe().duration_seconds
+    with source.open() as container:
+        try:
+            with av.open(str(path), "w", format="mp4", options=MP4_OPTIONS) as output:
+                kept = [source.require_video(container), *container.streams.audio[:1]]
+                streams = {own.index: output.add_stream_from_template(own, opaque=True) for own in kept}
+                _copy(source, container, output, streams, lambda seconds: progress("remux", seconds, total))
+        except BROKEN as error:
+            raise RenderError(f"{source.name}: its packets cannot be copied into MP4: {error}") from error
+
+
+def _copy(
+    source: Source,
+    container: Any,
+    output: Any,
+    streams: Mapping[int, Any],
+    tell: Callable[[float], None] = lambda seconds: None,
+) -> None:
+    """Copies the packets of these streams, by their index in the container."""
+    held: dict[int, list[Any]] = {}  # packets before the first one of their stream with a time of decoding
+    begun: set[int] = set()
+    for packet in container.demux([container.streams[index] for index in streams]):
+        if not packet.size:
+            continue
+        if packet.pts is None:
+            raise RenderError(
+                f"{source.name}: its packets do not say when they are shown", hint="AVI and MPEG-PS often do not"
+            )
+        if packet.is_keyframe:
+            tell(max(0.0, float(packet.pts * packet.time_base)))
+        index = packet.stream.index
+        packets = [packet]
+        if index not in begun:  # Matroska keeps no times of decoding; FFmpeg knows them once it has seen some packets
+            held.setdefault(index, []).append(packet)
+            if packet.dts is None:
+                continue
+            begun.add(index)
+            packets = held.pop(index)
+            step, first = packet.duration or 1, packet.dts
+            for ahead, early in enumerate(reversed(packets)):
+                early.dts = first - ahead * step
+        for own in packets:
+            own.stream = streams[index]
+            output.mux(own)
+    if held:
+        raise RenderError(f"{source.name}: its packets do not say when they are decoded")
 
 
 def ffmetadata(scenes: Sequence[Shot]) -> str:

@@ -238,6 +238,16 @@ def _add_videos(router: APIRouter, service: Service) -> None:
 
     router.add_api_route("/api/v1/videos/{id}/file", file, methods=["HEAD"], include_in_schema=False)
 
+    @router.post("/api/v1/videos/{id}/playable", tags=["videos"])
+    async def playable(id: str) -> models.Playable:
+        """Makes a copy that browsers can play, for as long as somebody asks at least every ten seconds."""
+        return await service.pool.run(service.playable, id)
+
+    @router.get("/api/v1/videos/{id}/playable.mp4", tags=["videos"], response_class=Response)
+    async def playable_file(id: str) -> Response:
+        """The copy, whole or in ranges; 404 until it is done."""
+        return OpenFile(*await service.pool.run(service.open_playable, id))
+
 
 def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:
     jobs, uploading = service.jobs, asyncio.Semaphore(MAX_UPLOADS)

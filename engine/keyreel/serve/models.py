@@ -193,6 +193,14 @@ class Refusal(BaseModel):
     error: Problem
 
 
+class Playable(BaseModel):
+    """A copy of a video that browsers can play: playable.mp4 beside its file, once it is done."""
+
+    state: Literal["running", "done", "failed"]
+    progress: float
+    error: Problem | None
+
+
 class JobState(BaseModel):
     """A video that is, was or will be indexed."""
 

@@ -247,8 +247,32 @@ player.addEventListener("error", async () => {
   const answer = await fetch(player.src, { headers: { ...authorization(), Range: "bytes=0-0" } }).catch(() => null);
   if (id !== shown.id) return;
   if (answer && !answer.ok) unplayable(problem(answer.status, await answer.text()));
+  else if (player.src.endsWith("/file")) convert(id, player.currentTime || now);
   else unplayable({ message: "This browser cannot play the video." });
 });
+
+// A copy that browsers can play. The server makes it for as long as this asks for it.
+async function convert(id, seconds) {
+  const path = `videos/${encodeURIComponent(id)}/playable`, wanted = () => id === shown.id && !section.hidden;
+  try {
+    while (wanted()) {
+      const { state, progress, error } = await api(path, { method: "POST" });
+      if (!wanted()) return;
+      if (state === "failed") return unplayable({ message: `This browser cannot play the video, and no copy can be made: ${error.message}` });
+      if (state === "done") break;
+      unplayable({ message: `This browser cannot play the file. A copy that it can play is being made: ${Math.floor(100 * progress)} %` });
+      await pause(700);
+    }
+    if (!wanted()) return;
+    $(".unplayable", section).hidden = true;
+    player.hidden = false;
+    player.src = new URL(`${path}.mp4`, API);
+    start(seconds, true);
+  } catch (error) {
+    if (wanted()) unplayable(error);
+  }
+}
+
 function unplayable({ message }) {
   player.hidden = true;
   complain($(".unplayable", section), { message, hint: "The pictures and times below stay usable." });
