@@ -753,3 +753,16 @@ def test_a_file_that_browsers_cannot_play_is_converted(
             foreign = context.request.post(address, headers={"Origin": "http://example.org"})
             assert foreign.status == 403
             context.close()
+
+
+def test_the_page_of_the_api_loads_nothing_from_outside(page: Any, site: Site) -> None:
+    page.goto("/docs")
+    page.wait_for_selector(".opblock-tag")
+    shown = page.eval_on_selector_all(".opblock-summary-path", "all => all.map(one => one.dataset.path)")
+    paths = httpx.get(f"{site.address}/openapi.json", trust_env=False).json()["paths"]
+    assert {one for one in shown if one} == set(paths)
+    page.click(".opblock-summary-path[data-path='/healthz']")
+    page.click(".try-out__btn")
+    page.click(".execute")
+    page.wait_for_selector(".responses-table .response .response-col_status")
+    assert "ok" in page.inner_text(".live-responses-table .response")
