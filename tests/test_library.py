@@ -29,7 +29,7 @@ from keyreel.config import DecodeLimits, IndexConfig, LibraryConfig, OutputConfi
 from keyreel.decode.source import Source
 from keyreel.demo import HEIGHT, SCENES, WIDTH
 from keyreel.errors import KeyreelError, LibraryError, ModelMismatch, SourceNotFound
-from keyreel.library import files
+from keyreel.library import files, schema
 from keyreel.library.types import Added, Filter, LibraryHit, Record
 from keyreel.render.pictures import at_most, pictures_at
 from keyreel.runtime.bundle import Bundle, SubjectScale
@@ -222,6 +222,13 @@ def test_options_are_those_of_summarize(library: Library, engine: Engine, demo: 
 
 
 @pytest.mark.full
+def test_a_date_that_an_older_keyreel_took_from_the_disk_is_none(full: Library) -> None:
+    record, columns = full.list()[0], schema.schemas("m", "s", 4)[schema.RECORDS]
+    for date, wanted in ((record.mtime_ns / 1e9, None), (1e9, 1e9), (None, None)):
+        (row,) = schema.record_rows(columns, [dataclasses.replace(record, date=date)]).to_pylist()
+        assert schema.record_of(row).date == wanted
+
+
 def test_the_date_is_that_of_the_recording(tmp_path: Path, library: Library, clips: list[Path]) -> None:
     said = ["2019-06-07T08:09:10.000000Z", "1970-01-01T00:00:00.000000Z", "2090-01-01T00:00:00.000000Z"]
     for number, time in enumerate(said):

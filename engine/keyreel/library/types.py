@@ -139,8 +139,8 @@ class Filter:
     stop_seconds: float | None = None
     min_duration_seconds: float | None = None
     max_duration_seconds: float | None = None
-    after: float | None = None  # date, seconds since 1970, inclusive
-    before: float | None = None  # exclusive
+    after: float | None = None  # recorded at this time or later, in seconds since 1970; see `Record.date`
+    before: float | None = None  # recorded before this time
     per_video: int | None = None  # of one video, so many moments are shown at most; the best ones
 
 

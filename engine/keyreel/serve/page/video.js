@@ -84,7 +84,7 @@ async function searchInside(query) {
     list.replaceChildren();
     state.textContent = text;
   };
-  if (query.trim() === "") return clear("Search in this video to see where it answers.");
+  if (query.trim() === "") return clear("Type words to find the moments of this video that show them.");
   try {
     await pause(130, mine.signal);
     const { hits, curve } = await api(`videos/${encodeURIComponent(id)}/moments`, { query: { q: query, k: 12 }, signal: mine.signal });
@@ -226,7 +226,7 @@ function fill(entry) {
   $(".unplayable", section).hidden = true;
   Object.assign(player, { hidden: false, ariaLabel: entry.name, poster: entry.poster ?? "", width: entry.width, height: entry.height });
   if (entry.file) player.src = new URL(entry.file, API);
-  else unplayable({ message: "The video cannot be played here: its file is not in a folder that the server may show." });
+  else unplayable({ message: "The video cannot be played here: the server may not read its folder." });
   drawTimeline(entry);
   drawBoard(entry);
   tables(entry);
@@ -275,7 +275,7 @@ async function convert(id, seconds) {
 
 function unplayable({ message }) {
   player.hidden = true;
-  complain($(".unplayable", section), { message, hint: "The pictures and times below stay usable." });
+  complain($(".unplayable", section), { message, hint: "You can still use the pictures and times below." });
 }
 
 // ---- The timeline: a click plays from there, the pointer shows what is there, keys move.
