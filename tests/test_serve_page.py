@@ -752,6 +752,8 @@ def test_a_file_that_browsers_cannot_play_is_converted(
             assert answer.headers["content-type"] == "video/mp4"
             foreign = context.request.post(address, headers={"Origin": "http://example.org"})
             assert foreign.status == 403
+            assert context.request.delete(f"/api/v1/videos/{added.record.id}").status == 204
+            assert not list((tmp_path / "library").rglob("*.mp4"))  # the copy goes with its video
             context.close()
 
 

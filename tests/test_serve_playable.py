@@ -64,6 +64,9 @@ def test_packets_are_copied_where_the_container_is_in_the_way(tmp_path: Path, co
         np.testing.assert_allclose(found, wanted, atol=1e-3)
     with copies.open("ab") as file:
         assert file.read() == copies.path("ab").read_bytes()
+    copies.forget("ab")
+    assert not copies.path("ab").exists()
+    copies.forget("ab")
 
 
 def test_other_codecs_are_encoded(tmp_path: Path, copies: Copies) -> None:

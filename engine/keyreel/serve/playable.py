@@ -108,6 +108,10 @@ class Copies:
             raise ApiError(404, "not_found", "there is no such copy", hint="POST to playable makes it") from error
         return file
 
+    def forget(self, name: str) -> None:
+        """Deletes a copy, if there is one."""
+        self.path(name).unlink(missing_ok=True)
+
     def path(self, name: str) -> Path:
         """Where a copy is once it is made."""
         return self._folder / f"{name}.mp4"

@@ -169,6 +169,7 @@ class Service:
         """Takes a video out of the library, and deletes its file if it was uploaded here."""
         record = self.record(id)
         self.library.remove([id])
+        self._copies.forget(record.fingerprint)
         path = path_of(record.path)
         if path is not None and path.parent.parent == self.jobs.uploads:
             discard(path)

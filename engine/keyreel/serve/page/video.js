@@ -254,13 +254,17 @@ player.addEventListener("error", async () => {
 // A copy that browsers can play. The server makes it for as long as this asks for it.
 async function convert(id, seconds) {
   const path = `videos/${encodeURIComponent(id)}/playable`, wanted = () => id === shown.id && !section.hidden;
+  let told = "";
   try {
     while (wanted()) {
       const { state, progress, error } = await api(path, { method: "POST" });
       if (!wanted()) return;
       if (state === "failed") return unplayable({ message: `This browser cannot play the video, and no copy can be made: ${error.message}` });
       if (state === "done") break;
-      unplayable({ message: `This browser cannot play the file. A copy that it can play is being made: ${Math.floor(100 * progress)} %` });
+      // In steps of ten: each change is read out by screen readers.
+      const message = `This browser cannot play the file. A copy that it can play is being made: ${10 * Math.floor(10 * progress)} %`;
+      if (message !== told) unplayable({ message });
+      told = message;
       await pause(700);
     }
     if (!wanted()) return;
