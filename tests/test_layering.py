@@ -62,7 +62,7 @@ def test_modules_import_each_other_in_no_circle() -> None:
 
 def test_rooms_see_what_comes_before_them() -> None:
     """Leaves, then the runtime and the flow; commands, service and cluster see the rest, and nothing sees them."""
-    leaves = {"keyreel.types", "keyreel.errors", "keyreel.config"}
+    leaves = {"keyreel.types", "keyreel.errors", "keyreel.config", "keyreel.tables"}
     outer = ("keyreel.cli", "keyreel.serve", "keyreel.cluster")
     for name in KEYREEL:
         ours = {m for m in imports(name) if m in KEYREEL and m != "keyreel"}

@@ -29,7 +29,7 @@ from keyreel.config import DecodeLimits, IndexConfig, LibraryConfig, OutputConfi
 from keyreel.decode.source import Source
 from keyreel.demo import HEIGHT, SCENES, WIDTH
 from keyreel.errors import KeyreelError, LibraryError, ModelMismatch, SourceNotFound
-from keyreel.library import files
+from keyreel.library import files, schema
 from keyreel.library.types import Added, Filter, LibraryHit, Record
 from keyreel.render.pictures import at_most, pictures_at
 from keyreel.runtime.bundle import Bundle, SubjectScale
@@ -136,7 +136,7 @@ def test_rows_are_those_of_summarize(full: Library, engine: Engine, demo: Path, 
     assert (record.status, record.error, record.tags, record.frames) == ("ok", None, ("demo", "x"), 48)
     assert (record.size, record.mtime_ns) == (demo.stat().st_size, demo.stat().st_mtime_ns)
     assert record.fingerprint == files.fingerprint(demo)
-    assert record.date == pytest.approx(demo.stat().st_mtime, rel=0, abs=1e-5)
+    assert record.date is None  # the demo has none in its metadata
     assert record.duration_seconds == summary.shots[-1].stop_seconds == pytest.approx(24.0)
     assert (record.model, record.model_sha256) == (engine.bundle.name, engine.bundle.sha256)
     assert record.rows == record.frames + record.subjects
@@ -222,6 +222,13 @@ def test_options_are_those_of_summarize(library: Library, engine: Engine, demo: 
 
 
 @pytest.mark.full
+def test_a_date_that_an_older_keyreel_took_from_the_disk_is_none(full: Library) -> None:
+    record, columns = full.list()[0], schema.schemas("m", "s", 4)[schema.RECORDS]
+    for date, wanted in ((record.mtime_ns / 1e9, None), (1e9, 1e9), (None, None)):
+        (row,) = schema.record_rows(columns, [dataclasses.replace(record, date=date)]).to_pylist()
+        assert schema.record_of(row).date == wanted
+
+
 def test_the_date_is_that_of_the_recording(tmp_path: Path, library: Library, clips: list[Path]) -> None:
     said = ["2019-06-07T08:09:10.000000Z", "1970-01-01T00:00:00.000000Z", "2090-01-01T00:00:00.000000Z"]
     for number, time in enumerate(said):
@@ -236,7 +243,7 @@ def test_the_date_is_that_of_the_recording(tmp_path: Path, library: Library, cli
         os.utime(path, (1e9, 1e9))
         (added,) = library.add([path], IndexConfig(force=True))
         assert added.record is not None
-        assert added.record.date == (1559894950.0 if number == 0 else 1e9)
+        assert added.record.date == (1559894950.0 if number == 0 else None)
 
 
 # --- what changed -----------------------------------------------------------------------------------------------------

@@ -159,7 +159,9 @@ def test_search_page(tmp_path):
     previews = [None, np.full((90, 160, 3), 128, np.uint8), np.zeros((90, 160, 3), np.uint8)]
     page = Page(search_page(HOSTILE, hits, previews))
     assert_harmless(page)
-    assert page.all("script") == []
+    assert len(page.all("script")) == 1
+    (played,) = (b for b in page.all("button") if "data-play" in b)
+    assert played["data-play"] == f"{file.as_uri()}#t=61.000,63.500"  # files of this machine only
     assert [a["href"] for a in page.all("a")] == [
         f"{file.as_uri()}#t=61.000,63.500",
         "https://example.org/a.mp4#t=5.000,6.000",
@@ -273,6 +275,38 @@ def test_search_page_in_a_browser(tmp_path, browser):
     assert (before.split(",")[0], after.split(",")[0]) == ("0", "1")
     assert before.split(",")[1:] == after.split(",")[1:]
     assert [float(share) for share in shares.split(",")] == pytest.approx([0, 0.5, 0.5, 1], abs=0.02)
+
+
+@pytest.mark.full
+def test_a_click_on_a_result_plays_it_in_the_page(source, tmp_path, browser):
+    hit = SearchHit(str(source.path), 2.0, 4.0, 3.0, 0.2)
+    text = search_page("x", [hit, hit], [np.full((90, 160, 3), 128, np.uint8), np.zeros((160, 90, 3), np.uint8)])
+    script = """<script>
+      const size = (tile) => `${tile.clientWidth}x${tile.clientHeight}`;
+      const tiles = [...document.querySelectorAll(".picture")].map(size);
+      document.querySelector("[data-play]").click();
+      const box = document.querySelector("dialog"), film = box.querySelector("video");
+      let tries = 0;
+      const timer = setInterval(() => {
+        if (film.readyState < 2 && (tries += 1) < 100) return;
+        clearInterval(timer);
+        const open = [box.open, film.currentTime.toFixed(1), film.error === null];
+        document.querySelector("[data-close]").click();
+        const ended = () => [...open, box.open, film.hasAttribute("src"), ...tiles].join();
+        const closing = setInterval(() => {
+          if (film.hasAttribute("src") && (tries += 1) < 150) return;
+          clearInterval(closing);
+          document.body.dataset.result = ended();
+        }, 20);
+      }, 50);
+    </script></body>"""
+    page = tmp_path / "page.html"
+    page.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace("</body>", script))
+    dom, _ = browser(page, "--dump-dom", "--virtual-time-budget=8000")
+    opened, seconds, plays, still, left, *tiles = re.search(r'data-result="([^"]*)"', dom).group(1).split(",")
+    assert (opened, plays, still, left) == ("true", "true", "false", "false")
+    assert float(seconds) == pytest.approx(2.0, abs=0.3)
+    assert tiles[0] == tiles[1]  # a wide and an upright video
 
 
 @pytest.mark.full

@@ -147,7 +147,8 @@ def test_filters_are_the_librarys(service: Served, library: Library, place: Path
         seen.append(same(answer, library.search("a dog", k=9, where=where)))
         listed = service.http.get("/api/v1/videos", params=given_filter).json()
         assert [video["id"] for video in listed["videos"]] == [record.id for record in library.list(where)]
-    assert seen[5] == seen[6] == 0 < min(seen[:5])
+    assert min(seen[:4]) > 0
+    assert seen[4:] == [0, 0, 0]  # the clips do not say when they were recorded
     moments = service.http.get(f"/api/v1/videos/{one}/moments", params={"q": "a dog", "k": 9})
     same(moments, library.search("a dog", k=9, where=Filter(videos=(one,))))
 

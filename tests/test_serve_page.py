@@ -24,6 +24,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from encoded_clips import encode
 from fastapi import FastAPI
 from PIL import Image
 
@@ -724,3 +725,45 @@ def test_jumps_go_to_the_second_of_a_late_picture(browser: Any, tmp_path: Path) 
                     seconds.add(int(now))
                 assert len(seconds) >= 2
                 shown.close()
+
+
+def test_a_file_that_browsers_cannot_play_is_converted(
+    built: tuple[Library, Path], tmp_path: Path, browser: Any
+) -> None:
+    """MPEG-4 in AVI: the page asks for a copy, tells how far it is, and plays it from where it was."""
+    (tmp_path / "videos").mkdir()
+    clip = encode(tmp_path / "videos" / "old", codec="mpeg4", container="avi", frames=75)
+    config = ServeConfig(roots=(str(clip.parent),))
+    with Library(tmp_path / "library", built[0].engine) as library:
+        (added,) = library.add([clip])
+        assert added.record is not None
+        with _served(app(library, config)) as address:
+            context = browser.new_context(base_url=address)
+            opened = context.new_page()
+            opened.goto(f"/?view=video&id={added.record.id}&t=1.0")
+            _comes(opened, "document.querySelector('#video video').src.endsWith('playable.mp4')")
+            _comes(opened, "document.querySelector('#video video').currentTime > 1.1")
+            assert opened.is_hidden("#video .unplayable")
+            assert opened.evaluate("document.querySelector('#video video').duration") == pytest.approx(3.0, abs=0.1)
+            address = f"/api/v1/videos/{added.record.id}/playable"
+            answer = context.request.get(f"{address}.mp4", headers={"Range": "bytes=0-7"})
+            assert (answer.status, answer.body()[4:8]) == (206, b"ftyp")
+            assert answer.headers["content-type"] == "video/mp4"
+            foreign = context.request.post(address, headers={"Origin": "http://example.org"})
+            assert foreign.status == 403
+            assert context.request.delete(f"/api/v1/videos/{added.record.id}").status == 204
+            assert not list((tmp_path / "library").rglob("*.mp4"))  # the copy goes with its video
+            context.close()
+
+
+def test_the_page_of_the_api_loads_nothing_from_outside(page: Any, site: Site) -> None:
+    page.goto("/docs")
+    page.wait_for_selector(".opblock-tag")
+    shown = page.eval_on_selector_all(".opblock-summary-path", "all => all.map(one => one.dataset.path)")
+    paths = httpx.get(f"{site.address}/openapi.json", trust_env=False).json()["paths"]
+    assert {one for one in shown if one} == set(paths)
+    page.click(".opblock-summary-path[data-path='/healthz']")
+    page.click(".try-out__btn")
+    page.click(".execute")
+    page.wait_for_selector(".responses-table .response .response-col_status")
+    assert "ok" in page.inner_text(".live-responses-table .response")

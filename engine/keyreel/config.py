@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from ipaddress import ip_address
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 SamplingMode = Literal["fps", "near", "every", "times", "keyframes", "all"]
 ShiftMode = Literal["off", "fixed", "adaptive"]
@@ -14,6 +16,7 @@ Interpolation = Literal["bicubic", "bilinear", "area"]
 ReframeMode = Literal["follow", "fit"]
 ReelOrder = Literal["time", "score"]
 ReelMode = Literal["auto", "copy", "encode"]
+Markers = Literal["otio", "edl", "fcpxml"]
 
 
 def _check(holds: bool, message: str) -> None:
@@ -168,6 +171,10 @@ class OutputConfig:
     thumbnails: bool = True  # write thumbs.vtt and thumbs.jpg
     otio: bool = False  # write reel.otio
     edl: bool = False  # write reel.edl
+    markers: Markers | None = None  # write the key-frames as markers for an editing program: markers.otio and so on
+    scenes_csv: bool = False  # write the shots as scenes.csv, the scene list of PySceneDetect
+    chapters: bool = False  # write a copy of the video with its scenes as chapters, and chapters.ffmetadata
+    embeddings: bool = False  # write embeddings.npz, which `Summary.load` needs
     keyframe_height: int = 1080  # tallest key-frame picture, in pixels
     jpeg_quality: int = 90  # quality of the pictures, 1 to 95
     overwrite: bool = False  # replace a folder that is there
@@ -183,8 +190,27 @@ class OutputConfig:
             aspect_ratio(self.aspect)
         allowed = get_args(ReframeMode)
         _check(self.reframe in allowed, f"unknown reframe mode {self.reframe!r}, allowed: {', '.join(allowed)}")
+        allowed = get_args(Markers)
+        _check(self.markers in (None, *allowed), f"unknown markers {self.markers!r}, allowed: {', '.join(allowed)}")
         shaped = self.aspect is not None or self.reframe == "follow"
         _check(shaped, f"reframe {self.reframe!r} needs an aspect, such as 9:16")
+
+
+def output_config(output: OutputConfig | None, options: Mapping[str, Any]) -> OutputConfig:
+    """`output`, or the defaults, with fields changed by name.
+
+    Raises:
+        TypeError: not an OutputConfig, or no such field; the message names similar ones.
+    """
+    if not isinstance(output, OutputConfig | None):
+        raise TypeError(f"output must be an OutputConfig, got {output!r}; or give its fields: save(folder, reel=False)")
+    known = [own.name for own in fields(OutputConfig)]
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=3)
+            close = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(known)}"
+            raise TypeError(f"there is no output option {name!r}; {close}")
+    return replace(output or OutputConfig(), **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +297,7 @@ class ServeConfig:
     max_jobs: int = 256  # jobs that may wait; more get 429
     upload_bytes: int = 4 << 30  # largest upload, in bytes
     upload_quota: int | None = None  # bytes that all uploads together may take; None: as the disk holds
+    play_bytes: int = 8 << 30  # bytes that copies for browsers may take together, see `serve.playable`
     drain_seconds: float = 10.0  # how long requests, and then the jobs at work, may go on after SIGTERM
 
     @property
@@ -286,7 +313,7 @@ class ServeConfig:
         token = self.token
         sound = token is None or (len(token) >= 8 and token.isascii() and token.isprintable())
         _check(sound, "a token must have 8 characters or more, all of them printable ASCII")
-        for name in ("threads", "job_threads", "max_jobs", "upload_bytes"):
+        for name in ("threads", "job_threads", "max_jobs", "upload_bytes", "play_bytes"):
             _check(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
         _check(self.drain_seconds >= 0, f"drain_seconds must be >= 0, got {self.drain_seconds}")
         _check(self.timeout_seconds > 0, f"timeout_seconds must be > 0, got {self.timeout_seconds}")

@@ -7,23 +7,22 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from keyreel.actions import VideoActions
 from keyreel.chance import Chances
-from keyreel.config import EncodeConfig, ImageTransform, OutputConfig, Sampling, SelectConfig
+from keyreel.config import DecodeLimits, EncodeConfig, ImageTransform, Sampling, SelectConfig
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream, distinct
 from keyreel.encode import Encoded, Encoder, timed
-from keyreel.errors import ModelError, RenderError
-from keyreel.render.modes import make_reel, planned_reel, reel_camera
-from keyreel.render.pictures import attended_area, read_picture
-from keyreel.render.save import save_summary
+from keyreel.errors import Cancelled, ModelError
+from keyreel.render.notebook import hits_html
+from keyreel.render.pictures import attended_area, picture_at, read_picture
+from keyreel.render.results import PREVIEW
 from keyreel.render.thumbnails import thumbnails_of
 from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import BUILTIN, Bundle, SubjectScale
@@ -33,7 +32,20 @@ from keyreel.scenes import find_scenes
 from keyreel.search import Asked, FrameScores, Part, answered, best_hits, moments
 from keyreel.select import Selection, select_keyframes
 from keyreel.shots import find_candidates, place_boundaries, shots_between
-from keyreel.types import F32, Combined, Embedding, Example, FrameBatch, Progress, Query, SearchHit, Shot, Summary
+from keyreel.types import (
+    F32,
+    U8,
+    Combined,
+    Embedding,
+    Example,
+    FrameBatch,
+    Hits,
+    Progress,
+    Query,
+    SearchHit,
+    Shot,
+    Summary,
+)
 from keyreel_kernels.arrays import on_host
 
 _log = logging.getLogger(__name__)
@@ -259,21 +271,42 @@ class Engine:
         sampling: Sampling | None = None,
         encode: EncodeConfig | None = None,
         select: SelectConfig | None = None,
+        fps: float | None = None,
+        limits: DecodeLimits | None = None,
         thumbnails: bool = True,
         progress: Progress | None = None,
+        cancel: Callable[[], bool] | None = None,
     ) -> Summary:
         """Finds the key-frames, shots and scenes of a video.
 
         Args:
             keyframes: how many, or "auto"; see also `select`.
             sampling: which frames are analysed; two a second by default.
+            fps: short for `sampling=Sampling(fps=fps)`.
+            limits: bounds on the video's size and length, and whether URLs are opened.
             thumbnails: keep small pictures for `save`, 43 KB each, 200 at most; else it decodes them again.
             progress: called as progress(stage, done, total) from this thread.
+            cancel: asked after each batch of frames, such as `threading.Event().is_set`; True ends the work.
 
         Raises:
             SourceError: the video cannot be decoded.
+            Cancelled: `cancel` returned True.
+            ValueError, TypeError: arguments that do not fit.
         """
         began = time.perf_counter()
+        for name, value, kind in (
+            ("sampling", sampling, Sampling),
+            ("encode", encode, EncodeConfig),
+            ("select", select, SelectConfig),
+            ("limits", limits, DecodeLimits),
+        ):
+            if value is not None and not isinstance(value, kind):
+                hint = " (fps=1.0 takes one frame a second)" if name == "sampling" else ""
+                raise TypeError(f"{name} must be a keyreel.config.{kind.__name__}, got {value!r}{hint}")
+        if fps is not None:
+            if sampling is not None:
+                raise ValueError("give fps or sampling, not both")
+            sampling = Sampling(fps=fps)
         sampling, encode, select = sampling or Sampling(), encode or EncodeConfig(), select or SelectConfig()
         if keyframes != "auto":
             if not isinstance(keyframes, int):
@@ -281,8 +314,16 @@ class Engine:
             select = dataclasses.replace(select, keyframes=keyframes, per_minute=None)
         # Everything after the decoder takes times as rising.
         sampling = dataclasses.replace(sampling, times=tuple(sorted(sampling.times)))
-        source = _as_source(video)
+        if limits is not None and isinstance(video, Source):
+            raise TypeError("this video is a Source, which has limits of its own")
+        source = video if isinstance(video, Source) else Source(video, limits=limits or DecodeLimits())
         _log.debug("%s: %s, %s, %s", source.name, sampling, encode, select)
+
+        def checkpoint() -> None:
+            if cancel is not None and cancel():
+                raise Cancelled(f"{source.name}: cancelled")
+
+        source.timeline(checkpoint)
         info = source.probe()
         aside = thumbnails_of(source, info, sampling.stop_seconds) if thumbnails else None
         image, size = self.bundle.image, encode.batch_size or self.backend.batch_size
@@ -291,7 +332,7 @@ class Engine:
             self.backend.running(),
             self.backend.open_stream(source, sampling, transform=image, batch_size=size, aside=aside) as stream,
         ):
-            batches = _with_progress(distinct(stream), progress, source, sampling)
+            batches = _with_progress(distinct(stream), progress, source, sampling, checkpoint)
             encoded = self._images.encode(batches, encode)
             warnings, decode_seconds = stream.warnings, stream.decode_seconds
             duration = info.duration_seconds if stream.end_seconds is None else stream.end_seconds
@@ -332,11 +373,15 @@ class Engine:
             },
             warnings=(*warnings, *found.warnings),
             timings_seconds=timings,
-            actions=_Actions(self, source),
+            actions=VideoActions(
+                source,
+                lambda summary, query, k: self.search(query, [summary], k=k),
+                lambda summary, query: self._scores(summary, self._asked(query)).best,
+            ),
             thumbnails=aside.pictures() if aside is not None else {},
         )
 
-    def search(self, query: Query | Combined, summaries: Sequence[Summary], *, k: int = 5) -> list[SearchHit]:
+    def search(self, query: Query | Combined, summaries: Sequence[Summary], *, k: int = 5) -> Hits[SearchHit]:
         """The k best moments of several videos that answer a text or a picture, best first."""
         asked = self._asked(query)
         pictures = sum(len(summary.shots) for summary in summaries)
@@ -353,7 +398,8 @@ class Engine:
                 k=k,
             )
             hits += [answered(hit, scores, embedding, area, asked, pictures) for hit in found]
-        return best_hits(hits, k)
+        by_name = {summary.video.path: summary for summary in summaries}
+        return Hits(best_hits(hits, k), lambda found: hits_html(found, lambda hit: _picture(by_name[hit.video], hit)))
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -400,41 +446,10 @@ class Engine:
         return asked.scores(summary.embedding.scene, summary.embedding.subject)
 
 
-@dataclass(frozen=True, slots=True)
-class _Actions:
-    """`SummaryActions` of a video."""
-
-    engine: Engine
-    source: Source
-
-    def save(self, summary: Summary, folder: Path, output: OutputConfig, progress: Progress | None) -> Path:
-        scores = self._scores(summary, output)
-        return save_summary(summary, self.source, folder, output, query_scores=scores, progress=progress)
-
-    def render_reel(self, summary: Summary, path: Path, output: OutputConfig) -> tuple[Shot, ...]:
-        plan = planned_reel(summary, self.source, output, self._scores(summary, output))
-        if not plan.spans:
-            raise RenderError(f"{self.source.name}: there is no reel: {plan.reason}", hint="ask for fewer seconds")
-        return make_reel(
-            self.source,
-            plan.spans,
-            path,
-            shots=summary.shots,
-            mode=output.reel_mode,
-            height=output.reel_height,
-            camera=reel_camera(summary, output, plan.spans),
-        ).spans
-
-    def search(self, summary: Summary, query: Query | Combined, k: int) -> list[SearchHit]:
-        return self.engine.search(query, [summary], k=k)
-
-    def close(self) -> None:
-        self.source.close()
-
-    def _scores(self, summary: Summary, output: OutputConfig) -> F32 | None:
-        if output.query is None:
-            return None
-        return self.engine._scores(summary, self.engine._asked(output.query)).best
+def _picture(summary: Summary, hit: SearchHit) -> U8 | None:
+    """The best frame of a hit, small; None where the video cannot be read any more."""
+    source = getattr(summary.actions, "source", None)
+    return None if source is None else picture_at(source, hit.pts_seconds, PREVIEW)
 
 
 def _as_source(video: Video) -> Source:
@@ -442,15 +457,20 @@ def _as_source(video: Video) -> Source:
 
 
 def _with_progress(
-    batches: Iterable[FrameBatch], progress: Progress | None, source: Source, sampling: Sampling
+    batches: Iterable[FrameBatch],
+    progress: Progress | None,
+    source: Source,
+    sampling: Sampling,
+    checkpoint: Callable[[], None] = lambda: None,
 ) -> Iterable[FrameBatch]:
-    """Calls progress("encode", done, total), in seconds of video, after each batch."""
-    if progress is None:
-        yield from batches
-        return
+    """Calls checkpoint() and progress("encode", done, total), in seconds of video, after each batch."""
     start, stop = sampling.start_seconds, sampling.stop_seconds or source.probe().duration_seconds
+    checkpoint()
     for batch in batches:
         yield batch
+        checkpoint()
+        if progress is None:
+            continue
         progress("encode", float(batch.pts_seconds[-1]) - start, None if stop is None else stop - start)
 
 

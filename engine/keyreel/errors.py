@@ -17,7 +17,8 @@ KeyreelError                   .hint: what to do about it, .exit_code: what the 
 │  ├─ ModelMismatch            its vectors are of another model
 │  └─ Damaged                  .findings: what cannot be read
 ├─ RenderError        exit 7   the outputs
-└─ ConfigError        exit 2   the file keyreel.toml
+├─ ConfigError        exit 2   the file keyreel.toml
+└─ Cancelled          exit 130 the caller's `cancel` asked to stop
 
 MissingExtra(ImportError)      a feature's package is not installed; names the pip command
 Wrong arguments raise ValueError or TypeError.
@@ -145,6 +146,12 @@ class RenderError(KeyreelError):
     """An output cannot be made."""
 
     exit_code = 7
+
+
+class Cancelled(KeyreelError):
+    """The caller's `cancel` asked to stop."""
+
+    exit_code = 130
 
 
 class ConfigError(KeyreelError):

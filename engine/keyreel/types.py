@@ -7,15 +7,18 @@ of the video stream; spans are half-open, [start, stop).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from html import escape
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.config import OutputConfig, ReelMode, ReelOrder, ReframeMode
+from keyreel.config import OutputConfig, ReelMode, ReelOrder, ReframeMode, output_config
+from keyreel.tables import Tabular, table_of
 
 U8: TypeAlias = NDArray[np.uint8]
 F32: TypeAlias = NDArray[np.float32]
@@ -136,7 +139,7 @@ class FrameBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Embedding:
+class Embedding(Tabular):
     """Two fused vectors a frame, and what was measured on the way."""
 
     vectors: F32  # [T, D] float32, unit length, in the text encoder's space: of the whole picture, stock CLIP
@@ -177,6 +180,24 @@ class Embedding:
 
     def __repr__(self) -> str:
         return f"Embedding(vectors={tuple(self.vectors.shape)}, grid={self.grid}, model={self.model!r})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        frames, width = self.vectors.shape
+        span = f", {self.pts_seconds.min():.1f} to {self.pts_seconds.max():.1f} s" if frames else ""
+        both = "" if self.subject is None else ", with subject vectors"
+        facts = f"{frames} frames x {width} numbers, float32, unit length{both}{span}"
+        return f"<b>Embedding</b> {escape(facts)} <small>{escape(self.model)}</small>"
+
+    def to_arrow(self) -> Any:
+        """A pyarrow table: pts_seconds, frame_index, vector, subject (where there is one) and the picture signals.
+
+        Raises:
+            MissingExtra: pyarrow is not installed.
+        """
+        names = ("pts_seconds", "frame_index", "vectors", "subject", "sharpness", "luma_mean", "luma_spread")
+        columns = {"vector" if name == "vectors" else name: getattr(self, name) for name in names}
+        return table_of({name: values for name, values in columns.items() if values is not None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,18 +240,50 @@ class SearchHit:
     chance: float | None = None  # in 0..1, that the best frame shows what a text says, see `keyreel.chance`
 
 
+HitT = TypeVar("HitT", bound=SearchHit)
+
+
+class Hits(list[HitT], Tabular, Generic[HitT]):
+    """Moments, best first: a list that notebooks show with pictures, and that converts to a table."""
+
+    def __init__(self, hits: Iterable[HitT] = (), show: Callable[[Sequence[HitT]], str] | None = None) -> None:
+        super().__init__(hits)
+        self._show = show  # makes HTML; it holds on to the videos, so copies of a pickle have none
+
+    def __reduce__(self) -> Any:
+        return Hits, (list(self),)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: each moment's best frame, span, score and video."""
+        return f"<pre>{escape(repr(self))}</pre>" if self._show is None else self._show(self)
+
+    def to_arrow(self) -> Any:
+        """A pyarrow table with a row for each moment and a column for each field of `SearchHit`.
+
+        Raises:
+            MissingExtra: pyarrow is not installed.
+        """
+        kind = type(self[0]) if self else SearchHit
+        return table_of({own.name: [getattr(hit, own.name) for hit in self] for own in fields(kind)})
+
+
 class SummaryActions(Protocol):
     """What a Summary can do with its video and its model; the Engine provides it."""
 
+    def images(self, summary: Summary, max_height: int) -> list[U8]: ...
+    def html(self, summary: Summary) -> str: ...
     def save(self, summary: Summary, folder: Path, output: OutputConfig, progress: Progress | None) -> Path: ...
     def render_reel(self, summary: Summary, path: Path, output: OutputConfig) -> tuple[Shot, ...]: ...
-    def search(self, summary: Summary, query: Query | Combined, k: int) -> list[SearchHit]: ...
+    def search(self, summary: Summary, query: Query | Combined, k: int) -> Hits[SearchHit]: ...
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """Key-frames, shots and scenes of one video, and what they were computed from."""
+class Summary(Tabular):
+    """Key-frames, shots and scenes of one video, and what they were computed from.
+
+    Can be pickled. A copy still saves and renders if the video was a file; to search it, pass it to `Engine.search`.
+    """
 
     video: VideoInfo
     embedding: Embedding
@@ -252,7 +305,27 @@ class Summary:
         """End of the analysed part of the video."""
         return self.shots[-1].stop_seconds
 
-    def save(self, folder: str | Path, output: OutputConfig | None = None, *, progress: Progress | None = None) -> Path:
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> Summary:
+        """Reads a summary that was saved with `embeddings=True`.
+
+        As a pickled copy, it saves and renders again if the video is still there, and `Engine.search` searches it.
+
+        Raises:
+            RenderError: there is no such summary, or its files are damaged.
+        """
+        # Values know nothing of files: the module is imported once somebody asks for it.
+        loaded: Summary = import_module("keyreel.actions").load_summary(Path(folder))
+        return loaded
+
+    def save(
+        self,
+        folder: str | Path,
+        output: OutputConfig | None = None,
+        *,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Path:
         """Writes summary.json, scenes.vtt, key-frames, contact sheet, storyboard, thumbnails and reel into `folder`.
 
         All files are made in a hidden folder beside it, which is then renamed: nothing half-written is left behind.
@@ -260,14 +333,43 @@ class Summary:
         Args:
             output: which files; the defaults of `config.OutputConfig`.
             progress: called with ("pictures" | "reel", done, total).
+            options: fields of `config.OutputConfig` by name, as in `save("out", reel_seconds=30, embeddings=True)`.
 
         Returns:
             the folder.
 
         Raises:
             RenderError: an output cannot be made.
+            TypeError: there is no such option; the message names similar ones.
         """
-        return self.actions.save(self, Path(folder), output or OutputConfig(), progress)
+        return self.actions.save(self, Path(folder), output_config(output, options), progress)
+
+    def images(self, *, max_height: int = 1080) -> list[U8]:
+        """Decodes the key-frames: [H, W, 3] uint8 RGB each, upright, at most `max_height` pixels tall, in time order.
+
+        Raises:
+            SourceError, RenderError: the video cannot be read again.
+        """
+        return self.actions.images(self, max_height)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a timeline and the key-frames."""
+        return self.actions.html(self)
+
+    def to_arrow(self) -> Any:
+        """A pyarrow table with a row for each key-frame: its fields, and the numbers of its shot and scene from 0.
+
+        Raises:
+            MissingExtra: pyarrow is not installed.
+        """
+        names = ("pts_seconds", "frame_index", "cluster", "weight", "score", "quality")
+        columns: dict[str, Any] = {"video": [self.video.path] * len(self.keyframes)}
+        columns |= {name: [getattr(frame, name) for frame in self.keyframes] for name in names}
+        times = columns["pts_seconds"]
+        for name, spans in (("shot", self.shots), ("scene", self.scenes)):
+            starts = [span.start_seconds for span in spans]
+            columns[name] = (np.searchsorted(starts, times, side="right") - 1).clip(0)
+        return table_of(columns)
 
     def render_reel(
         self,
@@ -283,13 +385,11 @@ class Summary:
         """Writes a video of the spans around the key-frames, or around what `query` finds; returns the spans.
 
         Args:
-            path: .mp4; also .mkv where the packets of VP8 or VP9 are copied.
+            path: ends in .mp4, or in .mkv where the packets of VP8 or VP9 are copied.
             seconds: length of the reel at most; 15 % of the video within 10 to 60 s, at most half, by default.
             mode: "copy" takes the video's packets as they are, "encode" makes H.264 and AAC of them, "auto" copies
                 where that is possible. Copying moves the ends of the spans by up to 0.75 s.
             order: of the spans with a query; "score" begins with the best.
-
-        Args:
             aspect: shape of the reel, "9:16", "1:1" or another width:height; None for that of the video.
             reframe: with `aspect`, "follow" cuts out what the subject map marks, "fit" shows whole frames.
 
@@ -302,7 +402,7 @@ class Summary:
         )
         return self.actions.render_reel(self, Path(path), output)
 
-    def search(self, query: Query | Combined, *, k: int = 5) -> list[SearchHit]:
+    def search(self, query: Query | Combined, *, k: int = 5) -> Hits[SearchHit]:
         """The k best moments of this video that answer a text or a picture, best first."""
         return self.actions.search(self, query, k)
 

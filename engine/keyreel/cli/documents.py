@@ -137,6 +137,16 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """`keyreel library export --json`."""
+
+    schema: Literal["keyreel.export/1"] = "keyreel.export/1"
+    library: str
+    file: str
+    vectors: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verify:
     """`keyreel library verify --json`."""
 

@@ -116,6 +116,31 @@ def remove(
         print_line(f"removed: {record.path}")
 
 
+def export(
+    folder: options.Folder,
+    parquet: Annotated[Path, Option(metavar="DIR", help="write vectors.parquet into this folder")],
+    overwrite: Annotated[bool, Option("--overwrite", help="replace an existing file")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Writes all vectors with their videos, times and tags as Parquet.
+
+    Vector databases and pandas read it.
+
+    Examples:
+        keyreel library export lib --parquet vectors
+        keyreel library export lib --parquet vectors --overwrite --json
+    """
+    from keyreel.cli.documents import Export
+
+    with keyreel.Library(folder) as library:
+        count = library.export_parquet(parquet, overwrite=overwrite)
+    path = parquet / "vectors.parquet"
+    if as_json:
+        print_json(Export(library=folder, file=str(path), vectors=count))
+    else:
+        print_line(f"{plural(count, 'vector')} -> {path}")
+
+
 def verify(
     folder: options.Folder,
     repair: Annotated[

@@ -18,7 +18,7 @@ from keyreel.cli.models import ensure
 from keyreel.cli.output import log, print_json, print_line, print_summary, print_table, span
 from keyreel.cli.progress import PICTURED, RENDERED, Bars
 from keyreel.cli.signature import Made
-from keyreel.config import OutputConfig, ReelMode, ReelOrder, ReframeMode, SelectConfig
+from keyreel.config import Markers, OutputConfig, ReelMode, ReelOrder, ReframeMode, SelectConfig
 
 if TYPE_CHECKING:
     from keyreel.decode.source import Source
@@ -79,6 +79,19 @@ Outputs = Annotated[
         thumbnails=Annotated[bool, Option(rich_help_panel=FILES, help="write thumbs.vtt and thumbs.jpg")],
         otio=Annotated[bool, Option("--otio", rich_help_panel=FILES, help="write reel.otio for editing programs")],
         edl=Annotated[bool, Option("--edl", rich_help_panel=FILES, help="write reel.edl for editing programs")],
+        markers=Annotated[
+            Markers | None,
+            Option(rich_help_panel=FILES, help="write the key-frames as markers for an editing program"),
+        ],
+        scenes_csv=Annotated[
+            bool, Option("--scenes-csv", rich_help_panel=FILES, help="write the shots as PySceneDetect's scene list")
+        ],
+        chapters=Annotated[
+            bool, Option("--chapters", rich_help_panel=FILES, help="write a copy of the video with scenes as chapters")
+        ],
+        embeddings=Annotated[
+            bool, Option("--embeddings", rich_help_panel=FILES, help="write embeddings.npz for Python")
+        ],
         keyframe_height=Annotated[
             int, Option(metavar="PIXELS", rich_help_panel=FILES, help="largest height of a key-frame picture")
         ],

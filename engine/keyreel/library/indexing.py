@@ -353,7 +353,6 @@ class Indexer:
             mtime_ns=0 if state is None else state.mtime_ns,
             fingerprint=content,
             tags=_joined(() if known is None else known.tags, self._config.tags),
-            date=None if state is None else state.mtime_ns / 1e9,
             indexed_at=time.time(),
             model=bundle.name,
             model_sha256=bundle.sha256,

@@ -18,6 +18,7 @@ from keyreel.config import IndexConfig, LibraryConfig
 from keyreel.errors import Damaged, LibraryError, ModelNotFound
 from keyreel.library import upkeep
 from keyreel.library.errors import Outdated
+from keyreel.library.export import export_parquet
 from keyreel.library.files import Catalog, FileState, is_gone, name_of, real_name
 from keyreel.library.indexing import Indexer, frame_of
 from keyreel.library.merge import Search
@@ -39,9 +40,10 @@ from keyreel.library.types import (
     Record,
     VideoHit,
 )
+from keyreel.render.notebook import hits_html
 from keyreel.runtime.bundle import Bundle, SubjectScale
 from keyreel.search import Asked, Part
-from keyreel.types import F32, F64, Combined, Example, Progress, Query
+from keyreel.types import F32, F64, Combined, Example, Hits, Progress, Query
 
 if TYPE_CHECKING:
     from keyreel.engine import Engine
@@ -233,7 +235,7 @@ class Library:
 
     # --- search ---------------------------------------------------------------------------------------------------
 
-    def search(self, query: Query | Combined, *, k: int = 10, where: Filter | None = None) -> builtins.list[LibraryHit]:
+    def search(self, query: Query | Combined, *, k: int = 10, where: Filter | None = None) -> Hits[LibraryHit]:
         """The k best moments of all videos, best first; near-duplicates of other videos are folded into one.
 
         A frame's score is that of the better of its two vectors. For a text, the cosine with the subject is first
@@ -252,12 +254,16 @@ class Library:
 
     def search_many(
         self, queries: Sequence[Query | Combined], *, k: int = 10, where: Filter | None = None
-    ) -> builtins.list[builtins.list[LibraryHit]]:
+    ) -> builtins.list[Hits[LibraryHit]]:
         """As `search`, for several queries in one pass over the vectors."""
         if not len(queries):
             return []
         asked, own = self._asked(queries)
-        return self._search().hits(asked, k, self._where(where), own)
+
+        def show(hits: Sequence[LibraryHit]) -> str:
+            return hits_html(hits, lambda hit: self.preview(hit.video_id, hit.pts_seconds))
+
+        return [Hits(hits, show) for hits in self._search().hits(asked, k, self._where(where), own)]
 
     def search_videos(
         self, query: Query | Combined, *, k: int = 10, moments: int = 3, where: Filter | None = None
@@ -357,6 +363,18 @@ class Library:
             model_sha256=sha256,
             width=width,
         )
+
+    def export_parquet(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> int:
+        """Writes all vectors into `folder`/vectors.parquet; returns how many.
+
+        A row is a vector: id, video_id, path, tags, recorded, kind ("scene" or "subject"), pts_seconds, frame_index,
+        shot, keyframe, vector (float32, unit length). The file's metadata name the model.
+
+        Raises:
+            RenderError: the file is there already, or cannot be written.
+            Damaged: rows of a video are damaged; then nothing is written.
+        """
+        return export_parquet(self._tables, Path(folder), overwrite=overwrite)
 
     # --- upkeep ---------------------------------------------------------------------------------------------------
 

@@ -193,6 +193,8 @@ def record_of(row: Mapping[str, Any]) -> Record:
     """The inverse of `record_rows`."""
     values = {name: row.get(name) for name in Record.__slots__}
     values |= {"tags": tuple(row["tags"]), "grid": tuple(row["grid"]), "probe": json.loads(row["probe"])}
+    if row["date"] == row["mtime_ns"] / 1e9:  # an older keyreel wrote the file's last change where there was no date
+        values["date"] = None
     spans = {name: json.loads(row.get(name) or "[]") for name in ("shots", "scenes")}
     return Record(**values | {name: tuple((start, stop) for start, stop in own) for name, own in spans.items()})
 

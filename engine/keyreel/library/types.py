@@ -87,7 +87,7 @@ class Record:
     error: str | None = None  # why indexing failed
     hint: str | None = None
     tags: tuple[str, ...] = ()
-    date: float | None = None  # recording time from the file, else its last change; seconds since 1970
+    date: float | None = None  # recording time from the file's metadata, seconds since 1970; None if it has none
     duration_seconds: float | None = None
     indexed_at: float  # seconds since 1970
     probe: Mapping[str, Any] = field(default_factory=dict)  # fields of VideoInfo; empty if indexing failed
@@ -139,8 +139,8 @@ class Filter:
     stop_seconds: float | None = None
     min_duration_seconds: float | None = None
     max_duration_seconds: float | None = None
-    after: float | None = None  # date, seconds since 1970, inclusive
-    before: float | None = None  # exclusive
+    after: float | None = None  # recorded at this time or later, in seconds since 1970; see `Record.date`
+    before: float | None = None  # recorded before this time
     per_video: int | None = None  # of one video, so many moments are shown at most; the best ones
 
 

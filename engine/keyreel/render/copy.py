@@ -43,7 +43,7 @@ CONTAINERS = {
 # MP4's names of the codecs whose parameter sets may be in the packets, too.
 _TAGS = ("avc1", "avc3", "hvc1", "hev1")
 # Composition offsets below zero: without them B-pictures need an edit list, which not every player reads.
-_MP4 = {"movflags": "+faststart+negative_cts_offsets"}
+MP4_OPTIONS = {"movflags": "+faststart+negative_cts_offsets"}
 
 
 class NotCopyable(Exception):
@@ -192,7 +192,7 @@ def write_copy(source: Source, plan: CopyPlan, path: Path, *, progress: Progress
             atomic_write(path) as made,
             source.open() as container,
             closing(SoundReader(source)) as sound,
-            av.open(str(made), "w", options=_MP4 if plan.suffix == ".mp4" else {}) as output,
+            av.open(str(made), "w", options=MP4_OPTIONS if plan.suffix == ".mp4" else {}) as output,
         ):
             try:
                 _write(_Copy(source, plan, container, output), sound, progress)

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from keyreel.decode.timeline import Timeline
 from keyreel.errors import RenderError, import_extra
 from keyreel.render.documents import ReframeEntry, plain
+from keyreel.render.pictures import clock
 from keyreel.render.reframe import Camera
-from keyreel.types import Shot, VideoInfo
+from keyreel.types import Shot, Summary, VideoInfo
+
+_ADAPTERS = {".otio": "otio_json", ".fcpxml": "fcpx_xml"}
+_SCENE_LIST = ["Scene Number", "Start Frame", "Start Timecode", "Start Time (seconds)", "End Frame", "End Timecode"]
+_SCENE_LIST += ["End Time (seconds)", "Length (frames)", "Length (timecode)", "Length (seconds)"]
 
 
-def import_otio(*, edl: bool = False) -> Any:
-    """opentimelineio, with its CMX 3600 adapter where an EDL is wanted.
+def import_otio(*, edl: bool = False, fcpxml: bool = False) -> Any:
+    """opentimelineio, with its adapters for CMX 3600 and Final Cut Pro where they are wanted.
 
     Raises:
         MissingExtra: one of them is not installed.
     """
     if edl:
         import_extra("otio_cmx3600_adapter", extra="otio", purpose="writing an EDL")
+    if fcpxml:
+        import_extra("otio_fcpx_xml_adapter", extra="otio", purpose="writing FCPXML")
     return import_extra("opentimelineio", extra="otio", purpose="writing OTIO or an EDL")
 
 
@@ -55,16 +67,84 @@ def write_edl(video: VideoInfo, target: str, spans: Sequence[Shot], path: Path) 
         RenderError: the adapter refuses the timeline.
     """
     otio = import_otio(edl=True)
-    valid = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60000 / 1001, 60.0)
-    rate = min(valid, key=lambda fps: abs(math.log(fps / _rate(video.average_fps))))
-    timeline = _timeline(otio, video, target, spans, rate)
+    rate = _timecode_rate(video.average_fps)
+    _write_edl(otio, _timeline(otio, video, target, spans, rate), rate, path)
+
+
+def write_markers(summary: Summary, target: str, path: Path) -> None:
+    """Writes a timeline of the whole video whose clip has a marker at each key-frame.
+
+    Args:
+        target: URL of the video.
+        path: its ending says what is written: .otio; .edl, a CMX 3600 edit list with locators (LOC), as Avid and
+            Resolve read them; .fcpxml for Final Cut Pro.
+
+    Raises:
+        MissingExtra: opentimelineio or its adapter is not installed.
+        RenderError: the adapter refuses the timeline.
+    """
+    edl, fcpxml = path.suffix == ".edl", path.suffix == ".fcpxml"
+    otio, video = import_otio(edl=edl, fcpxml=fcpxml), summary.video
+    rate = _timecode_rate(video.average_fps) if edl or fcpxml else _rate(video.average_fps)
+    timeline = _timeline(otio, video, target, [Shot(0.0, summary.stop_seconds)], rate, title="key-frames")
+    clip = timeline.video_tracks()[0][0]
+    for number, frame in enumerate(summary.keyframes, 1):
+        at = otio.opentime.TimeRange(
+            otio.opentime.RationalTime(round(frame.pts_seconds * rate), rate), otio.opentime.RationalTime(1, rate)
+        )
+        clip.markers.append(otio.schema.Marker(f"key-frame {number}", at, otio.schema.MarkerColor.PURPLE))
+    if edl:
+        _write_edl(otio, timeline, rate, path)
+    else:
+        _refused(otio, lambda: otio.adapters.write_to_file(timeline, str(path), _ADAPTERS[path.suffix]))
+
+
+def write_scenes_csv(summary: Summary, timeline: Timeline | None, path: Path) -> None:
+    """Writes the shots as PySceneDetect's scene list: what it calls a scene is a shot.
+
+    Frames are counted from 1, and the end of a scene is its last frame.
+
+    Args:
+        timeline: of the video, which tells the frames; without one they are told from the average rate.
+    """
+    rate = _rate(summary.video.average_fps)
+
+    def frames_before(seconds: float) -> int:
+        if timeline is None:
+            return round(seconds * rate)
+        return int(np.searchsorted(timeline.starts, seconds - 1e-6))
+
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(_SCENE_LIST)
+        for number, shot in enumerate(summary.shots, 1):
+            ends = shot.start_seconds, shot.stop_seconds
+            first, last = map(frames_before, ends)
+            counts = first + 1, last, last - first
+            times = *ends, shot.duration_seconds
+            cells = ([count, clock(at), f"{at:.3f}"] for count, at in zip(counts, times, strict=True))
+            rows.writerow([number, *itertools.chain.from_iterable(cells)])
+
+
+def _write_edl(otio: Any, timeline: Any, rate: float, path: Path) -> None:
     # The edit list knows one picture track; the sound goes with the clips.
     del timeline.tracks[1:]
-    try:
-        text = otio.adapters.write_to_string(timeline, adapter_name="cmx_3600", rate=rate)
-    except otio.exceptions.OTIOError as error:
-        raise RenderError(f"the EDL cannot be written: {error}", hint="write OTIO instead") from error
+    text = _refused(otio, lambda: otio.adapters.write_to_string(timeline, adapter_name="cmx_3600", rate=rate))
     path.write_text(text, encoding="utf-8")
+
+
+def _refused(otio: Any, write: Callable[[], Any]) -> Any:
+    """Turns what an adapter raises into RenderError."""
+    try:
+        return write()
+    except otio.exceptions.OTIOError as error:
+        raise RenderError(f"the timeline cannot be written: {error}", hint="write OTIO instead") from error
+
+
+def _timecode_rate(average_fps: float | None) -> float:
+    """The nearest rate that has a timecode."""
+    valid = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60000 / 1001, 60.0)
+    return min(valid, key=lambda fps: abs(math.log(fps / _rate(average_fps))))
 
 
 def _rate(average_fps: float | None) -> float:
@@ -76,7 +156,9 @@ def _rate(average_fps: float | None) -> float:
     return exact if abs(exact - average_fps) < 0.005 * exact / 24 else average_fps
 
 
-def _timeline(otio: Any, video: VideoInfo, target: str, spans: Sequence[Shot], rate: float) -> Any:
+def _timeline(
+    otio: Any, video: VideoInfo, target: str, spans: Sequence[Shot], rate: float, title: str = "highlights"
+) -> Any:
     time, schema = otio.opentime, otio.schema
 
     def span_range(start: float, stop: float) -> Any:
@@ -86,7 +168,7 @@ def _timeline(otio: Any, video: VideoInfo, target: str, spans: Sequence[Shot], r
     # An edit list is made of lines: a name must not begin a new one.
     name = "".join(c if c.isprintable() else "_" for c in Path(video.path).name)
     length = max([video.duration_seconds or 0.0, *(span.stop_seconds for span in spans)])
-    timeline = schema.Timeline(name=f"{name} highlights", global_start_time=time.RationalTime(0, rate))
+    timeline = schema.Timeline(name=f"{name} {title}", global_start_time=time.RationalTime(0, rate))
     kinds = [schema.TrackKind.Video] + [schema.TrackKind.Audio] * video.has_audio
     for kind in kinds:
         track = schema.Track(name=kind, kind=kind)

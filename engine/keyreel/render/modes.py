@@ -13,7 +13,7 @@ import numpy as np
 from keyreel.config import OutputConfig, ReelMode, SelectConfig
 from keyreel.decode.source import Source
 from keyreel.errors import RenderError
-from keyreel.render.copy import NotCopyable, plan_copy, write_copy
+from keyreel.render.copy import CONTAINERS, NotCopyable, plan_copy, write_copy
 from keyreel.render.pictures import attended_area
 from keyreel.render.plan import SNAP_SECONDS, ReelPlan, interest_of, plan_reel
 from keyreel.render.reel import DEFAULTS, check_target, write_reel
@@ -30,6 +30,18 @@ class Reel:
     mode: Literal["copy", "encode"]
     reason: str  # why this mode
     spans: tuple[Shot, ...]  # as they are in the reel: copying moves their ends
+
+
+def check_ending(path: Path) -> None:
+    """Raises RenderError where the name's ending is not that of a reel."""
+    if path.suffix.lower() not in CONTAINERS:
+        what = f"a reel is {' or '.join(CONTAINERS)}, not {path.suffix or 'a file without an ending'}"
+        raise RenderError(f"{path}: {what}", hint="name it reel.mp4")
+
+
+def _check_encodable(path: Path) -> None:
+    if path.suffix.lower() != ".mp4":
+        raise RenderError(f"{path}: an encoded reel is an MP4 file", hint="name it reel.mp4")
 
 
 def planned_reel(summary: Summary, source: Source, config: OutputConfig, query_scores: F32 | None = None) -> ReelPlan:
@@ -125,6 +137,7 @@ def make_reel(
     """
     check_target(source, path)
     if mode == "encode":
+        _check_encodable(path)
         write_reel(source, spans, path, height=height, camera=camera, progress=progress)
         return Reel(path, "encode", "asked for", tuple(spans))
     try:
@@ -141,6 +154,7 @@ def make_reel(
                 f"{source.name}: the reel cannot be copied: {error}",
                 hint="encode it: --reel-mode auto (mode='auto')",
             ) from error
+        _check_encodable(path)
         write_reel(source, spans, path, height=height, camera=camera, progress=progress)
         return Reel(path, "encode", f"cannot be copied: {error}", tuple(spans))
     why = "asked for" if mode == "copy" else "all its parts start and end where packets can be cut"

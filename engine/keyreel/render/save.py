@@ -6,18 +6,21 @@ import json
 import os
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from msgspec import UNSET
 from PIL import Image
 
 from keyreel.config import OutputConfig
 from keyreel.decode.source import Source
 from keyreel.errors import RenderError
+from keyreel.render.chapters import write_chapters
 from keyreel.render.documents import SUMMARY, ReelEntry, ReframeEntry, SummaryDocument, summary_document, to_json
 from keyreel.render.files import hidden
-from keyreel.render.interchange import import_otio, write_edl, write_otio
+from keyreel.render.interchange import import_otio, write_edl, write_markers, write_otio, write_scenes_csv
 from keyreel.render.modes import make_reel, planned_reel, reel_camera
 from keyreel.render.pictures import at_most, contact_sheet, jpeg, keyframe_name, pictures_at, shrink
 from keyreel.render.reframe import Camera
@@ -27,7 +30,10 @@ from keyreel.types import F32, Progress, Shot, Summary
 
 REPLACE = "replace keyreel's own files in it: --overwrite (overwrite=True)"
 OURS = {"summary.json", "scenes.vtt", "keyframes", "contact.jpg", "storyboard.html"}
-OURS |= {"reel.mp4", "reel.mkv", "reel.otio", "reel.edl", "thumbs.vtt", "thumbs.jpg"}
+OURS |= {"reel.mp4", "reel.mkv", "reel.otio", "reel.edl", "thumbs.vtt", "thumbs.jpg", "scenes.csv"}
+OURS |= {"markers.otio", "markers.edl", "markers.fcpxml", "chapters.mp4", "chapters.mkv", "chapters.ffmetadata"}
+EMBEDDINGS = "embeddings.npz"
+OURS.add(EMBEDDINGS)
 CONTACT_EDGE = 960
 
 
@@ -61,8 +67,8 @@ def save_summary(
     """
     target = folder.resolve()
     _check_replaceable(target, source, summary.video.path, overwrite=config.overwrite)
-    if config.otio or config.edl:
-        import_otio(edl=config.edl)  # before the work, not after it
+    if config.otio or config.edl or config.markers:  # before the work, not after it
+        import_otio(edl=config.edl or config.markers == "edl", fcpxml=config.markers == "fcpxml")
     made = hidden(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +127,15 @@ def _write_all(
     if config.edl and spans:
         write_edl(summary.video, media, spans, made / "reel.edl")
 
+    if config.markers:
+        write_markers(summary, media, made / f"markers.{config.markers}")
+    if config.scenes_csv:
+        write_scenes_csv(summary, source.timeline(), made / "scenes.csv")
+    if config.chapters:
+        write_chapters(source, summary.scenes, made)
+    if config.embeddings:
+        _write_embeddings(summary, source, made / EMBEDDINGS)
+
     def document() -> SummaryDocument:
         spent = time.perf_counter() - began
         return summary_document(summary, files=files, reel=reel, render_seconds=spent, stage_seconds=seconds)
@@ -131,6 +146,17 @@ def _write_all(
         (made / "storyboard.html").write_text(page, encoding="utf-8")
     (made / "scenes.vtt").write_text(chapters(summary.scenes), encoding="utf-8")
     (made / "summary.json").write_text(to_json(document()), encoding="ascii")
+
+
+def _write_embeddings(summary: Summary, source: Source, path: Path) -> None:
+    """The arrays of the Embedding by name, the importance, and what summary.json does not say of the video."""
+    embedding, file = summary.embedding, None if source.path is None else str(source.path)
+    named = {own.name: getattr(embedding, own.name) for own in fields(embedding)}
+    arrays: dict[str, Any] = {
+        name: np.asarray(value) for name, value in named.items() if not isinstance(value, str | None)
+    }
+    video = json.dumps({"info": asdict(summary.video), "file": file})
+    np.savez(path, importance=summary.importance, video=np.array(video), **arrays)
 
 
 def _write_pictures(

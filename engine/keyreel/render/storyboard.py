@@ -60,11 +60,11 @@ def storyboard_page(
         video_link: link to the video, relative to the page; None where it has no file.
     """
     video, duration, config = summary.video, summary.stop_seconds, summary.config
-    name = _base(video.path)
+    name = base_name(video.path)
     reel = document.reel if document.reel is not None and document.reel.file is not None else None
     facts = [short_clock(duration), f"{video.width} × {video.height}", video.codec]
-    facts += [_counted(len(summary.scenes), "scene"), _counted(len(summary.shots), "shot")]
-    facts.append(_counted(len(summary.keyframes), "key-frame"))
+    facts += [counted(len(summary.scenes), "scene"), counted(len(summary.shots), "shot")]
+    facts.append(counted(len(summary.keyframes), "key-frame"))
     if reel is not None:
         facts.append(f"reel of {short_clock(sum(span.duration_seconds for span in reel.spans))}")
     tall = " tall" if pictures[0].height > pictures[0].width else ""
@@ -115,12 +115,15 @@ def search_page(query: str, hits: Sequence[SearchHit], previews: Sequence[U8 | N
             "shown_seconds": hit.pts_seconds,
             "region": hit.region if hit.answered_by == "subject" else None,
             "fraction": hit.score / best if best > 0 else 0.0,
-            "name": _base(hit.video),
+            "name": base_name(hit.video),
             "link": _moment_link(hit),
+            "play": link if (link := _moment_link(hit)) is not None and link.startswith("file:") else None,
         }
         for hit, preview in sorted(zip(hits, previews, strict=True), key=lambda row: -row[0].score)
     ]
-    return _page("results.html", title=f"{query} · keyreel search", script="", query=query, cards=cards)
+    return _page(
+        "results.html", title=f"{query} · keyreel search", script=_asset("results.js"), query=query, cards=cards
+    )
 
 
 def link_to(path: Path, folder: Path) -> str:
@@ -133,21 +136,26 @@ def link_to(path: Path, folder: Path) -> str:
     return "./" + quote(os.fsencode(target.replace(os.sep, "/")))
 
 
-def _page(template: str, *, script: str, **content: Any) -> str:
+def templates() -> Any:
+    """The Jinja templates of this folder, which escape whatever is put into them."""
     import jinja2  # here, since it takes a while and most uses of the package need no page
 
-    pages = jinja2.Environment(
+    return jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters.update(clock=short_clock, counted=_counted)
+
+
+def _page(template: str, *, script: str, **content: Any) -> str:
+    pages = templates()
+    pages.filters.update(clock=short_clock, counted=counted)
     style = _asset("page.css")
     policy = "default-src 'none'; img-src data:; media-src 'self' file:; base-uri 'none'; form-action 'none'; "
     policy += f"style-src '{_digest(style)}'; script-src " + (f"'{_digest(script)}'" if script else "'none'")
-    page = pages.get_template(template).render(style=style, script=script, policy=policy, **content)
+    page: str = pages.get_template(template).render(style=style, script=script, policy=policy, **content)
     # A file name may hold bytes that are no text; they must not keep the page from being written.
     return page.encode("utf-8", "replace").decode("utf-8")
 
@@ -160,13 +168,18 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _base(path: str) -> str:
+def base_name(path: str) -> str:
     """The last part of a path or an address, for people."""
     return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or path
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def picture_url(picture: U8 | bytes) -> str:
+    """A picture as a data: URL. Args: [H, W, 3] uint8, or a JPEG file."""
+    return _data_url(picture if isinstance(picture, bytes) else jpeg(Image.fromarray(picture), PICTURE_QUALITY), "jpeg")
 
 
 def _data_url(content: bytes, kind: str) -> str:

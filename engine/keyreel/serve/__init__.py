@@ -114,7 +114,7 @@ def run(
 
 
 def _service(library: Library, config: ServeConfig | None) -> Service:
-    for module in ("fastapi", "python_multipart", "prometheus_client"):
+    for module in ("fastapi", "fastapi_offline", "python_multipart", "prometheus_client"):
         import_extra(module, extra="serve", purpose="the service")
     from keyreel.serve.service import Service
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import os
 import time
 import uuid
@@ -13,10 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
 from keyreel.chance import matches_well
+from keyreel.errors import import_extra
 from keyreel.library.types import Extras, Filter
 from keyreel.serve import models, uploads
 from keyreel.serve.files import OpenFile, safe_name
@@ -47,7 +51,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 def make_app(service: Service) -> FastAPI:
     """See `keyreel.serve.app`."""
-    # FastAPI's own documentation pages load scripts from other hosts; redirects would trust the Host header.
+    # FastAPI's own /docs loads scripts from other hosts, ours does not; redirects would trust the Host header.
     app = FastAPI(title="keyreel", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     config = service.config
     # Who listens beyond this machine may have any name.
@@ -86,11 +90,12 @@ def make_router(service: Service, *, hosts: tuple[str, ...] = (), alone: bool = 
     public = APIRouter(route_class=security.route(public=True), responses=_ERRORS)
     closed = APIRouter(route_class=security.route(), responses=_ERRORS)
     slow = APIRouter(route_class=security.route(timeout_seconds=UPLOAD_SECONDS), responses=_ERRORS)
-    _add_page(public)
+    _add_page(public, docs=alone)
     _add_health(public, closed, service)
     if alone:
-
+        # Twice: the page's cookie, which /docs needs where there is a token, is sent under /api/v1/ only.
         @closed.get("/openapi.json", include_in_schema=False)
+        @closed.get("/api/v1/openapi.json", include_in_schema=False)
         async def openapi(request: Request) -> dict[str, Any]:
             document: dict[str, Any] = await asyncio.to_thread(request.app.openapi)
             return document
@@ -110,9 +115,12 @@ def _base(request: Request) -> str:
     return path.rpartition("/api/v1/")[0]
 
 
-def _add_page(router: APIRouter) -> None:
+def _add_page(router: APIRouter, *, docs: bool) -> None:
     files = {path.name: path for path in PAGE.iterdir() if path.suffix in _STATIC_TYPES}
     files["storyboard.css"] = STORYBOARD_STYLE
+    swagger = import_extra("fastapi_offline", extra="serve", purpose="the page /docs")
+    for name in ("swagger-ui-bundle.js", "swagger-ui.css"):
+        files[name] = Path(str(swagger.__file__)).with_name("static") / name
 
     @router.get("/static/{name}", include_in_schema=False)
     async def static(name: str) -> Response:
@@ -124,6 +132,25 @@ def _add_page(router: APIRouter) -> None:
     @router.get("/", include_in_schema=False)
     async def page() -> Response:
         return await static("index.html")
+
+    if docs:
+        shown = get_swagger_ui_html(
+            openapi_url="api/v1/openapi.json",
+            title="keyreel API",
+            swagger_js_url="static/swagger-ui-bundle.js",
+            swagger_css_url="static/swagger-ui.css",
+            swagger_favicon_url="static/icon.svg",
+        )
+        body = bytes(shown.body)
+        inline = body.partition(b"<script>")[2].partition(b"</script>")[0]
+        digest = base64.b64encode(hashlib.sha256(inline).digest()).decode()
+        policy = PAGE_POLICY.replace("script-src 'self'", f"script-src 'self' 'sha256-{digest}'")
+        policy = policy.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
+
+        @router.get("/docs", include_in_schema=False)
+        async def api_docs() -> Response:
+            headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
+            return Response(body, media_type="text/html", headers=headers)
 
 
 def _add_health(public: APIRouter, closed: APIRouter, service: Service) -> None:
@@ -238,6 +265,16 @@ def _add_videos(router: APIRouter, service: Service) -> None:
         return OpenFile(*await service.pool.run(service.open, id))
 
     router.add_api_route("/api/v1/videos/{id}/file", file, methods=["HEAD"], include_in_schema=False)
+
+    @router.post("/api/v1/videos/{id}/playable", tags=["videos"])
+    async def playable(id: str) -> models.Playable:
+        """Makes a copy that browsers can play, for as long as somebody asks at least every ten seconds."""
+        return await service.pool.run(service.playable, id)
+
+    @router.get("/api/v1/videos/{id}/playable.mp4", tags=["videos"], response_class=Response)
+    async def playable_file(id: str) -> Response:
+        """The copy, whole or in ranges; 404 until it is done."""
+        return OpenFile(*await service.pool.run(service.open_playable, id))
 
 
 def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:

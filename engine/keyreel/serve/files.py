@@ -72,7 +72,7 @@ class Roots:
         """
         try:
             # Not blocking: a pipe that was put there has no writer.
-            opened = _Closing(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            opened = Closing(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         except (OSError, ValueError) as error:
             raise ApiError(404, "not_found", f"{path.name!r} cannot be opened: {type(error).__name__}") from error
         if not self.holds(os.path.realpath(own_name(opened))) or not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
@@ -97,7 +97,7 @@ class OpenFile(FileResponse):
             self._file.close()
 
 
-class _Closing(FileIO):
+class Closing(FileIO):
     """Closes itself if nobody takes it: a caller may leave between the opening and the answer."""
 
     def __del__(self) -> None:

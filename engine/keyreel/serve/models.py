@@ -29,8 +29,8 @@ class Filters(BaseModel):
     video: Annotated[list[Text], Field(max_length=100, description="ids of videos")] = []
     path: Annotated[Text | None, Field(description="glob over the whole path, */holiday/*.mp4")] = None
     tag: Annotated[list[Text], Field(max_length=100, description="all of them")] = []
-    after: Annotated[datetime | None, Field(description="date of the video, inclusive; UTC without a zone")] = None
-    before: Annotated[datetime | None, Field(description="date of the video, exclusive")] = None
+    after: Annotated[datetime | None, Field(description="recorded at this time or later; UTC without a zone")] = None
+    before: Annotated[datetime | None, Field(description="recorded before this time")] = None
     min_duration: Seconds | None = None
     max_duration: Seconds | None = None
     start: Annotated[Seconds | None, Field(description="frames from this second of their video on")] = None
@@ -190,6 +190,14 @@ class Refusal(BaseModel):
     """Any answer that is no success."""
 
     error: Problem
+
+
+class Playable(BaseModel):
+    """A copy of a video that browsers can play: playable.mp4 beside its file, once it is done."""
+
+    state: Literal["running", "done", "failed"]
+    progress: float
+    error: Problem | None
 
 
 class JobState(BaseModel):

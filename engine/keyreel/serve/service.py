@@ -22,6 +22,7 @@ from keyreel.serve import models
 from keyreel.serve.files import Roots, discard, file_name, own_name
 from keyreel.serve.jobs import OPEN, Jobs
 from keyreel.serve.metrics import Metrics
+from keyreel.serve.playable import Copies
 from keyreel.serve.security import ApiError, redact_paths
 from keyreel.serve.workers import Answer, Batcher, Pool
 from keyreel.types import Combined, Example, Progress, Query
@@ -52,10 +53,12 @@ class Service:
         self.jobs = make_jobs(folder, self._add, self._forget, self._known, config, self.metrics, self.private)
         self.roots = Roots(config.roots)
         self._playable = Roots((*config.roots, self.jobs.uploads))
+        self._copies = Copies(folder / "playable", config.play_bytes, self.private)
 
     def close(self) -> None:
         """Drains the jobs and lets the threads go."""
         self.jobs.drain(self.config.drain_seconds)
+        self._copies.close()
         self.batcher.close()
         self.pool.close()
 
@@ -145,10 +148,31 @@ class Service:
             raise ApiError(404, "not_found", "the video is not on this machine")
         return self._playable.open(path), file_name(record.path)
 
+    def playable(self, id: str) -> models.Playable:
+        """The state of a copy that browsers can play, which is made if there is none yet.
+
+        Raises:
+            ApiError: as `open`; 429, too many wait.
+        """
+        self._check_open(id)
+        return self._copies.ask(self.record(id, indexed=True).fingerprint, lambda: self.open(id)[0])
+
+    def open_playable(self, id: str) -> tuple[FileIO, str]:
+        """That copy, open, and a name for it. Raises ApiError as `open`; 404 while it is not made."""
+        name = self._check_open(id)
+        return self._copies.open(self.record(id, indexed=True).fingerprint), f"{Path(name).stem}.mp4"
+
+    def _check_open(self, id: str) -> str:
+        """Raises ApiError where callers may not read the video; returns its file name."""
+        file, name = self.open(id)
+        file.close()
+        return name
+
     def remove(self, id: str) -> None:
         """Takes a video out of the library, and deletes its file if it was uploaded here."""
         record = self.record(id)
         self.library.remove([id])
+        self._copies.forget(record.fingerprint)
         path = path_of(record.path)
         if path is not None and path.parent.parent == self.jobs.uploads:
             discard(path)

@@ -59,7 +59,7 @@ export function askToken(used) {
     $("button[type=button]", dialog).onclick = () => dialog.close("no");
     dialog.onclose = () => {
       asking = null;
-      if (dialog.returnValue !== "yes") return reject(new Problem("A token is needed.", { hint: "Try again and give the token of this library." }));
+      if (dialog.returnValue !== "yes") return reject(new Problem("A token is needed.", { hint: "Try again with the token of this library." }));
       token = field.value.trim();
       sessionStorage.setItem("keyreel-token", token);
       // The browser asks for pictures and videos itself and sends no header: for them the token goes in a cookie.

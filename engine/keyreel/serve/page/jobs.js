@@ -84,7 +84,7 @@ function send(job) {
     for (const [name, value] of Object.entries(authorization())) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => draw({ ...job, request, progress: event.loaded / event.total });
     request.onload = () => (request.status < 300 ? resolve(JSON.parse(request.responseText)) : reject(problem(request.status, request.responseText)));
-    request.onerror = () => reject(new Problem("The upload broke off.", { hint: "The server cannot be reached, or refused the file." }));
+    request.onerror = () => reject(new Problem("The upload was interrupted.", { hint: "The server cannot be reached, or refused the file." }));
     request.onabort = () => resolve(null);
     draw({ ...job, request });
     request.send(body);

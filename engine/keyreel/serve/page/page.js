@@ -174,7 +174,7 @@ function question(params) {
   if (like) return { method: "POST", query, body: { like: { video_id: like[1], seconds: Number(like[2]) } } };
   if (params.has("image")) {
     const file = pictures.get(params.get("image"));
-    if (!file) throw new Problem("The picture of this search is gone.", { hint: "Choose it again." });
+    if (!file) throw new Problem("The picture of this search is no longer there.", { hint: "Choose it again." });
     const body = new FormData();
     body.append("file", file);
     return { method: "POST", query, body };

@@ -84,7 +84,7 @@ async function searchInside(query) {
     list.replaceChildren();
     state.textContent = text;
   };
-  if (query.trim() === "") return clear("Search in this video to see where it answers.");
+  if (query.trim() === "") return clear("Type words to find the moments of this video that show them.");
   try {
     await pause(130, mine.signal);
     const { hits, curve } = await api(`videos/${encodeURIComponent(id)}/moments`, { query: { q: query, k: 12 }, signal: mine.signal });
@@ -226,7 +226,7 @@ function fill(entry) {
   $(".unplayable", section).hidden = true;
   Object.assign(player, { hidden: false, ariaLabel: entry.name, poster: entry.poster ?? "", width: entry.width, height: entry.height });
   if (entry.file) player.src = new URL(entry.file, API);
-  else unplayable({ message: "The video cannot be played here: its file is not in a folder that the server may show." });
+  else unplayable({ message: "The video cannot be played here: the server may not read its folder." });
   drawTimeline(entry);
   drawBoard(entry);
   tables(entry);
@@ -247,11 +247,39 @@ player.addEventListener("error", async () => {
   const answer = await fetch(player.src, { headers: { ...authorization(), Range: "bytes=0-0" } }).catch(() => null);
   if (id !== shown.id) return;
   if (answer && !answer.ok) unplayable(problem(answer.status, await answer.text()));
+  else if (player.src.endsWith("/file")) convert(id, player.currentTime || now);
   else unplayable({ message: "This browser cannot play the video." });
 });
+
+// A copy that browsers can play. The server makes it for as long as this asks for it.
+async function convert(id, seconds) {
+  const path = `videos/${encodeURIComponent(id)}/playable`, wanted = () => id === shown.id && !section.hidden;
+  let told = "";
+  try {
+    while (wanted()) {
+      const { state, progress, error } = await api(path, { method: "POST" });
+      if (!wanted()) return;
+      if (state === "failed") return unplayable({ message: `This browser cannot play the video, and no copy can be made: ${error.message}` });
+      if (state === "done") break;
+      // In steps of ten: each change is read out by screen readers.
+      const message = `This browser cannot play the file. A copy that it can play is being made: ${10 * Math.floor(10 * progress)} %`;
+      if (message !== told) unplayable({ message });
+      told = message;
+      await pause(700);
+    }
+    if (!wanted()) return;
+    $(".unplayable", section).hidden = true;
+    player.hidden = false;
+    player.src = new URL(`${path}.mp4`, API);
+    start(seconds, true);
+  } catch (error) {
+    if (wanted()) unplayable(error);
+  }
+}
+
 function unplayable({ message }) {
   player.hidden = true;
-  complain($(".unplayable", section), { message, hint: "The pictures and times below stay usable." });
+  complain($(".unplayable", section), { message, hint: "You can still use the pictures and times below." });
 }
 
 // ---- The timeline: a click plays from there, the pointer shows what is there, keys move.

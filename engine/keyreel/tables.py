@@ -1,0 +1,46 @@
+"""Values as tables, for pandas, pyarrow and what reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from keyreel.errors import import_extra
+
+
+class Tabular:
+    """A value that converts to a pyarrow table and to a pandas data frame."""
+
+    __slots__ = ()
+
+    def to_arrow(self) -> Any:
+        """A pyarrow table."""
+        raise NotImplementedError
+
+    def to_pandas(self) -> Any:
+        """The table of `to_arrow` as a pandas data frame.
+
+        Raises:
+            MissingExtra: pandas or pyarrow is not installed.
+        """
+        import_extra("pandas", extra="data", purpose="to_pandas()")
+        return self.to_arrow().to_pandas()
+
+
+def table_of(columns: Mapping[str, Any]) -> Any:
+    """Columns as a pyarrow table; an array [n, D] becomes a column of lists of D numbers.
+
+    Raises:
+        MissingExtra: pyarrow is not installed.
+    """
+    pa = import_extra("pyarrow", extra="data", purpose="a table")
+
+    def column(values: Any) -> Any:
+        if isinstance(values, np.ndarray) and values.ndim == 2:
+            flat = pa.array(np.ascontiguousarray(values).ravel())
+            return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+        return pa.array(values)
+
+    return pa.table({name: column(values) for name, values in columns.items()})
