@@ -17,9 +17,11 @@ import os
 import resource
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,7 +289,7 @@ def commits(folder: Path, writers: int, shards: int, videos: int) -> dict[str, l
 QUERIES = ("a red car", "a dog on a beach", "people in a street", "a bottle", "water")
 
 
-def killed(folder: Path, kills: int, clients: int) -> Iterator[tuple[Row, dict[str, list[float]]]]:
+def killed(folder: Path, kills: int, clients: int, jobs: int) -> Iterator[tuple[Row, dict[str, list[float]]]]:
     clips, uri = small_clips(folder, 10), folder / "served"
     with Engine.from_pretrained(device="cpu", threads=1) as engine:
         with Library(uri, engine, config=LibraryConfig(shards=3)) as library:
@@ -299,7 +301,7 @@ def killed(folder: Path, kills: int, clients: int) -> Iterator[tuple[Row, dict[s
             def fits(query: str, answer: dict[str, Any]) -> bool:
                 return answer["query"] == query and cluster.is_one_of(right[query], answer)
 
-            jobs: list[str] = []
+            ended: list[str] = []
             with cluster.Clients(served, clients, [*QUERIES], fits) as asking:
                 time.sleep(2)
                 for number in range(kills):
@@ -309,15 +311,17 @@ def killed(folder: Path, kills: int, clients: int) -> Iterator[tuple[Row, dict[s
                     time.sleep(3)
             for wrong in asking.wrong[:5]:
                 say(f"  wrong: {wrong}")
-            for clip in clips[6:]:
+            for clip in clips[6 : 6 + jobs]:
                 until = time.monotonic() + 120
                 while (answer := served.http.post("/api/v1/jobs", json={"path": str(clip)})).status_code == 503:
                     if time.monotonic() > until:
                         raise RuntimeError("the queue does not come back")
                     time.sleep(0.5)
-                jobs.append(answer.json()["id"])
                 cluster.kill_one(served, cluster.JOBS, 0)
-            lost = sum(cluster.wait_for(served.http, id)["state"] != "done" for id in jobs)
+                # Once each: a job that was at work three times when the queue ended has failed, as on one machine.
+                job = cluster.wait_for(served.http, answer.json()["id"])
+                say(f"  the queue was killed: {job['state']} {job['error'] or ''}")
+                ended.append(job["state"])
     yield (
         {"kills": kills, "clients": clients},
         {
@@ -326,47 +330,48 @@ def killed(folder: Path, kills: int, clients: int) -> Iterator[tuple[Row, dict[s
             "refused": [sum(count for status, count in asking.statuses.items() if status in (429, 503))],
             "wrong": [len(asking.wrong)],
             "slowest_seconds": [asking.slowest],
-            "jobs": [len(jobs)],
-            "lost": [lost],
+            "jobs": [len(ended)],
+            "lost": [sum(state != "done" for state in ended)],
         },
     )
 
 
-def measure(options: argparse.Namespace) -> Iterator[Row]:
+def on_ray(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     import ray
 
     from keyreel.cluster.indexing import connected
 
+    per_shard, large = (10_000, 40_000) if options.quick else (250_000, 10_000_000)
+    seconds, shards = (1.0, (1, 2)) if options.quick else (SECONDS, SHARDS)
+    in_memory = [*((per_shard * count, count) for count in shards), (4 * per_shard, 1)]
+    sets = [(rows, count, IN_MEMORY) for rows, count in in_memory]
+    sets += [(large, count, "mapped file, 16 bits") for count in shards]
+    with connected(ray, None, cpus=2, gpus=0):
+        for rows, count, kept in sets:
+            path = rows_file(options.content, large if kept != IN_MEMORY else per_shard * max(4, *shards))
+            found = searched(ray, path, rows, count, kept != IN_MEMORY, seconds)
+            params = {"rows": rows, "shards": count, "width": WIDTH, "kept": kept}
+            yield from rows_of("scale-search", params, "keyreel", found)
+        rows, count = (20_000, 2) if options.quick else (200_000, 4)
+        fill(str(folder / "recovery"), rows, count)
+        found = recovered(ray, str(folder / "recovery"), count, 2 if options.quick else 8)
+        yield from rows_of("scale-recovery", {"rows": rows, "shards": count, "width": WIDTH}, "keyreel", found)
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
     quick = options.quick
-    per_shard, large = (10_000, 40_000) if quick else (250_000, 10_000_000)
-    seconds, shards = (1.0, (1, 2)) if quick else (SECONDS, SHARDS)
     with tempfile.TemporaryDirectory(dir=options.content) as made:
         folder = Path(made)
         if "commits" in options.only:
             for writers, count in ((1, 1), (4, 1), (4, 4)) if not quick else ((1, 1), (2, 2)):
-                params = {"writers": writers, "shards": count}
-                yield from rows_of(
-                    "scale-commits", params, "keyreel", commits(folder, writers, count, 6 if quick else 60)
-                )
+                found = commits(folder, writers, count, 6 if quick else 60)
+                yield from rows_of("scale-commits", {"writers": writers, "shards": count}, "keyreel", found)
         if "search" in options.only:
-            with connected(ray, None, cpus=2, gpus=0):
-                path = rows_file(options.content, per_shard * max(4, *shards))
-                for rows, count in [*((per_shard * count, count) for count in shards), (4 * per_shard, 1)]:
-                    found = searched(ray, path, rows, count, False, seconds)
-                    params = {"rows": rows, "shards": count, "width": WIDTH, "kept": IN_MEMORY}
-                    yield from rows_of("scale-search", params, "keyreel", found)
-                path = rows_file(options.content, large)
-                for count in shards:
-                    params = {"rows": large, "shards": count, "width": WIDTH, "kept": "mapped file, 16 bits"}
-                    yield from rows_of(
-                        "scale-search", params, "keyreel", searched(ray, path, large, count, True, seconds)
-                    )
-                rows, count = (20_000, 2) if quick else (200_000, 4)
-                fill(str(folder / "recovery"), rows, count)
-                found = recovered(ray, str(folder / "recovery"), count, 2 if quick else 8)
-                yield from rows_of("scale-recovery", {"rows": rows, "shards": count, "width": WIDTH}, "keyreel", found)
+            with redirect_stdout(sys.stderr):  # Ray prints there when a worker has died; stdout is for rows
+                rows = list(on_ray(options, folder))
+            yield from rows
         if "kills" in options.only:
-            for params, found in killed(folder, *((2, 4) if quick else (50, 32))):
+            for params, found in killed(folder, *((2, 4, 1) if quick else (50, 32, 4))):
                 yield from rows_of("scale-kills", params, "keyreel", found)
 
 
