@@ -26,6 +26,7 @@ from av.video.stream import VideoStream
 
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.color import Orientation, display_size, matrix_of, orientation_of, transfer_of
+from keyreel.decode.complaints import COMPLAINTS
 from keyreel.decode.decoder import CpuDecoder, Decoder, DecoderFailed
 from keyreel.decode.nvdec_pool import DecoderPool, Format, one_line, sizes
 from keyreel.decode.packets import BROKEN, demux, reason_of
@@ -210,16 +211,17 @@ class NvDecoder:
             decoder = self.pool.take(self.claim.format, needed=needed)
             if decoder is None:
                 raise NoWorker
-            try:
-                worker = NvWorker(self, container, stream, decoder)
-                yield worker
-            except BaseException as error:
-                if worker is not None:
-                    worker.failed |= not isinstance(error, (GeneratorExit, Stopped))
-                raise
-            finally:
-                reusable = worker is not None and worker.reusable()
-                self.pool.give(self.claim.format, decoder if reusable else None)
+            with COMPLAINTS.listening():
+                try:
+                    worker = NvWorker(self, container, stream, decoder)
+                    yield worker
+                except BaseException as error:
+                    if worker is not None:
+                        worker.failed |= not isinstance(error, (GeneratorExit, Stopped))
+                    raise
+                finally:
+                    reusable = worker is not None and worker.reusable()
+                    self.pool.give(self.claim.format, decoder if reusable else None)
         finally:
             with self._lock:
                 self._open -= 1
@@ -246,7 +248,7 @@ class DevicePicture:
     frame: Any  # DecodedFrame, whose memory is the decoder's own; None once it was copied
     copy: Any = None  # [rows, width] on the device
     dts: int | None = None
-    is_corrupt: bool = False  # NVDEC does not tell
+    is_corrupt: bool = False
 
 
 class NvWorker:
@@ -333,9 +335,10 @@ class NvWorker:
             frames = self._decoder.Decode(packet)
         except Exception as error:
             raise self._failure(f"NVDEC: {one_line(error)}") from error
+        damaged = COMPLAINTS.count()
         surface = getattr(self._module.Pixel_Format, self._format.surface)
         pictures = []
-        for frame in frames:
+        for place, frame in enumerate(frames):
             found = self._waiting.pop(frame.getPTS(), None)
             if found is None or any(self._begun(pts) and pts < frame.getPTS() for pts in self._waiting):
                 raise self._surprise(f"the picture at pts {frame.getPTS()} came out of NVDEC out of turn")
@@ -343,7 +346,7 @@ class NvWorker:
                 raise self._failure(f"NVDEC gives surfaces {frame.format} {tuple(frame.shape)}")
             duration, key, hidden = found
             if not hidden:
-                pictures.append(DevicePicture(frame.getPTS(), duration, key, frame))
+                pictures.append(DevicePicture(frame.getPTS(), duration, key, frame, is_corrupt=place < damaged))
         return pictures
 
     def _begun(self, pts: int) -> bool:
