@@ -17,12 +17,12 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+from cuda_streams import forget, queued
 
 _CODECS = {4: "h264", 8: "hevc", 10: "vp9", 11: "av1"}
 _DELAY = 2  # pictures that are held back though they are ready
@@ -92,14 +92,13 @@ class _Parsed:
 
 
 class _Driver:
-    """What the stub asks. queued: called with address, bytes and stream for each copy to device memory."""
+    """What the stub asks and tells."""
 
     def __init__(self, library: Any) -> None:
         self._parsers: dict[int, _Parsed] = {}
         self._surfaces = threading.local()
         self.damaged = self.sequences = 0
         self.caps: dict[str, int] = {}
-        self.queued: Callable[[int, int, int], None] = lambda *_: None
         self.resized = 0
         kinds: dict[str, Any] = {
             "capabilities": ctypes.CFUNCTYPE(None, ctypes.POINTER(_Capabilities)),
@@ -112,6 +111,7 @@ class _Driver:
             "pixels": ctypes.CFUNCTYPE(None, _Address, ctypes.c_uint, ctypes.c_ulong),
             "closed": ctypes.CFUNCTYPE(None, _Address),
             "copied": ctypes.CFUNCTYPE(None, _Address, ctypes.c_size_t, _Address),
+            "freed": ctypes.CFUNCTYPE(None, _Address, ctypes.c_size_t),
         }
         self._hooks = [kind(getattr(self, f"_{name}")) for name, kind in kinds.items()]
         place = (_Address * len(kinds)).in_dll(library, "hooks")
@@ -182,8 +182,11 @@ class _Driver:
     def _closed(self, parser: int) -> None:
         self._parsers.pop(parser, None)
 
+    def _freed(self, address: int, size: int) -> None:
+        forget(address, size)
+
     def _copied(self, address: int, size: int, stream: int | None) -> None:
-        self.queued(address, size, stream or 0)
+        queued(address, size, stream or 0)
 
 
 def planes(frame: av.VideoFrame) -> list[np.ndarray[Any, Any]]:

@@ -1,6 +1,7 @@
 // libcuda, libnvcuvid and libnvidia-encode in one, for PyNvVideoCodec on a CPU: device memory is the host's, and FFmpeg
 // decodes, through `hooks` that host_nvdec.py fills in. Structures and numbers are those of NVIDIA's dynlink headers,
 // as far as they are used. PyNvVideoCodec's exceptions pass through the callbacks here, so they are C, not ctypes.
+#include <malloc.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -82,6 +83,7 @@ struct {
     void (*closed)(Parser*);
     // A copy of some bytes to device memory that was queued on a stream.
     void (*copied)(void* to, size_t bytes, void* stream);
+    void (*freed)(void* memory, size_t bytes);
 } hooks;
 _Thread_local int failing;  // every call of this thread that decodes or shows
 
@@ -229,7 +231,11 @@ int cuMemAllocPitch_v2(Pointer* out, size_t* pitch, size_t width, size_t height,
     (void)element, *pitch = (width + 511) / 512 * 512;
     return cuMemAlloc_v2(out, *pitch * height);
 }
-int cuMemFree_v2(Pointer at) { return free((void*)at), 0; }
+int cuMemFree_v2(Pointer at) {
+    void* memory = (void*)at;
+    if (memory) hooks.freed(memory, malloc_usable_size(memory)), free(memory);
+    return CUDA_SUCCESS;
+}
 int cuMemFreeAsync(Pointer at, void* stream) { return (void)stream, cuMemFree_v2(at); }
 
 typedef struct {

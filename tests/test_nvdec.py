@@ -10,6 +10,7 @@ import importlib
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import av
+import cuda_streams
 import numpy as np
 import pytest
 from av.video.reformatter import ColorRange
@@ -488,6 +490,57 @@ def test_a_stream_left_early_is_closed_and_its_decoder_drained(host: Device, med
         assert host.pool.busy == 0
         assert host.pool.idle > 0
         check(host, path, Sampling("every", every=20))
+
+
+# --- streams
+
+
+def _no_wait(host: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.cuda.stream, "wait_event", lambda _: None)
+
+
+def _no_keeping(host: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvdec, "_let_go", lambda _, stacked, __: stacked.clear())
+
+
+def _no_join(host: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.cuda, "join", lambda: None)
+
+
+def _another_stream(host: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = host.module.CreateDecoder
+    monkeypatch.setattr(
+        host.module, "CreateDecoder", lambda **how: create(**how | {"cudastream": host.cuda.stream.ptr}), raising=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("taken_out", "said"),
+    [
+        (None, None),
+        (_no_wait, "does not wait for it"),
+        (_no_keeping, "is freed while"),
+        (_no_join, "does not wait for it"),
+        (_another_stream, "does not wait for it"),
+    ],
+)
+def test_each_join_is_needed(
+    host: Device, media: Media, monkeypatch: pytest.MonkeyPatch, taken_out: Any, said: str | None
+) -> None:
+    """Without one of them, cuda_streams.py finds work of two streams that nothing orders."""
+    if taken_out is not None:
+        taken_out(host, monkeypatch)
+    callers, ops = host.cuda.cupy.cuda.Stream(), ops_on(host.cuda)
+
+    def read() -> None:
+        with Source(media("natural/bikes.mp4")) as source, callers, suppress(cuda_streams.Fault, BackendUnavailable):
+            for batch in host.open(source, Sampling("every", every=10), ops=ops, batch_size=4, strict=True):
+                (batch.data + batch.data).get()
+
+    read()
+    gc.collect()
+    assert any(said in fault for fault in cuda_streams.faults) if said else cuda_streams.faults == []
+    cuda_streams.faults.clear()
 
 
 # --- failures

@@ -2,7 +2,8 @@
 
 Timeline, spans and checks are those of the CPU (reader.py). Surfaces lie in the decoder's own memory until its next
 packet. Those of wanted frames are copied, device to device, on the stream on which the decoder writes, so that one
-launch can convert many: a copy costs a few microseconds, a launch for each frame more than its work.
+launch can convert many: a copy costs a few microseconds, a launch for each frame more than its work. That stream is not
+the one on which vectors are computed: only a batch is put there, after its pictures.
 
 Streams that NVDEC cannot decode exactly fall back to the CPU; the reason is in the warnings.
 """
@@ -10,11 +11,12 @@ Streams that NVDEC cannot decode exactly fall back to the CPU; the reason is in 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import av
 from av.bitstream import BitStreamFilterContext
@@ -55,6 +57,7 @@ _STANDARDS = {Colorspace.ITU601: "bt601", Colorspace.ITU709: "bt709", Colorspace
 _PADDING = {"h264": 16, "hevc": 64, "vp9": 1}
 _TYPICAL_ENGINES = 4  # where the device does not say how many it has
 _COPIED_BYTES = 256 << 20  # of surfaces that wait to be converted
+_KEPT_BATCHES = 2  # whose pictures stay: by then they were read, and decoding need not wait
 _DRAIN_PACKETS = 8  # decoded in vain cost about as much as a drain
 _AHEAD_BYTES = 1 << 30  # of pictures that wait for those before them
 # How packets get start codes, and parameter sets before each key picture, where a decoder may have to begin.
@@ -197,6 +200,8 @@ class NvDecoder:
         height, width = claim.display if transform is None else (transform.height, transform.width)
         self.ahead = max(2, _AHEAD_BYTES // (2 * self.workers * height * width * 3))
         self._lock, self._open = threading.Lock(), 0
+        self._stacked: deque[tuple[Any, Any]] = deque()  # pictures, and the event after which they may go
+        finalize(self, _let_go, cuda, self._stacked, 0)
 
     @contextmanager
     def open(
@@ -227,7 +232,13 @@ class NvDecoder:
                 self._open -= 1
 
     def stack(self, pictures: list[Any]) -> Any:
-        return _stacked(self.cuda, pictures)
+        """A batch on the computing stream, which waits for the pictures; they are kept until it has read them."""
+        cuda = self.cuda
+        cuda.stream.wait_event(cuda.decoding.record())
+        batch = _stacked(cuda, pictures)
+        self._stacked.append((pictures, cuda.stream.record()))
+        _let_go(cuda, self._stacked, _KEPT_BATCHES)
+        return batch
 
     def join(self) -> None:
         self.cuda.join()
@@ -236,6 +247,13 @@ class NvDecoder:
         if self._fallback is None:
             raise BackendUnavailable(f"{self._name}: {error}", probe="nvdec", hint=_HINT) from error
         return self._fallback
+
+
+def _let_go(cuda: Any, stacked: deque[tuple[Any, Any]], kept: int) -> None:
+    """Drops the pictures of all but the last batches, whose memory decoding takes: it waits until they were read."""
+    while len(stacked) > kept:
+        cuda.decoding.wait_event(stacked[0][1])
+        stacked.popleft()
 
 
 @dataclass(slots=True)
@@ -364,11 +382,11 @@ class NvWorker:
     def keep(self, picture: DevicePicture) -> DevicePicture:
         if picture.copy is None:
             cuda, format = self._cuda, self._format
-            with cuda.scope():
+            with cuda.scope(cuda.decoding):
                 rows = cuda.cupy.empty(format.rows, "uint8" if format.bits == 8 else "uint16")
                 address = picture.frame.GetPtrToPlane(0)
-                runtime = cuda.cupy.cuda.runtime
-                runtime.memcpyAsync(rows.data.ptr, address, rows.nbytes, runtime.memcpyDeviceToDevice, cuda.stream.ptr)
+                runtime, stream = cuda.cupy.cuda.runtime, cuda.decoding.ptr
+                runtime.memcpyAsync(rows.data.ptr, address, rows.nbytes, runtime.memcpyDeviceToDevice, stream)
             picture.copy, picture.frame = rows, None
         return picture
 
@@ -388,7 +406,7 @@ class NvWorker:
 
     def _converted(self, copies: list[Any]) -> list[Any]:
         wanted = self._transform
-        with self._cuda.scope():
+        with self._cuda.scope(self._cuda.decoding):
             made = self._ops.frames_from_surfaces(
                 [self._claim.surface(copy) for copy in copies],
                 height=wanted.height if wanted else self._claim.display[0],

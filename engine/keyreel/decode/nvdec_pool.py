@@ -50,7 +50,7 @@ class DecoderPool:
     """The decoders of a device; safe to share between threads.
 
     Args:
-        cuda: the device; its stream is the one on which surfaces are written.
+        cuda: the device; surfaces are written on its stream `decoding`.
         module: PyNvVideoCodec; by default it is imported at the first use.
         limit: decoders that are open at most, unless more streams than that are read at once.
     """
@@ -135,7 +135,7 @@ class DecoderPool:
                     gpuid=self.cuda.index,
                     codec=getattr(module.cudaVideoCodec, format.codec.upper()),
                     cudacontext=0,  # the primary one, which is CuPy's
-                    cudastream=self.cuda.stream.ptr,
+                    cudastream=self.cuda.decoding.ptr,
                     usedevicememory=True,
                 )
         except Exception as error:
