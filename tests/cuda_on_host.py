@@ -63,7 +63,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 def build(code: str, options: Sequence[str], *, flavour: str = "fibers", extra: Sequence[str] = ()) -> Path:
     """Compiles kernels to a shared library, once for each code and options."""
     flags = ["-std=c++20", *FLAVOURS[flavour], *(option for option in options if option != STANDARD), *extra]
-    flags += ["-march=native", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
+    flags += ["-march=native", "-ffp-contract=fast", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
     program = host_source(code)
     digest = hashlib.sha256("\0".join([program, *flags]).encode()).hexdigest()[:24]
     with _LOCK:

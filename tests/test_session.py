@@ -52,7 +52,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_both_sessions_give_what_onnxruntime_gives(asked: list[Any], graph: str) -> None:
     path, cuda = Bundle.find("builtin").file(graph), host_cuda()
     bound = HostProvider(path, cuda)
-    settings = {"device_id": "0", "user_compute_stream": str(cuda.stream.ptr)}
+    settings = {
+        "device_id": "0",
+        "user_compute_stream": str(cuda.stream.ptr),
+        "cudnn_conv_algo_search": "HEURISTIC",
+    }
     assert asked == [([("CPUExecutionProvider", settings)], {"enable_fallback": 0})]
     inner = bound._session
     given = sample_feeds(signature(inner))
