@@ -83,6 +83,24 @@ def plan(cuda: Cuda, kind: int, width: int, most: int, lengths: I64) -> Plan:
     return Plan(size, teams, capacity, tile, work, -(-(fixed + capacity * row) // 16) * 16)
 
 
+def bytes_a_round(plan: Plan, kind: int, width: int, k: int, frames: int) -> dict[str, int]:
+    """What one round of one problem moves outside the blocks' own shared memory, by the kernel's arithmetic.
+
+    Returns:
+        frames: loaded again, 0 where shared memory holds them; sums: the blocks' sums, written, read and added up;
+        products: of pairs of centroids and sums, with their factors; centroids: moved, and read by every block.
+    """
+    padded, most = -(-width // 64) * 64, -(-k // 4) * 4
+    rows, tiles = 4 * k * padded, most // 4 * (most // 2 + 1)
+    fits = -(-frames // plan.cluster) <= plan.capacity
+    return {
+        "frames": 0 if fits else frames * width * (4 if kind == FLOAT else 2),
+        "sums": (2 * plan.cluster + 1) * rows,
+        "products": 2 * rows + plan.cluster * 8 * (16 * tiles + 3 * k * k),
+        "centroids": (3 + plan.cluster) * rows,
+    }
+
+
 def blocks(cuda: Cuda, number: int, longest: int, whole: int) -> int:
     """Blocks of a team for `number` problems of up to `longest` frames; a block holds `whole` frames."""
     sizes = (1, 2, 4, 8) if cuda.capability >= (9, 0) else (1,)
