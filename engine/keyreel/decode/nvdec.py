@@ -30,7 +30,7 @@ from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.color import Orientation, display_size, matrix_of, orientation_of, transfer_of
 from keyreel.decode.complaints import COMPLAINTS
 from keyreel.decode.decoder import CpuDecoder, Decoder, DecoderFailed
-from keyreel.decode.nvdec_pool import DecoderPool, Format, one_line, sizes
+from keyreel.decode.nvdec_pool import DecoderPool, DevicePicture, Format, one_line, sizes
 from keyreel.decode.packets import BROKEN, demux, reason_of
 from keyreel.decode.parallel import NoWorker, Stopped
 from keyreel.decode.sampling import PlanBroken
@@ -254,19 +254,6 @@ def _let_go(cuda: Any, stacked: deque[tuple[Any, Any]], kept: int) -> None:
     while len(stacked) > kept:
         cuda.decoding.wait_event(stacked[0][1])
         stacked.popleft()
-
-
-@dataclass(slots=True)
-class DevicePicture:
-    """A picture that NVDEC has decoded."""
-
-    pts: int
-    duration: int
-    key_frame: bool
-    frame: Any  # DecodedFrame, whose memory is the decoder's own; None once it was copied
-    copy: Any = None  # [rows, width] on the device
-    dts: int | None = None
-    is_corrupt: bool = False
 
 
 class NvWorker:

@@ -46,6 +46,19 @@ class Format:
         return height * 3 // 2 if self.chroma == "420" else height * 3, width
 
 
+@dataclass(slots=True)
+class DevicePicture:
+    """A picture that NVDEC has decoded."""
+
+    pts: int
+    duration: int
+    key_frame: bool
+    frame: Any  # DecodedFrame, whose memory is the decoder's own; None once it was copied
+    copy: Any = None  # [rows, width] on the device
+    dts: int | None = None
+    is_corrupt: bool = False
+
+
 class DecoderPool:
     """The decoders of a device; safe to share between threads.
 
