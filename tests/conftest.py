@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cuda_streams
 import pytest
 import tiny_models
 from cuda_on_host import host_cuda
@@ -56,6 +57,14 @@ def cuda(request: pytest.FixtureRequest) -> Cuda:
             raise
         pytest.skip(f"no CUDA device: {type(error).__name__}")
     return device
+
+
+@pytest.fixture(autouse=True)
+def _ordered_streams() -> Iterator[None]:
+    """No work of two streams of the emulated device was left to chance, in any thread."""
+    cuda_streams.faults.clear()
+    yield
+    assert cuda_streams.faults == []
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """CuPy's interface on a CPU: arrays that never become NumPy's implicitly, kernels run by cuda_host.h.
 
-The product's own CUDA code runs; only memory and launches are replaced. Where CuPy is installed, names that it lacks
-are refused.
+The product's own CUDA code runs; only memory and launches are replaced. Work is done at once; cuda_streams.py checks
+that its order did not depend on that. Where CuPy is installed, names that it lacks are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cuda_streams
 import numpy as np
+from cuda_streams import root, work
 
 from keyreel_kernels.cuda import STANDARD, Cuda
 
@@ -33,6 +35,7 @@ FLAVOURS = {
 _ENTRY = re.compile(
     r'(?:extern\s+"C"\s+__global__\s+void|KR_CLUSTER_KERNEL)\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\('
 )
+_PARAMETERS = re.compile(_ENTRY.pattern + r"([^)]*)\)")
 _CLUSTERED = re.compile(r"KR_CLUSTER_KERNEL\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(")
 _LOCK = threading.RLock()
 _launching = threading.Lock()  # the emulation has one launch at a time
@@ -60,7 +63,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 def build(code: str, options: Sequence[str], *, flavour: str = "fibers", extra: Sequence[str] = ()) -> Path:
     """Compiles kernels to a shared library, once for each code and options."""
     flags = ["-std=c++20", *FLAVOURS[flavour], *(option for option in options if option != STANDARD), *extra]
-    flags += ["-march=native", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
+    flags += ["-march=native", "-ffp-contract=fast", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
     program = host_source(code)
     digest = hashlib.sha256("\0".join([program, *flags]).encode()).hexdigest()[:24]
     with _LOCK:
@@ -110,12 +113,17 @@ class HostedArray:
         return f"HostedArray({self._host!r})"
 
     def __getitem__(self, index: Any) -> HostedArray:
-        return HostedArray(np.asarray(self._host[_plain(index)]))
+        found = np.asarray(self._host[_plain(index)])
+        _done((self, index), found)
+        return HostedArray(found)
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        work(_hosts((index, value)), [self._host])
         self._host[_plain(index)] = _plain(value)
 
     def get(self) -> np.ndarray[Any, Any]:
+        work([self._host])
+        cuda_streams.current().synchronize()
         return self._host.copy()
 
     @property
@@ -157,6 +165,25 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _hosts(value: Any) -> Iterator[np.ndarray[Any, Any]]:
+    """All arrays in arguments or results."""
+    if isinstance(value, HostedArray):
+        value = value._host
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _hosts(one)
+
+
+def _done(given: Any, found: Any) -> None:
+    """Records work that read `given` and made `found`; a view is no work."""
+    taken = list(_hosts(given))
+    made = [np.asarray(one) for one in _hosts(found)]
+    if not {id(root(one)) for one in taken} & {id(root(one)) for one in made}:
+        work(taken, made)
+
+
 def _back(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return HostedArray(np.asarray(value))
@@ -168,7 +195,12 @@ def _back(value: Any) -> Any:
 def _wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
-        return _back(function(*_plain(args), **_plain(options)))
+        found = function(*_plain(args), **_plain(options))
+        if function.__name__ == "copyto":
+            work(_hosts(args[1]), _hosts(args[0]))
+        else:
+            _done((args, options), found if isinstance(found, (tuple, list)) else np.asarray(found))
+        return _back(found)
 
     return call
 
@@ -178,9 +210,12 @@ def _operator(name: str, *, swapped: bool) -> Callable[..., Any]:
 
     def apply(self: HostedArray, other: Any = None) -> Any:
         if name in ("neg", "invert", "pos"):
-            return _back(function(self._host))
-        pair = (_plain(other), self._host) if swapped else (self._host, _plain(other))
-        return _back(function(*pair))
+            found = function(self._host)
+        else:
+            found = function(*((_plain(other), self._host) if swapped else (self._host, _plain(other))))
+        found = np.asarray(found)
+        _done((self, other), found)
+        return _back(found)
 
     return apply
 
@@ -189,6 +224,7 @@ def _in_place(name: str) -> Callable[..., Any]:
     function = getattr(operator, name)
 
     def apply(self: HostedArray, other: Any) -> HostedArray:
+        work(_hosts(other), [self._host])
         self._host = function(self._host, _plain(other))
         return self
 
@@ -211,6 +247,8 @@ def _known(owner: str, name: str) -> None:
         import cupy
     except ImportError:
         return
+    if isinstance(cupy, HostedCupy):
+        return
     target = cupy.ndarray if owner == "ndarray" else cupy
     if not hasattr(target, name):
         raise AttributeError(f"CuPy has no {owner} {name!r}")
@@ -230,6 +268,11 @@ class HostedKernel:
         if shared_mem > self.max_dynamic_shared_size_bytes:
             raise RuntimeError("CUDA_ERROR_INVALID_VALUE: more shared memory than the kernel asked for")
         values, keep = [], []
+        arrays: dict[bool, list[Any]] = {True: [], False: []}
+        for value, constant in zip(args, self._module.constants[self._name], strict=False):
+            if isinstance(value, HostedArray):
+                arrays[constant].append(value._host)
+        work(arrays[True], arrays[False])
         for value in args:
             if isinstance(value, HostedArray):
                 held: Any = ctypes.c_void_p(value._host.ctypes.data)
@@ -265,6 +308,10 @@ class HostedModule:
         assert STANDARD in options
         self.library = ctypes.CDLL(str(build(code, options, flavour=self.flavour, extra=self.extra)))
         self.clustered = set(_CLUSTERED.findall(code))
+        self.constants = {
+            name: ["const" in one and "*" in one for one in parameters.split(",")]
+            for name, parameters in _PARAMETERS.findall(code)
+        }
         defines = dict(o[2:].split("=") for o in options if o.startswith("-D"))
         self.cluster = int(defines.get("CLUSTER", 1))
 
@@ -275,29 +322,14 @@ class HostedModule:
 # --- the module ---------------------------------------------------------------------------------------------------
 
 
-class _Current:
-    """A device or a stream: current inside `with`."""
+class _Device:
+    def __init__(self, *_: Any) -> None:
+        pass
 
-    ptr = 0
-    id = 0
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.depth = 0
-
-    def __enter__(self) -> _Current:
-        self.depth += 1
-        return self
+    def __enter__(self) -> None:
+        pass
 
     def __exit__(self, *_: object) -> None:
-        self.depth -= 1
-
-    def synchronize(self) -> None:
-        pass
-
-    def record(self, _: Any = None) -> None:
-        pass
-
-    def wait_event(self, _: Any) -> None:
         pass
 
 
@@ -322,6 +354,7 @@ def _using_allocator(_: Any) -> Iterator[None]:
 
 def _copy_memory(to: int, origin: int, count: int, kind: int, stream: int) -> None:
     assert kind == 3, "only what is on the device may be copied without being counted"
+    cuda_streams.copied(to, origin, count, stream)
     ctypes.memmove(to, origin, count)
 
 
@@ -341,14 +374,17 @@ class HostedCupy:
             "totalGlobalMem": 1 << 30,
         }
         self.cuda = SimpleNamespace(
-            Device=_Current,
-            Stream=_Current,
-            Event=_Current,
+            Device=_Device,
+            Stream=cuda_streams.Stream,
+            Event=cuda_streams.Event,
             MemoryPool=_Pool,
             using_allocator=_using_allocator,
-            get_current_stream=_Current,
+            get_current_stream=cuda_streams.current,
             runtime=SimpleNamespace(
-                getDeviceProperties=lambda _: properties, memcpyAsync=_copy_memory, memcpyDeviceToDevice=3
+                getDeviceCount=lambda: 1,
+                getDeviceProperties=lambda _: properties,
+                memcpyAsync=_copy_memory,
+                memcpyDeviceToDevice=3,
             ),
         )
 
@@ -356,7 +392,9 @@ class HostedCupy:
         """From NumPy: a copy, as one to a device is."""
         if isinstance(value, HostedArray):
             return value if dtype is None else value.astype(dtype)
-        return HostedArray(np.array(value, dtype=dtype))
+        made = np.array(value, dtype=dtype)
+        work((), [made])
+        return HostedArray(made)
 
     array = asarray
 

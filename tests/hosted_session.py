@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cuda_on_host import HostedArray
+from cuda_streams import work
 
 from keyreel.runtime.sessions import OnnxRuntimeSession
 
@@ -21,6 +22,7 @@ class HostedSession:
         if not all(isinstance(array, HostedArray) for array in feeds.values()):
             raise TypeError(f"not on the device: {[type(array).__name__ for array in feeds.values()]}")
         found = self._session.run({name: array._host for name, array in feeds.items()})
+        work([array._host for array in feeds.values()], found.values())
         return {name: HostedArray(array) for name, array in found.items()}
 
     def close(self) -> None:

@@ -78,11 +78,12 @@ def random_surface(
 def on_device(cuda: Cuda, surface: Surface, gap: int = 0) -> Surface:
     """The surface on the device, each row followed by `gap` samples of padding."""
     planes: list[Any] = []
-    for plane in surface.planes:
-        rows = plane.reshape(len(plane), -1)
-        padded = cuda.to_device(np.pad(rows, ((0, 0), (0, gap)), constant_values=255))
-        part = padded[:, : rows.shape[1]] if gap else padded
-        planes.append(part if plane.ndim == 2 else part.reshape(len(plane), -1, 2))
+    with cuda.scope():  # reshaping may copy
+        for plane in surface.planes:
+            rows = plane.reshape(len(plane), -1)
+            padded = cuda.to_device(np.pad(rows, ((0, 0), (0, gap)), constant_values=255))
+            part = padded[:, : rows.shape[1]] if gap else padded
+            planes.append(part if plane.ndim == 2 else part.reshape(len(plane), -1, 2))
     return replace(surface, planes=tuple(planes))
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import SHARED
 
-from benchmarks import fuzz, gpu, select
+from benchmarks import fuzz, gpu, gpu_checks, gpu_pack, select
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +42,7 @@ def ran(script: str, output: Path, *words: str) -> subprocess.CompletedProcess[s
         ("summarize", {"summarize"}),
         ("install", {"install"}),
         ("scale", {"scale-commits", "scale-search", "scale-recovery", "scale-kills"}),
+        ("packets", {"packets"}),
     ],
 )
 def test_a_script_runs(script: str, cases: set[str], tmp_path: Path) -> None:
@@ -120,4 +122,32 @@ def test_cases_of_the_gpu_script_on_the_emulated_device(cuda: Any) -> None:
     assert row["fit"] == pytest.approx(
         np.mean([select.objective(own, select.keyreel(own, 5)()) for own in x]), abs=0.03
     )
+    # By hand: one block holds 40 frames of 64 float32; 5 clusters are padded to 8, in 2 x 5 tiles of 4 x 4 products.
+    assert row["blocks"] == 1
+    sums, tiles = 5 * 64 * 4, 2 * 5
+    assert row["bytes_a_round"] == {
+        "frames": 0,
+        "sums": 3 * sums,
+        "products": 2 * sums + 8 * (16 * tiles + 3 * 25),
+        "centroids": 4 * sums,
+    }
     assert gpu.surfaces(bench, 30, 44, 2)["pictures_per_s"] > 0
+
+
+def test_the_checks_of_the_first_run(cuda: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from keyreel_kernels.ops import ops_on
+
+    monkeypatch.setattr(gpu_checks, "ops_for", lambda _: ops_on(cuda))
+    gpu_checks.launches("histogram_distance")
+    gpu_checks.repeat("2", "33")
+    monkeypatch.setattr(type(cuda), "to_host", lambda self, array, calls=[]: (calls.append(0), np.array(len(calls)))[1])
+    with pytest.raises(AssertionError, match="run 1 of 2 gives another answer"):
+        gpu_checks.repeat("2", "33")
+    wheel = tmp_path / "pynvvideocodec.whl"
+    kept, left = "PyNvVideoCodec/libavutil.so.61", "PyNvVideoCodec/libavutil.so"
+    with zipfile.ZipFile(wheel, "w") as packed:
+        packed.writestr(kept, b"x" * 9)
+        packed.writestr(left, b"x" * 9)
+    gpu_pack.trim(wheel)
+    with zipfile.ZipFile(wheel) as packed:
+        assert {name: packed.read(name) for name in packed.namelist()} == {kept: b"x" * 9}

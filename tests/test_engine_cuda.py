@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from bounds import FLOAT32_SUM
 from cuda_on_host import HostedCupy
-from host_nvdec import HostNvdec
 from hosted_session import HostedSession
+from test_nvdec import host_module
 
 import keyreel
 from keyreel.config import EncodeConfig, ImageTransform, Sampling, SelectConfig
@@ -139,10 +139,11 @@ def test_nothing_but_the_summary_leaves_the_device(
 def test_from_packets_to_summary(
     cuda: Cuda, reference: keyreel.Engine, media: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The backend as it is made for a device, with NVDEC or its stand-in."""
+    """The backend as it is made for a device, with NVDEC or its stub."""
     ops = ops_on(cuda)
     if isinstance(cuda.cupy, HostedCupy):
-        monkeypatch.setattr(nvdec_pool, "import_module", lambda _: HostNvdec())
+        module = host_module()
+        monkeypatch.setattr(nvdec_pool, "import_module", lambda _: module)
         monkeypatch.setattr(backend, "open_cuda_session", lambda path, cuda, batch_size: HostedSession(path))
     made = backend._cuda(ops, "test", strict=True)
     want = reference.summarize(media(CLIP))

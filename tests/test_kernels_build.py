@@ -1,14 +1,17 @@
 """Every kernel with every set of defines compiles for every architecture, and no registers spill to memory.
 
-NVRTC is the compiler that CuPy uses; it needs no driver and no device.
+NVRTC is the compiler that CuPy uses; it needs no driver and no device. KEYREEL_NVRTC names the folder of another one,
+which is tried too, on the oldest and on the newest kind of device.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from importlib.util import find_spec
@@ -35,21 +38,29 @@ _USED = re.compile(
 )
 
 
+# What CuPy adds (cupy/cuda/compiler.py).
+CUPY = ("--device-as-default-execution-space", "-ftz=true")
+
+
 @cache
-def nvrtc() -> Any:
-    """The NVRTC library; skips where the package nvidia-cuda-nvrtc is not installed."""
-    spec = find_spec("nvidia")
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    found = sorted(path for place in places for path in Path(place).glob("*/lib/libnvrtc.so.*"))
+def nvrtc(folder: str = "") -> Any:
+    """The NVRTC library of the package nvidia-cuda-nvrtc, or of a folder; skips where there is none."""
+    spec = None if folder else find_spec("nvidia")
+    places = list(spec.submodule_search_locations or ()) if spec else [folder]
+    found = sorted(path for place in places for path in Path(place).rglob("libnvrtc.so.*"))
     if not found:
-        pytest.skip("nvidia-cuda-nvrtc is not installed")
+        pytest.skip(f"no NVRTC in {places}")
+    for builtins in found[-1].parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(builtins))  # it is opened by its name later
     return ctypes.CDLL(str(found[-1]))
 
 
-def compiled(source: str, file: str, defines: Defines, architecture: int) -> tuple[bool, str]:
+def compiled(
+    source: str, file: str, defines: Defines, architecture: int, nvrtc: Callable[[], Any] = nvrtc
+) -> tuple[bool, str]:
     """Compiles to machine code: whether it worked, and the log of ptxas."""
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    options = [STANDARD, *(f"-D{name}={value}" for name, value in defines), f"-arch=sm_{architecture}"]
+    options = [STANDARD, *CUPY, *(f"-D{name}={value}" for name, value in defines), f"-arch=sm_{architecture}"]
     given = [option.encode() for option in (*options, "--ptxas-options=-v")]
     assert not nvrtc().nvrtcCreateProgram(ctypes.byref(program), source.encode(), file.encode(), 0, None, None)
     failed = nvrtc().nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
@@ -68,13 +79,19 @@ def test_the_launchers_name_every_file() -> None:
     assert {file for file, _ in VARIANTS} == {path.name for path in FOLDER.glob("*.cu")}
 
 
+@pytest.mark.parametrize("other", [False, True], ids=["newest", "other"])
 @pytest.mark.parametrize(("file", "defines"), VARIANTS, ids=name_of)
-def test_kernels_compile_everywhere_without_spills(file: str, defines: Defines) -> None:
-    nvrtc()
+def test_kernels_compile_everywhere_without_spills(file: str, defines: Defines, other: bool) -> None:
+    folder = os.environ.get("KEYREEL_NVRTC", "")
+    if other and not folder:
+        pytest.skip("KEYREEL_NVRTC names no other NVRTC")
+    library = partial(nvrtc, folder if other else "")
+    library()
     # Thread-block clusters begin with sm_90; the launchers ask for none below.
-    wanted = [one for one in ARCHITECTURES if one >= 90 or dict(defines).get("CLUSTER", 1) == 1]
+    tried = ARCHITECTURES[:: len(ARCHITECTURES) - 1] if other else ARCHITECTURES
+    wanted = [one for one in tried if one >= 90 or dict(defines).get("CLUSTER", 1) == 1]
     with ThreadPoolExecutor(2) as pool:
-        logs = list(pool.map(partial(compiled, source_of(file), file, defines), wanted))
+        logs = list(pool.map(partial(compiled, source_of(file), file, defines, nvrtc=library), wanted))
     kernels = set(_ENTRY.findall(source_of(file))) - {"name"}  # "name" is in the macro in device.cuh
     for done, log in logs:
         assert done, log

@@ -6,6 +6,8 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 if TYPE_CHECKING:
     from keyreel.config import EncodeConfig, Sampling, SelectConfig
     from keyreel.engine import Engine
@@ -13,8 +15,6 @@ if TYPE_CHECKING:
     from keyreel.library.library import Library
     from keyreel.library.types import Filter
     from keyreel.types import Combined, Embedding, Example, FrameBatch, KeyFrame, SearchHit, Shot, Summary
-
-    __version__: str
 else:
     _MODULES = {
         "keyreel.config": ("EncodeConfig", "Sampling", "SelectConfig"),
@@ -30,8 +30,6 @@ else:
 
         The rest of the package waits too: Ctrl-C is quiet only once the command line has begun.
         """
-        if name == "__version__":
-            return importlib.import_module("importlib.metadata").version("keyreel")
         for module, names in _MODULES.items():
             if name in names:
                 return getattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""One CUDA device through CuPy: a stream, a memory pool, and kernels that are compiled once.
+"""One CUDA device through CuPy: two streams, a memory pool, and kernels that are compiled once.
 
 CuPy never turns its arrays into NumPy's implicitly: all data leaves the device through `to_host`, which counts it.
 """
@@ -45,7 +45,10 @@ def source_of(file: str) -> str:
 
 
 class Cuda:
-    """A device with one stream and one memory pool. Safe to share between threads: the stream orders the work.
+    """A device with a stream for computing, one for decoding, and one memory pool.
+
+    Safe to share between threads: a stream orders its work. The pool gives memory back to the stream that was current
+    when it was taken, at once: what another stream reads must be kept until that one is done.
 
     Args:
         index: number of the device.
@@ -62,11 +65,13 @@ class Cuda:
         self.bytes_to_host = 0
         self._modules: dict[tuple[str, Defines], Any] = {}
         self._kernels: dict[tuple[str, Defines, str], tuple[Any, int]] = {}  # with the shared memory each may have
+        self._thread = threading.local()
         self._counting, self._compiling = threading.Lock(), threading.Lock()
         cuda = self.cupy.cuda
         with cuda.Device(index):
             found = cuda.runtime.getDeviceProperties(index)
             self.stream = cuda.Stream(non_blocking=True)
+            self.decoding = cuda.Stream(non_blocking=True)  # so that pictures do not wait behind inference
         self.name = str(found["name"], "utf-8") if isinstance(found["name"], bytes) else str(found["name"])
         self.capability: tuple[int, int] = (int(found["major"]), int(found["minor"]))
         self.multiprocessors = int(found["multiProcessorCount"])
@@ -81,11 +86,20 @@ class Cuda:
         return self.cupy
 
     @contextmanager
-    def scope(self) -> Iterator[None]:
-        """Makes device, stream and pool current in this thread; re-entrant."""
-        cuda = self.cupy.cuda
-        with cuda.Device(self.index), cuda.using_allocator(self.pool.malloc), self.stream:
-            yield
+    def scope(self, stream: Any = None) -> Iterator[None]:
+        """Makes device, pool and stream current in this thread; re-entrant.
+
+        Args:
+            stream: one of ours; by default that of the scope around this one, else `self.stream`.
+        """
+        cuda, outer = self.cupy.cuda, getattr(self._thread, "stream", None)
+        stream = stream or outer or self.stream
+        with cuda.Device(self.index), cuda.using_allocator(self.pool.malloc), stream:
+            self._thread.stream = stream
+            try:
+                yield
+            finally:
+                self._thread.stream = outer
 
     def join(self) -> None:
         """Synchronises our stream with the caller's current one: earlier work on either precedes later work on both."""
@@ -125,7 +139,8 @@ class Cuda:
 
     def synchronize(self) -> None:
         """Waits for all launched work."""
-        self.stream.synchronize()
+        for stream in (self.decoding, self.stream):
+            stream.synchronize()
 
     def launch(
         self,

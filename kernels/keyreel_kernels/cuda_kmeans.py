@@ -77,13 +77,31 @@ def plan(cuda: Cuda, kind: int, width: int, most: int, lengths: I64) -> Plan:
     fixed = _RECORD_BYTES + work + 4 * (most + 4 + tile)
     row = padded * (4 if kind == FLOAT else 2) + 20
     whole = max(4, min(_MOST_ROWS, (cuda.shared_bytes - fixed) // row) // 4 * 4)
-    size = _blocks(cuda, len(lengths), int(lengths.max()), whole)
+    size = blocks(cuda, len(lengths), int(lengths.max()), whole)
     capacity = min(-(-int(lengths.max()) // size // 4) * 4, whole)
     teams = max(1, min(len(lengths), cuda.multiprocessors // size, _MOST_PAIRS // (size * 4 * most * most)))
     return Plan(size, teams, capacity, tile, work, -(-(fixed + capacity * row) // 16) * 16)
 
 
-def _blocks(cuda: Cuda, number: int, longest: int, whole: int) -> int:
+def bytes_a_round(plan: Plan, kind: int, width: int, k: int, frames: int) -> dict[str, int]:
+    """What one round of one problem moves outside the blocks' own shared memory, by the kernel's arithmetic.
+
+    Returns:
+        frames: loaded again, 0 where shared memory holds them; sums: the blocks' sums, written, read and added up;
+        products: of pairs of centroids and sums, with their factors; centroids: moved, and read by every block.
+    """
+    padded, most = -(-width // 64) * 64, -(-k // 4) * 4
+    rows, tiles = 4 * k * padded, most // 4 * (most // 2 + 1)
+    fits = -(-frames // plan.cluster) <= plan.capacity
+    return {
+        "frames": 0 if fits else frames * width * (4 if kind == FLOAT else 2),
+        "sums": (2 * plan.cluster + 1) * rows,
+        "products": 2 * rows + plan.cluster * 8 * (16 * tiles + 3 * k * k),
+        "centroids": (3 + plan.cluster) * rows,
+    }
+
+
+def blocks(cuda: Cuda, number: int, longest: int, whole: int) -> int:
     """Blocks of a team for `number` problems of up to `longest` frames; a block holds `whole` frames."""
     sizes = (1, 2, 4, 8) if cuda.capability >= (9, 0) else (1,)
     size = next((n for n in sizes if -(-longest // n) <= whole), sizes[-1])
@@ -220,7 +238,7 @@ def seed(cuda: Cuda, x: Array, w: Array, offsets: I64, count: int) -> tuple[Arra
     sums = _column_sums(cuda, x, w, starts, lengths)
     fixed = _SUM_BYTES + -(-width // 2) * 16 + -(-width // 4) * 16
     row = width * (4 if kind == FLOAT else 2)
-    size = _blocks(cuda, videos, longest, (cuda.shared_bytes - fixed) // row)
+    size = blocks(cuda, videos, longest, (cuda.shared_bytes - fixed) // row)
     grid = (min(videos, max(1, cuda.multiprocessors // size)) * size,)
     shared = fixed + -(-longest // size) * row
     staged = shared <= cuda.shared_bytes

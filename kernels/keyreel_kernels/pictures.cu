@@ -197,7 +197,7 @@ __device__ __forceinline__ float laplacian(const float* at, int width) {
 
 // A block per frame. luma [N, H, W] is scratch; signals [3, N]: sharpness, mean and deviation of the luma. Deviations
 // are summed in a second sweep, from the mean, so that nothing cancels.
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(1024, 1)
     frame_signals(const uint8_t* frames, float* luma, float* signals, float* histogram, int height, int width) {
     KR_SHARED(unsigned, counts);  // [512]
     float* scratch = reinterpret_cast<float*>(counts + 512);

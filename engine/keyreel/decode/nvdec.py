@@ -2,7 +2,8 @@
 
 Timeline, spans and checks are those of the CPU (reader.py). Surfaces lie in the decoder's own memory until its next
 packet. Those of wanted frames are copied, device to device, on the stream on which the decoder writes, so that one
-launch can convert many: a copy costs a few microseconds, a launch for each frame more than its work.
+launch can convert many: a copy costs a few microseconds, a launch for each frame more than its work. That stream is not
+the one on which vectors are computed: only a batch is put there, after its pictures.
 
 Streams that NVDEC cannot decode exactly fall back to the CPU; the reason is in the warnings.
 """
@@ -10,11 +11,12 @@ Streams that NVDEC cannot decode exactly fall back to the CPU; the reason is in 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import av
 from av.bitstream import BitStreamFilterContext
@@ -26,8 +28,9 @@ from av.video.stream import VideoStream
 
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.color import Orientation, display_size, matrix_of, orientation_of, transfer_of
+from keyreel.decode.complaints import COMPLAINTS
 from keyreel.decode.decoder import CpuDecoder, Decoder, DecoderFailed
-from keyreel.decode.nvdec_pool import DecoderPool, Format, one_line, sizes
+from keyreel.decode.nvdec_pool import DecoderPool, DevicePicture, Format, one_line, sizes
 from keyreel.decode.packets import BROKEN, demux, reason_of
 from keyreel.decode.parallel import NoWorker, Stopped
 from keyreel.decode.sampling import PlanBroken
@@ -54,6 +57,7 @@ _STANDARDS = {Colorspace.ITU601: "bt601", Colorspace.ITU709: "bt709", Colorspace
 _PADDING = {"h264": 16, "hevc": 64, "vp9": 1}
 _TYPICAL_ENGINES = 4  # where the device does not say how many it has
 _COPIED_BYTES = 256 << 20  # of surfaces that wait to be converted
+_KEPT_BATCHES = 2  # whose pictures stay: by then they were read, and decoding need not wait
 _DRAIN_PACKETS = 8  # decoded in vain cost about as much as a drain
 _AHEAD_BYTES = 1 << 30  # of pictures that wait for those before them
 # How packets get start codes, and parameter sets before each key picture, where a decoder may have to begin.
@@ -196,6 +200,8 @@ class NvDecoder:
         height, width = claim.display if transform is None else (transform.height, transform.width)
         self.ahead = max(2, _AHEAD_BYTES // (2 * self.workers * height * width * 3))
         self._lock, self._open = threading.Lock(), 0
+        self._stacked: deque[tuple[Any, Any]] = deque()  # pictures, and the event after which they may go
+        finalize(self, _let_go, cuda, self._stacked, 0)
 
     @contextmanager
     def open(
@@ -210,22 +216,29 @@ class NvDecoder:
             decoder = self.pool.take(self.claim.format, needed=needed)
             if decoder is None:
                 raise NoWorker
-            try:
-                worker = NvWorker(self, container, stream, decoder)
-                yield worker
-            except BaseException as error:
-                if worker is not None:
-                    worker.failed |= not isinstance(error, (GeneratorExit, Stopped))
-                raise
-            finally:
-                reusable = worker is not None and worker.reusable()
-                self.pool.give(self.claim.format, decoder if reusable else None)
+            with COMPLAINTS.listening():
+                try:
+                    worker = NvWorker(self, container, stream, decoder)
+                    yield worker
+                except BaseException as error:
+                    if worker is not None:
+                        worker.failed |= not isinstance(error, (GeneratorExit, Stopped))
+                    raise
+                finally:
+                    reusable = worker is not None and worker.reusable()
+                    self.pool.give(self.claim.format, decoder if reusable else None)
         finally:
             with self._lock:
                 self._open -= 1
 
     def stack(self, pictures: list[Any]) -> Any:
-        return _stacked(self.cuda, pictures)
+        """A batch on the computing stream, which waits for the pictures; they are kept until it has read them."""
+        cuda = self.cuda
+        cuda.stream.wait_event(cuda.decoding.record())
+        batch = _stacked(cuda, pictures)
+        self._stacked.append((pictures, cuda.stream.record()))
+        _let_go(cuda, self._stacked, _KEPT_BATCHES)
+        return batch
 
     def join(self) -> None:
         self.cuda.join()
@@ -236,17 +249,11 @@ class NvDecoder:
         return self._fallback
 
 
-@dataclass(slots=True)
-class DevicePicture:
-    """A picture that NVDEC has decoded."""
-
-    pts: int
-    duration: int
-    key_frame: bool
-    frame: Any  # DecodedFrame, whose memory is the decoder's own; None once it was copied
-    copy: Any = None  # [rows, width] on the device
-    dts: int | None = None
-    is_corrupt: bool = False  # NVDEC does not tell
+def _let_go(cuda: Any, stacked: deque[tuple[Any, Any]], kept: int) -> None:
+    """Drops the pictures of all but the last batches, whose memory decoding takes: it waits until they were read."""
+    while len(stacked) > kept:
+        cuda.decoding.wait_event(stacked[0][1])
+        stacked.popleft()
 
 
 class NvWorker:
@@ -333,9 +340,10 @@ class NvWorker:
             frames = self._decoder.Decode(packet)
         except Exception as error:
             raise self._failure(f"NVDEC: {one_line(error)}") from error
+        damaged = COMPLAINTS.count()
         surface = getattr(self._module.Pixel_Format, self._format.surface)
         pictures = []
-        for frame in frames:
+        for place, frame in enumerate(frames):
             found = self._waiting.pop(frame.getPTS(), None)
             if found is None or any(self._begun(pts) and pts < frame.getPTS() for pts in self._waiting):
                 raise self._surprise(f"the picture at pts {frame.getPTS()} came out of NVDEC out of turn")
@@ -343,7 +351,7 @@ class NvWorker:
                 raise self._failure(f"NVDEC gives surfaces {frame.format} {tuple(frame.shape)}")
             duration, key, hidden = found
             if not hidden:
-                pictures.append(DevicePicture(frame.getPTS(), duration, key, frame))
+                pictures.append(DevicePicture(frame.getPTS(), duration, key, frame, is_corrupt=place < damaged))
         return pictures
 
     def _begun(self, pts: int) -> bool:
@@ -361,11 +369,11 @@ class NvWorker:
     def keep(self, picture: DevicePicture) -> DevicePicture:
         if picture.copy is None:
             cuda, format = self._cuda, self._format
-            with cuda.scope():
+            with cuda.scope(cuda.decoding):
                 rows = cuda.cupy.empty(format.rows, "uint8" if format.bits == 8 else "uint16")
                 address = picture.frame.GetPtrToPlane(0)
-                runtime = cuda.cupy.cuda.runtime
-                runtime.memcpyAsync(rows.data.ptr, address, rows.nbytes, runtime.memcpyDeviceToDevice, cuda.stream.ptr)
+                runtime, stream = cuda.cupy.cuda.runtime, cuda.decoding.ptr
+                runtime.memcpyAsync(rows.data.ptr, address, rows.nbytes, runtime.memcpyDeviceToDevice, stream)
             picture.copy, picture.frame = rows, None
         return picture
 
@@ -385,7 +393,7 @@ class NvWorker:
 
     def _converted(self, copies: list[Any]) -> list[Any]:
         wanted = self._transform
-        with self._cuda.scope():
+        with self._cuda.scope(self._cuda.decoding):
             made = self._ops.frames_from_surfaces(
                 [self._claim.surface(copy) for copy in copies],
                 height=wanted.height if wanted else self._claim.display[0],

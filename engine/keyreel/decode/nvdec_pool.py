@@ -46,11 +46,24 @@ class Format:
         return height * 3 // 2 if self.chroma == "420" else height * 3, width
 
 
+@dataclass(slots=True)
+class DevicePicture:
+    """A picture that NVDEC has decoded."""
+
+    pts: int
+    duration: int
+    key_frame: bool
+    frame: Any  # DecodedFrame, whose memory is the decoder's own; None once it was copied
+    copy: Any = None  # [rows, width] on the device
+    dts: int | None = None
+    is_corrupt: bool = False
+
+
 class DecoderPool:
     """The decoders of a device; safe to share between threads.
 
     Args:
-        cuda: the device; its stream is the one on which surfaces are written.
+        cuda: the device; surfaces are written on its stream `decoding`.
         module: PyNvVideoCodec; by default it is imported at the first use.
         limit: decoders that are open at most, unless more streams than that are read at once.
     """
@@ -135,7 +148,7 @@ class DecoderPool:
                     gpuid=self.cuda.index,
                     codec=getattr(module.cudaVideoCodec, format.codec.upper()),
                     cudacontext=0,  # the primary one, which is CuPy's
-                    cudastream=self.cuda.stream.ptr,
+                    cudastream=self.cuda.decoding.ptr,
                     usedevicememory=True,
                 )
         except Exception as error:

@@ -36,6 +36,9 @@ from keyreel.decode.timeline import Timeline, clocks_restart, promised_seconds, 
 from keyreel.errors import CorruptStream, SourceError, UnsupportedCodec
 from keyreel.types import VideoInfo
 
+# Tags that are not UTF-8 are no reason to refuse a video; PyAV 19 has no such choice any more.
+_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 # FFmpeg matches a demuxer when any of its names is listed. Left out on purpose: hls, dash, concat, imf, sdp, rtsp and
 # whatever else opens further files, devices, image sequences, and text that a demuxer would draw (tty, ansi).
 _CONTAINERS = (
@@ -128,9 +131,7 @@ class Source:
         }
         try:
             timeout = (20.0, 60.0) if self._url else None
-            container: InputContainer = av.open(
-                target, mode="r", options=options, metadata_errors="replace", timeout=timeout
-            )
+            container: InputContainer = av.open(target, mode="r", options=options, timeout=timeout, **_METADATA)
         except (*BROKEN, OSError) as error:
             damaged = isinstance(error, av.error.InvalidDataError | av.error.EOFError)
             if damaged and self._is_scrambled():

@@ -261,8 +261,10 @@ def _probe_cupy(index: int) -> tuple[Probe, Ops | None]:
     name = "cupy"
     try:
         ops = ops_for(f"cuda:{index}")
-        array = ops.arrays.to_device(np.arange(5))
-        if ops.arrays.to_host(array + array).tolist() != [0, 2, 4, 6, 8]:
+        with ops.arrays.scope():
+            array = ops.arrays.to_device(np.arange(5))
+            right = ops.arrays.to_host(array + array).tolist() == [0, 2, 4, 6, 8]
+        if not right:
             return Probe(name, False, "arrays come back from the device changed", required=False), None
     except ImportError as error:
         return Probe(name, False, f"CuPy cannot be imported: {error}", pip_install("gpu"), required=False), None
@@ -293,7 +295,8 @@ def _probe_session(ops: Ops) -> Probe:
     try:
         bundle = Bundle.find("builtin")
         ids = ops.arrays.to_device(np.zeros((1, bundle.context_length), np.int64))
-        with closing(open_cuda_session(bundle.file("text.onnx"), device, batch_size=1)) as session:
+        opened = open_cuda_session(bundle.file("text.onnx"), device, batch_size=1)
+        with closing(opened) as session, ops.arrays.scope():
             norm = float(np.linalg.norm(ops.arrays.to_host(session.run({"token_ids": ids})["vectors"])))
     except Exception as error:  # noqa: BLE001  whatever goes wrong, a cache that cannot be written too, `auto` falls back
         return Probe(name, False, str(error), getattr(error, "hint", None) or pip_install("gpu"), required=False)

@@ -84,7 +84,12 @@ class OnnxRuntimeCudaSession:
         runtime = import_runtime("gpu")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
-        settings = {"device_id": str(cuda.index), "user_compute_stream": str(cuda.stream.ptr)}
+        settings = {
+            "device_id": str(cuda.index),
+            "user_compute_stream": str(cuda.stream.ptr),
+            # The default tries every algorithm, and again for each new number of rows, as each video's last batch has.
+            "cudnn_conv_algo_search": "HEURISTIC",
+        }
         probe, hint = "onnxruntime on cuda", _reinstall("gpu")
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints what it cannot load

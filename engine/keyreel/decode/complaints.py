@@ -1,0 +1,71 @@
+"""What PyNvVideoCodec prints about damaged pictures, counted instead of shown.
+
+It conceals such a picture and returns it like any other; only a line on descriptor 1 tells, where `--json` goes too.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LINE = re.compile(rb"Decode Error occurred for picture \d+\r?\n")
+
+
+class Complaints:
+    """Descriptor 1 is a temporary file while anyone listens; what others write there goes on to the real one.
+
+    The lines do not say whose picture they mean. Who asks first after one gets it: with several decoders at a time that
+    may be the wrong one of them.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._listeners, self._read = threading.Lock(), 0, 0
+        self._file = self._real = -1
+        atexit.register(self._restore)  # a thread that still decodes then must not take the last lines along
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        with self._lock:
+            self._listeners += 1
+            if self._listeners == 1:
+                with tempfile.TemporaryFile() as file:
+                    self._file, self._real, self._read = os.dup(file.fileno()), os.dup(1), 0
+                os.dup2(self._file, 1)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._listeners -= 1
+                if not self._listeners:
+                    self._restore()
+                    os.close(self._real)
+                    os.close(self._file)
+                    self._file = self._real = -1
+
+    def _restore(self) -> None:
+        if self._real >= 0:
+            os.dup2(self._real, 1)
+            self._taken()
+
+    def count(self) -> int:
+        """How many pictures were damaged since the last call."""
+        with self._lock:
+            return self._taken()
+
+    def _taken(self) -> int:
+        size = os.fstat(self._file).st_size
+        if size == self._read:
+            return 0
+        rest, found = _LINE.subn(b"", os.pread(self._file, size - self._read, self._read))
+        self._read = size
+        while rest:
+            rest = rest[os.write(self._real, rest) :]
+        return found
+
+
+COMPLAINTS = Complaints()  # a process has one descriptor 1

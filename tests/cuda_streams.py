@@ -1,0 +1,186 @@
+"""The order of work on an emulated device: which stream may read, write or free what, whatever the timing.
+
+The emulation computes at once, so a missing join would never show. Instead each stream has a vector clock, as threads
+have in ThreadSanitizer: it knows how far the others had come when it last waited for them. A stream that uses what
+another one wrote, or writes what another one reads, without having waited for that, is a `Fault`. So is memory that is
+freed while a stream other than its own may still use it: CuPy's pool gives it to its own stream's next work at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+Clock = dict[int, int]  # how many pieces of work of a stream, by its pointer
+
+
+class Fault(AssertionError):
+    """Work of two streams that nothing puts in order."""
+
+
+class _Memory:
+    """Of one allocation: who wrote it last and who has read it since."""
+
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
+        self.wrote: tuple[int, int] = (stream, 0)
+        self.read: Clock = {}
+
+
+_lock = threading.RLock()
+_local = threading.local()
+_host: Clock = {}  # what the host has waited for
+_memories: dict[int, _Memory] = {}  # by address
+_streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
+_pointers = itertools.count(0x1000, 0x10)
+faults: list[str] = []  # also of work whose thread has no one to tell
+
+
+def _merge(into: Clock, other: Clock) -> None:
+    for stream, count in other.items():
+        into[stream] = max(into.get(stream, 0), count)
+
+
+class Event:
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def synchronize(self) -> None:
+        with _lock:
+            _merge(_host, self.clock)
+
+
+class Stream:
+    """cupy.cuda.Stream; current inside `with`."""
+
+    def __init__(self, *_: Any, pointer: int | None = None, **__: Any) -> None:
+        self.ptr = next(_pointers) if pointer is None else pointer
+        self.clock: Clock = {}
+        _streams[self.ptr] = self
+
+    def __enter__(self) -> Stream:
+        _stack().append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _stack().pop()
+
+    def record(self, _: Any = None) -> Event:
+        with _lock:
+            return Event(dict(self.clock))
+
+    def wait_event(self, event: Event) -> None:
+        with _lock:
+            _merge(self.clock, event.clock)
+
+    def synchronize(self) -> None:
+        self.record().synchronize()
+
+
+_null = Stream(pointer=0)
+
+
+def _stack() -> list[Stream]:
+    if not hasattr(_local, "stack"):
+        _local.stack = []
+    stack: list[Stream] = _local.stack
+    return stack
+
+
+def current() -> Stream:
+    return _stack()[-1] if _stack() else _null
+
+
+def root(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The array that owns the memory of this one."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def _memory(array: np.ndarray[Any, Any]) -> _Memory:
+    owner = root(array)
+    address = owner.__array_interface__["data"][0]
+    if address not in _memories:
+        _memories[address] = _Memory(current().ptr)
+        weakref.finalize(owner, _free, address).atexit = False
+    return _memories[address]
+
+
+def _fault(text: str) -> str:
+    faults.append(text)
+    return text
+
+
+def _free(address: int) -> None:
+    with _lock:
+        memory = _memories.pop(address)
+        if (owner := _streams.get(memory.stream)) is None:
+            return
+        _merge(owner.clock, _host)
+        for stream, count in (*memory.read.items(), memory.wrote):
+            if stream != memory.stream and owner.clock.get(stream, 0) < count:
+                _fault(f"memory of stream {memory.stream:#x} is freed while stream {stream:#x} may use it")
+
+
+def work(
+    reads: Iterable[np.ndarray[Any, Any]] = (),
+    writes: Iterable[np.ndarray[Any, Any]] = (),
+    *,
+    stream: Stream | None = None,
+    raw: Iterable[tuple[int, int, bool]] = (),
+) -> None:
+    """A piece of work on a stream, the current one by default.
+
+    Args:
+        raw: addresses, bytes, whether they are written.
+
+    Raises:
+        Fault: another stream's work on the same memory may run before or after it.
+    """
+    with _lock:
+        by = stream or current()
+        _merge(by.clock, _host)
+        now = by.clock[by.ptr] = by.clock.get(by.ptr, 0) + 1
+        read, written = [_memory(one) for one in reads if one.nbytes], [_memory(one) for one in writes if one.nbytes]
+        for address, size, write in raw:
+            (written if write else read).extend(m for at, m in _memories.items() if address <= at < address + size)
+        wrong = ""
+        for memory in (*read, *written):
+            other, count = memory.wrote
+            if other != by.ptr and by.clock.get(other, 0) < count:
+                wrong = f"stream {by.ptr:#x} uses what stream {other:#x} writes, and does not wait for it"
+        for memory in written:
+            for other, count in memory.read.items():
+                if other != by.ptr and by.clock.get(other, 0) < count:
+                    wrong = f"stream {by.ptr:#x} writes what stream {other:#x} reads, and does not wait for it"
+        for memory in read:
+            memory.read[by.ptr] = now
+        for memory in written:
+            memory.wrote, memory.read = (by.ptr, now), {}
+        if wrong:
+            raise Fault(_fault(wrong))
+
+
+def queued(address: int, size: int, stream: int) -> None:
+    """A copy into memory that is not NumPy's, by the stream with that pointer; see host_nvdec.py."""
+    with _lock:
+        _memories.setdefault(address, _Memory(stream))
+    work(stream=_streams.get(stream, _null), raw=[(address, size, True)])
+
+
+def forget(address: int, size: int) -> None:
+    """The end of memory that is not NumPy's."""
+    with _lock:
+        for at in [at for at in _memories if address <= at < address + size]:
+            del _memories[at]
+
+
+def copied(to: int, origin: int, size: int, stream: int) -> None:
+    """A copy on the device, by addresses."""
+    work(stream=_streams[stream], raw=[(origin, size, False), (to, size, True)])
