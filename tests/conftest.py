@@ -24,6 +24,19 @@ SHARED = Path(os.environ.get("KEYREEL_SHARED", Path(__file__).resolve().parents[
 MEDIA = SHARED / "media"
 
 
+# Files that take minutes in one process. They begin first, so that no worker is left alone with one at the end.
+LONG = ("test_templates.py", "test_cluster.py", "test_guide.py", "test_benchmarks.py", "test_kernels_build.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin with the files of the most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def media() -> Callable[[str], Path]:
     """media("natural/bikes.mp4") -> Path; skips where the clips are not there."""

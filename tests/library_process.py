@@ -64,7 +64,7 @@ def made(number: int, state: int) -> tuple[Record, Rows, tuple[Preview, ...], Ex
         frames=count,
         subjects=rows.counts[1],
         tags=("made", "up"),
-        date=1e9 + number,
+        date=9e8 + number,
         duration_seconds=10.5,
         indexed_at=2e9,
         probe={"codec": "h264", "width": 64, "average_fps": 29.97},

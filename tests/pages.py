@@ -29,7 +29,7 @@ PORT = "8000"  # of the service in the pages
 HOME = "/home/me"  # the folder that they run in
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<note>[^\n]*?) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$"
-    r"(?:\n\n```text\n(?P<output>.*?)^```$)?",
+    r"(?:\n{1,2}```text\n(?P<output>.*?)^```$)?",
     re.M | re.S,
 )
 _LOOSE = re.compile(r"(\.\.\.|\bin \d+\.\d+ s\b|\d+(?:\.\d+)?)")

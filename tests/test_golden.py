@@ -61,8 +61,8 @@ COMMANDS = (
     (), ("summarize",), ("search",), ("index",), ("serve",), ("bench",), ("demo",), ("export",), ("doctor",),
     ("version",), ("library",), ("library", "list"), ("library", "stats"), ("library", "remove"),
     ("library", "verify"), ("library", "compact"), ("library", "update"), ("library", "reindex"),
-    ("library", "upgrade"), ("library", "export"), ("library", "reshard"), ("models",), ("models", "list"), ("models", "install"), ("models", "remove"),
-    ("models", "verify"),
+    ("library", "upgrade"), ("library", "export"), ("library", "reshard"), ("models",),
+    ("models", "list"), ("models", "install"), ("models", "remove"), ("models", "verify"),
 )  # fmt: skip
 
 

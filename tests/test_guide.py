@@ -13,6 +13,21 @@ from pages import GUIDE, PAGES, ROOT, blocks_of, is_like, outputs_of, prepare
 
 from keyreel.cli.app import app
 
+
+
+def commands_of(line: str) -> list[list[str]]:
+    """The words of each command of a line of shell."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;()<>")
+    lexer.whitespace_split = True
+    found: list[list[str]] = [[]]
+    for word in lexer:
+        if set(word) <= set("|&;()"):
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found
+
+
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
@@ -20,8 +35,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_and_option_exists(page: Path) -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for line in "\n".join(block.code for block in blocks_of(page) if block.language == "sh").splitlines():
-        for part in re.split(r"&&|\|", line):
-            words = shlex.split(part, comments=True)
+        for words in commands_of(line):
             if words[:1] != ["keyreel"] or words[1].startswith("-"):
                 continue
             command = commands[words[1]]
@@ -33,7 +47,7 @@ def test_every_command_and_option_exists(page: Path) -> None:
 @pages
 def test_links_and_files_exist(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+    for target in re.findall(r"\]\(([\w./-]+\.\w+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), target
     for name in re.findall(r"`((?:benchmarks|export|engine|kernels|tests)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name

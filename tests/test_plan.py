@@ -552,7 +552,7 @@ def test_near_without_a_plan_is_exact_and_says_so(media: Media) -> None:
     exact, _ = read(path, Sampling("fps", fps=4), threads=1)
     np.testing.assert_array_equal(got.data, exact.data)
     np.testing.assert_array_equal(got.frame_index, exact.frame_index)
-    assert any("do not tell which frames are cheap" in warning for warning in stream.warnings)
+    assert any("does not say which frames decode fast" in warning for warning in stream.warnings)
 
 
 # --- warnings

@@ -323,7 +323,7 @@ def test_packets_that_give_no_picture_end_the_file(engine: Engine, monkeypatch: 
             made.mux(packet)
     times, _, warnings = read(engine, file.getvalue(), Sampling(mode="all"))
     assert len(times) == 1
-    assert any("50 packets in a row without a picture" in warning for warning in warnings)
+    assert any("50 packets in a row have no picture" in warning for warning in warnings)
 
 
 def test_more_pictures_than_the_limit_are_refused() -> None:

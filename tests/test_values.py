@@ -109,7 +109,7 @@ def test_a_missing_package_names_its_extra(summary: Summary, monkeypatch: pytest
     for name in ("pandas", "pyarrow"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
-            with pytest.raises(MissingExtra, match=r"keyreel\[data\]"):
+            with pytest.raises(MissingExtra, match=r"\[data\]"):
                 summary.to_pandas()
 
 

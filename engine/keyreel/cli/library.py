@@ -281,7 +281,7 @@ def serve(
         Option(
             metavar="ADDRESS",
             rich_help_panel=CLUSTERED,
-            help="serve from a Ray cluster, an actor per shard: auto, HOST:PORT, or local to start one here",
+            help="serve from a Ray cluster: auto, HOST:PORT, or local to start one; needs the extra `cluster`",
         ),
     ] = None,
     replicas: Annotated[
@@ -291,7 +291,7 @@ def serve(
         bool, Option("--wait", rich_help_panel=CLUSTERED, help="with --ray, wait for shards that are lost")
     ] = CLUSTER.wait,
 ) -> None:
-    """Serves a library over HTTP, with a search page; needs the extra `serve`, with --ray `cluster`.
+    """Serves a library over HTTP, with a search page; needs the extra `serve`.
 
     Examples:
         keyreel serve --library lib --root ~/Videos

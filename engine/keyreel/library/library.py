@@ -12,11 +12,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-
 from keyreel.config import IndexConfig, LibraryConfig
 from keyreel.errors import Damaged, LibraryError, ModelNotFound
 from keyreel.library import upkeep
+from keyreel.library.asked import asked
 from keyreel.library.errors import Outdated
 from keyreel.library.export import export_parquet
 from keyreel.library.files import Catalog, FileState, is_gone, name_of, real_name
@@ -41,8 +40,8 @@ from keyreel.library.types import (
     VideoHit,
 )
 from keyreel.render.notebook import hits_html
-from keyreel.runtime.bundle import Bundle, SubjectScale
-from keyreel.search import Asked, Part
+from keyreel.runtime.bundle import Bundle
+from keyreel.search import Asked
 from keyreel.types import F32, F64, Combined, Example, Hits, Progress, Query
 
 if TYPE_CHECKING:
@@ -480,30 +479,12 @@ class Library:
         return where and replace(where, videos=[self.record(video).id for video in where.videos])
 
     def _asked(self, queries: Sequence[Query | Combined]) -> tuple[builtins.list[Asked], builtins.list[Example | None]]:
-        """The queries as vectors, all texts encoded in one go; and the examples that they are the vectors of."""
-        given = [Combined.of(query) for query in queries]
-        texts = list(dict.fromkeys(text for one in given for text in one.texts))
-        encoded: dict[str, F32] = {}
-        if texts:
-            encoded = dict(zip(texts, self._engine_for("searching for a text").encode_text(texts), strict=True))
-        plain = SubjectScale()
-
-        def part_of(query: Query) -> Part:
-            if isinstance(query, str):
-                engine = self._engine_for("searching for a text")
-                return Part(encoded[query], engine.bundle.subject, engine.known(query))
-            if isinstance(query, Example):
-                vector = self._search().vector(replace(query, video=self.record(query.video).id))
-            elif isinstance(query, np.ndarray) and query.ndim == 1:
-                vector = np.asarray(query, np.float32)
-            else:
-                vector = self._engine_for("searching for a picture").encode_image(query)[0]
-            return Part(vector, plain, None)
-
-        own = [one.query if isinstance(one.query, Example) else None for one in given]
-        own = [one and replace(one, video=self.record(one.video).id) for one in own]
-        chances = (lambda: None) if self.engine is None else self.engine.chances
-        return [Asked.of(one, part_of, chances) for one in given], own
+        return asked(
+            queries,
+            self._engine_for,
+            lambda video: self.record(video).id,
+            lambda example: self._search().vector(example),
+        )
 
 
 def _names_of(videos: Videos) -> tuple[str, ...]:
