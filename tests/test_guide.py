@@ -14,7 +14,6 @@ from pages import GUIDE, PAGES, ROOT, blocks_of, is_like, outputs_of, prepare
 from keyreel.cli.app import app
 
 
-
 def commands_of(line: str) -> list[list[str]]:
     """The words of each command of a line of shell."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;()<>")
