@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from keyreel.decode.source import Source
 from keyreel.errors import Damaged, RenderError
 from keyreel.render.chapters import write_chapters
 from keyreel.render.documents import schema_of
+from keyreel.render.interchange import write_markers
 
 BARE = ("--no-reel", "--no-storyboard", "--no-thumbnails", "-q")
 
@@ -101,6 +103,17 @@ def test_markers_are_read_back(summary: Summary, tmp_path: Path, kind: str) -> N
         if kind == "otio":
             assert clip.media_reference.target_url == Path(summary.video.path).as_uri()
     np.testing.assert_allclose(found, wanted, atol=0.021)  # half a frame
+
+
+@pytest.mark.parametrize("fps", [12.5, 23.976, 24.0, 25.0, 29.97, 30.0, 50.0, 59.94, 60.0, 240.0, None])
+def test_markers_of_every_rate(summary: Summary, tmp_path: Path, fps: float | None) -> None:
+    pytest.importorskip("otio_fcpx_xml_adapter", reason="needs the extra `otio`")
+    video = dataclasses.replace(summary.video, average_fps=fps)
+    path = tmp_path / "markers.fcpxml"
+    write_markers(dataclasses.replace(summary, video=video), "file:///a.mp4", path)
+    parts = [m.get("start", "").rstrip("s").partition("/") for m in ElementTree.parse(path).findall(".//clip/marker")]
+    found = [int(above) / int(below or 1) for above, _, below in parts]
+    np.testing.assert_allclose(found, [frame.pts_seconds for frame in summary.keyframes], atol=0.5 / 23.9)
 
 
 def _packets(path: Path) -> dict[str, list[tuple[float, bytes]]]:

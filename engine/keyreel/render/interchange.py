@@ -86,6 +86,8 @@ def write_markers(summary: Summary, target: str, path: Path) -> None:
     edl, fcpxml = path.suffix == ".edl", path.suffix == ".fcpxml"
     otio, video = import_otio(edl=edl, fcpxml=fcpxml), summary.video
     rate = _timecode_rate(video.average_fps) if edl or fcpxml else _rate(video.average_fps)
+    if fcpxml:
+        rate = round(rate, 2)  # the adapter knows 23.98, not 24000 / 1001; it writes seconds, so that nothing drifts
     timeline = _timeline(otio, video, target, [Shot(0.0, summary.stop_seconds)], rate, title="key-frames")
     clip = timeline.video_tracks()[0][0]
     for number, frame in enumerate(summary.keyframes, 1):
@@ -137,7 +139,7 @@ def _refused(otio: Any, write: Callable[[], Any]) -> Any:
     """Turns what an adapter raises into RenderError."""
     try:
         return write()
-    except otio.exceptions.OTIOError as error:
+    except (otio.exceptions.OTIOError, ValueError) as error:
         raise RenderError(f"the timeline cannot be written: {error}", hint="write OTIO instead") from error
 
 
