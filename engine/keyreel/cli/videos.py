@@ -19,6 +19,7 @@ from keyreel.cli.output import log, print_json, print_line, print_summary, print
 from keyreel.cli.progress import PICTURED, RENDERED, Bars
 from keyreel.cli.signature import Made
 from keyreel.config import Markers, OutputConfig, ReelMode, ReelOrder, ReframeMode, SelectConfig
+from keyreel.errors import RenderError
 
 if TYPE_CHECKING:
     from keyreel.decode.source import Source
@@ -126,7 +127,8 @@ def summarize(
 
     documents: list[dict[str, Any]] = []
     used: set[str] = set()
-    existed = output.exists()
+    if (existed := output.exists()) and not output.is_dir():
+        raise RenderError(f"{output}: is a file", hint="--output names a folder; keyreel makes it if it is missing")
     ensure(model, yes=yes, quiet=quiet)
     with keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine, Bars(quiet=quiet) as bars:
 

@@ -208,7 +208,7 @@ def _complete(tables: Tables, repair: bool) -> Iterator[Finding]:
     wrong = [record for record in tables.records() if record.frames and not is_whole(record)]
     if wrong:
         paths = tuple(record.path for record in wrong)
-        yield Finding("incomplete", f"{len(wrong)} videos lost rows", paths, repair)
+        yield Finding("incomplete", f"{len(wrong)} video{'s' * (len(wrong) > 1)} lost rows", paths, repair)
     lost = {record.id for record in wrong}
     whole = {record.generation: record for record in tables.records() if record.digest and record.id not in lost}
     found_digests = ((whole[name], rows.digest) for name, rows in tables.rows(list(whole)))

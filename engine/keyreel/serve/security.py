@@ -179,7 +179,7 @@ class Security:
         """Host, origin and token, before anything of the body is read."""
         host = request.headers.get("host", "")
         if self._hosts and _hostname(host) not in self._hosts:
-            hint = "name it in the option hosts"
+            hint = "allow it: keyreel serve --answer-to NAME, ServeConfig(hosts=...)"
             raise ApiError(403, "host", f"this service does not answer to the name {host!r}", hint=hint)
         if public:
             return
