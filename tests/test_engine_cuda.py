@@ -153,6 +153,10 @@ def test_from_packets_to_summary(
     assert pool_of(cuda).idle == 0  # given back with the engine
     assert got.warnings == want.warnings
     np.testing.assert_array_equal(got.embedding.frame_index, want.embedding.frame_index)
+    # The thumbnails are made of the same frames, on the device.
+    assert list(got.thumbnails) == list(want.thumbnails) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+    for time, picture in got.thumbnails.items():
+        assert np.abs(picture.astype(int) - want.thumbnails[time]).mean() < 1.5, time
     # Our filter and swscale's differ by up to a few levels at edges.
     assert (got.embedding.vectors * want.embedding.vectors).sum(1).min() > 0.98
     assert len(got.keyframes) == len(want.keyframes)

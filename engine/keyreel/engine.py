@@ -378,7 +378,7 @@ class Engine:
                 lambda summary, query, k: self.search(query, [summary], k=k),
                 lambda summary, query: self._scores(summary, self._asked(query)).best,
             ),
-            thumbnails=aside.pictures() if aside is not None else {},
+            thumbnails=aside.pictures(self.backend.ops.arrays.to_host) if aside is not None else {},
         )
 
     def search(self, query: Query | Combined, summaries: Sequence[Summary], *, k: int = 5) -> Hits[SearchHit]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from av.video.frame import VideoFrame
@@ -30,7 +31,7 @@ class Aside:
         ranks = np.searchsorted(timeline.starts, np.asarray(times) + 1e-9, side="right") - 1
         self._wanted = dict(zip(times, timeline.ticks[np.maximum(ranks, 0)].tolist(), strict=True))
         self._ticks = frozenset(self._wanted.values())
-        self._pictures: dict[int, U8] = {}
+        self._pictures: dict[int, Any] = {}
 
     def converter(self, sample_aspect_ratio: Fraction | None) -> AsideConverter:
         """What adds pictures; one for each worker."""
@@ -39,12 +40,17 @@ class Aside:
     def wants(self, ticks: int | None) -> bool:
         return ticks in self._ticks and ticks not in self._pictures
 
-    def add(self, ticks: int, picture: U8) -> None:
+    def add(self, ticks: int, picture: Any) -> None:
         self._pictures[ticks] = picture
 
-    def pictures(self) -> dict[float, U8]:
-        """[H, W, 3] uint8 RGB of each time whose frame was decoded."""
-        return {time: self._pictures[ticks] for time, ticks in self._wanted.items() if ticks in self._pictures}
+    def pictures(self, to_host: Callable[[Any], U8]) -> dict[float, U8]:
+        """[H, W, 3] uint8 RGB of each time whose frame was decoded.
+
+        Args:
+            to_host: brings a picture from where it was made; they stay there until the end, so that nothing waits.
+        """
+        shown = {ticks: to_host(picture) for ticks, picture in self._pictures.items()}
+        return {time: shown[ticks] for time, ticks in self._wanted.items() if ticks in shown}
 
 
 class AsideConverter:

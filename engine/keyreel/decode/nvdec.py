@@ -14,7 +14,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, finalize
 
@@ -22,40 +21,23 @@ import av
 from av.bitstream import BitStreamFilterContext
 from av.container import InputContainer
 from av.packet import Packet
-from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 
 from keyreel.config import ImageTransform, Sampling
-from keyreel.decode.color import Orientation, display_size, matrix_of, orientation_of, transfer_of
+from keyreel.decode.aside import Aside
 from keyreel.decode.complaints import COMPLAINTS
 from keyreel.decode.decoder import CpuDecoder, Decoder, DecoderFailed
-from keyreel.decode.nvdec_pool import DecoderPool, DevicePicture, Format, one_line, sizes
-from keyreel.decode.packets import BROKEN, demux, reason_of
+from keyreel.decode.nvdec_claim import Claim, Declined, check_size, examined
+from keyreel.decode.nvdec_pool import DecoderPool, DevicePicture, one_line, sizes
 from keyreel.decode.parallel import NoWorker, Stopped
 from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream
 from keyreel.errors import BackendUnavailable, SourceError, UnsupportedCodec
-from keyreel_kernels.surfaces import Surface, resized_size
+from keyreel_kernels.surfaces import Surface
 
 M = TypeVar("M")
 
-_FORMATS = {
-    "yuv420p": ("420", 8),
-    "yuvj420p": ("420", 8),
-    "yuv420p10le": ("420", 10),
-    "yuv420p12le": ("420", 12),
-    "yuv444p": ("444", 8),
-    "yuvj444p": ("444", 8),
-    "yuv444p10le": ("444", 10),
-    "yuv444p12le": ("444", 12),
-}
-_STANDARDS = {Colorspace.ITU601: "bt601", Colorspace.ITU709: "bt709", Colorspace.BT2020: "bt2020"}
-# How far the coded picture may go beyond the shown one: to whole macroblocks, to whole coding blocks. PyNvVideoCodec
-# crops at the right and at the bottom only; more than that is a crop of the author's, which may be anywhere.
-_PADDING = {"h264": 16, "hevc": 64, "vp9": 1}
-_TYPICAL_ENGINES = 4  # where the device does not say how many it has
 _COPIED_BYTES = 256 << 20  # of surfaces that wait to be converted
 _KEPT_BATCHES = 2  # whose pictures stay: by then they were read, and decoding need not wait
 _DRAIN_PACKETS = 8  # decoded in vain cost about as much as a drain
@@ -66,30 +48,6 @@ _HINT = "use device='auto' or 'cpu' (--device), or convert it to 8-bit H.264 wit
 
 _POOLS: WeakKeyDictionary[Any, DecoderPool] = WeakKeyDictionary()
 _POOLS_LOCK = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A stream that NVDEC decodes, and how its pictures are to be shown; of its first picture."""
-
-    format: Format
-    standard: str
-    full_range: bool
-    display: tuple[int, int]
-    orientation: Orientation
-    engines: int  # of the device, for this codec
-
-    def surface(self, rows: Any) -> Surface:
-        """[rows, width] as NVDEC gives them."""
-        height, width = self.format.shown
-        planes: tuple[Any, ...] = (rows[:height], rows[height : 2 * height], rows[2 * height :])
-        if self.format.chroma == "420":
-            planes = (rows[:height], rows[height:].reshape(height // 2, width // 2, 2))
-        return Surface(planes, self.format.bits, self.standard, self.full_range, self.display, self.orientation)
-
-
-class _Declined(Exception):
-    """Not a stream for NVDEC."""
 
 
 def pool_of(cuda: Any) -> DecoderPool:
@@ -110,6 +68,7 @@ def open_stream(
     pool: DecoderPool | None = None,
     workers: int | None = None,
     threads: int = 0,
+    aside: Aside | None = None,
 ) -> Stream:
     """The wanted frames of a source as FrameStream gives them, `data` on the device.
 
@@ -124,6 +83,7 @@ def open_stream(
         pool: of decoders; the device's own by default.
         workers: decoders that share a long file; as many as the device has engines by default.
         threads: of the CPU's decoder, where that one is used.
+        aside: collects small pictures of some of the frames.
 
     Raises:
         UnsupportedCodec: (strict) NVDEC does not decode this stream.
@@ -131,11 +91,11 @@ def open_stream(
         SourceError: while iterating, as FrameStream.
     """
     pool = pool or pool_of(cuda)
-    on_cpu = UploadingDecoder(source, transform, threads, cuda)
+    on_cpu = UploadingDecoder(source, transform, threads, cuda, aside)
     try:
-        claim = _examined(source, pool)
-        _check_size(claim, transform, source.limits.max_pixels)
-    except (_Declined, BackendUnavailable) as error:
+        claim = examined(source, pool)
+        check_size(claim, transform, source.limits.max_pixels)
+    except (Declined, BackendUnavailable) as error:
         if strict:
             if isinstance(error, BackendUnavailable):
                 raise
@@ -143,15 +103,17 @@ def open_stream(
         return Stream(source, sampling, on_cpu, batch_size, (f"decoded on the CPU: {error.args[0]}",))
     except SourceError:
         return Stream(source, sampling, on_cpu, batch_size)  # raises the same when it is read
-    decoder = NvDecoder(source, claim, pool, cuda, transform, ops, workers, None if strict else on_cpu)
+    decoder = NvDecoder(source, claim, pool, cuda, transform, ops, workers, None if strict else on_cpu, aside)
     return Stream(source, sampling, decoder, batch_size)
 
 
 class UploadingDecoder(CpuDecoder):
     """Decodes on the CPU; batches lie on the device."""
 
-    def __init__(self, source: Source, transform: ImageTransform | None, threads: int, cuda: Any) -> None:
-        super().__init__(source, transform, threads)
+    def __init__(
+        self, source: Source, transform: ImageTransform | None, threads: int, cuda: Any, aside: Aside | None = None
+    ) -> None:
+        super().__init__(source, transform, threads, aside=aside)
         self._cuda = cuda
 
     def stack(self, pictures: list[Any]) -> Any:
@@ -178,6 +140,7 @@ class NvDecoder:
         ops: the device's operations.
         workers: that share a file; None for as many as the device has engines.
         fallback: goes on where NVDEC fails; None where that is an error.
+        aside: collects small pictures of some of the frames.
     """
 
     gap = _DRAIN_PACKETS
@@ -192,8 +155,10 @@ class NvDecoder:
         ops: Any,
         workers: int | None,
         fallback: Decoder | None,
+        aside: Aside | None = None,
     ) -> None:
         self.claim, self.pool, self.cuda, self.ops, self.transform = claim, pool, cuda, ops, transform
+        self.aside = aside
         self._name, self._fallback = source.name, fallback
         self.workers = min(workers or claim.engines, pool.limit)
         self.whole = self.workers == 1
@@ -274,6 +239,7 @@ class NvWorker:
     def __init__(self, owner: NvDecoder, container: InputContainer, stream: VideoStream, decoder: Any) -> None:
         self.container, self.stream = container, stream
         self._claim, self._cuda, self._ops, self._transform = owner.claim, owner.cuda, owner.ops, owner.transform
+        self._aside = owner.aside
         self._module, self._decoder, self._format = owner.pool.module, decoder, owner.claim.format
         self._sizes: set[object] = set()
         self._waiting: dict[int, tuple[int, bool, bool]] = {}  # pts: duration, key, not to be shown
@@ -381,113 +347,34 @@ class NvWorker:
         rows, width = self._format.rows
         most = max(1, min(32, _COPIED_BYTES // (rows * width * (1 if self._format.bits == 8 else 2))))
         marks: list[M] = []
-        copies: list[Any] = []
+        kept: list[DevicePicture] = []
         for mark, picture in pictures:
             marks.append(mark)
-            copies.append(self.keep(picture).copy)
-            if len(copies) == most:
-                yield from zip(marks, self._converted(copies), strict=True)
-                marks, copies = [], []
-        if copies:
-            yield from zip(marks, self._converted(copies), strict=True)
+            kept.append(self.keep(picture))
+            if len(kept) == most:
+                yield from zip(marks, self._converted(kept), strict=True)
+                marks, kept = [], []
+        if kept:
+            yield from zip(marks, self._converted(kept), strict=True)
 
-    def _converted(self, copies: list[Any]) -> list[Any]:
-        wanted = self._transform
+    def _converted(self, kept: list[DevicePicture]) -> list[Any]:
         with self._cuda.scope(self._cuda.decoding):
-            made = self._ops.frames_from_surfaces(
-                [self._claim.surface(copy) for copy in copies],
-                height=wanted.height if wanted else self._claim.display[0],
-                width=wanted.width if wanted else self._claim.display[1],
-                mode=wanted.mode if wanted else "squash",
-                interpolation=wanted.interpolation if wanted else "bicubic",
-                fill=wanted.fill if wanted else 0,
-            )
-            return [made[n] for n in range(len(copies))]
+            surfaces = [self._claim.surface(picture.copy) for picture in kept]
+            if self._aside is not None:
+                chosen = [n for n, picture in enumerate(kept) if self._aside.wants(picture.pts)]
+                made = self._made([surfaces[n] for n in chosen], self._aside.transform) if chosen else []
+                for n, small in zip(chosen, made, strict=True):
+                    self._aside.add(kept[n].pts, small)
+            height, width = self._claim.display
+            return self._made(surfaces, self._transform or ImageTransform(height, width, "squash"))
 
-
-def _examined(source: Source, pool: DecoderPool) -> Claim:
-    """What NVDEC will do for a source. Kept, since a long video is opened for many short looks.
-
-    Raises:
-        _Declined, BackendUnavailable, SourceError.
-    """
-    found: Claim | str | None = pool.claims.get(source)
-    if found is None:
-        try:
-            found = _look(source, pool)
-        except _Declined as declined:
-            found = str(declined)
-        pool.claims[source] = found
-    if isinstance(found, str):
-        raise _Declined(found)
-    return found
-
-
-def _look(source: Source, pool: DecoderPool) -> Claim:
-    with source.open() as container:
-        stream = source.require_video(container)
-        context = stream.codec_context
-        codec = context.codec.canonical_name
-        if codec not in _PADDING:
-            raise _Declined(f"{codec} is not decoded on the device, only {', '.join(_PADDING)}")
-        frame = _first_frame(container, stream)
-        if frame.format.name not in _FORMATS:
-            raise _Declined(f"{codec} in {frame.format.name} is not decoded on the device")
-        chroma, bits = _FORMATS[frame.format.name]
-        coded, shown = (context.coded_height, context.coded_width), (frame.height, frame.width)
-        if (transfer := transfer_of(frame)) != "sdr":
-            raise _Declined(f"{transfer.upper()} (HDR) is tone-mapped on the CPU")
-        standard = _STANDARDS.get(matrix_of(frame.colorspace, frame.height, transfer))
-        if standard is None:
-            raise _Declined(f"its YUV matrix (H.273 number {frame.colorspace}) is converted on the CPU")
-        if frame.interlaced_frame or context.field_order > 1:
-            raise _Declined("it is interlaced, which NVDEC would deinterlace")
-        if chroma == "420" and (shown[0] % 2 or shown[1] % 2):
-            raise _Declined(f"{shown[1]} x {shown[0]}: NVDEC's 4:2:0 surfaces have even sides")
-        window = (context.height, context.width)
-        if window != shown or any(not 0 <= c - w < _PADDING[codec] for c, w in zip(coded, window, strict=True)):
-            raise _Declined(f"a window of {window[1]} x {window[0]} cut out of {coded[1]} x {coded[0]}")
-        caps = pool.capabilities(codec, chroma, bits)
-        _check_capabilities(caps, f"{codec} 4:{chroma[1]}:{chroma[2]} of {bits} bits", coded)
-        orientation = orientation_of(frame)
-        return Claim(
-            Format(codec, chroma, bits, coded, shown, bytes(context.extradata or b"")),
-            standard,
-            frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj"),
-            display_size(frame, stream.sample_aspect_ratio, orientation),
-            orientation,
-            caps.get("num_decoder_engines") or _TYPICAL_ENGINES,
+    def _made(self, surfaces: list[Surface], wanted: ImageTransform) -> list[Any]:
+        made = self._ops.frames_from_surfaces(
+            surfaces,
+            height=wanted.height,
+            width=wanted.width,
+            mode=wanted.mode,
+            interpolation=wanted.interpolation,
+            fill=wanted.fill,
         )
-
-
-def _check_capabilities(caps: dict[str, int], what: str, coded: tuple[int, int]) -> None:
-    if not caps["supported"]:
-        raise _Declined(f"NVDEC of this device does not decode {what}")
-    height, width = coded
-    if width > caps["width_max"] or height > caps["height_max"]:
-        raise _Declined(f"{width} x {height}: NVDEC decodes {what} up to {caps['width_max']} x {caps['height_max']}")
-    if width < caps["width_min"] or height < caps["height_min"]:
-        raise _Declined(f"{width} x {height}: NVDEC decodes {what} from {caps['width_min']} x {caps['height_min']} on")
-    blocks = -(-width // 16) * -(-height // 16)
-    if blocks > caps["mb_num_max"]:
-        raise _Declined(f"{blocks} macroblocks: NVDEC decodes {what} up to {caps['mb_num_max']}")
-
-
-def _check_size(claim: Claim, transform: ImageTransform | None, max_pixels: int) -> None:
-    height, width = claim.display
-    if transform is not None:
-        height, width = resized_size(height, width, transform.height, transform.width, transform.mode)
-    if height * width > max_pixels:
-        raise _Declined(f"{width} x {height} pixels, the limit is {max_pixels}")
-
-
-def _first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame:
-    """Decoded on the CPU: its colours and its rotation, which NVDEC does not tell."""
-    try:
-        for packet in demux(container, stream):
-            frame: VideoFrame
-            for frame in packet.decode():
-                return frame
-    except BROKEN as error:
-        raise _Declined(f"its first picture is damaged: {reason_of(error)}") from error
-    raise _Declined("its first picture is not found")
+        return [made[n] for n in range(len(surfaces))]

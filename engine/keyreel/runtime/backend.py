@@ -180,10 +180,17 @@ def _cuda(ops: Ops, reason: str, *, strict: bool) -> Backend:
         *,
         transform: ImageTransform | None = None,
         batch_size: int = CUDA_BATCH,
-        aside: Aside | None = None,  # stays empty: frames on the device are not copied back for it
+        aside: Aside | None = None,
     ) -> Stream:
         return open_stream(
-            source, sampling, transform=transform, batch_size=batch_size, cuda=cuda, ops=ops, strict=strict
+            source,
+            sampling,
+            transform=transform,
+            batch_size=batch_size,
+            cuda=cuda,
+            ops=ops,
+            strict=strict,
+            aside=aside,
         )
 
     return Backend(
