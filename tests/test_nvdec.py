@@ -537,10 +537,15 @@ def test_each_join_is_needed(
             for batch in host.open(source, Sampling("every", every=10), ops=ops, batch_size=4, strict=True):
                 (batch.data + batch.data).get()
 
-    read()
-    gc.collect()
-    assert any(said in fault for fault in cuda_streams.faults) if said else cuda_streams.faults == []
-    cuda_streams.faults.clear()
+    found: list[str] = []
+    for _ in range(5):  # a caller that happens to wait in time hides one
+        read()
+        gc.collect()
+        found += cuda_streams.faults
+        cuda_streams.faults.clear()
+        if any(said in fault for fault in found if said):
+            return
+    assert not said and found == []
 
 
 # --- failures
