@@ -56,12 +56,15 @@ def cluster_served(library: Path, *options: str) -> Iterator[Served]:
 
 def _ready(process: subprocess.Popen[bytes], lines: list[str]) -> Iterator[Served]:
     assert process.stderr is not None
+    late = threading.Timer(180, process.kill)
+    late.start()
     for line in process.stderr:
         lines.append(line.decode(errors="replace"))
-        if found := re.search(r"(http://\S+) serves", lines[-1]):
+        if found := re.search(r"serving .* at (http://\S+);", lines[-1]):
             break
     else:
         raise AssertionError("".join(lines[-30:]))
+    late.cancel()
     threading.Thread(target=lambda: lines.extend(map(str, process.stderr or ())), daemon=True).start()
     with httpx.Client(base_url=found[1], timeout=60, trust_env=False) as client:
         yield Served(process, client, found[1])
