@@ -93,6 +93,7 @@ def outputs_of(page: Path, folder: Path) -> Iterator[tuple[Block, str]]:
         "HOME": str(folder / ".home"),
         "XDG_CACHE_HOME": str(folder / ".home" / "cache"),
     }
+    environment.pop("KEYREEL_CONFIG", None)  # a page has a file of its own
     names: dict[str, object] = {"__name__": "__main__"}
     with contextlib.ExitStack() as services:
         for block in blocks_of(page):

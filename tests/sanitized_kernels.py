@@ -97,7 +97,8 @@ def sanitized(sanitizer: str) -> Cuda:
 def plant(cuda: Cuda, fault: str) -> None:
     prelude = (kernels.FOLDER / "device.cuh").read_text("utf-8")
     with patch.object(kernels, "source_of", lambda _: f"{prelude}\n{_HEAD}{FAULTS[fault]}"):
-        out = cuda.cupy.zeros(64, np.int32)
+        with cuda.scope():
+            out = cuda.cupy.zeros(64, np.int32)
         cuda.launch("planted.cu", "planted", (1,), (64,), (out, np.int32(64)), shared=4 * 64)
 
 

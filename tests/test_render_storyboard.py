@@ -288,9 +288,10 @@ def test_a_click_on_a_result_plays_it_in_the_page(source, tmp_path, browser):
       const box = document.querySelector("dialog"), film = box.querySelector("video");
       let tries = 0;
       const timer = setInterval(() => {
-        if (film.readyState < 2 && (tries += 1) < 100) return;
+        if (film.readyState < 2 && (tries += 1) < 60) return;
         clearInterval(timer);
         const open = [box.open, film.currentTime.toFixed(1), film.error === null];
+        tries = 0;
         document.querySelector("[data-close]").click();
         const ended = () => [...open, box.open, film.hasAttribute("src"), ...tiles].join();
         const closing = setInterval(() => {

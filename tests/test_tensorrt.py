@@ -189,7 +189,7 @@ def test_no_room_for_a_context(trt: Recording, recorded: Cuda) -> None:
     session.close()
     session = open_tensorrt(FUSION, recorded, batch_size=BATCH)
     trt.refused = {"context"}
-    with pytest.raises(OutOfMemory, match="memory free"):
+    with pytest.raises(OutOfMemory, match="free memory"):
         session.run(feeds(1))
 
 
