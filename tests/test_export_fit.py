@@ -251,7 +251,7 @@ def test_a_fit_is_written_and_told(fitted: tuple[Path, str, str]) -> None:
     measured, tensors = manifest["verify"], load_file(folder / "subject.safetensors")
     assert measured["identity_cosine"] >= 0.9999
     assert "fitted to 16 pictures; mean average precision on clips of 4 other pictures" in said
-    assert f"{measured['held_out_objects_fitted']:.3f} fitted" in said
+    assert f"{measured['held_out_objects_fitted']:.3f} with fitted ones" in said
     assert bundle.same_scene == {before: ""}
     assert (bundle.attention_input, manifest["attention"]["layer"]) == ("tokens", "the tower's tokens")
     assert "subject.safetensors" in manifest["files"]
