@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 RESEARCH = "Research and tests"  # panel
 STAGES = ("decode", "encode", "fuse", "select", "render", "reel")
-PACKAGES = ("keyreel", "av", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-cu13")
+PACKAGES = ("av", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-cu13")
 
 
 def version() -> None:
@@ -163,7 +163,7 @@ def _medians(runs: Sequence[BenchVideo]) -> BenchVideo:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "keyreel": keyreel.__version__}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
