@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,14 +11,14 @@ import numpy as np
 from keyreel.errors import import_extra
 
 
-class Tabular:
+class Tabular(ABC):
     """A value that converts to a pyarrow table and to a pandas data frame."""
 
     __slots__ = ()
 
+    @abstractmethod
     def to_arrow(self) -> Any:
         """A pyarrow table."""
-        raise NotImplementedError
 
     def to_pandas(self) -> Any:
         """The table of `to_arrow` as a pandas data frame.

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -174,31 +175,12 @@ def _cuda(ops: Ops, reason: str, *, strict: bool) -> Backend:
         with cuda.scope():  # CuPy's pool keeps the blocks of each device apart
             cuda.pool.free_all_blocks()
 
-    def stream(
-        source: Source,
-        sampling: Sampling,
-        *,
-        transform: ImageTransform | None = None,
-        batch_size: int = CUDA_BATCH,
-        aside: Aside | None = None,
-    ) -> Stream:
-        return open_stream(
-            source,
-            sampling,
-            transform=transform,
-            batch_size=batch_size,
-            cuda=cuda,
-            ops=ops,
-            strict=strict,
-            aside=aside,
-        )
-
     return Backend(
         device=ops.device,
         reason=reason,
         ops=ops,
         open_session=lambda path: open_cuda_session(path, cuda, batch_size=CUDA_BATCH),
-        open_stream=stream,
+        open_stream=partial(open_stream, cuda=cuda, ops=ops, strict=strict),
         batch_size=CUDA_BATCH,
         release=release,
     )
