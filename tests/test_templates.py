@@ -191,6 +191,7 @@ def test_the_tiny_template_of_the_quick_tests_is_current(open_clip: Any) -> None
     made = made_template("keyreel-tiny-vit")
     assert kept.tensors == {name: tuple(shape) for name, shape in made.tensors.items()}
     if same_makers(kept):
+        kept = dataclasses.replace(kept, versions=made.versions)  # keyreel's own decides nothing
         assert kept == made, f"write it anew: make_template('keyreel-tiny-vit').write({str(path)!r})"
 
 

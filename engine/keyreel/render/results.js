@@ -4,6 +4,11 @@ const player = document.querySelector("dialog");
 const video = player?.querySelector("video");
 const note = player?.querySelector(".note");
 
+function stop() {
+  video.removeAttribute("src");
+  video.load();
+}
+
 document.addEventListener("click", (event) => {
   const tile = event.target.closest("[data-play]");
   if (tile !== null) {
@@ -13,12 +18,12 @@ document.addEventListener("click", (event) => {
     player.showModal();
     video.src = tile.dataset.play;
     video.play().catch(() => {});
-  } else if (event.target === player || event.target.closest("[data-close]") !== null) player.close();
+  } else if (event.target === player || event.target.closest("[data-close]") !== null) {
+    player.close();
+    stop();
+  }
 });
-player?.addEventListener("close", () => {
-  video.removeAttribute("src");
-  video.load();
-});
+player?.addEventListener("close", stop);
 video?.addEventListener("error", () => {
   if (!video.hasAttribute("src")) return;
   video.hidden = true;
