@@ -11,7 +11,7 @@ from keyreel import Combined, Engine
 from keyreel.runtime.backend import resolve
 from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.text import TextEncoder, Tokenizer, clean_text
-from keyreel.runtime.words import misspellings, stems, words_of
+from keyreel.runtime.words import misspellings, sound, stems, words_of
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +84,22 @@ def test_a_misspelled_word_is_read_as_the_one_that_was_meant(encoder: TextEncode
         ("an elephnat", "an elephant"),
         ("BICYLCE race", "bicycle race"),
         ("a buterfly.", "a butterfly."),
+        ("an elefant", "an elephant"),
+        ("bycicle race", "bicycle race"),
+        ("a fotografer's kamera", "a photographer's camera"),
+        ("the rinoceros", "the rhinoceros"),
     ):
         assert encoder.unknown_words(wrong) == []
         np.testing.assert_allclose(*encoder.encode([wrong, right]), atol=1e-5)
     assert encoder.unknown_words("a dgo at a CAFÉ") == ["dgo"]  # three letters may be anything
     assert encoder.unknown_words("zwyxq elephnat") == ["zwyxq"]
+
+
+def test_words_that_sound_alike(encoder: TextEncoder) -> None:
+    heard = {sound(word) for word in ("phosphor", "fosfor", "phossphor")}
+    assert heard == {"fosfor"}
+    assert [sound(word) for word in ("quack", "Zebra", "cycle")] == ["kak", "Zebra", "kikl"]
+    assert encoder.unknown_words("carafe flurbish grebnak") == ["carafe", "flurbish", "grebnak"]
 
 
 def test_long_words_and_texts_cost_little(encoder: TextEncoder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 import string
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from keyreel.errors import ModelError
 from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.sessions import Session
-from keyreel.runtime.words import SILENT, misspellings, stems, words_of
+from keyreel.runtime.words import SILENT, misspellings, sound, stems, words_of
 from keyreel.types import F32, I64
 from keyreel_kernels.arrays import Arrays
 
@@ -101,14 +102,29 @@ class Tokenizer:
         return dict.fromkeys(words_of(self._spelled(clean_text(text, self._clean))))
 
     def _spelled(self, text: str) -> str:
-        """The text, with a word that is in no list replaced by the only listed one that it may be a misspelling of."""
+        """The text, with a word that is in no list replaced by the only listed one that sounds alike, or else by the
+        only one that differs by a letter.
+        """
         if self._mark is None:
             return text
         text = self._tokenizer.normalizer.normalize_str(text)
         for word in dict.fromkeys(words_of(text)[: self.context_length]):  # the model reads no more
-            if not self._listed(stems(word)) and len(meant := self._listed(misspellings(word))) == 1:
-                text = re.sub(rf"(?<![^\W\d_]){word}(?![^\W\d_])", meant.pop(), text, flags=re.IGNORECASE)
+            if self._listed(stems(word)):
+                continue
+            meant = self._sounding.get(sound(word)) or self._listed(misspellings(word))
+            if len(meant) == 1:
+                text = re.sub(rf"(?<![^\W\d_]){word}(?![^\W\d_])", next(iter(meant)), text, flags=re.IGNORECASE)
         return text
+
+    @functools.cached_property
+    def _sounding(self) -> dict[str, set[str]]:
+        """The listed words of four letters or more, by their sound."""
+        found: dict[str, set[str]] = {}
+        for token in self._tokenizer.get_vocab():
+            word = token.removeprefix(self._mark or "")
+            if word != token and len(word) >= 4:
+                found.setdefault(sound(word), set()).add(word)
+        return found
 
     def _listed(self, words: set[str]) -> set[str]:
         """Those of the words that have a token of their own; all if the model has no list of words."""

@@ -15,6 +15,8 @@ which
 SILENT = frozenset(_SILENT.split())
 LONGEST = 24  # letters of a word that may be misspelled; the work grows with their square
 _WORD = re.compile(r"[^\W\d_]+")
+_DOUBLED = re.compile(r"(.)\1+")
+_SOUNDS = (("ph", "f"), ("rh", "r"), ("ck", "k"), ("qu", "k"), ("c", "k"), ("z", "s"), ("y", "i"))
 _ENDINGS = (("ies", ("y",)), ("es", ("",)), ("s", ("",)), ("ing", ("", "e")), ("ed", ("", "e")))
 
 
@@ -46,3 +48,10 @@ def misspellings(word: str) -> set[str]:
     found |= {left + right[1:] for left, right in halves}
     found |= {left + right[1] + right[0] + right[2:] for left, right in halves if len(right) > 1}
     return found - {word}
+
+
+def sound(word: str) -> str:
+    """A word as one may write it by ear: the same for "elephant" and "elefant", "bicycle" and "bycicle"."""
+    for written, heard in _SOUNDS:
+        word = word.replace(written, heard)
+    return _DOUBLED.sub(r"\1", word).removesuffix("e")
