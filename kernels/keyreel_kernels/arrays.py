@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -10,11 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DLPACK_HOST = (1, 3)  # kDLCPU and kDLCUDAHost (pinned host memory)
-
-
-def usable_cores() -> int:
-    """The number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def on_host(array: Any) -> bool:

@@ -29,7 +29,7 @@ from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.source import Source
 from keyreel.decode.timeline import Timeline
 from keyreel.errors import UnsupportedCodec
-from keyreel_kernels.arrays import usable_cores
+from keyreel_kernels.cores import usable_cores
 
 M = TypeVar("M")
 

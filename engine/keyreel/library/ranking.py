@@ -16,7 +16,8 @@ from keyreel.library.vectors import Matrix, Snapshot, Spans
 from keyreel.search import Asked, FrameScores, added, moments
 from keyreel.shots import shot_of
 from keyreel.types import F32, F64, I64, AnsweredBy, Example, Region, SearchHit, Shot
-from keyreel_kernels.arrays import Arrays, usable_cores
+from keyreel_kernels.arrays import Arrays
+from keyreel_kernels.cores import usable_cores
 
 TEMPERATURE = 0.1  # of the softmax over a scene's frames that gives its score, see `pooled`
 # Rows scored together: few enough to stay in the processor's cache, many on a device.

@@ -7,6 +7,7 @@ result. `keyreel doctor` prints the checks that decide.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -29,6 +30,7 @@ from keyreel.runtime.sessions import OnnxRuntimeCudaSession, OnnxRuntimeSession,
 from keyreel.runtime.tensorrt import open_tensorrt
 from keyreel.runtime.tensorrt_build import load_tensorrt
 from keyreel_kernels import Ops, ops_for
+from keyreel_kernels.cores import cpu_quota, usable_cores
 
 if TYPE_CHECKING:
     from keyreel_kernels.cuda import Cuda
@@ -79,7 +81,8 @@ def resolve(device: str = "auto", *, threads: int | None = None, precision: str 
 
     Args:
         device: "auto", "cpu", "cuda" (the first one) or "cuda:N".
-        threads: threads inside one operator on a CPU; by default KEYREEL_THREADS, else the runtime's choice.
+        threads: threads inside one operator on a CPU; by default KEYREEL_THREADS, else as many as a quota of
+            the cgroup allows, else the runtime's choice.
         precision: of the bundle that is to run, see `cpu_runtime`.
 
     Raises:
@@ -104,10 +107,11 @@ def resolve(device: str = "auto", *, threads: int | None = None, precision: str 
 
 
 def _threads() -> int:
-    text = os.environ.get("KEYREEL_THREADS", "0")
-    if not text.isdigit():
+    """Runtimes count the machine's cores, not a container's share of their time: one that is used up stops them all."""
+    text = os.environ.get("KEYREEL_THREADS", "")
+    if text and not text.isdigit():
         raise ValueError(f"KEYREEL_THREADS must be a whole number, got {text!r}")
-    return int(text)
+    return int(text) if text else usable_cores() if math.isfinite(cpu_quota()) else 0
 
 
 def _cpu(reason: str, threads: int, precision: str) -> Backend:

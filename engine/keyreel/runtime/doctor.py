@@ -19,6 +19,7 @@ from keyreel.runtime.backend import Probe, cpu_runtime, probe_cuda
 from keyreel.runtime.bundle import Bundle, cache_root
 from keyreel.runtime.openvino import OpenVINOSession, image_precision
 from keyreel.runtime.sessions import OnnxRuntimeSession, Session
+from keyreel_kernels.cores import usable_cores
 
 __all__ = ["Probe", "probe_codec", "probes"]
 
@@ -28,7 +29,7 @@ def probes() -> tuple[Probe, ...]:
     on_device, ops = probe_cuda(0)
     choice, runtime = _probe_choice()
     return (
-        Probe("python", True, f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores"),
+        Probe("python", True, f"{platform.python_version()} on {platform.machine()}, {usable_cores()} cores"),
         choice,
         _probe_onnxruntime(required=runtime != "openvino"),
         _probe_openvino(required=runtime == "openvino"),
