@@ -11,7 +11,9 @@ import pytest
 import typer.main
 from pages import GUIDE, PAGES, ROOT, blocks_of, is_like, outputs_of, prepare
 
+from keyreel.cli import documents
 from keyreel.cli.app import app
+from keyreel.render.documents import SearchDocument, SummaryDocument
 
 
 def commands_of(line: str) -> list[list[str]]:
@@ -62,6 +64,18 @@ def test_the_index_names_every_page() -> None:
     index = (GUIDE / "README.md").read_text("utf-8")
     assert {page.name for page in GUIDE.glob("*.md")} - {"README.md"} == set(re.findall(r"\]\((\w[\w-]*\.md)\)", index))
 
+
+def test_the_formats_page_names_every_json_document() -> None:
+    page = (GUIDE / "formats.md").read_text("utf-8")
+    named = {
+        document.__name__: schema.default
+        for document in (*vars(documents).values(), SearchDocument, SummaryDocument)
+        if (schema := getattr(document, "__dataclass_fields__", {}).get("schema")) is not None
+    }
+    assert {"Index", "SummaryDocument"} <= set(named)
+    for name, schema in named.items():
+        assert f"`{schema}`" in page, name
+        assert re.search(rf"\b{name}\b", page)
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 160

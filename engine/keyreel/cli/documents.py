@@ -43,7 +43,7 @@ def change_of(added: Added) -> Change | Literal["removed"]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Index:
-    """`keyreel index --json` and `keyreel library update --json`."""
+    """`keyreel index --json`, and the same of `keyreel library update` and `reindex`."""
 
     schema: Literal["keyreel.index/1"] = "keyreel.index/1"
     library: str
@@ -202,6 +202,31 @@ class Models:
 
     schema: Literal["keyreel.models/1"] = "keyreel.models/1"
     models: Sequence[Model]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCheck:
+    name: str
+    pictures: Count  # encoded
+    texts: Count  # encoded
+    length_difference: float  # the largest difference of a vector's length from 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChecks:
+    """`keyreel models verify --json`."""
+
+    schema: Literal["keyreel.model-checks/1"] = "keyreel.model-checks/1"
+    models: Sequence[ModelCheck]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportedModel:
+    """`keyreel export --json`."""
+
+    schema: Literal["keyreel.exported-model/1"] = "keyreel.exported-model/1"
+    folder: str
+    manifest: Mapping[str, Any]  # the content of manifest.json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

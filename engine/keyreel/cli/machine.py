@@ -221,6 +221,7 @@ def export(
         keyreel export ViT-B-32/laion2b_s34b_b79k
         keyreel export ViT-B-32/laion2b_s34b_b79k --precision fp16 -o bundle
     """
+    from keyreel.cli.documents import ExportedModel
     from keyreel.runtime.bundle import BUILTIN, MANIFEST, Bundle
 
     if (triton is not None or tensorrt) and precision == "int8":
@@ -258,7 +259,7 @@ def export(
     if fit is not None:
         _log_fit(manifest["verify"])
     if as_json:
-        print_json({"folder": str(folder), "manifest": manifest})
+        print_json(ExportedModel(folder=str(folder), manifest=manifest))
     else:
         print(folder)
 

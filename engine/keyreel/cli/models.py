@@ -143,15 +143,20 @@ def verify(
         keyreel models verify
         keyreel models verify builtin --json
     """
+    from keyreel.cli.documents import ModelCheck, ModelChecks
     from keyreel.models.install import check, installed
 
-    found = {name: check(name) for name in names or ("builtin", *installed())}
+    found = []
+    for name in names or ("builtin", *installed()):
+        measured = check(name)
+        pictures, texts = int(measured["pictures"]), int(measured["texts"])
+        found.append(ModelCheck(name, pictures, texts, measured["length_difference"]))
     if as_json:
-        print_json(found)
+        print_json(ModelChecks(models=found))
         return
-    for name, measured in found.items():
-        pictures, texts = (plural(int(measured[kind]), kind[:-1]) for kind in ("pictures", "texts"))
-        print_line(f"{name}: {pictures} and {texts} encoded, all vectors have unit length")
+    for one in found:
+        encoded = f"{plural(one.pictures, 'picture')} and {plural(one.texts, 'text')} encoded"
+        print_line(f"{one.name}: {encoded}, all vectors have unit length")
 
 
 def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
