@@ -17,14 +17,15 @@ from typer import Option
 from keyreel.cli import index, library, machine, models, search, videos
 from keyreel.cli.help import Command, Group
 from keyreel.cli.options import source_of
-from keyreel.cli.output import log
+from keyreel.cli.output import errors, log
 from keyreel.cli.settings import find, load
 from keyreel.cli.signals import exit_code_of
 from keyreel.cli.signature import expanded
 from keyreel.errors import KeyreelError, MissingExtra, RenderError
 
 USAGE = 2
-SETTINGS = "keyreel.settings"  # key in `Context.meta`: the file that options are read from
+# Keys in `Context.meta`: the file that options are read from; whether keyreel found it, or the user named it.
+SETTINGS, FOUND = "keyreel.settings", "keyreel.settings_found"
 
 
 class _Messages(logging.Handler):
@@ -43,10 +44,18 @@ _log = logging.getLogger("keyreel")
 
 
 def _begin(context: typer.Context, verbose: int) -> None:
-    """Sets what is logged, by the number of -v."""
+    """Sets what is logged, by the number of -v, and names the options that a keyreel.toml gives."""
     _log.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
-    if (path := context.meta.get(SETTINGS)) is not None:
-        _log.info("options from %s", path)
+    if (path := context.meta.get(SETTINGS)) is None:
+        return
+    given = [one.opts[0] for one in context.command.params if source_of(context, one.name) == "DEFAULT_MAP"]
+    text = f"options from {path}{': ' if given else ''}{', '.join(given)}"
+    # Nobody named a file that was found, and it may be somebody else's: its folder is only the current one.
+    quiet = context.params.get("quiet") or context.params.get("as_json") or not errors.is_terminal
+    if given and context.meta[FOUND] and not quiet:
+        log(text, style="dim")
+    else:
+        _log.info(text)
 
 
 class _Commands(Group):
@@ -136,7 +145,7 @@ def settings(
     """Reads the options that a file gives."""
     if (path := Path(config) if config else find()) is not None:
         context.default_map = load(path, context.command)
-        context.meta[SETTINGS] = path
+        context.meta[SETTINGS], context.meta[FOUND] = path, not config
 
 
 _add(app, videos.summarize, panel="Summarize")
