@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Callable
@@ -76,6 +77,36 @@ def test_the_formats_page_names_every_json_document() -> None:
     for name, schema in named.items():
         assert f"`{schema}`" in page, name
         assert re.search(rf"\b{name}\b", page)
+
+
+def messages() -> list[str]:
+    """Every text in the code that is no docstring, with NUL for what an f-string fills in."""
+    found = []
+    for path in (*ROOT.glob("engine/keyreel/**/*.py"), *ROOT.glob("export/**/*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [part.value if isinstance(part, ast.Constant) else "\0" for part in parts]
+            if id(node) not in docstrings and all(isinstance(text, str) for text in texts):
+                found.append("".join(map(str, texts)))
+    return found
+
+
+def test_the_troubleshooting_page_quotes_messages_as_they_are() -> None:
+    """In quotes "..." and numbers stand for what a message fills in."""
+    page = re.sub(r"```.*?```", "", (GUIDE / "troubleshooting.md").read_text("utf-8"), flags=re.S)
+    code = [found for found in re.findall(r"`([^`]+)`", page) if " " in found]
+    quotes = [one for one in code if not re.match(r"keyreel |pip |cat |ffmpeg |--|\{|Authorization: ", one)]
+    known = messages()
+    assert len(quotes) > 50
+    for quote in quotes:
+        parts = [re.escape(part.strip()) for part in re.split(r"\.\.\.|\d+(?:\.\d+)?", quote) if part.strip()]
+        assert any(re.search(".*".join(parts), text) for text in known), quote
+    kinds = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| \d\d\d[^|]*", page, flags=re.M)))
+    assert len(kinds) > 10
+    assert set(kinds) <= set(known)
+
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 160
