@@ -146,6 +146,10 @@ class Security:
         security, seconds = self, timeout_seconds or self._config.timeout_seconds
 
         class Route(APIRoute):
+            def __init__(self, path: str, endpoint: Callable[..., Any], *, summary: str | None = None, **rest: Any):
+                first = (endpoint.__doc__ or "").partition(". ")[0].rstrip(".")
+                super().__init__(path, endpoint, summary=summary or first, **rest)
+
             def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
                 handler, path = super().get_route_handler(), self.path
 
