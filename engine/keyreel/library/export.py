@@ -1,4 +1,4 @@
-"""A library's vectors as a Parquet file, which vector databases, pandas, DuckDB and Spark read."""
+"""Exports vectors as a Parquet file, which vector databases, pandas, DuckDB and Spark read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILE = "vectors.parquet"
 
 
 def export_parquet(tables: Tables | Shards, folder: Path, *, overwrite: bool) -> int:
-    """See `Library.export_parquet`."""
+    """Writes vectors.parquet, see `Library.export_parquet`."""
     pa = import_extra("pyarrow", extra="library", purpose="exporting a library")
     parquet = import_extra("pyarrow.parquet", extra="library", purpose="exporting a library")
     path = folder / FILE
