@@ -113,9 +113,7 @@ class LibraryHit(SearchHit):
     keyframe_seconds: float = 0.0  # time of the nearest key-frame, if possible of the same shot
     video_score: float = 0.0  # score of the video
     folded: int = 0  # how many near-duplicates in other videos it hides
-    more: int = (
-        0  # at the last hit of a video: how many more good moments `Filter.per_video` hides
-    )
+    more: int = 0  # at the last hit of a video: how many more good moments `Filter.per_video` hides
 
 
 @dataclass(frozen=True, slots=True)
