@@ -1,4 +1,4 @@
-"""Writes files for editing programs with the OpenTimelineIO library: OTIO, CMX 3600 edit lists, markers, scene lists."""
+"""Writes files for editing programs, with OpenTimelineIO: OTIO, CMX 3600 edit lists, markers, scene lists."""
 
 from __future__ import annotations
 

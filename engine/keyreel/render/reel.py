@@ -238,7 +238,7 @@ def _shown(frames: Iterator[tuple[Any, float]], spans: Sequence[Shot]) -> Iterat
 def _frames(
     source: Source, spans: Sequence[Shot], transform: ImageTransform, info: VideoInfo
 ) -> Iterator[tuple[U8, float]]:
-    """Yields (picture, time) of each frame of the spans, and of those shown at their starts, in one pass over the file."""
+    """Yields (picture, time) of the frames of the spans and of those shown at their starts, in one pass."""
     sampling = _wanted(source, spans)
     batch_size = max(1, min(16, BATCH_BYTES // (transform.height * transform.width * 3)))
     with (
