@@ -127,7 +127,7 @@ class Service:
         return models.video_detail(record, extras, previews, base, playable=playable)
 
     def preview(self, id: str, seconds: float, *, nearest: bool) -> bytes:
-        """The frame shown at a time, as JPEG; with `nearest`, or if the video may not be read, the nearest key-frame."""
+        """The frame shown at a time, as JPEG; with `nearest`, or without access to the video, the nearest key-frame."""
         record = self.record(id, indexed=True)
         path = path_of(record.path)
         readable = path is not None and self._playable.holds(os.path.realpath(path))
