@@ -1,4 +1,4 @@
-"""The table of commands, and the exit code of every error."""
+"""The table of commands, and the exit code of each error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS, FOUND = "keyreel.settings", "keyreel.settings_found"
 
 
 class _Messages(logging.Handler):
-    """Prints what the modules log; with -v also when, in seconds since the start."""
+    """Prints log messages; below warnings with the seconds since the start."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
@@ -44,13 +44,13 @@ _log = logging.getLogger("keyreel")
 
 
 def _begin(context: typer.Context, verbose: int) -> None:
-    """Sets what is logged, by the number of -v, and names the options that a keyreel.toml gives."""
+    """Sets the log level by the number of -v, and names the options from a keyreel.toml."""
     _log.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
     if (path := context.meta.get(SETTINGS)) is None:
         return
     given = [one.opts[0] for one in context.command.params if source_of(context, one.name) == "DEFAULT_MAP"]
     text = f"options from {path}{': ' if given else ''}{', '.join(given)}"
-    # Nobody named a file that was found, and it may be somebody else's: its folder is only the current one.
+    # The user did not name a found file, and it may be somebody else's: it is just in the current folder.
     quiet = context.params.get("quiet") or context.params.get("as_json") or not errors.is_terminal
     if given and context.meta[FOUND] and not quiet:
         log(text, style="dim")
@@ -72,12 +72,12 @@ class _Commands(Group):
 
 @contextlib.contextmanager
 def _exit_codes() -> Iterator[None]:
-    """Turns every expected error into one message on stderr and an exit code."""
+    """Turns every expected error into a message on stderr and an exit code."""
     try:
         yield
-        if sys.stdout is not None:  # None where the caller closed it
+        if sys.stdout is not None:  # None if the caller closed it
             sys.stdout.flush()
-    except BrokenPipeError as error:  # the reader of the pipe has ended, as `head` does
+    except BrokenPipeError as error:  # the reader of the pipe ended early, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from error
     except (KeyreelError, MissingExtra) as error:
@@ -107,7 +107,7 @@ def _group(help: str, *examples: str, **options: Any) -> typer.Typer:
 
 
 def _add(to: typer.Typer, work: Callable[..., None], *, name: str | None = None, panel: str | None = None) -> None:
-    """Adds a command; its docstring is its help, and ends with examples."""
+    """Adds a command. Its docstring is its help, and ends with examples."""
     help, _, examples = cleandoc(work.__doc__ or "").partition("\n\nExamples:\n")
     options: Any = {"cls": Command, "rich_help_panel": panel, "epilog": cleandoc(examples)}
     to.command(name, help=help, **options)(expanded(work, _begin))
@@ -142,7 +142,7 @@ def settings(
         ),
     ] = None,
 ) -> None:
-    """Reads the options that a file gives."""
+    """Reads options from a file."""
     if (path := Path(config) if config else find()) is not None:
         context.default_map = load(path, context.command)
         context.meta[SETTINGS], context.meta[FOUND] = path, not config

@@ -1,4 +1,4 @@
-"""What the commands print with --json."""
+"""The JSON documents that commands print with --json."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class IndexedVideo:
     video: str
     change: Change | Literal["removed"]
     video_id: str | None
-    frames: Count | None  # None for videos that Ray indexed
+    frames: Count | None  # None with --ray
     duration_seconds: Seconds | None
-    seconds: Seconds  # that it took
+    seconds: Seconds  # how long it took
 
     @classmethod
     def of(cls, added: Added) -> IndexedVideo:
@@ -48,7 +48,7 @@ class Index:
     schema: Literal["keyreel.index/1"] = "keyreel.index/1"
     library: str
     videos: Sequence[IndexedVideo]
-    failed: Sequence[FailedVideo]  # also names without any video, such as an empty folder
+    failed: Sequence[FailedVideo]  # also folders without a video
     seconds: Seconds
 
 
@@ -57,7 +57,7 @@ class PlannedVideo:
     video: str
     change: Change | Literal["removed"]
     why: str
-    duration_seconds: Seconds | None  # of a video that would be decoded
+    duration_seconds: Seconds | None  # of a video to decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +161,7 @@ class Compact:
 
     schema: Literal["keyreel.compact/1"] = "keyreel.compact/1"
     library: str
-    bytes: int  # given back; negative if the library grew
+    bytes: int  # freed; negative if the library grew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +189,7 @@ class Model:
     installed: bool
     recommended: bool
     download_bytes: Count
-    width: Count | None  # numbers in a vector
+    width: Count | None  # length of a vector
     frames_a_second: Seconds | None  # an estimate for this machine's CPU
     languages: str
     licence: str

@@ -1,4 +1,4 @@
-"""`keyreel models`: what there is, and one command to install it."""
+"""`keyreel models`: lists, installs, removes and checks models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keyreel.cli.machine import device_for_plans, write_plans
 from keyreel.cli.output import log, plural, print_json, print_line, print_table
 from keyreel.cli.progress import Bars
 
-_FRAMES = 32  # that tell the machine's speed
+_FRAMES = 32  # to measure the speed of this machine
 
 
 def list_models(as_json: options.Json = False) -> None:
@@ -160,7 +160,7 @@ def verify(
 
 
 def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
-    """Installs a model that is known and not here, if the user said yes; else says how."""
+    """Installs a model of the catalogue that is missing, if the user allows it; else raises an error with the command."""
     from keyreel.errors import ModelError
     from keyreel.models import catalogue
     from keyreel.models.install import installed
@@ -176,7 +176,7 @@ def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
 
 
 def _install(bars: Bars, name: str, **given: Any) -> Path:
-    """Installs a model and says so. Returns its folder."""
+    """Installs a model and prints that. Returns its folder."""
     from keyreel.models.catalogue import find
     from keyreel.models.install import install
 
@@ -191,7 +191,7 @@ def _install(bars: Bars, name: str, **given: Any) -> Path:
 
 
 def _gigaflops_a_second() -> float:
-    """What this machine's CPU makes of the built-in model; larger towers make about as much of it."""
+    """The speed of this CPU with the built-in model, in GFLOPS; larger models reach about the same."""
     import numpy as np
 
     from keyreel.models import catalogue
@@ -205,5 +205,5 @@ def _gigaflops_a_second() -> float:
 
 
 def _round(rate: float) -> float:
-    """Two digits: it is an estimate."""
+    """Rounds an estimate to two digits."""
     return float(f"{rate:.2g}")
