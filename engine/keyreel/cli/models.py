@@ -160,7 +160,7 @@ def verify(
 
 
 def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
-    """Installs a model of the catalogue that is missing, if the user allows it; else raises an error with the command."""
+    """Installs a missing model of the catalogue if the user allows it, else raises an error with the command."""
     from keyreel.errors import ModelError
     from keyreel.models import catalogue
     from keyreel.models.install import installed
