@@ -1,4 +1,4 @@
-"""Downloads files of the Hugging Face Hub with huggingface_hub: its cache, mirrors, proxies and offline switches apply."""
+"""Downloads files of the Hugging Face Hub by huggingface_hub, with its cache, mirrors, proxies and offline switches."""
 
 from __future__ import annotations
 
