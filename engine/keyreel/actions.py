@@ -113,7 +113,11 @@ def _reopened(path: Path | None, limits: DecodeLimits | None) -> VideoActions:
 
 
 def load_summary(folder: Path) -> Summary:
-    """Reads the files of a saved summary, see `Summary.load`."""
+    """Reads the files of a saved summary, see `Summary.load`.
+
+    Raises:
+        RenderError: the folder holds no such summary, or its files are damaged.
+    """
     again = "save it again with embeddings=True (--embeddings)"
     try:
         document = json.loads((folder / "summary.json").read_text("utf-8"))

@@ -57,7 +57,7 @@ class BuiltinAttention(nn.Module):
 
 
 class UniformAttention(nn.Module):
-    """Uniform attention: tokens [N, R+P, C] -> attention [N, P] float32, all 1/P, which is the stock tower's pooling."""
+    """Uniform attention: tokens [N, R+P, C] -> attention [N, P] float32, all 1/P: the stock tower's pooling."""
 
     def __init__(self, patches: int) -> None:
         super().__init__()

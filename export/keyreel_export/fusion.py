@@ -81,7 +81,12 @@ class TemporalSpatialFusion(nn.Module):
 
 
 def load_projection(path: Path, feature_width: int, embedding_width: int) -> tuple[nn.Linear, str]:
-    """Reads a trained FC: safetensors with `weight` [D, F] and, optionally, `bias` [D]. Returns also the file's sha256."""
+    """Reads a trained FC: safetensors with `weight` [D, F] and, optionally, `bias` [D]. Returns also the file's sha256.
+
+    Raises:
+        ModelError: not such a file.
+        CheckpointMismatch: tensors with other shapes.
+    """
     import safetensors
     from safetensors.torch import load
 

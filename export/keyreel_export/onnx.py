@@ -49,6 +49,9 @@ def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Seque
             dimension of all inputs, except scalars, is dynamic and equal.
         outputs: names of the outputs.
         path: the .onnx file; weights of more than 2 GB go beside it, into `<path>.data`.
+
+    Raises:
+        ModelError: torch cannot export the module.
     """
     for package in ("onnx", "onnxscript"):
         import_extra(package, extra="export", purpose="exporting a model")

@@ -33,7 +33,11 @@ def _source(what: str, origin: str | Path, licence: str = UNKNOWN) -> dict[str, 
 
 
 def resolve(name: str, *, random_weights: bool = False) -> Recipe:
-    """Parses a model's name; loads and downloads nothing."""
+    """Parses a model's name; loads and downloads nothing.
+
+    Raises:
+        ModelNotFound: there is no such architecture or tag.
+    """
     open_clip = import_open_clip()
     if name.startswith(HUB):
         return Recipe(name, None, _source(TOWERS, name))
@@ -59,7 +63,12 @@ def resolve(name: str, *, random_weights: bool = False) -> Recipe:
 
 
 def load_model(recipe: Recipe) -> Any:
-    """Loads the open_clip model of a recipe, float32, in evaluation mode."""
+    """Loads the open_clip model of a recipe, float32, in evaluation mode.
+
+    Raises:
+        ModelError: the weights cannot be loaded.
+        CheckpointMismatch: the weights do not fit the architecture.
+    """
     open_clip = import_open_clip()
     wanted = recipe.pretrained is not None or recipe.architecture.startswith(HUB)
     try:
@@ -84,7 +93,11 @@ def load_model(recipe: Recipe) -> Any:
 
 
 def load_tokenizer(architecture: str) -> Any:
-    """Loads open_clip's tokenizer of a model."""
+    """Loads open_clip's tokenizer of a model.
+
+    Raises:
+        ModelError: open_clip cannot load it.
+    """
     open_clip = import_open_clip()
     try:
         with contained():

@@ -44,6 +44,9 @@ def export_tokenizer(tokenizer: Any) -> tuple[Tokenizer, str]:
     Returns:
         The tokenizer, which pads and cuts to the context length, and how to clean texts before it (the `how` of
         `keyreel.runtime.text.clean_text`).
+
+    Raises:
+        ModelError: the tokenizer is not supported, or its copy gives other ids.
     """
     import_open_clip()
     from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, SimpleTokenizer

@@ -104,7 +104,11 @@ class Tower(nn.Module):
 
     @torch.no_grad()
     def measure(self) -> Tower:
-        """Sets the widths by running one black frame. Returns itself."""
+        """Sets the widths by running one black frame. Returns itself.
+
+        Raises:
+            ModelError: the tower gives another grid than expected.
+        """
         tokens = self.tokens(torch.zeros(1, *self.image_size, 3, dtype=torch.uint8))
         count = tokens.shape[1] - self.prefix_tokens
         if count != self.grid[0] * self.grid[1]:

@@ -127,7 +127,11 @@ def failed(video: str, error: Exception) -> Added:
 
 @contextmanager
 def connected(ray: Any, address: str | None, *, cpus: float, gpus: float) -> Iterator[None]:
-    """Connects to Ray during the block. For a cluster that it starts, it turns off Ray's usage reports."""
+    """Connects to Ray during the block. For a cluster that it starts, it turns off Ray's usage reports.
+
+    Raises:
+        BackendError: no Ray at that address.
+    """
     if ray.is_initialized():
         yield
         return

@@ -128,7 +128,11 @@ class RemoteSearch(Search):
         self._lock = threading.Lock()
 
     def ask(self, call: Callable[[Shard, Filter], Answered], where: Filter) -> list[Answered]:
-        """Calls all shards at the same time, and returns their answers."""
+        """Calls all shards at the same time, and returns their answers.
+
+        Raises:
+            LibraryError: no shard answers.
+        """
         until = time.monotonic() + self._seconds
         parts = self.parts_of(where)
         calls = [(number, partial(_with_filter, call, own)) for number, own in parts]
@@ -144,7 +148,11 @@ class RemoteSearch(Search):
         return answers
 
     def ask_one(self, number: int, call: Callable[[Shard], T]) -> T:
-        """Calls one shard."""
+        """Calls one shard.
+
+        Raises:
+            LibraryError: the shard does not answer.
+        """
         until = time.monotonic() + self._seconds
         answer = self._received(number, call, self._sent(number, call), until)
         if answer is None:

@@ -129,7 +129,11 @@ class Reader:
             self.packets_fed += 1
 
     def pictures(self, times: F64) -> Iterator[tuple[tuple[Any, float, int], int]]:
-        """Yields ((picture, seconds, index), number of rows) for each wanted frame, in display order."""
+        """Yields ((picture, seconds, index), number of rows) for each wanted frame, in display order.
+
+        Raises:
+            NoFrames: no frame is wanted.
+        """
         nothing = True
         with self._source.guarded():
             for shown, rows, picture in self._wanted(times):

@@ -55,7 +55,11 @@ def cut_short(uri: str) -> Full:
 
 @contextmanager
 def lance_errors(uri: str) -> Iterator[None]:
-    """Translates LanceDB's errors. They share one type, so the message decides."""
+    """Translates LanceDB's errors. They share one type, so the message decides.
+
+    Raises:
+        LibraryError: or one of its classes above.
+    """
     try:
         yield
     except (KeyreelError, ImportError):

@@ -22,7 +22,11 @@ FILE = "vectors.parquet"
 
 
 def export_parquet(tables: Tables | Shards, folder: Path, *, overwrite: bool) -> int:
-    """Writes vectors.parquet, see `Library.export_parquet`."""
+    """Writes vectors.parquet, see `Library.export_parquet`.
+
+    Raises:
+        RenderError: the file exists, or cannot be written.
+    """
     pa = import_extra("pyarrow", extra="library", purpose="exporting a library")
     parquet = import_extra("pyarrow.parquet", extra="library", purpose="exporting a library")
     path = folder / FILE

@@ -319,6 +319,10 @@ class Library:
         Args:
             seconds: from the start of the video.
             decode: False never opens the video, and returns the nearest key-frame.
+
+        Raises:
+            LibraryError: the video failed, so it has no pictures.
+            Damaged: its pictures are damaged.
         """
         record = self.record(video)
         tables = self._tables.of(record.id)
@@ -342,7 +346,12 @@ class Library:
         return self._tables.of(record.id).previews(record.generation)
 
     def extras(self, video: str | os.PathLike[str]) -> Extras:
-        """Returns a video's thumbnails, their WebVTT track, and facts about its key-frames."""
+        """Returns a video's thumbnails, their WebVTT track, and facts about its key-frames.
+
+        Raises:
+            LibraryError: the video failed, so it has no pictures.
+            Damaged: its pictures are damaged.
+        """
         record = self.record(video)
         extras = self._tables.of(record.id).extras(record.generation)
         if extras is None and record.generation:

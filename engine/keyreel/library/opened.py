@@ -84,7 +84,11 @@ class Opened:
         return schema.model_of(self.table(RECORDS).schema)
 
     def table(self, name: str) -> Any:
-        """A LanceDB table; each read of it sees the newest version."""
+        """A LanceDB table; each read of it sees the newest version.
+
+        Raises:
+            LibraryError: there is no library, it has another format, or it is damaged.
+        """
         with self._lock:
             if name not in self._tables:
                 if not self._upgrading and self.has_format_1():
@@ -109,7 +113,11 @@ class Opened:
             return False
 
     def open(self, name: str, version: int | None = None) -> Any:
-        """Opens a table anew, at the newest or a given version."""
+        """Opens a table anew, at the newest or a given version.
+
+        Raises:
+            LibraryError: there is no such table.
+        """
         if self.folder is not None and not self.folder.is_dir():  # connecting would create the folder
             raise Absent(f"there is no library at {self.uri}", hint=MAKE)
         with lance_errors(self.uri):

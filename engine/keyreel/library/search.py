@@ -129,7 +129,11 @@ class SearchIndex:
             self._vectors.snapshot()
 
     def moments(self, queries: Sequence[Asked], k: int, where: Filter, own: Sequence[Example | None]) -> Answered:
-        """The part of `hits` that this shard contributes, see `merge`."""
+        """The part of `hits` that this shard contributes, see `merge`.
+
+        Raises:
+            ValueError: k < 1, or a query has another length than the vectors.
+        """
         given = self._checked(queries, k)
         if where.per_video is not None and where.per_video < 1:
             raise ValueError(f"per_video must be >= 1, got {where.per_video}")

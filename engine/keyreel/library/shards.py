@@ -45,7 +45,11 @@ class Shards:
         return all(part.exists() for part in self.parts)
 
     def create(self, *, model: str, model_sha256: str, width: int) -> None:
-        """Makes the shards, or checks that they have this model. Several processes may call it at once."""
+        """Makes the shards, or checks that they have this model. Several processes may call it at once.
+
+        Raises:
+            LibraryError: the shards cannot be created, or another process has created others.
+        """
         first = self.parts[0]
         root = Tables(self.uri, storage_options=first.options)
         if not names_at(root):
@@ -135,7 +139,11 @@ def open_tables(
 
 
 def names_at(root: Tables) -> tuple[str, ...]:
-    """The names of a library's shards; () if it has none."""
+    """The names of a library's shards; () if it has none.
+
+    Raises:
+        Damaged: the table of names is damaged.
+    """
     try:
         table = root.open(schema.SHARDS)
         schema.format_of(table.schema)

@@ -51,7 +51,11 @@ class Tables(Stored):
         return self
 
     def create(self, *, model: str, model_sha256: str, width: int) -> None:
-        """Makes the tables, or checks that they have this model. Several processes may call it at once."""
+        """Makes the tables, or checks that they have this model. Several processes may call it at once.
+
+        Raises:
+            LibraryError: the tables cannot be created.
+        """
         if self.exists():
             self.table(RECORDS)  # raises if outdated
         with contextlib.suppress(Absent):
@@ -85,6 +89,9 @@ class Tables(Stored):
 
         Returns:
             The stored record, with the digest of the rows.
+
+        Raises:
+            ValueError: rows and generation of the record do not agree.
         """
         counts, known = (0, None) if rows is None else rows.counts, (record.frames, record.subjects)
         if known != counts or bool(record.generation) != (rows is not None):

@@ -29,6 +29,9 @@ FRAMES = 16
 def pictures(image: ImageTransform, video: Path | None, seed: int) -> U8:
     """Frames to measure the quantised tower on, [N, H, W, 3] uint8: evenly spread over a video, or by default shapes
     with the power spectrum of photographs.
+
+    Raises:
+        SourceError: the length of the video is unknown.
     """
     if video is None:  # every other frame is white noise, which no video shows
         return verify.sample_frames(image.height, image.width, count=2 * FRAMES, seed=seed)[::2]
@@ -53,6 +56,9 @@ def quantize_backbone(folder: Path, frames: U8, attention_input: str) -> dict[st
 
     Returns:
         "int8_cosine", the lowest cosine of a vector with the one in float32, "int8_cosine_mean" and "int8_frames".
+
+    Raises:
+        ModelError: the backbone has no such products, or its vectors differ too much.
     """
     onnx = import_extra("onnx", extra="int8", purpose="quantising a model")
     import_extra("onnxruntime", extra="cpu", purpose="quantising a model")

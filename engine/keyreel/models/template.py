@@ -87,7 +87,11 @@ class Template:
 
     @classmethod
     def read(cls, path: Path) -> Template:
-        """Reads a template's file."""
+        """Reads a template's file.
+
+        Raises:
+            ModelError: the template has another version.
+        """
         data = lzma.decompress(path.read_bytes())
         end = 8 + int.from_bytes(data[:8], "little")
         document = json.loads(data[8:end])
@@ -131,7 +135,11 @@ class Template:
         raise ValueError(f"the template has no {graph} in {precision}")
 
     def value(self, number: int, source: Values) -> Array:
-        """The array that a step gives."""
+        """The array that a step gives.
+
+        Raises:
+            ValueError: an unknown step.
+        """
         name, *arguments = self.steps[number]
         if name in _ARITHMETIC:
             made = [self.value(one, source) if isinstance(one, int) else one for one in arguments]

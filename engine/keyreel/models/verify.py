@@ -67,7 +67,11 @@ def sample_frames(height: int, width: int, *, count: int, seed: int) -> U8:
 
 
 def run_graph(path: Path, feeds: list[Feeds], precision: str) -> list[Found]:
-    """Runs an ONNX graph on the CPU."""
+    """Runs an ONNX graph on the CPU.
+
+    Raises:
+        ModelError: onnxruntime cannot run the graph.
+    """
     if precision == "fp16":
         return _run_in_process(path, feeds)
     runtime = import_extra("onnxruntime", extra="cpu", purpose="checking a model")
@@ -124,6 +128,9 @@ def check(graph: str, found: list[Found], expected: list[Found], precision: str)
 
     Returns:
         "<graph>_difference" and, for unit vectors, "<graph>_cosine".
+
+    Raises:
+        ModelError: a result differs from its reference.
     """
     pairs = [pair for own, wanted in zip(found, expected, strict=True) for pair in zip(own, wanted, strict=True)]
     for a, b in pairs:

@@ -51,7 +51,11 @@ def cache_root() -> Path:
 
 
 def bundle_folder(name: str) -> Path:
-    """The folder of a model in the cache: <cache>/models/ViT-B-32--openai for 'ViT-B-32/openai'."""
+    """The folder of a model in the cache: <cache>/models/ViT-B-32--openai for 'ViT-B-32/openai'.
+
+    Raises:
+        ValueError: not a name of a model.
+    """
     safe = re.sub(r"[^A-Za-z0-9._+-]", "--", name.strip("/"))
     if not safe.strip("."):
         raise ValueError(f"not a model name: {name!r}")

@@ -129,6 +129,9 @@ def check_plan(path: Path, signature: Signature, largest: int, run: Callable[[Ar
 
     Returns:
         The lowest cosine of each output, over rows.
+
+    Raises:
+        ModelError: the results differ from the reference.
     """
     feeds, expected = reference(path, signature)
     lowest = dict.fromkeys(expected, 1.0)
@@ -151,6 +154,9 @@ def reference(path: Path, signature: Signature) -> tuple[Arrays, Arrays]:
 
     onnxruntime computes them, except for graphs in half precision, which its CPU provider may not run: for these the
     export stored torch's.
+
+    Raises:
+        ModelError: there are no references, or the graph cannot be run.
     """
     if _precision(path) == "fp32":
         feeds = sample_feeds(signature)

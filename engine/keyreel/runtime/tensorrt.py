@@ -68,7 +68,11 @@ def open_tensorrt(
 
 
 def build_plans(bundle: Bundle, cuda: Cuda, *, batch_size: int, progress: Progress | None = None) -> None:
-    """Builds the missing plans of a bundle, see `open_tensorrt`."""
+    """Builds the missing plans of a bundle, see `open_tensorrt`.
+
+    Raises:
+        ModelError: an int8 model, or a plan that cannot be built or gives other values than the graph.
+    """
     if bundle.precision == "int8":
         raise ModelError(f"{bundle.name} is in int8, which is for CPUs", hint="take its fp32 or fp16")
     for graph in GRAPHS:
@@ -118,6 +122,9 @@ class TensorRTSession:
         """Runs any number of rows: in largest batches, then the padded rest.
 
         Takes and gives CuPy arrays, ready on the device's stream; copies NumPy arrays to the device.
+
+        Raises:
+            ValueError: the session is closed.
         """
         if self._engine is None:
             raise ValueError("the session is closed")

@@ -119,6 +119,9 @@ def build_plan(
         capability: compute capability to build for; TensorRT always builds for its device.
         timing_cache: file of measurements, read and written; TensorRT-RTX measures nothing.
         progress: called as progress("plan <graph>", done, 1.0), from TensorRT's threads.
+
+    Raises:
+        ModelError: TensorRT cannot build the graph.
     """
     found = load_tensorrt()
     trt = found.module

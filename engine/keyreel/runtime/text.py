@@ -40,7 +40,11 @@ _CLEANERS: dict[str, Callable[[str], str]] = {
 
 
 def clean_text(text: str, how: str) -> str:
-    """Cleans a text for the tokenizer. `how` is one of open_clip's: none, whitespace, lower, canonicalize."""
+    """Cleans a text for the tokenizer. `how` is one of open_clip's: none, whitespace, lower, canonicalize.
+
+    Raises:
+        ValueError: `how` is unknown.
+    """
     if how not in _CLEANERS:
         raise ValueError(f"unknown way of cleaning {how!r}, allowed: {', '.join(_CLEANERS)}")
     return _CLEANERS[how](text)
