@@ -99,6 +99,7 @@ class Encoder:
         self._fusion = backend.open_session(bundle.file("fusion.onnx"))
 
     def close(self) -> None:
+        """Frees the graphs."""
         for session in (self._backbone, self._attention, self._fusion):
             session.close()
 

@@ -47,6 +47,7 @@ class Part(NamedTuple):
 
     @property
     def is_text(self) -> bool:
+        """Whether it is a text."""
         return self.known is not None
 
 

@@ -103,9 +103,11 @@ class Frames:
     true: Tensor  # [N, L] bool: all labels of the frame; none is a wrong answer
 
     def rows(self, rows: Tensor | slice) -> Frames:
+        """Selects frames by slice or indices."""
         return Frames(*(getattr(self, name)[rows] for name in Frames.__slots__))
 
     def joined(self, other: Frames) -> Frames:
+        """Appends the frames of another."""
         return Frames(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in Frames.__slots__))
 
 

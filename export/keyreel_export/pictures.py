@@ -42,6 +42,8 @@ BATCH = 8  # clips in one run of the tower
 
 @dataclass(frozen=True, slots=True)
 class Picture:
+    """A labelled picture."""
+
     image: Image.Image  # RGB
     outline: Image.Image | None  # 255 on the object, if it is on a plain ground
     labels: tuple[str, ...]  # the most specific first

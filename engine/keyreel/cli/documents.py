@@ -22,6 +22,8 @@ class Summaries:
 
 @dataclass(frozen=True, slots=True)
 class IndexedVideo:
+    """The result of one video."""
+
     video: str
     change: Change | Literal["removed"]
     video_id: str | None
@@ -31,6 +33,7 @@ class IndexedVideo:
 
     @classmethod
     def of(cls, added: Added) -> IndexedVideo:
+        """Makes the entry of a result."""
         record = added.record
         id, frames, duration = (record.id, record.frames, record.duration_seconds) if record else (None, None, None)
         return cls(added.path, change_of(added), id, frames, duration, added.seconds)
@@ -54,6 +57,8 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class PlannedVideo:
+    """What `index` would do with a video."""
+
     video: str
     change: Change | Literal["removed"]
     why: str
@@ -74,6 +79,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Video:
+    """A video of a library."""
+
     video: str
     video_id: str
     status: Status
@@ -99,6 +106,7 @@ class Videos:
 
     @classmethod
     def of(cls, library: str, records: Sequence[Record]) -> Videos:
+        """Makes the document of records."""
         videos = [
             Video(
                 video=record.path,
@@ -185,6 +193,8 @@ class Reshard:
 
 @dataclass(frozen=True, slots=True)
 class Model:
+    """A model that is installed, or can be."""
+
     name: str
     installed: bool
     recommended: bool
@@ -206,6 +216,8 @@ class Models:
 
 @dataclass(frozen=True, slots=True)
 class ModelCheck:
+    """A checked model."""
+
     name: str
     pictures: Count  # encoded
     texts: Count  # encoded

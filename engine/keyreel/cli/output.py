@@ -96,6 +96,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str | Text]], right: in
 
 
 def plural(number: int, noun: str) -> str:
+    """Formats a number with a noun: 1 frame, 2 frames."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

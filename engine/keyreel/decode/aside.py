@@ -38,9 +38,11 @@ class Aside:
         return AsideConverter(self, Converter(self.transform, sample_aspect_ratio))
 
     def wants(self, ticks: int | None) -> bool:
+        """Whether the picture at a pts is wanted and still missing."""
         return ticks in self._ticks and ticks not in self._pictures
 
     def add(self, ticks: int, picture: Any) -> None:
+        """Adds the picture at a pts."""
         self._pictures[ticks] = picture
 
     def pictures(self, to_host: Callable[[Any], U8]) -> dict[float, U8]:

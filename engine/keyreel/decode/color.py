@@ -38,7 +38,7 @@ Orientation: TypeAlias = tuple[bool, bool, bool]  # transpose, flip rows, flip c
 
 
 def transfer_of(frame: VideoFrame) -> str:
-    """ "pq" (SMPTE ST 2084), "hlg" (ARIB STD-B67) or "sdr" (everything else)."""
+    """The transfer of a frame: "pq" (SMPTE ST 2084), "hlg" (ARIB STD-B67) or "sdr" (everything else)."""
     return {int(ColorTrc.SMPTE2084): "pq", int(ColorTrc.ARIB_STD_B67): "hlg"}.get(frame.color_trc, "sdr")
 
 

@@ -30,6 +30,7 @@ class Complaints:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
+        """Counts messages during the block."""
         with self._lock:
             self._listeners += 1
             if self._listeners == 1:

@@ -168,6 +168,8 @@ class CpuDecoder:
 
 @dataclass(slots=True)
 class CpuWorker:
+    """A `Worker` with FFmpeg's decoder."""
+
     container: InputContainer
     stream: VideoStream
     threaded: bool

@@ -55,6 +55,7 @@ class Keys:
             self._old_encoder = int(found[1]) < (151 if "444" in self._pixels else 34)
 
     def is_entry(self, packet: Packet[VideoStream]) -> bool:
+        """Whether a decoder may begin with this key packet."""
         data = bytes(packet)
         if self._codec in ("vp8", "vp9"):  # FFmpeg can crash if it begins with a damaged one
             return bool(data) and (not data[0] & 1 if self._codec == "vp8" else _is_vp9_key(data))
@@ -128,6 +129,7 @@ class FrameNumbers:
 
     @property
     def known(self) -> bool:
+        """Whether the stream's sequence parameter set was understood."""
         return self._bits is not None
 
     def follow(self, data: bytes) -> bool:
@@ -168,6 +170,7 @@ class Bits:
         self._value, self._left = int.from_bytes(data + bytes(8), "big"), 8 * len(data) + 64
 
     def read(self, count: int) -> int:
+        """Reads an unsigned number of `count` bits."""
         self._left = max(0, self._left - count)
         return self._value >> self._left & (1 << count) - 1
 

@@ -147,7 +147,7 @@ class Source:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Turns errors of PyAV inside the block into CorruptStream."""
+        """Raises CorruptStream for PyAV's errors inside the block."""
         try:
             yield
         except BROKEN as error:

@@ -22,6 +22,7 @@ class FileView:
         self._file, self._lock, self._position = file, lock, 0
 
     def read(self, size: int = -1) -> bytes:
+        """Reads up to `size` bytes at this view's position."""
         with self._lock:
             self._file.seek(self._position)
             data = self._file.read(size)
@@ -29,12 +30,14 @@ class FileView:
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Moves this view's position, as `io.IOBase.seek`."""
         with self._lock:
             base = 0 if whence == os.SEEK_SET else self._position if whence == os.SEEK_CUR else self._file.seek(0, 2)
         self._position = max(0, base + offset)
         return self._position
 
     def tell(self) -> int:
+        """Returns this view's position."""
         return self._position
 
 
@@ -65,7 +68,7 @@ def checked(name: str, data: Any) -> bytes:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turns an OSError inside the block into SourceError."""
+    """Raises SourceError for an OSError inside the block."""
     try:
         yield
     except OSError as error:

@@ -58,9 +58,11 @@ class Clock:
         return cls(base.numerator, base.denominator, zero + late)
 
     def seconds(self, ticks: int) -> float:
+        """Converts ticks to seconds."""
         return (ticks - self.zero) * self.numerator / self.denominator
 
     def ticks(self, seconds: float) -> int:
+        """Converts seconds to ticks."""
         return self.zero + math.floor(seconds * self.denominator / self.numerator)
 
 

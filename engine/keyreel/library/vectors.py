@@ -53,6 +53,7 @@ class Matrix:
 
     @classmethod
     def empty(cls, rows: int, width: int, arrays: Arrays) -> Matrix:
+        """Allocates an unwritten matrix."""
         with arrays.scope():
             vectors = arrays.xp.empty((rows, width), np.float32)
         # Unwritten pages take no memory.

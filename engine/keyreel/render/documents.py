@@ -68,11 +68,14 @@ class FailedVideo:
 
     @classmethod
     def of(cls, failure: Failure) -> FailedVideo:
+        """Makes the entry of a failure."""
         return cls(failure.video, str(failure.error), failure.error.exit_code)
 
 
 @dataclass(frozen=True, slots=True)
 class VideoEntry:
+    """The video of a summary."""
+
     path: str
     duration_seconds: Seconds | None
     width: Size
@@ -84,18 +87,24 @@ class VideoEntry:
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
+    """The model of a summary."""
+
     name: str
     sha256: str
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceEntry:
+    """The device of a summary, and why it was chosen."""
+
     name: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class KeyFrameEntry:
+    """A key-frame, see `keyreel.KeyFrame`."""
+
     pts_seconds: Seconds
     frame_index: Count
     cluster: Count
@@ -135,6 +144,7 @@ class ReframeEntry:
 
     @classmethod
     def of(cls, camera: Camera) -> ReframeEntry:
+        """Makes the entry of a camera."""
         takes = []
         for take in camera.takes:
             windows = tuple(WindowEntry(seconds, camera.region_of(take, seconds)) for seconds in take.times)
@@ -144,6 +154,8 @@ class ReframeEntry:
 
 @dataclass(frozen=True, slots=True)
 class ReelEntry:
+    """The reel of a summary."""
+
     file: str | None
     spans: tuple[Shot, ...]
     mode: Literal["copy", "encode"] | None  # None without a file
@@ -153,6 +165,8 @@ class ReelEntry:
 
 @dataclass(frozen=True, slots=True)
 class StageSeconds:
+    """Working time of the stages, in seconds."""
+
     decode: Seconds
     encode: Seconds
     fuse: Seconds

@@ -112,6 +112,7 @@ class SoundReader:
         self._container: InputContainer | None = None
 
     def close(self) -> None:
+        """Closes the file."""
         if self._container is not None:
             self._container.close()
         self._container = None

@@ -41,6 +41,7 @@ class Picture:
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:
+        """Encodes an image as JPEG."""
         return cls(_data_url(jpeg(image, PICTURE_QUALITY), "jpeg"), image.width, image.height)
 
 
@@ -174,6 +175,7 @@ def base_name(path: str) -> str:
 
 
 def counted(number: int, noun: str) -> str:
+    """Formats a number with a noun: 1 shot, 2 shots."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 

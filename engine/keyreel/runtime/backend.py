@@ -39,6 +39,8 @@ CPU_BATCH, CUDA_BATCH = 16, 64
 
 
 class OpenStream(Protocol):
+    """Opens a stream of decoded batches, see `decode.stream`."""
+
     def __call__(
         self,
         source: Source,
@@ -65,7 +67,7 @@ class Backend:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Activates the device in this thread during the block; turns its out-of-memory errors into `OutOfMemory`."""
+        """Activates the device in this thread during the block. Raises OutOfMemory if its memory is full."""
         try:
             with self.ops.arrays.scope():
                 yield

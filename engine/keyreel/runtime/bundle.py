@@ -225,6 +225,7 @@ class Bundle:
         return np.load(self.file(name), allow_pickle=False).astype(np.float32) if name else None
 
     def file(self, name: str) -> Path:
+        """Path of a file of the bundle."""
         return self.folder / name
 
 

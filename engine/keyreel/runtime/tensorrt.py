@@ -116,6 +116,7 @@ class TensorRTSession:
 
     @property
     def signature(self) -> Signature:
+        """dtype and shape of each input."""
         return {name: self._tensors[name] for name in self.inputs}
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:

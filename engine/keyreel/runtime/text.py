@@ -150,4 +150,5 @@ class TextEncoder:
         return self._tokenizer.known(text)
 
     def close(self) -> None:
+        """Frees the text tower."""
         self._session.close()

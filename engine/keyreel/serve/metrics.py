@@ -36,4 +36,5 @@ class Metrics:
         self._jobs.labels("running").set_function(lambda: counts()["running"])
 
     def text(self) -> bytes:
+        """Formats the metrics for Prometheus."""
         return generate_latest(self._registry)

@@ -134,6 +134,7 @@ class Service:
         return self.library.preview(record.id, seconds, decode=readable and not nearest)
 
     def extras(self, id: str) -> Extras:
+        """The thumbnails of a video."""
         return self.library.extras(self.record(id, indexed=True).id)
 
     def open(self, id: str) -> tuple[FileIO, str]:
