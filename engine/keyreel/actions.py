@@ -97,14 +97,16 @@ class VideoActions:
     def _video(self, summary: Summary) -> Source:
         if self.source is None:
             name = summary.video.path
-            raise RenderError(f"{name}: the video was no file, and a copy cannot read it", hint="summarize it again")
+            raise RenderError(
+                f"{name}: the video was not a file, so a copy of its summary cannot read it", hint="summarize it again"
+            )
         return self.source
 
     def _scores(self, summary: Summary, output: OutputConfig) -> F32 | None:
         if output.query is None:
             return None
         if self.score is None:
-            raise ValueError("a loaded summary has no engine, so that nothing can be ranked by a query")
+            raise ValueError("a loaded summary has no engine to rank moments by a query")
         return self.score(summary, output.query)
 
 

@@ -319,7 +319,7 @@ class Engine:
         # All later stages need rising times.
         sampling = dataclasses.replace(sampling, times=tuple(sorted(sampling.times)))
         if limits is not None and isinstance(video, Source):
-            raise TypeError("this video is a Source, which has limits of its own")
+            raise TypeError("this video is a Source, which has its own limits")
         source = video if isinstance(video, Source) else Source(video, limits=limits or DecodeLimits())
         _log.debug("%s: %s, %s, %s", source.name, sampling, encode, select)
 

@@ -71,7 +71,9 @@ def read_pictures(folder: Path) -> list[Picture]:
         raise ModelError(f"{folder} holds no labelled pictures", hint=HINT)
     names = {label for _, labels in listed for label in labels}
     if len(names) < 2:
-        raise ModelError(f"all pictures of {folder} have the label {names.pop()!r}, two are the least", hint=HINT)
+        raise ModelError(
+            f"all pictures of {folder} have the label {names.pop()!r}, at least two labels are needed", hint=HINT
+        )
     images = [(_read(path), labels) for path, labels in listed]
     return [Picture(image, _outline(image), labels) for image, labels in images]
 
@@ -110,7 +112,7 @@ def _read(path: Path) -> Image.Image:
             file.draft("RGB", (LARGEST_SIDE, LARGEST_SIDE))  # JPEGs decode at a fraction of their size
             image = ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:
-        raise ModelError(f"the picture {path} cannot be read: {error}", hint="remove it, or save it anew") from error
+        raise ModelError(f"the picture {path} cannot be read: {error}", hint="remove it, or save it again") from error
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
     return image
 
@@ -136,7 +138,7 @@ def split(pictures: Sequence[Picture], seed: int) -> tuple[list[Picture], list[P
         if not any(_apart(part[0], other) for other in part[1:]):
             raise ModelError(
                 f"{len(pictures)} pictures are too few: a fifth is held out, and needs two of different labels",
-                hint="give ten pictures or more, as many of one label as of another",
+                hint="give ten pictures or more, as many of each label",
             )
     return fitted, held
 

@@ -94,7 +94,7 @@ def _merged(onnx: Any, bundle: Bundle) -> Any:
     first, last = parts[0], parts[-1]
     opsets = [sorted((entry.domain, entry.version) for entry in part.opset_import) for part in parts]
     if any(opset != opsets[0] for opset in opsets) or any(part.functions for part in parts):
-        raise ModelError(f"the graphs of {bundle.name} do not go together", hint="export the model again")
+        raise ModelError(f"the graphs of {bundle.name} do not fit together", hint="export the model again")
     # Zero change: stills. The attention gives the shape.
     still = onnx.helper.make_node("Sub", ["attention", "attention"], ["change"], "change")
     parts[1].graph.node.append(still)

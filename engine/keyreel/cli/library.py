@@ -330,7 +330,7 @@ def _serve_on_ray(
 
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if config.folder is None and "://" in library:
-        raise LibraryError(f"{library} is no folder: give the service one that all nodes share", hint="--folder DIR")
+        raise LibraryError(f"{library} is not a folder: give the service one that all nodes share", hint="--folder DIR")
     given["folder"] = os.path.abspath(config.folder or os.path.join(library, "serve"))
     given |= {"library": library, "model": model, "device": device, **cluster}
     given["token_file"] = None if token_file is None else os.path.abspath(token_file)

@@ -88,7 +88,9 @@ def index(
             try:
                 added = core.get(done)
             except core.exceptions.RayError:
-                error = KeyreelError(f"{video!r}: its worker died {1 + RETRIES} times", hint="index it alone and look")
+                error = KeyreelError(
+                    f"{video!r}: its worker died {1 + RETRIES} times", hint="index it alone to see why"
+                )
                 added = failed(video, error)
             found.append(added)
             if tell is not None:
@@ -145,7 +147,7 @@ def connected(ray: Any, address: str | None, *, cpus: float, gpus: float) -> Ite
             warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
             ray.init(configure_logging=False, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise BackendError(f"no Ray at {options['address']!r}: {error}", hint="`ray status` says what runs") from error
+        raise BackendError(f"no Ray at {options['address']!r}: {error}", hint="`ray status` shows what runs") from error
     try:
         yield
     finally:

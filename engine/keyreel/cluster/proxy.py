@@ -42,5 +42,7 @@ class Unavailable:
                 await self._app(scope, receive, noted)
         if not begun:
             hint, headers = "try again in some seconds", {"Retry-After": "1"}
-            lost = ApiError(503, "lost", "no process has answered: they end, or start", hint=hint, headers=headers)
+            lost = ApiError(
+                503, "lost", "no process answers: the service is starting or stopping", hint=hint, headers=headers
+            )
             await lost.response()(scope, receive, send)

@@ -140,8 +140,8 @@ class RemoteSearch(Search):
         found = [self._received(*call, reference, until) for call, reference in zip(calls, sent, strict=True)]
         answers = [opened(answer) for answer in found if answer is not None]
         if not answers:
-            hint = "try again in some seconds: Ray starts them anew"
-            raise LibraryError(f"none of the {len(parts)} shards that were asked answers", hint=hint)
+            hint = "try again in some seconds: Ray restarts them"
+            raise LibraryError(f"none of {len(parts)} shards answers", hint=hint)
         if lost := len(parts) - len(answers):
             what = f"{lost} of {len(self.shards)} shards"
             answers[0] = replace(answers[0], left_out=(*answers[0].left_out, what))
@@ -156,7 +156,7 @@ class RemoteSearch(Search):
         until = time.monotonic() + self._seconds
         answer = self._received(number, call, self._sent(number, call), until)
         if answer is None:
-            raise LibraryError(f"shard {number} does not answer", hint="try again in some seconds: Ray starts it anew")
+            raise LibraryError(f"shard {number} does not answer", hint="try again in some seconds: Ray restarts it")
         return opened(answer)
 
     def _sent(self, number: int, call: Callable[[Shard], T]) -> Any:

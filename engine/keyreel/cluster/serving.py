@@ -62,7 +62,9 @@ def application(options: Mapping[str, Any]) -> serve.Application:
     uri, model, device = given.pop("library", None), given.pop("model", None), given.pop("device", "auto")
     token_file, storage = given.pop("token_file", None), given.pop("storage_options", None)
     if not uri or not given.get("folder"):
-        raise ValueError("the application needs library, and folder: one that all nodes share, for uploads and jobs")
+        raise ValueError(
+            "the application needs library and folder; all nodes must share the folder of uploads and jobs"
+        )
     uri = name_of(uri)
     own = ClusterConfig(**{name: given.pop(name) for name in asdict(ClusterConfig()) if name in given})
     for name in ("roots", "hosts"):

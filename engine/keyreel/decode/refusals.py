@@ -75,7 +75,7 @@ def refusal(name: str, error: Exception, head: bytes, *, remote: bool) -> Source
         if picture := next((name for name, head_of in _PICTURES.items() if head_of.match(head)), None):
             return SourceError(
                 f"{name}: a {picture} picture, not a video.",
-                hint="A motion photo keeps its video in a file of its own; the phone's gallery can export it.",
+                hint="A motion photo keeps its video in a separate file; the phone's gallery can export it.",
             )
         return SourceError(
             f"{name}: not a video file, but a playlist, a text or another format. Allowed: MP4, MOV, MKV, "

@@ -80,7 +80,9 @@ def lance_errors(uri: str) -> Iterator[None]:
             raise Conflict(f"other processes keep changing the library {uri}: {text}", hint="try again") from error
         # Errors of the system have a number, errors about a damaged table have none.
         if has(_DENIED) or has(_UNREACHABLE) or getattr(error, "errno", None):
-            raise LibraryError(f"the library {uri} cannot be used: {text}", hint="check place and access") from error
+            raise LibraryError(
+                f"the library {uri} cannot be used: {text}", hint="check the address and your access to it"
+            ) from error
         kind = Vanished if "not found" in small else Damaged
         hint = "`keyreel library verify --repair` repairs it"
         raise kind(f"the library {uri} cannot be read: {text}", [text], hint=hint) from error

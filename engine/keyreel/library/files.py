@@ -62,6 +62,14 @@ def real_name(name: str) -> str:
         return name
 
 
+def names_of(videos: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """Returns the names of videos, each file once."""
+    names: dict[str, str] = {}
+    for name in map(name_of, [videos] if isinstance(videos, (str, os.PathLike)) else videos):
+        names.setdefault(real_name(name), name)
+    return tuple(names.values())
+
+
 @dataclass(frozen=True, slots=True)
 class FileState:
     """Size and time of the last change of a file."""

@@ -18,7 +18,7 @@ from keyreel.library import upkeep
 from keyreel.library.asked import asked
 from keyreel.library.errors import Outdated
 from keyreel.library.export import export_parquet
-from keyreel.library.files import Catalog, FileState, is_gone, name_of, real_name
+from keyreel.library.files import Catalog, FileState, is_gone, names_of
 from keyreel.library.indexing import Indexer, frame_of
 from keyreel.library.merge import Search
 from keyreel.library.opened import REPAIR
@@ -58,9 +58,8 @@ class Library:
             library.add(["a.mp4", "b.mp4"])
             best = library.search("a red bus")[0]
 
-    Several processes may write and read a library at the same time. In asyncio code call `await
-    asyncio.to_thread(library.search, "a red bus")`. All methods except `add` raise LibraryError if there is no library,
-    or no such video in it.
+    Several processes may use a library at the same time. In asyncio code call `await asyncio.to_thread(library.search,
+    "a red bus")`. All methods except `add` raise LibraryError if there is no library, or no such video in it.
 
     Args:
         uri: a folder, or a URI such as "s3://bucket/library". The first `add` creates it.
@@ -141,17 +140,16 @@ class Library:
         applies to unchanged videos only with `config.force`.
 
         Args:
-            videos: paths; also URLs if `config.limits` allows the network. Known URLs are read again only with
-                `config.force`.
+            videos: paths, and URLs if `config.limits` allows them. Known URLs are read again only with `config.force`.
             config: adds its tags to those of a video; its workers are threads that share the engine.
             progress: called with ("videos", done, total) for all videos; a running one counts as a fraction.
             begin: called when a video starts; returns the progress callback of that video, for the stages "encode"
                 (seconds of video) and "pictures" (pictures).
-            tell: called with the result of each video when it ends. Callbacks run in the working threads, one at a
-                time. An exception in a callback ends the run and is raised.
+            tell: called with the result of each video when it ends. Callbacks run one at a time, in the working
+                threads. Their exceptions end the run.
             stop: called often; after it returns True, running videos are abandoned and no others start.
-            held: another path to read the only video from, such as that of an open file; the library stores the name in
-                `videos`. So nobody can replace the checked file by a link.
+            held: another path to read the only video from, such as an open file, which no link can replace. The library
+                stores the name in `videos`.
 
         Returns:
             A result for each video, in the order of `videos`; none for videos that did not start.
@@ -161,7 +159,7 @@ class Library:
             ModelMismatch: the library's vectors are of another model.
             LibraryError: the library cannot be written. Finished videos stay.
         """
-        names = _names_of(videos)
+        names = names_of(videos)
         config = config or IndexConfig()
         if held is not None and len(names) != 1:
             raise ValueError(f"held works with one video only, got {len(names)}")
@@ -176,7 +174,7 @@ class Library:
         """
         catalog = Catalog(self._tables.records() if self._tables.exists() else ())
         seen: dict[str, str] = {}
-        return [planned(name, catalog, config or IndexConfig(), seen) for name in _names_of(videos)]
+        return [planned(name, catalog, config or IndexConfig(), seen) for name in names_of(videos)]
 
     def update(
         self,
@@ -219,8 +217,7 @@ class Library:
             videos: ids, paths, or globs over the whole path; * also matches slashes.
 
         Returns:
-            The removed records, in order of path. If one name matches nothing, it removes nothing and raises
-            LibraryError.
+            The removed records, in order of path. If a name matches nothing, it only raises LibraryError.
         """
         given = [videos] if isinstance(videos, (str, os.PathLike)) else videos
         catalog = Catalog(self._tables.records())
@@ -238,9 +235,8 @@ class Library:
     def search(self, query: Query | Combined, *, k: int = 10, where: Filter | None = None) -> Hits[LibraryHit]:
         """Finds the k best moments of all videos, best first. Near-duplicates in other videos count as one moment.
 
-        The score of a frame is its cosine with the query: the better of its two vectors counts. For texts, the
-        subject's cosine is first brought to the scale of the scene's, by the model's `Bundle.subject`. For other
-        queries plain cosines count.
+        A frame scores by the better of its two vectors. For texts, the subject's cosine is first brought to the scale
+        of the scene's (`Bundle.subject`); for other queries plain cosines count.
 
         Args:
             query: a text; a picture as a `Path` or [H, W, 3] uint8 RGB; a frame of the library as an `Example`, by its
@@ -313,11 +309,10 @@ class Library:
     def preview(self, video: str | os.PathLike[str], seconds: float, *, decode: bool = True) -> bytes:
         """Returns the frame shown at a time as the content of a JPEG file.
 
-        Key-frames are stored. Other frames are decoded if the video is on this machine and unchanged, and the last ones
-        stay in memory. Else it returns the nearest key-frame.
+        Key-frames are stored. Other frames are decoded if the video is here and unchanged; the last ones stay in
+        memory. Else it returns the nearest key-frame.
 
         Args:
-            seconds: from the start of the video.
             decode: False never opens the video, and returns the nearest key-frame.
 
         Raises:
@@ -427,9 +422,7 @@ class Library:
         return sum(upkeep.upgrade(part, bundle, progress) for part in self._tables.parts)
 
     def reshard(self, shards: int) -> int:
-        """Spreads the library over this many shards, see `shards.reshard`, and opens it again. Returns the number of
-        videos.
-        """
+        """Spreads the library over this many shards, see `shards.reshard`. Returns the number of videos."""
         videos = reshard(self.uri, shards, self._options)
         self.close()
         return videos
@@ -499,14 +492,6 @@ class Library:
             lambda video: self.record(video).id,
             lambda example: self._search().vector(example),
         )
-
-
-def _names_of(videos: Videos) -> tuple[str, ...]:
-    """The names of the videos, without repeats."""
-    names: dict[str, str] = {}
-    for name in map(name_of, [videos] if isinstance(videos, (str, os.PathLike)) else videos):
-        names.setdefault(real_name(name), name)
-    return tuple(names.values())
 
 
 def _unknown(video: str | os.PathLike[str]) -> LibraryError:

@@ -121,7 +121,7 @@ def model_of(schema: Any) -> tuple[str, str, int]:
     """Reads name, sha256 and D of the model from a table's metadata. Raises LibraryError as `format_of`."""
     format_of(schema)
     if lost := [key for key in _MODEL if f"keyreel.{key}".encode() not in schema.metadata]:
-        raise Damaged("the library's entry for its model is damaged", [f"no {lost}"])
+        raise Damaged("the library's metadata of its model are damaged", [f"no {lost}"])
     name, sha256, width = (schema.metadata[f"keyreel.{key}".encode()] for key in _MODEL)
     return name.decode(errors="replace"), sha256.decode(errors="replace"), _number_of(width)
 
@@ -130,7 +130,7 @@ def _number_of(data: bytes) -> int:
     try:
         return int(data)
     except ValueError as error:
-        raise Damaged("the library's description of itself is damaged", [str(error)]) from error
+        raise Damaged("the library's metadata are damaged", [str(error)]) from error
 
 
 def vector_rows(

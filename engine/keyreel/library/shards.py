@@ -61,7 +61,7 @@ class Shards:
                 if not names_at(root):
                     raise
         if names_at(root) != self.names:
-            raise LibraryError(f"another process has made {self.uri} meanwhile", hint="open it again")
+            raise LibraryError(f"another process has created {self.uri} meanwhile", hint="open it again")
         for part in self.parts:
             part.create(model=model, model_sha256=model_sha256, width=width)
 
@@ -129,7 +129,7 @@ def open_tables(
     root = Tables(uri, storage_options=storage_options)
     names = names_at(root)
     if shards is not None and names and len(names) != shards:
-        hint = f"leave --shards out, or spread it anew: `keyreel library reshard {uri} --shards {shards}`"
+        hint = f"leave --shards out, or spread it again: `keyreel library reshard {uri} --shards {shards}`"
         raise LibraryError(f"the library {uri} has {len(names)} shards, not {shards}", hint=hint)
     if shards is not None and shards > 1 and not names:
         if root.exists():
@@ -151,7 +151,7 @@ def names_at(root: Tables) -> tuple[str, ...]:
     except Absent:
         return ()
     if not names or not all(_NAME.fullmatch(name or "") for name in names):
-        raise Damaged(f"what the library {root.uri} says of its shards is damaged", [str(names)[:200]])
+        raise Damaged(f"the library {root.uri} has a damaged list of its shards", [str(names)[:200]])
     return names
 
 
@@ -169,7 +169,7 @@ def _name(root: Tables, names: Sequence[str], *, new: bool) -> None:
 
 def _whole(uri: str) -> LibraryError:
     hint = f"`keyreel library reshard {uri} --shards N` spreads it"
-    return LibraryError(f"the library {uri} is there and has no shards", hint=hint)
+    return LibraryError(f"the library {uri} exists, and has no shards", hint=hint)
 
 
 def reshard(uri: str, count: int, storage_options: Mapping[str, str] | None = None) -> int:

@@ -96,6 +96,6 @@ def quantize_backbone(folder: Path, frames: U8, attention_input: str) -> dict[st
     cosines = (found * expected).sum(axis=1)
     lowest = float(cosines.min())
     if not lowest >= MIN_COSINE:  # refuses NaN too
-        hint = "export it with --precision fp32, or measure on frames of your own with --verify-video"
+        hint = "export it with --precision fp32, or measure on your own frames with --verify-video"
         raise ModelError(f"in 8 bits vectors differ: cosine {lowest:.4f}, allowed >= {MIN_COSINE}", hint=hint)
     return {"int8_cosine": lowest, "int8_cosine_mean": float(cosines.mean()), "int8_frames": float(len(cosines))}

@@ -96,7 +96,7 @@ class Template:
         end = 8 + int.from_bytes(data[:8], "little")
         document = json.loads(data[8:end])
         if document.pop("schema") != SCHEMA:
-            raise ModelError(f"{path}: this is no {SCHEMA}", hint="install keyreel again")
+            raise ModelError(f"{path}: not a {SCHEMA}", hint="install keyreel again")
         shapes = {name: tuple(shape) for name, shape in document.pop("tensors").items()}
         return cls(**document, tensors=shapes, body=data[end:])
 

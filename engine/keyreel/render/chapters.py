@@ -97,9 +97,7 @@ def _copy(
         if not packet.size:
             continue
         if packet.pts is None:
-            raise RenderError(
-                f"{source.name}: its packets do not say when they are shown", hint="AVI and MPEG-PS often do not"
-            )
+            raise RenderError(f"{source.name}: its packets have no display times", hint="AVI and MPEG-PS often do not")
         if packet.is_keyframe:
             tell(max(0.0, float(packet.pts * packet.time_base)))
         index = packet.stream.index
@@ -117,7 +115,7 @@ def _copy(
             own.stream = streams[index]
             output.mux(own)
     if held:
-        raise RenderError(f"{source.name}: its packets do not say when they are decoded")
+        raise RenderError(f"{source.name}: its packets have no decoding times")
 
 
 def ffmetadata(scenes: Sequence[Shot]) -> str:

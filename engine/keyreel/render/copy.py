@@ -86,7 +86,7 @@ def plan_copy(source: Source, spans: Sequence[Shot], shots: Sequence[Shot]) -> C
     suffix = _container(source)
     timeline = source.timeline()
     if timeline is None:
-        raise NotCopyable("its packets do not say where decoding can start")
+        raise NotCopyable("its packets do not tell where decoding can start")
     if timeline.fields:
         raise NotCopyable("its pictures are interlaced")
     clock = timeline.clock
@@ -121,7 +121,7 @@ def _container(source: Source) -> str:
         stream = source.require_video(container)
         picture = stream.codec_context.codec.canonical_name
         if container.format.name == "avi":
-            raise NotCopyable("AVI does not say when a frame is shown")
+            raise NotCopyable("AVI has no display times")
         if stream.codec_context.codec_tag.strip("\0") in ("dvh1", "dvhe", "dav1"):
             raise NotCopyable("Dolby Vision cannot be copied")
         sounds = container.streams.audio[:1]

@@ -146,7 +146,7 @@ def make_reel(
         plan = plan_copy(source, spans, shots)
         target = path.with_suffix(plan.suffix) if any_container else path
         if target.suffix.lower() != plan.suffix:
-            raise NotCopyable(f"its packets fit into {plan.suffix}, the reel is to be {target.suffix or path.name}")
+            raise NotCopyable(f"its packets fit into {plan.suffix}, not into {target.suffix or path.name}")
         write_copy(source, plan, target, progress=progress)
     except NotCopyable as error:
         if mode == "copy":

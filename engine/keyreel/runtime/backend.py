@@ -256,7 +256,7 @@ def _probe_cupy(index: int) -> tuple[Probe, Ops | None]:
             array = ops.arrays.to_device(np.arange(5))
             right = ops.arrays.to_host(array + array).tolist() == [0, 2, 4, 6, 8]
         if not right:
-            return Probe(name, False, "arrays come back from the device changed", required=False), None
+            return Probe(name, False, "arrays change on the way to the device and back", required=False), None
     except ImportError as error:
         return Probe(name, False, f"CuPy cannot be imported: {error}", pip_install("gpu"), required=False), None
     except Exception as error:  # noqa: BLE001  CuPy's own errors have no common public base

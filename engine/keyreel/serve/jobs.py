@@ -337,7 +337,7 @@ class Jobs:
             if state == "queued":  # interrupted by the end of the service
                 self._write("UPDATE jobs SET state = 'queued', tries = tries - 1 WHERE id = ?", (job.id,))
             elif state == "failed":
-                error = error or LibraryError("the file is gone")
+                error = error or LibraryError("the file no longer exists")
                 names = (str(job.path), added.path if added else "", *self._private)
                 answer = to_api_error(error, *names) or to_api_error(Failure.of(job.path.name, error).error, *names)
                 self._end(job, state, error=answer.document() if answer else None)

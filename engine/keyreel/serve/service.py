@@ -103,7 +103,7 @@ class Service:
         with suppress(LibraryError):
             if _ID.fullmatch(id) and self.library.exists() and (record := self.library.record(id)).id == id:
                 if indexed and record.status != "ok":
-                    raise ApiError(404, "not_found", "the video failed: there is nothing of it to see")
+                    raise ApiError(404, "not_found", "the video failed, so it has no pictures")
                 return record
         raise ApiError(404, "not_found", "there is no such video")
 
