@@ -220,7 +220,7 @@ class LibraryConfig:
     exact_rows: int = 2_000_000  # search up to this many vectors exactly, in memory; more with an index
     fold_similarity: float = 0.98  # show moments of different videos with a higher cosine as one
     preview_height: int = 240  # height of key-frame pictures, in pixels
-    shards: int | None = None  # shards of a new library; None: not spread, or as it is already
+    shards: int | None = None  # shards of a new library; None: no shards; for an existing library, what it has
 
     def __post_init__(self) -> None:
         _check_within(self, "[1, 1024]", "shards")

@@ -267,7 +267,7 @@ class AveragePoolTower(Tower):
         return feature_map.flatten(2).transpose(1, 2)
 
     def features(self, tokens: Tensor, bias: Tensor) -> Tensor:
-        # The head averages what it is given, which leaves a map of one pixel as it is.
+        # The head averages its input, which does not change a map of one pixel.
         pooled = _weighted_mean(tokens, bias)[:, :, None, None]
         features: Tensor = self.body.forward_head(pooled, pre_logits=True)
         return features.flatten(1)

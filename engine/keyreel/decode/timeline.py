@@ -67,7 +67,7 @@ class Clock:
 
 
 def leap_seconds(container: InputContainer) -> float:
-    """Seconds: a larger step from frame to frame is not a pause, but a clock that was set anew.
+    """Seconds: a larger step from frame to frame is not a pause, but a reset of the clock.
 
     Slides and lectures have pauses of minutes; containers whose clocks start again (TS, PS, FLV) hardly have.
     """

@@ -62,8 +62,11 @@ class Opened:
         same_scene: Container[str] = (),
         same_vectors: Container[str] = (),
     ) -> None:
-        """Raises ModelMismatch if another model made the vectors, Outdated if it is one of `same_scene`; one of
-        `same_vectors` made the very same.
+        """Checks which model made the vectors; those of `same_vectors` are equal.
+
+        Raises:
+            Outdated: a model of `same_scene` made them, so that `upgrade` converts them.
+            ModelMismatch: another model made them.
         """
         known, sha256, known_width = schema.model_of(self.table(name).schema)
         if sha256 in same_scene:
@@ -113,7 +116,7 @@ class Opened:
             return False
 
     def open(self, name: str, version: int | None = None) -> Any:
-        """Opens a table anew, at the newest or a given version.
+        """Opens a table again, at the newest or a given version.
 
         Raises:
             LibraryError: there is no such table.

@@ -22,7 +22,7 @@ TEMPERATURE = 0.1  # of the softmax over the frames of a scene, see `pooled`
 # Rows to score together: on a CPU few, to stay in its cache; on a GPU many.
 BLOCK_ROWS, DEVICE_ROWS = 8192, 65_536
 GAP_ROWS = 2048  # score smaller gaps of unwanted rows too: another block costs more
-# Rows and queries of one product on the CPU: small enough that BLAS starts no threads of its own. With 16 queries,
+# Rows and queries of one product on the CPU: small enough that BLAS starts no threads. With 16 queries,
 # whole blocks took 3 to 5 times the processor time.
 TILE_ROWS, TILE_QUERIES = 64, 16
 THREADED_PARTS = 4  # from this many blocks on threads pay off

@@ -35,7 +35,7 @@ _SOUNDS = ("aac", "mp3", "opus", "flac", None)
 
 
 class _Left(Exception):
-    """Nobody has asked for the copy for a while."""
+    """No caller has asked for the copy for a while."""
 
 
 @dataclass
