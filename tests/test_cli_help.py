@@ -230,6 +230,21 @@ def test_a_wrong_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert f"{path}: cannot be read" in run("search", "a dog", "a.mp4", code=2).stderr
 
 
+def test_a_terminal_shows_what_a_found_file_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KEYREEL_CONFIG")
+    monkeypatch.chdir(tmp_path)
+    Path("keyreel.toml").write_text("[search]\nk = 3\nper-video = 1\n")
+    words, line = ("search", "a dog", "--library", "nowhere"), "options from keyreel.toml: -k, --per-video"
+    assert line not in run(*words, code=6).stderr
+    assert re.search(f"^ *[0-9.]+ s  {line}$", run(*words, "-v", code=6).stderr, flags=re.MULTILINE)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich: stderr is a terminal
+    for more, shown in (((), 1), (("-q",), 0), (("--json",), 0), (("-v",), 1)):
+        assert run(*words, *more, code=6).stderr.count(line) == shown, more
+    assert "options from" not in run("library", "list", "nowhere", code=6).stderr
+    monkeypatch.setenv("KEYREEL_CONFIG", "keyreel.toml")
+    assert "options from" not in run(*words, code=6).stderr
+
+
 # --- -v, --dry-run, --csv ---------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Callable
@@ -11,7 +12,9 @@ import pytest
 import typer.main
 from pages import GUIDE, PAGES, ROOT, blocks_of, is_like, outputs_of, prepare
 
+from keyreel.cli import documents
 from keyreel.cli.app import app
+from keyreel.render.documents import SearchDocument, SummaryDocument
 
 
 def commands_of(line: str) -> list[list[str]]:
@@ -61,6 +64,48 @@ def test_outputs_belong_to_a_block(page: Path) -> None:
 def test_the_index_names_every_page() -> None:
     index = (GUIDE / "README.md").read_text("utf-8")
     assert {page.name for page in GUIDE.glob("*.md")} - {"README.md"} == set(re.findall(r"\]\((\w[\w-]*\.md)\)", index))
+
+
+def test_the_formats_page_names_every_json_document() -> None:
+    page = (GUIDE / "formats.md").read_text("utf-8")
+    named = {
+        document.__name__: schema.default
+        for document in (*vars(documents).values(), SearchDocument, SummaryDocument)
+        if (schema := getattr(document, "__dataclass_fields__", {}).get("schema")) is not None
+    }
+    assert {"Index", "SummaryDocument"} <= set(named)
+    for name, schema in named.items():
+        assert f"`{schema}`" in page, name
+        assert re.search(rf"\b{name}\b", page)
+
+
+def messages() -> list[str]:
+    """Every text in the code that is no docstring, with NUL for what an f-string fills in."""
+    found = []
+    for path in (*ROOT.glob("engine/keyreel/**/*.py"), *ROOT.glob("export/**/*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [part.value if isinstance(part, ast.Constant) else "\0" for part in parts]
+            if id(node) not in docstrings and all(isinstance(text, str) for text in texts):
+                found.append("".join(map(str, texts)))
+    return found
+
+
+def test_the_troubleshooting_page_quotes_messages_as_they_are() -> None:
+    """In quotes "..." and numbers stand for what a message fills in."""
+    page = re.sub(r"```.*?```", "", (GUIDE / "troubleshooting.md").read_text("utf-8"), flags=re.S)
+    code = [found for found in re.findall(r"`([^`]+)`", page) if " " in found]
+    quotes = [one for one in code if not re.match(r"keyreel |pip |cat |ffmpeg |--|\{|Authorization: ", one)]
+    known = messages()
+    assert len(quotes) > 50
+    for quote in quotes:
+        parts = [re.escape(part.strip()) for part in re.split(r"\.\.\.|\d+(?:\.\d+)?", quote) if part.strip()]
+        assert any(re.search(".*".join(parts), text) for text in known), quote
+    kinds = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| \d\d\d[^|]*", page, flags=re.M)))
+    assert len(kinds) > 10
+    assert set(kinds) <= set(known)
 
 
 def test_the_readme_is_short() -> None:

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from tokenizers import models as kinds
 
 import keyreel
-from keyreel.cli.documents import Models
+from keyreel.cli.documents import ModelChecks, Models
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 from keyreel.models import catalogue, folders, install, tokenizers
 from keyreel.models.template import Template
@@ -302,6 +302,9 @@ def test_the_list(known: hub_server.Hub) -> None:
     text = run("models", "list").stdout
     assert NAME in text
     assert "builtin: 32 pictures and 24 texts encoded" in run("models", "verify").stdout
+    (checked,) = document(schema_of(ModelChecks), "models", "verify", "builtin")["models"]
+    assert (checked["name"], checked["pictures"], checked["texts"]) == ("builtin", 32, 24)
+    assert 0 <= checked["length_difference"] < 1e-3
     run("models", "remove", NAME)
     assert install.installed() == ()
 

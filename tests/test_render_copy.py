@@ -222,7 +222,7 @@ def test_what_cannot_be_copied_is_encoded_and_says_why(tmp_path: Path, media: Ca
         (open_gop, "no key frame"),  # no IDR picture but the first
         (encode(tmp_path / "old", codec="mpeg4", frames=60, container="mp4"), "mpeg4"),
         (write_clip(tmp_path / "pcm.mkv", [n / 25 for n in range(60)], sound="pcm_s16le"), "pcm_s16le"),
-        (media("broken/corrupted.mp4"), "packets do not say"),
+        (media("broken/corrupted.mp4"), "packets do not tell"),
     ]
     for clip, reason in cases:
         late = spans_of((1.5, 2.2)) if clip is open_gop else spans

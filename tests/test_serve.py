@@ -30,7 +30,7 @@ from PIL import Image
 from served import Served, served, until
 from starlette.requests import Request
 
-from keyreel import Engine, Library
+from keyreel import Engine, Library, __version__
 from keyreel.config import ServeConfig
 from keyreel.decode.source import Source
 from keyreel.errors import LibraryError, RenderError
@@ -1041,6 +1041,9 @@ def test_the_openapi_document_is_sound(service: Served) -> None:
     operations = [one for methods in document["paths"].values() for one in methods.values()]
     names = [one["operationId"] for one in operations]
     assert len(set(names)) == len(names)
+    assert {"search", "search_picture", "playable_file"} <= set(names)
+    assert document["info"]["version"] == __version__
+    assert all(one["description"].startswith(one["summary"]) for one in operations)
     for path, methods in document["paths"].items():
         for one in methods.values():
             assert any(code.startswith("2") for code in one["responses"])

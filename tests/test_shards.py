@@ -312,7 +312,7 @@ def test_shards_are_made_once(tmp_path: Path) -> None:
         schema.arrow().table({"name": ["../other"]}).replace_schema_metadata({"keyreel.format": str(schema.FORMAT)}),
         new=False,
     )
-    with pytest.raises(Damaged, match="says of its shards is damaged"):
+    with pytest.raises(Damaged, match="damaged list of its shards"):
         names_at(root)
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -18,8 +19,10 @@ pytest.importorskip("torch", reason="the extra export is not installed")
 
 import onnxruntime
 
+from keyreel.cli.documents import ExportedModel
 from keyreel.errors import ModelError
 from keyreel.models import verify
+from keyreel.render.documents import schema_of
 from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.text import Tokenizer
 from keyreel_export import triton
@@ -165,7 +168,9 @@ def test_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "keyreel", "export", "builtin", "--triton", str(target), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["manifest"]["name"] == "builtin"
+    printed = json.loads(done.stdout)
+    jsonschema.validate(printed, schema_of(ExportedModel))
+    assert printed["manifest"]["name"] == "builtin"
     assert (target / "keyreel_image/1/model.onnx").is_file()
     (target / "mine.txt").write_text("mine")
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

@@ -180,7 +180,7 @@ def test_bad_arguments_are_named(engine: Engine, summary: Summary, clip: Path, t
     calls: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (TypeError, r"sampling must be .*got 1\.0.*fps=1\.0", lambda: engine.summarize(clip, sampling=1.0)),
         (TypeError, "limits must be", lambda: engine.summarize(clip, limits=5)),
-        (TypeError, "limits of its own", lambda: engine.summarize(Source(clip), limits=DecodeLimits())),
+        (TypeError, "its own limits", lambda: engine.summarize(Source(clip), limits=DecodeLimits())),
         (ValueError, "not both", lambda: engine.summarize(clip, fps=1.0, sampling=Sampling())),
         (TypeError, "did you mean 'reel_seconds'", lambda: summary.save(tmp_path / "x", reel_secs=3)),
         (TypeError, "there are: reel, ", lambda: summary.save(tmp_path / "x", zzz=3)),

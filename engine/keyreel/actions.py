@@ -1,4 +1,4 @@
-"""What a Summary does with its video: pictures, outputs, search; also after it was pickled, or saved and loaded."""
+"""The work behind a Summary's methods: pictures, outputs, search. It also works after pickling, or save and load."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ Score: TypeAlias = Callable[[Summary, Query], F32]
 
 @dataclass(frozen=True, slots=True)
 class VideoActions:
-    """`SummaryActions` of a video; without an engine nothing can be searched."""
+    """Implements `SummaryActions` for one video. Without an engine it cannot search."""
 
     source: Source | None
     find: Find | None = None
-    score: Score | None = None  # [T] float32: how well each sampled frame answers a text
+    score: Score | None = None  # text -> [T] float32: the score of each sampled frame
 
     def __reduce__(self) -> Any:
         path = None if self.source is None else self.source.path
@@ -61,7 +61,7 @@ class VideoActions:
     def html(self, summary: Summary) -> str:
         try:
             pictures = self.images(summary, NOTEBOOK_HEIGHT)
-        except (SourceError, RenderError, ValueError):  # the video is gone: a notebook shows what is left
+        except (SourceError, RenderError, ValueError):  # without the video, a notebook shows the rest
             pictures = []
         return summary_html(summary, pictures)
 
@@ -97,14 +97,16 @@ class VideoActions:
     def _video(self, summary: Summary) -> Source:
         if self.source is None:
             name = summary.video.path
-            raise RenderError(f"{name}: the video was no file, and a copy cannot read it", hint="summarize it again")
+            raise RenderError(
+                f"{name}: the video was not a file, so a copy of its summary cannot read it", hint="summarize it again"
+            )
         return self.source
 
     def _scores(self, summary: Summary, output: OutputConfig) -> F32 | None:
         if output.query is None:
             return None
         if self.score is None:
-            raise ValueError("a loaded summary has no engine, so that nothing can be ranked by a query")
+            raise ValueError("a loaded summary has no engine to rank moments by a query")
         return self.score(summary, output.query)
 
 
@@ -113,7 +115,11 @@ def _reopened(path: Path | None, limits: DecodeLimits | None) -> VideoActions:
 
 
 def load_summary(folder: Path) -> Summary:
-    """See `Summary.load`."""
+    """Reads the files of a saved summary, see `Summary.load`.
+
+    Raises:
+        RenderError: the folder holds no such summary, or its files are damaged.
+    """
     again = "save it again with embeddings=True (--embeddings)"
     try:
         document = json.loads((folder / "summary.json").read_text("utf-8"))

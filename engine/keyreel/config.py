@@ -1,4 +1,4 @@
-"""All defaults, in frozen dataclasses; values are checked when a config is made."""
+"""All settings and their defaults, in frozen dataclasses that check their values."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _check(holds: bool, message: str) -> None:
 
 
 def _check_within(config: object, interval: str, *names: str) -> None:
-    """Raises ValueError unless each named number lies within an interval such as "(0, 1000]"; None may stand anywhere.
+    """Raises ValueError unless each named field is None or lies within an interval such as "(0, 1000]".
 
-    The interval is written as in mathematics: a square bracket includes the bound, a round one excludes it.
+    As in mathematics, a square bracket includes the bound, a round one excludes it.
     """
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     for name in names:
@@ -38,10 +38,10 @@ def _check_within(config: object, interval: str, *names: str) -> None:
 
 
 def aspect_ratio(aspect: str) -> float:
-    """Width over height of a shape such as "9:16".
+    """Converts a shape such as "9:16" to width over height, 0.5625.
 
     Raises:
-        ValueError: not two numbers above 0 with a colon between, or more than 10:1 or 1:10.
+        ValueError: not WIDTH:HEIGHT with numbers above 0, or beyond 10:1 or 1:10.
     """
     found = re.fullmatch(r"(\d{1,5}(?:\.\d{1,4})?):(\d{1,5}(?:\.\d{1,4})?)", aspect)
     width, height = (float(found[1]), float(found[2])) if found else (0.0, 0.0)
@@ -52,15 +52,15 @@ def aspect_ratio(aspect: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Which frames are taken. The frame shown at t is the last with pts <= t."""
+    """Which frames to take. The frame shown at time t is the last one with pts <= t. Times are seconds."""
 
-    mode: SamplingMode = "fps"  # which frames: fps, near, every, keyframes or all
-    fps: float = 2.0  # frames a second of video, for modes fps and near
-    tolerance_seconds: float | None = None  # for mode near: how far from its time a frame may lie; half a step
-    every: int = 1  # take each n-th frame, for mode every
-    times: tuple[float, ...] = ()  # seconds, in any order, repeats allowed, for mode times
-    start_seconds: float = 0.0  # first second of the video that counts
-    stop_seconds: float | None = None  # end of what counts, exclusive; None: the video's end
+    mode: SamplingMode = "fps"  # fps, near, every, times, keyframes or all
+    fps: float = 2.0  # modes fps and near: frames per second of video
+    tolerance_seconds: float | None = None  # mode near: how far from its time a frame may be; None: half a step
+    every: int = 1  # mode every: take each n-th frame
+    times: tuple[float, ...] = ()  # mode times: the times, in any order, with repeats
+    start_seconds: float = 0.0  # start of the part of the video to look at
+    stop_seconds: float | None = None  # its end, exclusive; None: the end of the video
 
     def __post_init__(self) -> None:
         allowed = get_args(SamplingMode)
@@ -78,10 +78,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class ImageTransform:
-    """How a frame becomes a picture of a given size, after rotation and sample aspect.
+    """How to bring an upright frame to a given size in pixels.
 
-    shortest: scale so that the short side fits, crop the middle. longest: scale so that the long side fits, pad with
-    `fill`. squash: scale both sides. fit: scale to fit inside, keep the aspect, neither crop nor pad.
+    Modes: shortest scales the short side to the size and crops the middle; longest scales the long side and pads with
+    `fill`; squash scales each side by itself; fit scales to fit inside, without crop or padding.
     """
 
     height: int
@@ -98,24 +98,24 @@ class ImageTransform:
 
 @dataclass(frozen=True, slots=True)
 class DecodeLimits:
-    """Bounds on hostile or mistaken input."""
+    """Limits on the videos to accept, against hostile or mistaken input."""
 
-    max_pixels: int = 16384 * 8704  # largest coded picture, in pixels
-    max_duration_seconds: float = 24 * 3600.0  # longest video
-    max_frames: int = 24 * 3600 * 120  # most pictures in the file
+    max_pixels: int = 16384 * 8704  # largest picture, in pixels
+    max_duration_seconds: float = 24 * 3600.0  # longest video, in seconds
+    max_frames: int = 24 * 3600 * 120  # most frames in the file
     allow_network: bool = False  # allow http and https URLs
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeConfig:
-    """From frames to vectors."""
+    """How to encode frames as vectors."""
 
-    shift: ShiftMode | None = None  # temporal shift; None: the model's own default
-    shift_steps: int = 3  # how many sampled frames the shift and the change of patches may reach
-    shift_share: float = 0.25  # fraction of the patches that the fixed shift replaces
-    shift_threshold: float = 0.15  # change (1 - cosine) a patch must pass to be shifted, mode adaptive
-    subject: bool = True  # a second vector a frame, of the subject; without it there is the scene's alone
-    batch_size: int | None = None  # frames in one inference; None: what suits the device
+    shift: ShiftMode | None = None  # mode of the temporal shift; None: the model's default
+    shift_steps: int = 3  # how many sampled frames apart shift and change may look
+    shift_share: float = 0.25  # mode fixed: fraction of the patches to replace
+    shift_threshold: float = 0.15  # mode adaptive: shift patches that change by more (1 - cosine)
+    subject: bool = True  # also make a vector of the subject of each frame
+    batch_size: int | None = None  # frames in one model run; None: depends on the device
 
     def __post_init__(self) -> None:
         allowed = get_args(ShiftMode)
@@ -128,16 +128,16 @@ class EncodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class SelectConfig:
-    """From vectors to key-frames and shots."""
+    """How to choose key-frames."""
 
-    keyframes: int | None = None  # how many key-frames; None: chosen from the video
-    per_minute: float | None = None  # key-frames for each minute of video, instead of a number
-    max_keyframes: int = 32  # most key-frames that the automatic choice may take
+    keyframes: int | None = None  # how many key-frames; None: as many as the video needs
+    per_minute: float | None = None  # key-frames per minute of video, instead of a number
+    max_keyframes: int = 32  # largest automatic number
     penalty: float = 0.1  # weight of the repulsion between centroids
     margin: float = 0.8  # cosine above which two centroids repel each other
-    similarity_limit: float = 0.97  # no two key-frames are more alike than this cosine
-    min_gap_seconds: float = 0.5  # least time between two key-frames
-    quality_floor: float = 0.2  # fraction of the frames, the least clean ones, that key-frames avoid
+    similarity_limit: float = 0.97  # largest cosine of two key-frames
+    min_gap_seconds: float = 0.5  # shortest time between two key-frames
+    quality_floor: float = 0.2  # avoid this fraction of the frames: the least sharp
 
     def __post_init__(self) -> None:
         both = self.keyframes is not None and self.per_minute is not None
@@ -151,33 +151,33 @@ class SelectConfig:
 
     @property
     def automatic(self) -> bool:
-        """Whether the number of key-frames is chosen from the video."""
+        """Whether the number of key-frames depends on the video."""
         return self.keyframes is None and self.per_minute is None
 
 
 @dataclass(frozen=True, slots=True)
 class OutputConfig:
-    """What `Summary.save` writes."""
+    """What `Summary.save` writes, and how."""
 
     reel: bool = True  # write reel.mp4
-    reel_seconds: float | None = None  # longest reel; None: 15 % of the video, 10 to 60 s
-    reel_mode: ReelMode = "auto"  # copy the reel's packets, encode its frames anew, or copy where that is possible
-    reel_height: int = 720  # tallest picture of an encoded reel, in pixels; its width if it is upright
-    query: str | None = None  # rank the reel's spans by how well they answer this text
-    order: ReelOrder = "time"  # of the reel's spans, with a query: time, or score for the best first
-    aspect: str | None = None  # shape of the reel, "9:16"; None: that of the video
+    reel_seconds: float | None = None  # longest reel; None: 15 % of the video, 10 to 60 s, at most half of it
+    reel_mode: ReelMode = "auto"  # copy packets, encode, or auto: copy if possible
+    reel_height: int = 720  # largest short side of an encoded reel, in pixels
+    query: str | None = None  # make the reel of the moments that answer this text
+    order: ReelOrder = "time"  # order of the spans with a query: time, or score for the best first
+    aspect: str | None = None  # shape of the reel, such as "9:16"; None: as the video
     reframe: ReframeMode = "follow"  # with aspect: follow the subject, or fit the whole frame
     storyboard: bool = True  # write storyboard.html
     thumbnails: bool = True  # write thumbs.vtt and thumbs.jpg
     otio: bool = False  # write reel.otio
     edl: bool = False  # write reel.edl
-    markers: Markers | None = None  # write the key-frames as markers for an editing program: markers.otio and so on
-    scenes_csv: bool = False  # write the shots as scenes.csv, the scene list of PySceneDetect
-    chapters: bool = False  # write a copy of the video with its scenes as chapters, and chapters.ffmetadata
+    markers: Markers | None = None  # write the key-frames as markers for editing programs
+    scenes_csv: bool = False  # write the shots as scenes.csv, PySceneDetect's format
+    chapters: bool = False  # write chapters.ffmetadata and a copy of the video with chapters
     embeddings: bool = False  # write embeddings.npz, which `Summary.load` needs
     keyframe_height: int = 1080  # tallest key-frame picture, in pixels
-    jpeg_quality: int = 90  # quality of the pictures, 1 to 95
-    overwrite: bool = False  # replace a folder that is there
+    jpeg_quality: int = 90  # JPEG quality, 1 to 95
+    overwrite: bool = False  # replace an existing folder
 
     def __post_init__(self) -> None:
         _check_within(self, "(0, 1e9)", "reel_seconds")
@@ -197,10 +197,10 @@ class OutputConfig:
 
 
 def output_config(output: OutputConfig | None, options: Mapping[str, Any]) -> OutputConfig:
-    """`output`, or the defaults, with fields changed by name.
+    """Returns `output`, or the defaults, with the named fields changed.
 
     Raises:
-        TypeError: not an OutputConfig, or no such field; the message names similar ones.
+        TypeError: not an OutputConfig, or an unknown field; the message names similar ones.
     """
     if not isinstance(output, OutputConfig | None):
         raise TypeError(f"output must be an OutputConfig, got {output!r}; or give its fields: save(folder, reel=False)")
@@ -215,12 +215,12 @@ def output_config(output: OutputConfig | None, options: Mapping[str, Any]) -> Ou
 
 @dataclass(frozen=True, slots=True)
 class LibraryConfig:
-    """How a library keeps and searches its videos."""
+    """How a library stores and searches vectors."""
 
-    exact_rows: int = 2_000_000  # search exactly, from memory, up to so many vectors; an index beyond
-    fold_similarity: float = 0.98  # moments of different videos more alike than this are shown as one
-    preview_height: int = 240  # pixels of the previews
-    shards: int | None = None  # spread a new library over so many; None: one, or as many as it has
+    exact_rows: int = 2_000_000  # search up to this many vectors exactly, in memory; more with an index
+    fold_similarity: float = 0.98  # show moments of different videos with a higher cosine as one
+    preview_height: int = 240  # height of key-frame pictures, in pixels
+    shards: int | None = None  # shards of a new library; None: no shards; for an existing library, what it has
 
     def __post_init__(self) -> None:
         _check_within(self, "[1, 1024]", "shards")
@@ -231,15 +231,15 @@ class LibraryConfig:
 
 @dataclass(frozen=True, slots=True)
 class IndexConfig:
-    """How videos are indexed: what `Library.add`, `Library.update` and a Ray cluster take alike."""
+    """How to index videos: for `Library.add`, `Library.update` and a Ray cluster."""
 
     sampling: Sampling = Sampling()
     encode: EncodeConfig = EncodeConfig()
     select: SelectConfig = SelectConfig()
     limits: DecodeLimits = DecodeLimits()
-    tags: tuple[str, ...] = ()  # words for these videos
-    workers: int = 1  # videos at a time
-    force: bool = False  # index unchanged videos, too
+    tags: tuple[str, ...] = ()  # words to find these videos by
+    workers: int = 1  # videos to index at the same time
+    force: bool = False  # also index unchanged videos again
 
     def __post_init__(self) -> None:
         _check(not isinstance(self.tags, str), f"tags are several texts, got one: {self.tags!r}")
@@ -249,11 +249,11 @@ class IndexConfig:
 
 @dataclass(frozen=True, slots=True)
 class RayConfig:
-    """What each worker of a Ray cluster asks for."""
+    """What each worker requests from a Ray cluster."""
 
     cpus: float = 1.0  # CPU cores of a worker
     gpus: float = 0.0  # GPUs, or a fraction of one, of a worker
-    retries: int = 2  # times that a video is begun anew after its worker has died
+    retries: int = 2  # how often to retry a video whose worker died
 
     def __post_init__(self) -> None:
         _check(self.cpus > 0, f"cpus must be > 0, got {self.cpus}")
@@ -263,14 +263,14 @@ class RayConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """The service on a Ray cluster."""
+    """Settings of the service on a Ray cluster."""
 
     replicas: int = 1  # processes that answer requests
-    wait: bool = False  # queries wait for shards that are lost; else they are answered without these
+    wait: bool = False  # wait for lost shards; else answer without them
     replica_cpus: float = 1.0  # CPU cores of a replica
     shard_cpus: float = 1.0  # CPU cores of the actor of a shard
     shard_gpus: float = 0.0  # GPUs, or a fraction of one, of the actor of a shard
-    shard_rows: int = 25_000_000  # the actor of a shard holds up to so many vectors in memory; an index beyond
+    shard_rows: int = 25_000_000  # vectors that the actor of a shard holds in memory; more need an index
     job_cpus: float = 1.0  # CPU cores of the actor that indexes
     job_gpus: float = 0.0  # GPUs of the actor that indexes
 
@@ -283,26 +283,26 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
-    """The service."""
+    """Settings of the service."""
 
     host: str = "127.0.0.1"  # address to listen on
     port: int = 8000  # port to listen on; 0 takes a free one
-    roots: tuple[str, ...] = ()  # folders whose videos may be indexed and played
-    folder: str | None = None  # of uploads and of the list of jobs; None: serve/ in the library
-    token: str | None = field(default=None, repr=False)  # what callers must send as bearer token
-    hosts: tuple[str, ...] = ()  # accepted names in the Host header, "*" for all; on loopback its own by default
-    threads: int = 4  # requests worked on at a time
-    timeout_seconds: float = 30.0  # longest work on one request (504), and longest wait for its header
-    job_threads: int = 1  # videos indexed at a time
-    max_jobs: int = 256  # jobs that may wait; more get 429
+    roots: tuple[str, ...] = ()  # folders whose videos callers may index and play
+    folder: str | None = None  # for uploads and the list of jobs; None: serve/ in the library
+    token: str | None = field(default=None, repr=False)  # bearer token that callers must send
+    hosts: tuple[str, ...] = ()  # host names to answer to, "*" for all; by default those of this machine
+    threads: int = 4  # requests to work on at the same time
+    timeout_seconds: float = 30.0  # longest work on a request (else 504), longest wait for its header
+    job_threads: int = 1  # videos to index at the same time
+    max_jobs: int = 256  # longest queue of jobs; more get 429
     upload_bytes: int = 4 << 30  # largest upload, in bytes
-    upload_quota: int | None = None  # bytes that all uploads together may take; None: as the disk holds
-    play_bytes: int = 8 << 30  # bytes that copies for browsers may take together, see `serve.playable`
-    drain_seconds: float = 10.0  # how long requests, and then the jobs at work, may go on after SIGTERM
+    upload_quota: int | None = None  # bytes of all uploads together; None: what the disk holds
+    play_bytes: int = 8 << 30  # bytes of all copies for browsers together, see `serve.playable`
+    drain_seconds: float = 10.0  # after SIGTERM, time for open requests, then for running jobs
 
     @property
     def loopback(self) -> bool:
-        """Whether nobody but this machine can connect."""
+        """Whether only this machine can connect."""
         try:
             return self.host.lower() == "localhost" or ip_address(self.host).is_loopback
         except ValueError:

@@ -1,4 +1,4 @@
-"""A clip that keyreel renders itself, so that the first run needs neither a file nor a network."""
+"""Renders the clip of `keyreel demo`, so that the first run needs neither a video nor a network."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Painter = Callable[[ImageDraw.ImageDraw, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A stretch of the clip: what is seen, for how long, and the tone that is heard."""
+    """A part of the clip: picture, length and tone."""
 
     caption: str
     seconds: float
     background: tuple[int, int, int]
-    paint: Painter  # paint(draw, part of the scene in 0..1)
+    paint: Painter  # paint(draw, time in the scene, 0..1)
     tone_hertz: float
 
 
@@ -89,7 +89,7 @@ SCENES = (
 
 
 def demo_frames() -> Iterator[U8]:
-    """The clip's pictures, [360, 640, 3] uint8 each, 25 a second, with a little noise as a camera has."""
+    """Yields the frames of the clip: [360, 640, 3] uint8, 25 per second, with a little camera noise."""
     rng = np.random.default_rng(0)
     for scene in SCENES:
         count = round(scene.seconds * FPS)
@@ -101,7 +101,7 @@ def demo_frames() -> Iterator[U8]:
 
 
 def demo_sound() -> F32:
-    """One tone a scene, [samples] float32 at 48 kHz."""
+    """Makes the sound: a tone for each scene, [samples] float32 at 48 kHz."""
     tones = []
     for scene in SCENES:
         at = np.arange(round(scene.seconds * SAMPLE_RATE)) / SAMPLE_RATE
@@ -111,7 +111,7 @@ def demo_sound() -> F32:
 
 
 def write_demo(path: Path) -> None:
-    """Writes the clip as MP4, H.264 with AAC."""
+    """Writes the clip as MP4 with H.264 and AAC."""
     with av.open(str(path), "w") as output:
         video = output.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "20"})
         video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"

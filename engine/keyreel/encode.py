@@ -1,7 +1,7 @@
-"""Frames to a scene and a subject vector each: backbone, temporal shift, attention, fusion; a window at a time.
+"""Encodes frames as scene and subject vectors: backbone, temporal shift, attention, fusion, a window at a time.
 
-Every decision on frame t depends on frames within `shift_steps` of t only. So a window with a halo of that many frames
-on both sides gives the same as the whole video, and memory does not grow with the video.
+The result of frame t depends only on frames within `shift_steps` of it. So a window with a halo of that many frames on
+both sides gives the same values as the whole video, and memory does not grow with the video.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from keyreel.runtime.backend import Backend
 from keyreel.runtime.bundle import Bundle
 from keyreel.types import JOINT, Embedding, FrameBatch
 
-# Histogram distance that counts as a cut for the shift. In the test clips at 2 fps it is below 0.4 within a scene and
-# mostly above 0.6 across a cut. A missed cut only mixes patches of a few frames.
+# The shift does not cross steps with a larger histogram distance. In the test clips at 2 fps it is below 0.4 within a
+# scene and mostly above 0.6 across a cut. A missed cut only mixes patches of a few frames.
 SHIFT_CUT = 0.5
-_PARTS, _FAINT = 32, 4.0  # of a layout: on each axis, and the level of 255 that is added to its magnitude
+_PARTS, _FAINT = 32, 4.0  # of a layout: parts on each axis; of 255, added to its magnitude, for even pictures
 
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Adds the time that the block takes to the stage's."""
+    """Adds the seconds that the block takes to `seconds[stage]`."""
     began = time.perf_counter()
     yield
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began
@@ -35,16 +35,16 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The result of encoding a video."""
+    """An encoded video."""
 
     embedding: Embedding
-    vectors: Any  # [T, D] float32, the scene's, still on the device
-    joint: Any  # [T, 2 D] float32, `Embedding.joint`, still on the device
-    seconds: Mapping[str, float]  # time of the stages "encode" (backbone) and "fuse" (the rest), as this thread sees it
+    vectors: Any  # [T, D] float32, scene vectors, on the device
+    joint: Any  # [T, 2 D] float32, `Embedding.joint`, on the device
+    seconds: Mapping[str, float]  # wall time of the stages "encode" (backbone) and "fuse" (the rest)
 
 
 class _Window:
-    """Frames with known tokens that are still needed: those to be fused next, and their halo."""
+    """The frames that are needed next, with their tokens: those to fuse, and their halo."""
 
     def __init__(self, xp: Any) -> None:
         self._xp = xp
@@ -71,12 +71,12 @@ class _Window:
 
 
 def layout_of(xp: Any, frames: Any) -> Any:
-    """[n, R] float32: the mean of each of about 32 x 32 parts of a frame, without the frame's mean and magnitude.
+    """Describes the layout of each frame: the means of about 32 x 32 parts, freed of exposure and contrast.
 
-    The mean difference of two is 0 for the same layout, whatever the exposure, and about 1 for strangers.
+    Two layouts have a mean difference of 0 if they are equal, and about 1 if they have nothing in common.
 
     Args:
-        frames: [n, H, W, 3] uint8; what H and W leave over 32 parts is not looked at.
+        frames: [n, H, W, 3] uint8; ignores the last rows and columns that fill no part.
     """
     count, height, width, _ = frames.shape
     high, wide = max(1, height // _PARTS), max(1, width // _PARTS)
@@ -88,7 +88,7 @@ def layout_of(xp: Any, frames: Any) -> Any:
 
 
 class Encoder:
-    """The image side of a bundle on a backend. Safe to share between threads: each `encode` keeps its own state."""
+    """The image side of a model on a backend. Safe to share between threads: each `encode` has its own state."""
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
@@ -99,18 +99,20 @@ class Encoder:
         self._fusion = backend.open_session(bundle.file("fusion.onnx"))
 
     def close(self) -> None:
+        """Frees the graphs."""
         for session in (self._backbone, self._attention, self._fusion):
             session.close()
 
     def shift_mode(self, config: EncodeConfig) -> ShiftMode:
-        """The shift that is in force: the caller's, else the bundle's."""
+        """The mode of the shift: the config's, else the model's."""
         return config.shift if config.shift is not None else self.bundle.shift_default
 
     def encode(self, batches: Iterable[FrameBatch], config: EncodeConfig) -> Encoded:
-        """Encodes a stream of frames of the model's size. Only the embedding leaves the device, at the end.
+        """Encodes batches of frames of the model's size. At the end it copies the embedding to the CPU, and nothing
+        else.
 
         Raises:
-            ValueError: the frames have another size than the model takes, or there are none.
+            ValueError: frames of another size, or no frames.
         """
         with self._arrays.scope():
             return self._encode(batches, config)
@@ -183,7 +185,7 @@ class Encoder:
             low, high = max(window.done - halo, window.first), min(stop + halo, window.stop)
             core = slice(window.done - low, stop - low)
             tokens, frames, linked = window.rows(low, high)
-            # Nothing can be taken from the frame before the window: its first frame starts a run.
+            # The frame before the window is unknown: nothing shifts across its start.
             linked = linked.copy()
             linked[0] = False
             by_frames = self.bundle.attention_input == "frames"

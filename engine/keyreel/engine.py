@@ -1,4 +1,4 @@
-"""The Engine: a model on a device, set once, asked often."""
+"""The Engine: one model on one device, loaded once, for many videos and queries."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Video: TypeAlias = Source | str | os.PathLike[str] | bytes | BinaryIO
 class Engine:
     """Turns videos into key-frames, vectors and moments. Safe to share between threads.
 
-    A service calls `await asyncio.to_thread(engine.summarize, path)`: the work runs in native code, without
+    In asyncio code call `await asyncio.to_thread(engine.summarize, path)`: the work runs in native code, which releases
     the interpreter lock.
 
         with Engine.from_pretrained() as engine:
@@ -81,16 +81,16 @@ class Engine:
     ) -> Engine:
         """Loads a model onto a device.
 
-        With TensorRT, plans that are not in the cache yet are built, which may take minutes.
+        With TensorRT it builds the plans that the cache lacks, which may take minutes.
 
         Args:
-            model: "builtin", the folder of a bundle, or the name of a model that `keyreel export` has put into the
-                cache, "ViT-B-32/laion2b_s34b_b79k".
+            model: "builtin"; the name of an installed or exported model, such as "ViT-B-32/laion2b_s34b_b79k"; or the
+                folder of a bundle.
             device: "auto", "cpu" or "cuda:N". An explicit device never falls back.
-            threads: threads inside one operator; what the runtime finds by default.
+            threads: threads inside one operator; by default the runtime chooses.
 
         Raises:
-            ModelError: there is no such bundle, or it is damaged.
+            ModelError: the model is not found or damaged.
             BackendUnavailable: the device does not work.
             MissingExtra: no runtime is installed.
         """
@@ -108,7 +108,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Frees the model. Idempotent; calls that are under way must have ended."""
+        """Frees the model. Idempotent. Wait for running calls first."""
         with self._lock, self.backend.ops.arrays.scope():
             if self._encoder is not None:
                 self._encoder.close()
@@ -118,12 +118,12 @@ class Engine:
             self.backend.release()
 
     def warmup(self) -> None:
-        """Does now what the first calls would do: opens the text tower, compiles kernels, records the plans' graphs.
+        """Does the slow work of the first calls now: opens the text tower, compiles kernels, records CUDA graphs.
 
-        The image tower's sessions were opened, and plans that were missing built, when the engine was made.
+        `from_pretrained` has already loaded the image tower and built missing plans.
 
         Raises:
-            ModelError: a plan cannot be built, or computes something else than the graph.
+            ModelError: a TensorRT plan cannot be built, or gives other values than the graph.
         """
         image, size = self.bundle.image, self.backend.batch_size
         numbers = np.arange(size)
@@ -149,13 +149,14 @@ class Engine:
         transform: ImageTransform | None = None,
         batch_size: int | None = None,
     ) -> Stream:
-        """Decodes the frames that `sampling` names: an iterator of FrameBatch, to be closed or used in a `with`.
+        """Decodes frames. Returns an iterator of FrameBatch: close it, or use it in a `with`.
 
-        On a CUDA device `data` is a CuPy array, which other libraries take through DLPack.
+        On a CUDA device `FrameBatch.data` is a CuPy array; other libraries read it through DLPack.
 
         Args:
-            transform: size of the frames; the display size by default. `engine.bundle.image` is the model's.
-            batch_size: frames in a batch; by default what suits the device.
+            sampling: which frames; by default two a second.
+            transform: size of the frames; by default the display size. `engine.bundle.image` is what the model takes.
+            batch_size: frames in a batch; the default depends on the device.
 
         Raises:
             SourceError: the video cannot be opened.
@@ -164,18 +165,16 @@ class Engine:
         return self.backend.open_stream(_as_source(video), sampling or Sampling(), transform=transform, batch_size=size)
 
     def embed(self, frames: FrameBatch | NDArray[Any] | Any) -> F32:
-        """Frames in memory -> vectors.
+        """Encodes frames in memory as vectors.
 
         Args:
-            frames: a FrameBatch or any array with __dlpack__, [T, H, W, 3] uint8 RGB; neighbours in time are taken to
-                be neighbours in the array.
+            frames: a FrameBatch, or any array with `__dlpack__`: [T, H, W, 3] uint8 RGB, in order of time.
 
         Returns:
-            [T, D] float32, unit length, the scene's; where the frames are: a CuPy array for frames on the engine's
-            CUDA device.
+            [T, D] float32, unit length: scene vectors. A CuPy array for frames on the engine's CUDA device, else NumPy.
 
         Raises:
-            ValueError, TypeError: not such an array, or one on another device.
+            ValueError, TypeError: another shape, dtype or device.
         """
         data: Any = frames.data if isinstance(frames, FrameBatch) else frames
         if not hasattr(data, "__dlpack__"):
@@ -206,7 +205,7 @@ class Engine:
         encode: EncodeConfig | None = None,
         progress: Progress | None = None,
     ) -> Embedding:
-        """A video -> a scene and a subject vector for each sampled frame, with maps and picture signals.
+        """Encodes a video: a scene and a subject vector for each sampled frame, attention maps and picture signals.
 
         Raises:
             SourceError: the video cannot be decoded.
@@ -222,25 +221,30 @@ class Engine:
 
     @traced("keyreel.encode_text")
     def encode_text(self, texts: str | Sequence[str]) -> F32:
-        """Texts -> [Q, D] float32 unit vectors, in the space of the frames' vectors."""
+        """Encodes texts as [Q, D] float32 vectors of unit length; their cosines with frame vectors rank frames.
+
+        Raises:
+            TypeError: `texts` is not a sequence of strings.
+        """
         encoder = self._texts()
         with self.backend.running():
             return encoder.encode([texts] if isinstance(texts, str) else list(texts))
 
     def unknown_words(self, query: Query | Combined) -> list[str]:
-        """The words of a query's texts that the model does not know, in order; the built-in model has a list of words.
+        """Lists the words of a query's texts that the model does not know, in order.
 
-        A model without one, such as CLIP, gives []. The chances of hits fall with the share of unknown words.
+        Only the built-in model has a list of words; others, such as CLIP, give []. Unknown words lower the chances of
+        hits.
         """
         words = [word for text in Combined.of(query).texts for word in self._texts().unknown_words(text)]
         return list(dict.fromkeys(words))
 
     def known(self, text: str) -> float:
-        """The share of the words of a text that the model knows; words such as "the" do not count."""
+        """Fraction of a text's words that the model knows, 0..1. Words such as "the" do not count."""
         return self._texts().known(text)
 
     def chances(self) -> Chances | None:
-        """What makes chances of scores; None if the model was not calibrated."""
+        """Returns what converts scores to chances; None if the model was not calibrated."""
         scale = self.bundle.chance
         if self._chances is None and scale is not None:
             self._chances = Chances(self.encode_text(scale.background), scale)
@@ -248,13 +252,13 @@ class Engine:
 
     @traced("keyreel.encode_image")
     def encode_image(self, image: str | os.PathLike[str] | NDArray[Any]) -> F32:
-        """A picture -> [1, D] float32 unit vector.
+        """Encodes a picture as a [1, D] float32 vector of unit length.
 
         Args:
-            image: a file that Pillow reads, or [H, W, 3] uint8 RGB.
+            image: path of a picture, or [H, W, 3] uint8 RGB.
 
         Raises:
-            SourceError: the file is missing or is no picture.
+            SourceError: the file is missing or is not a picture.
         """
         if isinstance(image, (str, os.PathLike)):
             image = read_picture(image)
@@ -280,18 +284,18 @@ class Engine:
         """Finds the key-frames, shots and scenes of a video.
 
         Args:
-            keyframes: how many, or "auto"; see also `select`.
-            sampling: which frames are analysed; two a second by default.
-            fps: short for `sampling=Sampling(fps=fps)`.
-            limits: bounds on the video's size and length, and whether URLs are opened.
-            thumbnails: keep small pictures for `save`, 43 KB each, 200 at most; else it decodes them again.
+            keyframes: how many, or "auto"; `select` has more settings.
+            sampling: which frames to analyse; by default two a second.
+            fps: frames to analyse per second, short for `sampling=Sampling(fps=fps)`.
+            limits: the largest video to accept, and whether to open URLs.
+            thumbnails: keep at most 200 small pictures for `save`, 43 KB each; without them `save` decodes again.
             progress: called as progress(stage, done, total) from this thread.
-            cancel: asked after each batch of frames, such as `threading.Event().is_set`; True ends the work.
+            cancel: called after each batch of frames, such as `threading.Event().is_set`; True stops the work.
 
         Raises:
             SourceError: the video cannot be decoded.
             Cancelled: `cancel` returned True.
-            ValueError, TypeError: arguments that do not fit.
+            ValueError, TypeError: wrong or contradicting arguments.
         """
         began = time.perf_counter()
         for name, value, kind in (
@@ -312,10 +316,10 @@ class Engine:
             if not isinstance(keyframes, int):
                 raise TypeError(f"keyframes must be a whole number or 'auto', got {keyframes!r}")
             select = dataclasses.replace(select, keyframes=keyframes, per_minute=None)
-        # Everything after the decoder takes times as rising.
+        # All later stages need rising times.
         sampling = dataclasses.replace(sampling, times=tuple(sorted(sampling.times)))
         if limits is not None and isinstance(video, Source):
-            raise TypeError("this video is a Source, which has limits of its own")
+            raise TypeError("this video is a Source, which has its own limits")
         source = video if isinstance(video, Source) else Source(video, limits=limits or DecodeLimits())
         _log.debug("%s: %s, %s, %s", source.name, sampling, encode, select)
 
@@ -382,7 +386,13 @@ class Engine:
         )
 
     def search(self, query: Query | Combined, summaries: Sequence[Summary], *, k: int = 5) -> Hits[SearchHit]:
-        """The k best moments of several videos that answer a text or a picture, best first."""
+        """Finds the k best moments of several summarized videos for a text or a picture, best first.
+
+        Raises:
+            ValueError: k < 1, or a summary has vectors of another model.
+            SourceError: the picture cannot be read.
+            TypeError: an `Example`; `Library.search` takes it.
+        """
         asked = self._asked(query)
         pictures = sum(len(summary.shots) for summary in summaries)
         image, hits = dataclasses.asdict(self.bundle.image), list[SearchHit]()
@@ -427,7 +437,7 @@ class Engine:
         return select_keyframes(embedding, config, ops, duration_seconds=duration_seconds, shots=shots, vectors=vectors)
 
     def _asked(self, query: Query | Combined) -> Asked:
-        """The model's scale holds between texts and pictures; two pictures are compared by plain cosines."""
+        """Encodes a query. The subject's scale is fitted for texts; pictures are compared by plain cosines."""
         own = self.bundle.subject
         plain = SubjectScale(novelty=own.novelty)
 
@@ -447,7 +457,7 @@ class Engine:
 
 
 def _picture(summary: Summary, hit: SearchHit) -> U8 | None:
-    """The best frame of a hit, small; None where the video cannot be read any more."""
+    """A small picture of a hit's best frame; None if the video cannot be read any more."""
     source = getattr(summary.actions, "source", None)
     return None if source is None else picture_at(source, hit.pts_seconds, PREVIEW)
 

@@ -1,26 +1,26 @@
-"""The errors, as a tree.
+"""The error classes.
 
-KeyreelError                   .hint: what to do about it, .exit_code: what the command line exits with
+KeyreelError                   .hint: what to do; .exit_code of the command line
 ├─ SourceError        exit 3   the video
-│  ├─ SourceNotFound
-│  ├─ UnsupportedCodec         no decoder for it, or no video stream in it
-│  ├─ CorruptStream            .recovered_frames: how many could be decoded
-│  └─ NoFrames                 no wanted frame lies in the window
-├─ ModelError         exit 4   the bundle
-│  ├─ ModelNotFound            .near: names that are close
-│  ├─ CheckpointMismatch       a file differs from the one in the manifest
-│  └─ PlanStale                no TensorRT plan fits this graph on this machine
+│  ├─ SourceNotFound           no such file
+│  ├─ UnsupportedCodec         no decoder, or no video stream
+│  ├─ CorruptStream            .recovered_frames: how many were decoded
+│  └─ NoFrames                 the sampling window has no frame
+├─ ModelError         exit 4   the model
+│  ├─ ModelNotFound            .near: similar names
+│  ├─ CheckpointMismatch       a file differs from the manifest
+│  └─ PlanStale                no TensorRT plan for this graph and machine
 ├─ BackendError       exit 5   the device
-│  ├─ BackendUnavailable       .probe: which probe failed
+│  ├─ BackendUnavailable       .probe: the check that failed
 │  └─ OutOfMemory              the hint says what to lower
-├─ LibraryError       exit 6   the library of videos
+├─ LibraryError       exit 6   the library
 │  ├─ ModelMismatch            its vectors are of another model
-│  └─ Damaged                  .findings: what cannot be read
+│  └─ Damaged                  .findings: one line for each problem
 ├─ RenderError        exit 7   the outputs
 ├─ ConfigError        exit 2   the file keyreel.toml
-└─ Cancelled          exit 130 the caller's `cancel` asked to stop
+└─ Cancelled          exit 130 the caller's `cancel` returned True
 
-MissingExtra(ImportError)      a feature's package is not installed; names the pip command
+MissingExtra(ImportError)      exit 2, a package is not installed; names the pip command
 Wrong arguments raise ValueError or TypeError.
 """
 
@@ -42,8 +42,8 @@ class KeyreelError(Exception):
     """Base of all errors that keyreel raises on purpose.
 
     Args:
-        message: what was wrong, what was got, what is allowed.
-        hint: what the user can do about it; printed on a line of its own.
+        message: what is wrong, and what is allowed.
+        hint: what the user can do; printed on the next line.
     """
 
     exit_code = 1
@@ -58,17 +58,17 @@ class KeyreelError(Exception):
 
 
 class SourceError(KeyreelError):
-    """The video cannot be used."""
+    """The video cannot be read."""
 
     exit_code = 3
 
 
 class SourceNotFound(SourceError):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 class UnsupportedCodec(SourceError):
-    """No decoder for it, or no video stream in it."""
+    """The file has no video stream, or no decoder reads it."""
 
 
 class CorruptStream(SourceError):
@@ -80,17 +80,17 @@ class CorruptStream(SourceError):
 
 
 class NoFrames(SourceError):
-    """No wanted frame lies in the window; streams raise it while they are iterated."""
+    """The sampling window has no frame. Raised while iterating over the frames."""
 
 
 class ModelError(KeyreelError):
-    """The model bundle cannot be used."""
+    """The model cannot be used."""
 
     exit_code = 4
 
 
 class ModelNotFound(ModelError):
-    """No bundle of that name; `near` holds names that are close to it."""
+    """There is no model of that name. `near` holds similar names."""
 
     def __init__(self, name: str, known: Iterable[str] = (), *, hint: str | None = None) -> None:
         self.near = tuple(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5))
@@ -99,11 +99,11 @@ class ModelNotFound(ModelError):
 
 
 class CheckpointMismatch(ModelError):
-    """A file of the bundle differs from the one in its manifest."""
+    """A file of the model differs from its manifest."""
 
 
 class PlanStale(ModelError):
-    """No TensorRT plan fits the graph, the device, the batch sizes and the installed TensorRT."""
+    """There is no TensorRT plan for this graph, device, batch size and version of TensorRT."""
 
 
 class BackendError(KeyreelError):
@@ -113,7 +113,7 @@ class BackendError(KeyreelError):
 
 
 class BackendUnavailable(BackendError):
-    """The device that was asked for does not work; `probe` names the check that failed."""
+    """The requested device does not work. `probe` names the check that failed."""
 
     def __init__(self, message: str, *, probe: str, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -121,7 +121,7 @@ class BackendUnavailable(BackendError):
 
 
 class OutOfMemory(BackendError):
-    """The device's memory is full; the hint says what to lower."""
+    """The memory of the device is full. The hint says what to lower."""
 
 
 class LibraryError(KeyreelError):
@@ -131,11 +131,11 @@ class LibraryError(KeyreelError):
 
 
 class ModelMismatch(LibraryError):
-    """The library holds vectors of another model."""
+    """The library holds vectors of another model than the engine's."""
 
 
 class Damaged(LibraryError):
-    """Files of the library cannot be read; `findings` has a line for each problem."""
+    """Files of the library cannot be read. `findings` has a line for each problem."""
 
     def __init__(self, message: str, findings: Iterable[str] = (), *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -149,7 +149,7 @@ class RenderError(KeyreelError):
 
 
 class Cancelled(KeyreelError):
-    """The caller's `cancel` asked to stop."""
+    """The caller's `cancel` returned True."""
 
     exit_code = 130
 
@@ -161,9 +161,9 @@ class ConfigError(KeyreelError):
 
 
 def pip_install(extra: str) -> str:
-    """The command that installs an extra, from where keyreel itself is installed from.
+    """The pip command that installs an extra of keyreel.
 
-    That is a checkout, a wheel or a repository, as pip notes it (PEP 610), else the package index.
+    It installs from the same origin as keyreel itself: a checkout, or what pip recorded (PEP 610), else the index.
     """
     checkout = Path(__file__).parents[2]
     if (checkout / "pyproject.toml").is_file():  # editable, or not installed at all
@@ -178,12 +178,12 @@ def pip_install(extra: str) -> str:
 
 
 class MissingExtra(ImportError):
-    """An optional package is not installed."""
+    """A feature needs a package that is not installed. The message names the pip command."""
 
     exit_code = 2
 
     def __init__(self, module: str, extra: str, purpose: str, *, others: Mapping[str, str] | None = None) -> None:
-        # others: packages that would do as well, and their extras
+        # others: alternative packages and their extras
         either = {module: extra, **(others or {})}
         packages = " or ".join(repr(name) for name in either)
         lines = " or ".join(pip_install(name) for name in either.values())
@@ -193,14 +193,14 @@ class MissingExtra(ImportError):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One of several videos that could not be worked on, and why; the others go on."""
+    """A video that failed among several, and its error. The others go on."""
 
     video: str
     error: KeyreelError
 
     @classmethod
     def of(cls, video: str, error: Exception) -> Failure:
-        """From any exception."""
+        """Makes a Failure of any exception."""
         known = error if isinstance(error, KeyreelError) else KeyreelError(f"{type(error).__name__}: {error}")
         return cls(video, known)
 
@@ -209,16 +209,16 @@ def import_extra(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Imports an optional module.
 
     Raises:
-        MissingExtra: it is not installed; names the extra that brings it.
+        MissingExtra: it is not installed.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        # A module that is there but misses one of its own is a broken installation, not a missing extra.
+        # An installed module that lacks one of its own dependencies is broken, not a missing extra.
         if error.name and module.split(".")[0] != error.name.split(".")[0]:
             raise
         raise MissingExtra(module.split(".")[0], extra, purpose) from error
     except ImportError as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):  # modules in C++ turn it into this
+        if isinstance(error.__cause__, KeyboardInterrupt):  # C++ modules turn Ctrl-C into an ImportError
             raise KeyboardInterrupt from error
         raise

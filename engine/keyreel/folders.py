@@ -1,4 +1,4 @@
-"""The videos in a folder as people have them: on a NAS, a phone's card, a downloads folder."""
+"""Finds the videos in folders as people have them: a NAS, a phone's memory card, a downloads folder."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SUFFIXES = frozenset((
     ".qt", ".rm", ".rmvb", ".tod", ".trp", ".ts", ".vob", ".webm", ".wmv", ".wtv", ".xvid", ".y4m",
 ))
 # fmt: on
-IGNORE_FILE = ".keyreelignore"  # in the syntax of gitignore, for its folder and those below
+IGNORE_FILE = ".keyreelignore"  # gitignore's syntax, for its folder and those below
 _SYSTEM = frozenset(("@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"))
 _PARTIAL = re.compile(r"(\.(part|partial|crdownload|download|aria2|opdownload|!qb|!ut)$|^~\$)", re.IGNORECASE)
 _TS = rb"(?:.{4})?\x47(?:.{187}|.{191})\x47"
-# Suffixes that other files have too, and how a video with them begins: .ts is also TypeScript and Qt's translations,
-# .mod also music, .qt also an image, .obu, .360 and .dv also anything.
+# Suffixes of other files too, and how a video with them begins: .ts is also TypeScript and Qt's translations, .mod also
+# music, .qt also an image; .obu, .360 and .dv can be anything.
 _HEADS = {
     **dict.fromkeys((".ts", ".m2t", ".trp"), re.compile(_TS, re.DOTALL)),
     **dict.fromkeys((".mod", ".tod"), re.compile(rb"\x00\x00\x01[\xba\xb3]|" + _TS, re.DOTALL)),
@@ -35,15 +35,15 @@ _HEADS = {
 
 
 def videos_in(folder: Path, *, hidden: bool = False) -> tuple[list[Path], Counter[str]]:
-    """The videos of a folder and those below it, in order, and how many files were passed over, by reason.
+    """Lists the videos of a folder and of those below it, in order, and counts the skipped files by reason.
 
-    A file is a video by its suffix; where other files have that suffix too, by how it begins. Files and folders that
-    `.keyreelignore` names are left out, and so are hidden ones, a NAS's thumbnails, recycle bins and what is still
-    being downloaded. Links to folders are not followed.
+    A file is a video by its suffix, and by its first bytes if other files have that suffix too. It skips what
+    `.keyreelignore` names, hidden files, a NAS's thumbnails, recycle bins and unfinished downloads, and does not follow
+    links to folders.
 
     Args:
         folder: where to look.
-        hidden: take hidden and system folders and files, too.
+        hidden: also take hidden and system folders and files.
     """
     found: list[Path] = []
     passed: Counter[str] = Counter()
@@ -73,12 +73,12 @@ def videos_in(folder: Path, *, hidden: bool = False) -> tuple[list[Path], Counte
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or a folder is hidden, or a system's own."""
+    """Whether a file or folder is hidden or belongs to a system."""
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
 def _reason_against(path: Path, rules: list[tuple[Path, pathspec.GitIgnoreSpec]], *, hidden: bool) -> str | None:
-    """None for a video; "" for what nobody takes for one."""
+    """Why a file is skipped: None for a video, "" for a file that does not look like one."""
     suffix = path.suffix.lower()
     if _PARTIAL.search(path.name):
         return "unfinished downloads"
@@ -99,7 +99,7 @@ def _reason_against(path: Path, rules: list[tuple[Path, pathspec.GitIgnoreSpec]]
             if head and not _HEADS[suffix].match(head):
                 return f"{suffix} files that are not videos"
     except OSError:
-        return None  # the error is told where the video is opened
+        return None  # opening the video raises the error
     return None
 
 
@@ -112,7 +112,7 @@ def _rules_of(folder: Path) -> list[tuple[Path, pathspec.GitIgnoreSpec]]:
 
 
 def _is_ignored(path: Path, rules: list[tuple[Path, pathspec.GitIgnoreSpec]], *, folder: bool = False) -> bool:
-    """As git decides: the last rule that fits, of the nearest folder first."""
+    """Whether the ignore files exclude a path: as in git, the last matching rule of the nearest folder decides."""
     for root, spec in reversed(rules):
         name = path.relative_to(root).as_posix() + ("/" if folder else "")
         if (fits := spec.check_file(name).include) is not None:

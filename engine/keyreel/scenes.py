@@ -1,4 +1,4 @@
-"""Scenes: neighbouring shots that show the same, and the parts of a long take that do not."""
+"""Finds scenes: joins similar neighbouring shots, and divides long shots that change."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from keyreel.runtime.bundle import SCENE_SIMILARITY
 from keyreel.shots import shot_of
 from keyreel.types import F32, F64, Shot
 
-# A part of a take is no shorter.
+# The shortest part of a shot.
 LEAST_SECONDS = 4.0
 
 
 def find_scenes(
     vectors: F32, pts_seconds: F64, shots: Sequence[Shot], alike: float = SCENE_SIMILARITY
 ) -> tuple[Shot, ...]:
-    """Scenes in time order; they cover what the shots cover.
+    """Finds the scenes of a video.
 
-    First each shot is divided where its two sides differ most, again and again, while the mean vectors of the sides
-    have a cosine of `alike` or less. Then the two neighbours that are most alike become one, while there are any with a
-    higher one.
+    It first divides each shot where its two sides differ most, repeatedly, while the cosine of their mean vectors is at
+    most `alike`. Then it joins the two most similar neighbours, repeatedly, while their cosine is higher.
 
     Args:
         vectors: [T, D] float32, unit length, of the sampled frames.
         pts_seconds: [T] float64, rising.
-        shots: in time order, each behind the other.
-        alike: the cosine; the built-in model's by default, others have their own (`Bundle.scene_similarity`).
+        shots: in time order, without gaps.
+        alike: the cosine, see `Bundle.scene_similarity`; by default that of the built-in model.
     """
     sums = np.concatenate([np.zeros((1, vectors.shape[1])), np.cumsum(vectors, axis=0, dtype=np.float64)])
     shot = shot_of(shots, pts_seconds)
     first = np.searchsorted(shot, np.arange(len(shots) + 1))
     starts: list[float] = []
-    rows: list[int] = []  # the first one of each part
+    rows: list[int] = []  # first row of each part
     for own, low, high in zip(shots, first[:-1].tolist(), first[1:].tolist(), strict=True):
         if low == high and rows:
-            continue  # too short to have been sampled
+            continue  # too short to contain a sample
         starts.append(own.start_seconds)
         rows.append(low)
         for cut in _divided(sums, pts_seconds, low, high, alike):
@@ -59,7 +58,7 @@ def find_scenes(
 
 
 def _divided(sums: F64, pts_seconds: F64, low: int, high: int, alike: float) -> list[int]:
-    """The rows of a shot, [low, high), at which another part begins, rising."""
+    """The rows within a shot [low, high) at which a new part begins, rising."""
     own = sums[low : high + 1]
     square = np.vecdot(own, own)
     cuts, left = list[int](), [(0, high - low)]
@@ -71,7 +70,7 @@ def _divided(sums: F64, pts_seconds: F64, low: int, high: int, alike: float) -> 
         inside = inside[(times >= ends[0]) & (times <= ends[1])]
         if not len(inside):
             continue
-        # |sum|^2 of both sides: no differences of vectors, which would take as much memory as the video's.
+        # |sum|^2 of both sides, without differences of vectors, which would need the memory of all vectors again.
         before = square[inside] - 2 * (own[inside[0] : inside[-1] + 1] @ own[start]) + square[start]
         after = square[inside] - 2 * (own[inside[0] : inside[-1] + 1] @ own[stop]) + square[stop]
         # Squared distances to the means, which k-means minimises, add up to n - |sum|^2 / n on each side.

@@ -1,4 +1,4 @@
-"""Scores to moments: the spans of a video that answer a query."""
+"""Turns the scores of frames into moments: spans of a video that answer a query."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from keyreel.runtime.bundle import SubjectScale
 from keyreel.shots import shot_of
 from keyreel.types import F32, F64, AnsweredBy, Combined, Embedding, Query, Region, SearchHit, Shot
 
-# A scene that lasts no longer is a moment, of a longer one the part that answers:
+# A scene up to this long is one moment. Of a longer one, the moment is the part that answers:
 WHOLE_SECONDS = 20.0
-# what lies so near its peak, and on both sides all that stays above this fraction of the way from the video's median
-# score to the peak, or within this fraction of the peak itself, in scores that are means over twice that time.
+# the frames this near its peak, and on both sides those whose score, a mean over twice that time, stays above this
+# fraction of the way from the video's median to the peak, or within this fraction of the peak.
 AROUND_SECONDS, HOLDS, NEAR = 2.0, 0.3, 0.1
 _ROUNDING = 1e-6  # of scores
-# In a long scene the next moment is at least so far away: what lies beside a part only answers worse.
+# In a long scene the next moment is at least this far away: the frames beside a moment only answer worse.
 APART_SECONDS = 10.0
-# What conditions weigh beside the query, see `Asked.of`. On pairs of an object and a place (`benchmarks.answers`) the
-# mean of two scores found both better than their minimum or the sum of the texts' vectors, and a quarter of the score
-# of what must not be there did better than less and more. More weight of examples loses what the text finds.
+# Weights of conditions beside the query, see `Asked.of`. On pairs of an object and a place (`benchmarks.answers`) the
+# mean of two scores worked better than their minimum or the sum of the vectors, and a quarter of the score of unwanted
+# things better than less or more. With more weight, examples hide what the text finds.
 WITHOUT, MORE, LESS = 0.25, 0.25, 0.1
-# A patch belongs to the subject where the map reaches this fraction of its largest value.
+# A patch belongs to the subject if the map reaches this fraction of its peak.
 OUTLINE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class FrameScores:
-    """How well each frame answers a query."""
+    """The scores of frames for a query."""
 
-    best: F32  # [T, ...] float32: max(<q, scene>, slope <q, subject> + offset), or what `Asked` makes of several
-    by_subject: NDArray[np.bool_]  # [T, ...] whether it was the subject, of several the first one's
+    best: F32  # [T, ...] float32: max(<q, scene>, slope <q, subject> + offset), or a sum of these, see `Asked`
+    by_subject: NDArray[np.bool_]  # [T, ...] bool: whether the subject scored higher (with the first vector)
 
 
 class Part(NamedTuple):
@@ -43,29 +43,32 @@ class Part(NamedTuple):
 
     vector: F32  # [D] float32, unit length
     scale: SubjectScale
-    known: float | None  # of a text, the share of its words that the model knows
+    known: float | None  # of a text: fraction of its words that the model knows
 
     @property
     def is_text(self) -> bool:
+        """Whether it is a text."""
         return self.known is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A query as vectors: the scores that a frame has with each of them are weighed and added up."""
+    """A query as vectors. The score of a frame is the weighted sum of its scores with each of them."""
 
-    vectors: F32  # [n, D] float32, unit length; the first one is the query, the others its conditions
+    vectors: F32  # [n, D] float32, unit length: the query, then its conditions
     scales: tuple[SubjectScale, ...]
     weights: tuple[float, ...]
-    known: tuple[float | None, ...] = ()  # of each text that must be seen, see `Part`
+    known: tuple[float | None, ...] = ()  # of each text that a frame should show, see `Part`
     chances: Chances | None = None
 
     @classmethod
     def of(
         cls, query: Query | Combined, part_of: Callable[[Query], Part], chances: Callable[[], Chances | None]
     ) -> Asked:
-        """The query and the texts of `also` count alike, and make 1 together; of `without` the mean counts, `WITHOUT`
-        of it. Pictures and frames move the answer as relevance feedback does (Rocchio 1971), by `MORE` and `LESS`.
+        """Encodes a query and weighs its conditions.
+
+        The query and the texts of `also` have equal weights that sum to 1. The texts of `without` subtract their mean,
+        times `WITHOUT`. Pictures and frames count as relevance feedback (Rocchio 1971), weighted `MORE` and `LESS`.
         """
         query = Combined.of(query)
         first, also, without = part_of(query.query), [*map(part_of, query.also)], [*map(part_of, query.without)]
@@ -83,7 +86,7 @@ class Asked:
         )
 
     def chance(self, scene: F32, subject: F32 | None, pictures: int) -> float | None:
-        """The chance that a frame shows what the texts say: the lowest one, unknown words lower it. None without texts.
+        """The chance that a frame shows what the texts say: that of the least likely text. Unknown words lower it.
 
         Args:
             scene, subject: [D] float32; None where the frame has no subject of its own.
@@ -98,19 +101,19 @@ class Asked:
         )
 
     def scores(self, scene: F32, subject: F32 | None) -> FrameScores:
-        """See `frame_scores`."""
+        """The scores of frames [T, D], see `frame_scores`."""
         each = [frame_scores(scene, subject, *one) for one in zip(self.vectors, self.scales, strict=True)]
         return added(each, self.weights)
 
 
 def _shared(parts: Sequence[Part], text: float, pictures: float) -> list[float]:
-    """A weight for each text, and what all pictures weigh together."""
+    """The weight of each part: one for each text, and one that all pictures share."""
     count = sum(not part.is_text for part in parts)
     return [text if part.is_text else pictures / count for part in parts]
 
 
 def added(scores: Sequence[FrameScores], weights: Sequence[float]) -> FrameScores:
-    """The weighted sum of the scores with several vectors."""
+    """Adds the scores with several vectors, weighted."""
     if len(scores) == 1 and weights[0] == 1:
         return scores[0]
     best = np.zeros_like(scores[0].best)
@@ -120,12 +123,12 @@ def added(scores: Sequence[FrameScores], weights: Sequence[float]) -> FrameScore
 
 
 def frame_scores(scene: F32, subject: F32 | None, query: F32, scale: SubjectScale) -> FrameScores:
-    """Scores of a query [D], or of several [D, Q], against the better of each frame's two vectors.
+    """Scores of a query [D], or of Q queries [D, Q], with the better of each frame's two vectors.
 
-    As in a library, a subject counts only where it says something new: below `scale.novelty`.
+    As in a library, a subject counts only if its cosine to the scene is below `scale.novelty`.
 
     Args:
-        scene, subject: [T, D] float32, unit length; no subject, no choice.
+        scene, subject: [T, D] float32, unit length; without subject, the scenes' scores.
     """
     answer: F32 = scene @ query
     if subject is None:
@@ -144,7 +147,7 @@ def answered(
     asked: Asked,
     pictures: int,
 ) -> SearchHit:
-    """The hit with which vector of its best frame answered, where its subject is, and its chance.
+    """Completes a hit: which vector of its best frame answered, the region of the subject, and the chance.
 
     Args:
         area: (left, top, right, bottom) of the map on the picture, see `attended_area`.
@@ -161,7 +164,7 @@ def answered(
 
 
 def region(weights: F32, grid: tuple[int, int]) -> Region:
-    """The box around the subject: the patches that reach OUTLINE of the map's peak and touch it, side by side.
+    """The box around the subject: the connected patches around the map's peak that reach OUTLINE of it.
 
     Args:
         weights: [P] float32, a row of `Embedding.attention`. grid: (h, w).
@@ -186,10 +189,10 @@ def region(weights: F32, grid: tuple[int, int]) -> Region:
 
 
 def region_on(area: tuple[float, float, float, float], part: Region) -> Region:
-    """A region of the model's input as one of the whole picture, cut off at its edges.
+    """Converts a region of the model's input to one of the whole picture, clipped to it.
 
     Args:
-        area: (left, top, right, bottom) of the input as shares of the picture, see `attended_area`.
+        area: (left, top, right, bottom) of the input as fractions of the picture, see `attended_area`.
     """
     left, top, right, bottom = area
     x, y, width, height = part
@@ -202,16 +205,16 @@ def region_on(area: tuple[float, float, float, float], part: Region) -> Region:
 def moments(
     scores: F32, pts_seconds: F64, scenes: Sequence[Shot], *, video: str, stop_seconds: float, k: int
 ) -> list[SearchHit]:
-    """The k best moments of one video, best first; they do not overlap.
+    """Finds the k best moments of one video, best first. They do not overlap.
 
-    A moment is the scene of the best frame that is not yet part of one; of a scene longer than `WHOLE_SECONDS`, the
+    A moment is the scene of the best frame that is in no moment yet. Of a scene longer than `WHOLE_SECONDS` it is the
     part around that frame that answers.
 
     Args:
         scores: [T] float32 cosines to the query.
         pts_seconds: [T] float64, rising.
-        scenes: in time order, see `scenes.find_scenes`; without any, all is one.
-        stop_seconds: the end of the video.
+        scenes: in time order, see `scenes.find_scenes`; () treats the video as one scene.
+        stop_seconds: end of the video.
 
     Raises:
         ValueError: k < 1.
@@ -235,7 +238,7 @@ def moments(
             near = slice(*np.clip(np.searchsorted(pts_seconds, beside), first, last).tolist())
             free[near] = False
         free[low:high] = False
-        # The first frame may have begun before the part of the video that was analysed.
+        # The first frame may have begun before the analysed part of the video.
         start = min(scene.start_seconds, float(pts_seconds[low])) if low == first else float(pts_seconds[low])
         stop = max(scene.stop_seconds, float(pts_seconds[last - 1])) if high == last else float(pts_seconds[high])
         found.append(SearchHit(video, start, stop, float(pts_seconds[peak]), float(scores[peak])))
@@ -258,12 +261,12 @@ def _part(scores: F32, pts_seconds: F64, free: NDArray[np.bool_], peak: int, fir
 
 
 def _run(holds: NDArray[np.bool_], peak: int, first: int, last: int) -> tuple[int, int]:
-    """[low, high): the rows around a peak that hold, within [first, last)."""
+    """[low, high): the run of true rows around a peak, within [first, last)."""
     fails = np.flatnonzero(~holds[first:last]) + first
     place = int(np.searchsorted(fails, peak))
     return int(fails[place - 1]) + 1 if place else first, int(fails[place]) if place < len(fails) else last
 
 
 def best_hits(hits: Sequence[SearchHit], k: int) -> list[SearchHit]:
-    """The k best of several videos' hits; equal scores in the order of the names and times."""
+    """The k best hits of several videos; equal scores in order of name and time."""
     return sorted(hits, key=lambda hit: (-hit.score, hit.video, hit.start_seconds))[:k]

@@ -1,13 +1,13 @@
-"""Key-frames: how many, which clusters, which frame of each; at least one.
+"""Chooses key-frames: how many, which clusters, which frame of each. There is always at least one.
 
-1. Weights: black, blank and lone flash frames count next to nothing, so that they take no cluster.
-2. Number: as asked, or the knee of the curve of the worst-covered frame over K = 1..Kmax, all K run as one batch
-   without the penalty; Kmax is at most one for each second.
+1. Weights: black, blank and lone flash frames weigh next to nothing, so that they get no cluster.
+2. Number K: as asked, or automatic: cluster for K = 1..Kmax in one batch, without the penalty, and take the knee of the
+   curve of the worst-covered frame. Kmax is at most one per second of video.
 3. Clusters: spherical k-means with a diversity penalty (keyreel_kernels.clustering).
-4. One frame for each cluster, largest first: of its cleanest frames the closest to the centroid that is neither too
-   near in time nor too similar to a key-frame taken before; without one the cluster is dropped.
-5. Where the number is automatic: no two much alike from one shot, and one for each slide. Slides of text look the same
-   to the model, whose vectors say what is seen and not what is written.
+4. Frames: from each cluster, largest first, the clean frame closest to the centroid that is neither too near in time
+   nor too similar to an earlier choice. A cluster without such a frame is dropped.
+5. If K is automatic: no two similar key-frames from one shot, and one more for each slide. The vectors do not tell
+   slides of text apart, since they describe what is seen, not what is written.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ from keyreel.types import F32, F64, I64, Embedding, KeyFrame, Shot
 from keyreel_kernels import Ops
 from keyreel_kernels.clustering import Clusters
 
-ITERATIONS = 30  # rounds of clustering, at most
-# Weight of frames that must not take a cluster. Not 0: a video that has no other frames still gets a key-frame.
+ITERATIONS = 30  # most rounds of clustering
+# Weight of frames that should get no cluster. Not 0: a video without other frames still gets a key-frame.
 FAINT = 1e-3
-# A frame that is less similar to its neighbours than the median frame by this much is a lone flash.
+# A lone flash is less similar to its neighbours than the median frame, by this cosine.
 FLASH_GAP = 0.25
 # Luma in 0..1: black if mean plus standard deviation is below (a starry night is not), white if the mean is above,
 # blank if the deviation is below.
 BLACK, WHITE, BLANK = 0.1, 0.97, 0.02
-# Next to black, a frame is part of a fade if the next one is brighter by this factor.
+# A frame next to black is part of a fade if the next one is brighter by this factor.
 FADE_STEP = 1.08
-# A smaller K is taken if it comes this close to the knee, as a fraction of both axes.
+# Take a smaller K that comes this close to the knee, as a fraction of both axes.
 NEAR_KNEE = 0.03
 # A frame is covered by its key-frame if their distance (1 - cosine) is below this fraction of the distance between two
 # random frames of the video, within these bounds: frames of one take are mostly closer than the lower, frames of
 # different places mostly farther apart than the upper.
 COVERED_FRACTION, COVERED_BOUNDS = 0.6, (0.1, 0.2)
-# Gaps below this fraction of that distance count as equal. Local optima move them by as much, and the number must not
-# depend on that: a CPU and a GPU, whose pictures differ by rounding, must give the same summary.
+# Smaller gaps, as a fraction of that distance, count as equal. Local optima move them by as much, and K must not depend
+# on that: a CPU and a GPU, whose pictures differ by rounding, must give the same summary.
 FINE = 0.3
-# Frames that the number of key-frames is found on, at most: every K of ten hours would take minutes and gigabytes.
+# Most frames to find K on: all K of all frames of ten hours would take minutes and gigabytes.
 SWEPT_FRAMES = 2048
 SWEPT_COLUMNS = 8192
-# With the automatic number, key-frames of one shot, or so near in time, are no more alike than this cosine.
+# If K is automatic: the largest cosine of two key-frames of one shot, or of two that are this near in time.
 ALIKE, BESIDE_SECONDS = 0.88, 5.0
-# A shot of this length is a slide if its layout changes by no more, in the median: of rendered decks it is up to 0.008,
-# of real clips 0.026 and more.
+# A shot of at least this length is a slide if the median change of its layout is no larger. It is at most 0.008 in
+# rendered decks, and at least 0.026 in real clips.
 SLIDE_SECONDS, SLIDE_CHANGE = 2.5, 0.015
-# What is said of key-frames that are not clean, by the level of the worst; see `frame_quality`.
+# Words of the warning, by the worst level of a key-frame, see `frame_quality`.
 LEVELS = ("", "less sharp than the rest", "dark, bright or blank", "flashes of one frame")
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The key-frames of a video."""
+    """The key-frames of a video, and why they may be poor."""
 
     keyframes: tuple[KeyFrame, ...]  # in time order, at least one
     importance: F32  # [T] float32 in 0..1
@@ -74,12 +74,11 @@ def select_keyframes(
     shots: Sequence[Shot] = (),
     vectors: Any = None,
 ) -> Selection:
-    """Chooses the key-frames of one video; at least one.
+    """Chooses the key-frames of one video: at least one.
 
     Args:
-        shots: in time order; without any, all is one.
-        vectors: [T, 2 D] float32, the embedding's `joint`, where it still is on the device of `ops`: frames are apart
-            where their scenes or their subjects are.
+        shots: in time order; () treats the video as one shot.
+        vectors: [T, 2 D] float32, `embedding.joint`, if it is already on the device of `ops`.
 
     Raises:
         ValueError: the embedding is empty.
@@ -127,11 +126,11 @@ def select_keyframes(
 
 
 def frame_quality(embedding: Embedding, similarity: F32, floor: float) -> tuple[I64, F32]:
-    """How clean each frame is.
+    """Grades each frame.
 
     Args:
-        similarity: [T] float32, to the neighbours in time.
-        floor: fraction of the frames, the least sharp ones, that are not clean.
+        similarity: [T] float32, cosine to the neighbours in time.
+        floor: this fraction of the frames, the least sharp, is not clean.
 
     Returns:
         level [T] int64: 0 clean, 1 among the `floor` fraction of least sharp frames, 2 black, white, blank or in a fade
@@ -139,7 +138,7 @@ def frame_quality(embedding: Embedding, similarity: F32, floor: float) -> tuple[
     """
     count = len(embedding)
     rank = embedding.sharpness.argsort(kind="stable").argsort(kind="stable") / max(count - 1, 1)
-    # Not where all are about equally sharp.
+    # Unless all frames are about equally sharp.
     unsharp = (rank < floor) & (embedding.sharpness < 0.5 * np.median(embedding.sharpness))
     mean = embedding.luma_mean
     spread = embedding.luma_spread
@@ -152,7 +151,7 @@ def frame_quality(embedding: Embedding, similarity: F32, floor: float) -> tuple[
 
 
 def _fading(light: F32, black: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """[T] bool: frames next to black that get brighter away from it, up to the first that hardly does."""
+    """[T] bool: frames of a fade: next to black, each brighter than the one nearer to it."""
     fading = np.zeros(len(light), bool)
     for step in (1, -1):
         inside = False
@@ -169,11 +168,11 @@ def _fading(light: F32, black: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _clusters(
     x: Any, smooth: Any, w: Any, config: SelectConfig, ops: Ops, duration_seconds: float
 ) -> tuple[Clusters, int | None]:
-    """Clusters one video on the device; returns the clusters on the host, and the number that was asked for, if any."""
+    """Clusters one video on the device. Returns the clusters on the CPU, and the requested number, if there is one."""
     wished = config.keyframes
     if config.per_minute is not None:
         wished = max(1, round(config.per_minute * duration_seconds / 60))
-    # At most one a second, unless more are asked for.
+    # At most one per second, unless the caller wants more.
     max_number = wished if wished is not None else min(config.max_keyframes, max(1, int(duration_seconds)))
     to_host = ops.arrays.to_host
     seeds = to_host(ops.seed(smooth, w, np.array([0, len(x)]), min(len(x), max_number))[0])
@@ -188,9 +187,9 @@ def _clusters(
 def _number(
     x: Any, smooth: Any, w: Any, max_number: int, config: SelectConfig, ops: Ops, weigh: Mapping[str, float]
 ) -> int:
-    """The automatic number, 1..max_number: clusters for every K as one batch; looks at the worst-covered frame of each.
+    """The automatic K in 1..max_number: clusters for every K in one batch, and compares their worst-covered frames.
 
-    Of a long video only frames at even steps are used.
+    Of a long video it uses frames at even steps.
     """
     xp, to_host = ops.arrays.xp, ops.arrays.to_host
     even = np.unique(np.linspace(0, len(x) - 1, min(len(x), SWEPT_FRAMES)).round().astype(np.int64))
@@ -203,11 +202,11 @@ def _number(
     # more scenes (planted ones, joined clips); more rounds without repulsion make the number depend on rounding.
     sweep = {**weigh, "penalty": 0.0, "iterations": 1}
     found = ops.cluster(x, w, spans, k, np.repeat(seeds, len(k), axis=0), **sweep)
-    # Many K in one product, within bounded memory.
+    # Several K in one product, within bounded memory.
     together = max(1, SWEPT_COLUMNS // seeds.shape[1])
     chosen = to_host(ops.representatives(spans, k, found.labels, found.similarity, xp.ones(len(x), bool)))
-    # Of the smoothed frames: one noisy frame must not demand a key-frame of its own.
-    # For an empty cluster another of the same K stands in, which changes no maximum.
+    # Smoothed frames: one noisy frame must not demand its own key-frame.
+    # Another cluster of the same K replaces an empty one, which changes no maximum.
     rows = ops.arrays.to_device(np.where(chosen < 0, chosen.max(1, keepdims=True), chosen))
     worst = []
     for own in (rows[n : n + together] for n in range(0, len(rows), together)):
@@ -222,17 +221,16 @@ def _number(
 
 
 def knee(gap: F64, *, enough: float, covered: float) -> int:
-    """The number of clusters after which the worst-covered frame hardly comes closer to a key-frame.
+    """Finds the number of clusters beyond which the worst-covered frame hardly improves.
 
-    The point of the falling curve farthest below the chord from K = 1 to Kmax, both axes scaled to 0..1 (Satopaa et
-    al. 2011, "Finding a Kneedle in a Haystack"), but not before every frame is `covered`. The mean of J falls too
-    smoothly for that: a short scene weighs little in it, while one uncovered scene, however short, shows in the worst
-    gap.
+    It is the point of the falling curve farthest below the chord from K = 1 to Kmax, both axes scaled to 0..1 (Satopaa
+    et al. 2011, "Finding a Kneedle in a Haystack"), but not before every frame is `covered`. The mean of J would not
+    do: a short scene weighs little in it, while an uncovered scene of any length shows in the worst gap.
 
     Args:
-        gap: [Kmax] float64, for K = 1..Kmax.
-        enough: gap at which no further cluster is needed.
-        covered: gap at which a frame is still covered by its key-frame.
+        gap: [Kmax] float64: 1 - cosine of the worst-covered frame to its key-frame, for K = 1..Kmax.
+        enough: with this gap no further cluster is needed.
+        covered: up to this gap a key-frame covers a frame.
 
     Returns:
         K in 1..Kmax.
@@ -244,7 +242,7 @@ def knee(gap: F64, *, enough: float, covered: float) -> int:
     if max_k <= 2:
         return max_k
     if curve[-1] > 0.5 * curve[0]:
-        return len(curve)  # Kmax clusters do not cover half of the way: there is no knee yet
+        return len(curve)  # Kmax clusters do not even halve the gap: there is no knee
     curve = np.maximum(curve, FINE * covered)
     x = np.linspace(0, 1, len(curve))
     y = (curve - curve[-1]) / (curve[0] - curve[-1])
@@ -257,7 +255,7 @@ def knee(gap: F64, *, enough: float, covered: float) -> int:
 def _representatives(
     x: F32, pts: F64, found: Clusters, level: I64, config: SelectConfig, shot: I64
 ) -> list[tuple[int, int]]:
-    """(cluster, row) of each key-frame, the largest cluster first."""
+    """(cluster, row) of each key-frame, from the largest cluster to the smallest."""
     labels, similarity = found.labels, found.similarity
     limit = config.similarity_limit
     beside = min(ALIKE, limit) if config.automatic else limit
@@ -269,12 +267,12 @@ def _representatives(
         if not len(rows):
             continue
         best_level = level[rows].min()
-        # Two frames are equally near the centroid between them: the earlier one, whatever a device's rounding says.
+        # Rounded: of two frames equally near the centroid take the earlier one, on every device.
         rows = rows[np.lexsort((-similarity[rows].round(4), level[rows]))]
         fallback.append(((int(best_level), -float(similarity[rows[0]])), int(cluster), int(rows[0])))
         if best_level >= 2:
-            continue  # black or a lone flash is no scene
-        # Only the half nearest to the centroid: a frame at the rim would represent the neighbouring cluster.
+            continue  # black frames and lone flashes are not scenes
+        # Only the half nearest to the centroid: a frame at the rim resembles the neighbouring cluster.
         clean = rows[level[rows] == best_level]
         for row in clean[: -(-len(clean) // 2)]:
             others = np.array([other for _, other in taken], np.int64)
@@ -290,7 +288,7 @@ def _representatives(
 
 
 def _slides(embedding: Embedding, shots: Sequence[Shot], shot: I64, level: I64, taken: set[int]) -> list[int]:
-    """The sharpest clean frame of each slide that has no key-frame yet, the longest slides first."""
+    """The sharpest clean frame of each slide without a key-frame, longest slides first."""
     found: list[tuple[float, int]] = []
     for number, own in enumerate(shots):
         rows = np.flatnonzero(shot == number)
@@ -303,7 +301,7 @@ def _slides(embedding: Embedding, shots: Sequence[Shot], shot: I64, level: I64, 
 
 
 def _importance(x: F32, w: F32, found: Clusters) -> F32:
-    """[T] float32 in 0..1: how well a frame represents its cluster, times its distance from the video's average."""
+    """[T] float32 in 0..1: how well a frame represents its cluster, times its distance from the video's mean."""
     mean = (w[:, None] * x).sum(0)
     mean /= max(float(np.linalg.norm(mean)), 1e-12)
     raw = np.maximum(found.similarity, 0) * (1 - x @ mean) * w

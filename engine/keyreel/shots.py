@@ -1,9 +1,9 @@
-"""Shots: where one take ends and the next begins.
+"""Finds shots: where one take ends and the next begins.
 
-The samples name places that are worth a look: there the colours, the layout or the content differ. Around each, all
-frames are looked at, and what they show decides: a cut is one step between two frames that moving blocks do not
-explain, far more than the steps around it, and from which the picture does not come back (as it does after a flash). A
-dissolve is a run of frames that are mixtures of its ends; a fade is a run of black.
+Between some samples the colours, the layout or the content differ. There, a second look decodes all frames and decides.
+A cut is a step between two frames that moving blocks do not explain, much larger than the steps around it, and after
+which the picture does not return, as it does after a flash. A dissolve is a run of frames that mix its two ends. A fade
+is a run of black.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from keyreel.errors import NoFrames
 from keyreel.runtime.backend import Backend
 from keyreel.types import F32, F64, Embedding, Shot
 
-# Mean plus standard deviation of the luma (0..1) below which a frame is part of a fade through black. The mean alone
-# would take a starry night for black.
+# A frame is black, part of a fade, if mean plus standard deviation of its luma (0..1) are lower. By the mean alone, a
+# starry night would be black.
 DARK = 0.06
-# What is worth a second look between two samples: a colour histogram distance,
+# What calls for a second look between two samples: a colour histogram distance,
 COLOURS = 0.15
 # a change of content (see `scene_change`),
 CONTENT = 0.2
-# or a change of layout that is so many times that of the samples around it, as with slides.
+# or a change of layout this many times as large as around it, as with slides.
 LAYOUT, STANDS_OUT = 0.08, 3.0
 # A step is a cut if it leaves this unexplained, see `unexplained`,
 UNEXPLAINED = 0.1
@@ -42,10 +42,10 @@ UNEXPLAINED = 0.1
 CONTRAST, NOISE = 2.0, 0.02
 # and the product of both is this or more: little that changes while all else is still, or all while much moves.
 EVIDENCE = 0.6
-# Of what the step left unexplained, frames before and after it leave this share at least, or the picture came back.
+# Frames before and after the step leave at least this share of that unexplained, else the picture returned.
 STAYS = 0.5
-# The frames of a dissolve differ from mixtures of its ends by this share of what the ends differ by, at most; less
-# where the ends, which leave this unexplained, have something in common.
+# The frames of a dissolve differ from mixtures of its ends by at most this share of the ends' difference; by less if
+# the ends, which leave this unexplained, have something in common.
 MIXTURE, ENDS = 0.22, 0.45
 # Mixtures of strangers are flatter: the variance of the middle frame is such a share of the ends', half of it at least
 # but for noise.
@@ -53,46 +53,45 @@ FLATTER = (0.4, 0.85)
 # Mixtures as exact as this, between ends that leave this unexplained, are dissolves of slides, if all is so still on
 # both sides; else it may be a title that appears in the picture.
 EXACT, SLIDES, STILL = 0.01, 0.18, 0.03
-# Shorter shots are joined to a neighbour.
+# Join shorter shots to a neighbour.
 MIN_SHOT_SECONDS = 0.5
-# Seconds around the two samples that the second look covers as well: to see how much frames differ there, and for
-# dissolves.
+# The second look also covers these seconds around the two samples: to compare, and for dissolves.
 MARGIN_SECONDS, DISSOLVE_SECONDS = 0.2, 0.6
-# Distance (1 - cosine) of two random frames, at least: in a video of one scene a moving hand must not look like
-# another scene.
+# Lower bound of the distance (1 - cosine) of two random frames: in a video of one scene, a moving hand must not look
+# like a new scene.
 MIN_TYPICAL = 0.3
-# Windows of the second look that share one pass; more would gain nothing.
+# Windows of the second look in one pass over the file; more gain nothing.
 TOGETHER = 256
 # Frames of the second look, and the blocks and how far they may move from one frame to the next, in pixels of it.
 SMALL = ImageTransform(72, 128, mode="squash", interpolation="area")
 BLOCK, REACH = 8, 8
-# Steps on each side that a cut is compared with, and frames on each side to which the picture may come back.
+# Steps on each side to compare a cut with, and frames on each side to which the picture may return.
 AROUND, BACK = 4, (0, 2, 4)
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-# Half lengths of the dissolves that are tried.
+# Half lengths of the dissolves to try.
 _HALVES_SECONDS = (0.24, 0.4, 0.6)
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A place where a shot may begin: after sample `before`, not later than sample `after`."""
+    """A place where a shot may begin: after sample `before`, at the latest with sample `after`."""
 
     before: int
     after: int
-    kind: Literal["suspect", "change", "fade"]  # maybe a cut, maybe a cut or a dissolve, a run of black
+    kind: Literal["suspect", "change", "fade"]  # a cut or nothing; a cut, a dissolve or nothing; a fade
 
 
 def find_candidates(embedding: Embedding) -> tuple[Candidate, ...]:
-    """Where shots may begin, from the samples alone.
+    """Finds where shots may begin, from the samples alone.
 
-    A run of black between two pictures is a fade. Elsewhere the second look decides.
+    A run of black between two pictures is a fade. `place_boundaries` decides about all others.
     """
     content = scene_change(embedding)
     count = len(content)
     dark = embedding.luma_mean + embedding.luma_spread < DARK
     edges = np.flatnonzero(np.diff(np.concatenate([[False], dark, [False]]).astype(np.int8))).reshape(-1, 2)
     fades = [(int(start), int(stop)) for start, stop in edges if start > 0 and stop < count]
-    # Changes on the ramps into and out of the black belong to the fade.
+    # The ramps into and out of the black belong to the fade.
     ramps = {t for start, stop in edges for t in range(start - 1, stop + 2)}
     found = [Candidate(start - 1, stop, "fade") for start, stop in fades]
     layout = _stands_out(embedding.layout_change)
@@ -107,7 +106,7 @@ def find_candidates(embedding: Embedding) -> tuple[Candidate, ...]:
 
 
 def _stands_out(change: F32) -> NDArray[np.bool_]:
-    """[T] bool: where the layout changes much more than around."""
+    """[T] bool: whether the layout changes much more than at the samples around."""
     padded = np.pad(change, AROUND, mode="reflect" if len(change) > AROUND else "edge")
     around = np.delete(sliding_window_view(padded, 2 * AROUND + 1), AROUND, axis=1)
     found: NDArray[np.bool_] = (change >= LAYOUT) & (change >= STANDS_OUT * np.median(around, axis=1))
@@ -115,10 +114,10 @@ def _stands_out(change: F32) -> NDArray[np.bool_]:
 
 
 def scene_change(embedding: Embedding) -> F32:
-    """[T] float32 in 0..1, 0 for the first sample: how much pictures and content change.
+    """[T] float32 in 0..1: how much picture and content change from the sample before; 0 for the first.
 
-    The geometric mean of two distances: of the colour histograms, which sees every cut but also a turning camera; and
-    of the vectors, relative to the distance between two random frames of the video, which sees new content.
+    It is the geometric mean of two distances. That of the colour histograms rises at every cut, but also with a panning
+    camera. That of the vectors, relative to two random frames of the video, rises with new content.
     """
     z = embedding.vectors
     step = np.zeros(len(z), np.float32)
@@ -132,11 +131,11 @@ def scene_change(embedding: Embedding) -> F32:
 def place_boundaries(
     source: Source, embedding: Embedding, candidates: Sequence[Candidate], backend: Backend
 ) -> tuple[float, ...]:
-    """The time of each boundary, to the frame, in rising order; decodes all frames around the candidates.
+    """Decodes all frames around the candidates, and finds the boundaries.
 
-    A cut begins with the frame that jumps; a dissolve is placed in its middle, a fade where it is darkest. Candidates
-    without any of them are dropped; of boundaries closer than `MIN_SHOT_SECONDS` the strongest stays, fades before
-    cuts, so that the ramps of a fade do not hide its middle.
+    Returns their times in seconds, rising, each that of a frame. A cut lies at its first new frame, a dissolve at its
+    middle, a fade at its darkest frame. Candidates that are none of these are dropped. Of boundaries closer than
+    `MIN_SHOT_SECONDS` the strongest stays; fades come before cuts, so that the ramps of a fade do not hide its middle.
     """
     placed: list[tuple[float, float]] = []  # (strength, time)
     between = [(float(embedding.pts_seconds[c.before]), float(embedding.pts_seconds[c.after])) for c in candidates]
@@ -146,12 +145,12 @@ def place_boundaries(
     ]
     for candidate, (low, high), (pts, luma) in zip(candidates, between, _looks(source, windows, backend), strict=True):
         inside = np.flatnonzero((pts > low) & (pts <= high + 1e-6))
-        inside = inside[inside > 0]  # each needs a frame to differ from
+        inside = inside[inside > 0]  # the first frame of a window has none to differ from
         if not len(inside):
-            continue  # a damaged part need not decode the same way twice
+            continue  # a damaged part may decode differently the second time
         light = luma.mean((1, 2)) + luma.std((1, 2))
         if candidate.kind == "fade" or light.min() < DARK < light.max():
-            # Also black that the samples missed; every window that contains it must name the same frame.
+            # Also black that no sample hit. Every window that contains it must give the same frame.
             placed.append((2.0 - float(light.min()), float(pts[light.argmin()])))
             continue
         pictures = _normalised(luma)
@@ -167,14 +166,14 @@ def place_boundaries(
 
 
 def _normalised(luma: F32) -> F32:
-    """Without mean and deviation of each frame: what exposure changes is no change."""
+    """Subtracts the mean and divides by the deviation of each frame, so that exposure does not count as change."""
     mean, deviation = luma.mean((1, 2), keepdims=True), luma.std((1, 2), keepdims=True)
     return np.asarray((luma - mean) / (deviation + 0.03), np.float32)
 
 
 def _cut(pictures: F32, inside: NDArray[np.int64]) -> tuple[float, int] | None:
-    """(strength in 0..1, number of the first frame) of the cut among the frames `inside`, if there is one."""
-    change = np.abs(np.diff(pictures, axis=0)).mean((1, 2))  # change[n]: from frame n to n + 1, motion and all
+    """(strength in 0..1, number of its first frame) of the cut among the frames `inside`, or None."""
+    change = np.abs(np.diff(pictures, axis=0)).mean((1, 2))  # change[n]: from frame n to n + 1, motion included
     at = int(inside[change[inside - 1].argmax()])
     step = unexplained(pictures[at - 1], pictures[at])
     if step < UNEXPLAINED:
@@ -197,10 +196,10 @@ def _cut(pictures: F32, inside: NDArray[np.int64]) -> tuple[float, int] | None:
 
 
 def unexplained(one: F32, other: F32) -> float:
-    """The share of what two frames show that blocks of one, moved, do not explain in the other; about 1 for strangers.
+    """Fraction of two frames that moved blocks of the one do not explain in the other; about 1 for unrelated frames.
 
-    Each block of 8 x 8 pixels is looked for within 8 pixels of its place, first at half the size; the differences that
-    are left, both ways, are divided by the mean magnitude of both.
+    It looks for each block of 8 x 8 pixels within 8 pixels of its place, first at half the size. The result is the
+    remaining difference, both ways, divided by the mean magnitude of both frames.
 
     Args:
         one, other: [72, 128] float32, luma without mean and deviation.
@@ -216,7 +215,7 @@ def _left(one: F32, other: F32) -> float:
     views = sliding_window_view(np.pad(small_one, reach, mode="edge"), small_other.shape)
     steps = 2 * reach + 1
     moved, found = np.empty(views.shape[1:], np.float32), np.empty((steps, steps, rows, columns), np.float32)
-    for down in range(steps):  # a row of places at a time, which the cache holds
+    for down in range(steps):  # one row of places at a time fits into the cache
         np.abs(np.subtract(views[down], small_other, out=moved), out=moved)
         found[down] = _sums(moved, half)
     best = np.divmod(found.reshape(-1, rows, columns).argmin(0), steps)
@@ -232,14 +231,16 @@ def _left(one: F32, other: F32) -> float:
 
 
 def _sums(values: F32, size: int) -> F32:
-    """[..., H / size, W / size]: sums of blocks of [..., H, W]. By slices: NumPy's own sum is slow over few numbers."""
+    """[..., H / size, W / size]: sums over blocks of [..., H, W]. By slices, since NumPy's sum is slow over few
+    numbers.
+    """
     across = reduce(np.add, (values[..., n::size] for n in range(size)))
     down: F32 = reduce(np.add, (across[..., n::size, :] for n in range(size)))
     return down
 
 
 def _dissolve(luma: F32, pictures: F32, inside: NDArray[np.int64], pts: F64) -> int | None:
-    """The middle of a run of frames that are mixtures of its ends, which show different things; None without one."""
+    """The middle of a run of frames that mix its two ends, if the ends differ; None without one."""
     flat = luma.reshape(len(luma), 18, 4, 32, 4).mean((2, 4)).reshape(len(luma), -1)
     step = float(np.median(np.diff(pts)))
     found: list[tuple[float, int, int]] = []
@@ -272,13 +273,13 @@ def _dissolve(luma: F32, pictures: F32, inside: NDArray[np.int64], pts: F64) -> 
     return None
 
 
-Look: TypeAlias = tuple[F64, F32]  # times [n] and luma [n, 72, 128] in 0..1 of a window's frames
+Look: TypeAlias = tuple[F64, F32]  # times [n] and luma [n, 72, 128] in 0..1 of the frames of a window
 
 
 def _looks(source: Source, windows: Sequence[tuple[float, float]], backend: Backend) -> Iterator[Look]:
-    """All frames of each window, in order of their starts; many windows in one pass over the file.
+    """Yields all frames of each window, in order of their starts; several windows in one pass over the file.
 
-    A group of pictures is then decoded once for all windows in it. A source without a timeline gets one pass for all.
+    So a group of pictures is decoded once for all windows in it. A source without a timeline gets one pass for all.
     """
     step = TOGETHER if source.timeline() is not None else max(len(windows), 1)
     for first in range(0, len(windows), step):
@@ -304,7 +305,7 @@ def _one_pass(source: Source, windows: Sequence[tuple[float, float]], backend: B
 
 
 def _inside(source: Source, windows: Sequence[tuple[float, float]]) -> Sampling | None:
-    """The frames of the windows, None where there are none; without a timeline all frames from first to last window."""
+    """The sampling of the windows, None if they hold no frame; without a timeline, all from the first to the last."""
     timeline = source.timeline()
     if timeline is None:
         return Sampling(mode="all", start_seconds=windows[0][0], stop_seconds=max(stop for _, stop in windows))
@@ -318,9 +319,9 @@ def _inside(source: Source, windows: Sequence[tuple[float, float]]) -> Sampling 
 def _signals(source: Source, sampling: Sampling, backend: Backend) -> Iterator[Look]:
     arrays = backend.ops.arrays
     with backend.open_stream(source, sampling, transform=SMALL) as stream, suppress(NoFrames):
-        # Where decoding gives fewer frames than there are packets, one is repeated for those after it.
+        # If decoding gives fewer frames than packets, a frame is repeated for those after it.
         for batch in distinct(stream):
-            # Eight bits of luma leave the device: 9 KiB a frame.
+            # Only eight bits of luma leave the device: 9 KiB a frame.
             luma = arrays.to_device(batch.data).astype(np.float32) @ arrays.to_device(LUMA)
             shown: F32 = np.divide(arrays.to_host((luma + 0.5).astype(np.uint8)), 255, dtype=np.float32)
             yield batch.pts_seconds, shown
@@ -334,7 +335,7 @@ def _joined(looks: Sequence[Look]) -> Look:
 
 
 def shots_between(times: Sequence[float], *, start_seconds: float, stop_seconds: float) -> tuple[Shot, ...]:
-    """Spans between the boundaries, covering [start, stop); short ones are joined to the one before."""
+    """Cuts [start, stop) at the boundaries; joins shots shorter than `MIN_SHOT_SECONDS` to the one before."""
     edges = [start_seconds]
     for time in sorted(times):
         if time - edges[-1] >= MIN_SHOT_SECONDS and stop_seconds - time >= MIN_SHOT_SECONDS:
@@ -344,6 +345,6 @@ def shots_between(times: Sequence[float], *, start_seconds: float, stop_seconds:
 
 
 def shot_of(shots: Sequence[Shot], pts_seconds: F64) -> NDArray[np.int64]:
-    """[T] int64: the number of the shot that each time lies in."""
+    """[T] int64: the number of the shot that contains each time."""
     starts = np.array([shot.start_seconds for shot in shots])
     return np.maximum(np.searchsorted(starts, pts_seconds, side="right") - 1, 0).astype(np.int64)

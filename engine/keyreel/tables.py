@@ -1,4 +1,4 @@
-"""Values as tables, for pandas, pyarrow and what reads them."""
+"""Converts values to tables of pyarrow and pandas."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Tabular(ABC):
 
     @abstractmethod
     def to_arrow(self) -> Any:
-        """A pyarrow table."""
+        """Makes a pyarrow table."""
 
     def to_pandas(self) -> Any:
-        """The table of `to_arrow` as a pandas data frame.
+        """Makes a pandas data frame with the columns of `to_arrow`.
 
         Raises:
             MissingExtra: pandas or pyarrow is not installed.
@@ -31,7 +31,7 @@ class Tabular(ABC):
 
 
 def table_of(columns: Mapping[str, Any]) -> Any:
-    """Columns as a pyarrow table; an array [n, D] becomes a column of lists of D numbers.
+    """Makes a pyarrow table of columns; an array [n, D] becomes a column of lists of D numbers.
 
     Raises:
         MissingExtra: pyarrow is not installed.

@@ -1,7 +1,7 @@
-"""The values that flow between the stages: frozen, checked when made, times on the CPU.
+"""Data types of the pipeline: frozen dataclasses that check their values. Times are always NumPy arrays on the CPU.
 
-Letters: T frames, P patches (grid h x w), D embedding width, H x W pixels. Times are float64 seconds from the start
-of the video stream; spans are half-open, [start, stop).
+Letters: T frames, P patches (grid h x w), D embedding width, H x W pixels. Times are float64 seconds from the start of
+the video stream. Spans are half-open: [start, stop).
 """
 
 from __future__ import annotations
@@ -26,36 +26,37 @@ F64: TypeAlias = NDArray[np.float64]
 I64: TypeAlias = NDArray[np.int64]
 
 Progress: TypeAlias = Callable[[str, float, float | None], None]
-"""progress(stage, done, total): called from the working thread, in seconds of video or in items; total may be None."""
+"""progress(stage, done, total), called from the working thread. `done` and `total` count seconds of video, or items.
+`total` is None if it is unknown."""
 
-# Of scene and subject in `Embedding.joint`: the subject is a quarter of the cosine. With a half, fewer of eight real
-# clips in a row got a key-frame (95.0 % against 96.2 %, K = 8).
+# Factors of scene and subject in `Embedding.joint`: the subject makes a quarter of the cosine. With a half, fewer of
+# eight joined real clips got a key-frame (95.0 % instead of 96.2 %, K = 8).
 JOINT = np.sqrt(np.array([0.75, 0.25], np.float32))
 
 AnsweredBy: TypeAlias = Literal["scene", "subject"]
 
 Region: TypeAlias = tuple[float, float, float, float]
-"""(x, y, width, height) of a part of a picture, as shares of its width and height."""
+"""(x, y, width, height) of a part of a picture, as fractions of its width and height, from the upper left."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A frame of a video in a library, as a query."""
+    """A query: the frame of a library's video that is shown at a time."""
 
-    video: str  # id or path
+    video: str  # id or path of a video in the library
     seconds: float
 
 
 Query: TypeAlias = str | os.PathLike[str] | NDArray[Any] | Example
-"""A text; a picture, as the path of a file or as [H, W, 3] uint8 RGB; in a library also a frame of it."""
+"""A text; a picture: a path, or [H, W, 3] uint8 RGB; for a library also one of its frames, as an `Example`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Combined:
     """A query with conditions: `Combined("a dog", also=["snow"], without=["indoors"])`.
 
-    Texts must fit too, or not. Pictures, and in a library frames as `Example`, move the answer: more like these, less
-    like those.
+    A moment must also show what the texts of `also` say, and must not show what those of `without` say. Pictures, and
+    frames of a library (`Example`), steer the search: `also` finds more like them, `without` less.
     """
 
     query: Query
@@ -69,17 +70,17 @@ class Combined:
 
     @classmethod
     def of(cls, query: Query | Combined) -> Combined:
-        """The query itself, or one without conditions."""
+        """Wraps a query that has no conditions; returns a `Combined` unchanged."""
         return query if isinstance(query, Combined) else cls(query)
 
     @property
     def parts(self) -> tuple[Query, ...]:
-        """The query and all conditions."""
+        """The query, then its conditions."""
         return self.query, *self.also, *self.without
 
     @property
     def texts(self) -> list[str]:
-        """Those of the parts that are texts, each once."""
+        """The texts among the parts, without repeats."""
         return list(dict.fromkeys(part for part in self.parts if isinstance(part, str)))
 
 
@@ -93,16 +94,16 @@ def _check_lengths(owner: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """A file's video stream, in display orientation."""
+    """Facts about a video stream. Sizes are those of the upright picture, as a player shows it."""
 
     path: str  # as given; "<bytes>", "<stream>" or "<stdin>" where there is none
-    duration_seconds: float | None  # None where neither container nor stream knows
+    duration_seconds: float | None  # None if neither container nor stream states it
     width: int  # pixels, after sample aspect and rotation
     height: int  # pixels, after sample aspect and rotation
     codec: str  # FFmpeg's name of the codec, "h264"
     pixel_format: str  # FFmpeg's name of the coded format, "yuv420p10le"
-    rotation_degrees: int  # 0, 90, 180, 270: how far the coded picture is turned clockwise to be shown
-    average_fps: float | None  # an average only; pts are the clock
+    rotation_degrees: int  # 0, 90, 180 or 270: a player turns the coded picture clockwise by this
+    average_fps: float | None  # a rough value; keyreel counts time by pts, never by this
     has_audio: bool
     transfer: str  # "sdr", "pq" or "hlg"
 
@@ -117,8 +118,8 @@ class FrameBatch:
     """Decoded frames with their times."""
 
     data: U8  # [T, H, W, 3] uint8 RGB (sRGB/BT.709 transfer), display orientation; a CuPy array on a CUDA device
-    pts_seconds: F64  # [T] float64, from the stream's start; rising in stream order, as asked for with `times`
-    frame_index: I64  # [T] int64, place of the frame in display order, from 0
+    pts_seconds: F64  # [T] float64, from the stream's start; rising, except for mode `times`: in the order of its times
+    frame_index: I64  # [T] int64, number of the frame in display order, from 0
 
     def __post_init__(self) -> None:
         _check_lengths(self)
@@ -129,7 +130,7 @@ class FrameBatch:
         return int(self.data.shape[0])
 
     def __getitem__(self, rows: slice | Sequence[int] | I64) -> FrameBatch:
-        # A list, since the data may be on a device and NumPy arrays are not.
+        # A list: CuPy data cannot be indexed with NumPy arrays.
         own = rows if isinstance(rows, slice) else np.asarray(rows, np.int64).tolist()
         return FrameBatch(self.data[own], self.pts_seconds[rows], self.frame_index[rows])
 
@@ -140,30 +141,32 @@ class FrameBatch:
 
 @dataclass(frozen=True, slots=True)
 class Embedding(Tabular):
-    """Two fused vectors a frame, and what was measured on the way."""
+    """The vectors of a video's sampled frames, with the attention maps and picture signals."""
 
-    vectors: F32  # [T, D] float32, unit length, in the text encoder's space: of the whole picture, stock CLIP
+    vectors: F32  # [T, D] float32, unit length: whole pictures, in the space of CLIP's text vectors
     pts_seconds: F64  # [T] float64
     frame_index: I64  # [T] int64
-    attention: F32  # [T, P] float32, each row sums to 1: where the subject is
+    attention: F32  # [T, P] float32, each row sums to 1: high where the subject is
     grid: tuple[int, int]  # (h, w), h * w = P
     sharpness: F32  # [T] float32 >= 0: variance of the luma's Laplacian, luma in 0..1
     luma_mean: F32  # [T] float32 in 0..1
     luma_spread: F32  # [T] float32: standard deviation of the luma
-    pixel_change: F32  # [T] float32 in 0..1: how far the colours differ from those of the frame before, 0 for the first
-    layout_change: F32  # [T] float32 >= 0: the same of what is where, see `encode.layout_of`
+    pixel_change: F32  # [T] float32 in 0..1: difference of the colours from the previous frame's; 0 for the first
+    layout_change: F32  # [T] float32 >= 0: difference of the layout, see `encode.layout_of`
     model: str  # name of the bundle
-    model_sha256: str  # fingerprint of the bundle's manifest
-    subject: F32 | None = None  # [T, D] float32, unit length: of what stands out or moves; None where it is off
+    model_sha256: str  # sha256 of the bundle's manifest
+    subject: F32 | None = None  # [T, D] float32, unit length: what stands out or moves; None if off
 
     @property
     def scene(self) -> F32:
-        """[T, D] float32: `vectors` by the name that tells them from `subject`."""
+        """[T, D] float32: another name of `vectors`, the counterpart of `subject`."""
         return self.vectors
 
     @property
     def joint(self) -> F32:
-        """[T, 2 D] float32, unit length: both as one. Its cosine is theirs, weighed; without subject `vectors`."""
+        """[T, 2 D] float32, unit length: scene and subject joined. A cosine of two rows is 3/4 of the scenes' cosine
+        plus 1/4 of the subjects'. Without subjects: `vectors`.
+        """
         if self.subject is None:
             return self.vectors
         scene, subject = JOINT
@@ -182,7 +185,7 @@ class Embedding(Tabular):
         return f"Embedding(vectors={tuple(self.vectors.shape)}, grid={self.grid}, model={self.model!r})"
 
     def _repr_html_(self) -> str:
-        """For notebooks."""
+        """HTML for notebooks."""
         frames, width = self.vectors.shape
         span = f", {self.pts_seconds.min():.1f} to {self.pts_seconds.max():.1f} s" if frames else ""
         both = "" if self.subject is None else ", with subject vectors"
@@ -190,7 +193,9 @@ class Embedding(Tabular):
         return f"<b>Embedding</b> {escape(facts)} <small>{escape(self.model)}</small>"
 
     def to_arrow(self) -> Any:
-        """A pyarrow table: pts_seconds, frame_index, vector, subject (where there is one) and the picture signals.
+        """Makes a pyarrow table, a row for each frame.
+
+        Columns: pts_seconds, frame_index, vector, subject (unless it is None), sharpness, luma_mean, luma_spread.
 
         Raises:
             MissingExtra: pyarrow is not installed.
@@ -202,13 +207,14 @@ class Embedding(Tabular):
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """A span between two cuts or fades, [start, stop)."""
+    """A span of the video, [start, stop) in seconds: a shot, between two cuts or fades, or a scene."""
 
     start_seconds: float
     stop_seconds: float
 
     @property
     def duration_seconds(self) -> float:
+        """Length in seconds."""
         return self.stop_seconds - self.start_seconds
 
 
@@ -217,48 +223,48 @@ class KeyFrame:
     """A frame that represents a cluster of frames."""
 
     pts_seconds: float
-    frame_index: int  # place in display order
+    frame_index: int  # number in display order, from 0
     cluster: int  # 0 .. K-1, in time order of the key-frames
-    weight: float  # fraction of the sampled frames that it represents; the fractions sum to 1
+    weight: float  # fraction of the sampled frames that it represents; they sum to 1
     score: float  # cosine to the centroid of its cluster
-    quality: float  # 0..1, rank of sharpness and exposure among the frames
+    quality: float  # 0..1: rank of the sharpness among the frames, lowered for dark or blank frames and flashes
     sample: int  # row of the frame in the Embedding
 
 
 @dataclass(frozen=True, slots=True)
 class SearchHit:
-    """A moment that answers a query, [start, stop) around its best frame."""
+    """A moment that answers a query: a span [start, stop) and its best frame."""
 
     video: str
     start_seconds: float
     stop_seconds: float
-    pts_seconds: float  # the best frame's time
-    score: float  # cosine between query and the best frame, or what stands for it where the subject answered
-    preview: str | None = None  # path of a picture of the best frame, where one was written
-    answered_by: AnsweredBy = "scene"  # which vector of the best frame answered
-    region: Region | None = None  # where the subject of the best frame is; None where subjects are off
-    chance: float | None = None  # in 0..1, that the best frame shows what a text says, see `keyreel.chance`
+    pts_seconds: float  # time of the best frame
+    score: float  # cosine of query and best frame; for a subject, brought to the same scale
+    preview: str | None = None  # path of a picture of the best frame, if one was written
+    answered_by: AnsweredBy = "scene"  # the vector of the best frame with the higher score
+    region: Region | None = None  # where the subject of the best frame is; None if subjects are off
+    chance: float | None = None  # 0..1: probability that the best frame shows what the text says, see `keyreel.chance`
 
 
 HitT = TypeVar("HitT", bound=SearchHit)
 
 
 class Hits(list[HitT], Tabular, Generic[HitT]):
-    """Moments, best first: a list that notebooks show with pictures, and that converts to a table."""
+    """A list of moments, best first. Notebooks show it with pictures; it converts to tables."""
 
     def __init__(self, hits: Iterable[HitT] = (), show: Callable[[Sequence[HitT]], str] | None = None) -> None:
         super().__init__(hits)
-        self._show = show  # makes HTML; it holds on to the videos, so copies of a pickle have none
+        self._show = show  # makes HTML from the videos; pickled copies lose it
 
     def __reduce__(self) -> Any:
         return Hits, (list(self),)
 
     def _repr_html_(self) -> str:
-        """For notebooks: each moment's best frame, span, score and video."""
+        """HTML for notebooks: best frame, span, score and video of each moment."""
         return f"<pre>{escape(repr(self))}</pre>" if self._show is None else self._show(self)
 
     def to_arrow(self) -> Any:
-        """A pyarrow table with a row for each moment and a column for each field of `SearchHit`.
+        """Makes a pyarrow table: a row for each moment, a column for each field of the hits.
 
         Raises:
             MissingExtra: pyarrow is not installed.
@@ -268,7 +274,7 @@ class Hits(list[HitT], Tabular, Generic[HitT]):
 
 
 class SummaryActions(Protocol):
-    """What a Summary can do with its video and its model; the Engine provides it."""
+    """The work behind the methods of a Summary. The Engine provides it, so that this module needs no decoder."""
 
     def images(self, summary: Summary, max_height: int) -> list[U8]: ...
     def html(self, summary: Summary) -> str: ...
@@ -280,41 +286,41 @@ class SummaryActions(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Summary(Tabular):
-    """Key-frames, shots and scenes of one video, and what they were computed from.
+    """Key-frames, shots and scenes of one video, and the embedding that they come from.
 
-    Can be pickled. A copy still saves and renders if the video was a file; to search it, pass it to `Engine.search`.
+    It can be pickled. If the video is a file, the copy can still save and render. `Engine.search` searches it.
     """
 
     video: VideoInfo
     embedding: Embedding
     keyframes: tuple[KeyFrame, ...]  # in time order, never empty
-    shots: tuple[Shot, ...]  # in time order, together they cover the video
-    scenes: tuple[Shot, ...]  # the same, of shots that show the same and parts of long ones, see `scenes.find_scenes`
+    shots: tuple[Shot, ...]  # in time order; they cover the analysed part of the video
+    scenes: tuple[Shot, ...]  # likewise; similar neighbouring shots joined, long ones divided, see `scenes.find_scenes`
     importance: F32  # [T] float32 in 0..1, of each sampled frame
     device: str  # "cpu", "cuda:0"
     device_reason: str  # why this device
-    config: Mapping[str, Any]  # the options that were in force
+    config: Mapping[str, Any]  # all options of the call
     warnings: tuple[str, ...]
-    timings_seconds: Mapping[str, float]  # decode, encode, fuse, select, total: busy time of each stage
+    timings_seconds: Mapping[str, float]  # working time of the stages decode, encode, fuse, select; and total
     actions: SummaryActions = field(repr=False, compare=False)
-    # [h, w, 3] uint8 RGB of the thumbnails whose frames were among the sampled ones, by their time in seconds
+    # [h, w, 3] uint8 RGB thumbnails of sampled frames, by their time in seconds; `save` decodes the others
     thumbnails: Mapping[float, U8] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def stop_seconds(self) -> float:
-        """End of the analysed part of the video."""
+        """End of the analysed part of the video, in seconds."""
         return self.shots[-1].stop_seconds
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> Summary:
         """Reads a summary that was saved with `embeddings=True`.
 
-        As a pickled copy, it saves and renders again if the video is still there, and `Engine.search` searches it.
+        It can save and render if the video still exists. `Engine.search` searches it.
 
         Raises:
-            RenderError: there is no such summary, or its files are damaged.
+            RenderError: the folder holds no such summary, or its files are damaged.
         """
-        # Values know nothing of files: the module is imported once somebody asks for it.
+        # Imported here: this module must not depend on decoding and rendering.
         loaded: Summary = import_module("keyreel.actions").load_summary(Path(folder))
         return loaded
 
@@ -328,36 +334,39 @@ class Summary(Tabular):
     ) -> Path:
         """Writes summary.json, scenes.vtt, key-frames, contact sheet, storyboard, thumbnails and reel into `folder`.
 
-        All files are made in a hidden folder beside it, which is then renamed: nothing half-written is left behind.
+        It makes all files in a hidden folder, then renames that: after an error nothing half-written remains.
 
         Args:
-            output: which files; the defaults of `config.OutputConfig`.
+            output: which files to write; by default those of `config.OutputConfig`.
             progress: called with ("pictures" | "reel", done, total).
-            options: fields of `config.OutputConfig` by name, as in `save("out", reel_seconds=30, embeddings=True)`.
+            options: fields of `config.OutputConfig` by name: `save("out", reel_seconds=30, embeddings=True)`.
 
         Returns:
-            the folder.
+            The folder.
 
         Raises:
-            RenderError: an output cannot be made.
-            TypeError: there is no such option; the message names similar ones.
+            RenderError: an output cannot be made, or the folder must not be replaced.
+            SourceError: the video cannot be read again.
+            MissingExtra: an output needs a package that is not installed.
+            TypeError: an unknown option; the message names similar ones.
         """
         return self.actions.save(self, Path(folder), output_config(output, options), progress)
 
     def images(self, *, max_height: int = 1080) -> list[U8]:
-        """Decodes the key-frames: [H, W, 3] uint8 RGB each, upright, at most `max_height` pixels tall, in time order.
+        """Decodes the key-frames, in time order: upright [H, W, 3] uint8 RGB, at most `max_height` pixels tall.
 
         Raises:
             SourceError, RenderError: the video cannot be read again.
+            ValueError: max_height is too small.
         """
         return self.actions.images(self, max_height)
 
     def _repr_html_(self) -> str:
-        """For notebooks: a timeline and the key-frames."""
+        """HTML for notebooks: a timeline and the key-frames."""
         return self.actions.html(self)
 
     def to_arrow(self) -> Any:
-        """A pyarrow table with a row for each key-frame: its fields, and the numbers of its shot and scene from 0.
+        """Makes a pyarrow table: a row for each key-frame, with its fields, and the numbers of its shot and scene.
 
         Raises:
             MissingExtra: pyarrow is not installed.
@@ -382,20 +391,21 @@ class Summary(Tabular):
         aspect: str | None = None,
         reframe: ReframeMode = "follow",
     ) -> tuple[Shot, ...]:
-        """Writes a video of the spans around the key-frames, or around what `query` finds; returns the spans.
+        """Writes a reel: the best spans of the video, or those that answer `query`. Returns the spans.
 
         Args:
-            path: ends in .mp4, or in .mkv where the packets of VP8 or VP9 are copied.
-            seconds: length of the reel at most; 15 % of the video within 10 to 60 s, at most half, by default.
-            mode: "copy" takes the video's packets as they are, "encode" makes H.264 and AAC of them, "auto" copies
-                where that is possible. Copying moves the ends of the spans by up to 0.75 s.
-            order: of the spans with a query; "score" begins with the best.
-            aspect: shape of the reel, "9:16", "1:1" or another width:height; None for that of the video.
-            reframe: with `aspect`, "follow" cuts out what the subject map marks, "fit" shows whole frames.
+            path: the file to write: .mp4, or .mkv to copy the packets of VP8 or VP9.
+            seconds: longest length of the reel; by default 15 % of the video, within 10 to 60 s, at most half of it.
+            mode: "copy" copies the packets without loss, "encode" encodes H.264 and AAC, "auto" copies if possible.
+                Copying moves the ends of the spans by up to 0.75 s.
+            order: with a query: "time", or "score" for the best span first.
+            aspect: shape of the reel as width:height, such as "9:16"; None keeps the video's.
+            reframe: with `aspect`: "follow" cuts out the part of the frame with the subject, "fit" shows whole frames.
 
         Raises:
-            RenderError: the reel cannot be made, or would be most of the video again.
-            ValueError: an aspect or a mode that does not exist.
+            RenderError: the reel cannot be made, or would repeat most of the video.
+            SourceError: the video cannot be read again.
+            ValueError: an unknown mode, order or aspect.
         """
         output = OutputConfig(
             reel_seconds=seconds, query=query, reel_mode=mode, order=order, aspect=aspect, reframe=reframe
@@ -403,9 +413,14 @@ class Summary(Tabular):
         return self.actions.render_reel(self, Path(path), output)
 
     def search(self, query: Query | Combined, *, k: int = 5) -> Hits[SearchHit]:
-        """The k best moments of this video that answer a text or a picture, best first."""
+        """Finds the k best moments of this video for a text or a picture, best first.
+
+        Raises:
+            ValueError: k < 1, or the summary has no engine, as a pickled or loaded one: pass it to `Engine.search`.
+            SourceError: the picture cannot be read.
+        """
         return self.actions.search(self, query, k)
 
     def close(self) -> None:
-        """Deletes the temporary copy of a video that came as a stream; then nothing can be rendered. Idempotent."""
+        """Deletes the temporary copy of a video that came from a stream; it can then not be rendered. Idempotent."""
         self.actions.close()

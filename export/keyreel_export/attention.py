@@ -1,7 +1,7 @@
-"""Spatial attention of exported models: the built-in model's CNN and its map, on the grid of another tower.
+"""Spatial attention of exported models: the built-in model's CNN, with its map on the grid of another tower.
 
-The frame is averaged down to the size that the CNN was trained at; its map is averaged over the patches of the tower's
-grid and divided by its sum. The CNN and its weights are keyreel's own: nothing is downloaded for it.
+It averages the frame down to the CNN's input size, averages the map over the patches of the tower's grid, and divides
+by the sum. The CNN and its weights are keyreel's own; it downloads nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from keyreel_export.fit import TokenAttention
 
 
 class BuiltinAttention(nn.Module):
-    """Frames uint8 [N, H, W, 3] -> attention [N, P] float32, rows sum to 1.
+    """The built-in CNN: frames uint8 [N, H, W, 3] -> attention [N, P] float32, rows sum to 1.
 
     Args:
         frame_size: (H, W) of the frames, in pixels.
@@ -57,7 +57,7 @@ class BuiltinAttention(nn.Module):
 
 
 class UniformAttention(nn.Module):
-    """Tokens [N, R+P, C] -> attention [N, P] float32, all 1/P: the stock tower's pooling."""
+    """Uniform attention: tokens [N, R+P, C] -> attention [N, P] float32, all 1/P: the stock tower's pooling."""
 
     def __init__(self, patches: int) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ class UniformAttention(nn.Module):
 
 
 def area_weights(source: int, target: int) -> Tensor:
-    """The matrix that resamples `source` cells to `target` cells of equal length by area: [target, source]. A row
-    holds the fractions of its cell that the source cells cover.
+    """[target, source]: the matrix that resamples `source` cells to `target` cells of equal length by area. A row has
+    the fractions of its cell that the source cells cover.
     """
     edges = torch.arange(source + 1, dtype=torch.float64) / source
     starts, stops = edges[:-1], edges[1:]
@@ -79,18 +79,18 @@ def area_weights(source: int, target: int) -> Tensor:
 
 
 def _load(module: nn.Module, prefix: str, path: Path) -> None:
-    """Fills a module with the weights of a graph of the built-in model, which are stored as fp16."""
+    """Loads the fp16 weights of a graph of the built-in model into a module."""
     stored = {
         weight.name.removesuffix(".fp16"): torch.tensor(numpy_helper.to_array(weight)).float()
         for weight in onnx.load(str(path)).graph.initializer
     }
     named, left = dict[str, Tensor](), list(stored.values())
     for name, parameter in module.named_parameters():
-        if name.startswith("project."):  # of the image tower: it is in the fusion
+        if name.startswith("project."):  # of the image tower: part of the fusion
             named[name] = parameter
             continue
         found = stored.get(prefix + name)
-        if found is None:  # a weight of a matrix product, which the exporter renames and stores transposed
+        if found is None:  # the exporter renames and transposes the weights of matrix products
             found = next(one.T for one in left if one.shape == parameter.shape[::-1])
         named[name] = found
     module.load_state_dict(named)

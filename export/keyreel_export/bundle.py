@@ -1,4 +1,4 @@
-"""From the name of an open_clip model to a verified bundle on disk."""
+"""Exports an open_clip model, by its name, to a verified bundle on disk."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PACKAGES = ("keyreel", "torch", "open_clip_torch", "timm", "onnx", "onnxscript"
 
 
 class TextEncoder(nn.Module):
-    """token_ids int64 [Q, L] -> vectors float32 [Q, D], unit length: open_clip's encode_text(normalize=True)."""
+    """The text tower: token_ids int64 [Q, L] -> vectors float32 [Q, D], as open_clip's encode_text(normalize=True)."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class TextEncoder(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A model taken apart."""
+    """The parts of a model."""
 
     model: Any  # open_clip's
     tower: Tower
@@ -76,32 +76,32 @@ def export_model(
     fit_epochs: int = subject.EPOCHS,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes the bundle of an open_clip model: graphs, tokenizer, manifest; verified, whole or not at all.
+    """Exports an open_clip model as a bundle: graphs, tokenizer, manifest. It verifies them, and writes all or nothing.
 
     Args:
         name: "ARCH/tag" as in `open_clip.list_pretrained()`, "ARCH/path/to/checkpoint", or "hf-hub:org/repo".
-        folder: where to write; by default the user's cache. A bundle in it is replaced.
+        folder: where to write; by default the user's cache. It replaces a bundle there.
         precision: "fp32", "fp16" for GPUs, or "int8" for CPUs (see `quantize`); the last two make the bundle
             "NAME@fp16" or "NAME@int8".
         attention: "builtin" for the built-in model's CNN and map, "uniform" for stock pooling.
         projection: a trained fully connected layer for the fusion, see `load_projection`.
-        random_weights: leave all weights untrained; for tests.
-        seed: of the random weights and of the frames that verify.
+        random_weights: use random weights, for tests.
+        seed: of the random weights, and of the frames for the check.
         verify_video: a video to measure an int8 backbone on, instead of random shapes.
-        fit: a folder of labelled pictures to fit the subject's side to: a subfolder for each label, or `labels.csv`
-            with the columns file,label (several labels of a picture are separated by ";"; a caption is a label too).
-        fit_epochs: how often the fit sees each of its frames.
-        progress: called with the stage's name, stages done, stages in all.
+        fit: a folder of labelled pictures to fit the subject vectors to: a subfolder for each label, or `labels.csv`
+            with the columns file,label (several labels with ";" between; a caption is a label too).
+        fit_epochs: how often the fit sees each frame.
+        progress: called with (name of the stage, stages done, stages in total).
 
     Returns:
         The folder.
 
     Raises:
-        ModelNotFound: no such architecture or tag; `near` has close ones.
-        CheckpointMismatch: weights that do not fit.
-        ModelError: weights cannot be loaded, a tower that is not supported, a graph that differs from torch, an int8
-            backbone that differs from its float32 or would not be faster, a folder that holds something else, or
-            pictures that are too few or cannot be read.
+        ModelNotFound: no such architecture or tag; `near` has similar names.
+        CheckpointMismatch: the weights do not fit the architecture.
+        ModelError: the weights cannot be loaded, the tower is not supported, a graph differs from torch, an int8
+            backbone differs from float32 or would not be faster, the folder has other files, or the pictures are too
+            few or cannot be read.
         SourceError: `verify_video` cannot be decoded.
         MissingExtra: a package of the extra `export` is not installed.
     """
@@ -114,7 +114,7 @@ def export_model(
     report = progress or (lambda stage, done, total: None)
     recipe = pretrained.resolve(name, random_weights=random_weights)
     if precision != "fp32":
-        name = f"{name}@{precision}"  # beside the other in the cache, not in its place
+        name = f"{name}@{precision}"  # beside the other precision in the cache
     folder = bundle_folder(name) if folder is None else folder
     check_replaceable(folder, foreign_to_bundle)
     shown = None if fit is None else pictures.split(pictures.read_pictures(fit), seed)
@@ -164,7 +164,7 @@ def export_model(
 
 
 def take_apart(model: Any, source: dict[str, str], attention: str = BUILTIN, projection: Path | None = None) -> Parts:
-    """The parts of an open_clip model, which keep its weights; `source` is the manifest's entry on them."""
+    """Splits an open_clip model; the parts share its weights. `source` is the manifest's entry on the weights."""
     tower = split_tower(model)
     spatial: nn.Module = UniformAttention(tower.grid[0] * tower.grid[1])
     described = {"input": "tokens", "source": UNIFORM, "layer": "none", "formula": "a = 1/P"}
@@ -189,7 +189,7 @@ def _side(parts: Parts, image: ImageTransform) -> subject.ImageSide:
 
 
 def _fitted(parts: Parts, fit: subject.Fit) -> Parts:
-    """The same model with the fitted attention in place of the CNN, and the fitted layer."""
+    """The model with the fitted attention instead of the CNN, and with the fitted layer."""
     head = fit.head.requires_grad_(False)
     fusion = TemporalSpatialFusion(
         parts.tower, head.scene, head.projection, power=float(head.power), floor=float(head.log_floor.exp())
@@ -206,7 +206,7 @@ def _fitted(parts: Parts, fit: subject.Fit) -> Parts:
 
 
 def image_of(parts: Parts) -> ImageTransform:
-    """What the tower takes."""
+    """How to prepare frames for the tower."""
     preprocess, (height, width) = parts.model.visual.preprocess_cfg, parts.tower.image_size
     return ImageTransform(
         height, width, preprocess["resize_mode"], preprocess["interpolation"], fill=int(preprocess["fill_color"])
@@ -216,12 +216,12 @@ def image_of(parts: Parts) -> ImageTransform:
 def _write_graphs(
     folder: Path, parts: Parts, token_ids: Any, precision: str, seed: int, report: Progress
 ) -> dict[str, float]:
-    """Writes the four graphs and returns what verifying them against torch measured."""
-    # A backbone in 8 bits is first exported and verified in float32.
+    """Writes the four graphs, verifies them against torch, and returns the measurements."""
+    # Export and verify an int8 backbone in float32 first.
     precision = "fp32" if precision == "int8" else precision
     report("reference", 2, 7)
     cases = _cases(parts, token_ids, seed)
-    # The identity with stock CLIP holds with the tower's own projection.
+    # Only with the tower's own projection the scene equals stock CLIP.
     stock = None if parts.projection_sha256 else _stock_vectors(parts.model, cases["backbone"])
     measured: dict[str, float] = {}
     for step, (graph, module) in enumerate(parts.modules.items()):
@@ -242,7 +242,7 @@ def _write_graphs(
 
 
 def half(module: nn.Module) -> nn.Module:
-    """A module in half precision, in place. The built-in attention stays as it is: it is small."""
+    """Converts a module to half precision, in place, except the built-in attention, which is small."""
     return module if isinstance(module, BuiltinAttention) else module.half()
 
 
@@ -256,7 +256,7 @@ def _cases(parts: Parts, token_ids: Any, seed: int) -> dict[str, list[verify.Cas
     backbone = cases(tower, frames)
     fused: list[verify.Feeds] = []
     for case in backbone:
-        # A map with strong contrasts, which an untrained CNN would not give.
+        # A map with strong contrasts, unlike an untrained CNN's.
         random, (found,) = np.random.default_rng(seed), case.expected
         energy = random.random((len(found), tower.grid[0] * tower.grid[1]), np.float32) ** 3 + 1e-4
         attention = energy / energy.sum(axis=1, keepdims=True)
@@ -281,7 +281,7 @@ def _stock_vectors(model: Any, cases: list[verify.Case]) -> list[verify.Found]:
 
 
 def manifest_of(name: str, parts: Parts, image: ImageTransform, context_length: int, clean: str) -> dict[str, Any]:
-    """The manifest of a bundle, less precision, versions and what was measured."""
+    """The manifest of a bundle, without precision, versions and measurements."""
     tower, fusion = parts.tower, parts.modules["fusion"]
     assert isinstance(fusion, TemporalSpatialFusion)
     return {
@@ -308,7 +308,7 @@ def manifest_of(name: str, parts: Parts, image: ImageTransform, context_length: 
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that make a bundle."""
-    # onnxruntime is installed under one of two names; a missing one is left out.
+    """Versions of the packages that make a bundle."""
+    # onnxruntime has one of two names; skip the missing one.
     installed = {distribution.name.lower(): distribution.version for distribution in importlib.metadata.distributions()}
     return {package: installed[package] for package in _PACKAGES if package in installed}

@@ -1,11 +1,11 @@
-"""Fitting the subject's side of a fusion to labelled frames, on tokens that stay as they are.
+"""Fits the subject's side of a fusion to labelled frames, on fixed tokens.
 
-What is fitted: the spatial attention, the exponents of the map, the subject's fully connected layer, and the scale that
-makes the two scores comparable. A frame's subject vector is told from all label names by the label of its object. Of
-all frames of a batch, those with a label answer it best by the larger of both scores, for labels of objects and of
-places alike: a subject that wins queries of the place is wrong. A quarter of each batch are photographs as they are:
-their subject stays near the scene, and the larger of both scores names them as well. Where outlines are known, the
-attention keeps to them.
+It fits the spatial attention, the exponents of the map, the subject's fully connected layer, and the scale that makes
+both scores comparable. The losses: a frame's subject vector should have the label of its object among all label names.
+For a label, of an object or a place, the frames of the batch with that label should have the largest score, the larger
+of both: so a subject must not win queries for places. A quarter of each batch are unchanged photographs: their subject
+should stay near the scene, and their larger score should find their label. If outlines are known, the attention should
+follow them.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from keyreel_export.fusion import FLOOR, POWER, Pooling, subject_map
 
 BATCH = 256
 WIDTH = 32  # channels of the attention
-RATE = 1e-3  # of the layer; the attention learns three times, the single numbers ten times as fast
+RATE = 1e-3  # of the layer; three times as high for the attention, ten times for the single numbers
 SCALE = 20.0  # of cosines as logits of label names
 SHARP, SOFT = 25.0, 0.03  # of scores as logits of frames; temperature of the soft maximum of both scores
 SHAPE = 4.0  # weight of the outlines
-STILLS = 0.25  # share of a batch that are photographs as they are
-# The offset is lowered by this: real videos have no pasted objects, and a subject that wins too often lost captions.
+STILLS = 0.25  # share of unchanged photographs in a batch
+# Subtracted from the offset: real videos have no pasted objects, and a subject that wins too often loses captions.
 MARGIN = 0.03
-STORED = 0.8  # share of the frames of clips whose subject is stored; of real videos it is far less
+STORED = 0.8  # share of the clips' frames whose subject is stored; far lower for real videos
 
 
 class TokenAttention(nn.Module):
     """tokens [N, R+P, C] -> attention [N, P], rows sum to 1.
 
-    `a_i = s_i / sum_j s_j`, `s_i = floor + sigmoid(conv3x3(relu(W x_i / rms(x)))_i)`: few channels, then a look at the
-    patches around, and a sigmoid, after the spatial branch of CBAM (Woo et al. 2018, arXiv:1807.06521). One 1x1
-    convolution alone, which does not see the patches around, told objects from ground less well.
+    `a_i = s_i / sum_j s_j`, `s_i = floor + sigmoid(conv3x3(relu(W x_i / rms(x)))_i)`: few channels, a 3x3 convolution
+    and a sigmoid, after the spatial branch of CBAM (Woo et al. 2018, arXiv:1807.06521). A single 1x1 convolution,
+    without the patches around, separated objects from ground less well.
     """
 
-    floor = 0.05  # so that no patch has weight 0
+    floor = 0.05  # keeps every weight above 0
 
     def __init__(self, token_width: int, grid: tuple[int, int], prefix_tokens: int = 0) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class TokenAttention(nn.Module):
         self.narrow, self.look = nn.Linear(token_width, WIDTH), nn.Conv2d(WIDTH, 1, 3, padding=1)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """[N, P]; divided by each picture's root mean square, so that contrast and exposure do not matter."""
+        """[N, P]: divided by each picture's root mean square, so that contrast and exposure do not matter."""
         patches = tokens[:, self.prefix_tokens :].float()
         size = patches.square().mean((1, 2), keepdim=True).add(1e-6).sqrt()
         narrow = torch.relu(self.narrow((patches / size).to(self.narrow.weight.dtype))).transpose(1, 2)
@@ -67,13 +67,13 @@ class TokenAttention(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Outlined:
-    """Pictures of an object whose outline is known."""
+    """Pictures of objects with known outlines."""
 
     tokens: Tensor  # [M, R+P, C] float16
-    masks: Tensor  # [M, P] float16: how much of each patch the object covers
+    masks: Tensor  # [M, P] float16: the share of each patch that the object covers
 
     def loss(self, attention: TokenAttention, count: int) -> Tensor:
-        """Logistic regression on some of them."""
+        """The loss of a logistic regression on `count` of them."""
         rows = torch.randint(len(self.tokens), (count,))
         found = attention.logits(self.tokens[rows].float())
         return F.binary_cross_entropy_with_logits(found, self.masks[rows].float())
@@ -94,23 +94,25 @@ def fit_attention(attention: TokenAttention, pictures: Outlined, *, steps: int =
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """N frames to fit on."""
+    """The N frames to fit to."""
 
     tokens: Tensor  # [N, R+P, C] float16
     change: Tensor  # [N, P] float32
-    objects: Tensor  # [N, L] float32, 1 where a label is an object's most specific one
-    places: Tensor  # [N, L] float32, 1 where a label is the place's most specific one
-    true: Tensor  # [N, L] bool, all labels of the frame: none of them is a wrong answer
+    objects: Tensor  # [N, L] float32: 1 if the label is an object's most specific one
+    places: Tensor  # [N, L] float32: 1 if the label is the place's most specific one
+    true: Tensor  # [N, L] bool: all labels of the frame; none is a wrong answer
 
     def rows(self, rows: Tensor | slice) -> Frames:
+        """Selects frames by slice or indices."""
         return Frames(*(getattr(self, name)[rows] for name in Frames.__slots__))
 
     def joined(self, other: Frames) -> Frames:
+        """Appends the frames of another."""
         return Frames(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in Frames.__slots__))
 
 
 class SubjectHead(nn.Module):
-    """All that is fitted. Starts as the training-free map over the scene's own layer, or over another that is given."""
+    """The fitted parts. It starts as the training-free map over the scene's layer, or over a given one."""
 
     def __init__(
         self,
@@ -127,7 +129,7 @@ class SubjectHead(nn.Module):
         self.slope, self.offset = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
 
     def forward(self, tokens: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, D] scenes and subjects, unit length."""
+        """Returns scenes and subjects, [N, D] each, unit length."""
         weights = subject_map(self.attention(tokens), change, self.power, self.log_floor.exp())
         bias = (weights * weights.shape[1]).clamp_min(1e-6).log()
         with torch.no_grad():
@@ -136,7 +138,7 @@ class SubjectHead(nn.Module):
         return F.normalize(scene.float(), dim=-1), F.normalize(subject.float(), dim=-1)
 
     def vectors(self, frames: Frames) -> tuple[F32, F32]:
-        """[N, D] scenes and subjects of many frames."""
+        """Returns scenes and subjects of many frames, [N, D] each."""
         found: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for first in range(0, len(frames.tokens), BATCH):
@@ -157,14 +159,15 @@ def fit_subject(
     seed: int,
     spread: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Fits a head in place; returns its losses every 20 steps.
+    """Fits a head in place. Returns the losses of every 20th step.
 
     Args:
-        clips: frames of objects that move over places. stills: photographs as they are.
+        clips: frames of objects that move over places.
+        stills: unchanged photographs.
         texts: [L, D] float32, unit vectors of the label names.
-        outlined: what the attention must not forget.
-        spread: how far a picture's cosines with texts lie apart, relative to the built-in model's, which SCALE, SHARP,
-            SOFT and MARGIN are chosen for.
+        outlined: keeps the attention on objects.
+        spread: spread of a picture's cosines with texts, relative to the built-in model, for which SCALE, SHARP, SOFT
+            and MARGIN were chosen.
     """
     soft = SOFT * spread
     torch.manual_seed(seed)
@@ -210,7 +213,7 @@ def fit_subject(
 
 
 def _told(logits: Tensor, wanted: Tensor, true: Tensor) -> Tensor:
-    """Mean cross entropy of rows that want something, without the other columns that are true of them."""
+    """Mean cross entropy of rows with a wanted column, without their other true columns."""
     rows = wanted.sum(1) > 0
     share = wanted[rows] / wanted[rows].sum(1, keepdim=True)
     chances = logits[rows].masked_fill(true[rows] & (wanted[rows] == 0), -1e4).log_softmax(1)
@@ -218,7 +221,7 @@ def _told(logits: Tensor, wanted: Tensor, true: Tensor) -> Tensor:
 
 
 def scale_of(head: SubjectHead, clips: Frames) -> SubjectScale:
-    """What the head learnt of its scores, and the cosine to the scene below which STORED of the clips' frames lie."""
+    """The fitted scale of the scores, with a novelty below which the share STORED of the clips' frames lie."""
     scene, subject = head.vectors(clips)
     novelty = float(np.quantile((scene * subject).sum(1), STORED))
     slope, offset = float(head.slope.detach()), float(head.offset.detach())
@@ -228,7 +231,7 @@ def scale_of(head: SubjectHead, clips: Frames) -> SubjectScale:
 def marks(
     labels: Sequence[tuple[Sequence[Sequence[str]], Sequence[str]]], names: Sequence[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`objects`, `places` and `true` of Frames, by the labels of each frame's objects and of its place, if any."""
+    """Makes `objects`, `places` and `true` of Frames, from the labels of each frame's objects and place."""
     column = {name: n for n, name in enumerate(names)}
     found = torch.zeros(3, len(labels), len(names))
     for row, (things, ground) in enumerate(labels):
@@ -239,7 +242,7 @@ def marks(
 
 
 def mean_average_precision(scores: F32, wanted: NDArray[np.bool_]) -> float:
-    """Mean over the columns (labels) of scores [N, L] of the average precision of the rows that are wanted [N, L]."""
+    """Mean average precision over the columns (labels) of scores [N, L], for the rows marked in `wanted` [N, L]."""
     found: list[float] = []
     for column in np.flatnonzero(wanted.any(0)):
         hits = wanted[np.argsort(-scores[:, column], kind="stable"), column]

@@ -1,11 +1,11 @@
-"""Temporal-spatial fusion: from the same tokens a vector of the whole picture and one of its subject.
+"""Temporal-spatial fusion: makes a vector of the whole picture, and one of its subject, from the same tokens.
 
     scene   = normalise(FC_s(pooled(x, the tower's own weights w)))
     subject = normalise(FC_o(pooled(x, w · P m)))           m_i ∝ SAM(x̃)_i^p (ε + d_i)
 
-SAM is the spatial attention, of the time-shifted frame x̃ where the shift is on; d is how much each patch changes
-(`keyreel_kernels.shift`, `patch_change`). One vector that is weighed anew finds the subject and loses the scene: label
-recall fell by 0.6 to 8.7 points.
+SAM is the spatial attention, of the time-shifted frame x̃ if the shift is on; d is the change of each patch
+(`keyreel_kernels.shift`, `patch_change`). Two vectors, since a single reweighted one finds the subject but loses the
+scene: label recall fell by 0.6 to 8.7 points.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ POWER, FLOOR = 2.0, 0.02  # p and ε without training
 
 
 class Pooling(Protocol):
-    """What a `towers.Tower` is to the fusion: tokens [N, R+P, C] and a bias of the patches' logits [N, P], pooled."""
+    """The interface of a `towers.Tower` to the fusion: pools tokens [N, R+P, C] with a bias [N, P] of the patches'
+    logits.
+    """
 
     def features(self, tokens: Tensor, bias: Tensor) -> Tensor: ...
 
 
 class AveragePooling(nn.Module):
-    """The mean over patches, of towers that end in one and in nothing else."""
+    """The mean over patches, for towers that end in one."""
 
     def features(self, tokens: Tensor, bias: Tensor) -> Tensor:
         """Tokens [N, P, C] and a bias of their logits [N, P] -> [N, C]."""
@@ -45,10 +47,9 @@ def subject_map(attention: Tensor, change: Tensor, power: Tensor | float, floor:
 
 
 class TemporalSpatialFusion(nn.Module):
-    """Tokens, attention and change to both vectors and the map that weighed the subject's.
+    """Tokens, attention and change -> both vectors, and the map of the subject.
 
-    FC_s is the tower's own layer unless another is given, FC_o is FC_s unless another is given: both vectors are in the
-    space of the text encoder.
+    FC_s is by default the tower's own layer, FC_o by default FC_s: both vectors are in the space of the text encoder.
     """
 
     def __init__(
@@ -80,7 +81,12 @@ class TemporalSpatialFusion(nn.Module):
 
 
 def load_projection(path: Path, feature_width: int, embedding_width: int) -> tuple[nn.Linear, str]:
-    """Reads a trained FC, and the sha256 of its file: safetensors with `weight` [D, F] and, optional, `bias` [D]."""
+    """Reads a trained FC: safetensors with `weight` [D, F] and, optionally, `bias` [D]. Returns also the file's sha256.
+
+    Raises:
+        ModelError: not such a file.
+        CheckpointMismatch: tensors with other shapes.
+    """
     import safetensors
     from safetensors.torch import load
 

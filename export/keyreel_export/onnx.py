@@ -1,4 +1,4 @@
-"""torch modules to ONNX files."""
+"""Exports torch modules to ONNX files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPSET = 20
 def contained() -> Iterator[None]:
     """Keeps prints, warnings and logs of open_clip, timm and torch's exporter off the terminal.
 
-    The application's own logging handlers still get the log.
+    The application's logging handlers still get the log.
     """
     root = logging.getLogger()
     handler = logging.NullHandler()  # else `logging.warning`, which open_clip calls, would configure the logging
@@ -45,10 +45,13 @@ def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Seque
 
     Args:
         module: takes the inputs in order.
-        inputs: an example of each input, with two rows or more: torch takes a size of 1 for a constant. The first
-            dimension of all inputs but scalars is dynamic, and the same.
+        inputs: an example of each input, with at least two rows, since torch treats a size of 1 as constant. The first
+            dimension of all inputs, except scalars, is dynamic and equal.
         outputs: names of the outputs.
         path: the .onnx file; weights of more than 2 GB go beside it, into `<path>.data`.
+
+    Raises:
+        ModelError: torch cannot export the module.
     """
     for package in ("onnx", "onnxscript"):
         import_extra(package, extra="export", purpose="exporting a model")
@@ -75,7 +78,7 @@ def export_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Seque
 
 @torch.no_grad()
 def cases(module: nn.Module, batches: Sequence[Feeds]) -> list[Case]:
-    """Runs `module` on each batch; the feeds' names are those of the graph's inputs, in the module's order."""
+    """Runs `module` on each batch. Keys of the feeds are the graph's inputs, in the module's order."""
     found = []
     for feeds in batches:
         outputs = module(*(torch.from_numpy(array) for array in feeds.values()))
@@ -85,7 +88,7 @@ def cases(module: nn.Module, batches: Sequence[Feeds]) -> list[Case]:
 
 
 def _forget_origin(program: Any) -> None:
-    # The exporter stores the source lines of each node, with paths of this machine.
+    # The exporter stores source lines of each node, with paths of this machine.
     program.model.metadata_props.clear()
     for graph in (program.model.graph, *program.model.functions.values()):
         graph.metadata_props.clear()

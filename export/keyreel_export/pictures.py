@@ -1,7 +1,7 @@
-"""Labelled pictures of the user's, as frames to fit the subject's side of a model to.
+"""Makes frames of the user's labelled pictures, to fit the subject's side of a model to.
 
-One picture is the place, others move over it: their labels say what is seen. Every picture is also shown as it is. A
-fifth of the pictures is held out and measures the fit.
+One picture is the place, others move over it; their labels say what the clip shows. Every picture is also used
+unchanged. A fifth of the pictures is held out to measure the fit.
 """
 
 from __future__ import annotations
@@ -30,26 +30,28 @@ from keyreel_kernels import shift
 
 HINT = "a folder of labelled pictures has a subfolder for each label, or a file labels.csv with the columns file,label"
 LABELS = "labels.csv"
-LARGEST_SIDE = 512  # of a picture that is kept, in pixels
-OUTLINED_SIDE = 128  # of a picture whose outline is looked for
+LARGEST_SIDE = 512  # of a kept picture, in pixels
+OUTLINED_SIDE = 128  # of a picture for the search of an outline
 FRAMES = 4  # of a clip: the two in the middle have neighbours on both sides
-WIDE = 16 / 9  # aspect of videos, which some towers see squashed to a square
-CLIPS_A_PICTURE, CLIPS, MORE_CLIPS = 4, 400, 2000  # clips for each picture, the least and the most of them
-BYTES = 2 << 30  # the most that tokens of clips take
+WIDE = 16 / 9  # aspect of videos; some towers squash them to a square
+CLIPS_A_PICTURE, CLIPS, MORE_CLIPS = 4, 400, 2000  # clips for each picture; fewest and most clips in all
+BYTES = 2 << 30  # most bytes of the clips' tokens
 HELD_CLIPS = 200
-BATCH = 8  # clips that the tower sees at a time
+BATCH = 8  # clips in one run of the tower
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
+    """A labelled picture."""
+
     image: Image.Image  # RGB
-    outline: Image.Image | None  # 255 on the thing, where it stands before a plain ground
+    outline: Image.Image | None  # 255 on the object, if it is on a plain ground
     labels: tuple[str, ...]  # the most specific first
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A short video of things on a place."""
+    """A short video of objects in a place."""
 
     frames: U8  # [FRAMES, H, W, 3]
     things: tuple[Picture, ...]
@@ -57,10 +59,10 @@ class Clip:
 
 
 def read_pictures(folder: Path) -> list[Picture]:
-    """The pictures of a folder and their labels.
+    """Reads the pictures of a folder and their labels.
 
     Raises:
-        ModelError: there are none, or of one label only; a picture or labels.csv cannot be read.
+        ModelError: no pictures, only one label, or a picture or labels.csv that cannot be read.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder", hint=HINT)
@@ -69,7 +71,9 @@ def read_pictures(folder: Path) -> list[Picture]:
         raise ModelError(f"{folder} holds no labelled pictures", hint=HINT)
     names = {label for _, labels in listed for label in labels}
     if len(names) < 2:
-        raise ModelError(f"all pictures of {folder} have the label {names.pop()!r}, two are the least", hint=HINT)
+        raise ModelError(
+            f"all pictures of {folder} have the label {names.pop()!r}, at least two labels are needed", hint=HINT
+        )
     images = [(_read(path), labels) for path, labels in listed]
     return [Picture(image, _outline(image), labels) for image, labels in images]
 
@@ -108,7 +112,7 @@ def _read(path: Path) -> Image.Image:
             file.draft("RGB", (LARGEST_SIDE, LARGEST_SIDE))  # JPEGs decode at a fraction of their size
             image = ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:
-        raise ModelError(f"the picture {path} cannot be read: {error}", hint="remove it, or save it anew") from error
+        raise ModelError(f"the picture {path} cannot be read: {error}", hint="remove it, or save it again") from error
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
     return image
 
@@ -121,10 +125,10 @@ def _outline(image: Image.Image) -> Image.Image | None:
 
 
 def split(pictures: Sequence[Picture], seed: int) -> tuple[list[Picture], list[Picture]]:
-    """Those to fit to, and a fifth of each label that is held out.
+    """Splits pictures into those to fit to, and a fifth of each label to hold out.
 
     Raises:
-        ModelError: too few to put one picture on another of other labels, in both parts.
+        ModelError: too few pictures to put one on another with other labels, in both parts.
     """
     drawn = [pictures[int(n)] for n in np.random.default_rng(seed).permutation(len(pictures))]
     ordered = sorted(drawn, key=lambda picture: picture.labels[0])
@@ -134,7 +138,7 @@ def split(pictures: Sequence[Picture], seed: int) -> tuple[list[Picture], list[P
         if not any(_apart(part[0], other) for other in part[1:]):
             raise ModelError(
                 f"{len(pictures)} pictures are too few: a fifth is held out, and needs two of different labels",
-                hint="give ten pictures or more, as many of one label as of another",
+                hint="give ten pictures or more, as many of each label",
             )
     return fitted, held
 
@@ -144,8 +148,8 @@ def _apart(one: Picture, other: Picture) -> bool:
 
 
 def clips(pictures: Sequence[Picture], how: ImageTransform, seed: int) -> Iterator[Clip]:
-    """Endless: one picture or two, cut out where the outline is known, move or stand on a picture of other labels,
-    with pans, blur and compression. As `builtin.composites.varied`, for towers of any size.
+    """Yields clips without end: one or two pictures, cut out if the outline is known, move or stand on a picture with
+    other labels, with pans, blur and compression. Like `builtin.composites.varied`, for towers of any size.
     """
     rng = np.random.default_rng(seed)
     while True:
@@ -191,7 +195,7 @@ def _moving(things: Sequence[Picture], place: Picture, how: ImageTransform, rng:
 def _path(
     thing: Picture, size: Any, rng: np.random.Generator, narrow: float
 ) -> tuple[Image.Image, Image.Image | None, F32, F32]:
-    """A picture at its size, its mask if it is cut out, its first place and its step a frame, in pixels."""
+    """A picture at its size, its mask if it is cut out, its first place, and its step per frame in pixels."""
     image, mask = thing.image, thing.outline if rng.random() < 0.5 else None
     if mask is not None:
         box = mask.getbbox()
@@ -213,10 +217,10 @@ def moving_frames(
     """The two middle frames of `count` clips.
 
     Args:
-        attention: from frames [N, H, W, 3] and tokens [N, R+P, C] to maps [N, P].
+        attention: frames [N, H, W, 3], tokens [N, R+P, C] -> maps [N, P].
 
     Returns:
-        The frames, and `attention` of them.
+        The frames, and the results of `attention`.
     """
     how, prefix, linked = EncodeConfig(), tower.prefix_tokens, np.arange(FRAMES) > 0
     found: list[list[Tensor]] = []
@@ -236,7 +240,7 @@ def moving_frames(
 
 
 def still_frames(tower: Tower, pictures: Sequence[Picture], how: ImageTransform, names: Sequence[str]) -> Frames:
-    """Pictures as they are, in which nothing moves."""
+    """Unchanged pictures, as stills."""
     found: list[Tensor] = []
     for first in range(0, len(pictures), 4 * BATCH):
         frames = np.stack([as_seen(picture.image, how) for picture in pictures[first : first + 4 * BATCH]])
@@ -248,7 +252,7 @@ def still_frames(tower: Tower, pictures: Sequence[Picture], how: ImageTransform,
 
 
 def clip_count(tower: Tower, pictures: int) -> int:
-    """How many clips to fit to."""
+    """The number of clips to fit to."""
     tokens = tower.prefix_tokens + tower.grid[0] * tower.grid[1]
     fitting = BYTES // (2 * 2 * tokens * tower.token_width)  # two frames of two bytes
     return int(min(np.clip(CLIPS_A_PICTURE * pictures, CLIPS, MORE_CLIPS), max(fitting, 1)))

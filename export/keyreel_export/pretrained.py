@@ -1,4 +1,4 @@
-"""From the name of a model to open_clip's model and tokenizer, and the attention network."""
+"""Loads open_clip's model and tokenizer by the name of a model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A model's name, taken apart."""
+    """A parsed model name."""
 
     architecture: str  # a name of open_clip's, or hf-hub:org/repo
-    pretrained: str | None  # a tag of open_clip's or the path of a checkpoint; None for a hub model or random weights
+    pretrained: str | None  # a tag of open_clip, or the path of a checkpoint; None for a hub model or random weights
     source: dict[str, str]  # the manifest's entry: what, from, licence
-    quick_gelu: bool = False  # the weights were trained with the activation x * sigmoid(1.702 x)
+    quick_gelu: bool = False  # whether the weights need the activation x * sigmoid(1.702 x)
 
 
 def _source(what: str, origin: str | Path, licence: str = UNKNOWN) -> dict[str, str]:
@@ -33,7 +33,11 @@ def _source(what: str, origin: str | Path, licence: str = UNKNOWN) -> dict[str, 
 
 
 def resolve(name: str, *, random_weights: bool = False) -> Recipe:
-    """Takes a model's name apart, without loading or downloading anything."""
+    """Parses a model's name; loads and downloads nothing.
+
+    Raises:
+        ModelNotFound: there is no such architecture or tag.
+    """
     open_clip = import_open_clip()
     if name.startswith(HUB):
         return Recipe(name, None, _source(TOWERS, name))
@@ -59,7 +63,12 @@ def resolve(name: str, *, random_weights: bool = False) -> Recipe:
 
 
 def load_model(recipe: Recipe) -> Any:
-    """The open_clip model of a recipe, float32, in evaluation mode."""
+    """Loads the open_clip model of a recipe, float32, in evaluation mode.
+
+    Raises:
+        ModelError: the weights cannot be loaded.
+        CheckpointMismatch: the weights do not fit the architecture.
+    """
     open_clip = import_open_clip()
     wanted = recipe.pretrained is not None or recipe.architecture.startswith(HUB)
     try:
@@ -84,7 +93,11 @@ def load_model(recipe: Recipe) -> Any:
 
 
 def load_tokenizer(architecture: str) -> Any:
-    """open_clip's own tokenizer of a model."""
+    """Loads open_clip's tokenizer of a model.
+
+    Raises:
+        ModelError: open_clip cannot load it.
+    """
     open_clip = import_open_clip()
     try:
         with contained():

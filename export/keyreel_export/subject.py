@@ -1,4 +1,4 @@
-"""The subject's side of an exported model: calibrated on drawn scenes, or fitted to labelled pictures."""
+"""The subject's side of an exported model: calibrated on drawn pictures, or fitted to labelled ones."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ImageSide:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a fit gives."""
+    """The result of a fit."""
 
     head: SubjectHead
     scale: SubjectScale
@@ -72,7 +72,7 @@ class Fit:
 
 
 def calibrate(side: ImageSide, texts: Texts) -> calibration.Calibration:
-    """Runs a model over the pictures of `keyreel.models.calibration`."""
+    """Calibrates a model on the pictures of `keyreel.models.calibration`."""
     drawn, vectors = calibration.pictures(side.image), list[tuple[F32, F32]]()
     for first in range(0, len(drawn), 16):
         frames = drawn[first : first + 16]
@@ -113,7 +113,7 @@ def fit_to_pictures(
 
 
 def _trainable(projection: nn.Module, tower: Tower) -> nn.Module:
-    """The layer that the subject's starts as: the scene's, or, where that has no weights, one that changes nothing."""
+    """The start of the subject's layer: the scene's layer or, if that has no weights, an identity."""
     if any(True for _ in projection.parameters()):
         return projection
     layer = nn.Linear(tower.feature_width, tower.embedding_width)
@@ -127,13 +127,13 @@ def _precision(scores: F32, seen: Frames) -> dict[str, float]:
     found: dict[str, float] = {}
     for kind in ("objects", "places"):
         wanted = getattr(seen, kind).numpy() > 0
-        others = seen.true.numpy() & ~wanted  # true of the frame as well, so neither right nor wrong: last
+        others = seen.true.numpy() & ~wanted  # also true of the frame, so neither right nor wrong: last
         found[kind] = round(mean_average_precision(np.where(others, -np.inf, scores), wanted), 4)
     return found
 
 
 def tensors(fit: Fit) -> dict[str, Tensor]:
-    """All that was fitted, by name."""
+    """All fitted tensors, by name."""
     head, scale = fit.head, fit.scale
     found = {f"attention.{name}": own for name, own in head.attention.state_dict().items()}
     found |= {f"projection.{name}": own for name, own in head.projection.state_dict().items()}

@@ -108,7 +108,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ends = list(zip(args[1][::2], args[1][1::2], strict=True))[::-1]
             step = ["pad", first, [(0, 0)] * (args[0].ndim - len(ends)) + ends]
         if None not in step:
-            if name.endswith("_"):  # in place: what the earlier step gave is gone
+            if name.endswith("_"):  # in place: the result of the earlier step is lost
                 self.made[first] = torch.empty(0)
             self.add(step, result)
 

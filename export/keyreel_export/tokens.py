@@ -1,4 +1,4 @@
-"""open_clip's tokenizers as tokenizer.json, which the package tokenizers reads without torch or open_clip.
+"""Exports open_clip's tokenizers as tokenizer.json, which the package tokenizers reads without torch or open_clip.
 
 `transformers` converts CLIP's tokenizer too, but its ids differ on two texts of the corpus: runs of punctuation after
 a URL, and special tokens inside a text.
@@ -42,8 +42,11 @@ def export_tokenizer(tokenizer: Any) -> tuple[Tokenizer, str]:
     """Rebuilds one of open_clip's tokenizers and checks it on `CORPUS`.
 
     Returns:
-        The tokenizer, which pads and cuts to the context length, and how texts are cleaned before it (the `how` of
+        The tokenizer, which pads and cuts to the context length, and how to clean texts before it (the `how` of
         `keyreel.runtime.text.clean_text`).
+
+    Raises:
+        ModelError: the tokenizer is not supported, or its copy gives other ids.
     """
     import_open_clip()
     from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, SimpleTokenizer
@@ -66,7 +69,7 @@ def export_tokenizer(tokenizer: Any) -> tuple[Tokenizer, str]:
 
 
 def described(tokenizer: Any) -> dict[str, Any]:
-    """What `keyreel.models.tokenizers` needs, beside the merges, to rebuild one of open_clip's own tokenizers."""
+    """The data that `keyreel.models.tokenizers` needs, besides the merges, to rebuild a tokenizer of open_clip."""
     rebuilt, clean = export_tokenizer(tokenizer)
     text = rebuilt.to_str()
     document = json.loads(text)

@@ -104,7 +104,11 @@ class Tower(nn.Module):
 
     @torch.no_grad()
     def measure(self) -> Tower:
-        """Sets the widths by running one black frame. Returns itself."""
+        """Sets the widths by running one black frame. Returns itself.
+
+        Raises:
+            ModelError: the tower gives another grid than expected.
+        """
         tokens = self.tokens(torch.zeros(1, *self.image_size, 3, dtype=torch.uint8))
         count = tokens.shape[1] - self.prefix_tokens
         if count != self.grid[0] * self.grid[1]:
@@ -263,7 +267,7 @@ class AveragePoolTower(Tower):
         return feature_map.flatten(2).transpose(1, 2)
 
     def features(self, tokens: Tensor, bias: Tensor) -> Tensor:
-        # The head averages what it is given, which leaves a map of one pixel as it is.
+        # The head averages its input, which does not change a map of one pixel.
         pooled = _weighted_mean(tokens, bias)[:, :, None, None]
         features: Tensor = self.body.forward_head(pooled, pre_logits=True)
         return features.flatten(1)

@@ -1,12 +1,12 @@
-"""From a bundle to a model repository of Triton Inference Server: an image and a text encoder.
+"""Exports a bundle as a model repository of Triton Inference Server: an image and a text encoder.
 
     keyreel_image/config.pbtxt      frames u8 [N, H, W, 3] -> scene f32 [N, D], subject f32 [N, D], map f32 [N, P]
     keyreel_image/1/model.onnx      backbone, attention and fusion as one graph
     keyreel_text/config.pbtxt       token_ids i64 [Q, L]   -> vectors f32 [Q, D]
     keyreel_text/1/model.onnx
-    keyreel_text/tokenizer.json     for clients, who clean and tokenize texts
+    keyreel_text/tokenizer.json     for clients, which clean and tokenize texts
 
-Not an ensemble: in one graph tokens never leave the session, and one queue batches, not three.
+It is not an ensemble: in one graph, tokens stay in the session, and one queue batches instead of three.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from keyreel.runtime.bundle import Bundle
 
 IMAGE, TEXT = "keyreel_image", "keyreel_text"
 VERSION = "1"
-# All that is ever replaced; older exports wrote a README.md.
+# The files to replace; older exports wrote a README.md.
 FILES = frozenset(
     {"README.md", f"{TEXT}/tokenizer.json"}
     | {f"{model}/config.pbtxt" for model in (IMAGE, TEXT)}
     | {f"{model}/{VERSION}/{name}" for model in (IMAGE, TEXT) for name in ("model.onnx", "model.onnx.data")}
 )
-# How long the server may wait to fill a batch: about the time to encode one.
+# Longest wait of the server to fill a batch: about the time to encode one.
 _QUEUE_MICROSECONDS = 2000
 
 
 def export_triton(bundle: Bundle, folder: Path, *, max_batch_size: int = 64, instances: int = 1) -> Path:
-    """Writes the model repository of a bundle, verified against the bundle's own graphs, whole or not at all.
+    """Exports a bundle as a model repository. It verifies it against the bundle's graphs, and writes all or nothing.
 
-    Frames are stills to it, without temporal shift and change, since a batch mixes frames of many requests.
+    It treats frames as stills, without temporal shift and change, since a batch mixes frames of many requests.
 
     Args:
-        folder: new, empty, or an earlier export, which is replaced.
+        folder: new, empty, or an earlier export to replace.
         max_batch_size: rows of one inference.
         instances: sessions of each model on each device.
 
@@ -48,8 +48,8 @@ def export_triton(bundle: Bundle, folder: Path, *, max_batch_size: int = 64, ins
         The folder.
 
     Raises:
-        ValueError: a number below 1.
-        ModelError: an int8 bundle, the folder holds something else, or the merged graph differs from the bundle's.
+        ValueError: max_batch_size or instances is below 1.
+        ModelError: an int8 bundle, a folder with other files, or a merged graph that differs from the bundle's.
         MissingExtra: onnx or onnxruntime is not installed.
     """
     if min(max_batch_size, instances) < 1:
@@ -84,7 +84,7 @@ def _save(onnx: Any, model: Any, path: Path) -> None:
 
 
 def _merged(onnx: Any, bundle: Bundle) -> Any:
-    """Backbone, attention and fusion as one graph, joined by the names of their inputs and outputs."""
+    """Merges backbone, attention and fusion into one graph, by the names of their inputs and outputs."""
     parts = []
     for name in ("backbone", "attention", "fusion"):
         model = onnx.load(bundle.file(f"{name}.onnx"))
@@ -94,8 +94,8 @@ def _merged(onnx: Any, bundle: Bundle) -> Any:
     first, last = parts[0], parts[-1]
     opsets = [sorted((entry.domain, entry.version) for entry in part.opset_import) for part in parts]
     if any(opset != opsets[0] for opset in opsets) or any(part.functions for part in parts):
-        raise ModelError(f"the graphs of {bundle.name} do not go together", hint="export the model again")
-    # Nothing is known to move. The attention gives the zeros their shape.
+        raise ModelError(f"the graphs of {bundle.name} do not fit together", hint="export the model again")
+    # Zero change: stills. The attention gives the shape.
     still = onnx.helper.make_node("Sub", ["attention", "attention"], ["change"], "change")
     parts[1].graph.node.append(still)
     graph = onnx.helper.make_graph(
@@ -109,7 +109,7 @@ def _merged(onnx: Any, bundle: Bundle) -> Any:
 
 
 def _verify(bundle: Bundle, graph: Path) -> None:
-    """Compares the merged graph with the three it was made of."""
+    """Compares the merged graph with the three graphs."""
     precision, height, width = bundle.precision, bundle.image.height, bundle.image.width
     frames: list[Feeds] = [
         {"frames": verify.sample_frames(height, width, count=count, seed=count)} for count in verify.BATCH_SIZES
@@ -126,7 +126,7 @@ def _config(
     max_batch_size: int,
     instances: int,
 ) -> str:
-    """config.pbtxt: the text form of Triton's ModelConfig. Dimensions are those of one row."""
+    """Makes config.pbtxt, the text form of Triton's ModelConfig. Dimensions are those of one row."""
     name, kind, shape = takes
     # onnxruntime's CPU kernels for half precision are few and slow, and some graphs crash there.
     outputs = ", ".join(f'{{ name: "{key}" data_type: TYPE_FP32 dims: [{width}] }}' for key, width in gives.items())

@@ -1,4 +1,4 @@
-"""Array operations of keyreel: one table, each operation defined in NumPy."""
+"""Array operations of keyreel: one table of operations, each defined in NumPy."""
 
 from __future__ import annotations
 

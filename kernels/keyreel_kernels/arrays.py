@@ -1,4 +1,4 @@
-"""One interface to the memory of a device: the host's here, a CUDA device's in cuda.py."""
+"""One interface to the memory of a device: the CPU's here, a CUDA device's in cuda.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def on_host(array: Any) -> bool:
 
 
 class Arrays(Protocol):
-    """The memory of a device. All data moves to and from the device through it."""
+    """The memory of a device. All data moves to and from the device by its methods."""
 
     @property
     def xp(self) -> Any:
@@ -25,7 +25,7 @@ class Arrays(Protocol):
 
     @property
     def bytes_to_host(self) -> int:
-        """How many bytes were copied from the device so far."""
+        """The number of bytes copied from the device so far."""
 
     def scope(self) -> AbstractContextManager[None]:
         """Makes the device, its stream and its memory pool current in this thread; re-entrant."""
@@ -37,18 +37,18 @@ class Arrays(Protocol):
         """Waits for all launched work."""
 
     def to_device(self, array: Any) -> Any:
-        """The array on the device, without a copy if it is there already.
+        """Returns the array on the device, without a copy if it is already there.
 
         Raises:
             ValueError: the array is on another device.
         """
 
     def to_host(self, array: Any) -> NDArray[Any]:
-        """A NumPy array of the same values; waits for the device."""
+        """Returns a NumPy array of the same values. Waits for the device."""
 
 
 class HostArrays:
-    """The host's memory: NumPy arrays, never copied."""
+    """The memory of the CPU: NumPy arrays, never copied."""
 
     xp: Any = np
     bytes_to_host = 0

@@ -4,8 +4,8 @@ The objective of one problem, a video of T frames with unit vectors z, weights w
 
     J = -(1/W) sum_t w_t <z_t, c_a(t)>  +  (mu/K) sum_{j<k} max(0, <c_j, c_k> - m),     W = sum_t w_t
 
-This is the weighted spherical k-means of Dhillon & Modha (2001) plus a hinge on pairs of centroids closer than m. No
-step raises J, and nothing is random.
+This is the weighted spherical k-means of Dhillon & Modha (2001) plus a hinge loss for pairs of centroids closer than m.
+No step raises J, and nothing is random.
 
 Problems come in batches over ragged videos: x [N, D] holds the frames of all videos one after the other; a problem is a
 span of rows [start, stop) and a number of clusters, so that several K of one video are several problems over one span.
@@ -34,10 +34,10 @@ COVERED = 1e-6
 TOLERANCE = 1e-10
 # A problem stops when a round gains less than this.
 STILL = 1e-7
-# Multiply-adds up to which OpenBLAS stays in the calling thread: waking others costs more CPU time than such a product,
-# and results would depend on how many there are.
+# Most multiply-adds of a product that OpenBLAS computes in the calling thread. Waking other threads costs more CPU time
+# than that, and results would depend on their number.
 _ONE_THREAD = 2**18
-# How far a centroid goes towards the minimiser, which is exact only while the set of close pairs stays the same.
+# How far to move a centroid towards the minimiser, which is exact only while the set of close pairs is the same.
 STEPS = (1.0, 0.5, 0.25)
 
 
@@ -53,7 +53,7 @@ class Clusters:
 
 
 def label_starts(spans: I64) -> I64:
-    """[M+1] int64: where each problem's labels begin in the concatenated arrays."""
+    """[M+1] int64: the start of each problem's labels in the concatenated arrays."""
     starts: I64 = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])]).astype(np.int64)
     return starts
 
@@ -62,17 +62,17 @@ def label_starts(spans: I64) -> I64:
 
 
 def neighbour_similarity(x: F32, offsets: I64, reach: int = 3) -> tuple[F32, F32]:
-    """Similarity of each frame to its temporal neighbours, and their smoothed mean.
+    """Computes the similarity of each frame to its temporal neighbours, and smooths the vectors.
 
     Args:
         x: [N, D] float32 unit vectors of all videos. offsets: [B+1] int64, rows of each video.
         reach: how many frames before and after count as neighbours.
 
     Returns:
-        similarity [N] float32: mean cosine of a frame to its two most similar neighbours, 1 for the only frame of a
-        video; and smooth [N, D] float32: unit mean of the frame and those of the two that are more similar to it than
-        two frames of the video are on average (the mean cosine of all pairs is |mean x|^2), which has less noise and
-        does not mix scenes.
+        similarity [N] float32: mean cosine of a frame to its two most similar neighbours; 1 for the only frame of a
+        video. smooth [N, D] float32: unit mean of the frame and of those of the two that are more similar to it than
+        two random frames of the video (the mean cosine of all pairs is |mean x|^2). It has less noise and does not mix
+        scenes.
     """
     similarity, smooth = np.empty(len(x), np.float32), np.empty(x.shape, np.float32)
     for start, stop in itertools.pairwise(offsets.tolist()):
@@ -99,7 +99,7 @@ def neighbour_similarity(x: F32, offsets: I64, reach: int = 3) -> tuple[F32, F32
 
 
 def seed(x: F32, w: F32, offsets: I64, count: int) -> tuple[I64, F32]:
-    """Farthest-first seeding: the most typical frame, then always the worst-covered one, weighted (Gonzalez 1985).
+    """Farthest-first seeding, weighted: the most typical frame, then repeatedly the worst-covered one (Gonzalez 1985).
 
     The seeds of K clusters are the first K: one seeding serves every K.
 
@@ -107,9 +107,9 @@ def seed(x: F32, w: F32, offsets: I64, count: int) -> tuple[I64, F32]:
         x: [N, D] float32 unit vectors. w: [N] float32 weights >= 0. offsets: [B+1] int64. count: most seeds a video.
 
     Returns:
-        rows [B, count] int64 into x, -1 once every frame of the video is covered, everywhere if the video has a NaN or
-        an infinity; and the weighted gap w (1 - cosine to the nearest earlier seed) of each seed, [B, count] float32:
-        the weight itself for the first, 0 where there is no seed.
+        rows [B, count] int64 into x; -1 after every frame of the video is covered, and everywhere if the video has a
+        NaN or infinity. And the weighted gap of each seed, w (1 - cosine to the nearest earlier seed), [B, count]
+        float32: the weight for the first seed, 0 without a seed.
     """
     rows = np.full((len(offsets) - 1, count), -1, np.int64)
     gaps = np.zeros((len(offsets) - 1, count), np.float32)
@@ -136,7 +136,7 @@ def seed(x: F32, w: F32, offsets: I64, count: int) -> tuple[I64, F32]:
 
 
 def _products(a: F64, b: F64) -> F64:
-    """a b^T, a piece of a's rows at a time."""
+    """a b^T, some rows of a at a time."""
     rows = _ONE_THREAD // max(b.size, 1)
     if rows < 8:
         return a @ b.T
@@ -160,11 +160,11 @@ def objective(v: F64, cosine: F64, c: F64, mu: float, margin: float) -> float:
 
 
 def move(z: F64, v: F64, c: F64, labels: I64, mu: float, margin: float) -> F64:
-    """Moves each centroid, one after the other, to where J is lowest given the others and the set of close pairs.
+    """Moves each centroid in turn to the minimum of J, given the others and the set of close pairs.
 
     With S_j = (1/W) sum of w z over cluster j and C the centroids closer to c_j than the margin, J is linear in c_j on
-    that set, so its minimiser is normalise(S_j - mu sum_C c). The move is shortened, or left out, where leaving the set
-    would raise J. Clusters without weight stay.
+    that set, so its minimiser is normalise(S_j - mu sum_C c). The move is shortened or skipped if leaving the set would
+    raise J. Clusters without weight stay.
     """
     members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels, minlength=len(c)))[:-1])
     sums = np.stack([(v[rows, None] * z[rows]).sum(0) for rows in members]) / max(v.sum(), 1e-30)
@@ -192,14 +192,14 @@ def move(z: F64, v: F64, c: F64, labels: I64, mu: float, margin: float) -> F64:
 
 
 def _excess(c: F64, j: int, place: F64, margin: float) -> F64:
-    """[K] float64: by how much each centroid but the j-th is closer to `place` than the margin."""
+    """[K] float64: how much closer than the margin each centroid but the j-th is to `place`."""
     excess: F64 = np.maximum(0, np.vecdot(c, place) - margin)
     excess[j] = 0
     return excess
 
 
 def relocate(z: F64, v: F64, c: F64, labels: I64, mu: float, margin: float) -> F64:
-    """Moves clusters without a frame to the worst-covered frame, where that lowers J."""
+    """Moves clusters without a frame to the worst-covered frame if that lowers J."""
     empty = np.flatnonzero(np.bincount(labels, minlength=len(c)) == 0)
     if not len(empty):
         return c
@@ -225,7 +225,7 @@ def cluster(
     Args:
         x: [N, D] float32 unit vectors.
         k: at most the number of valid seeds of the problem.
-        seeds: [M, Kmax] int64 rows of x, as `seed` gives them.
+        seeds: [M, Kmax] int64 rows of x, from `seed`.
         iterations: most rounds.
 
     Raises:
@@ -271,7 +271,7 @@ def check_seeds(k: I64, seeds: I64) -> None:
 
 
 def representatives(spans: I64, k: I64, labels: I64, similarity: F32, clean: NDArray[np.bool_]) -> I64:
-    """The frame of each cluster that is closest to its centroid, among the clean ones where there are any.
+    """Finds the frame of each cluster closest to its centroid, among the clean ones if there are any.
 
     Args:
         similarity: [L] float32, cosine of each frame to its centroid. clean: [N] bool, over the rows of x.

@@ -110,7 +110,8 @@ class Cuda:
                 callers.wait_event(self.stream.record())
 
     def to_device(self, array: Any) -> Any:
-        """CuPy arrays as they are, NumPy arrays copied, others through DLPack: not copied if they are on this device.
+        """Returns CuPy arrays unchanged, copies NumPy arrays, and takes others through DLPack, without a copy on this
+        device.
 
         Raises:
             ValueError: the array is on another device.
@@ -128,7 +129,7 @@ class Cuda:
             return self.cupy.from_dlpack(array)
 
     def to_host(self, array: Any) -> NDArray[Any]:
-        """A NumPy array of the same values, counted in `bytes_to_host`; waits for the stream."""
+        """Returns a NumPy array of the same values. Waits for the stream, and counts in `bytes_to_host`."""
         if isinstance(array, np.ndarray):
             return array
         with self.scope():

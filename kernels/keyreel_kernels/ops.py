@@ -1,4 +1,4 @@
-"""The table of operations, and which functions fill it on a device."""
+"""The table of operations, and the functions that fill it for a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keyreel_kernels.arrays import Arrays, HostArrays
 from keyreel_kernels.cuda import Cuda
 
 Operation = Callable[..., Any]
-# A launcher has the name of its definition; its first argument is the device.
+# A launcher has the name of its definition; the first argument is the device.
 _LAUNCHERS = ("cuda_pictures", "cuda_shift", "cuda_kmeans")
 _HOST = HostArrays()
 _DEVICE = re.compile(r"cuda:(\d+)")
@@ -22,7 +22,9 @@ _DEVICE = re.compile(r"cuda:(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """One implementation of every operation. The defaults are the NumPy definitions; other devices share signatures."""
+    """One implementation of each operation. The defaults are the NumPy definitions; other devices have the same
+    signatures.
+    """
 
     device: str
     arrays: Arrays = _HOST
@@ -45,9 +47,9 @@ def ops_for(device: str) -> Ops:
     """The operations of a device: "cpu" or "cuda:N".
 
     Raises:
-        ValueError: there is no implementation for it.
+        ValueError: there is no implementation for the device.
         ImportError: CuPy is not installed.
-        Exception: whatever CuPy raises where the device does not work.
+        Exception: CuPy's, if the device does not work.
     """
     if device == "cpu":
         return Ops("cpu")
@@ -59,7 +61,7 @@ def ops_for(device: str) -> Ops:
 def ops_on(cuda: Cuda) -> Ops:
     """The operations of an open CUDA device.
 
-    Data goes in as CuPy arrays, control values (spans, numbers of clusters, offsets) as NumPy arrays; results are CuPy
+    Data are CuPy arrays; control values (spans, numbers of clusters, offsets) are NumPy arrays. Results are CuPy
     arrays.
     """
     modules = [import_module(f"keyreel_kernels.{name}") for name in _LAUNCHERS]

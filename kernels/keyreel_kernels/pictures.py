@@ -1,4 +1,4 @@
-"""Operations on pictures in NumPy: the definition of what pictures.cu computes. Colour, geometry, signals.
+"""Operations on pictures in NumPy, which define what pictures.cu computes: colour, geometry, signals.
 
 Letters: N frames, H x W pixels.
 """
@@ -21,7 +21,7 @@ HISTOGRAM_BINS = 8  # per colour channel
 
 
 def yuv_to_rgb(y: U8 | U16, uv: U8 | U16, *, bits: int, standard: str, full_range: bool) -> F32:
-    """NV12 (8 bits in u8) or P016 (`bits` in the high end of u16) to R'G'B', ITU-R BT.601/709/2020.
+    """Converts NV12 (8 bits in u8) or P016 (`bits` in the high end of u16) to R'G'B', ITU-R BT.601/709/2020.
 
     Chroma is sited as in MPEG-2 (on the left column of each pair, between the two rows) and interpolated linearly.
 
@@ -62,7 +62,7 @@ def _linear(values: F32, at: NDArray[np.float64], axis: int) -> F32:
 
 
 def resize_weights(old: int, new: int, interpolation: Interpolation) -> F32:
-    """[new, old] float32 rows that sum to 1: a filter as wide as the reduction, which prevents aliasing.
+    """Makes the filter of a resize: [new, old] float32 rows that sum to 1, as wide as the reduction, against aliasing.
 
     Triangle for bilinear, Keys' cubic with a = -0.5 (Keys 1981) for bicubic, a box for area; samples are at pixel
     centres. The weights of Pillow's and torchvision's antialiased resize before rounding. Pillow also clips between the
@@ -89,7 +89,7 @@ def resize_weights(old: int, new: int, interpolation: Interpolation) -> F32:
 
 
 def resize(frames: U8 | F32, height: int, width: int, interpolation: Interpolation) -> F32:
-    """[N, H, W, 3] -> [N, height, width, 3] float32, antialiased; not clipped, so bicubic overshoots."""
+    """Resizes [N, H, W, 3] to [N, height, width, 3] float32, antialiased; not clipped, so bicubic overshoots."""
     rows = resize_weights(frames.shape[1], height, interpolation)
     columns = resize_weights(frames.shape[2], width, interpolation)
     half = np.einsum("xw,nhwc->nhxc", columns, frames.astype(np.float32), optimize=True)
@@ -98,13 +98,13 @@ def resize(frames: U8 | F32, height: int, width: int, interpolation: Interpolati
 
 
 def transform(frames: U8, *, height: int, width: int, mode: str, interpolation: Interpolation, fill: int = 0) -> U8:
-    """Frames to pictures of the model's size, as open_clip's own transform makes them.
+    """Converts frames to the model's size, as open_clip's transform does.
 
     Args:
         frames: [N, H, W, 3] uint8 RGB. mode: as in `resized_size`. fill: value of the padding in mode "longest".
 
     Returns:
-        [N, height, width, 3] uint8; in mode "fit" the size is what fits.
+        [N, height, width, 3] uint8; in mode "fit" at most that size.
 
     Raises:
         ValueError: unknown mode.
@@ -140,9 +140,9 @@ def frames_from_surfaces(
     interpolation: Interpolation,
     fill: int = 0,
 ) -> U8:
-    """Decoded surfaces as upright pictures of the model's size: `yuv_to_rgb`, then as in `transform`.
+    """Converts decoded surfaces to upright pictures of the model's size: `yuv_to_rgb`, then `transform`.
 
-    The coded size is resized directly, so that non-square pixels cost no extra pass.
+    It resizes the coded picture directly, so that non-square pixels need no extra pass.
 
     Args:
         surfaces: of any sizes, depths and standards. height, width, mode, interpolation, fill: as in `transform`.
@@ -169,7 +169,7 @@ def frames_from_surfaces(
 
 
 def frame_signals(frames: U8) -> tuple[F32, F32, F32, F32]:
-    """Sharpness, brightness and colours of each frame.
+    """Measures sharpness, brightness and colours of each frame.
 
     Args:
         frames: [N, H, W, 3] uint8 RGB, N >= 1.
@@ -193,10 +193,10 @@ def frame_signals(frames: U8) -> tuple[F32, F32, F32, F32]:
 
 
 def histogram_distance(one: F32, other: F32) -> F32:
-    """How far two pictures' colours differ: 1 - intersection of their histograms (Swain & Ballard 1991).
+    """The distance of two pictures' colours: 1 - intersection of their histograms (Swain & Ballard 1991).
 
     Args:
-        one, other: [N, 8 * 8 * 8] float32 as `frame_signals` gives them; one of them may be [1, 8 * 8 * 8].
+        one, other: [N, 8 * 8 * 8] float32, from `frame_signals`; one of them may be [1, 8 * 8 * 8].
 
     Returns:
         [N] float32 in 0..1.

@@ -1,4 +1,4 @@
-"""Temporal shift in NumPy: the definition of what shift.cu computes.
+"""The temporal shift in NumPy, which defines what shift.cu computes.
 
 Letters: T frames, P patches (grid h x w), C token width, H x W pixels.
 """
@@ -18,21 +18,22 @@ Bools: TypeAlias = NDArray[np.bool_]
 
 # The camera's displacements (dy, dx) in patches, in the order in which ties go to the first; as in shift.cu.
 OFFSETS = sorted(itertools.product((-1, 0, 1), repeat=2), key=lambda o: (abs(o[0]) + abs(o[1]), *o))
-# Added to the mean cosine of (0, 0): a camera is taken to be still unless a displacement explains more.
+# Added to the mean cosine of (0, 0): the camera counts as still unless a displacement explains more.
 STILL_BONUS = 0.005
-# Products of so many multiplications run on one thread (OpenBLAS: SMP_THRESHOLD_MIN * GEMM_MULTITHREAD_THRESHOLD); they
-# are taken in parts if these have this width or more.
+# Products of this many multiplications run on one thread (OpenBLAS: SMP_THRESHOLD_MIN * GEMM_MULTITHREAD_THRESHOLD).
+# Larger ones are computed in parts if these have at least this width.
 _ONE_THREAD, _LEAST_WIDTH = 4 * 65_536, 32
 
 
 def fixed_shift(count: int, grid: tuple[int, int], linked: Bools, *, fraction: float, step: int) -> I64:
-    """Shifts a fixed fraction of the patches, spread evenly over the grid, by `step` frames back and ahead in turn.
+    """Shifts a fixed fraction of the patches, spread evenly over the grid, by `step` frames, alternately back and
+    ahead.
 
     Args:
         linked: [T] bool, whether frame t belongs to the same shot as frame t-1; linked[0] is False.
 
     Returns:
-        [T, P] int64: the frame that each patch is taken from.
+        [T, P] int64: the source frame of each patch.
     """
     patches = np.arange(grid[0] * grid[1])
     # Patch i is chosen where the running total crosses an integer: evenly spread, never more than the fraction. Each
@@ -47,7 +48,7 @@ def fixed_shift(count: int, grid: tuple[int, int], linked: Bools, *, fraction: f
 
 
 def adaptive_shift(patches: F32, grid: tuple[int, int], linked: Bools, *, steps: int, threshold: float) -> I64:
-    """Shifts the patches that change most, by the step at which they change; decided by the patch embeddings alone.
+    """Shifts the patches that change most, by the step at which they change. It needs only the patch embeddings.
 
     Change d[t,i](s) = 1 - <e[t,i], e[t-s,i]> of the unit patch embeddings e. Step: the smallest s in 1..S at which
     the mean change of the most-changed quarter reaches half its maximum over 1..S. Candidates: patches whose change
@@ -58,7 +59,7 @@ def adaptive_shift(patches: F32, grid: tuple[int, int], linked: Bools, *, steps:
         patches: [T, P, C] float32 tokens without prefix. linked: [T] bool, as in `fixed_shift`. steps: S.
 
     Returns:
-        [T, P] int64: the frame that each patch is taken from, its own where nothing is shifted.
+        [T, P] int64: the source frame of each patch; its own if not shifted.
     """
     count, places = patches.shape[:2]
     unit = _unit(patches)
@@ -78,7 +79,7 @@ def adaptive_shift(patches: F32, grid: tuple[int, int], linked: Bools, *, steps:
 
 
 def patch_change(patches: F32, grid: tuple[int, int], linked: Bools, *, steps: int) -> F32:
-    """How much each patch changes against the frames around it, after the camera's own displacement is taken out.
+    """Measures the change of each patch against the frames around, without the camera's displacement.
 
     Two frames of a shot, at most S apart, are compared at one displacement o of the camera: that of `OFFSETS` with the
     largest mean of <e[t,i], e[u,i+o]> over the patches i whose i+o lies inside the grid, where e are the unit patch
@@ -101,7 +102,7 @@ def patch_change(patches: F32, grid: tuple[int, int], linked: Bools, *, steps: i
     for s in range(1, min(steps, count - 1) + 1):
         same_shot = shot[s:] == shot[:-s]
         early, late = slice(None, -s), slice(s, None)
-        # All pairs of patches, though nine a patch are looked at: one product of matrices is faster than nine of rows.
+        # All pairs of patches, though only nine per patch are needed: one matrix product is faster than nine of rows.
         cosines = _products(unit[early], unit[late])
         for own, seen in ((early, cosines), (late, cosines.swapaxes(1, 2))):
             total[own] += np.where(same_shot[:, None], _change_between(seen, grid), 0)
@@ -113,8 +114,8 @@ def patch_change(patches: F32, grid: tuple[int, int], linked: Bools, *, steps: i
 def _products(one: F32, other: F32) -> F32:
     """[N, P, P]: inner products of the rows of one [N, P, C] and of the other.
 
-    Small products are taken in parts that OpenBLAS does on one thread. Above that it wakes its threads for each of
-    them, and they spin: that took seven times as long on two cores.
+    Small products are computed in parts that OpenBLAS does on one thread. For larger ones it wakes threads that spin,
+    which took seven times as long on two cores.
     """
     places, width = one.shape[1:]
     step = _ONE_THREAD // (places * places)
@@ -130,8 +131,8 @@ def _products(one: F32, other: F32) -> F32:
 def _change_between(cosines: F32, grid: tuple[int, int]) -> F32:
     """[N, P]: the change of each patch of a frame to another, from the cosines [N, P, P] of the one's to the other's.
 
-    One displacement for all patches of a frame, not one for each: an object that moves by a patch would otherwise
-    explain itself away.
+    One displacement for all patches of a frame: with one for each, an object that moves by a patch would show no
+    change.
     """
     row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     y, x = (np.array(by)[:, None] + at for by, at in zip(zip(*OFFSETS, strict=True), (row, column), strict=True))
@@ -163,7 +164,7 @@ def _sources(step: I64, chosen: Bools, direction: I64, linked: Bools) -> I64:
 
 
 def shift_tokens(tokens: F32, source: I64, prefix: int) -> F32:
-    """Takes each patch token from the frame that `source` names; prefix tokens stay.
+    """Takes each patch token from its source frame; prefix tokens stay.
 
     Args:
         tokens: [T, R+P, C] float32. source: [T, P] int64. prefix: R.
@@ -174,7 +175,7 @@ def shift_tokens(tokens: F32, source: I64, prefix: int) -> F32:
 
 
 def shift_pixels(frames: U8, source: I64, grid: tuple[int, int]) -> U8:
-    """The same shift on the pictures: patch (r, c) covers rows r*H//h .. (r+1)*H//h and columns likewise.
+    """Applies the same shift to pictures: patch (r, c) covers rows r*H//h .. (r+1)*H//h, and columns likewise.
 
     Args:
         frames: [T, H, W, 3] uint8. source: [T, P] int64. grid: (h, w).

@@ -1,4 +1,4 @@
-"""Decoded YUV surfaces, and where a picture goes when it is resized, cropped or padded."""
+"""Decoded YUV surfaces, and the geometry of resizing, cropping and padding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LUMA_WEIGHTS = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """A decoded YUV picture and how to show it.
+    """A decoded YUV picture, and how to show it.
 
     Raises:
         ValueError: planes that do not match, or an unknown depth or standard.
@@ -48,7 +48,7 @@ class Surface:
 
 
 def resized_size(height: int, width: int, tall: int, wide: int, mode: str) -> tuple[int, int]:
-    """(height, width) to which a picture of height x width is scaled, before it is cropped or padded to tall x wide.
+    """(height, width) to scale a picture of height x width to, before cropping or padding to tall x wide.
 
     shortest: covers the size, then the middle is cropped. longest: fits inside, then is padded. squash: exactly the
     size. fit: fits inside and is never enlarged or padded. `shortest` rounds as torchvision's Resize does (the long
@@ -72,7 +72,7 @@ def resized_size(height: int, width: int, tall: int, wide: int, mode: str) -> tu
 
 
 def first_place(old: int, new: int) -> int:
-    """Where the middle `new` pixels of a side of `old` begin; negative if padding comes first."""
+    """The start of the middle `new` pixels of a side of `old`; negative for padding."""
     return round((old - new) / 2) if old >= new else -((new - old) // 2)
 
 

@@ -12,8 +12,8 @@ from keyreel.cli.signals import exit_code_of, raise_at_sigterm
 def main() -> None:
     """Runs the command line.
 
-    Native libraries write to the file descriptor of stdout, as PyNvVideoCodec does for damaged videos. It is turned
-    into stderr; our own data goes to a copy of it.
+    Native libraries write to the file descriptor of stdout, as PyNvVideoCodec for damaged videos. So that descriptor
+    becomes stderr, and our data goes to a copy of stdout.
     """
     try:
         raise_at_sigterm()
@@ -27,5 +27,5 @@ def main() -> None:
 
         bound_arenas()
         app()
-    except KeyboardInterrupt as error:  # while modules are imported; commands handle it themselves
+    except KeyboardInterrupt as error:  # during imports; commands handle it themselves
         sys.exit(exit_code_of(error))

@@ -1,4 +1,4 @@
-"""The table of commands, and the exit code of every error."""
+"""The table of commands, and the exit code of each error."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from typer import Option
 from keyreel.cli import index, library, machine, models, search, videos
 from keyreel.cli.help import Command, Group
 from keyreel.cli.options import source_of
-from keyreel.cli.output import log
+from keyreel.cli.output import errors, log
 from keyreel.cli.settings import find, load
 from keyreel.cli.signals import exit_code_of
 from keyreel.cli.signature import expanded
 from keyreel.errors import KeyreelError, MissingExtra, RenderError
 
 USAGE = 2
-SETTINGS = "keyreel.settings"  # key in `Context.meta`: the file that options are read from
+# Keys in `Context.meta`: the file that options are read from; whether keyreel found it, or the user named it.
+SETTINGS, FOUND = "keyreel.settings", "keyreel.settings_found"
 
 
 class _Messages(logging.Handler):
-    """Prints what the modules log; with -v also when, in seconds since the start."""
+    """Prints log messages; below warnings with the seconds since the start."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
@@ -43,10 +44,18 @@ _log = logging.getLogger("keyreel")
 
 
 def _begin(context: typer.Context, verbose: int) -> None:
-    """Sets what is logged, by the number of -v."""
+    """Sets the log level by the number of -v, and names the options from a keyreel.toml."""
     _log.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
-    if (path := context.meta.get(SETTINGS)) is not None:
-        _log.info("options from %s", path)
+    if (path := context.meta.get(SETTINGS)) is None:
+        return
+    given = [one.opts[0] for one in context.command.params if source_of(context, one.name) == "DEFAULT_MAP"]
+    text = f"options from {path}{': ' if given else ''}{', '.join(given)}"
+    # The user did not name a found file, and it may be somebody else's: it is just in the current folder.
+    quiet = context.params.get("quiet") or context.params.get("as_json") or not errors.is_terminal
+    if given and context.meta[FOUND] and not quiet:
+        log(text, style="dim")
+    else:
+        _log.info(text)
 
 
 class _Commands(Group):
@@ -63,12 +72,12 @@ class _Commands(Group):
 
 @contextlib.contextmanager
 def _exit_codes() -> Iterator[None]:
-    """Turns every expected error into one message on stderr and an exit code."""
+    """Turns every expected error into a message on stderr and an exit code."""
     try:
         yield
-        if sys.stdout is not None:  # None where the caller closed it
+        if sys.stdout is not None:  # None if the caller closed it
             sys.stdout.flush()
-    except BrokenPipeError as error:  # the reader of the pipe has ended, as `head` does
+    except BrokenPipeError as error:  # the reader of the pipe ended early, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from error
     except (KeyreelError, MissingExtra) as error:
@@ -98,7 +107,7 @@ def _group(help: str, *examples: str, **options: Any) -> typer.Typer:
 
 
 def _add(to: typer.Typer, work: Callable[..., None], *, name: str | None = None, panel: str | None = None) -> None:
-    """Adds a command; its docstring is its help, and ends with examples."""
+    """Adds a command. Its docstring is its help, and ends with examples."""
     help, _, examples = cleandoc(work.__doc__ or "").partition("\n\nExamples:\n")
     options: Any = {"cls": Command, "rich_help_panel": panel, "epilog": cleandoc(examples)}
     to.command(name, help=help, **options)(expanded(work, _begin))
@@ -133,10 +142,10 @@ def settings(
         ),
     ] = None,
 ) -> None:
-    """Reads the options that a file gives."""
+    """Reads options from a file."""
     if (path := Path(config) if config else find()) is not None:
         context.default_map = load(path, context.command)
-        context.meta[SETTINGS] = path
+        context.meta[SETTINGS], context.meta[FOUND] = path, not config
 
 
 _add(app, videos.summarize, panel="Summarize")

@@ -1,4 +1,4 @@
-"""What the commands print with --json."""
+"""The JSON documents that commands print with --json."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ class Summaries:
 
 @dataclass(frozen=True, slots=True)
 class IndexedVideo:
+    """The result of one video."""
+
     video: str
     change: Change | Literal["removed"]
     video_id: str | None
-    frames: Count | None  # None for videos that Ray indexed
+    frames: Count | None  # None with --ray
     duration_seconds: Seconds | None
-    seconds: Seconds  # that it took
+    seconds: Seconds  # how long it took
 
     @classmethod
     def of(cls, added: Added) -> IndexedVideo:
+        """Makes the entry of a result."""
         record = added.record
         id, frames, duration = (record.id, record.frames, record.duration_seconds) if record else (None, None, None)
         return cls(added.path, change_of(added), id, frames, duration, added.seconds)
@@ -43,21 +46,23 @@ def change_of(added: Added) -> Change | Literal["removed"]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Index:
-    """`keyreel index --json` and `keyreel library update --json`."""
+    """`keyreel index --json`, and the same of `keyreel library update` and `reindex`."""
 
     schema: Literal["keyreel.index/1"] = "keyreel.index/1"
     library: str
     videos: Sequence[IndexedVideo]
-    failed: Sequence[FailedVideo]  # also names without any video, such as an empty folder
+    failed: Sequence[FailedVideo]  # also folders without a video
     seconds: Seconds
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedVideo:
+    """What `index` would do with a video."""
+
     video: str
     change: Change | Literal["removed"]
     why: str
-    duration_seconds: Seconds | None  # of a video that would be decoded
+    duration_seconds: Seconds | None  # of a video to decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +79,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Video:
+    """A video of a library."""
+
     video: str
     video_id: str
     status: Status
@@ -99,6 +106,7 @@ class Videos:
 
     @classmethod
     def of(cls, library: str, records: Sequence[Record]) -> Videos:
+        """Makes the document of records."""
         videos = [
             Video(
                 video=record.path,
@@ -161,7 +169,7 @@ class Compact:
 
     schema: Literal["keyreel.compact/1"] = "keyreel.compact/1"
     library: str
-    bytes: int  # given back; negative if the library grew
+    bytes: int  # freed; negative if the library grew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,11 +193,13 @@ class Reshard:
 
 @dataclass(frozen=True, slots=True)
 class Model:
+    """A model that is installed, or can be."""
+
     name: str
     installed: bool
     recommended: bool
     download_bytes: Count
-    width: Count | None  # numbers in a vector
+    width: Count | None  # length of a vector
     frames_a_second: Seconds | None  # an estimate for this machine's CPU
     languages: str
     licence: str
@@ -202,6 +212,33 @@ class Models:
 
     schema: Literal["keyreel.models/1"] = "keyreel.models/1"
     models: Sequence[Model]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCheck:
+    """A checked model."""
+
+    name: str
+    pictures: Count  # encoded
+    texts: Count  # encoded
+    length_difference: float  # the largest difference of a vector's length from 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChecks:
+    """`keyreel models verify --json`."""
+
+    schema: Literal["keyreel.model-checks/1"] = "keyreel.model-checks/1"
+    models: Sequence[ModelCheck]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportedModel:
+    """`keyreel export --json`."""
+
+    schema: Literal["keyreel.exported-model/1"] = "keyreel.exported-model/1"
+    folder: str
+    manifest: Mapping[str, Any]  # the content of manifest.json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

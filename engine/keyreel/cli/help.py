@@ -1,4 +1,4 @@
-"""How help is laid out: commands and options in groups; rare options only with --help-all."""
+"""The layout of --help: commands and options in groups; rare options only with --help-all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from keyreel.cli.signature import HELP_ALL
 
-_SHOWN = ("Arguments", "Options")  # groups that --help shows; the others need --help-all
+_SHOWN = ("Arguments", "Options")  # the groups that --help shows
 
 
 class _Examples:
@@ -18,17 +18,17 @@ class _Examples:
     epilog: str | None
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Writes the lines as they are."""
+        """Writes the examples, without wrapping."""
         with formatter.section("Examples"):
             for line in (self.epilog or "").splitlines():
                 formatter.write(f"  {line}\n")
 
 
 class Command(_Examples, TyperCommand):
-    """A command whose options stand in groups, by their `rich_help_panel`."""
+    """A command that shows its options in groups, by `rich_help_panel`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Writes all groups, or the common ones and how to see the others."""
+        """Writes all groups, or the common ones and a hint at the others."""
         groups: dict[str, list[tuple[str, str]]] = {name: [] for name in _SHOWN}
         parameters: list[Any] = self.get_params(ctx)
         for parameter in parameters:
@@ -50,7 +50,7 @@ class Command(_Examples, TyperCommand):
 
 
 class Group(_Examples, TyperGroup):
-    """Commands in groups, by their `rich_help_panel`."""
+    """A group that shows its commands in groups, by `rich_help_panel`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Writes the groups of commands, then the options."""

@@ -1,4 +1,4 @@
-"""`keyreel index` and `keyreel library update`: many videos into a library, once or as long as a folder grows."""
+"""`keyreel index`, `keyreel library update` and `reindex`: many videos into a library, once or with --watch."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def index(
     names = [name for name in paths if name != address]
     if "-" in names:
         place = names.index("-")
-        # A file may be called "-", too.
+        # A file may also be called "-".
         names[place : place + 1] = [os.path.join(".", n) if n == "-" else n for n in listed(sys.stdin.buffer.read())]
     if not names:
         raise ValueError("no video to index: give files, folders, or - for a list on standard input")
@@ -202,11 +202,11 @@ def reindex(
 
 
 class Report:
-    """Collects what became of each video; prints it at the end of its `with` block, also after ctrl-c."""
+    """Collects the result of each video; prints them at the end of its `with` block, also after Ctrl-C."""
 
     def __init__(self, library: str, bars: Bars, *, as_json: bool, each: bool = False, hidden: bool = False) -> None:
         self.library, self.bars, self.as_json, self.each, self.hidden = library, bars, as_json, each, hidden
-        self.found: dict[str, Added] = {}  # the last change of each path: a file that is watched changes again
+        self.found: dict[str, Added] = {}  # by path, the last one: a watched file can change again
         self._refused: list[Failure] = []
         self._began = time.monotonic()
 
@@ -220,20 +220,22 @@ class Report:
 
     @property
     def failed(self) -> list[Failure]:
+        """All failures so far."""
         return [*self._refused, *(added.failure for added in self.found.values() if added.failure is not None)]
 
     @property
     def succeeded(self) -> int:
+        """How many videos succeeded so far."""
         return sum(added.failure is None for added in self.found.values())
 
     def videos(self, names: Sequence[str]) -> list[Name]:
-        """The videos that the names stand for; folders without any count as failed."""
+        """Finds the videos of the names. A folder without a video counts as failed."""
         found = list(within(names, hidden=self.hidden, tell=tell_passed))
         self._refused += [Failure(name, error) for name, error in found if isinstance(error, KeyreelError)]
         return [video for _, video in found if not isinstance(video, KeyreelError)]
 
     def add(self, added: Added) -> None:
-        """Notes one video, as a callback of the library."""
+        """Adds the result of a video; a callback for the library."""
         from keyreel.cli.documents import change_of
 
         self.found[added.path] = added
@@ -282,16 +284,16 @@ def _index_on_ray(
 
     report.bars.whole("videos", 0, len(videos))
     model = model or model_of(report.library)
-    with contextlib.redirect_stdout(sys.stderr):  # Ray prints there when a worker has died
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints here when a worker has died
         indexing.index(
             videos, report.library, config, model=model, device=device, address=address, library=library, tell=add
         )
 
 
 def _prune(report: Report, names: Sequence[str], library: Library) -> tuple[str, ...]:
-    """Removes videos that are gone from the folders; returns the folders.
+    """Removes videos whose files are missing from the folders. Returns the folders.
 
-    A folder without any video is left alone: it may be a disk that is not mounted.
+    It skips a folder without any video, which may be a disk that is not mounted.
     """
     from keyreel.library.types import Added
 
@@ -302,7 +304,7 @@ def _prune(report: Report, names: Sequence[str], library: Library) -> tuple[str,
 
 
 def _gone(names: Sequence[str], library: Library, *, hidden: bool) -> tuple[tuple[str, ...], list[Record]]:
-    """The folders that have videos, and the library's videos that were in them and are deleted."""
+    """The folders with videos, and the library's videos that are missing from them."""
     from keyreel.library.files import is_gone
 
     full = {name for name, found in within(names, hidden=hidden) if isinstance(found, Path)}
@@ -367,7 +369,7 @@ def _watch(
     *,
     prune: bool,
 ) -> None:
-    """Adds videos once their size and time of change stay the same between two looks, until ctrl-c."""
+    """Adds videos when their size and time of change are the same at two checks in a row, until Ctrl-C."""
     log("watching for new and changed videos; ctrl-c stops", style="dim")
     before: dict[Name, tuple[int, int]] = {}
     done: dict[Name, tuple[int, int]] = {}
@@ -377,7 +379,7 @@ def _watch(
             if settled := [path for path, state in now.items() if before.get(path) == state != done.get(path)]:
                 add(settled)
                 done |= {path: now[path] for path in settled}
-            # Not while a file is new: it may be a missing one under another name.
+            # Not while there are new files: one may be a missing file with a new name.
             if prune and done.keys() - now.keys() and all(done.get(path) == now[path] for path in now):
                 pruned = _prune(report, names, library)
                 done = {p: state for p, state in done.items() if p in now or not os.path.abspath(p).startswith(pruned)}
@@ -390,7 +392,7 @@ def _states(names: Sequence[str], *, hidden: bool) -> dict[Name, tuple[int, int]
     states: dict[Name, tuple[int, int]] = {}
     for _, found in within(names, hidden=hidden):
         if not isinstance(found, KeyreelError) and os.path.isfile(found):
-            with contextlib.suppress(OSError):  # gone or unreadable: the next look tries again
+            with contextlib.suppress(OSError):  # missing or unreadable: the next check tries again
                 state = os.stat(found)
                 states[found] = (state.st_size, state.st_mtime_ns)
     return states

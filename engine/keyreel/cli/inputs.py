@@ -1,4 +1,4 @@
-"""The videos that a command is given: files, folders, standard input; and how it goes through them."""
+"""The videos of a command: files, folders, standard input; and the loop over them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SOME_FAILED = 8
 
 
 def sources(names: Sequence[str], limits: DecodeLimits, *, hidden: bool = False) -> list[Source | KeyreelError]:
-    """The videos that the names stand for, and an error for each folder without any."""
+    """Finds the videos of the names, and makes an error for each folder without a video."""
     from keyreel.decode.source import Source
 
     found = within(names, hidden=hidden, tell=tell_passed)
@@ -30,7 +30,7 @@ def sources(names: Sequence[str], limits: DecodeLimits, *, hidden: bool = False)
 
 
 def tell_passed(folder: str, passed: Counter[str]) -> None:
-    """Says what was skipped in a folder, if there was anything."""
+    """Prints what was skipped in a folder, if anything."""
     if passed:
         log(
             f"{folder}: skipped {', '.join(f'{what} ({count})' for what, count in sorted(passed.items()))}",
@@ -41,12 +41,12 @@ def tell_passed(folder: str, passed: Counter[str]) -> None:
 def within(
     names: Sequence[str], *, hidden: bool = False, tell: Callable[[str, Counter[str]], None] = lambda *_: None
 ) -> Iterator[tuple[str, str | Path | KeyreelError]]:
-    """Each name with its videos: itself, those in a folder, or an error for a folder without any.
+    """Yields each name with its videos: itself, those in a folder, or an error for a folder without a video.
 
     Args:
-        names: as on the command line.
+        names: of the command line.
         hidden: see `videos_in`.
-        tell: takes each folder, and what was skipped in it.
+        tell: called with each folder, and the counts of skipped files.
     """
     for name in names:
         if not name:
@@ -64,7 +64,7 @@ def within(
 
 
 def listed(text: bytes) -> list[str]:
-    """Paths from a list, one a line; between NULs where there are any, as `find -print0` writes them."""
+    """Reads paths, one on each line; separated by NULs if there are any, as `find -print0` writes them."""
     lines = text.split(b"\0") if b"\0" in text else [line.removesuffix(b"\r") for line in text.split(b"\n")]
     return [os.fsdecode(line) for line in lines if line]
 
@@ -72,7 +72,7 @@ def listed(text: bytes) -> list[str]:
 def for_each(
     videos: Sequence[Source | KeyreelError], work: Callable[[Source], None], failed: Callable[[Failure], None]
 ) -> list[Failure]:
-    """Works on each video; calls `failed` for those that fail, goes on with the others, and returns the failures."""
+    """Calls `work` for each video. Calls `failed` for those that fail, continues, and returns the failures."""
     failures = []
     for video in videos:
         try:
@@ -80,7 +80,7 @@ def for_each(
                 raise video
             work(video)
         except MissingExtra:
-            raise  # it would be missing for every video
+            raise  # it is missing for every video
         except Exception as error:  # noqa: BLE001 - a video that fails must not stop the others
             failures.append(Failure.of("" if isinstance(video, KeyreelError) else video.name, error))
             failed(failures[-1])
@@ -88,14 +88,14 @@ def for_each(
 
 
 def exit_for(failed: Sequence[Failure], succeeded: int) -> None:
-    """Exits with the code that all failures share if nothing succeeded, else with that of some of many."""
+    """Exits after failures: with their common code if nothing succeeded, else with 8."""
     codes = {failure.error.exit_code for failure in failed}
     if codes:
         raise typer.Exit(codes.pop() if not succeeded and len(codes) == 1 else SOME_FAILED)
 
 
 def folder_name(source: Source, used: set[str]) -> str:
-    """The video's stem, numbered if it is used already."""
+    """The video's stem, numbered if already used."""
     stem = source.path.stem if source.path is not None else source.name.strip("<>").replace("/", "-")
     stem = stem if stem.strip(".") else "video"  # the stem of "...mp4" is ".."
     name, number = stem, 2

@@ -1,4 +1,4 @@
-"""Commands of a library: list, stats, remove, verify, compact, upgrade, reshard, serve."""
+"""The commands for libraries: list, stats, remove, export, verify, compact, upgrade, reshard, serve."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CLUSTER = ClusterConfig()  # defaults
 
 @contextlib.contextmanager
 def open_library(uri: str, model: str | None, device: str, config: LibraryConfig | None = None) -> Iterator[Library]:
-    """A library with an engine; for its own model by default."""
+    """Opens a library with an engine; by default with its own model."""
     model = model or model_of(uri)
     with (
         keyreel.Engine.from_pretrained(model, device=device) as engine,
@@ -39,7 +39,7 @@ def open_library(uri: str, model: str | None, device: str, config: LibraryConfig
 
 
 def model_of(uri: str) -> str:
-    """The model of a library; the built-in one if there is no library yet."""
+    """The name of a library's model; the built-in one if there is no library."""
     with keyreel.Library(uri) as library:
         return library.stats().model if library.exists() else "builtin"
 
@@ -330,10 +330,10 @@ def _serve_on_ray(
 
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if config.folder is None and "://" in library:
-        raise LibraryError(f"{library} is no folder: give the service one that all nodes share", hint="--folder DIR")
+        raise LibraryError(f"{library} is not a folder: give the service one that all nodes share", hint="--folder DIR")
     given["folder"] = os.path.abspath(config.folder or os.path.join(library, "serve"))
     given |= {"library": library, "model": model, "device": device, **cluster}
     given["token_file"] = None if token_file is None else os.path.abspath(token_file)
     del given["token"]
-    with contextlib.redirect_stdout(sys.stderr):  # Ray prints there
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints here
         run(given, address=None if address == "local" else address, listening=listening)

@@ -1,4 +1,4 @@
-"""Commands about this machine and its models: doctor, bench, export, version."""
+"""The commands doctor, bench, export and version."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def bench(
         good = [source for source in good if source.name in measured]
         measured.clear()
         warmup_seconds = time.perf_counter() - began
-        for number in range(runs):  # the videos take turns: what disturbs the machine for a while disturbs all
+        for number in range(runs):  # the videos take turns, so that a disturbance affects all
             bars.whole("runs", number, runs)
             failed += for_each(good, measure, bars.failed)
         result = Bench(
@@ -221,6 +221,7 @@ def export(
         keyreel export ViT-B-32/laion2b_s34b_b79k
         keyreel export ViT-B-32/laion2b_s34b_b79k --precision fp16 -o bundle
     """
+    from keyreel.cli.documents import ExportedModel
     from keyreel.runtime.bundle import BUILTIN, MANIFEST, Bundle
 
     if (triton is not None or tensorrt) and precision == "int8":
@@ -258,13 +259,13 @@ def export(
     if fit is not None:
         _log_fit(manifest["verify"])
     if as_json:
-        print_json({"folder": str(folder), "manifest": manifest})
+        print_json(ExportedModel(folder=str(folder), manifest=manifest))
     else:
         print(folder)
 
 
 def device_for_plans() -> Backend:
-    """The GPU that TensorRT builds plans for, if both work."""
+    """Opens the GPU to build TensorRT plans for. Raises if GPU or TensorRT do not work."""
     from keyreel.runtime.backend import resolve
     from keyreel.runtime.tensorrt_build import load_tensorrt
 

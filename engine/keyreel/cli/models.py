@@ -1,4 +1,4 @@
-"""`keyreel models`: what there is, and one command to install it."""
+"""`keyreel models`: lists, installs, removes and checks models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keyreel.cli.machine import device_for_plans, write_plans
 from keyreel.cli.output import log, plural, print_json, print_line, print_table
 from keyreel.cli.progress import Bars
 
-_FRAMES = 32  # that tell the machine's speed
+_FRAMES = 32  # to measure the speed of this machine
 
 
 def list_models(as_json: options.Json = False) -> None:
@@ -143,19 +143,24 @@ def verify(
         keyreel models verify
         keyreel models verify builtin --json
     """
+    from keyreel.cli.documents import ModelCheck, ModelChecks
     from keyreel.models.install import check, installed
 
-    found = {name: check(name) for name in names or ("builtin", *installed())}
+    found = []
+    for name in names or ("builtin", *installed()):
+        measured = check(name)
+        pictures, texts = int(measured["pictures"]), int(measured["texts"])
+        found.append(ModelCheck(name, pictures, texts, measured["length_difference"]))
     if as_json:
-        print_json(found)
+        print_json(ModelChecks(models=found))
         return
-    for name, measured in found.items():
-        pictures, texts = (plural(int(measured[kind]), kind[:-1]) for kind in ("pictures", "texts"))
-        print_line(f"{name}: {pictures} and {texts} encoded, all vectors have unit length")
+    for one in found:
+        encoded = f"{plural(one.pictures, 'picture')} and {plural(one.texts, 'text')} encoded"
+        print_line(f"{one.name}: {encoded}, all vectors have unit length")
 
 
 def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
-    """Installs a model that is known and not here, if the user said yes; else says how."""
+    """Installs a missing model of the catalogue if the user allows it, else raises an error with the command."""
     from keyreel.errors import ModelError
     from keyreel.models import catalogue
     from keyreel.models.install import installed
@@ -171,7 +176,7 @@ def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
 
 
 def _install(bars: Bars, name: str, **given: Any) -> Path:
-    """Installs a model and says so. Returns its folder."""
+    """Installs a model and prints that. Returns its folder."""
     from keyreel.models.catalogue import find
     from keyreel.models.install import install
 
@@ -186,7 +191,7 @@ def _install(bars: Bars, name: str, **given: Any) -> Path:
 
 
 def _gigaflops_a_second() -> float:
-    """What this machine's CPU makes of the built-in model; larger towers make about as much of it."""
+    """The speed of this CPU with the built-in model, in GFLOPS; larger models reach about the same."""
     import numpy as np
 
     from keyreel.models import catalogue
@@ -200,5 +205,5 @@ def _gigaflops_a_second() -> float:
 
 
 def _round(rate: float) -> float:
-    """Two digits: it is an estimate."""
+    """Rounds an estimate to two digits."""
     return float(f"{rate:.2g}")

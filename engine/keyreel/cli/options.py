@@ -1,6 +1,6 @@
-"""Options that several commands share, each defined once. Their defaults are those of config.
+"""The options that several commands share. Their defaults are those of config.
 
-An option with a panel is shown by --help-all only.
+Options with a panel appear only with --help-all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FRAMES, VECTORS, LIMITS, FILTER = "Which frames", "Vectors", "Input", "Which vid
 
 
 def known_models(incomplete: str) -> Sequence[str]:
-    """Names of models, to complete what is typed."""
+    """Names of models, for completion."""
     from keyreel.models.catalogue import CATALOGUE
     from keyreel.models.install import installed
 
@@ -59,14 +59,14 @@ Hidden = Annotated[
 
 
 def _switch(given: str | bool) -> bool:
-    """on or off; Typer passes the default through, too."""
+    """Parses on or off. Typer also passes the default."""
     if isinstance(given, str) and given not in ("on", "off"):
         raise typer.BadParameter(f"must be on or off, got {given!r}")
     return given in ("on", True)
 
 
 def _timestamp(date: str) -> float:
-    """Seconds since 1970; a date without a time zone is local."""
+    """Parses a date to seconds since 1970; without a time zone it is local."""
     try:
         return datetime.fromisoformat(date).timestamp()
     except (ValueError, OverflowError, OSError) as error:
@@ -78,7 +78,7 @@ Frames = Annotated[
     Made(
         Sampling,
         mode=Annotated[
-            Literal["fps", "near", "every", "keyframes", "all"],  # config has one more that only Python can give
+            Literal["fps", "near", "every", "keyframes", "all"],  # config also has "times", which needs Python
             Option("--sampling", rich_help_panel=FRAMES, help="how frames are chosen; fps and near use --fps"),
         ],
         fps=Annotated[float, Option(metavar="N", help="frames to analyse per second of video")],
@@ -179,7 +179,7 @@ Where = Annotated[
 
 
 def source_of(context: Any, name: str | None) -> str:
-    """Where a parameter's value is from: COMMANDLINE, DEFAULT_MAP (a file), DEFAULT or another of Click's names."""
+    """The source of a parameter's value, by Click's names: COMMANDLINE, DEFAULT_MAP (a file), DEFAULT and others."""
     source = context.get_parameter_source(name or "")
     return "" if source is None else str(source.name)
 

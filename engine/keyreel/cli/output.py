@@ -1,4 +1,4 @@
-"""What the command line prints: data on stdout, everything else on stderr."""
+"""Prints data on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from keyreel.types import SearchHit, Summary
 
 errors = Console(stderr=True, highlight=False)
-_FILE_WIDTH = 400  # columns of a table that is printed to a file or a pipe: cells are not folded there
+_FILE_WIDTH = 400  # columns of a table in a file or pipe, where cells should not fold
 
 
 def printable(text: str) -> str:
-    """Replaces control characters by question marks: names come from files, and terminals obey escape sequences."""
+    """Replaces control characters by question marks: file names may contain escape sequences for terminals."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
@@ -35,14 +35,14 @@ def log(message: str, *, style: str = "") -> None:
 
 
 def log_failures(failed: Sequence[Failure]) -> None:
-    """Prints a table of the videos that failed and why."""
+    """Prints a table of the failed videos and why."""
     if failed:
         console = errors if errors.is_terminal else Console(stderr=True, highlight=False, width=_FILE_WIDTH)
         console.print(_table(("failed", "why"), sorted((failure.video, reason(failure)) for failure in failed)))
 
 
 def reason(failure: Failure) -> str:
-    """Why it failed, without the name of the video."""
+    """The error of a video, without its name."""
     return str(failure.error).removeprefix(f"{failure.video}: ")
 
 
@@ -55,21 +55,21 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str | Text]], *, r
     """Prints a table on stdout, or nothing if it has no rows.
 
     Args:
-        right: how many of the first columns are aligned to the right.
+        right: how many of the first columns to align to the right.
     """
     if rows:
         _stdout().print(_table(heads, rows, right))
 
 
 def print_json(document: Any) -> None:
-    """Prints a document on stdout, in ASCII: a file name need not be valid in the encoding of stdout."""
+    """Prints a document on stdout, in ASCII: a file name may be invalid in the encoding of stdout."""
     from keyreel.render.documents import to_json
 
     print(to_json(document), end="")
 
 
 def print_csv(columns: Sequence[str], rows: Sequence[object]) -> None:
-    """Prints a table with a head on stdout, in UTF-8; a name that is not keeps its bytes.
+    """Prints a table with a header on stdout, in UTF-8; names that are not UTF-8 keep their bytes.
 
     Args:
         columns: attributes of the rows.
@@ -96,16 +96,17 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str | Text]], right: in
 
 
 def plural(number: int, noun: str) -> str:
+    """Formats a number with a noun: 1 frame, 2 frames."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def span(start: float, stop: float) -> str:
-    """0:01.0 - 0:02.5"""
+    """Formats a span: 0:01.0 - 0:02.5."""
     return f"{clock(start)} - {clock(stop)}"
 
 
 def clock(seconds: float) -> str:
-    """As the pages show it."""
+    """Formats seconds as the pages do: 0:13.5."""
     from keyreel.render.pictures import short_clock
 
     return short_clock(seconds)
@@ -115,7 +116,7 @@ def print_summary(summary: Summary, folder: Path, seconds: float) -> None:
     """Prints a line for the video and one for each key-frame.
 
     Args:
-        seconds: that all of it took.
+        seconds: how long it took.
     """
     keyframes, shots = plural(len(summary.keyframes), "key-frame"), plural(len(summary.shots), "shot")
     scenes, frames = plural(len(summary.scenes), "scene"), plural(len(summary.embedding), "frame")

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, with rates and remaining time; silent unless stderr is a terminal."""
+"""Progress bars on stderr, with rate and remaining time. Silent unless stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rich.text import Text
 from keyreel.cli.output import errors, log, printable
 from keyreel.errors import Failure
 
-LONGEST = 40  # characters of a name; its end says more than its beginning
-# Where in a video's work each stage begins, and its part of the work, as measured: without a reel, and with one that is
-# encoded. A part that takes no time is passed over.
+LONGEST = 40  # characters of a name; keeps the end
+# Start and share of each stage in the work on a video, measured: without a reel, and with an encoded one. The bar jumps
+# over stages that take no time.
 PICTURED = {"encode": (0.0, 0.85), "pictures": (0.85, 0.15)}
 RENDERED = {"encode": (0.0, 0.5), "pictures": (0.5, 0.1), "reel": (0.6, 0.4)}
 
 
 class _Rate(ProgressColumn):
-    """Seconds of video a second; for the bar of all videos, how many are done."""
+    """Seconds of video per second; for the bar of all videos, how many are done."""
 
     def render(self, task: Task) -> Text:
         text = f"{task.speed:.1f}x" if task.speed and task.fields.get("seconds") else ""
@@ -31,7 +31,7 @@ class _Rate(ProgressColumn):
 
 
 class Bars:
-    """A bar for the current video of each thread, and one for all videos; a context manager."""
+    """A bar for the current video of each thread, and one for all videos. A context manager."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), _Rate(), TimeRemainingColumn())
@@ -52,7 +52,7 @@ class Bars:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """No bars on the screen: what is printed on stdout stands alone."""
+        """Hides the bars during the block, to print on stdout."""
         self._bars.stop()
         yield
         self._bars.start()
@@ -63,8 +63,8 @@ class Bars:
         """Adds the bar of a video; returns its progress callback.
 
         Args:
-            parts: where each stage begins and how much it is of the whole, 0 to 1: the bar then runs once over all
-                stages. By default once over each.
+            parts: start and share of each stage, 0 to 1, for one bar over all stages. By default the bar restarts with
+                each stage.
         """
         self.finish()
         label = printable(name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}")
@@ -78,7 +78,7 @@ class Bars:
                 within = min(done / total, 1.0) if total else 0.0
                 self._bars.update(task, description=f"{label}: {stage}", completed=begins + share * within, total=1.0)
                 return
-            if stage != current:  # each stage counts in its own unit, so rate and remaining time start anew
+            if stage != current:  # each stage has its own unit, so rate and remaining time restart
                 current = stage
                 self._bars.reset(task, description=f"{label}: {stage}", seconds=stage == "encode")
             self._bars.update(task, completed=done, total=total)
@@ -97,7 +97,7 @@ class Bars:
         log(text if failure.video in text else f"{failure.video}: {text}", style="red")
 
     def whole(self, stage: str, done: float, total: float | None) -> None:
-        """Moves the bar of all videos; a progress callback."""
+        """Moves the bar of all videos. A progress callback."""
         if self._whole is None:
             self._whole = self._bars.add_task(f"all {stage}", whole=True)
         self._bars.update(self._whole, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""`keyreel search`: the moments of videos, or of a library, that answer a text or a picture."""
+"""`keyreel search`: finds moments of videos, or of a library, by a text or a picture."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ if TYPE_CHECKING:
     from keyreel.library.types import VideoHit
     from keyreel.types import U8, SearchHit, Summary
 
-# --csv: fields of a hit or a video, which stay empty where it has none
+# columns of --csv: fields of a hit or video; empty if missing
 HIT_COLUMNS = ("video", "video_id", "start_seconds", "stop_seconds", "pts_seconds", "score", "chance", "answered_by")
 VIDEO_COLUMNS = ("video", "video_id", "score")
 _OF_VIDEOS = [*names(options.Frames, options.Encode, options.Limits), "hidden"]
 OUR_PAGE, OUR_PAGE_WITHIN = b'<meta name="generator" content="keyreel">', 4096  # bytes
-_PER_VIDEO = 2  # moments of one video in an answer, if nothing else is said
+_PER_VIDEO = 2  # default moments of one video
 _OF_LIBRARY = [*names(options.Where), "within", "like", "start", "stop", "whole", "per_video"]
 ANSWER, LIBRARY = "Answers", "Search in a library"  # panels
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The answers to a query."""
+    """The results of a search."""
 
-    name: str  # what the query is called
+    name: str  # name of the query
     query: Combined
     hits: Sequence[SearchHit]  # best first
-    pictures: Sequence[U8 | bytes]  # of the hits: pixels or JPEG files; empty unless wanted
+    pictures: Sequence[U8 | bytes]  # of the hits: pixels or JPEG files; empty if not wanted
     unknown: Sequence[str]  # words that the model does not know
-    videos: Sequence[VideoHit] | None = None  # where videos were asked for
-    left_out: Sequence[str] = ()  # videos that were not searched
+    videos: Sequence[VideoHit] | None = None  # with --videos
+    left_out: Sequence[str] = ()  # skipped videos
     failed: Sequence[Failure] = ()
     searched: int = 1  # videos
 
@@ -119,7 +119,7 @@ def search(
     paths, pictures = list(videos or []), html is not None or previews is not None
     if as_csv and as_json:
         raise ValueError("give --csv or --json, not both")
-    if html is not None:  # before the work, not after it
+    if html is not None:  # check before the work
         _check_replaceable(html, [*(one for one in (text, image) if one), *paths], overwrite=overwrite)
     if library is not None:
         if paths:
@@ -133,7 +133,7 @@ def search(
             per_video=per_video or (None if within else _PER_VIDEO),
         )
         query, name = _library_query(text, image, like)
-        # A moment of the library as a query needs no model.
+        # --like needs no model.
         texts = bool(like is None or also or without)
         ensure(model, yes=yes, quiet=quiet)
         with open_library(library, model, device) if texts else keyreel.Library(library) as searched:
@@ -156,7 +156,7 @@ def search(
 
 
 def _check_replaceable(page: Path, inputs: Sequence[str | Path], *, overwrite: bool) -> None:
-    """Raises RenderError where a page must not take a file's place."""
+    """Raises RenderError if the page must not replace a file."""
     if not page.exists():
         return
     if any(os.path.exists(one) and os.path.samefile(one, page) for one in inputs):
@@ -189,7 +189,7 @@ def _search_videos(
 
     summaries: list[Summary] = []
     by_name: dict[str, Source] = {}
-    with contextlib.ExitStack() as opened:  # pictures of the hits are taken from the videos at the end
+    with contextlib.ExitStack() as opened:  # the videos stay open: they give the pictures of the hits
 
         def work(source: Source) -> None:
             opened.enter_context(source)
@@ -219,7 +219,7 @@ def _search_library(
 
 
 def _library_query(text: str | None, image: Path | None, like: str | None) -> tuple[Any, str]:
-    """The query, and what it is called."""
+    """The query, and its name."""
     if sum(given is not None for given in (text or None, image, like)) != 1:
         raise ValueError("search in a library needs one of: a text, --image FILE, --like VIDEO@SECONDS")
     if like is None:
@@ -232,7 +232,7 @@ def _library_query(text: str | None, image: Path | None, like: str | None) -> tu
 
 
 def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bool, as_csv: bool) -> None:
-    """Writes the files that are wanted, and prints the answers."""
+    """Writes the requested files, and prints the results."""
     from keyreel.chance import matches_well, percent
     from keyreel.render.documents import FoundVideo, search_document
     from keyreel.render.files import atomic_write

@@ -1,4 +1,4 @@
-"""keyreel.toml: what options are when the command line does not give them."""
+"""Reads keyreel.toml: defaults for the options of all commands."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ NAME = "keyreel.toml"
 
 
 def find() -> Path | None:
-    """The file in the current folder, else the one in the user's config folder."""
+    """Finds keyreel.toml in the current folder, else in the user's config folder."""
     places = (Path(NAME), Path(typer.get_app_dir("keyreel")) / NAME)
     return next((path for path in places if path.is_file()), None)
 
 
 def load(path: Path, group: Any) -> dict[str, Any]:
-    """The defaults of all commands, as Click's `default_map`.
+    """Reads the defaults of all commands, as Click's `default_map`.
 
-    A table is a command, and a table in it a command of that one. A key is an option, without the dashes.
+    A table names a command, a table in a table a subcommand. A key names an option, without dashes.
 
     Args:
         path: a TOML file.
         group: the commands.
 
     Raises:
-        ConfigError: the file cannot be read, or it names an unknown command or option, or a value of a wrong kind.
+        ConfigError: the file cannot be read, or has an unknown command or option, or a value of a wrong kind.
     """
     try:
         text = path.read_text("utf-8")

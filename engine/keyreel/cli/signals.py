@@ -1,4 +1,4 @@
-"""SIGTERM ends a command as Ctrl-C does: what is half-written goes."""
+"""Makes SIGTERM end a command as Ctrl-C does: nothing half-written is left."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ class Terminated(KeyboardInterrupt):
 
 
 def raise_at_sigterm() -> None:
-    """Unless somebody else handles the signal already."""
+    """Raises Terminated at SIGTERM, unless another handler is installed."""
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
 
 
 def exit_code_of(error: KeyboardInterrupt) -> int:
-    """As shells have it: 128 and the signal's number."""
+    """The exit code as in shells: 128 plus the number of the signal."""
     return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
 
 

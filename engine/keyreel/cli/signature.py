@@ -1,4 +1,4 @@
-"""One definition for each option: how groups of options become the parameters of a command, and then a config."""
+"""Turns groups of options into parameters of a command, and their values into a config."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typer.models import ParameterInfo
 
 
 class Made:
-    """Marks a parameter that several options make: `Annotated[Sampling, Made(Sampling, fps=Fps, ...)]`.
+    """Marks a parameter made of several options: `Annotated[Sampling, Made(Sampling, fps=Fps, ...)]`.
 
     Args:
-        config: makes the value, such as a dataclass; its defaults are those of the options, else None.
-        fields: the annotation of each field that has an option, or that is made of options itself.
+        config: makes the value, such as a dataclass. Its defaults are those of the options, else None.
+        fields: annotation of each field: an option, or again a group.
     """
 
     def __init__(self, config: Callable[..., Any], **fields: Any) -> None:
@@ -34,7 +34,7 @@ class Made:
                 yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
     def take(self, given: dict[str, Any]) -> Any:
-        """Takes its options out of the given ones, and makes the config."""
+        """Removes its options from `given`, and makes the config of them."""
         values = {}
         for field, annotation in self._fields.items():
             inner = _made(annotation)
@@ -44,7 +44,7 @@ class Made:
 
 
 def names(*made: Any) -> list[str]:
-    """The names of the parameters that these groups of options have."""
+    """The names of the parameters of these groups of options."""
     return [parameter.name for one in made for parameter in _made(one).parameters()]  # type: ignore[union-attr]
 
 
@@ -53,7 +53,7 @@ def _made(annotation: Any) -> Made | None:
 
 
 def _name(field: str, annotation: Any) -> str:
-    """Of an option that has a name of its own that name, else the field's."""
+    """The name of the parameter: that of its option, else the field's."""
     info = _info(annotation)
     given = [one for one in (info.default, *(info.param_decls or ())) if isinstance(one, str) and one.startswith("--")]
     return given[0].split("/")[0].lstrip("-").replace("-", "_") if given else field
@@ -83,10 +83,10 @@ _HELP_ALL = Annotated[
 
 
 def expanded(command: Callable[..., None], begin: Callable[[typer.Context, int], None]) -> Callable[..., None]:
-    """A command with the options that make its parameters in their place, and with those that every command has.
+    """Replaces the marked parameters of a command by their options, and adds the options that every command has.
 
     Args:
-        command: its parameters may be marked with `Made`.
+        command: has parameters marked with `Made`.
         begin: called with the context and the number of -v before the command runs.
     """
     groups: dict[str, Made] = {}

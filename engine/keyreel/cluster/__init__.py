@@ -1,1 +1,1 @@
-"""More than one machine: videos indexed, searched and served on a Ray cluster."""
+"""Indexes, searches and serves on a Ray cluster of several machines."""

@@ -1,4 +1,4 @@
-"""Errors that travel between processes: Ray would wrap them, and some of ours cannot be made from their message."""
+"""Carries exceptions between processes: Ray would wrap them, and some cannot be rebuilt from their message."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Carried:
 
 
 def carried(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | Carried:
-    """The result of `work`, or the exception that it raised."""
+    """Returns the result of `work`, or its exception as values."""
     try:
         return work(*args, **kwargs)
     except Exception as error:  # noqa: BLE001 - raised where the result is opened
@@ -28,7 +28,7 @@ def carried(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | Carr
 
 
 def opened(result: R | Carried) -> R:
-    """What `carried` returned, or raises what it caught."""
+    """Returns the result in what `carried` returned, or raises its exception."""
     if not isinstance(result, Carried):
         return result
     error = result.kind.__new__(result.kind)

@@ -1,8 +1,8 @@
-"""Indexing on a Ray cluster: one Engine a worker, each writes into the library by itself.
+"""Indexes on a Ray cluster: each worker has an Engine, and writes into the library itself.
 
-Only names and one line a video travel. Ray restarts a worker that dies, and retries its video; a video that kills its
-worker again and again fails, and the others go on. Every worker must reach the videos under the given paths, the
-library under its URI, and have the model. Ray reports dead workers on the driver's standard output.
+Only names and one line per video travel. Ray restarts a dead worker and retries its video. A video that kills its
+worker repeatedly fails; the others go on. Every worker must reach the videos under the given paths and the library
+under its URI, and must have the model. Ray reports dead workers on the driver's standard output.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from keyreel.library.library import Library
 from keyreel.library.types import Added
 from keyreel.runtime.bundle import BUILTIN
 
-LOCAL = "local"  # Ray's word for a cluster that starts here and ends with the driver
-RETRIES = 2  # of a video whose worker has died
-_STORE_BYTES = 128 << 20  # of Ray's object store, which would take a third of the memory
+LOCAL = "local"  # Ray's name for a cluster that starts here and ends with the driver
+RETRIES = 2  # the error of a video whose worker died
+_STORE_BYTES = 128 << 20  # bytes of Ray's object store, by default a third of the memory
 
 
 def index(
@@ -41,24 +41,24 @@ def index(
     ray: RayConfig | None = None,
     tell: Callable[[Added], None] | None = None,
 ) -> list[Added]:
-    """Adds videos to a library with the workers of a Ray cluster; the library is then as after `Library.add`.
+    """Adds videos to a library with the workers of a Ray cluster. The result is that of `Library.add`.
 
     Args:
-        paths: one for each video; relative ones are this process's.
-        uri: of the library. A folder must be one that all workers share.
-        config: how; its workers are processes, each with an Engine.
-        address: "auto", "ray://host:10001" or "host:6379"; by default Ray is started on this machine, with as many CPUs
-            as the workers ask for and no dashboard, and ended afterwards. A Ray to which this process is connected
-            already is used.
-        ray: what each worker asks Ray for.
-        tell: called in this process with the result of each video, as they end.
+        paths: one for each video; relative ones are relative to this process's folder.
+        uri: of the library; a folder must be shared by all workers.
+        config: how to index; its workers are processes, each with an Engine.
+        address: "auto", "ray://host:10001" or "host:6379". By default it starts Ray on this machine, with as many CPUs
+            as the workers request and no dashboard, and ends it afterwards. If this process is already connected to
+            Ray, it uses that.
+        ray: what each worker requests from Ray.
+        tell: called in this process with the result of each video when it ends.
 
     Returns:
-        One for each video, in the order in which they ended, without records: `Library.record` has them.
+        A result for each video, in the order of their ends, without records: `Library.record` returns those.
 
     Raises:
         MissingExtra: Ray is not installed.
-        BackendError: there is no Ray at that address.
+        BackendError: no Ray at that address.
     """
     config, own = config or IndexConfig(), ray or RayConfig()
     core = import_extra("ray", extra="ray", purpose="indexing on a cluster")
@@ -67,7 +67,7 @@ def index(
     if not waiting:
         return found
     arguments = {
-        "uri": name_of(uri),  # workers have a working directory of their own
+        "uri": name_of(uri),  # workers have another working folder
         "engine": {"model": os.fspath(model), "device": device, "threads": max(1, int(own.cpus))},
         "library": {"config": library, "storage_options": storage_options},
         "config": replace(config, workers=1),
@@ -88,7 +88,9 @@ def index(
             try:
                 added = core.get(done)
             except core.exceptions.RayError:
-                error = KeyreelError(f"{video!r}: its worker died {1 + RETRIES} times", hint="index it alone and look")
+                error = KeyreelError(
+                    f"{video!r}: its worker died {1 + RETRIES} times", hint="index it alone to see why"
+                )
                 added = failed(video, error)
             found.append(added)
             if tell is not None:
@@ -97,14 +99,14 @@ def index(
 
 
 class Worker:
-    """Lives in a process of the cluster; opens the model and the library with its first video."""
+    """A worker process of the cluster. It opens model and library with its first video."""
 
     def __init__(self, uri: str, engine: Mapping[str, Any], library: Mapping[str, Any], config: IndexConfig) -> None:
         self._uri, self._engine, self._options, self._config = uri, engine, library, config
         self._library: Library | None = None
 
     def add(self, video: str) -> Added:
-        """Indexes one video. Whatever goes wrong is in the result."""
+        """Indexes one video. An error is part of the result."""
         try:
             if self._library is None:
                 engine = Engine.from_pretrained(**self._engine)
@@ -118,7 +120,7 @@ class Worker:
 
 
 def failed(video: str, error: Exception) -> Added:
-    """The result for a video that could not be indexed."""
+    """The result of a failed video."""
     known = Failure.of(video, error).error
     plain = KeyreelError(str(known.args[0]), hint=known.hint)  # errors of other classes do not travel
     plain.exit_code = known.exit_code
@@ -127,7 +129,11 @@ def failed(video: str, error: Exception) -> Added:
 
 @contextmanager
 def connected(ray: Any, address: str | None, *, cpus: float, gpus: float) -> Iterator[None]:
-    """Ray for the time of the block. `ray.init` turns Ray's usage reports off for a cluster that it starts."""
+    """Connects to Ray during the block. For a cluster that it starts, it turns off Ray's usage reports.
+
+    Raises:
+        BackendError: no Ray at that address.
+    """
     if ray.is_initialized():
         yield
         return
@@ -137,11 +143,11 @@ def connected(ray: Any, address: str | None, *, cpus: float, gpus: float) -> Ite
         options |= {"num_gpus": math.ceil(gpus)} if gpus else {}
     try:
         with warnings.catch_warnings():
-            # LanceDB warns of every fork; the children of Ray are other programs at once.
+            # LanceDB warns about forks; Ray's children immediately run other programs.
             warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
             ray.init(configure_logging=False, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise BackendError(f"no Ray at {options['address']!r}: {error}", hint="`ray status` says what runs") from error
+        raise BackendError(f"no Ray at {options['address']!r}: {error}", hint="`ray status` shows what runs") from error
     try:
         yield
     finally:

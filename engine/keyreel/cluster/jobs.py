@@ -1,7 +1,7 @@
-"""The queue of jobs of a cluster: one actor holds it and works on it, every replica of the service asks the actor.
+"""The job queue of a cluster: one actor has it and works on it; every replica of the service calls the actor.
 
-So a job is accepted as on one machine, when its row is on disk. The folder of the queue and of the uploads must be one
-that the replicas and the actor share.
+So, as on one machine, a job is accepted when its row is on disk. Replicas and actor must share the folder of queue and
+uploads.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from keyreel.serve.models import Job
 from keyreel.serve.security import ApiError
 from keyreel.serve.service import Service
 
-_SECONDS = 20.0  # for an answer of the queue
-_PART_SECONDS = 120.0  # an upload that was not written to for so long is left over: its replica has ended
+_SECONDS = 20.0  # to wait for an answer of the queue
+_PART_SECONDS = 120.0  # an upload without writes for this long is a leftover of a dead replica
 
 
 class _SharedJobs(Jobs):
@@ -31,7 +31,7 @@ class _SharedJobs(Jobs):
 
 
 class JobsActor:
-    """Lives in a process of the cluster: the queue on disk, and the threads that index."""
+    """The actor with the queue on disk, and the threads that index."""
 
     def __init__(
         self, uri: str, engine: Mapping[str, Any], config: ServeConfig, storage_options: Mapping[str, str] | None = None
@@ -41,19 +41,19 @@ class JobsActor:
         self._service.jobs.start()
 
     def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """What the queue answers, for `carried.opened`."""
+        """Calls a method of the queue; returns its answer for `carried.opened`."""
         return carried(lambda: getattr(self._service.jobs, method)(*arguments, **options))
 
 
 class RemoteJobs(Jobs):
-    """The queue as a replica sees it. Uploads are written by the replica and handed over whole."""
+    """The queue for a replica. The replica writes uploads, and hands them over when complete."""
 
     def __init__(self, actor_of: Callable[[], Any], folder: Path, *rest: Any) -> None:
         self._actor_of = actor_of
         super().__init__(folder, *rest)
 
     def start(self) -> None:
-        """Makes the folder for uploads; the actor does the rest."""
+        """Creates the folder for uploads; the actor does the rest."""
         self.uploads.mkdir(parents=True, exist_ok=True)
 
     def check_room(self) -> None:
@@ -80,7 +80,7 @@ class RemoteJobs(Jobs):
         return found
 
     def drain(self, seconds: float) -> None:
-        """Nothing: the queue outlives the replica."""
+        """Does nothing: the queue outlives the replica."""
 
     def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         try:

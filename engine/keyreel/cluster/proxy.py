@@ -1,4 +1,4 @@
-"""What Ray Serve's HTTP proxies do besides passing requests on."""
+"""Middleware for Ray Serve's HTTP proxies."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from keyreel.serve.security import READS, ApiError
 
 
 def middlewares() -> list[Middleware]:
-    """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
+    """The middlewares, for RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
     return [Middleware(Unavailable)]
 
 
 class Unavailable:
-    """Answers 503 where Serve's proxy has no answer: the replica at work on the request has died, which the server
-    would make a 500; or there is none for longer than a request may take (the default of `ServeConfig`). Requests with
-    a body may take as long as they come.
+    """Answers 503 if Serve's proxy has no answer: the replica died during the request, which would become a 500; or
+    there is no replica for longer than a request may take (the default of `ServeConfig`). The time to receive a body
+    does not count.
     """
 
     def __init__(self, app: Any) -> None:
@@ -42,5 +42,7 @@ class Unavailable:
                 await self._app(scope, receive, noted)
         if not begun:
             hint, headers = "try again in some seconds", {"Retry-After": "1"}
-            lost = ApiError(503, "lost", "no process has answered: they end, or start", hint=hint, headers=headers)
+            lost = ApiError(
+                503, "lost", "no process answers: the service is starting or stopping", hint=hint, headers=headers
+            )
             await lost.response()(scope, receive, send)

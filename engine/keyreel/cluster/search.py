@@ -1,8 +1,8 @@
-"""Searching with actors: each holds the vectors of one shard, and a query goes to all of them at once.
+"""Searches with actors: each has the vectors of one shard, and a query goes to all at the same time.
 
-What a shard tells, and how it is put together, is `library.merge`'s business, so that the answer is that of one
-machine. A shard whose actor is lost is left out, and the answer says so, until Ray has started the actor again and it
-has read its rows; or the query waits for it.
+`library.merge` defines what shards answer and how answers merge, so the result is that of one machine. While the actor
+of a shard is lost, until Ray has restarted it and it has read its rows, results skip the shard and say so; or the query
+waits for it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from keyreel.library.types import Filter
 from keyreel.runtime.backend import resolve
 
 T = TypeVar("T")
-_LOOK_SECONDS = 0.2  # between two looks for an actor that is lost
+_LOOK_SECONDS = 0.2  # between two checks for a lost actor
 
 
 class ShardActor:
-    """Lives in a process of the cluster and searches one shard of a library; sees new commits by itself.
+    """The actor that searches one shard of a library. It notices new commits.
 
     Args:
-        uri: of the library. number: of the shard, from 0.
-        device: where its vectors are kept, see `runtime.backend.resolve`.
+        uri: of the library.
+        number: of the shard, from 0.
+        device: for its vectors, see `runtime.backend.resolve`.
     """
 
     def __init__(
@@ -54,22 +55,22 @@ class ShardActor:
         self._number, self._config, self._backend = number, config or LibraryConfig(), resolve(device)
         self._index: SearchIndex | None = None
         self._lock = threading.Lock()
-        carried(self.ready)  # now, and not when the first query comes
+        carried(self.ready)  # now, not at the first query
 
     def ready(self) -> None:
-        """Reads the rows, where there is a library."""
+        """Reads the rows, if the library exists."""
         if (found := self._found()) is not None:
             found.refresh()
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What a `SearchIndex` answers, for `carried.opened`."""
+        """Calls a method of the `SearchIndex`; returns its answer for `carried.opened`."""
         return carried(self._ask, method, arguments)
 
     def _ask(self, method: str, arguments: Sequence[Any]) -> Any:
         return getattr(self._there(), method)(*arguments)
 
     def process(self) -> tuple[int, int]:
-        """Its process id, and the most memory that it took, in bytes."""
+        """Its process id, and its peak memory in bytes."""
         return os.getpid(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _there(self) -> SearchIndex:
@@ -85,14 +86,14 @@ class ShardActor:
                 if not tables.exists():
                     return None
                 part, whole = tables.parts[self._number], None
-                if isinstance(tables, Shards):  # this actor's memory is its own: only its own rows count
+                if isinstance(tables, Shards):  # the actor has its own memory: only its own rows count
                     whole = Shards(tables.uri, [tables.names[self._number]], part.options)
                 self._index = SearchIndex(part, self._config, self._backend, whole)
             return self._index
 
 
 class _Sender:
-    """Has the methods of a shard; each returns the reference to what its actor will answer."""
+    """Has the methods of a shard; each returns Ray's reference to the actor's answer."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -102,11 +103,11 @@ class _Sender:
 
 
 class RemoteSearch(Search):
-    """A query to the actors of all shards. Safe to share between threads.
+    """Searches with the actors of all shards. Safe to share between threads.
 
     Args:
-        actor_of: the actor of a shard as it is now; ValueError while there is none.
-        wait: for shards that are lost, as long as `seconds` last; else they are left out.
+        actor_of: returns the current actor of a shard; raises ValueError if there is none.
+        wait: wait up to `seconds` for lost shards; else skip them.
         seconds: the longest time for a query.
     """
 
@@ -127,7 +128,11 @@ class RemoteSearch(Search):
         self._lock = threading.Lock()
 
     def ask(self, call: Callable[[Shard, Filter], Answered], where: Filter) -> list[Answered]:
-        """What the shards answer, all at work at the same time."""
+        """Calls all shards at the same time, and returns their answers.
+
+        Raises:
+            LibraryError: no shard answers.
+        """
         until = time.monotonic() + self._seconds
         parts = self.parts_of(where)
         calls = [(number, partial(_with_filter, call, own)) for number, own in parts]
@@ -135,23 +140,27 @@ class RemoteSearch(Search):
         found = [self._received(*call, reference, until) for call, reference in zip(calls, sent, strict=True)]
         answers = [opened(answer) for answer in found if answer is not None]
         if not answers:
-            hint = "try again in some seconds: Ray starts them anew"
-            raise LibraryError(f"none of the {len(parts)} shards that were asked answers", hint=hint)
+            hint = "try again in some seconds: Ray restarts them"
+            raise LibraryError(f"none of {len(parts)} shards answers", hint=hint)
         if lost := len(parts) - len(answers):
             what = f"{lost} of {len(self.shards)} shards"
             answers[0] = replace(answers[0], left_out=(*answers[0].left_out, what))
         return answers
 
     def ask_one(self, number: int, call: Callable[[Shard], T]) -> T:
-        """What one shard answers."""
+        """Calls one shard.
+
+        Raises:
+            LibraryError: the shard does not answer.
+        """
         until = time.monotonic() + self._seconds
         answer = self._received(number, call, self._sent(number, call), until)
         if answer is None:
-            raise LibraryError(f"shard {number} does not answer", hint="try again in some seconds: Ray starts it anew")
+            raise LibraryError(f"shard {number} does not answer", hint="try again in some seconds: Ray restarts it")
         return opened(answer)
 
     def _sent(self, number: int, call: Callable[[Shard], T]) -> Any:
-        """A reference to the answer; None without an actor."""
+        """Ray's reference to the answer; None without an actor."""
         if number in self._lost:
             return None
         try:
@@ -162,7 +171,7 @@ class RemoteSearch(Search):
             return None
 
     def _received(self, number: int, call: Callable[[Shard], T], reference: Any, until: float) -> T | Carried | None:
-        """The answer; None where the shard is lost."""
+        """The answer; None if the shard is lost."""
         while True:
             if reference is not None:
                 try:
@@ -178,7 +187,7 @@ class RemoteSearch(Search):
             reference = self._sent(number, call)
 
     def _lose(self, number: int) -> None:
-        """Leaves a shard out until its actor is back."""
+        """Skips a shard until its actor is back."""
         with self._lock:
             self._actors.pop(number, None)
             if number in self._lost:
@@ -204,10 +213,10 @@ def _with_filter(call: Callable[[Shard, Filter], T], where: Filter, shard: Shard
 
 
 class ClusterLibrary(Library):
-    """A library whose shards are searched by actors; everything else is as in `Library`.
+    """A library that searches with actors; everything else is as in `Library`.
 
     Args:
-        count: of the shards when the actors were started.
+        count: number of shards when the actors were started.
         actor_of, wait, seconds: see `RemoteSearch`.
     """
 

@@ -1,8 +1,8 @@
-"""The service on a Ray cluster: Ray Serve runs replicas of it, an actor a shard, and one with the queue of jobs.
+"""The service on a Ray cluster: Ray Serve runs its replicas, an actor for each shard, and one for the job queue.
 
-A replica holds the model, for queries, and the library's records, but no vectors; it answers with the same routes,
-page, guards and limits as `keyreel.serve`. Serve places the actors, watches them and starts them anew when they end.
-`application` is what a Serve config file names, see `engine/deploy`.
+A replica has the model, for queries, and the library's records, but no vectors. It has the routes, page, guards and
+limits of `keyreel.serve`. Serve places, watches and restarts the actors. A Serve config file names `application`, see
+`engine/deploy`.
 """
 
 from __future__ import annotations
@@ -37,33 +37,34 @@ from keyreel.serve.app import make_app
 from keyreel.serve.service import Service
 
 NAME = "keyreel"  # of the application
-JOBS = "jobs"  # name of the actor that holds the queue
-ONGOING = 128  # requests that a replica takes at a time; it has bounds of its own below that
-_QUERY_SHARE = 0.8  # of a request's time that its query may take
-# What a cluster needs in its environment; `run` sets it for one that starts here.
+JOBS = "jobs"  # name of the actor with the queue
+ONGOING = 128  # requests of a replica at a time; its own limits are lower
+_QUERY_SHARE = 0.8  # share of a request's time for its query
+# Environment variables for a cluster; `run` sets them if it starts one.
 ENVIRONMENT = {
-    "RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S": "1",  # Serve looks every 10 s whether an actor lives
+    "RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S": "1",  # Serve checks every 10 s whether an actor lives
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "keyreel.cluster.proxy.middlewares",
 }
 
 
 def application(options: Mapping[str, Any]) -> serve.Application:
-    """The service as an application of Ray Serve.
+    """Makes the service as an application of Ray Serve.
 
     Args:
-        options: `library` (folder or URI), `model`, `device` of the shards and of jobs, `token_file`,
-            `storage_options`, and the fields of `ServeConfig` (but `token`) and `ClusterConfig`; only `library` and
-            `folder` are needed.
+        options: `library` (folder or URI), `model`, `device` of shards and jobs, `token_file`, `storage_options`, and
+            the fields of `ServeConfig` (except `token`) and `ClusterConfig`. Only `library` and `folder` are required.
 
     Raises:
-        ValueError: an option that there is not, or one that is missing.
+        ValueError: an unknown or a missing option.
         LibraryError: the library cannot be opened.
     """
     given = dict(options)
     uri, model, device = given.pop("library", None), given.pop("model", None), given.pop("device", "auto")
     token_file, storage = given.pop("token_file", None), given.pop("storage_options", None)
     if not uri or not given.get("folder"):
-        raise ValueError("the application needs library, and folder: one that all nodes share, for uploads and jobs")
+        raise ValueError(
+            "the application needs library and folder; all nodes must share the folder of uploads and jobs"
+        )
     uri = name_of(uri)
     own = ClusterConfig(**{name: given.pop(name) for name in asdict(ClusterConfig()) if name in given})
     for name in ("roots", "hosts"):
@@ -78,7 +79,7 @@ def application(options: Mapping[str, Any]) -> serve.Application:
     tables.close()
 
     def build() -> Any:
-        """In each replica."""
+        """Makes the application; runs in each replica."""
         secret = None if token_file is None else Path(token_file).read_text("utf-8").strip()
         library = ClusterLibrary(
             uri,
@@ -130,18 +131,18 @@ def run(
     listening: Callable[[str], None] = lambda _: None,
     until: Callable[[], None] | None = None,
 ) -> None:
-    """Serves on a Ray cluster until SIGTERM or SIGINT, then takes the application off it.
+    """Serves on a Ray cluster until SIGTERM or SIGINT, then removes the application from it.
 
     Args:
         options: see `application`.
-        address: see `indexing.index`; by default Ray is started on this machine, and ended afterwards.
-        listening: called with the address, http://HOST:PORT, once the service takes requests.
-        until: returns when the service is to end; by default at a signal.
+        address: see `indexing.index`; by default it starts Ray on this machine, and ends it afterwards.
+        listening: called with the address, http://HOST:PORT, when the service accepts requests.
+        until: returns when the service should end; by default at a signal.
 
     Raises:
-        BackendError: there is no Ray at that address.
+        BackendError: no Ray at that address.
         LibraryError: the library cannot be opened, or an actor cannot be started.
-        RenderError: the port is taken.
+        RenderError: the port is in use.
     """
     own = ClusterConfig(**{name: options[name] for name in asdict(ClusterConfig()) if name in options})
     wanted = ServeConfig(**{name: options[name] for name in ("host", "port") if name in options})
@@ -174,10 +175,10 @@ def _start(options: Mapping[str, Any], host: str, port: int, *, everywhere: bool
 
 
 def _port(config: ServeConfig) -> int:
-    """The port, a free one for 0.
+    """The port; a free one for 0.
 
     Raises:
-        RenderError: it is taken.
+        RenderError: the port is in use.
     """
     try:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET

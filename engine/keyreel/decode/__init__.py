@@ -1,1 +1,1 @@
-"""From a video to batches of RGB frames with their times."""
+"""Decodes videos to batches of RGB frames with their times."""

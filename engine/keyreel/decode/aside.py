@@ -1,4 +1,4 @@
-"""Small pictures of frames that are decoded for another purpose anyway."""
+"""Makes thumbnails of frames that are decoded for the analysis anyway."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from keyreel.types import U8
 
 
 class Aside:
-    """Collects pictures of the frames that are shown at some times, as far as these are decoded.
+    """Collects pictures of the frames shown at given times, if these frames are decoded.
 
-    Several workers may add pictures at a time.
+    Several workers may add pictures at the same time.
 
     Args:
         timeline: of the video.
@@ -34,27 +34,29 @@ class Aside:
         self._pictures: dict[int, Any] = {}
 
     def converter(self, sample_aspect_ratio: Fraction | None) -> AsideConverter:
-        """What adds pictures; one for each worker."""
+        """Makes the converter of a worker, which adds pictures."""
         return AsideConverter(self, Converter(self.transform, sample_aspect_ratio))
 
     def wants(self, ticks: int | None) -> bool:
+        """Whether the picture at a pts is wanted and still missing."""
         return ticks in self._ticks and ticks not in self._pictures
 
     def add(self, ticks: int, picture: Any) -> None:
+        """Adds the picture at a pts."""
         self._pictures[ticks] = picture
 
     def pictures(self, to_host: Callable[[Any], U8]) -> dict[float, U8]:
-        """[H, W, 3] uint8 RGB of each time whose frame was decoded.
+        """Returns time -> [H, W, 3] uint8 RGB, for each time whose frame was decoded.
 
         Args:
-            to_host: brings a picture from where it was made; they stay there until the end, so that nothing waits.
+            to_host: copies a picture from its device; pictures stay there until the end, so that nothing waits.
         """
         shown = {ticks: to_host(picture) for ticks, picture in self._pictures.items()}
         return {time: shown[ticks] for time, ticks in self._wanted.items() if ticks in shown}
 
 
 class AsideConverter:
-    """Adds the pictures of one worker's frames."""
+    """Adds pictures of the frames of one worker."""
 
     def __init__(self, aside: Aside, converter: Converter) -> None:
         self._aside, self._converter = aside, converter

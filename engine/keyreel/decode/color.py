@@ -1,8 +1,7 @@
-"""From a decoded frame to an upright RGB picture: matrix, range, size, rotation, HDR to SDR.
+"""Converts decoded frames to upright RGB pictures: matrix, range, size, rotation, HDR to SDR.
 
-One swscale conversion goes from the coded picture straight to RGB at the wanted size (its filters widen when they
-scale down, so nothing aliases); turning, cropping and padding are done on the small picture. Wide-gamut SDR is shown
-as it is.
+One swscale conversion goes from the coded picture to RGB at the wanted size; its filters widen when scaling down, which
+avoids aliasing. Rotation, crop and padding work on the small picture. Wide-gamut SDR is not converted.
 """
 
 from __future__ import annotations
@@ -39,17 +38,17 @@ Orientation: TypeAlias = tuple[bool, bool, bool]  # transpose, flip rows, flip c
 
 
 def transfer_of(frame: VideoFrame) -> str:
-    """ "pq" (SMPTE ST 2084), "hlg" (ARIB STD-B67) or "sdr" (everything else)."""
+    """The transfer of a frame: "pq" (SMPTE ST 2084), "hlg" (ARIB STD-B67) or "sdr" (everything else)."""
     return {int(ColorTrc.SMPTE2084): "pq", int(ColorTrc.ARIB_STD_B67): "hlg"}.get(frame.color_trc, "sdr")
 
 
 def matrix_of(colorspace: int, coded_height: int, transfer: str) -> Colorspace:
-    """The YUV matrix: what the stream says, else BT.2020 for HDR, BT.601 up to 576 lines, BT.709 above.
+    """The YUV matrix: the stream's, else BT.2020 for HDR, BT.601 up to 576 lines, BT.709 above.
 
     Args:
         colorspace: the stream's MatrixCoefficients (ITU-T H.273); 2 is unspecified.
         coded_height: lines of the coded picture.
-        transfer: as `transfer_of` gives it.
+        transfer: of `transfer_of`.
     """
     if colorspace in _MATRICES:
         return _MATRICES[colorspace]
@@ -59,7 +58,7 @@ def matrix_of(colorspace: int, coded_height: int, transfer: str) -> Colorspace:
 
 
 def rotation_degrees(frame: VideoFrame) -> int:
-    """How far the coded picture is turned clockwise to be shown: 0, 90, 180 or 270.
+    """The clockwise rotation that brings the coded picture upright: 0, 90, 180 or 270.
 
     FFmpeg's angle counts counter-clockwise (av_display_rotation_get).
     """
@@ -74,7 +73,7 @@ def orientation_of(frame: VideoFrame) -> Orientation:
     """
     try:
         data = {kind.type.name: kind for kind in _side_data(frame)}.get("DISPLAYMATRIX")
-    except ValueError:  # a kind of side data that PyAV does not know hides all of it; flips go unnoticed then
+    except ValueError:  # an unknown kind of side data makes PyAV fail for all of it; flips are then missed
         return {90: (True, False, True), 180: (False, True, True), 270: (True, True, False)}.get(
             rotation_degrees(frame), (False, False, False)
         )
@@ -94,9 +93,9 @@ def _side_data(frame: VideoFrame) -> list[Any]:
 def display_size(
     frame: VideoFrame, sample_aspect_ratio: Fraction | None, orientation: Orientation | None = None
 ) -> tuple[int, int]:
-    """(height, width) of the upright picture with square pixels; the lines of the coded picture are kept.
+    """(height, width) of the upright picture with square pixels; keeps the number of coded lines.
 
-    A sample aspect ratio beyond 1:16 or 16:1 is a mistake in the file and is taken as 1.
+    A sample aspect ratio beyond 1:16 or 16:1 is an error in the file and counts as 1.
     """
     ratio = sample_aspect_ratio or Fraction(1)
     if not Fraction(1, 16) <= ratio <= 16:
@@ -107,7 +106,7 @@ def display_size(
 
 
 class Converter:
-    """Makes upright RGB pictures of the frames of one stream.
+    """Converts the frames of one stream to upright RGB pictures.
 
     Args:
         transform: size of the result; None for the display size.
@@ -125,13 +124,13 @@ class Converter:
         self._reformatter = VideoReformatter()
         self._orientation: tuple[int, Orientation] | None = None
         self._tone_map: ToneMap | None = None
-        self.tone_mapped: str | None = None  # the transfer that was mapped to SDR, once there was one
+        self.tone_mapped: str | None = None  # the HDR transfer that it mapped to SDR, or None
 
     def __call__(self, frame: VideoFrame) -> U8:
         """[H, W, 3] uint8 RGB, upright.
 
         Raises:
-            ValueError: the picture would pass `max_pixels`, as a hostile aspect ratio makes it.
+            ValueError: the picture would exceed `max_pixels`, by a hostile aspect ratio.
         """
         orientation = self._orientation_of(frame)
         height, width = display_size(frame, self._ratio, orientation)
@@ -146,7 +145,7 @@ class Converter:
         scaled = self._scale(frame, (width, height) if transpose else (height, width), transfer)
         picture: Any = self._mapped(scaled, frame, transfer) if transfer != "sdr" else scaled.to_ndarray()
         if frame.format.name.startswith(("gray", "ya")) and frame.color_range == ColorRange.MPEG:
-            picture = _FULL_OF_LIMITED[picture]  # swscale takes grey as full range, whatever it is told
+            picture = _FULL_OF_LIMITED[picture]  # swscale always treats grey as full range
         if transpose:
             picture = picture.swapaxes(0, 1)
         picture = picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
@@ -160,9 +159,9 @@ class Converter:
         return self._tone_map(scaled)
 
     def _orientation_of(self, frame: VideoFrame) -> Orientation:
-        """Looked up once for each angle: `VideoFrame.side_data` ties the frame into a reference cycle.
+        """The orientation of a frame, cached by angle: `VideoFrame.side_data` puts the frame into a reference cycle.
 
-        Frames in a cycle are freed only when the garbage collector runs, which at 1080p means hundreds of megabytes.
+        Such frames are freed only when the garbage collector runs: at 1080p hundreds of megabytes.
         """
         if self._orientation is None or self._orientation[0] != frame.rotation:
             self._orientation = frame.rotation, orientation_of(frame)

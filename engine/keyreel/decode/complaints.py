@@ -1,6 +1,6 @@
-"""What PyNvVideoCodec prints about damaged pictures, counted instead of shown.
+"""Counts the messages that PyNvVideoCodec prints about damaged pictures.
 
-It conceals such a picture and returns it like any other; only a line on descriptor 1 tells, where `--json` goes too.
+It conceals the damage and returns the picture. The only sign is a line on descriptor 1, where `--json` goes too.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ _LINE = re.compile(rb"Decode Error occurred for picture \d+\r?\n")
 
 
 class Complaints:
-    """Descriptor 1 is a temporary file while anyone listens; what others write there goes on to the real one.
+    """While somebody listens, descriptor 1 is a temporary file; other output is passed on to the real one.
 
-    The lines do not say whose picture they mean. Who asks first after one gets it: with several decoders at a time that
-    may be the wrong one of them.
+    The lines do not name the decoder. The first one that asks gets the count: with several decoders, perhaps the wrong
+    one.
     """
 
     def __init__(self) -> None:
         self._lock, self._listeners, self._read = threading.Lock(), 0, 0
         self._file = self._real = -1
-        atexit.register(self._restore)  # a thread that still decodes then must not take the last lines along
+        atexit.register(self._restore)  # a thread that still decodes must not get the last lines
 
     @contextmanager
     def listening(self) -> Iterator[None]:
+        """Counts messages during the block."""
         with self._lock:
             self._listeners += 1
             if self._listeners == 1:
@@ -53,7 +54,7 @@ class Complaints:
             self._taken()
 
     def count(self) -> int:
-        """How many pictures were damaged since the last call."""
+        """The number of damaged pictures since the last call."""
         with self._lock:
             return self._taken()
 
@@ -68,4 +69,4 @@ class Complaints:
         return found
 
 
-COMPLAINTS = Complaints()  # a process has one descriptor 1
+COMPLAINTS = Complaints()  # one for the process, as descriptor 1

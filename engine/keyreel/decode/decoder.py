@@ -1,8 +1,8 @@
-"""From the packets of a file to the decoded frames that are wanted, with as little decoding as is exact.
+"""Decodes the wanted frames of a file from its packets, and as few others as possible.
 
-Decoding enters at the key frame before a wanted frame and stops after the last wanted frame of a group. In between,
-FFmpeg skips unwanted frames that no other frame needs. Each frame that comes out is compared with the timeline; at the
-first surprise `PlanBroken` says that everything must be decoded.
+Decoding begins at the key frame before a wanted frame, and stops after the last wanted frame of a group. In between,
+FFmpeg skips unwanted frames that no other frame needs. Each decoded frame is checked against the timeline; at the first
+difference it raises `PlanBroken`, and the caller decodes everything.
 """
 
 from __future__ import annotations
@@ -33,81 +33,82 @@ from keyreel_kernels.cores import usable_cores
 
 M = TypeVar("M")
 
-_SEEK_PACKETS = 256  # reading that many costs more than a seek
-_PART_PACKETS = 64  # a part of fewer costs more in starting a decoder than it gains
-_MAX_WORKERS = 8  # more would wait for Python, which hands over packets and pictures one by one
-WORKERS_PIXELS = 4 * 3840 * 2160  # of the pictures of all workers: each decoder holds reference pictures
-_AHEAD_BYTES = 256 << 20  # of pictures that wait for those before them
+_SEEK_PACKETS = 256  # reading this many takes longer than a seek
+_PART_PACKETS = 64  # a smaller part is not worth starting a decoder
+_MAX_WORKERS = 8  # more would wait for Python, which passes packets and pictures one by one
+WORKERS_PIXELS = 4 * 3840 * 2160  # bytes of all workers' pictures: each decoder holds reference pictures
+_AHEAD_BYTES = 256 << 20  # bytes of pictures that wait for earlier ones
 
 
 class DecoderFailed(Exception):
-    """This decoder cannot go on with this file; another one may."""
+    """This decoder cannot decode the file; another one may."""
 
 
 class FramesLost(Exception):
-    """A damaged packet took frames along that were being decoded beside it; one thread alone keeps them."""
+    """A damaged packet destroyed frames that other threads were decoding. A single thread keeps them."""
 
 
 class Worker(Protocol):
     """Decodes and converts one open copy of the video; used by one thread at a time.
 
-    Its pictures have `pts`, `dts`, `duration`, `key_frame` and `is_corrupt`, as PyAV's VideoFrame has them.
+    Its pictures have the attributes `pts`, `dts`, `duration`, `key_frame` and `is_corrupt` of PyAV's VideoFrame.
     """
 
     container: InputContainer
     stream: VideoStream
-    threaded: bool  # frames that are being decoded side by side are lost at a damaged packet
+    threaded: bool  # a damaged packet loses frames that other threads are decoding
 
     def decode(self, packet: Packet[VideoStream] | None, *, wanted: bool = True) -> Sequence[Any]:
-        """Pictures in display order that are ready after this packet, all that are left after None.
+        """Decodes a packet. Returns the pictures that are ready, in display order; after None all that are left.
 
-        They are valid until the next call. The picture of a packet that is not `wanted` need not come.
+        They are valid until the next call. The decoder may leave out the picture of a packet that is not `wanted`.
 
         Raises:
             FFmpegError: the packet is damaged.
         """
 
     def flush(self) -> None:
-        """Makes ready for packets of another place, after all pictures are out."""
+        """Prepares for packets of another place. All pictures must have been taken out."""
 
     def agrees(self, picture: Any, *, key: bool, fields: bool) -> bool:
-        """Whether the decoder agrees with the packets: that decoding may begin with this picture, if it is a `key`, and
-        that it is no pair of fields, unless `fields` are expected."""
+        """Whether the decoder confirms the packets: decoding may begin with this picture, if it is a `key`, and it is
+        not a pair of fields, unless `fields`.
+        """
 
     def keep(self, picture: Any) -> Any:
-        """The picture, valid also after more packets are decoded."""
+        """Returns the picture in a form that stays valid after the next packet."""
 
     def convert(self, pictures: Iterable[tuple[M, Any]]) -> Iterator[tuple[M, Any]]:
-        """Upright RGB [H, W, 3] uint8 of each picture, in order; may take more pictures before it gives one."""
+        """Yields upright RGB [H, W, 3] uint8 of each picture, in order; may read ahead."""
 
 
 class Decoder(Protocol):
-    """How the packets of a video become pictures on one device."""
+    """Decodes the packets of a video on one device."""
 
-    workers: int  # that may decode parts of a file side by side
-    ahead: int  # pictures of one part that may wait for the parts before it
-    gap: int  # packets that are decoded in vain as cheaply as a worker is drained and started again
-    whole: bool  # one worker decodes everything as fast as all of them
+    workers: int  # workers that may decode parts of a file at the same time
+    ahead: int  # pictures of a part that may wait for earlier parts
+    gap: int  # decoding this many unneeded packets costs as much as a restart
+    whole: bool  # whether one worker decodes everything as fast as several
 
     def open(
         self, container: InputContainer, stream: VideoStream, note: Callable[..., None], *, alone: bool
     ) -> AbstractContextManager[Worker]:
-        """A worker on an open container; `alone` where no other one works on the file: it may take several threads."""
+        """Makes a worker on an open container. `alone`: no other works on the file, so it may use several threads."""
 
     def stack(self, pictures: list[Any]) -> Any:
-        """Pictures of one size as [T, H, W, 3]."""
+        """Stacks pictures of one size as [T, H, W, 3]."""
 
     def join(self) -> None:
-        """Called in the thread that takes a batch, see `Arrays.join`."""
+        """Waits for the device; called in the thread that takes a batch, see `Arrays.join`."""
 
     def fallback(self, error: DecoderFailed) -> Decoder:
-        """The decoder that goes on after an error; raises where there is none."""
+        """Returns the decoder to continue with after an error; without one it raises the error."""
 
 
 class Conversion(Protocol):
-    """From a decoded frame to a picture."""
+    """Converts decoded frames to pictures."""
 
-    tone_mapped: str | None  # the transfer that was mapped to SDR, if any
+    tone_mapped: str | None  # the HDR transfer that it maps to SDR, or None
 
     def __call__(self, frame: VideoFrame) -> Any: ...
 
@@ -119,9 +120,9 @@ class CpuDecoder:
         source: of the video.
         transform: size of the pictures; None for the full display resolution.
         threads: of all workers together, or of one that works alone; 0 for as many as there are cores.
-        workers: that share a file, with one thread each; by default one for each thread.
-        aside: collects small pictures of some of the frames.
-        converter: makes, for a stream's sample aspect ratio, what converts its frames; RGB pictures by default.
+        workers: how many share a file, with one thread each; by default one for each thread.
+        aside: collects thumbnails of some of the frames.
+        converter: makes a Conversion for a stream's sample aspect ratio; by default one to RGB.
     """
 
     gap = 0
@@ -147,7 +148,7 @@ class CpuDecoder:
         self, container: InputContainer, stream: VideoStream, note: Callable[..., None], *, alone: bool
     ) -> Iterator[CpuWorker]:
         stream.thread_type = "AUTO"
-        # MPEG-4 in fields comes out differently where FFmpeg's threads share it.
+        # FFmpeg's threads decode interlaced MPEG-4 differently.
         shared = alone and stream.codec_context.name != "mpeg4"
         stream.codec_context.thread_count = self._threads if shared else 1
         threaded = shared and self._threads != 1
@@ -167,11 +168,13 @@ class CpuDecoder:
 
 @dataclass(slots=True)
 class CpuWorker:
+    """A `Worker` with FFmpeg's decoder."""
+
     container: InputContainer
     stream: VideoStream
     threaded: bool
     converter: Conversion
-    small: Callable[[VideoFrame], None] | None  # looks at each picture that is converted
+    small: Callable[[VideoFrame], None] | None  # sees each converted picture
     note: Callable[..., None]
     name: str  # of the source
 
@@ -210,8 +213,7 @@ class CpuWorker:
 
 @dataclass(slots=True)
 class Run:
-    """Packets [first, stop) that are decoded in one go, and the wanted frames among them by their place in display
-    order, rising."""
+    """Packets [first, stop) to decode in one go, and the wanted frames among them: numbers in display order, rising."""
 
     first: int
     stop: int
@@ -219,18 +221,18 @@ class Run:
 
 
 def runs(timeline: Timeline, ranks: Sequence[int], *, gap: int = 0) -> list[Run]:
-    """The packets that these frames need.
+    """Finds the packets that these frames need.
 
     Args:
         timeline: of the stream.
         ranks: rising.
-        gap: packets that are fed although nobody needs them, rather than starting anew.
+        gap: decode up to this many unneeded packets rather than start anew.
     """
     found: list[Run] = []
     for rank, entry in zip(ranks, timeline.entries(ranks).tolist(), strict=True):
         if not found or entry > found[-1].stop + gap:
             found.append(Run(entry, entry, []))
-        # The second field of a frame may be a packet of its own, which must not be left out unnoticed.
+        # The second field of a frame may be a separate packet, which must not be lost.
         stop = min(int(timeline.shown[rank]) + 1 + timeline.fields, len(timeline.pts))
         found[-1].stop = max(found[-1].stop, stop)
         found[-1].ranks.append(rank)
@@ -238,9 +240,9 @@ def runs(timeline: Timeline, ranks: Sequence[int], *, gap: int = 0) -> list[Run]
 
 
 def parts(timeline: Timeline, ranks: Sequence[int], workers: int) -> list[list[int]]:
-    """Cuts rising ranks at entries, so that each part can be decoded by itself; several for each worker.
+    """Cuts rising ranks at entries, so that parts can be decoded independently; several for each worker.
 
-    A part must be worth the decoder's start: where the frames need too few packets, there is one part.
+    A part must be worth the start of a decoder: with too few packets there is one part.
     """
     if not ranks:
         return [[]]
@@ -261,10 +263,10 @@ def parts(timeline: Timeline, ranks: Sequence[int], workers: int) -> list[list[i
 
 
 class Packets:
-    """The packets of a file by their place in decode order, rising.
+    """Reads the packets of a file by their number in decoding order, rising.
 
     Args:
-        container: at its start; nobody else reads it.
+        container: at its start; nobody else may read it.
         stream: its video.
         timeline: of that stream.
         checkpoint: called often; raises to stop.
@@ -275,13 +277,13 @@ class Packets:
     ) -> None:
         self._container, self._stream, self._timeline, self._checkpoint = container, stream, timeline, checkpoint
         self._packets = demux(container, stream)
-        self._place = 0  # of the packet that comes next
+        self._place = 0  # number of the next packet
 
     def __call__(self, place: int) -> Packet[VideoStream]:
-        """The packet at a place.
+        """Returns the packet with this number.
 
         Raises:
-            PlanBroken: it is not found.
+            PlanBroken: the packet is not found.
         """
         if not 0 <= place - self._place <= _SEEK_PACKETS:
             self._seek(place)
@@ -299,7 +301,7 @@ class Packets:
         return place < len(timeline.pts) and (packet.pts, packet.size) == (timeline.pts[place], timeline.size[place])
 
     def _find(self, packet: Packet[VideoStream]) -> int:
-        """The place of a packet, beyond the end where it is not clear."""
+        """The number of a packet; beyond the end if it is unclear."""
         found = np.flatnonzero((self._timeline.pts == packet.pts) & (self._timeline.size == packet.size))
         return int(found[0]) if len(found) == 1 else len(self._timeline.pts)
 
@@ -310,10 +312,10 @@ class Packets:
             raise PlanBroken from error
 
     def _seek(self, place: int) -> None:
-        """Brings the container to a packet at or before `place`.
+        """Moves the container to a packet at or before `place`.
 
-        Demuxers seek by dts, by pts, by bytes or by an index of their own, so the first packet that is read tells
-        where the container is; where that is too far, an earlier entry is tried, and at last the start.
+        Demuxers seek by dts, pts, bytes or an index, so only the first packet tells where the container is. If that is
+        too far, it tries earlier entries, at last the start.
         """
         timeline = self._timeline
         entries = np.flatnonzero(timeline.entry[: place + 1])
@@ -333,15 +335,15 @@ class Packets:
 
 
 class Cursor:
-    """Gets frames by their place in display order, rising.
+    """Decodes frames by their number in display order, rising.
 
     Args:
-        worker: decodes; nobody else feeds it.
+        worker: decodes; nobody else may use it.
         timeline: of its stream.
         checkpoint: called often; raises to stop.
-        fed: called before each packet that is fed.
+        fed: called before each packet goes to the decoder.
         gap: see `runs`.
-        keys: key frames are asked for, and the decoder must agree that they are.
+        keys: the ranks are key frames, which the decoder must confirm.
     """
 
     def __init__(
@@ -356,14 +358,14 @@ class Cursor:
     ) -> None:
         self._packets = Packets(worker.container, worker.stream, timeline, checkpoint)
         self._worker, self._timeline, self._fed, self._gap, self._keys = worker, timeline, fed, gap, keys
-        self._rank = np.full(len(timeline.pts), -1)  # of each packet's frame, -1 where there is none
+        self._rank = np.full(len(timeline.pts), -1)  # rank of each packet's frame, -1 without one
         self._rank[timeline.shown] = np.arange(len(timeline.shown))
 
     def frames(self, ranks: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """(rank, frame) of each of the ranks; call by call further ahead in the file.
+        """Yields (rank, frame) for each of the ranks; each call goes further ahead in the file.
 
         Raises:
-            PlanBroken: a frame is missing or damaged, or is not the expected one.
+            PlanBroken: a frame is missing, damaged, or another than expected.
         """
         for run in runs(self._timeline, ranks, gap=self._gap):
             yield from self._decode(run)
@@ -373,7 +375,7 @@ class Cursor:
         start = int(timeline.pts[run.first]) if run.first else None
         ranks = np.sort(self._rank[run.first : run.stop])
         ranks = ranks[ranks >= 0]
-        # Pictures that lead the entry may need what was not fed: they may fail, come out wrong, or not at all.
+        # Leading pictures of the entry may need frames that were not decoded: they can fail, be wrong, or be missing.
         expected = [
             (rank, pts)
             for rank, pts in zip(ranks.tolist(), timeline.ticks[ranks].tolist(), strict=True)
@@ -410,7 +412,7 @@ class Cursor:
         self._worker.flush()
 
     def _feed(self, run: Run, wanted: set[int]) -> Iterator[tuple[Packet[VideoStream] | None, bool]]:
-        """The packets of a run and whether their frames are needed, then None, which drains the decoder."""
+        """Yields the packets of a run and whether their frames are needed, then None, which drains the decoder."""
         for place in range(run.first, run.stop):
             packet = self._packets(place)
             self._fed()

@@ -1,4 +1,4 @@
-"""The little that is read of compressed packets, where the container's word alone could give a wrong frame."""
+"""Reads a few fields of compressed packets, where the container alone could lead to a wrong frame."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _CRA, _BLA_N_LP = 21, 18  # nal_unit_type: ITU-T H.265, table 7-1
 
 
 def is_shown(codec: str, packet: Packet[VideoStream]) -> bool:
-    """Whether a packet gives a frame, for the codecs in which one may give none or several.
+    """Whether a packet gives a frame, for codecs in which a packet can give none or several.
 
     Raises:
-        PlanBroken: it gives several, or needs more than itself.
+        PlanBroken: the packet gives several frames, or needs other packets.
     """
     match codec:
         case "vp8":
             return bytes(packet)[0] >> 4 & 1 == 1  # show_frame: RFC 6386, 9.1
         case "mpeg1video" | "mpeg2video":
             alone = bytes(packet).count(b"\0\0\1\0") == 1  # two fields, two pictures
-        case "mpeg4":  # pictures packed together, or an empty one in the place of a packed one
+        case "mpeg4":  # several packed pictures, or an empty placeholder for one
             alone = packet.size >= 20 and bytes(packet).count(b"\0\0\1\xb6") == 1
         case "mjpeg":  # without its tables, or one field of two
             data = bytes(packet)
@@ -40,23 +40,24 @@ def is_shown(codec: str, packet: Packet[VideoStream]) -> bool:
 
 
 class Keys:
-    """Which key packets a decoder may begin with, so that its frames are those of a full decode."""
+    """Finds the key packets at which a decoder may begin and still give the frames of a full decode."""
 
     def __init__(self, codec: str, extradata: bytes, pixels: str) -> None:
         self._codec, self._extradata, self._pixels = codec, extradata, pixels
-        self._changed: frozenset[bytes] = frozenset()  # parameter sets that the container's header does not hold
+        self._changed: frozenset[bytes] = frozenset()  # parameter sets that are not in the container's header
         self._old_encoder = False
-        # A picture of a lower temporal layer that nothing in its own layer needs may be needed by a higher one.
+        # A picture that nothing in its temporal layer needs may be needed by a higher layer.
         self.skippable = codec != "hevc" or _hevc_layers(extradata) == {0}
 
     def learn(self, packet: Packet[VideoStream]) -> None:
-        """FFmpeg decodes streams of old builds of x264 in its own way once it has seen the build's number."""
+        """Remembers the build of x264: FFmpeg decodes old builds differently once it has seen the number."""
         if self._codec == "h264" and (found := re.search(rb"x264 - core (\d+)", bytes(packet))):
             self._old_encoder = int(found[1]) < (151 if "444" in self._pixels else 34)
 
     def is_entry(self, packet: Packet[VideoStream]) -> bool:
+        """Whether a decoder may begin with this key packet."""
         data = bytes(packet)
-        if self._codec in ("vp8", "vp9"):  # FFmpeg may crash where it begins with a damaged one
+        if self._codec in ("vp8", "vp9"):  # FFmpeg can crash if it begins with a damaged one
             return bool(data) and (not data[0] & 1 if self._codec == "vp8" else _is_vp9_key(data))
         if self._codec not in ("h264", "hevc"):
             return True
@@ -68,10 +69,10 @@ class Keys:
         return not (self._old_encoder or inexact) and self._changed <= own
 
     def is_joint(self, packet: Packet[VideoStream]) -> bool:
-        """Whether a decoder that comes from another place of the stream starts anew at this entry.
+        """Whether this entry resets a decoder that comes from another place of the stream.
 
-        H.264 can only at an IDR picture: after another one the decoder misses the pictures before it. HEVC can at each
-        kind of IRAP picture, once a CRA picture is marked as a splice (`spliced`).
+        For H.264 only an IDR picture does: after others the decoder misses earlier pictures. For HEVC every IRAP
+        picture does, if a CRA picture is marked as a splice (`spliced`).
         """
         if self._codec not in ("h264", "hevc"):
             return True
@@ -80,7 +81,7 @@ class Keys:
 
 
 def spliced(data: bytes, extradata: bytes) -> bytes:
-    """An HEVC packet with its CRA picture marked as one that follows a splice, without leading pictures: BLA_N_LP.
+    """Marks the CRA picture of an HEVC packet as one after a splice, without leading pictures: BLA_N_LP.
 
     Both kinds have the same slice header: ITU-T H.265, 7.4.2.2 and 7.3.6.1.
 
@@ -113,9 +114,9 @@ def _is_vp9_key(data: bytes) -> bool:
 
 
 class FrameNumbers:
-    """Watches frame_num of H.264 (7.4.3) for pictures that are missing from the stream.
+    """Watches frame_num of H.264 (7.4.3) to find missing pictures.
 
-    FFmpeg fills in for these with whatever it decoded before, so that no frame may be skipped then.
+    FFmpeg replaces missing pictures by the ones it decoded before, so no frame may then be skipped.
     """
 
     def __init__(self, extradata: bytes) -> None:
@@ -128,10 +129,11 @@ class FrameNumbers:
 
     @property
     def known(self) -> bool:
+        """Whether the stream's sequence parameter set was understood."""
         return self._bits is not None
 
     def follow(self, data: bytes) -> bool:
-        """False where a picture before this one is missing."""
+        """Reads the next packet. False if a picture before it is missing."""
         if self._bits is None:
             return True
         for unit in units(data, self._width):
@@ -147,7 +149,7 @@ class FrameNumbers:
 
 
 def _frame_num_bits(sequence: bytes) -> int | None:
-    """Bits of frame_num; None where it is not easily found: seq_parameter_set_data(), 7.3.2.1.1."""
+    """Number of bits of frame_num; None if hard to find: seq_parameter_set_data(), 7.3.2.1.1."""
     bits = Bits(sequence.replace(b"\0\0\3", b"\0\0"))
     profile = bits.read(8)
     bits.read(16)
@@ -162,12 +164,13 @@ def _frame_num_bits(sequence: bytes) -> int | None:
 
 
 class Bits:
-    """Reads bits from the most significant one on; zeros beyond the end."""
+    """Reads bits, the most significant first; zeros after the end."""
 
     def __init__(self, data: bytes) -> None:
         self._value, self._left = int.from_bytes(data + bytes(8), "big"), 8 * len(data) + 64
 
     def read(self, count: int) -> int:
+        """Reads an unsigned number of `count` bits."""
         self._left = max(0, self._left - count)
         return self._value >> self._left & (1 << count) - 1
 
@@ -199,7 +202,7 @@ def parameter_sets(codec: str, data: bytes, extradata: bytes) -> frozenset[bytes
 
 
 def units(data: bytes, width: int) -> Iterable[bytes]:
-    """The units of a packet of H.264 or HEVC, behind start codes or, where `width` is not 0, behind their lengths."""
+    """Yields the units of a packet of H.264 or HEVC, after start codes, or after lengths of `width` bytes."""
     if not width:
         return (unit for unit in data.split(b"\0\0\1")[1:] if unit)
     units, at = [], 0
@@ -211,14 +214,14 @@ def units(data: bytes, width: int) -> Iterable[bytes]:
 
 
 def remarks_of(stream: VideoStream, packet: Packet[VideoStream]) -> tuple[str, ...]:
-    """What a user should know of the pictures of a stream, by its header and first packet."""
+    """The warnings about the pictures of a stream, from its header and first packet."""
     codec, found = stream.codec_context, []
     own: list[bytes] = []
     if codec.name == "hevc":  # nal_unit_header(): ITU-T H.265, 7.3.1.2
         own = [unit for unit in units(bytes(packet), _length_bytes("hevc", bytes(codec.extradata or b""))) if unit[1:]]
     if any(unit[0] & 1 or unit[1] >> 3 for unit in own):
         found.append("spatial video (MV-HEVC): only the first of its two views is used")
-    # Dolby's metadata is a unit of type 62. Where the base layer does not name its transfer, it is for Dolby only.
+    # Dolby's metadata is a unit of type 62. A base layer that does not name its transfer is for Dolby players only.
     dolby = codec.codec_tag in ("dvh1", "dvhe", "dav1") or any(unit[0] >> 1 & 63 == 62 for unit in own)
     if dolby and codec.color_trc == ColorTrc.UNSPECIFIED:
         found.append("Dolby Vision profile 5: without its metadata colours are wrong, green and violet")

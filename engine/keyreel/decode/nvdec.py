@@ -172,7 +172,7 @@ class NvDecoder:
     def open(
         self, container: InputContainer, stream: VideoStream, note: Callable[..., None], *, alone: bool
     ) -> Iterator[NvWorker]:
-        """The first worker always gets a decoder, the others while there are some."""
+        """The first worker always gets a decoder. Raises NoWorker if there is none for another one."""
         with self._lock:
             needed = self._open == 0
             self._open += 1

@@ -127,6 +127,7 @@ def _check_capabilities(caps: dict[str, int], what: str, coded: tuple[int, int])
 
 
 def check_size(claim: Claim, transform: ImageTransform | None, max_pixels: int) -> None:
+    """Raises Declined for pictures over the limit."""
     height, width = claim.display
     if transform is not None:
         height, width = resized_size(height, width, transform.height, transform.width, transform.mode)

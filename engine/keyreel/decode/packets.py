@@ -1,4 +1,4 @@
-"""Packets of a stream, read so that what PyAV stumbles over does not stop the video."""
+"""Reads packets so that an error of PyAV does not end the video."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import av
 from av.container import InputContainer
 
-# What PyAV raises for damaged or unusual files: FFmpeg's errors, and those of its own conversions of what FFmpeg says.
+# Exceptions of PyAV for damaged or unusual files: FFmpeg's errors, and errors in its own conversions.
 BROKEN = (av.error.FFmpegError, ValueError, LookupError, ArithmeticError)
-BARREN_PACKETS = 100_000  # in a row that give no picture: the rest of the file is not tried
-_LATER_STREAMS = 64  # that may appear in a row without a packet between them
+BARREN_PACKETS = 100_000  # in a row without a picture: skip the rest of the file
+_LATER_STREAMS = 64  # new streams in a row without a packet
 
 
 def demux(container: InputContainer, stream: Any) -> Iterator[Any]:
-    """The packets of a video or audio stream, to the end.
+    """Yields the packets of a video or audio stream.
 
-    Some containers (FLV, TS) name further streams only while they are read; PyAV's iterator then ends in IndexError,
-    and a new one goes on where it was.
+    Some containers (FLV, TS) announce streams while they are read. PyAV's iterator then raises IndexError, and a new
+    one continues at the same place.
     """
     failures = 0
     while True:
@@ -34,5 +34,5 @@ def demux(container: InputContainer, stream: Any) -> Iterator[Any]:
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong, in a few words."""
+    """The reason of an error, in a few words."""
     return str(getattr(error, "strerror", None) or error or type(error).__name__)

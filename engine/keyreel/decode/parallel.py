@@ -1,4 +1,4 @@
-"""Several threads that work on the parts of one job; the results come in the order of the parts."""
+"""Works on the parts of a job in several threads; gives the results in the order of the parts."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Stopped(Exception):
 
 
 class NoWorker(Exception):
-    """There is no room for another worker; the ones that are open do the work."""
+    """No memory for another worker; the open ones do the work."""
 
 
 class Channel(Generic[R]):
-    """A queue of bounded length; `put` and `take` return when `stopped` is set.
+    """A queue of bounded length. `put` and `take` end when `stopped` is set.
 
     Args:
-        length: results that wait at most.
-        stopped: shared with whoever may stop it.
+        length: most results that wait.
+        stopped: set it to stop.
     """
 
     def __init__(self, length: int, stopped: threading.Event) -> None:
@@ -35,10 +35,10 @@ class Channel(Generic[R]):
         self._stopped = stopped
 
     def put(self, item: R | BaseException | None) -> None:
-        """Waits for room.
+        """Adds an item; waits for room.
 
         Raises:
-            Stopped: instead of waiting for ever.
+            Stopped: `stopped` is set.
         """
         while not self._stopped.is_set():
             with suppress(queue.Full):
@@ -46,7 +46,7 @@ class Channel(Generic[R]):
         raise Stopped
 
     def take(self) -> R | BaseException | None:
-        """Waits for an item: a result, an error to raise, or None at the end or after `stopped`."""
+        """Waits for an item: a result, an exception to raise, or None at the end or after `stopped`."""
         while not self._stopped.is_set():
             with suppress(queue.Empty):
                 return self._queue.get(timeout=POLL_SECONDS)
@@ -60,16 +60,16 @@ def in_order(
     workers: int,
     ahead: int,
 ) -> Iterator[R]:
-    """The results of each part, part by part, while `workers` threads work on the parts.
+    """Yields the results of all parts in order, while `workers` threads work.
 
-    At most two parts for each worker are under way, and a worker that is ahead of the consumer waits after `ahead`
-    results of its part. An error is raised in its place, after the results of all parts before it.
+    At most two parts for each worker are in progress, and a worker waits when it is `ahead` results ahead of the
+    consumer. An error is raised in order, after the results of all earlier parts.
 
     Args:
-        parts: of the job; a worker takes the first that is left.
-        open_worker: called in each thread, closed at its end. It may raise NoWorker where another one is open.
-        workers: threads at most.
-        ahead: results of one part that wait at most.
+        parts: of the job; a worker takes the next one.
+        open_worker: a context manager, entered in each thread. It may raise NoWorker if another worker is open.
+        workers: most threads.
+        ahead: most waiting results of a part.
     """
     stopped, lock = threading.Event(), threading.Lock()
     places, room = iter(range(len(parts))), threading.Semaphore(2 * workers)

@@ -1,7 +1,7 @@
-"""From a source to the pictures of its wanted frames, in display order.
+"""Reads a source and gives the pictures of its wanted frames, in display order.
 
-Only packets that lead to wanted frames are decoded, where the packets show that this is safe. Each frame that comes out
-is checked, and at the first difference everything is decoded from the start.
+It decodes only the packets that wanted frames need, if the packets show that this is safe. It checks each decoded
+frame; at the first difference it starts again and decodes everything.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from keyreel.errors import CorruptStream, NoFrames
 from keyreel.types import F64
 
 _log = logging.getLogger(__name__)
-_READ_ATTEMPTS = 16  # reading goes on after that many failed reads in a row
-_JUMP_SECONDS = 1.0  # a pts that goes back further is a new timeline, not a frame out of order
+_READ_ATTEMPTS = 16  # failed reads in a row before it gives up
+_JUMP_SECONDS = 1.0  # seconds; a pts that goes back further starts a new timeline
 _UNTYPED = ("qtrle", "rpza", "smc", "cinepak", "msrle")  # FFmpeg's decoders do not say which frames are key frames
 _LEAPS = "jumps in the time stamps, as in joined recordings"
 _NEAR_IS_EXACT = "the file does not say which frames decode fast: mode near takes the exact frames"
@@ -43,25 +43,25 @@ _NEAR_IS_EXACT = "the file does not say which frames decode fast: mode near take
 
 @dataclass(frozen=True, slots=True)
 class _Shown:
-    """A decoded frame and the time from which it is shown."""
+    """A decoded frame, and the time at which it appears."""
 
-    frame: Any  # as long as it is needed
+    frame: Any  # None when no longer needed
     start: float  # seconds
     index: int
 
 
 class _Given:
-    """What was yielded, so that another attempt neither repeats nor loses any: rows for mode times, else frames."""
+    """What was yielded so far, so that a new attempt repeats and loses nothing: rows for mode times, else frames."""
 
     def __init__(self, *, by_rows: bool) -> None:
         self._by_rows, self._rows, self._skipped = by_rows, 0, 0
-        self.seconds = -math.inf  # of the last one
+        self.seconds = -math.inf  # of the last frame
 
     def again(self) -> None:
         self._skipped = self._rows
 
     def left(self, start: float, rows: int) -> int:
-        """How many rows of the frame that is shown from `start` on are still to be given."""
+        """How many rows of the frame that appears at `start` are still missing."""
         if not self._by_rows:
             return rows if start > self.seconds + TOLERANCE_SECONDS else 0
         known = min(rows, self._skipped)
@@ -81,7 +81,7 @@ class Reader:
         sampling: which frames.
         decoder: makes the pictures.
         checkpoint: called often; raises to stop.
-        reasons: the first of the warnings.
+        reasons: the first warnings.
     """
 
     def __init__(
@@ -97,23 +97,23 @@ class Reader:
         self._source, self._sampling, self._decoder, self._go_on = source, sampling, decoder, checkpoint
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._damage: Counter[str] = Counter()  # of one attempt: what another one meets again is not more
+        self._damage: Counter[str] = Counter()  # by attempt: a new attempt meets the same damage again
         self._details: dict[str, str] = {}
         self._reasons = list(reasons)
         self._ending = ""
-        # Reading all packets first gains nothing for a decoder that decodes all of them.
+        # A decoder that decodes all packets gains nothing from reading them first.
         self._planning = not decoder.whole or sampling.mode != "all" or sampling.start_seconds > 0
         self._shared = True  # one worker may decode in several threads
-        self._keys = set[int | None]()  # pts of key packets, where frames do not say that they are key frames
+        self._keys = set[int | None]()  # pts of key packets, for codecs whose frames do not tell
 
     def warnings(self) -> tuple[str, ...]:
-        """What was wrong or done, so far."""
+        """The warnings so far."""
         counts = self._counts | self._damage
         counted = [f"{what}: {counts[what]}{first}" for what, first in list(self._details.items())]
         return (*self._reasons, *self._source.remarks, *counted, *([self._ending] if self._ending else []))
 
     def note(self, what: str, detail: object = "") -> None:
-        """Counts what happened, and keeps the detail of the first time."""
+        """Counts an event, and keeps the detail of its first time."""
         self._note(self._counts, what, detail)
 
     def _note(self, counts: Counter[str], what: str, detail: object) -> None:
@@ -129,7 +129,11 @@ class Reader:
             self.packets_fed += 1
 
     def pictures(self, times: F64) -> Iterator[tuple[tuple[Any, float, int], int]]:
-        """((picture, seconds, index), rows it fills) of each wanted frame, in display order."""
+        """Yields ((picture, seconds, index), number of rows) for each wanted frame, in display order.
+
+        Raises:
+            NoFrames: no frame is wanted.
+        """
         nothing = True
         with self._source.guarded():
             for shown, rows, picture in self._wanted(times):
@@ -142,7 +146,9 @@ class Reader:
             raise NoFrames(f"{self._source.name}: no {kind} between {wanted.start_seconds} s and {stop}")
 
     def _wanted(self, times: F64) -> Iterator[tuple[_Shown, int, Any]]:
-        """(frame, rows, picture), planned; after the first surprise by decoding everything, without repeating any."""
+        """Yields (frame, rows, picture), by the plan; after the first difference by decoding everything, without
+        repeats.
+        """
         given = _Given(by_rows=self._sampling.mode == "times")
         while True:
             given.again()
@@ -174,7 +180,7 @@ class Reader:
         return self._whole(times, given)
 
     def _hand_over(self, failed: DecoderFailed, given: _Given) -> None:
-        """To the decoder that goes on after this one, if there is one."""
+        """Switches to the decoder that continues after this one, if there is one."""
         self._decoder = self._decoder.fallback(failed)
         since = "" if given.seconds == -math.inf else f" after {given.seconds:.3f} s"
         self._reasons.append(f"decoded on the CPU{since}: {failed}")
@@ -191,7 +197,7 @@ class Reader:
                 yield worker
 
     def _planned(self, timeline: Timeline, times: F64, given: _Given) -> Iterator[tuple[_Shown, int, Any]]:
-        """Picks from the timeline, then decodes what was picked; with several workers where that pays."""
+        """Picks frames from the timeline, then decodes them; with several workers if that is faster."""
         self.packets_read = len(timeline.pts)
         self._check_end(timeline.clock.seconds(timeline.end_ticks), timeline.promised_seconds)
         found = self._plan(timeline, Picker(self._sampling, times), given)
@@ -214,7 +220,7 @@ class Reader:
             yield *found[rank], picture
 
     def _plan(self, timeline: Timeline, picker: Picker, given: _Given) -> dict[int, tuple[_Shown, int]]:
-        """The frames that are still to be given, and how many rows each fills; by place in display order."""
+        """The missing frames by number in display order, and how many rows each fills."""
         clock, ticks = timeline.clock, timeline.ticks
         end = clock.seconds(timeline.end_ticks)
         self._source.check_duration(end)
@@ -229,7 +235,7 @@ class Reader:
             for rank in near(timeline.starts, keys, end, self._sampling):
                 take(rank, clock.seconds(int(ticks[rank])), 1)
             return found
-        # Only the frames around the window: a short look into a long video must not walk through all of it.
+        # Only frames around the window: a short window must not cost time for all of a long video.
         low, high = 0, len(ticks)
         if self._sampling.mode != "times":
             low = max(int(np.searchsorted(ticks, clock.ticks(self._sampling.start_seconds))) - 2, 0)
@@ -255,7 +261,7 @@ class Reader:
                 yield shown, rows, picture
 
     def _chosen(self, worker: Worker, times: F64) -> Iterator[tuple[_Shown, int]]:
-        """(frame, rows) of all that is decoded, one frame ahead of the one that is picked."""
+        """Decodes all frames, and yields (frame, rows) for the picked ones; decodes one frame ahead."""
         picker = Picker(self._sampling, times)
         held: _Shown | None = None
         duration = 0.0
@@ -282,10 +288,10 @@ class Reader:
         return bool(shown.frame.key_frame) or shown.frame.pts in self._keys
 
     def _decoded(self, worker: Worker) -> Iterator[tuple[_Shown, float]]:
-        """(frame, seconds for which it is shown, as far as that is known) of all frames, times rising.
+        """Yields all frames with how long they are shown in seconds, if known; times rise.
 
-        Where the clock leaps and goes on from there, recordings were joined: time goes on at the seam. A single frame
-        with a stray time is shown after the one before.
+        If the clock leaps and continues from there, recordings were joined: time continues at the seam. A single frame
+        with a stray time is placed after the one before.
         """
         clock: Clock | None = None
         last = shift = 0
@@ -321,9 +327,9 @@ class Reader:
             yield _Shown(frame, start, index), (frame.duration or gap) * clock.numerator / clock.denominator
 
     def _stamped(self, worker: Worker) -> Iterator[tuple[Any, int | None]]:
-        """(frame, ticks as the file has them) of all frames, in order of display.
+        """Yields all frames with their ticks in the file, in display order.
 
-        AVI has no times of display: its frames take the packets' times in order.
+        AVI has no display times: its frames take the packets' times in order.
         """
         fed: list[int] | None = [] if worker.container.format.name == "avi" else None
         for frame in self._frames(worker, fed):
@@ -335,8 +341,8 @@ class Reader:
             yield frame, ticks
 
     def _frames(self, worker: Worker, fed: list[int] | None) -> Iterator[Any]:
-        """All frames; `fed` gets the times of the packets that are decoded, as a heap."""
-        barren = 0  # packets in a row that gave nothing
+        """Yields all frames; pushes the times of decoded packets to the heap `fed`."""
+        barren = 0  # packets in a row without a picture
         for packet in self._packets(worker):
             if barren >= BARREN_PACKETS:
                 self._damaged(f"the rest of the file is skipped: {BARREN_PACKETS} packets in a row have no picture")
@@ -360,7 +366,7 @@ class Reader:
                 yield frame
 
     def _packets(self, worker: Worker) -> Iterator[Packet[VideoStream] | None]:
-        """All packets of the stream, then None, which drains the decoder."""
+        """Yields all packets of the stream, then None, which drains the decoder."""
         failures = count = 0
         packets = self._source.packets(worker.container, worker.stream)
         while failures < _READ_ATTEMPTS:
@@ -383,7 +389,7 @@ class Reader:
         yield None
 
     def _check_end(self, end: float, promised: float | None) -> None:
-        """Notes the end of a video whose header says nothing of it, or that stops well before what it promises."""
+        """Records the end of the video if the header states none, or a much later one."""
         if promised is None:
             self.end_seconds = end
         elif end < promised - max(1.0, 0.02 * promised):

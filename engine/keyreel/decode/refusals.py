@@ -1,4 +1,4 @@
-"""Why a file is not opened: what it is instead of a video, said by its first bytes and FFmpeg's error."""
+"""Explains why a file cannot be opened, by its first bytes and FFmpeg's error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import av
 
 from keyreel.errors import CorruptStream, SourceError, SourceNotFound, UnsupportedCodec
 
-HEAD_BYTES = 1024  # that the functions below want to see
+HEAD_BYTES = 1024  # bytes that the functions below need
 _PLAYLIST = re.compile(
     rb"\s*(#EXTM3U|ffconcat|\[playlist\]|\[reference\]|<asx|<\?xml.{0,300}<(MPD|SmoothStreaming))", re.I | re.S
 )
@@ -24,7 +24,7 @@ _PICTURES = {
     "BMP": re.compile(rb"BM.{4}\0\0\0\0", re.DOTALL),
     "SVG": re.compile(rb"\s*(<\?xml.{0,500})?<svg", re.DOTALL),
 }
-_SCRAMBLED_BYTES = 188 << 12  # of a transport stream that are looked at
+_SCRAMBLED_BYTES = 188 << 12  # packets of a transport stream to check
 
 
 def refuse_playlists(name: str, head: bytes) -> None:
@@ -38,10 +38,10 @@ def refuse_playlists(name: str, head: bytes) -> None:
 
 
 def head_of_file(name: str, path: Path) -> bytes:
-    """The first bytes of a regular file that is not empty.
+    """Reads the first bytes of a file.
 
     Raises:
-        SourceError: it is something else, or cannot be read.
+        SourceError: not a regular file, empty, or not readable.
     """
     try:
         mode = path.stat().st_mode
@@ -64,18 +64,18 @@ def head_of_file(name: str, path: Path) -> bytes:
 
 
 def refusal(name: str, error: Exception, head: bytes, *, remote: bool) -> SourceError:
-    """The error for a user, of FFmpeg's when it opened the file.
+    """Turns FFmpeg's error at opening into one that helps the user.
 
     Args:
         name: of the video.
-        head: its first bytes, none where it is `remote`, behind a URL.
+        head: its first bytes; empty if `remote`, a URL.
     """
     if isinstance(error, av.error.ArgumentError):
-        # EINVAL comes from format_whitelist: FFmpeg knows the format, and it is none of ours.
+        # EINVAL is from format_whitelist: FFmpeg knows the format, but it is not allowed.
         if picture := next((name for name, head_of in _PICTURES.items() if head_of.match(head)), None):
             return SourceError(
                 f"{name}: a {picture} picture, not a video.",
-                hint="A motion photo keeps its video in a file of its own; the phone's gallery can export it.",
+                hint="A motion photo keeps its video in a separate file; the phone's gallery can export it.",
             )
         return SourceError(
             f"{name}: not a video file, but a playlist, a text or another format. Allowed: MP4, MOV, MKV, "
@@ -96,14 +96,14 @@ def refusal(name: str, error: Exception, head: bytes, *, remote: bool) -> Source
 
 
 def encrypted(name: str) -> SourceError:
-    """The error for a video that only its seller's players decode."""
+    """The error for an encrypted video."""
     return UnsupportedCodec(
         f"{name}: its video is encrypted.", hint="Give a copy without protection (DRM), or decrypt it first."
     )
 
 
 def is_scrambled(file: BinaryIO) -> bool:
-    """Whether it is a transport stream with transport_scrambling_control set: ISO/IEC 13818-1, 2.4.3.3."""
+    """Whether a file is a transport stream with transport_scrambling_control set: ISO/IEC 13818-1, 2.4.3.3."""
     data = file.read(_SCRAMBLED_BYTES)
     if data[:1] + data[188:189] != b"GG":
         return False

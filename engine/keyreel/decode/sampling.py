@@ -1,7 +1,6 @@
-"""Which frames were asked for.
+"""Decides which frames to take.
 
-`Picker` is the one definition of the sampling modes: it is asked about each frame in display order. Mode `near` chooses
-from a timeline instead.
+`Picker` defines the sampling modes, frame by frame in display order. Mode `near` chooses from a timeline instead.
 """
 
 from __future__ import annotations
@@ -15,25 +14,25 @@ from numpy.typing import NDArray
 from keyreel.config import Sampling
 from keyreel.types import F64
 
-# Far below any time base's tick, far above float64's rounding of a day: a wanted time that misses a pts by rounding
-# only (0.1 + 0.7 against 0.8) means that pts.
+# Seconds, far below a tick of any time base, and far above float64's rounding in a day: a wanted time that misses a pts
+# by rounding (0.1 + 0.7 and 0.8) means that pts.
 TOLERANCE_SECONDS = 1e-9
 
 
 class PlanBroken(Exception):
-    """Frames cannot be told from packets, or a frame that came out of the decoder is not the one that was expected."""
+    """The packets do not tell the frames, or the decoder gave another frame than expected."""
 
 
 class Picker:
-    """Says of each frame, in display order, how many rows of the result it fills.
+    """Decides for each frame, in display order, how many rows of the result it fills.
 
-    A frame is shown on [start, stop), from its pts to the next frame's; the first one also before that. The window is
+    A frame is shown on [start, stop), from its pts to that of the next frame; the first one also before. The window is
     [start_seconds, stop_seconds).
 
-    fps: one row if any of the times start_seconds + n / fps of the window falls on the frame. every: each n-th frame
-    of the window, from its first. times: a row for each of the times that falls on the frame, whatever the window; the
-    last frame takes all that are left. all: those of the window; keyframes: its key frames, for which the video's first
-    frame counts whatever its flags say. near: as fps.
+    fps: a row if a time start_seconds + n / fps in the window falls on the frame. every: each n-th frame of the window,
+    from its first. times: a row for each time that falls on the frame, in the window or not; the last frame also gets
+    all later times. all: each frame of the window. keyframes: its key frames; the video's first frame always counts as
+    one. near: as fps.
 
     Args:
         sampling: mode and window.
@@ -46,11 +45,11 @@ class Picker:
         self._start = sampling.start_seconds
         self._stop = math.inf if sampling.stop_seconds is None else sampling.stop_seconds
         self._times = times.tolist()
-        self._next = 0  # the first wanted time that is not yet past
+        self._next = 0  # number of the next wanted time
         self._seen = 0  # frames of the window so far
 
     def rows(self, start: float, stop: float, *, key: bool, first: bool = False, last: bool = False) -> int:
-        """How many rows the frame shown on [start, stop) fills."""
+        """Returns how many rows the frame shown on [start, stop) fills."""
         if self._mode == "times":
             before = self._next
             while self._next < len(self._times) and (last or self._times[self._next] + TOLERANCE_SECONDS < stop):
@@ -70,7 +69,7 @@ class Picker:
         return int(self._mode == "all" or key or first)
 
     def done(self, start: float) -> bool:
-        """True when no frame shown from `start` on can be wanted."""
+        """Whether no frame that appears at `start` or later can be wanted."""
         return self._next == len(self._times) if self._mode == "times" else start + TOLERANCE_SECONDS >= self._stop
 
     def _wanted(self) -> float:
@@ -78,15 +77,15 @@ class Picker:
 
 
 def near(starts: F64, keys: NDArray[np.bool_], end: float, sampling: Sampling) -> list[int]:
-    """Places of the frames of mode `near`, which are close to the times start_seconds + n / fps and cheap to decode.
+    """Chooses the frames of mode `near`: close to the times start_seconds + n / fps and cheap to decode.
 
-    For each time the nearest key frame of the window within the tolerance; where there is none, the frame shown at
-    that time. None is taken twice.
+    For each time it takes the nearest key frame of the window within the tolerance, else the frame shown at that time.
+    No frame twice.
 
     Args:
-        starts: [M] seconds from which each frame is shown, rising.
-        keys: [M] the key frames.
-        end: seconds at which the last frame is no longer shown.
+        starts: [M] the second at which each frame appears, rising.
+        keys: [M] bool, whether it is a key frame.
+        end: end of the last frame, in seconds.
         sampling: mode near.
     """
     tolerance = 0.5 / sampling.fps if sampling.tolerance_seconds is None else sampling.tolerance_seconds

@@ -1,7 +1,7 @@
-"""One video, from wherever it comes, opened safely and described.
+"""Opens one video safely, from a file, stream or address, and describes it.
 
-Video files are hostile input. FFmpeg may use the `file` protocol only (and http when asked to), and only demuxers of
-single files: a playlist could name any file of this machine or any host of its network, so playlists are refused.
+Video files are hostile input. FFmpeg may use only the `file` protocol (and http if allowed), and only demuxers of
+single files. It refuses playlists, which could name any file of this machine or any host of its network.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from keyreel.decode.timeline import Timeline, clocks_restart, promised_seconds, 
 from keyreel.errors import CorruptStream, SourceError, UnsupportedCodec
 from keyreel.types import VideoInfo
 
-# Tags that are not UTF-8 are no reason to refuse a video; PyAV 19 has no such choice any more.
+# Tags that are not UTF-8 are no reason to refuse a video. PyAV 19 always accepts them.
 _METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
-# FFmpeg matches a demuxer when any of its names is listed. Left out on purpose: hls, dash, concat, imf, sdp, rtsp and
-# whatever else opens further files, devices, image sequences, and text that a demuxer would draw (tty, ansi).
+# FFmpeg accepts a demuxer if any of its names is listed. Left out on purpose: hls, dash, concat, imf, sdp, rtsp and all
+# others that open further files; devices; image sequences; text that a demuxer would draw (tty, ansi).
 _CONTAINERS = (
     "mov,matroska,avi,asf,flv,live_flv,mpegts,mpeg,mpegvideo,ogg,ivf,h264,hevc,vvc,av1,obu,m4v,h263,vc1,vc1test,"
     "mjpeg,mpjpeg,nut,mxf,gxf,wtv,rm,dv,gif,apng,webp_anim,yuv4mpegpipe,swf,nuv,bink,smk,roq,flic,amv,dirac,cavsvideo,"
@@ -51,15 +51,15 @@ _DEFAULT_LIMITS = DecodeLimits()
 
 
 class Source:
-    """A video that can be opened again and again; a context manager that removes what it copied to disk.
+    """A video that can be opened repeatedly. A context manager, which deletes the temporary copy of a stream.
 
-    Several containers may be open at a time, also on one file object. What was found out about the video is kept and
-    shared by all that use the source, from any thread.
+    Several containers may be open at the same time, also on one file object. Facts about the video are cached, for all
+    users of the source and all threads.
 
     Args:
         video: a path; bytes; a binary file object, read from its start; "-" for standard input; with
-            `limits.allow_network` an http(s) URL. What cannot seek is first copied to a temporary file.
-        limits: bounds on what is accepted.
+            `limits.allow_network` an http(s) URL. A stream that cannot seek is first copied to a temporary file.
+        limits: the largest video to accept.
 
     Raises:
         TypeError: `video` is none of these.
@@ -76,7 +76,7 @@ class Source:
         self._copy: Any = None  # the temporary file of a stream that cannot seek
         self._analysed = self._closed = False
         self._info: VideoInfo | None = None
-        self.remarks: tuple[str, ...] = ()  # what a user should know of its pictures, once packets were read
+        self.remarks: tuple[str, ...] = ()  # warnings about its pictures, after the packets were read
         self._timeline: Timeline | None = None
         if isinstance(video, str) and video == "-":
             self.name = "<stdin>"
@@ -84,7 +84,7 @@ class Source:
             self.name = self._url = video
         elif isinstance(video, (str, os.PathLike)):
             self.name = os.fspath(video)
-            # Absolute: the video must be found again after a change of folder.
+            # Absolute, so that a change of the working folder does not matter.
             self.path = Path(os.path.abspath(self.name))
         elif isinstance(video, (bytes, bytearray, memoryview)):
             self.name = "<bytes>"
@@ -106,19 +106,19 @@ class Source:
         return f"Source({self.name!r})"
 
     def close(self) -> None:
-        """Removes the temporary copy, if there is one. Containers that are open stay usable."""
+        """Deletes the temporary copy, if there is one. Open containers stay usable. Idempotent."""
         self._closed = True
         if self._copy is not None:
             self._copy.close()
 
     def open(self) -> InputContainer:
-        """A new container, at the start of the video.
+        """Opens a new container, at the start of the video.
 
         Raises:
-            SourceNotFound: no such file.
-            CorruptStream: not a video that FFmpeg can read.
-            SourceError: refused: a folder, a playlist, a URL that is not allowed, over a limit.
-            ValueError: the source was closed.
+            SourceNotFound: the file does not exist.
+            CorruptStream: FFmpeg cannot read the file.
+            SourceError: refused: a folder, a playlist, a URL that is not allowed, a video over a limit.
+            ValueError: the source is closed.
         """
         if self._closed:
             raise ValueError(f"{self.name}: the source is closed")
@@ -147,7 +147,7 @@ class Source:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Turns what PyAV raises inside, for a file that it stumbles over, into CorruptStream."""
+        """Raises CorruptStream for PyAV's errors inside the block."""
         try:
             yield
         except BROKEN as error:
@@ -159,13 +159,14 @@ class Source:
             ) from error
 
     def probe(self) -> VideoInfo:
-        """What the file says of its video, and its first frame of colours and rotation.
+        """Reads the facts about the video from the file's headers, and colours and rotation from its first frame.
 
-        The packets are read in the same go, see `timeline`; the result is kept.
+        It also reads the packets, see `timeline`. The result is cached.
 
         Raises:
-            SourceError: as `open`; UnsupportedCodec: no video stream, or no decoder for it; CorruptStream: not one
-                frame of it can be decoded.
+            SourceError: as `open`.
+            UnsupportedCodec: no video stream, or no decoder for it.
+            CorruptStream: no frame can be decoded.
         """
         with self._lock:
             if self._info is None:
@@ -174,7 +175,7 @@ class Source:
             return self._info
 
     def timeline(self, checkpoint: Callable[[], None] = lambda: None) -> Timeline | None:
-        """The video's packets, read once and kept; None where frames cannot be told from packets alone.
+        """Reads the video's packets, once. None if the packets do not tell the frames.
 
         Args:
             checkpoint: called often while reading; raises to stop.
@@ -189,7 +190,7 @@ class Source:
             return self._timeline
 
     def forget(self) -> None:
-        """Drops what was found out about the video, so that the next use starts anew."""
+        """Clears the cached facts about the video."""
         with self._lock:
             self._info = self._timeline = None
             self._analysed = False
@@ -231,7 +232,7 @@ class Source:
         )
 
     def _first_frame(self, packets: Iterator[Packet[VideoStream]], read: list[Packet[VideoStream]]) -> VideoFrame:
-        """The first frame that can be decoded; the packets up to it go into `read`."""
+        """The first frame that can be decoded; appends the packets up to it to `read`."""
         reason = "it holds no pictures"
         while len(read) < BARREN_PACKETS:
             try:
@@ -254,7 +255,7 @@ class Source:
         )
 
     def _target(self) -> tuple[Any, bytes]:
-        """What FFmpeg opens, and its first bytes."""
+        """The target for FFmpeg, and its first bytes."""
         if self._url is not None:
             if not re.match(r"https?://", self._url, re.I):
                 allowed = "Allowed: a path, '-' for standard input, and http(s) URLs where the network is allowed."
@@ -287,7 +288,7 @@ class Source:
         return self._video != "-" and (bool(seekable()) if seekable else hasattr(self._video, "seek"))
 
     def _spooled(self) -> Path:
-        """A temporary copy of a stream that cannot seek, made at the first use."""
+        """The temporary copy of a stream that cannot seek, made at the first use."""
         with self._lock:
             if self._copy is None:
                 self._copy = spooled(self.name, sys.stdin.buffer if self._video == "-" else self._video)
@@ -305,18 +306,18 @@ class Source:
                 f"{self.limits.max_pixels} (max_pixels).",
                 hint="Raise max_pixels if you trust the file.",
             )
-        if "mov" in container.format.name:  # its tables are FFmpeg's index; other headers only guess
+        if "mov" in container.format.name:  # its tables are exact; headers of other formats only guess
             self._check_count(stream.frames)
-        if not clocks_restart(container):  # else the last time minus the first one is no length
+        if not clocks_restart(container):  # else last time minus first time is not a length
             self.check_duration(promised_seconds(container, stream))
         stream.codec_context.options = {"max_pixels": str(self.limits.max_pixels)}
 
     def packets(self, container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
-        """The packets of the video, from where the container is.
+        """Yields the packets of the video, from the container's position.
 
         Raises:
-            SourceError: they are more than the limit.
-            UnsupportedCodec: they are encrypted.
+            SourceError: more packets than the limit.
+            UnsupportedCodec: the packets are encrypted.
         """
         for number, packet in enumerate(demux(container, stream)):
             self._check_count(number)
@@ -344,7 +345,7 @@ class Source:
             )
 
     def check_duration(self, seconds: float | None) -> None:
-        """Raises SourceError where a video of this many seconds is longer than the limit."""
+        """Raises SourceError if a video of this many seconds is over the limit."""
         if seconds is not None and seconds > self.limits.max_duration_seconds:
             raise SourceError(
                 f"{self.name}: {seconds:.0f} s long, the limit is {self.limits.max_duration_seconds:.0f} s "
@@ -353,10 +354,10 @@ class Source:
             )
 
     def require_video(self, container: InputContainer) -> VideoStream:
-        """The video stream of a container.
+        """Returns the video stream of a container.
 
         Raises:
-            UnsupportedCodec: there is none, or no decoder for it.
+            UnsupportedCodec: there is no video stream, or no decoder for it.
         """
         stream = select_video(container)
         if stream is None:
@@ -374,7 +375,7 @@ class Source:
 
 
 def select_video(container: InputContainer) -> VideoStream | None:
-    """The stream to take: FFmpeg's best one, never a cover picture."""
+    """Chooses the video stream: FFmpeg's best one, never a cover picture."""
     pictures = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [s for s in container.streams.video if not s.disposition & pictures]
     best = container.streams.best("video")

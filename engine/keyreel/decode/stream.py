@@ -1,6 +1,6 @@
-"""Batches of frames from a decoding thread.
+"""Delivers batches of frames from a decoding thread.
 
-A queue of two batches stands between the thread and the consumer, so that memory does not grow with the video.
+A queue of two batches between thread and consumer bounds the memory.
 """
 
 from __future__ import annotations
@@ -25,55 +25,56 @@ from keyreel.errors import SourceError
 from keyreel.types import FrameBatch
 
 _QUEUED_BATCHES = 2
-_MAX_FRAMES = 1_000_000  # taken from one video
+_MAX_FRAMES = 1_000_000  # most frames from one video
 
 
 class Stream:
-    """The wanted frames of a source, in batches: an iterator of FrameBatch and a context manager.
+    """The wanted frames of a source in batches: an iterator of FrameBatch, and a context manager.
 
-    A thread decodes. It starts with the first batch, and ends with the last, with `close()`, or when this object is
-    dropped.
+    A thread decodes. It starts when the first batch is requested, and ends with the last one, at `close()`, or when
+    this object is garbage.
 
     Args:
         source: stays open and belongs to the caller.
         sampling: which frames.
         decoder: makes the pictures.
-        batch_size: rows in a batch, the last may have fewer.
-        reasons: the first of the warnings.
+        batch_size: rows in a batch; the last may have fewer.
+        reasons: the first warnings.
     """
 
     def __init__(
         self, source: Source, sampling: Sampling, decoder: Decoder, batch_size: int, reasons: tuple[str, ...] = ()
     ) -> None:
         self._work = _Production(source, sampling, decoder, batch_size, reasons)
-        # The thread does not refer to the stream, so that a stream that is dropped is collected and stops it.
+        # The thread does not refer to the stream, so a forgotten stream is collected, which stops the thread.
         self._finalizer = weakref.finalize(self, self._work.stopped.set)
         self._thread: threading.Thread | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was wrong with the stream or done to it; complete after the iteration."""
+        """Warnings about the video so far; complete after the iteration."""
         return self._work.reader.warnings()
 
     @property
     def decode_seconds(self) -> float:
-        """Seconds spent on reading, decoding and converting so far; waiting for the consumer does not count."""
+        """Seconds of reading, decoding and converting so far, without waiting for the consumer."""
         return self._work.busy_seconds
 
     @property
     def packets_read(self) -> int:
-        """Packets of the video that were read so far, each counted once."""
+        """Number of packets read so far, each counted once."""
         return self._work.reader.packets_read
 
     @property
     def packets_fed(self) -> int:
-        """Packets given to decoders so far, including those of an attempt that was given up. Of these FFmpeg skips the
-        ones that nobody wants and no other frame needs."""
+        """Number of packets given to decoders so far, also in abandoned attempts. Of these, FFmpeg skips unwanted
+        frames that no other frame needs.
+        """
         return self._work.reader.packets_fed
 
     @property
     def end_seconds(self) -> float | None:
-        """Where the stream ended, if that is well before what its header promises; else None."""
+        """Seconds at which the stream ended, if well before the end by its header; else None."""
         return self._work.reader.end_seconds
 
     def __enter__(self) -> Self:
@@ -93,7 +94,7 @@ class Stream:
         if self._thread is None:
             thread = threading.Thread(target=self._work.run, name="keyreel-decode", daemon=True)
             thread.start()
-            self._thread = thread  # not before: another thread may close this and wait for it
+            self._thread = thread  # not earlier: another thread may close this and wait for it
         item = self._work.take()
         if isinstance(item, FrameBatch):
             return item
@@ -103,7 +104,7 @@ class Stream:
         raise item
 
     def close(self) -> None:
-        """Stops the thread and waits for it; idempotent."""
+        """Stops the thread and waits for it. Idempotent."""
         self._finalizer()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -112,26 +113,26 @@ class Stream:
 class FrameStream(Stream):
     """The wanted frames of a source, decoded on the CPU.
 
-    Mode `fps` yields a frame that is shown at several of the wanted times once; mode `near` yields key frames close to
-    these times where there are some, and `pts_seconds` and `frame_index` say which; mode `times` gives one row for
-    each wanted time, in the order asked for, past the end the last frame. `frame_index` counts the frames that decoding
-    the whole file would give (damage in parts that need not be decoded is not seen). A batch holds frames of one size:
-    where the size changes midway and no transform evens it out, the next batch has another size.
+    Mode `fps` gives a frame once, even if it is shown at several of the times. Mode `near` gives key frames near these
+    times where possible; `pts_seconds` and `frame_index` tell which. Mode `times` gives a row for each time, in the
+    given order; after the end the last frame. `frame_index` counts the frames of a full decode (it does not notice
+    damage in parts that it does not decode). All frames of a batch have one size: if the size changes and there is no
+    transform, a new batch begins.
 
     Args:
         source: stays open and belongs to the caller.
         sampling: which frames.
         transform: size of the pictures; None for the full display resolution.
-        batch_size: rows in a batch, the last may have fewer.
-        threads: threads that decode, 0 for as many as suit the machine. Parts of a long file are decoded side by side,
-            by one thread each; what cannot be cut is decoded by FFmpeg with that many.
+        batch_size: rows in a batch; the last may have fewer.
+        threads: threads that decode; 0 for as many as the machine has cores. Parts of a long file are decoded side by
+            side, with one thread each. A file that cannot be cut is decoded by FFmpeg with this many.
         aside: collects small pictures of some of the frames.
 
     Raises:
-        CorruptStream: (while iterating) no frame at all can be decoded. A stream that breaks midway yields what it has,
-            and `warnings` gives the reason.
-        SourceError: (while iterating) the source cannot be opened, or passes a limit.
-        ValueError: (while iterating) no frame lies between start_seconds and stop_seconds.
+        CorruptStream: (while iterating) no frame can be decoded. A stream that breaks midway gives its frames so far,
+            and `warnings` has the reason.
+        SourceError: (while iterating) the source cannot be opened, or is over a limit.
+        NoFrames: (while iterating) no frame lies between start_seconds and stop_seconds.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class _Production:
         self.stopped = stopped = threading.Event()
         self.busy_seconds = 0.0
 
-        # Not a method: the reader must not hold this object, or the source would wait for the garbage collector.
+        # Not a method: a reference to this object would keep the source open until garbage collection.
         def go_on() -> None:
             if stopped.is_set():
                 raise Stopped
@@ -216,14 +217,14 @@ class _Production:
             yield batch()
 
     def _rows(self) -> Iterator[tuple[Any, float, int]]:
-        """(picture, seconds, index) of each row of the result, in order."""
+        """Yields (picture, seconds, index) for each row of the result, in order."""
         times = np.array(self._sampling.times)
         if self._sampling.mode != "times" or np.all(np.diff(times) >= 0):
             for row, count in self.reader.pictures(times):
                 for _ in range(count):
                     yield row
             return
-        # In any order: as many at a time as fit a batch, so that no more pictures than that are ever held.
+        # Times in any order: one batch at a time, so that memory holds no more pictures than that.
         for first in range(0, len(times), self._batch_size):
             asked = times[first : first + self._batch_size]
             order = np.argsort(asked, kind="stable")
@@ -233,7 +234,7 @@ class _Production:
 
 
 def distinct(batches: Iterable[FrameBatch]) -> Iterator[FrameBatch]:
-    """Without the rows that show the frame before once more, as two close times do."""
+    """Drops rows that repeat the previous frame, as two close times do."""
     last = -1
     for batch in batches:
         fresh = np.diff(batch.frame_index, prepend=last) != 0

@@ -1,4 +1,4 @@
-"""Videos that are no file on disk: several readers of one file object, and a copy of what cannot be rewound."""
+"""Reads videos that are not files: several readers of one file object, and temporary copies of streams."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any, BinaryIO
 
 from keyreel.errors import SourceError
 
-MAX_SPOOL_BYTES = 8 << 30  # read from a stream that cannot be rewound
+MAX_SPOOL_BYTES = 8 << 30  # read at a time from a stream
 _CHUNK_BYTES = 1 << 20
 
 
 class FileView:
-    """A file object with a position of its own, so that several containers can read one file object."""
+    """A view of a file object with its own position, so that several containers can read one file object."""
 
     def __init__(self, file: BinaryIO, lock: threading.Lock) -> None:
         self._file, self._lock, self._position = file, lock, 0
 
     def read(self, size: int = -1) -> bytes:
+        """Reads up to `size` bytes at this view's position."""
         with self._lock:
             self._file.seek(self._position)
             data = self._file.read(size)
@@ -29,17 +30,19 @@ class FileView:
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Moves this view's position, as `io.IOBase.seek`."""
         with self._lock:
             base = 0 if whence == os.SEEK_SET else self._position if whence == os.SEEK_CUR else self._file.seek(0, 2)
         self._position = max(0, base + offset)
         return self._position
 
     def tell(self) -> int:
+        """Returns this view's position."""
         return self._position
 
 
 def spooled(name: str, file: BinaryIO) -> Any:
-    """A temporary file with what `file` gives, up to just over the limit; it is deleted when closed."""
+    """Copies `file` to a temporary file, up to just over the limit. It is deleted when closed."""
     copy = tempfile.NamedTemporaryFile(prefix="keyreel-", suffix=".video")  # noqa: SIM115
     with reading(name):
         while data := checked(name, file.read(_CHUNK_BYTES)):
@@ -51,13 +54,13 @@ def spooled(name: str, file: BinaryIO) -> Any:
 
 
 def check_size(name: str, copy: Any) -> None:
-    """Raises SourceError for a copy over the limit."""
+    """Raises SourceError if the copy is over the limit."""
     if copy.tell() > MAX_SPOOL_BYTES:
         raise SourceError(f"{name}: more than {MAX_SPOOL_BYTES} bytes.", hint="Save it to a file and give the path.")
 
 
 def checked(name: str, data: Any) -> bytes:
-    """What a file object gave, if it is bytes; else raises TypeError."""
+    """Returns `data` if it is bytes, else raises TypeError."""
     if not isinstance(data, bytes):
         raise TypeError(f"{name}: read() gave {type(data).__name__}, a binary file object gives bytes")
     return data
@@ -65,7 +68,7 @@ def checked(name: str, data: Any) -> bytes:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turns an OSError inside into SourceError."""
+    """Raises SourceError for an OSError inside the block."""
     try:
         yield
     except OSError as error:

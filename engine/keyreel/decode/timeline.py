@@ -1,7 +1,7 @@
-"""The packets of a video, read without decoding: the times and the order of its frames, and where decoding may begin.
+"""Reads the packets of a video without decoding: times and order of the frames, and where decoding may begin.
 
-A frame's time is its packet's pts, so frames can be counted and chosen before anything is decoded. Where that is not
-certain, `PlanBroken` is raised and everything is decoded instead.
+The time of a frame is the pts of its packet, so frames can be counted and chosen before decoding. If that is not
+certain, it raises `PlanBroken`, and the caller decodes everything.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from keyreel.decode.packets import BROKEN
 from keyreel.decode.sampling import PlanBroken
 from keyreel.types import F64, I64
 
-TIME_BASE = Fraction(1, 90_000)  # where the container names none
+TIME_BASE = Fraction(1, 90_000)  # if the container states none
 _CLOCKS_RESTART = 0x200  # AVFMT_TS_DISCONT
 _TRIAL_PACKETS = 24
-_REORDERED = 32  # frames that may pass another one on the way from decoding to display
+_REORDERED = 32  # most frames that are decoded before, but shown after another
 
-# Codecs in which a key packet needs nothing before it. Of those that predict from other frames, the ones in which
-# FFmpeg's `skip_frame` may be set for each packet: libdav1d reads it once, VP9 ignores it, and a VP8 frame that is
-# skipped may leave a segment map behind.
+# Codecs whose key packets need no earlier packets. Below: codecs with prediction for which FFmpeg's `skip_frame` can
+# change with each packet. libdav1d reads it once, VP9 ignores it, and a skipped VP8 frame can change the segment map.
 _SKIPPABLE = ("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4")
 _INTRA = ("mjpeg", "prores", "dnxhd", "huffyuv", "ffvhuff", "png", "utvideo", "magicyuv", "jpeg2000", "v210")
 _CODECS = {*_SKIPPABLE, *_INTRA, "av1", "vp8", "vp9", "h263", "flv1", "msmpeg4v2", "msmpeg4v3", "wmv1", "wmv2", "ffv1"}
@@ -39,7 +38,7 @@ _CODECS = {*_SKIPPABLE, *_INTRA, "av1", "vp8", "vp9", "h263", "flv1", "msmpeg4v2
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Ticks to seconds from the start of the file, where players put zero."""
+    """Converts ticks to seconds from the start of the file, which players show as zero."""
 
     numerator: int
     denominator: int
@@ -47,70 +46,72 @@ class Clock:
 
     @classmethod
     def of(cls, container: InputContainer, stream: VideoStream, first_ticks: int, late: int = 0) -> Clock:
-        """Starts with the file, or at its first frame where that is earlier or no start is known.
+        """Starts at the file's start, or at the first frame if that is earlier or no start is known.
 
         Args:
             container, stream: of the frames.
             first_ticks: of the first frame.
-            late: by so many ticks the frames' pts are too late.
+            late: the pts of the frames are too late by this many ticks.
         """
         base, first, start = stream.time_base or TIME_BASE, first_ticks - late, start_seconds(container, stream)
         zero = first if start is None else min(round(start / base), first)
         return cls(base.numerator, base.denominator, zero + late)
 
     def seconds(self, ticks: int) -> float:
+        """Converts ticks to seconds."""
         return (ticks - self.zero) * self.numerator / self.denominator
 
     def ticks(self, seconds: float) -> int:
+        """Converts seconds to ticks."""
         return self.zero + math.floor(seconds * self.denominator / self.numerator)
 
 
 def leap_seconds(container: InputContainer) -> float:
-    """A frame that comes so much later than the one before is no pause: the clock was set anew there.
+    """Seconds: a larger step from frame to frame is not a pause, but a reset of the clock.
 
-    Slides and lectures have pauses of minutes; containers in which clocks do start again (TS, PS, FLV) hardly do.
+    Slides and lectures have pauses of minutes; containers whose clocks start again (TS, PS, FLV) hardly have.
     """
     return 10.0 if clocks_restart(container) else 3600.0
 
 
 def clocks_restart(container: InputContainer) -> bool:
-    """Whether it is a container of recordings that may be joined as they are."""
+    """Whether recordings in this container can be joined by joining the files."""
     return bool(container.format.flags & _CLOCKS_RESTART)
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """N packets of a stream in decode order, M of them shown as frames."""
+    """The N packets of a stream in decoding order, and its M frames in display order."""
 
     pts: I64  # [N] in ticks
     dts: I64  # [N] in ticks, pts where missing
     size: I64  # [N] bytes
-    key: NDArray[np.bool_]  # [N] as the container says
-    entry: NDArray[np.bool_]  # [N] decoding may begin there
-    joint: NDArray[np.bool_]  # [N] and it may follow packets of another place
-    shown: I64  # [M] packet of each frame, in display order
-    end_ticks: int  # where the last frame is no longer shown
+    key: NDArray[np.bool_]  # [N] by the container
+    entry: NDArray[np.bool_]  # [N] decoding may begin here
+    joint: NDArray[np.bool_]  # [N] and also after packets of another place
+    shown: I64  # [M] number of each frame's packet, in display order
+    end_ticks: int  # end of the last frame, in ticks
     clock: Clock
-    promised_seconds: float | None  # how long the container says the stream is
+    promised_seconds: float | None  # duration by the container
     skippable: bool  # FFmpeg may skip frames that no other frame needs
-    fields: bool  # a frame may be coded as two fields, in one packet or in two
+    fields: bool  # a frame may be two fields, in one packet or two
     pixels: int  # of a coded picture
 
     @property
     def ticks(self) -> I64:
-        """[M] pts of the frames in display order."""
+        """[M] int64 pts of the frames, in display order."""
         return self.pts[self.shown]
 
     @property
     def starts(self) -> F64:
-        """[M] seconds from which each frame is shown, in display order."""
+        """[M] float64: the second at which each frame appears, in display order."""
         return (self.ticks - self.clock.zero) * self.clock.numerator / self.clock.denominator
 
     def entries(self, ranks: Sequence[int] | I64) -> I64:
-        """The packet at which decoding must begin for each of these frames, given by their place in display order.
+        """The packets at which decoding of these frames must begin. `ranks`: numbers in display order.
 
-        A leading picture (coded after a key frame, shown before it) may need frames before that key frame, so it is
-        decoded from an earlier one.
+        A leading picture (coded after a key frame, shown before it) may need frames before that key frame, so its
+        decoding begins at an earlier one.
         """
         places, packets = np.flatnonzero(self.entry), self.shown[np.asarray(ranks, np.int64)]
         chosen = np.searchsorted(places, packets, side="right") - 1
@@ -120,9 +121,9 @@ class Timeline:
 
 
 def start_seconds(container: InputContainer, stream: VideoStream) -> Fraction | None:
-    """When the earlier of picture and sound begins, on the file's clock; None where neither says it.
+    """The earlier start of picture and sound, in seconds on the file's clock; None if neither is stated.
 
-    Sound before 0 is what an encoder needs to get going, and is not played.
+    Sound before 0 is priming of the encoder, which players skip.
     """
     starts = [
         start if own.index == stream.index else max(start, Fraction(0))
@@ -134,10 +135,10 @@ def start_seconds(container: InputContainer, stream: VideoStream) -> Fraction | 
 
 
 def promised_seconds(container: InputContainer, stream: VideoStream) -> float | None:
-    """How many seconds after the file's start the stream ends, as the header has it; None where it says nothing.
+    """The end of the stream by the header, in seconds after the file's start; None if not stated.
 
-    A stream's duration is that of its pictures. A container's is that of everything in it; Matroska counts it from the
-    clock's zero, and a recording that begins late is not as long as that.
+    A stream's duration is that of its pictures, a container's that of all streams. Matroska counts from zero of the
+    clock, so a recording that begins late is shorter.
     """
     start = start_seconds(container, stream) or Fraction(0)
     if stream.duration is not None and stream.time_base is not None:
@@ -164,7 +165,7 @@ def scan(
         checkpoint: called often; raises to stop.
 
     Raises:
-        PlanBroken: frames cannot be told from packets alone.
+        PlanBroken: the packets do not tell the frames.
     """
     context = stream.codec_context
     codec = context.codec.canonical_name
@@ -176,7 +177,7 @@ def scan(
     pts, dts, size = array("q"), array("q"), array("q")
     key, entry, joint, shown = bytearray(), bytearray(), bytearray(), bytearray()
     first: list[Packet[VideoStream]] = []
-    last = (-(1 << 63), 0)  # pts and duration of the frame that is shown last
+    last = (-(1 << 63), 0)  # pts and duration of the last frame in display order
     try:
         for packet in packets:
             checkpoint()
@@ -212,7 +213,7 @@ def scan(
     if (np.diff(times[order]) * float(stream.time_base or TIME_BASE) > leap_seconds(container)).any():
         raise PlanBroken
     late = 0
-    if container.format.name == "avi":  # has no pts: FFmpeg's guesses must be the times in the file, later by the same
+    if container.format.name == "avi":  # no pts: FFmpeg's guesses must equal the times in the file, up to a constant
         ahead = times[order] - np.sort(np.array(dts, np.int64)[visible_packets])
         if (ahead != ahead[0]).any():
             raise PlanBroken
@@ -244,12 +245,12 @@ def _check_order(
     *,
     fields: bool,
 ) -> None:
-    """Whether the order of pts is surely that of display.
+    """Checks that the order of pts is the order of display.
 
-    Where a container does not state pts, FFmpeg guesses them, and files keep what was guessed.
+    If a container has no pts, FFmpeg guesses them, and files made with it keep the guesses.
 
     Raises:
-        PlanBroken: it is not.
+        PlanBroken: it is not certain.
     """
     rank = np.argsort(np.argsort(pts[shown], kind="stable"))
     passed = np.zeros(len(rank), np.int64)  # frames decoded before each one and shown after it
@@ -259,14 +260,14 @@ def _check_order(
     if len(np.unique(pts[shown])) < len(rank) or not _continuous(pts, shown, entry):
         raise PlanBroken
     if stream.codec_context.codec.canonical_name == "h264" and depth > announced:
-        raise PlanBroken  # FFmpeg loses frames where the reordering that it knows of does not suffice
+        raise PlanBroken  # FFmpeg loses frames if the stream reorders more than it states
     leading = shown[: len(first)] & (pts[: len(first)] < pts[0])
     if fields or leading.any() or (announced and not depth and not entry.all()):
         _try_out(stream, first, shown, pts, leading)
 
 
 def _continuous(pts: I64, shown: NDArray[np.bool_], entry: NDArray[np.bool_]) -> bool:
-    """True where what is coded before an entry is shown before what is coded after it, except leading pictures."""
+    """Whether frames coded before an entry are shown before those coded after it, except leading pictures."""
     limits = np.iinfo(np.int64)
     before = np.maximum.accumulate(np.where(shown, pts, limits.min))
     after = np.minimum.accumulate(np.where(shown, pts, limits.max)[::-1])[::-1]
@@ -282,7 +283,7 @@ def _try_out(
     pts: I64,
     leading: NDArray[np.bool_],
 ) -> None:
-    """Decodes the first packets: each must give the frame that its pts promises.
+    """Decodes the first packets, and checks that each gives the frame of its pts.
 
     Raises:
         PlanBroken: frames are missing or in another order.

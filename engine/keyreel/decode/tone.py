@@ -1,8 +1,8 @@
-"""HDR to SDR: the standards' formulas, kept as a table of colours that FFmpeg looks up.
+"""Maps HDR to SDR by the formulas of the standards, in a colour table that FFmpeg applies.
 
-A table of 65^3 colours takes 0.15 s to make and is five times as fast as the formulas on a picture of 1080p. It holds
-values outside of 0..1 too, so that what is clipped is clipped after interpolation; the mean difference from the
-formulas is under 0.2 of 255, and single channels of very saturated colours, close to black, differ by up to 60.
+A table of 65^3 colours takes 0.15 s to make, and is five times as fast as the formulas at 1080p. It also has values
+outside 0..1, so that clipping follows interpolation. The mean difference from the formulas is under 0.2 of 255; single
+channels of very saturated, almost black colours differ by up to 60.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from av.video.frame import VideoFrame
 
 from keyreel.types import F32, F64, U8
 
-REFERENCE_WHITE_NITS = 203.0  # ITU-R BT.2408: HDR reference white, which becomes the white of SDR
-SOURCE_PEAK_NITS = 1000.0  # what HDR is commonly mastered at; brighter light is clipped
+REFERENCE_WHITE_NITS = 203.0  # ITU-R BT.2408: HDR reference white, mapped to the white of SDR
+SOURCE_PEAK_NITS = 1000.0  # the usual peak of HDR masters; brighter light is clipped
 PLANAR = "gbrp16le"  # the pixel format that FFmpeg maps fastest
 
 _KNOTS = 65  # of the table, on each axis
@@ -49,18 +49,18 @@ class ToneMap:
         self._graph.link_nodes(source, table, self._graph.add("buffersink")).configure()
 
     def fits(self, frame: VideoFrame, transfer: str, wide_gamut: bool) -> bool:
-        """Whether it is for such pictures."""
+        """Whether it maps such pictures."""
         return self._kind == (frame.height, frame.width, transfer, wide_gamut)
 
     def __call__(self, frame: VideoFrame) -> U8:
-        """A picture of format PLANAR, full range, as [H, W, 3] uint8 of BT.709 colours."""
+        """Maps a full-range picture of format PLANAR to [H, W, 3] uint8 in BT.709."""
         self._graph.vpush(frame)
         mapped = self._graph.vpull()
         picture = np.empty((frame.height, frame.width, 3), np.uint8)
         planes: Any = mapped.planes
         for plane, channel in zip(planes, (1, 2, 0), strict=True):
             rows = np.frombuffer(plane, np.uint8).reshape(frame.height, plane.line_size)
-            picture[..., channel] = rows[:, 1 : 2 * frame.width : 2]  # the high byte, which the table has rounded
+            picture[..., channel] = rows[:, 1 : 2 * frame.width : 2]  # the high byte, rounded by the table
         return picture
 
 
@@ -75,12 +75,12 @@ def _cube(transfer: str, wide_gamut: bool) -> str:
 
 
 def tone_map(rgb: Any, transfer: str, *, wide_gamut: bool = True) -> F32:
-    """HDR to SDR: [..., 3] uint16 full-range PQ or HLG code values to float32 BT.709 code values, not yet clipped to
-    0..1; below 0 the gamma acts on the magnitude.
+    """Maps [..., 3] uint16 full-range PQ or HLG code values to float32 BT.709 code values, not clipped to 0..1. Below 0
+    the gamma acts on the magnitude.
 
-    Display light from the transfer's EOTF (HLG on a display of 1000 nits); its BT.2020 luminance compressed by the
-    EETF of ITU-R BT.2390 (5.4.1) from SOURCE_PEAK_NITS to REFERENCE_WHITE_NITS, the ratio applied to R, G and B, so
-    that hue stays; BT.2020 primaries to BT.709 (ITU-R BT.2087); gamma 1/2.4 (ITU-R BT.1886).
+    Steps: display light by the transfer's EOTF (HLG on a display of 1000 nits); compression of its BT.2020 luminance by
+    the EETF of ITU-R BT.2390 (5.4.1) from SOURCE_PEAK_NITS to REFERENCE_WHITE_NITS, with the same ratio for R, G and B
+    to keep the hue; BT.2020 primaries to BT.709 (ITU-R BT.2087); gamma 1/2.4 (ITU-R BT.1886).
 
     Args:
         rgb: code values, 65535 is the nominal peak.

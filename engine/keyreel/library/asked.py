@@ -1,4 +1,4 @@
-"""What is asked of a library, as vectors."""
+"""Encodes the queries to a library as vectors."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def asked(
     id_of: Callable[[str], str],
     vector_of: Callable[[Example], F32],
 ) -> tuple[list[Asked], list[Example | None]]:
-    """The queries as vectors, all texts encoded in one go; and the examples that they are the vectors of.
+    """Encodes queries, all texts in one run. Returns them, and for each the example that it is the vector of, or None.
 
     Args:
-        engine: the library's, for a purpose; raises ValueError where it has none.
-        id_of: of a video, by its path or id.
-        vector_of: of a moment of a video, by its id.
+        engine: returns the engine, or raises ValueError if the library has none; takes the purpose.
+        id_of: path or id of a video -> its id.
+        vector_of: an example, by id -> its vector [D].
     """
     given = [Combined.of(query) for query in queries]
     texts = list(dict.fromkeys(text for one in given for text in one.texts))

@@ -1,4 +1,4 @@
-"""The errors of LanceDB, as a library's."""
+"""Translates LanceDB's errors to LibraryError."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ _FULL_DISK = ("no space left", "file too large", "quota", "os error 27", "os err
 _CONFLICTS = ("conflict", "concurrent", "preempted", "please retry")
 _DENIED = ("permission denied", "read-only", "operation not permitted", "accessdenied", "forbidden")
 _UNREACHABLE = ("failed to connect", "retryerror", "error sending request", "not a directory")
-_SPARE_BYTES = 1 << 20  # left free on the disk for manifests and deletions
+_SPARE_BYTES = 1 << 20  # bytes to leave free for manifests and deletions
 MAKE = "`keyreel index` or `Library.add` creates one"
 
 
 class Absent(LibraryError):
-    """There is no library."""
+    """The library does not exist."""
 
 
 class Outdated(LibraryError):
-    """The library has an older format, or vectors of an earlier model that this one can still use."""
+    """The library has an older format, or vectors of an earlier model that `upgrade` converts."""
 
 
 class Conflict(LibraryError):
-    """Other writers committed first, more often than was tried again."""
+    """Other writers committed first, again and again."""
 
 
 class Vanished(Damaged):
-    """A file is missing: lost, or deleted by a compaction after the table was opened."""
+    """A file is missing: lost, or deleted by a compaction since the table was opened."""
 
 
 class Full(LibraryError):
-    """There is no room to write."""
+    """The disk is full."""
 
 
 def ask_for_room(folder: Path | None, size: int) -> None:
-    """Raises Full if the disk of a library's folder has less room than this many bytes."""
+    """Raises Full if the disk of the folder has fewer free bytes than `size`."""
     if folder is None:
         return
     free = shutil.disk_usage(folder).free
@@ -48,14 +48,18 @@ def ask_for_room(folder: Path | None, size: int) -> None:
 
 
 def cut_short(uri: str) -> Full:
-    """The error for files that LanceDB committed although they are incomplete."""
+    """The error for incomplete files that LanceDB committed nevertheless."""
     hint = "free disk space, or raise the limit on the size of files"
     return Full(f"the library {uri} cannot be written: a write was cut short", hint=hint)
 
 
 @contextmanager
 def lance_errors(uri: str) -> Iterator[None]:
-    """Translates LanceDB's errors. They share one type, so the message decides."""
+    """Translates LanceDB's errors. They share one type, so the message decides.
+
+    Raises:
+        LibraryError: or one of its classes above.
+    """
     try:
         yield
     except (KeyreelError, ImportError):
@@ -74,9 +78,11 @@ def lance_errors(uri: str) -> Iterator[None]:
             raise Full(f"the library {uri} cannot be written: {text}", hint=hint) from error
         if has(_CONFLICTS):
             raise Conflict(f"other processes keep changing the library {uri}: {text}", hint="try again") from error
-        # Errors of the system about the folder have a number, errors about a damaged table have none.
+        # Errors of the system have a number, errors about a damaged table have none.
         if has(_DENIED) or has(_UNREACHABLE) or getattr(error, "errno", None):
-            raise LibraryError(f"the library {uri} cannot be used: {text}", hint="check place and access") from error
+            raise LibraryError(
+                f"the library {uri} cannot be used: {text}", hint="check the address and your access to it"
+            ) from error
         kind = Vanished if "not found" in small else Damaged
         hint = "`keyreel library verify --repair` repairs it"
         raise kind(f"the library {uri} cannot be read: {text}", [text], hint=hint) from error

@@ -1,4 +1,4 @@
-"""A library's vectors as a Parquet file, which vector databases, pandas, DuckDB and Spark read."""
+"""Exports vectors as a Parquet file, which vector databases, pandas, DuckDB and Spark read."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ FILE = "vectors.parquet"
 
 
 def export_parquet(tables: Tables | Shards, folder: Path, *, overwrite: bool) -> int:
-    """See `Library.export_parquet`."""
+    """Writes vectors.parquet, see `Library.export_parquet`.
+
+    Raises:
+        RenderError: the file exists, or cannot be written.
+    """
     pa = import_extra("pyarrow", extra="library", purpose="exporting a library")
     parquet = import_extra("pyarrow.parquet", extra="library", purpose="exporting a library")
     path = folder / FILE
     if path.exists() and not overwrite:
-        raise RenderError(f"{path}: is there already", hint="give another folder, or replace it: --overwrite")
+        raise RenderError(f"{path}: already exists", hint="give another folder, or replace it: --overwrite")
     model, sha256, width = tables.model()
     schema = _schema(pa, width).with_metadata({"keyreel.model": model, "keyreel.model_sha256": sha256})
     count = 0
@@ -39,7 +43,7 @@ def export_parquet(tables: Tables | Shards, folder: Path, *, overwrite: bool) ->
                     writer.write_table(table)
                     count += len(table)
     except OSError as error:
-        raise RenderError(f"{path}: cannot be written: {error}", hint="is the disk full?") from error
+        raise RenderError(f"{path}: cannot be written: {error}", hint="check the disk space") from error
     return count
 
 

@@ -16,15 +16,15 @@ from keyreel.decode.source import Source
 from keyreel.errors import SourceError
 from keyreel.library.types import Record
 
-WHOLE_BYTES = 64 << 20  # files up to this size are read whole
-BLOCK_BYTES = 1 << 20  # of larger ones, blocks of this size: the first, the last, and others evenly between
+WHOLE_BYTES = 64 << 20  # read files up to this size whole
+BLOCK_BYTES = 1 << 20  # of larger files read blocks of this size, evenly spaced, with the first and the last
 _BYTE_PATH = "file://"  # a path that is no text, as a URL with its bytes escaped (RFC 8089)
 
 
 def name_of(video: str | os.PathLike[str]) -> str:
-    """A video's name in a library: its absolute path, or its URL.
+    """Returns a video's name in a library: its absolute path, or its URL.
 
-    Symbolic links keep their own name. A path that is not UTF-8 becomes file:///... with escaped bytes, since tables
+    It does not follow symbolic links. A path that is not UTF-8 becomes file:///... with escaped bytes, since tables
     hold text.
 
     Raises:
@@ -47,7 +47,7 @@ def name_of(video: str | os.PathLike[str]) -> str:
 
 
 def path_of(name: str) -> Path | None:
-    """The inverse of `name_of`; None for a URL."""
+    """Inverts `name_of`; None for a URL."""
     if name.startswith(_BYTE_PATH):
         return Path(os.fsdecode(unquote_to_bytes(name[len(_BYTE_PATH) :])))
     return Path(name) if os.path.isabs(name) else None
@@ -62,6 +62,14 @@ def real_name(name: str) -> str:
         return name
 
 
+def names_of(videos: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """Returns the names of videos, each file once."""
+    names: dict[str, str] = {}
+    for name in map(name_of, [videos] if isinstance(videos, (str, os.PathLike)) else videos):
+        names.setdefault(real_name(name), name)
+    return tuple(names.values())
+
+
 @dataclass(frozen=True, slots=True)
 class FileState:
     """Size and time of the last change of a file."""
@@ -71,7 +79,7 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path | None) -> FileState | None:
-        """None if there is no such regular file; SourceError if it cannot be looked up."""
+        """Looks up a regular file; None if there is none. Raises SourceError if the system refuses."""
         if path is None:
             return None
         try:
@@ -88,7 +96,7 @@ class FileState:
 
 
 def is_gone(name: str) -> bool:
-    """Whether a file is missing; an unreadable disk does not count as missing files."""
+    """Whether a file is missing. On an unreadable disk no file counts as missing."""
     path = path_of(name)
     try:
         return path is not None and FileState.of(path) is None
@@ -102,10 +110,10 @@ def _unreadable(path: Path, error: Exception) -> SourceError:
 
 
 def fingerprint(path: Path) -> str:
-    """A hash of a file's content, as 32 hexadecimal digits: BLAKE2b over its size and its bytes.
+    """Hashes the content of a file: BLAKE2b over its size and bytes, as 32 hexadecimal digits.
 
-    Of files over 64 MiB only 64 blocks of 1 MiB are read, evenly spaced. Files of the same size that differ only
-    between the blocks count as copies; `force` indexes them nevertheless.
+    Of a file over 64 MiB it reads only 64 blocks of 1 MiB, evenly spaced. Files of the same size that differ only
+    between the blocks count as copies; `force` still indexes them.
 
     Raises:
         SourceError: the file cannot be read.
@@ -137,30 +145,30 @@ class Catalog:
             self.put(record)
 
     def records(self) -> list[Record]:
-        """All, in order of path."""
+        """All records, in order of path."""
         return sorted(self._by_id.values(), key=lambda record: record.path)
 
     def find(self, video: str) -> Record | None:
-        """By id or by path, which may be relative or contain links."""
+        """Finds a record by id, or by path, which may be relative or contain links."""
         if not video:
             return None
         name = name_of(video)
         return self._by_id.get(video) or self.at(name) or self.at(real_name(name))
 
     def fitting(self, video: str) -> list[Record]:
-        """By id, path or glob over the whole path, in which * also matches slashes."""
+        """Finds records by id, path, or glob over the whole path; * also matches slashes."""
         if (record := self.find(video)) is not None:
             return [record]
         globs = (video, os.path.abspath(video))
         return [record for record in self.records() if any(fnmatchcase(record.path, glob) for glob in globs)]
 
     def at(self, path: str) -> Record | None:
-        """The record of a path."""
+        """Returns the record of a path."""
         with self._lock:
             return self._by_id.get(self._by_path.get(path, ""))
 
     def like(self, content: str) -> list[Record]:
-        """Indexed videos with this content."""
+        """Returns the indexed videos with this content."""
         with self._lock:
             found = [self._by_id[id] for id in self._by_content.get(content, ())]
         return [record for record in found if record.status == "ok"] if content else []

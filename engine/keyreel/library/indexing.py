@@ -1,4 +1,4 @@
-"""Indexing one video: is it new, changed, moved, copied or unchanged, and what is stored of it."""
+"""Indexes one video: decides whether it is new, changed, moved, copied or unchanged, and stores it."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ if TYPE_CHECKING:
     from keyreel.engine import Engine
 
 _log = logging.getLogger(__name__)
-SPRITE = "sprite.jpg"  # name of the thumbnails' picture in the WebVTT
+SPRITE = "sprite.jpg"  # file name of the sprite in the WebVTT
 JPEG_QUALITY = 82
-_EARLIEST = 86_400.0  # seconds since 1970: clocks that were never set are earlier
+_EARLIEST = 86_400.0  # seconds since 1970; a clock that was never set shows an earlier time
 
 
 class _Watched(Source):
-    """A source that asks before each opening whether to stop: cuts are placed without reporting progress.
+    """A source that checks at each opening whether to stop, since the search for cuts reports no progress.
 
     Args:
-        name: what messages call it.
+        name: the name for messages.
     """
 
     def __init__(self, video: str | Path, name: str, limits: DecodeLimits, checkpoint: Callable[[], None]) -> None:
@@ -65,7 +65,7 @@ class _Watched(Source):
 def contents(
     summary: Summary, source: Source, preview_height: int, novelty: float, progress: Progress
 ) -> tuple[Rows, tuple[Preview, ...], Extras]:
-    """What a library keeps of a video; one more pass decodes the pictures that the analysis has not left."""
+    """Makes what a library stores of a video. One more pass decodes the pictures that the analysis did not keep."""
     embedding, frames = summary.embedding, summary.keyframes
     step, tile_seconds = tile_times(summary.stop_seconds)
     tiles = {time: summary.thumbnails[time] for time in tile_seconds if time in summary.thumbnails}
@@ -114,12 +114,12 @@ def contents(
 
 
 def frame_of(path: str, state: FileState, shape: tuple[int, int], seconds: float, *, max_height: int) -> bytes | None:
-    """The frame shown at a time as a JPEG file; None if the file changed since it was indexed, or cannot be read.
+    """Decodes the frame shown at a time as JPEG; None if the file changed since it was indexed, or cannot be read.
 
     Args:
-        path, state: of the file when it was indexed.
+        path, state: of the file, when it was indexed.
         shape: (height, width) of the upright picture.
-        max_height: a taller one is scaled down to it.
+        max_height: scale taller pictures down to this, in pixels.
     """
     file = path_of(path)
     try:
@@ -127,14 +127,14 @@ def frame_of(path: str, state: FileState, shape: tuple[int, int], seconds: float
             return None
         with Source(file) as source:
             found = jpeg(Image.fromarray(picture_at(source, seconds, at_most(*shape, max_height))), JPEG_QUALITY)
-        return found if FileState.of(file) == state else None  # it may have been another one meanwhile
+        return found if FileState.of(file) == state else None  # another file may have been there meanwhile
     except (SourceError, RenderError):
         return None
 
 
 def subjects_of(embedding: Embedding, novelty: float, area: tuple[float, float, float, float]) -> Subjects | None:
-    """The subjects whose cosine to their scene's is below `novelty`, and where all subjects are on the picture,
-    of which the model sees `area`: left, top, right, bottom.
+    """The subjects whose cosine to their scene is below `novelty`, and the regions of all subjects on the picture.
+    `area` (left, top, right, bottom) is the part that the model sees.
     """
     if embedding.subject is None:
         return None
@@ -144,7 +144,7 @@ def subjects_of(embedding: Embedding, novelty: float, area: tuple[float, float, 
 
 
 def recorded_at(source: Source) -> float | None:
-    """Recording time from the file's metadata, in seconds since 1970; None if missing or implausible."""
+    """Reads the recording time from the file's metadata, in seconds since 1970; None if missing or implausible."""
     with source.open() as container:
         metadata = container.metadata
         for key in ("com.apple.quicktime.creationdate", "creation_time"):
@@ -158,12 +158,12 @@ def recorded_at(source: Source) -> float | None:
 
 
 class Indexer:
-    """Indexes one video with each call of `index`. Safe to share between threads.
+    """Indexes videos, one with each call of `index`. Safe to share between threads.
 
-    The first commit makes the tables if they are missing. `checkpoint` is called often, and raises Halted to stop.
+    The first commit creates missing tables. `checkpoint` is called often, and raises Halted to stop.
 
     Args:
-        held: what is read in place of the one video that is indexed, see `Library.add`.
+        held: another path to read the only video from, see `Library.add`.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Indexer:
     def index(self, name: str, progress: Progress) -> Added:
         """Indexes one video, by its name from `files.name_of`, if needed.
 
-        A failure is part of the result; errors of the library itself, a missing package and Halted are raised.
+        A failure of the video is part of the result. Errors of the library, a missing package and Halted are raised.
         """
         began = time.perf_counter()
         known = self._catalog.at(name) or self._catalog.at(real_name(name))
@@ -213,12 +213,12 @@ class Indexer:
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _read(self, name: str) -> Path | None:
-        """The file that is read for a name; None for a URL."""
+        """The path to read for a name; None for a URL."""
         return self._held or path_of(name)
 
     @contextmanager
     def _claim(self, content: str) -> Iterator[None]:
-        """Serialises files with the same content, so that later ones are recognised as copies."""
+        """Lets one file of each content in at a time, so that later ones are recognised as copies."""
         with self._lock:
             claim = self._claims.setdefault(content, threading.Lock()) if content else threading.Lock()
         with claim:
@@ -231,7 +231,7 @@ class Indexer:
         _log.info("%s: %s, %s", name, choice.change, choice.why)
         if choice.record is not None:
             moved = choice.change == "moved"
-            state = state if moved or known is not None else None  # another name of a file says nothing new of it
+            state = state if moved or known is not None else None  # only another name of the same file
             return choice.change, self._renewed(choice.record, state=state, path=name if moved else None)
         record = self._record(name, known, state, content)
         current = self._current(record.id)
@@ -273,7 +273,7 @@ class Indexer:
         return self._put(record, rows, previews, extras)
 
     def _copied(self, record: Record, twin: Record) -> Record | None:
-        """The twin's rows under the record's id; None if they are damaged, or removed meanwhile."""
+        """Copies the twin's rows to the record's id; None if they are damaged, or removed meanwhile."""
         try:
             tables = self._tables.of(twin.id)
             found = dict(tables.rows([twin.generation]))
@@ -298,7 +298,7 @@ class Indexer:
         return self._put(record, rows, previews, extras)
 
     def _renewed(self, record: Record, *, state: FileState | None = None, path: str | None = None) -> Record:
-        """The record with what is new about its file; its rows stay."""
+        """Updates the record with the state of its file; the rows stay."""
 
         def renew(record: Record) -> Record:
             return dataclasses.replace(
@@ -327,13 +327,13 @@ class Indexer:
         return new
 
     def _current(self, id: str) -> Record | None:
-        """The record as it is in the table now, whoever wrote it."""
+        """The current record in the table, of any process."""
         return next(iter(self._tables.records([id])), None) if self._tables.exists() else None
 
     def _failed(
         self, error: KeyreelError, name: str, known: Record | None, state: FileState | None, content: str
     ) -> Record | None:
-        """Records why a video failed. Rows of a file that did not change stay."""
+        """Records why a video failed. The rows of an unchanged file stay."""
         intact = known is not None and known.status == "ok" and content in ("", known.fingerprint)
         if state is None or intact:
             return known
@@ -344,7 +344,7 @@ class Indexer:
         return self._put(record)
 
     def _record(self, name: str, known: Record | None, state: FileState | None, content: str) -> Record:
-        """A record without rows, for a file that is about to be read."""
+        """A record without rows, for a file to read."""
         bundle = self._engine.bundle
         return Record(
             id=self._new_id(name) if known is None else known.id,
@@ -359,7 +359,7 @@ class Indexer:
         )
 
     def _new_id(self, name: str) -> str:
-        """An id that every process computes alike, and that no moved video has kept."""
+        """An id that every process computes alike, and that no moved video has."""
         for number in itertools.count():
             id = hashlib.blake2b(f"{name}\n{number}".encode(), digest_size=16).hexdigest()
             current = self._current(id)
@@ -386,7 +386,7 @@ class Indexer:
         return record
 
     def _commit_to(self, id: str) -> threading.Lock:
-        """Held while the shard of a video is written."""
+        """The lock for writing to a video's shard."""
         with self._lock:
             return self._committing[self._tables.number_of(id)]
 
@@ -396,7 +396,7 @@ def _joined(tags: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
 
 
 def _text(said: Any) -> str | None:
-    """Text that can be stored: names of files may have bytes that are not UTF-8."""
+    """Text that a table can store: file names may have bytes that are not UTF-8."""
     return None if said is None else str(said).encode("utf-8", "backslashreplace").decode()
 
 
@@ -408,7 +408,7 @@ def _changed(name: str) -> SourceError:
 
 
 def _cause(error: Exception, name: str, path: Path | None, state: FileState | None) -> Exception:
-    """The error, or its cause: a file that changes while it is read looks damaged."""
+    """The error or its cause: a file that changes while it is read looks damaged."""
     try:
         same = state is None or FileState.of(path) == state
     except SourceError:

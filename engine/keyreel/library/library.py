@@ -1,4 +1,4 @@
-"""The library: many videos, added once, kept, searched."""
+"""The library: an index of many videos that stays on disk and can be searched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from keyreel.library import upkeep
 from keyreel.library.asked import asked
 from keyreel.library.errors import Outdated
 from keyreel.library.export import export_parquet
-from keyreel.library.files import Catalog, FileState, is_gone, name_of, real_name
+from keyreel.library.files import Catalog, FileState, is_gone, names_of
 from keyreel.library.indexing import Indexer, frame_of
 from keyreel.library.merge import Search
 from keyreel.library.opened import REPAIR
@@ -47,30 +47,29 @@ from keyreel.types import F32, F64, Combined, Example, Hits, Progress, Query
 if TYPE_CHECKING:
     from keyreel.engine import Engine
 
-_FRAMES = 500  # that were decoded for previews are kept: some ten megabytes
+_FRAMES = 500  # decoded frames to keep for previews: some ten megabytes
 Videos: TypeAlias = Iterable[str | os.PathLike[str]]
 
 
 class Library:
-    """Many videos in a folder or a bucket, found by text, picture or example. Safe to share between threads.
+    """The vectors of many videos in a folder or bucket, for search by text, picture or example. Thread-safe.
 
         with keyreel.Engine.from_pretrained() as engine, keyreel.Library("./library", engine) as library:
             library.add(["a.mp4", "b.mp4"])
             best = library.search("a red bus")[0]
 
-    Several processes may write and read one library at a time. A service calls
-    `await asyncio.to_thread(library.search, "a red bus")`. All methods but `add` raise LibraryError where there is no
-    library, or no such video in it.
+    Several processes may use a library at the same time. In asyncio code call `await asyncio.to_thread(library.search,
+    "a red bus")`. All methods except `add` raise LibraryError if there is no library, or no such video in it.
 
     Args:
-        uri: a folder, or a URI such as "s3://bucket/library". Nothing is made there before the first `add`.
-        engine: makes vectors of videos, texts and pictures; it belongs to the caller and stays open. Without one the
-            library can be listed, maintained, and searched by example or by vector.
-        storage_options: of the object store, passed through to LanceDB.
+        uri: a folder, or a URI such as "s3://bucket/library". The first `add` creates it.
+        engine: encodes videos, texts and pictures. The caller closes it. Without an engine the library can be listed,
+            maintained, and searched by example or vector.
+        storage_options: credentials and settings of the object store, for LanceDB.
 
     Raises:
         ValueError: an empty name.
-        ModelMismatch: the library holds vectors of another model than the engine's.
+        ModelMismatch: the library's vectors are of another model than the engine's.
         MissingExtra: the extra `library` is not installed.
     """
 
@@ -83,19 +82,19 @@ class Library:
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
         place = os.fspath(uri)
-        if not place:  # it would be the folder that one happens to be in
+        if not place:  # it would be the current folder
             raise ValueError("a library has a folder or a URI, got an empty name")
         self.uri = place if "://" in place else os.path.abspath(place)
         self.config = config or LibraryConfig()
         self.engine = engine
         self._options = storage_options
         self._opened: Tables | Shards | None = None
-        self._there = False  # whether there is a library, as far as is known
+        self._there = False  # whether there is a library, when last looked
         self._searcher: Search | None = None
         self._lock = threading.RLock()
         self._frame = lru_cache(_FRAMES)(partial(frame_of, max_height=self.config.preview_height))
         if engine is not None and self._tables.exists():
-            with suppress(Damaged, Outdated):  # raised when it is used; `verify` or `upgrade` may mend it
+            with suppress(Damaged, Outdated):  # raised at the first use, since `verify` and `upgrade` may mend it
                 self._check_model(engine)
 
     def __enter__(self) -> Library:
@@ -108,16 +107,16 @@ class Library:
         return f"Library({self.uri!r}, {self.engine!r})"
 
     def exists(self) -> bool:
-        """Whether there is a library already: the first `add` makes it."""
+        """Whether the library exists; the first `add` creates it."""
         return self._tables.exists()
 
     def close(self) -> None:
-        """Closes the tables and frees the vectors and pictures in memory. Idempotent; the engine stays open."""
+        """Closes the tables and frees vectors and pictures in memory. The engine stays open. Idempotent."""
         with self._lock:
             self._searcher = None
             if self._opened is not None:
                 self._opened.close()
-                self._opened, self._there = None, False  # it may have other shards when it is opened again
+                self._opened, self._there = None, False  # it may have other shards at the next use
         self._frame.cache_clear()
 
     # --- indexing -------------------------------------------------------------------------------------------------
@@ -133,35 +132,34 @@ class Library:
         stop: Callable[[], bool] | None = None,
         held: Path | None = None,
     ) -> builtins.list[Added]:
-        """Indexes videos. Each is committed by itself, so that what is done stays done.
+        """Indexes videos, and commits each one: after an interrupt, finished videos stay.
 
-        A video that is in the library and unchanged (path, size, time of last change) is not opened. A file with the
-        same content as another video's is not decoded: the record moves if the other file is gone, else the rows are
-        copied. Videos that failed are tried again. A failure does not stop the others. The same file under several
-        names is one video. Another `config` than before indexes unchanged videos again only with `config.force`.
+        It skips unchanged videos (same path, size and time of change), and tries failed ones again. It does not decode
+        a file whose content the library already has: if the other file no longer exists, the video moved, else its
+        vectors are copied. A failure does not stop the others. Several names of one file are one video. A new `config`
+        applies to unchanged videos only with `config.force`.
 
         Args:
-            videos: paths; URLs if `config.limits` allows the network, which are read again only with `config.force`.
-                Each counts once.
-            config: its tags are added to those that a video has; its workers are threads that share the engine.
-            progress: called with ("videos", done, total) for all; videos under way count in part.
-            begin: called when a video starts; returns that video's progress callback, for the stages "encode" in
-                seconds of video and "pictures" in pictures.
-            tell: called with the result of each video, as they end. Callbacks come from the working threads, never two
-                at a time; an error in one ends the run and is raised.
-            stop: asked often; once it returns True, videos under way are dropped and the rest is left.
-            held: a name under which one video is read, such as one of a file that is open already; the library keeps
-                the name in `videos`. A link that is put in the file's place meanwhile is then not followed.
+            videos: paths, and URLs if `config.limits` allows them. Known URLs are read again only with `config.force`.
+            config: adds its tags to those of a video; its workers are threads that share the engine.
+            progress: called with ("videos", done, total) for all videos; a running one counts as a fraction.
+            begin: called when a video starts; returns the progress callback of that video, for the stages "encode"
+                (seconds of video) and "pictures" (pictures).
+            tell: called with the result of each video when it ends. Callbacks run one at a time, in the working
+                threads. Their exceptions end the run.
+            stop: called often; after it returns True, running videos are abandoned and no others start.
+            held: another path to read the only video from, such as an open file, which no link can replace. The library
+                stores the name in `videos`.
 
         Returns:
-            The result for each video, in the order given, without those that were not reached.
+            A result for each video, in the order of `videos`; none for videos that did not start.
 
         Raises:
             ValueError: there is no engine, or an empty name.
-            ModelMismatch: the library holds vectors of another model.
-            LibraryError: the library cannot be written; what was committed before stays.
+            ModelMismatch: the library's vectors are of another model.
+            LibraryError: the library cannot be written. Finished videos stay.
         """
-        names = _names_of(videos)
+        names = names_of(videos)
         config = config or IndexConfig()
         if held is not None and len(names) != 1:
             raise ValueError(f"held works with one video only, got {len(names)}")
@@ -170,13 +168,13 @@ class Library:
         return run.run(names, indexer.index, config.workers)
 
     def plan(self, videos: Videos, config: IndexConfig | None = None) -> builtins.list[Planned]:
-        """What `add` would do with each video, and why. Writes nothing, needs no engine, decodes nothing.
+        """Says what `add` would do with each video, and why. Needs no engine; writes and decodes nothing.
 
-        A video that would be decoded is opened to read its headers; damage further on in it is found by `add` only.
+        It reads only the headers of videos that `add` would decode, so it does not find damage further on.
         """
         catalog = Catalog(self._tables.records() if self._tables.exists() else ())
         seen: dict[str, str] = {}
-        return [planned(name, catalog, config or IndexConfig(), seen) for name in _names_of(videos)]
+        return [planned(name, catalog, config or IndexConfig(), seen) for name in names_of(videos)]
 
     def update(
         self,
@@ -188,12 +186,12 @@ class Library:
         tell: Callable[[Added], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> builtins.list[Added]:
-        """Checks every file of the library: what changed or failed is indexed again, as by `add`.
+        """Checks every video of the library, and indexes changed and failed ones again, as `add` does.
 
-        Files that are gone are reported as "missing". Do not prune if a disk may only be disconnected.
+        A video without its file is "missing". Do not prune if a disk may only be disconnected.
 
         Args:
-            prune: removes the videos whose files are gone.
+            prune: remove missing videos.
             config, progress, begin, tell, stop: as for `add`.
         """
         config = config or IndexConfig()
@@ -213,13 +211,13 @@ class Library:
         return found
 
     def remove(self, videos: Iterable[str | os.PathLike[str]]) -> builtins.list[Record]:
-        """Removes videos from the library, not from the disk; `compact` gives their space back.
+        """Removes videos from the library and keeps their files. `compact` frees the space.
 
         Args:
-            videos: ids, paths or globs over the whole path, in which * also matches slashes.
+            videos: ids, paths, or globs over the whole path; * also matches slashes.
 
         Returns:
-            What was removed, in order of path. If a name matches nothing, nothing is removed.
+            The removed records, in order of path. If a name matches nothing, it only raises LibraryError.
         """
         given = [videos] if isinstance(videos, (str, os.PathLike)) else videos
         catalog = Catalog(self._tables.records())
@@ -235,26 +233,26 @@ class Library:
     # --- search ---------------------------------------------------------------------------------------------------
 
     def search(self, query: Query | Combined, *, k: int = 10, where: Filter | None = None) -> Hits[LibraryHit]:
-        """The k best moments of all videos, best first; near-duplicates of other videos are folded into one.
+        """Finds the k best moments of all videos, best first. Near-duplicates in other videos count as one moment.
 
-        A frame's score is that of the better of its two vectors. For a text, the cosine with the subject is first
-        brought to the scale of that with the scene, as the model says (`Bundle.subject`). That is fitted on texts; all
-        other queries are compared by plain cosines.
+        A frame scores by the better of its two vectors. For texts, the subject's cosine is first brought to the scale
+        of the scene's (`Bundle.subject`); for other queries plain cosines count.
 
         Args:
-            query: a text; a picture as a `Path` or as [H, W, 3] uint8; a frame of the library as an `Example`, which
-                stands for its scene; a vector [D] of the model's space; or one of these with conditions, as `Combined`.
+            query: a text; a picture as a `Path` or [H, W, 3] uint8 RGB; a frame of the library as an `Example`, by its
+                scene vector; a vector [D] of the model; or one of these with conditions, as `Combined`.
             where: which videos and times to search.
 
         Raises:
-            ValueError: a text or a picture, and the library has no engine; or a vector of another length.
+            ValueError: k < 1, a vector of another length, or a text or picture without an engine.
+            SourceError: the picture cannot be read.
         """
         return self.search_many([query], k=k, where=where)[0]
 
     def search_many(
         self, queries: Sequence[Query | Combined], *, k: int = 10, where: Filter | None = None
     ) -> builtins.list[Hits[LibraryHit]]:
-        """As `search`, for several queries in one pass over the vectors."""
+        """Like `search`, for several queries in one pass over the vectors. Returns the hits of each query."""
         if not len(queries):
             return []
         asked, own = self._asked(queries)
@@ -267,41 +265,41 @@ class Library:
     def search_videos(
         self, query: Query | Combined, *, k: int = 10, moments: int = 3, where: Filter | None = None
     ) -> builtins.list[VideoHit]:
-        """The k best videos, best first, each with its best moments.
+        """Finds the k best videos, best first, each with its best moments.
 
         Args:
             query, where: as for `search`.
-            moments: of each video, at most.
+            moments: the most moments of a video.
         """
         [asked], [own] = self._asked([query])
         return self._search().videos(asked, k, moments, self._where(where), own)
 
     def scores(self, query: Query | Combined, video: str | os.PathLike[str]) -> tuple[F64, F32]:
-        """Times and scores of all frames of a video, [T] float64 and [T] float32; see `search`."""
+        """Scores all frames of one video, see `search`. Returns times [T] float64 in seconds and scores [T] float32."""
         [asked], _ = self._asked([query])
         return self._search().scores(asked, self.record(video).id)
 
     def left_out(self) -> builtins.list[str]:
-        """The paths of videos that the last search left out, since what is stored of them is damaged or incomplete.
+        """Lists the paths of videos that the last search skipped, since their stored rows are damaged or incomplete.
 
-        `verify` says what is wrong, and with `repair` has them indexed again.
+        `verify` reports the damage. After `verify(repair=True)` the next `update` indexes them again.
         """
         searcher = self._searcher
         return [] if searcher is None else [*searcher.left_out]
 
     def unknown_words(self, query: Query | Combined) -> builtins.list[str]:
-        """See `Engine.unknown_words`; [] if the library has no engine."""
+        """Lists the words that the model does not know, see `Engine.unknown_words`. Without an engine: []."""
         return [] if self.engine is None else self.engine.unknown_words(query)
 
     # --- what is in it --------------------------------------------------------------------------------------------
 
     def list(self, where: Filter | None = None) -> builtins.list[Record]:
-        """The videos, in order of path, also those that failed."""
+        """Lists the videos in order of path, failed ones included."""
         records, where = self._tables.records(), self._where(where)
         return records if where is None else [record for record in records if fits(record, where)]
 
     def record(self, video: str | os.PathLike[str]) -> Record:
-        """The record of a video, by its id or its path."""
+        """Returns the record of a video, by its id or path."""
         given = os.fspath(video)
         record = next(iter(self._tables.records([given])), None) or Catalog(self._tables.records()).find(given)
         if record is None:
@@ -309,13 +307,17 @@ class Library:
         return record
 
     def preview(self, video: str | os.PathLike[str], seconds: float, *, decode: bool = True) -> bytes:
-        """The frame shown at a time, such as the best one of a moment, as a JPEG file.
+        """Returns the frame shown at a time as the content of a JPEG file.
 
-        Key-frames are stored. Others are decoded from the video if it is on this machine and unchanged, and the last
-        ones are kept in memory; else the nearest key-frame stands for them.
+        Key-frames are stored. Other frames are decoded if the video is here and unchanged; the last ones stay in
+        memory. Else it returns the nearest key-frame.
 
         Args:
-            decode: without it, the video is not opened.
+            decode: False never opens the video, and returns the nearest key-frame.
+
+        Raises:
+            LibraryError: the video failed, so it has no pictures.
+            Damaged: its pictures are damaged.
         """
         record = self.record(video)
         tables = self._tables.of(record.id)
@@ -334,12 +336,17 @@ class Library:
         return picture
 
     def previews(self, video: str | os.PathLike[str]) -> tuple[Preview, ...]:
-        """The key-frames of a video with their attention maps, in order of time."""
+        """Returns the pictures of a video's key-frames and their attention maps, in order of time."""
         record = self.record(video)
         return self._tables.of(record.id).previews(record.generation)
 
     def extras(self, video: str | os.PathLike[str]) -> Extras:
-        """Thumbnails, their WebVTT, and facts about the key-frames."""
+        """Returns a video's thumbnails, their WebVTT track, and facts about its key-frames.
+
+        Raises:
+            LibraryError: the video failed, so it has no pictures.
+            Damaged: its pictures are damaged.
+        """
         record = self.record(video)
         extras = self._tables.of(record.id).extras(record.generation)
         if extras is None and record.generation:
@@ -349,7 +356,7 @@ class Library:
         return extras
 
     def stats(self) -> LibraryStats:
-        """Sizes of the library."""
+        """Returns the sizes of the library, and its model."""
         records = self._tables.records()
         name, sha256, width = self._tables.model()
         return LibraryStats(
@@ -364,35 +371,35 @@ class Library:
         )
 
     def export_parquet(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> int:
-        """Writes all vectors into `folder`/vectors.parquet; returns how many.
+        """Writes all vectors into `folder`/vectors.parquet. Returns how many.
 
-        A row is a vector: id, video_id, path, tags, recorded, kind ("scene" or "subject"), pts_seconds, frame_index,
-        shot, keyframe, vector (float32, unit length). The file's metadata name the model.
+        Each vector is a row: id, video_id, path, tags, recorded, kind ("scene" or "subject"), pts_seconds, frame_index,
+        shot, keyframe, vector (float32, unit length). The metadata of the file name the model.
 
         Raises:
-            RenderError: the file is there already, or cannot be written.
-            Damaged: rows of a video are damaged; then nothing is written.
+            RenderError: the file exists, or cannot be written.
+            Damaged: rows of a video are damaged; then it writes nothing.
         """
         return export_parquet(self._tables, Path(folder), overwrite=overwrite)
 
     # --- upkeep ---------------------------------------------------------------------------------------------------
 
     def verify(self, *, repair: bool = False) -> tuple[Finding, ...]:
-        """Reads everything and reports what is damaged.
+        """Reads the whole library, and reports damage.
 
         Args:
-            repair: drops what cannot be read and keeps the rest; videos that lost rows are then "failed", and the next
+            repair: delete what cannot be read and keep the rest. Videos that lost rows are then "failed", and the next
                 `add` or `update` indexes them again.
         """
         return tuple(finding for part in self._tables.parts for finding in upkeep.verify(part, repair=repair))
 
     def compact(self, *, alone: bool = False) -> int:
-        """Merges small files and deletes what is no longer needed; returns the bytes given back.
+        """Merges small files, and deletes old versions and the rows of removed videos. Returns the bytes that it freed.
 
-        With more vectors than `config.exact_rows` it also builds the vector index, once; that takes minutes.
+        With more vectors than `config.exact_rows` it also builds the vector index once, which takes minutes.
 
         Args:
-            alone: nobody else reads or writes: what others might be about to commit is deleted, too.
+            alone: no other process uses the library, so also delete young files and uncommitted rows.
         """
         given = sum(upkeep.compact(part, alone=alone) for part in self._tables.parts)
         if sum(record.rows for record in self._tables.records()) > self.config.exact_rows:
@@ -400,22 +407,22 @@ class Library:
         return given
 
     def upgrade(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
-        """Converts a library that an older keyreel or an earlier model made, and decodes nothing.
+        """Converts a library of an older keyreel or an earlier version of the model. It decodes nothing.
 
-        It keeps what the library holds, but no subjects: they come once a video is indexed again, with `force`. Nobody
-        else may use the library meanwhile. If it is interrupted, the next call does the rest.
+        It keeps the content, except subject vectors: indexing a video again with `force` makes them. No other process
+        may use the library meanwhile. After an interrupt, the next call does the rest.
 
         Args:
-            progress: called with the number of videos that are done, and of all, also from another thread.
+            progress: called with the numbers of finished and of all videos, also from another thread.
 
         Returns:
-            The number of videos, all of them without subjects now; 0 if the library was up to date.
+            The number of converted videos, now without subjects; 0 if the library was up to date.
         """
         bundle = self._bundle()
         return sum(upkeep.upgrade(part, bundle, progress) for part in self._tables.parts)
 
     def reshard(self, shards: int) -> int:
-        """Spreads the library over so many shards and opens it again; see `shards.reshard`."""
+        """Spreads the library over this many shards, see `shards.reshard`. Returns the number of videos."""
         videos = reshard(self.uri, shards, self._options)
         self.close()
         return videos
@@ -425,7 +432,7 @@ class Library:
     @property
     def _tables(self) -> Tables | Shards:
         with self._lock:
-            if self._opened is None or not self._there:  # others may make it, with shards or without
+            if self._opened is None or not self._there:  # other processes may create it, with or without shards
                 found = open_tables(self.uri, self._options, self.config.shards)
                 if self._opened is None or type(found) is not type(self._opened):
                     self._opened = found
@@ -444,7 +451,7 @@ class Library:
         )
 
     def _bundle(self) -> Bundle | None:
-        """The engine's; without one, the model of the library's name if this machine has it."""
+        """The engine's model; without an engine the library's, if it is installed here."""
         if self.engine is not None:
             return self.engine.bundle
         try:
@@ -475,7 +482,7 @@ class Library:
         return Search(shards, tables.number_of, self.config.fold_similarity)
 
     def _where(self, where: Filter | None) -> Filter | None:
-        """With ids in the place of paths, which may be relative."""
+        """The filter with ids in place of paths."""
         return where and replace(where, videos=[self.record(video).id for video in where.videos])
 
     def _asked(self, queries: Sequence[Query | Combined]) -> tuple[builtins.list[Asked], builtins.list[Example | None]]:
@@ -485,14 +492,6 @@ class Library:
             lambda video: self.record(video).id,
             lambda example: self._search().vector(example),
         )
-
-
-def _names_of(videos: Videos) -> tuple[str, ...]:
-    """The name of each file once."""
-    names: dict[str, str] = {}
-    for name in map(name_of, [videos] if isinstance(videos, (str, os.PathLike)) else videos):
-        names.setdefault(real_name(name), name)
-    return tuple(names.values())
 
 
 def _unknown(video: str | os.PathLike[str]) -> LibraryError:

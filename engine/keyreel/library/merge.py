@@ -1,9 +1,9 @@
-"""From the best moments and videos of each shard to those of the whole library, exactly.
+"""Merges the best moments and videos of the shards to those of the whole library, exactly.
 
-A shard answers with as many moments as it needs to show k of its own, in their order, and with the vectors of their
-best frames. Merged, they are the beginning of what one search over all videos would rank, as far as every shard has
-told; near-duplicates are folded and `Filter.per_video` is counted here, over all shards. If the shards' moments hide
-each other and too few remain, they are asked for more.
+Each shard gives the moments that it needs to show k of its own, in order, with the vectors of their best frames.
+Merged, these are the first moments that one search over all videos would rank, up to the last one that every shard is
+known to have given. Near-duplicates are folded and `Filter.per_video` is counted here, over all shards. If too few
+moments remain, the shards give more.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from keyreel.search import Asked
 from keyreel.types import F32, F64, Example
 
 T = TypeVar("T")
-_ROUNDING = 1e-6  # two equal vectors of 512 numbers have a cosine this close to 1 in float32
+_ROUNDING = 1e-6  # rounding of float32: equal vectors of 512 numbers have a cosine this close to 1
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A moment of one shard."""
 
-    hit: LibraryHit  # but for its chance, and for what it hides
+    hit: LibraryHit  # still without chance and number of hidden moments
     scene: F32  # [D] float32, of its best frame
     subject: F32 | None  # [D] float32
 
     @property
     def order(self) -> tuple[float, str, float]:
-        """Where it comes among all others."""
+        """Key to sort by: score, path, time."""
         return -self.hit.score, self.hit.video, self.hit.start_seconds
 
 
@@ -42,7 +42,7 @@ class Ranked:
     """The best moments of one shard for one query, best first."""
 
     moments: Sequence[Candidate]
-    whole: bool  # whether there are no others
+    whole: bool  # whether the shard has no others
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +57,16 @@ class RankedVideo:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What one shard has found."""
+    """The answer of one shard."""
 
     queries: Sequence[Ranked]
     videos: Sequence[RankedVideo]
-    pictures: int  # how many different ones were searched
-    left_out: Sequence[str]  # paths of videos whose rows could not be used
+    pictures: int  # how many different pictures were searched
+    left_out: Sequence[str]  # paths of videos with damaged rows
 
 
 class Shard(Protocol):
-    """What searches one shard, see `search.SearchIndex`."""
+    """The interface to one shard, see `search.SearchIndex`."""
 
     def moments(self, queries: Sequence[Asked], k: int, where: Filter, own: Sequence[Example | None]) -> Answered: ...
     def top_videos(self, query: Asked, k: int, moments: int, where: Filter, own: Example | None) -> Answered: ...
@@ -77,19 +77,19 @@ class Shard(Protocol):
 
 @dataclass(slots=True)
 class Kept:
-    """A moment that is shown, and how many it hides, see `LibraryHit`."""
+    """A moment to show, and how many it hides, see `LibraryHit`."""
 
-    place: int  # among those that were given
+    place: int  # its number in the input
     folded: int = 0
     more: int = 0
 
 
 def keep(ranked: Iterable[tuple[str, F32]], k: int, per_video: int | None, similarity: float) -> list[Kept]:
-    """The first k that are no near-duplicate of a better one of another video, at most `per_video` of one.
+    """Takes the first k moments, without near-duplicates in other videos, at most `per_video` of each video.
 
     Args:
         ranked: video and vector [D] of each moment, best first.
-        similarity: from which cosine on two are near-duplicates.
+        similarity: near-duplicates have at least this cosine.
     """
     kept: list[Kept] = []
     last: dict[str, Kept] = {}  # of each video
@@ -116,7 +116,7 @@ def keep(ranked: Iterable[tuple[str, F32]], k: int, per_video: int | None, simil
 
 
 class Search:
-    """A query to all shards of a library. Safe to share between threads.
+    """Searches all shards of a library. Safe to share between threads.
 
     Args:
         shards: of the library, in their order.
@@ -126,7 +126,7 @@ class Search:
 
     def __init__(self, shards: Sequence[Shard], number_of: Callable[[str], int], similarity: float) -> None:
         self.shards, self._number_of, self._similarity = shards, number_of, similarity
-        self.left_out: tuple[str, ...] = ()  # paths whose rows the last search could not use
+        self.left_out: tuple[str, ...] = ()  # paths of videos that the last search skipped
 
     def hits(
         self, queries: Sequence[Asked], k: int, where: Filter | None = None, own: Sequence[Example | None] = ()
@@ -191,15 +191,15 @@ class Search:
             self.ask_one(number, lambda shard: shard.build())
 
     def ask(self, call: Callable[[Shard, Filter], Answered], where: Filter) -> list[Answered]:
-        """What those shards answer that may have something, one after the other."""
+        """Calls the shards that the filter allows, one after the other, and returns their answers."""
         return [call(self.shards[number], own) for number, own in self.parts_of(where)]
 
     def ask_one(self, number: int, call: Callable[[Shard], T]) -> T:
-        """What one shard answers."""
+        """Calls one shard."""
         return call(self.shards[number])
 
     def parts_of(self, where: Filter) -> list[tuple[int, Filter]]:
-        """The shards that a filter lets through, with the filter for each: ids only of its own videos."""
+        """The shards that a filter allows, with the filter for each: only ids of its own videos."""
         if len(self.shards) == 1 or not where.videos:
             return [(number, where) for number in range(len(self.shards))]
         own: dict[int, list[str]] = {}
@@ -209,7 +209,7 @@ class Search:
 
 
 def _merged(shards: Sequence[Ranked]) -> tuple[list[Candidate], bool]:
-    """The moments of all shards in order, as far as each has told them; and whether that is all there is."""
+    """Merges the moments of all shards, up to where one shard's list ends; and whether there are no others."""
     ends = [shard.moments[-1].order for shard in shards if not shard.whole]
     every = sorted((moment for shard in shards for moment in shard.moments), key=lambda moment: moment.order)
     return [moment for moment in every if not ends or moment.order <= min(ends)], not ends

@@ -1,4 +1,4 @@
-"""Opening the tables of a library in LanceDB, and what all work on them goes through."""
+"""Opens the tables of a library in LanceDB, translates errors and retries."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from keyreel.library.schema import RECORDS
 
 REPAIR = "`keyreel library verify --repair`, then `keyreel library update` restore the videos"
 T = TypeVar("T")
-# LanceDB's own caches would grow with each commit, up to gigabytes.
+# LanceDB's default caches would grow with each commit, up to gigabytes.
 INDEX_CACHE_BYTES, METADATA_CACHE_BYTES = 256 << 20, 8 << 20
-ATTEMPTS = 10  # of work that others disturb
+ATTEMPTS = 10  # attempts when other processes interfere
 
 
 class Opened:
-    """The tables that are there, see `table.Tables`."""
+    """The existing tables, see `table.Tables`."""
 
     def __init__(
         self,
@@ -62,8 +62,11 @@ class Opened:
         same_scene: Container[str] = (),
         same_vectors: Container[str] = (),
     ) -> None:
-        """Raises ModelMismatch if another model made the vectors, Outdated if it is one of `same_scene`; one of
-        `same_vectors` made the very same.
+        """Checks which model made the vectors; those of `same_vectors` are equal.
+
+        Raises:
+            Outdated: a model of `same_scene` made them, so that `upgrade` converts them.
+            ModelMismatch: another model made them.
         """
         known, sha256, known_width = schema.model_of(self.table(name).schema)
         if sha256 in same_scene:
@@ -84,7 +87,11 @@ class Opened:
         return schema.model_of(self.table(RECORDS).schema)
 
     def table(self, name: str) -> Any:
-        """A LanceDB table; each read of it sees the newest version."""
+        """A LanceDB table; each read of it sees the newest version.
+
+        Raises:
+            LibraryError: there is no library, it has another format, or it is damaged.
+        """
         with self._lock:
             if name not in self._tables:
                 if not self._upgrading and self.has_format_1():
@@ -109,8 +116,12 @@ class Opened:
             return False
 
     def open(self, name: str, version: int | None = None) -> Any:
-        """A view of its own of a table, at the newest or a given version."""
-        if self.folder is not None and not self.folder.is_dir():  # connecting would make the folder
+        """Opens a table again, at the newest or a given version.
+
+        Raises:
+            LibraryError: there is no such table.
+        """
+        if self.folder is not None and not self.folder.is_dir():  # connecting would create the folder
             raise Absent(f"there is no library at {self.uri}", hint=MAKE)
         with lance_errors(self.uri):
             table = self._connection().open_table(name)
@@ -123,7 +134,7 @@ class Opened:
         with self._lock:
             if self._database is None:
                 lancedb = import_extra("lancedb", extra="library", purpose="a library of videos")
-                # With an interval of 0 each read looks for a newer version.
+                # 0: each read looks for a newer version.
                 self._database = lancedb.connect(
                     self.uri,
                     storage_options=self.options,
@@ -133,13 +144,13 @@ class Opened:
             return self._database
 
     def close(self) -> None:
-        """Closes the tables; they are opened again when needed. Idempotent."""
+        """Closes the tables. The next use opens them again. Idempotent."""
         with self._lock:
             self._tables.clear()
             self._database = None
 
     def retried(self, work: Callable[[], T], again: type[LibraryError] = Conflict) -> T:
-        """Does the work, again if it raises `again`, waiting longer each time."""
+        """Calls `work`, and again if it raises `again`, with growing pauses."""
         for attempt in range(ATTEMPTS):
             try:
                 with lance_errors(self.uri):

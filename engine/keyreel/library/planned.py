@@ -1,4 +1,4 @@
-"""What becomes of a video that is indexed, decided before it is decoded; and what a run would do, without doing it."""
+"""Decides what to do with a video before decoding it, and says what a run would do."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from keyreel.library.types import Planned, Record
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What becomes of a video, and why."""
+    """What to do with a video, and why."""
 
     change: Literal["added", "changed", "moved", "copied", "unchanged"]
     why: str
-    record: Record | None = None  # that is renewed, where it is not decoded
-    twins: tuple[Record, ...] = ()  # videos of the same content, whose rows may be copied
+    record: Record | None = None  # record to renew instead of decoding
+    twins: tuple[Record, ...] = ()  # videos of the same content, to copy rows from
 
 
 def is_done(known: Record, path: Path | None, state: FileState | None) -> bool:
-    """Whether the library has the video in its current state, judged without opening it."""
+    """Whether the library has the current state of the video. Does not open the file."""
     here = path is None if state is None else state.fits(known)
     return known.status == "ok" and here
 
@@ -59,15 +59,15 @@ def compared(name: str, path: Path | None, known: Record | None, content: str, c
 
 
 def _change(known: Record) -> Literal["added", "changed", "copied"]:
-    """Of a video whose name the library has: "added" if it has failed so far."""
+    """The change of a known video: "added" if it failed before."""
     return "changed" if known.generation else "added"
 
 
 def planned(name: str, catalog: Catalog, config: IndexConfig, seen: dict[str, str]) -> Planned:
-    """What indexing one video would do. Opens only a video that would be decoded, and only to read its headers.
+    """Says what indexing would do with a video. Opens only a video that it would decode, to read the headers.
 
     Args:
-        seen: the first video of each content in this run; this one is added.
+        seen: first video of each content in this run; adds this one.
     """
     known = catalog.at(name) or catalog.at(real_name(name))
     name = name if known is None else known.path

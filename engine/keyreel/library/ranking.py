@@ -1,4 +1,4 @@
-"""From vectors to the best moments and videos, exactly."""
+"""Ranks moments and videos by their vectors, exactly."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from keyreel.types import F32, F64, I64, AnsweredBy, Example, Region, SearchHit,
 from keyreel_kernels.arrays import Arrays
 from keyreel_kernels.cores import usable_cores
 
-TEMPERATURE = 0.1  # of the softmax over a scene's frames that gives its score, see `pooled`
-# Rows scored together: few enough to stay in the processor's cache, many on a device.
+TEMPERATURE = 0.1  # of the softmax over the frames of a scene, see `pooled`
+# Rows to score together: on a CPU few, to stay in its cache; on a GPU many.
 BLOCK_ROWS, DEVICE_ROWS = 8192, 65_536
-GAP_ROWS = 2048  # gaps of fewer unwanted rows are scored, too: a block of its own costs more
-# Rows and queries of one product on the CPU: small enough that BLAS starts no threads of its own. With 16 queries,
+GAP_ROWS = 2048  # score smaller gaps of unwanted rows too: another block costs more
+# Rows and queries of one product on the CPU: small enough that BLAS starts no threads. With 16 queries,
 # whole blocks took 3 to 5 times the processor time.
 TILE_ROWS, TILE_QUERIES = 64, 16
-THREADED_PARTS = 4  # from so many blocks on, threads pay
+THREADED_PARTS = 4  # from this many blocks on threads pay off
 
 
 class Moment(NamedTuple):
-    """A moment and where its best frame lies."""
+    """A moment, and the place of its best frame."""
 
     hit: SearchHit
     span: int
@@ -38,14 +38,14 @@ class Moment(NamedTuple):
 
 
 def pooled(scores: F32, runs: I64, videos: I64) -> F64:
-    """Scores of videos: that of their best scene, which is sum of softmax(s / TEMPERATURE) s over the scores s of its
-    frames (CLIP-Hitchhiker, Bain et al. 2022, equation 3). Over all frames of a video, a low temperature ranks clips
-    worse, and a high one loses what is short in a long video (`benchmarks.answers`).
+    """Scores videos by their best scene. The score of a scene is sum(softmax(s / TEMPERATURE) s) over the scores s of
+    its frames (CLIP-Hitchhiker, Bain et al. 2022, equation 3). Over all frames of a video, a low temperature ranks
+    clips worse, and a high one misses short events in long videos (`benchmarks.answers`).
 
     Args:
         scores: [Q, n] float32.
-        runs: [M] int64, rising from 0: where scenes start, and what lies between videos.
-        videos: [2 V - 1] int64: of each video its first run and the one behind its last, without the last end.
+        runs: [M] int64, rising from 0: starts of scenes, and of gaps between videos.
+        videos: [2 V - 1] int64: first run and end of each video, without the last end.
 
     Returns:
         [Q, V] float64.
@@ -54,25 +54,24 @@ def pooled(scores: F32, runs: I64, videos: I64) -> F64:
     peak = np.maximum.reduceat(exact, runs, axis=1)
     share = np.exp((exact - np.repeat(peak, np.diff(runs, append=scores.shape[1]), axis=1)) / TEMPERATURE)
     each = np.add.reduceat(share * exact, runs, axis=1) / np.add.reduceat(share, runs, axis=1)
-    # reduceat also covers the gaps between videos; [::2] drops them.
+    # reduceat includes the gaps between videos; [::2] drops them.
     return np.asarray(np.maximum.reduceat(each, videos, axis=1)[:, ::2])
 
 
 class Ranking:
-    """Scores of queries against all frames of some videos, and the best moments and videos by them.
+    """Scores queries against all frames of some videos, and ranks moments and videos.
 
-    The score of a frame is that of the better of its two vectors: max(<q, scene>, slope <q, subject> + offset), or
-    <q, scene> where it has no subject of its own.
+    The score of a frame is max(<q, scene>, slope <q, subject> + offset), or <q, scene> if it has no subject.
 
-    Of a query with conditions it is the weighted sum of what its vectors give, see `search.Asked`.
+    For a query with conditions it is the weighted sum over its vectors, see `search.Asked`.
 
-    `_best` [Q, V] float32 and `_pooled` [Q, V] float64 are those of `_scores` and `_video_score` to within `_slack` and
-    `_pooled_slack`: a product of several queries adds up in another order than that of one. What is shown is computed
-    again for each query alone, so that it does not depend on the others.
+    `_best` [Q, V] float32 and `_pooled` [Q, V] float64 equal `_scores` and `_video_score` within `_slack` and
+    `_pooled_slack`, since a product of several queries sums in another order than one. The shown values are computed
+    again for each query alone, so that they do not depend on other queries.
 
     Args:
         spans: the rows to search; none is empty.
-        queries: Q of them; the `novelty` of their scales plays no part.
+        queries: Q of them; the `novelty` of their scales is not used.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class Ranking:
         self._matrix: Matrix = snapshot.matrix
         self._similarity, self._arrays, self._with_pooled = fold_similarity, arrays, with_pooled
         self._on_host = arrays.xp is np
-        self._known: dict[tuple[int, int], FrameScores] = {}  # of query and span
+        self._known: dict[tuple[int, int], FrameScores] = {}  # by query and span
         self._vectors = np.concatenate([query.vectors for query in queries])
         scales = [scale for query in queries for scale in query.scales]
         slope, offset = np.array([(scale.slope, scale.offset) for scale in scales], np.float64).reshape(-1, 2).T
@@ -121,7 +120,7 @@ class Ranking:
         self._pooled: F64 = np.concatenate([pool for _, pool in found or [empty]], axis=1)
 
     def best(self, query: int, k: int, own: Example | None) -> Ranked:
-        """The best moments without the one of `own`: as many as it takes to show k of these videos."""
+        """The best moments, without that of the example `own`: as many as are needed to show k."""
         wanted = k + (own is not None)
         while True:
             ranked = self._ranked(query, wanted)
@@ -134,7 +133,7 @@ class Ranking:
             wanted *= 4
 
     def best_videos(self, query: int, k: int, moments: int, own: Example | None) -> list[RankedVideo]:
-        """The k best videos without that of `own`, each with its best moments."""
+        """The k best videos, without that of the example `own`, each with its best moments."""
         scores = self._pooled[query]
         if own is not None and (left_out := self._snapshot.names.get(own.video)) is not None:
             scores = np.where(self._spans.video == left_out, -np.inf, scores)
@@ -183,7 +182,7 @@ class Ranking:
         return float(pooled(self._scores(query, span).best[None], runs, np.zeros(1, np.int64))[0, 0])
 
     def _parts(self) -> list[tuple[int, int]]:
-        """Spans [first, last) that lie close together, about a block of rows each."""
+        """Groups [first, last) of spans that lie close together, about a block of rows each."""
         spans = self._spans
         if not len(spans):
             return []
@@ -198,7 +197,7 @@ class Ranking:
         back = self._matrix.back[start:stop]
         rows = np.flatnonzero(back)
         frames = rows - back[rows]
-        rows, frames = rows[frames >= 0], frames[frames >= 0]  # of others the scene lies before the times asked for
+        rows, frames = rows[frames >= 0], frames[frames >= 0]  # other subjects have their scene before the wanted times
         if len(rows):
             others = self._slope[:, None] * scores[:, rows] + self._offset[:, None]
             scores[:, frames] = np.maximum(scores[:, frames], others)
@@ -231,14 +230,13 @@ class Ranking:
     # --- moments --------------------------------------------------------------------------------------------------
 
     def _ranked(self, query: int, k: int) -> list[Moment]:
-        """The k best moments of all videos, in the order of score, path and time.
+        """The k best moments of all videos, in order of score, path and time.
 
-        The best frame of a video's first moment is the video's best frame, and no moment of it has a better one. Let
-        the videos be in the order of (best frame, path). The first moments of the first k of them are k moments, and
-        each moment of any other video comes after all of these: its score is no higher than its video's best frame,
-        and where that is the same its path comes later. So the k best moments are moments of the first k videos.
-        Their scores are at least the k-th video's best frame, so that a video needs no more moments than it has frames
-        like that.
+        A video's first moment contains the video's best frame. Sort the videos by (best frame, path). The first moments
+        of the first k videos are k moments. Every moment of another video ranks after them: its score is at most its
+        video's best frame, and with an equal score its path comes later. So the k best moments are in the first k
+        videos, and score at least the best frame of the k-th. So no video needs more moments than it has frames with
+        such a score.
         """
         likely = _largest(self._best[query], k, float(self._slack[query]))
         exact = sorted(
@@ -272,14 +270,14 @@ class Ranking:
         return None if np.isnan(x) else (x, y, width, height)
 
     def _clipped(self, hit: SearchHit) -> SearchHit:
-        """A scene may reach beyond the times that were asked for."""
+        """The hit, cut to the times of the filter: a scene may reach beyond."""
         start, stop = self._where.start_seconds, self._where.stop_seconds
         low = hit.start_seconds if start is None else max(hit.start_seconds, start)
         high = hit.stop_seconds if stop is None else min(hit.stop_seconds, stop)
         return replace(hit, start_seconds=low, stop_seconds=high)
 
     def _holds(self, moment: Moment, own: Example | None) -> bool:
-        """Whether the example's frame, the one shown at its time, lies in a moment."""
+        """Whether a moment contains the example's frame, the one shown at its time."""
         if own is None or self._snapshot.names.get(own.video) != int(self._spans.video[moment.span]):
             return False
         low, high = int(self._spans.low[moment.span]), int(self._spans.high[moment.span])
@@ -307,9 +305,9 @@ class Ranking:
         return vector
 
     def _keyframe(self, moment: Moment) -> float:
-        """The nearest key-frame in the moment's shot, else the nearest one; the best frame without any."""
+        """The nearest key-frame in the moment's shot, else the nearest of all; without key-frames the best frame."""
         at, record = moment.hit.pts_seconds, self._record(moment.span)
-        whole = self._snapshot.spans  # also outside the times that were asked for
+        whole = self._snapshot.spans  # also outside the times of the filter
         (own,) = np.flatnonzero(whole.video == self._spans.video[moment.span])
         rows = slice(int(whole.low[own]), int(whole.high[own]))
         times = self._matrix.pts_seconds[rows][self._matrix.keyframe[rows]]
@@ -323,7 +321,7 @@ class Ranking:
 
 
 def _largest(values: F32 | F64, k: int, slack: float) -> Sequence[int]:
-    """Indices of the k largest and of all that may be among them if each is off by `slack`; in no order."""
+    """Indices, unordered, of the k largest values and of all that may be among them with errors up to `slack`."""
     if k >= len(values):
         return range(len(values))
     if k < 1:

@@ -1,7 +1,7 @@
-"""Another model for a library: new vectors beside the old ones, video by video, then in their place.
+"""Changes the model of a library: builds new vectors beside the old ones, then replaces these.
 
-The new vectors lie in a library of their own inside the library's folder, `reindex-SHA256`, until every video is in it.
-An interrupted run goes on where it was. Until the end the old vectors answer.
+The new vectors are a library in the subfolder `reindex-SHA256` until it has every video. An interrupted run continues.
+Until the end, searches use the old vectors.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ WAITS = "not yet indexed by the new model"
 
 @dataclass(frozen=True, slots=True)
 class Reindexed:
-    """What a run did."""
+    """The result of a run."""
 
     done: bool  # whether the library now has the new model
-    videos: int  # that the new model has indexed
-    left: tuple[Record, ...]  # that the old model has and the new one could not index
+    videos: int  # indexed with the new model
+    left: tuple[Record, ...]  # failed with the new model, but not with the old one
 
 
 def reindex(
@@ -50,17 +50,17 @@ def reindex(
 ) -> Reindexed:
     """Indexes all videos of a library with another model, then replaces the old vectors.
 
-    Ids, paths and tags stay. Programs that have the library open must open it again with the new model afterwards.
-    Needs free space for both sets of vectors. What others add meanwhile is indexed, too; nothing may be written in the
-    last moment, while the tables are replaced.
+    Ids, paths and tags stay. Other programs must then open the library again, with the new model. It needs free space
+    for both sets of vectors. It also indexes what other processes add meanwhile, but nobody may write at the very end,
+    while it replaces the tables.
 
     Args:
         uri: the library's folder or URI.
-        engine: of the new model.
+        engine: has the new model.
         config, progress, begin, tell, stop: as for `Library.add`.
-        drop_failed: replace the old vectors although some videos could not be indexed, whose files are gone or damaged;
-            the library then has them as failed.
-        storage_options: of the object store.
+        drop_failed: replace the old vectors even if some videos cannot be indexed, since their files are missing or
+            damaged. The library then lists them as failed.
+        storage_options: credentials and settings of the object store, for LanceDB.
 
     Raises:
         LibraryError: there is no library, it cannot be written, or it has an older format.
@@ -69,14 +69,14 @@ def reindex(
     bundle = engine.bundle
     beside = f"{old.uri}/reindex-{bundle.sha256[:12]}"
     if old.model()[1] == bundle.sha256:
-        _delete(open_tables(beside, storage_options))  # left where a run was killed at its very end
+        _delete(open_tables(beside, storage_options))  # a run was killed at its very end
         return Reindexed(True, len(old.records()), ())
     shards = len(old.parts)
     with Library(beside, engine, config=LibraryConfig(shards=shards), storage_options=storage_options) as library:
         new = open_tables(beside, storage_options, shards)
         if not new.exists():
             new.create(model=bundle.name, model_sha256=bundle.sha256, width=bundle.embedding_width)
-        tried: set[str] = set()  # paths; a file that is gone stays as it is
+        tried: set[str] = set()  # paths; missing files keep their records
         while (waiting := _waiting(old, new, bundle.name, bundle.sha256) - tried) and not (stop and stop()):
             added = library.add(sorted(waiting), config, progress=progress, begin=begin, tell=tell, stop=stop)
             tried |= {one.path for one in added}
@@ -91,7 +91,7 @@ def reindex(
 
 
 def _waiting(old: Tables | Shards, new: Tables | Shards, model: str, sha256: str) -> set[str]:
-    """Takes over which videos there are. Returns the paths of those that the new model has not indexed."""
+    """Copies the list of videos. Returns the paths that the new model has not indexed."""
     known, there = {record.id: record for record in old.records()}, {record.id for record in new.records()}
     new.drop([id for id in there if id not in known])
     empty: dict[str, Any] = {
@@ -117,12 +117,12 @@ def _waiting(old: Tables | Shards, new: Tables | Shards, model: str, sha256: str
 
 
 def _replace(old: Tables | Shards, new: Tables | Shards) -> None:
-    """Puts the new tables in the place of the old ones: each in one commit, the records last.
+    """Replaces the old tables by the new ones: each in one commit, the records last.
 
-    Stopped between two, the library cannot be searched until this is done again: the new tables are still there.
+    If it stops between two tables, the library cannot be searched until it runs again; the new tables are kept.
     """
     for there, made in zip(old.parts, new.parts, strict=True):
-        upkeep.compact(made, alone=True)  # without what no record names
+        upkeep.compact(made, alone=True)  # without rows that no record names
         ask_for_room(there.folder, made.bytes() or 0)
         target = Tables(there.uri, storage_options=there.options, upgrading=True)
         for name in (VECTORS, RECORDS):
@@ -137,7 +137,7 @@ def _replace(old: Tables | Shards, new: Tables | Shards) -> None:
 
 
 def _delete(tables: Tables | Shards) -> None:
-    """Deletes a library that is no longer needed, if it is there."""
+    """Deletes a library that is no longer needed, if it exists."""
     for part in tables.parts:
         if part.folder is None:
             part.drop_tables(*TABLES)
@@ -150,7 +150,7 @@ def _delete(tables: Tables | Shards) -> None:
 
 
 def _batches(tables: Tables, table: Any, columns: Any) -> Iterator[Any]:
-    """A table's rows, in the order of `columns`."""
+    """Yields the rows of a table as batches with these columns, in order."""
     with lance_errors(tables.uri):
         for batch in table.search().to_batches():
             yield batch.select(columns.names)

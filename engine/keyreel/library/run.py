@@ -1,4 +1,4 @@
-"""A run over many videos: threads, progress of each and of all, and stopping."""
+"""Runs work on many videos: threads, progress of each and of all, stopping."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from keyreel.types import Progress
 
 T = TypeVar("T")
 
-# Where in a video's work each stage begins, and its part of the work, as measured.
+# Start and share of each stage in the work on a video, measured.
 _STAGES = {"encode": (0.0, 0.8), "pictures": (0.8, 0.2)}
 
 
 class Halted(Exception):
-    """The caller wants to stop; ends the work from within."""
+    """Raised inside the work when the caller wants to stop."""
 
 
 class IndexRun:
@@ -33,13 +33,13 @@ class IndexRun:
     ) -> None:
         self._stop, self._progress, self._begin, self._tell = stop, progress, begin, tell
         self._ended = threading.Event()
-        self._problem: Exception | None = None  # that a callback raised
+        self._problem: Exception | None = None  # exception of a callback
         self._lock = threading.RLock()
-        self._parts: dict[int, float] = {}  # how much of each video under way is done
+        self._parts: dict[int, float] = {}  # fraction done of each running video
         self._done = self._total = 0
 
     def checkpoint(self) -> None:
-        """Raises Halted once the run is to end."""
+        """Raises Halted if the run should end."""
         if self._ended.is_set() or (self._stop is not None and self._call(self._stop)):
             self._ended.set()
             raise Halted
@@ -47,7 +47,7 @@ class IndexRun:
     def run(self, names: Sequence[str], work: Callable[[str, Progress], Added], workers: int) -> list[Added]:
         """Calls `work` for each name and returns the results so far, in the order of the names.
 
-        What `work` or a callback raises, and KeyboardInterrupt, is raised after the other threads have ended.
+        Exceptions of `work` and callbacks, and KeyboardInterrupt, are raised after the other threads have ended.
         """
         found: dict[int, Added] = {}
         places = iter(range(len(names)))
@@ -107,7 +107,7 @@ class IndexRun:
                 self._call(self._progress, "videos", self._done + sum(self._parts.values()), float(self._total))
 
     def _call(self, callback: Callable[..., T], *values: object) -> T:
-        """Calls one callback at a time. An error in it is the caller's, not the video's, and ends the run."""
+        """Calls one callback at a time. Its exception is the caller's error, not the video's, and ends the run."""
         with self._lock:
             try:
                 return callback(*values)

@@ -1,11 +1,10 @@
-"""The columns of a library's tables, and the conversion between their rows and the values of `types`.
+"""Defines the columns of a library's tables, and converts between rows and the classes of `types`.
 
 `vectors` has a row for each vector: the scene of each sampled frame, and the subject of those where it differs. A
-scene's row holds all about its frame: where the subject is, of a key-frame also its picture, and the first one of a
-video its sprite. A subject's row holds the vector and what it is found by, the other columns are null. Pictures lie in
-the table, not beside it, so that they are written atomically, work on object storage, and `compact` gives their space
-back. `records` has a row for each video; `id` is its primary key. Each row holds a checksum of itself, since the file
-format has none.
+scene's row also has the region of the subject; a key-frame's its picture; a video's first row its sprite. A subject's
+row has the vector and its keys; its other columns are null. Pictures are in the table, so that they are written
+atomically, work on object storage, and `compact` frees their space. `records` has a row for each video; `id` is the
+primary key. Each row has a checksum, since the file format has none.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from keyreel.types import F32, I64
 
 FORMAT = 3
 VECTORS, RECORDS = "vectors", "records"
-SHARDS = "shards"  # names the shards of a library that is spread, see `shards`
-TABLES = (VECTORS, RECORDS)  # in the order in which they are made and written: `records` is the commit
-FORMAT_1 = ("frames", "videos")  # what they were called in format 1
+SHARDS = "shards"  # names the shards, see `shards`
+TABLES = (VECTORS, RECORDS)  # in order of writing: `records` is the commit
+FORMAT_1 = ("frames", "videos")  # their names in format 1
 SCENE, SUBJECT = "scene", "subject"  # kinds of vectors
 NUMBERS = ("generation", "row", "kind", "pts_seconds", "frame_index", "vector", "shot", "keyframe", "weight", "region")
 EXTRAS = ("sprite", "vtt", "overview")
 _MODEL = ("model", "model_sha256", "width")  # in the metadata
-LATE = ("digest", "scenes")  # columns of records that an older keyreel did not make
-# With a primary key, LanceDB lets one of two concurrent inserts of the same id retry as an update. Without, both stay.
+LATE = ("digest", "scenes")  # columns that the records of an older keyreel lack
+# With a primary key, LanceDB retries one of two concurrent inserts of an id as an update. Without, both rows stay.
 _KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 
 def arrow() -> ModuleType:
-    """pyarrow."""
+    """Imports pyarrow."""
     return import_extra("pyarrow", extra="library", purpose="a library of videos")
 
 
@@ -103,12 +102,12 @@ def schemas(model: str, model_sha256: str, width: int) -> dict[str, Any]:
 
 
 def lost_columns(name: str, schema: Any) -> list[str]:
-    """The columns that a table should have and has not; see `LATE`."""
+    """The columns that a table lacks, see `LATE`."""
     return [column for column in schemas("", "", 1)[name].names if column not in (*schema.names, *LATE)]
 
 
 def format_of(schema: Any) -> int:
-    """The format from a table's metadata; LibraryError if another program or a newer keyreel made it."""
+    """Reads the format from a table's metadata. Raises LibraryError if another program or a newer keyreel made it."""
     about = schema.metadata or {}
     if b"keyreel.format" not in about:
         raise LibraryError("these tables were not made by keyreel", hint="give another folder for the library")
@@ -119,10 +118,10 @@ def format_of(schema: Any) -> int:
 
 
 def model_of(schema: Any) -> tuple[str, str, int]:
-    """Name, sha256 and D from a table's metadata; LibraryError as for `format_of`."""
+    """Reads name, sha256 and D of the model from a table's metadata. Raises LibraryError as `format_of`."""
     format_of(schema)
     if lost := [key for key in _MODEL if f"keyreel.{key}".encode() not in schema.metadata]:
-        raise Damaged("the library's entry for its model is damaged", [f"no {lost}"])
+        raise Damaged("the library's metadata of its model are damaged", [f"no {lost}"])
     name, sha256, width = (schema.metadata[f"keyreel.{key}".encode()] for key in _MODEL)
     return name.decode(errors="replace"), sha256.decode(errors="replace"), _number_of(width)
 
@@ -131,13 +130,13 @@ def _number_of(data: bytes) -> int:
     try:
         return int(data)
     except ValueError as error:
-        raise Damaged("the library's description of itself is damaged", [str(error)]) from error
+        raise Damaged("the library's metadata are damaged", [str(error)]) from error
 
 
 def vector_rows(
     schema: Any, record: Record, rows: Rows, previews: Sequence[Preview] = (), extras: Extras | None = None
 ) -> Any:
-    """The vectors of one video as a pyarrow table, the scenes' first."""
+    """Makes a pyarrow table of the vectors of one video, scenes first."""
     pa = arrow()
     count = len(rows)
     shown = {preview.pts_seconds: preview for preview in previews}
@@ -178,7 +177,7 @@ def vector_rows(
 
 
 def record_rows(schema: Any, records: Sequence[Record]) -> Any:
-    """One row of `records` for each record, as a pyarrow table."""
+    """Makes a pyarrow table with a row of `records` for each record."""
     columns = {name: [getattr(record, name) for record in records] for name in Record.__slots__}
     columns |= {
         "probe": [json.dumps(dict(record.probe)) for record in records],
@@ -190,20 +189,20 @@ def record_rows(schema: Any, records: Sequence[Record]) -> Any:
 
 
 def record_of(row: Mapping[str, Any]) -> Record:
-    """The inverse of `record_rows`."""
+    """Inverts `record_rows` for one row."""
     values = {name: row.get(name) for name in Record.__slots__}
     values |= {"tags": tuple(row["tags"]), "grid": tuple(row["grid"]), "probe": json.loads(row["probe"])}
-    if row["date"] == row["mtime_ns"] / 1e9:  # an older keyreel wrote the file's last change where there was no date
+    if row["date"] == row["mtime_ns"] / 1e9:  # an older keyreel wrote the time of the last change instead of no date
         values["date"] = None
     spans = {name: json.loads(row.get(name) or "[]") for name in ("shots", "scenes")}
     return Record(**values | {name: tuple((start, stop) for start, stop in own) for name, own in spans.items()})
 
 
 def rows_of(table: Any) -> Rows:
-    """The rows of one generation (columns `NUMBERS`) in order of time, with their digest.
+    """Converts the rows of one generation (columns `NUMBERS`) to Rows in order of time, with their digest.
 
-    The digest is a hash of each column's sum, as words of a row: every flipped bit changes it, the order of the rows
-    does not. It costs under 3 % of the reading; BLAKE2b of all bytes would cost 30 %.
+    The digest hashes the sum of each column's words: every flipped bit changes it, the order of the rows does not. It
+    takes under 3 % of the reading time; BLAKE2b of all bytes would take 30 %.
     """
     kind = table["kind"].to_numpy()
     scenes, others = (table.filter(arrow().array(kind == name)) for name in (SCENE, SUBJECT))
@@ -235,14 +234,14 @@ def _digest(columns: Sequence[NDArray[Any]]) -> int:
 
 
 def stored_vectors(table: Any) -> F16:
-    """[n, D] float16: the column `vector` as it is stored."""
+    """[n, D] float16: the stored column `vector`."""
     column = table["vector"].combine_chunks()
     stored: F16 = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
     return stored
 
 
 def units(stored: F16) -> F32:
-    """[n, D] float32: vectors of unit length again after 16 bits."""
+    """[n, D] float32: stored vectors, brought back to unit length."""
     vectors: F32 = stored.astype(np.float32)
     norms = np.sqrt(np.vecdot(vectors, vectors))[:, None]
     np.divide(vectors, norms, out=vectors, where=norms > 0)
@@ -250,19 +249,19 @@ def units(stored: F16) -> F32:
 
 
 def halves(vectors: F32) -> Any:
-    """[n, D] float32 as a pyarrow array of lists in 16 bits."""
+    """Converts [n, D] float32 to a pyarrow array of float16 lists."""
     pa = arrow()
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).ravel()), vectors.shape[1])
 
 
 def preview_of(row: Mapping[str, Any]) -> Preview:
-    """A key-frame's row as a Preview; the attention sums to 1 again after 16 bits."""
+    """Converts a key-frame's row to a Preview; the attention sums to 1 again."""
     attention = np.asarray(row["attention"], np.float32)
     return Preview(row["pts_seconds"], row["preview"], attention / max(attention.sum(dtype=np.float32), 1e-12))
 
 
 def checked(schema: Any, columns: Mapping[str, Any]) -> Any:
-    """These columns as a pyarrow table, with the checksum of each row; a column that is missing or None is null."""
+    """Makes a pyarrow table of these columns, and adds the checksum of each row. A missing column or None is null."""
     pa = arrow()
     count = len(next(iter(columns.values())))
     names = [field for field in schema if field.name != "check"]
@@ -276,8 +275,9 @@ def checked(schema: Any, columns: Mapping[str, Any]) -> Any:
 
 
 def checks(table: Any) -> I64:
-    """[T] int64: a checksum (BLAKE2b) of each row of a table, in order of name over its columns without `check`, and
-    without those of `LATE` that the row was written without."""
+    """[T] int64: the checksum (BLAKE2b) of each row, over its columns in order of name, without `check` and the columns
+    of `LATE` that the row was written without.
+    """
     names = sorted(name for name in table.column_names if name not in ("check", "digest")) if len(table) else []
     columns: list[list[bytes | None]] = [[*_as_bytes(table[name].combine_chunks())] for name in names]
     if "scenes" in names:
@@ -305,5 +305,5 @@ def _as_bytes(column: Any) -> list[bytes]:
 
 
 def quoted(values: Iterable[str]) -> str:
-    """A list of strings for SQL's IN."""
+    """Formats strings as a list for SQL's IN."""
     return ", ".join("'" + value.replace("'", "''") + "'" for value in values)

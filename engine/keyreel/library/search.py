@@ -1,15 +1,17 @@
-"""Searching a library: the best moments of all videos, and the best videos.
+"""Searches a library for the best moments and the best videos.
 
-Up to `LibraryConfig.exact_rows` vectors the answer is that of a look at every frame, from memory. Beyond, nothing is
-held: an index over the stored vectors names candidates. It is LanceDB's IVF_RQ (RabitQ, one bit a dimension): on
+Up to `LibraryConfig.exact_rows` vectors it compares the query with every frame, in memory. With more vectors it holds
+none: an index over the stored vectors finds candidates. It is LanceDB's IVF_RQ (RabitQ, one bit per dimension). With
 100,000 vectors of 512 numbers it took 24 CPU-seconds to build and 7 MB, with a recall@10 of 1.0 in 11 ms a search (0.98
-on 300,000). IVF_FLAT, IVF_SQ, IVF_PQ and IVF_HNSW_SQ took longer to build, and the first, second and last of them were
-ten times as large with a recall of 0.96 to 0.99. Rows that the index does not know yet are compared one by one. The
-candidates' videos are read and scored frame by frame with the stored vectors, so that scores, moments and their order
-are exact, and only a video may be missed. Scenes and subjects are asked for apart: their cosines have different scales.
-If a scene makes a video one of the k best, fewer than k videos have a better scene, whatever their subjects are; the
-same holds for subjects. So the best of either kind are all that is needed. Of a query with conditions,
-a video may be missed that has the best sum, but neither the best scene nor the best subject for any of them.
+with 300,000). IVF_FLAT, IVF_SQ, IVF_PQ and IVF_HNSW_SQ took longer to build; the first, second and last were ten times
+as large, with a recall of 0.96 to 0.99. Rows that the index lacks are compared one by one. All frames of the
+candidates' videos are then scored with the stored vectors. So scores, moments and their order are exact, and the index
+can only miss a video.
+
+The index is searched for scenes and subjects separately, since their cosines have different scales. If a scene makes a
+video one of the k best, fewer than k videos have a better scene, whatever their subjects; likewise for subjects. So the
+k best of each kind suffice. For a query with conditions, it can miss a video with the best sum that has neither the
+best scene nor the best subject for any of them.
 """
 
 from __future__ import annotations
@@ -42,29 +44,28 @@ from keyreel.search import Asked
 from keyreel.types import F32, F64, I64, Example
 from keyreel_kernels.arrays import Arrays, HostArrays
 
-# Frames asked for with each video that is wanted: the best ones are often of one scene.
+# Frames to request for each wanted video: the best ones are often of one scene.
 FRAMES_A_VIDEO = 16
-# Up to so many rows, all videos of a filter are candidates.
+# With at most this many rows, all videos of a filter are candidates.
 FEW_ROWS = 65_536
-# Up to so many videos, a filter names them to the table; of more, what does not fit is dropped afterwards.
+# With at most this many videos, the query to the table names them; with more, other rows are dropped afterwards.
 FEW_VIDEOS = 1000
 _log = logging.getLogger(__name__)
-# Rows in one part of the index, rounds of its clustering, and parts that are looked at: at least so many, and a
-# fraction of all, or recall would fall as libraries grow.
+# Rows in one part of the index, rounds of its clustering, and parts to search: at least this many and this fraction of
+# all, or recall would fall as libraries grow.
 ROWS_A_PART, ROUNDS = 1000, 20
 PROBES, PROBES_FRACTION = 64, 0.2
 
 
 class SearchIndex:
-    """Searches a library that has one shard, or one of its shards. Safe to share between threads; a search sees one
-    state of it.
+    """Searches a library without shards, or one shard. Safe to share between threads. A search sees one state of it.
 
-    Methods raise ValueError for queries that are no vectors of this library, and LibraryError where there is no
-    library, or no video that `where` or an example names.
+    Methods raise ValueError if a query has another length than the vectors, and LibraryError if there is no library, or
+    no video that `where` or an example names.
 
     Args:
-        backend: where the vectors are kept and compared; this machine's memory by default.
-        whole: the library of a shard, all of whose rows count for `exact_rows`.
+        backend: the device that holds and compares the vectors; by default the CPU.
+        whole: the whole library, if this is a shard: all its rows count for `exact_rows`.
     """
 
     def __init__(
@@ -79,11 +80,11 @@ class SearchIndex:
         self._width = tables.model()[2]
         self._vectors = Vectors(tables, self._width, self._arrays, config.exact_rows, whole)
         self._alone = Search([self], lambda _: 0, config.fold_similarity)
-        self._last: tuple[tuple[int, str], BOOL] | None = None  # a filter, and whom it lets through
+        self._last: tuple[tuple[int, str], BOOL] | None = None  # a filter, and the videos that it allows
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Paths whose rows the last search could not use."""
+        """The paths of videos that the last search skipped."""
         return self._alone.left_out
 
     def hits(
@@ -93,16 +94,16 @@ class SearchIndex:
         where: Filter | None = None,
         own: Sequence[Example | None] = (),
     ) -> list[list[LibraryHit]]:
-        """The k best moments for each query, best first; ties in the order of paths and times.
+        """Finds the k best moments for each query, best first; ties in order of path and time.
 
-        A near-duplicate of a better moment of another video (the cosine of their best frames is at least
-        `fold_similarity`) is not shown; `folded` of the better one counts those that rank before the last hit.
+        It hides near-duplicates of a better moment of another video: the cosine of their best frames is at least
+        `fold_similarity`. `folded` of the better one counts those that would rank before the last hit.
 
         Args:
             queries: Q of them.
             k: at least 1; there may be fewer moments.
-            own: the examples that the queries are the vectors of, None for others. The moment in which an example
-                lies is no answer to it.
+            own: for each query the example that it is the vector of, or None. The moment that contains the example is
+                not a hit.
         """
         return self._alone.hits(queries, k, where, own)
 
@@ -114,21 +115,25 @@ class SearchIndex:
         where: Filter | None = None,
         own: Example | None = None,
     ) -> list[VideoHit]:
-        """The k best videos, best first, each with its best moments; ties in the order of paths.
+        """Finds the k best videos, best first, each with its best moments; ties in order of path.
 
         Args:
-            moments: of each video, at most.
-            query, k, where, own: as for `hits`; an example's own video is no answer to it.
+            moments: the most moments of a video.
+            query, k, where, own: as for `hits`; the video of an example is not a hit.
         """
         return self._alone.videos(query, k, moments, where, own)
 
     def refresh(self) -> None:
-        """Reads the rows that are new, so that no search has to."""
+        """Reads new rows, so that no search has to."""
         with self._running():
             self._vectors.snapshot()
 
     def moments(self, queries: Sequence[Asked], k: int, where: Filter, own: Sequence[Example | None]) -> Answered:
-        """What `hits` of a library needs of this shard, see `merge`."""
+        """The part of `hits` that this shard contributes, see `merge`.
+
+        Raises:
+            ValueError: k < 1, or a query has another length than the vectors.
+        """
         given = self._checked(queries, k)
         if where.per_video is not None and where.per_video < 1:
             raise ValueError(f"per_video must be >= 1, got {where.per_video}")
@@ -145,7 +150,7 @@ class SearchIndex:
             return Answered(found, (), _pictures(snapshot, chosen), tuple(left_out))
 
     def top_videos(self, query: Asked, k: int, moments: int, where: Filter, own: Example | None) -> Answered:
-        """What `videos` of a library needs of this shard, see `merge`."""
+        """The part of `videos` that this shard contributes, see `merge`."""
         given = self._checked([query], min(k, moments))
         with self._running():
             snapshot = self._vectors.snapshot()
@@ -159,7 +164,7 @@ class SearchIndex:
             return Answered((), ranking.best_videos(0, k, moments, own), pictures, snapshot.left_out)
 
     def vector(self, example: Example) -> F32:
-        """[D] float32: the scene's vector of the frame shown at that time, the last one before or at it."""
+        """[D] float32: the scene vector of the frame shown at that time, the last one at or before it."""
         with self._running():
             snapshot, number = self._one(example.video)
             return vector_at(snapshot, number, example.seconds, self._arrays)
@@ -173,12 +178,12 @@ class SearchIndex:
             return self._ranking(snapshot, chosen, given, Filter()).curve(0, 0)
 
     def build(self) -> bool:
-        """Builds the vector index if the library is large enough to need one; takes minutes.
+        """Builds the vector index if the library is large enough to need one. Takes minutes.
 
         New rows are compared one by one until `compact` adds them to the index.
 
         Returns:
-            False if it is there already or not needed.
+            False if the index exists or is not needed.
         """
         table = self._tables.table(VECTORS)
         if self._vectors.snapshot().matrix is not None or any("vector" in i.columns for i in table.list_indices()):
@@ -187,7 +192,7 @@ class SearchIndex:
         parts = max(1, table.count_rows() // ROWS_A_PART)
         kind = kinds.IvfRq(distance_type="l2", num_partitions=parts, max_iterations=ROUNDS)
         with lance_errors(self._tables.uri):
-            # The candidates' rows are read by generation; without an index that would read every row.
+            # The rows of candidates are read by generation, which would read every row without an index.
             table.create_index("generation", config=kinds.BTree())
             table.create_index("vector", config=kind)
         return True
@@ -195,7 +200,7 @@ class SearchIndex:
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _one(self, video: str) -> tuple[Snapshot, int]:
-        """A state of the library with the rows of a video, and the number of its record."""
+        """A snapshot with the rows of one video, and the number of its record."""
         snapshot = self._vectors.snapshot()
         number = _number(snapshot, video)
         if number < 0:
@@ -224,7 +229,7 @@ class SearchIndex:
         return np.ascontiguousarray(given / length, np.float32)
 
     def _chosen(self, snapshot: Snapshot, where: Filter) -> BOOL:
-        """[V] bool: the records that the filter names."""
+        """[V] bool: the records that the filter allows."""
         if where.videos:
             numbers = {_number(snapshot, name) for name in where.videos} - {-1}
             chosen = np.zeros(len(snapshot.records), np.bool_)
@@ -232,7 +237,7 @@ class SearchIndex:
             return chosen
         key = snapshot.version, repr(replace(where, start_seconds=None, stop_seconds=None))
         last = self._last
-        if last is None or last[0] != key:  # people type one query after the other
+        if last is None or last[0] != key:  # cached: people type one query after another
             self._last = last = key, np.array([fits(record, where) for record in snapshot.records], np.bool_)
         return last[1]
 
@@ -264,13 +269,13 @@ class SearchIndex:
             wanted *= 4
 
     def _near(self, query: Asked, where: Filter, wanted: int) -> tuple[Snapshot, bool]:
-        """About so many videos with the best frames, and whether there are no others."""
+        """The videos with the best frames, about `wanted` of them, and whether there are no others."""
         for attempt in range(ATTEMPTS):
             snapshot = self._vectors.snapshot()
             try:
                 numbers, whole = self._candidates(snapshot, self._chosen(snapshot, where), query, where, wanted)
                 part = self._vectors.part(snapshot, numbers)
-            except Damaged:  # or files were compacted between two reads
+            except Damaged:  # or a compaction between two reads
                 if attempt == ATTEMPTS - 1:
                     raise
                 continue
@@ -306,15 +311,16 @@ class SearchIndex:
     def _nearest(
         self, query: F32, conditions: Sequence[str], known: Mapping[str, int], wanted: int, probes: int
     ) -> tuple[list[int], bool]:
-        """The numbers of at least so many videos with the rows nearest to a query, and whether there are no others.
+        """The numbers of the videos with the rows nearest to a query, at least `wanted`, and whether there are no
+        others.
 
         Args:
-            known: generation -> number of the videos that count.
+            known: generation -> number of the video, for the allowed videos.
         """
         limit = wanted * FRAMES_A_VIDEO
         while True:
             search = self._tables.table(VECTORS).search(query, vector_column_name="vector").distance_type("l2")
-            # Looks into more parts where a filter leaves fewer rows than were asked for.
+            # Searches more parts if a filter leaves too few rows.
             search = search.minimum_nprobes(probes).maximum_nprobes(0).limit(limit)
             search = search.where(" AND ".join(conditions), prefilter=True).select(["generation", "_distance"])
             with lance_errors(self._tables.uri):
@@ -331,13 +337,13 @@ def _log_way(snapshot: Snapshot) -> None:
 
 
 def _pictures(snapshot: Snapshot, chosen: BOOL) -> int:
-    """How many shots the chosen videos have."""
+    """The number of shots of the chosen videos."""
     return sum(len(snapshot.records[number].shots) for number in np.flatnonzero(chosen).tolist())
 
 
 def _sought(query: Asked) -> F32:
-    """[n, D]: what the index is asked for. Of a query with conditions their sum, which is exact for scenes, and each
-    vector that must fit, since one may be answered by the scene and another by the subject.
+    """[n, D]: the vectors to search the index for. For a query with conditions their sum, which is exact for scenes,
+    and each vector that must fit, since the scene may answer one and the subject another.
     """
     if len(query.weights) == 1:
         return query.vectors
@@ -350,7 +356,7 @@ def _sought(query: Asked) -> F32:
 
 
 def fits(record: Record, where: Filter) -> bool:
-    """Whether a filter lets a video through, apart from its times."""
+    """Whether a filter allows a video; ignores the filter's times."""
     return (
         (not where.videos or record.id in where.videos or record.path in where.videos)
         and (where.path is None or _glob(where.path).match(record.path) is not None)
@@ -373,7 +379,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 
 def _in_time(spans: Spans, snapshot: Snapshot, where: Filter) -> Spans:
-    """The rows within the filter's times."""
+    """The rows within the times of the filter."""
     if where.start_seconds is None and where.stop_seconds is None:
         return spans
     assert snapshot.matrix is not None
@@ -381,7 +387,7 @@ def _in_time(spans: Spans, snapshot: Snapshot, where: Filter) -> Spans:
     used = int(last.max(initial=0))
 
     def edges(time: float) -> tuple[I64, I64]:
-        """Where it lies among the scenes and the subjects of each video; times rise within both."""
+        """The places of a time among scenes and subjects of each video; times rise within both."""
         before = np.concatenate([[0], np.cumsum(pts_seconds[:used] < time)])
         return spans.low + before[spans.high] - before[spans.low], spans.first + before[spans.last] - before[
             spans.first

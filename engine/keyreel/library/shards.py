@@ -1,8 +1,8 @@
-"""A library that is spread over shards, so that it can grow: each shard is a library's tables, and holds the videos
-whose ids fall to it. Writers of different shards do not wait for each other.
+"""Spreads a library over shards, so that it can grow. Each shard has the tables of a library, and the videos whose ids
+hash to it. Writers of different shards do not wait for each other.
 
-A small table beside the shards names them. It is a table, so that it is written in one commit on any store, by one
-process of several, and is opened with the library's own credentials.
+A small table names the shards. As a table, it is written in one commit on any store, by one of several processes, and
+opens with the library's credentials.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _NAME = re.compile(r"shard-\d{4}-of-\d{4}")
 
 
 class Shards:
-    """The tables of a library in several places. Safe to share between threads, like each of the `parts`."""
+    """The tables of all shards of a library. Safe to share between threads, as are its `parts`."""
 
     def __init__(self, uri: str, names: Sequence[str], storage_options: Mapping[str, str] | None = None) -> None:
         self.uri, self.names = uri, tuple(names)
         self.parts = tuple(Tables(f"{uri}/{name}", storage_options=storage_options) for name in names)
 
     def number_of(self, id: str) -> int:
-        """The shard to which a video falls, by its id."""
+        """The number of a video's shard, by its id."""
         return zlib.crc32(id.encode()) % len(self.parts)
 
     def of(self, id: str) -> Tables:
-        """The tables that hold a video."""
+        """The tables of a video's shard."""
         return self.parts[self.number_of(id)]
 
     def exists(self) -> bool:
@@ -45,7 +45,11 @@ class Shards:
         return all(part.exists() for part in self.parts)
 
     def create(self, *, model: str, model_sha256: str, width: int) -> None:
-        """Makes the shards, or checks that they are of this model; several processes may do so at once."""
+        """Makes the shards, or checks that they have this model. Several processes may call it at once.
+
+        Raises:
+            LibraryError: the shards cannot be created, or another process has created others.
+        """
         first = self.parts[0]
         root = Tables(self.uri, storage_options=first.options)
         if not names_at(root):
@@ -53,11 +57,11 @@ class Shards:
                 raise _whole(self.uri)
             try:
                 _name(root, self.names, new=True)
-            except LibraryError:  # usually because another process was quicker
+            except LibraryError:  # usually another process was quicker
                 if not names_at(root):
                     raise
         if names_at(root) != self.names:
-            raise LibraryError(f"another process has made {self.uri} meanwhile", hint="open it again")
+            raise LibraryError(f"another process has created {self.uri} meanwhile", hint="open it again")
         for part in self.parts:
             part.create(model=model, model_sha256=model_sha256, width=width)
 
@@ -91,7 +95,7 @@ class Shards:
         return sorted(found, key=lambda record: (record.path, record.id))
 
     def drop(self, ids: Sequence[str]) -> int:
-        """Removes videos and returns how many there were; `compact` deletes their rows."""
+        """Removes the records of videos. Returns how many existed. `compact` deletes their rows."""
         return sum(part.drop(own) for part, own in self._apart(ids))
 
     def bytes(self) -> int | None:
@@ -114,18 +118,18 @@ class Shards:
 def open_tables(
     uri: str, storage_options: Mapping[str, str] | None = None, shards: int | None = None
 ) -> Tables | Shards:
-    """The tables of a library, whether it is spread or not; nothing is made.
+    """Opens the tables of a library, with or without shards. Creates nothing.
 
     Args:
-        shards: how many a new library is to have; None: as many as it has.
+        shards: how many a new library gets; None: as many as it has.
 
     Raises:
-        LibraryError: it has another number of shards.
+        LibraryError: the library has another number of shards.
     """
     root = Tables(uri, storage_options=storage_options)
     names = names_at(root)
     if shards is not None and names and len(names) != shards:
-        hint = f"leave --shards out, or spread it anew: `keyreel library reshard {uri} --shards {shards}`"
+        hint = f"leave --shards out, or spread it again: `keyreel library reshard {uri} --shards {shards}`"
         raise LibraryError(f"the library {uri} has {len(names)} shards, not {shards}", hint=hint)
     if shards is not None and shards > 1 and not names:
         if root.exists():
@@ -135,7 +139,11 @@ def open_tables(
 
 
 def names_at(root: Tables) -> tuple[str, ...]:
-    """The names of the shards of a library, () if it is not spread."""
+    """The names of a library's shards; () if it has none.
+
+    Raises:
+        Damaged: the table of names is damaged.
+    """
     try:
         table = root.open(schema.SHARDS)
         schema.format_of(table.schema)
@@ -143,7 +151,7 @@ def names_at(root: Tables) -> tuple[str, ...]:
     except Absent:
         return ()
     if not names or not all(_NAME.fullmatch(name or "") for name in names):
-        raise Damaged(f"what the library {root.uri} says of its shards is damaged", [str(names)[:200]])
+        raise Damaged(f"the library {root.uri} has a damaged list of its shards", [str(names)[:200]])
     return names
 
 
@@ -152,7 +160,7 @@ def _names(count: int) -> tuple[str, ...]:
 
 
 def _name(root: Tables, names: Sequence[str], *, new: bool) -> None:
-    """Writes the names of the shards; with `new`, only if nobody else has done so."""
+    """Writes the names of the shards; with `new`, only if no other process has."""
     pa = schema.arrow()
     metadata = {"keyreel.format": str(schema.FORMAT)}
     rows = pa.table({"name": pa.array(names, pa.string())}).replace_schema_metadata(metadata)
@@ -161,19 +169,18 @@ def _name(root: Tables, names: Sequence[str], *, new: bool) -> None:
 
 def _whole(uri: str) -> LibraryError:
     hint = f"`keyreel library reshard {uri} --shards N` spreads it"
-    return LibraryError(f"the library {uri} is there and has no shards", hint=hint)
+    return LibraryError(f"the library {uri} exists, and has no shards", hint=hint)
 
 
 def reshard(uri: str, count: int, storage_options: Mapping[str, str] | None = None) -> int:
-    """Spreads a library over so many shards, in place of those that it has; nothing is decoded.
+    """Spreads a library over `count` shards. Decodes nothing.
 
-    Rows are copied as they are stored, then the new shards take the place of the old ones in one commit. Until then the
-    old ones answer, and an interrupted run goes on where it was. What others add meanwhile is taken over, too; nothing
-    may be written in the last moment. Programs that have the library open must open it again. It needs free space for
-    both.
+    It copies the stored rows, then replaces the old shards by the new ones in one commit. Until then searches use the
+    old ones, and an interrupted run continues. It also copies what other processes add meanwhile, but nobody may write
+    at the very end. Other programs must then open the library again. It needs free space for both.
 
     Returns:
-        The number of videos; 0 if it had so many shards already.
+        The number of videos; 0 if it already had this number of shards.
 
     Raises:
         ValueError: the number is not in 1..1024.
@@ -185,11 +192,11 @@ def reshard(uri: str, count: int, storage_options: Mapping[str, str] | None = No
     name, sha256, width = old.model()
     new = Shards(uri, _names(count), storage_options)
     if names_at(root) == new.names:
-        _delete(root, new.names, ())  # left where a run was killed at its very end
+        _delete(root, new.names, ())  # a run was killed at its very end
         return 0
     for part in new.parts:
         part.create(model=name, model_sha256=sha256, width=width)
-        upkeep.compact(part, alone=True)  # without what a killed run has left
+        upkeep.compact(part, alone=True)  # without leftovers of a killed run
     while True:
         version = old.version()
         _take_over(old, new)
@@ -206,7 +213,7 @@ def reshard(uri: str, count: int, storage_options: Mapping[str, str] | None = No
 
 
 def _take_over(old: Tables | Shards, new: Shards) -> None:
-    """Brings the new shards up to date with the old tables."""
+    """Copies what the new shards lack from the old tables."""
     wanted, there = ({record.id: record for record in tables.records()} for tables in (old, new))
     new.drop([id for id in there if id not in wanted])
     for source in old.parts:
@@ -228,7 +235,7 @@ def _take_over(old: Tables | Shards, new: Shards) -> None:
 
 
 def _delete(root: Tables, names: Container[str], old: Iterable[Tables]) -> None:
-    """Deletes the tables that a library's shards have replaced; in a bucket only those of `old` are known."""
+    """Deletes the tables that shards have replaced; in a bucket only those of `old`."""
     for part in (root, *old):
         part.drop_tables(*schema.TABLES)
     for folder in root.folder.iterdir() if root.folder is not None else ():

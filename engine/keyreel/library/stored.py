@@ -1,4 +1,4 @@
-"""Reading what a library's tables hold: records, from a cache that follows every commit, rows and pictures."""
+"""Reads a library's tables: records, from a cache that follows every commit, rows and pictures."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from keyreel.library.types import Extras, Preview, Record, Rows
 from keyreel.types import I64
 
 _log = logging.getLogger("keyreel.library")
-CHUNK = 128  # generations or ids named in one condition; for more, everything is read
+CHUNK = 128  # most generations or ids in one condition; for more it reads everything
 
 
 class Stored(Opened):
-    """What the tables hold, see `table.Tables`."""
+    """The content of the tables, see `table.Tables`."""
 
     def __init__(self, uri: str, *, storage_options: Mapping[str, str] | None = None, upgrading: bool = False) -> None:
         super().__init__(uri, storage_options=storage_options, upgrading=upgrading)
         self._records: dict[str, tuple[int, Record]] = {}  # when each was written, and what
-        self._seen: int | None = None  # the version that the cache holds
-        self._damaged: tuple[str, ...] = ()  # paths of records that it leaves out
+        self._seen: int | None = None  # version of the cache
+        self._damaged: tuple[str, ...] = ()  # paths of damaged records
 
     def close(self) -> None:
         """Closes the tables; they are opened again when needed. Idempotent."""
@@ -45,7 +45,7 @@ class Stored(Opened):
             return int(self.table(RECORDS).version)
 
     def records(self, ids: Sequence[str] | None = None) -> list[Record]:
-        """The videos in order of path; unknown `ids` are left out."""
+        """The records in order of path; ignores unknown `ids`."""
         with self._lock:
             self._refresh()
             wanted = list(self._records) if ids is None else dict.fromkeys(ids)
@@ -53,13 +53,13 @@ class Stored(Opened):
         return sorted(chosen, key=lambda record: (record.path, record.id))
 
     def damaged(self) -> tuple[str, ...]:
-        """The paths, if they can be trusted, of videos whose record is damaged; `records` leaves them out."""
+        """The paths of damaged records, as far as they can be read; `records` leaves these out."""
         with self._lock:
             self._refresh()
             return self._damaged
 
     def rows(self, generations: Sequence[str]) -> Iterator[tuple[str, Rows]]:
-        """Each of these generations that is there and can be read, in any order."""
+        """Yields the generations that exist and can be read, in any order."""
         wanted = dict.fromkeys(generations)
         for attempt in range(ATTEMPTS):
             if not wanted:
@@ -72,10 +72,10 @@ class Stored(Opened):
                         del wanted[generation]
                         yield generation, rows
                 return
-            except Vanished:  # a compaction may have deleted the files; the next look sees the new ones
+            except Vanished:  # a compaction may have deleted the files; the next read finds the new ones
                 if attempt == ATTEMPTS - 1:
                     raise
-            except Damaged:  # what lies in other places can be read
+            except Damaged:  # the other generations can be read
                 names = list(wanted)
                 step = CHUNK if len(names) > CHUNK else 1
                 for start in range(0, len(names), step) if len(names) > 1 else ():
@@ -88,19 +88,19 @@ class Stored(Opened):
         return tuple(schema.preview_of(row) for row in sorted(rows, key=lambda row: row["pts_seconds"]))
 
     def preview(self, generation: str, pts_seconds: float) -> bytes | None:
-        """The picture of the key-frame at that time, to half a millisecond; None without one."""
+        """The picture of the key-frame at that time, within half a millisecond; None if there is none."""
         low, high = float(pts_seconds) - 5e-4, float(pts_seconds) + 5e-4
         where = f"generation = {quoted([generation])} AND keyframe AND pts_seconds BETWEEN {low!r} AND {high!r}"
         rows, _ = self.sound(VECTORS, where)
         return min(rows, key=lambda row: abs(row["pts_seconds"] - pts_seconds))["preview"] if rows else None
 
     def extras(self, generation: str) -> Extras | None:
-        """Sprite, thumbnails and overview of one generation; None without any, or where they are damaged."""
+        """Sprite, WebVTT and overview of one generation; None if missing or damaged."""
         rows, _ = self.sound(VECTORS, f"generation = {quoted([generation])} AND row = 0 AND sprite IS NOT NULL")
         return Extras(rows[0]["sprite"], rows[0]["vtt"], json.loads(rows[0]["overview"])) if rows else None
 
     def sound(self, name: str, where: str | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Whole rows of a table: those with the right checksum, and the damaged ones."""
+        """Reads whole rows of a table. Returns those with the right checksum, and the damaged ones."""
         table = self.read(name, where, None)
         right, array = schema.checks(table) == table["check"].to_numpy(), schema.arrow().array
         if not right.all():
@@ -108,7 +108,7 @@ class Stored(Opened):
         return table.filter(array(right)).to_pylist(), table.filter(array(~right)).to_pylist()
 
     def read(self, name: str, where: str | None, columns: Sequence[str] | None = None) -> Any:
-        """Rows of a table as a pyarrow table; read again if a compaction deletes their files meanwhile."""
+        """Reads rows as a pyarrow table; again if a compaction deletes the files meanwhile."""
 
         def work() -> Any:
             query = self.table(name).search()
@@ -118,7 +118,7 @@ class Stored(Opened):
         return self.retried(work, Vanished)
 
     def row_ids(self, table: Any) -> I64:
-        """LanceDB's numbers of all rows, rising: number of the file << 32 | row in it. Reads no data files."""
+        """LanceDB's ids of all rows, rising: (number of the file << 32) + row in it. Reads no data files."""
         with lance_errors(self.uri):
             ids = table.search().select(["_rowid"]).to_arrow()["_rowid"].to_numpy()
         return np.sort(ids.astype(np.int64))
@@ -132,7 +132,7 @@ class Stored(Opened):
         return None if self.folder is None else total
 
     def _refresh(self) -> None:
-        """Brings the cache of records up to date; reads only the rows that changed."""
+        """Updates the cache of records; reads only changed rows."""
         version = self.version()
         if version == self._seen:
             return
@@ -149,11 +149,11 @@ class Stored(Opened):
         self._records, self._seen = known, version
 
     def _runs(self, wanted: Mapping[str, Any]) -> Iterator[Any]:
-        """One pyarrow table for each generation, in the order in which they are stored."""
+        """Yields a pyarrow table for each generation, in stored order."""
         query = self.table(VECTORS).search().select(list(schema.NUMBERS))
         if len(wanted) <= CHUNK:
             query = query.where(f"generation IN ({quoted(wanted)})")
-        pending: list[Any] = []  # batches of the generation that is being read
+        pending: list[Any] = []  # batches of the current generation
         for batch in query.to_batches():
             names = batch["generation"].to_numpy(zero_copy_only=False)
             edges = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(names)]

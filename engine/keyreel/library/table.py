@@ -1,8 +1,8 @@
-"""The tables of a library in LanceDB: how they are made and written.
+"""Makes and writes the tables of a library in LanceDB.
 
-A video is written in two commits: its vectors under a new generation, then its record, which names the generation. So
-both become visible together. Nobody sees vectors that no record names, and `upkeep.compact` deletes them. The record is
-upserted by id; LanceDB retries an upsert by itself when other processes commit at the same time.
+It writes a video in two commits: the vectors, under a new generation, then the record that names the generation. So
+both become visible together. Readers ignore vectors that no record names, and `upkeep.compact` deletes them. Records
+are upserted by id; LanceDB retries an upsert when other processes commit at the same time.
 """
 
 from __future__ import annotations
@@ -22,38 +22,42 @@ from keyreel.library.types import Extras, Preview, Record, Rows
 
 
 class Tables(Stored):
-    """A library's tables in a folder or at a URI such as `s3://bucket/library`. Safe to share between threads.
+    """The tables of a library in a folder, or at a URI such as `s3://bucket/library`. Safe to share between threads.
 
-    Several processes may read and write. Not fork-safe: start processes with spawn. All methods raise LibraryError
-    where there is no library, or this keyreel cannot read it.
+    Several processes may read and write. Not fork-safe: start processes with spawn. All methods raise LibraryError if
+    there is no library, or this keyreel cannot read it.
 
     Args:
-        uri: folder or URI; nothing is opened or made before it is needed.
-        storage_options: of the object store, passed through to LanceDB.
-        upgrading: opens the tables although those of an older format are there, too.
+        uri: folder or URI; opened when needed.
+        storage_options: credentials and settings of the object store, for LanceDB.
+        upgrading: open the tables even if tables of an older format exist.
     """
 
     def __init__(self, uri: str, *, storage_options: Mapping[str, str] | None = None, upgrading: bool = False) -> None:
         super().__init__(uri, storage_options=storage_options, upgrading=upgrading)
-        self._writing = threading.Lock()  # one commit at a time, while others read
+        self._writing = threading.Lock()  # one commit at a time; reads go on
 
     @property
     def parts(self) -> tuple[Tables]:
-        """The only one: see `shards.Shards`."""
+        """These tables; a spread library has several, see `shards.Shards`."""
         return (self,)
 
     def number_of(self, id: str) -> int:
-        """The shard to which a video falls, by its id."""
+        """The number of a video's shard: 0."""
         return 0
 
     def of(self, id: str) -> Tables:
-        """The tables that hold a video."""
+        """The tables of a video's shard: these."""
         return self
 
     def create(self, *, model: str, model_sha256: str, width: int) -> None:
-        """Makes the tables, or checks that they are of this model; several processes may do so at once."""
+        """Makes the tables, or checks that they have this model. Several processes may call it at once.
+
+        Raises:
+            LibraryError: the tables cannot be created.
+        """
         if self.exists():
-            self.table(RECORDS)  # raises where it is outdated
+            self.table(RECORDS)  # raises if outdated
         with contextlib.suppress(Absent):
             self.open(schema.SHARDS)
             raise LibraryError(f"another process has spread the library {self.uri} over shards", hint="open it again")
@@ -62,7 +66,7 @@ class Tables(Stored):
             try:
                 with lance_errors(self.uri):
                     self._connection().create_table(name, schema=columns)
-            except LibraryError as error:  # usually because it exists already; otherwise opening it fails, too
+            except LibraryError as error:  # usually it exists already; else opening it fails too
                 failure = error
             try:
                 self.table(name)
@@ -77,14 +81,17 @@ class Tables(Stored):
         previews: Sequence[Preview] = (),
         extras: Extras | None = None,
     ) -> Record:
-        """Commits one video in place of the one with its id.
+        """Commits a video, in place of the one with its id.
 
         Args:
-            record: with rows, its generation is a new one, `uuid.uuid4().hex`; without, it is empty.
-            previews: of the key-frames among the rows.
+            record: with rows it has a new generation, `uuid.uuid4().hex`; without rows an empty one.
+            previews: pictures of the key-frames.
 
         Returns:
-            The record as it is stored, with the rows' digest.
+            The stored record, with the digest of the rows.
+
+        Raises:
+            ValueError: rows and generation of the record do not agree.
         """
         counts, known = (0, None) if rows is None else rows.counts, (record.frames, record.subjects)
         if known != counts or bool(record.generation) != (rows is not None):
@@ -101,7 +108,7 @@ class Tables(Stored):
         return record
 
     def _add_late_columns(self) -> None:
-        """Gives the records of a library that an older keyreel made the columns that it lacks."""
+        """Adds the columns that the records of an older keyreel lack."""
         whole = schema.schemas("", "", 1)[RECORDS]
         with self._writing, contextlib.suppress(Conflict):  # another process was quicker
             there = self.table(RECORDS).schema.names
@@ -109,10 +116,10 @@ class Tables(Stored):
                 self.retried(lambda: self.table(RECORDS).add_columns(lacking))
 
     def renew(self, record: Record) -> bool:
-        """Replaces the record of a video and keeps its rows.
+        """Replaces the record of a video, keeps its rows.
 
         Returns:
-            False if another process has removed the video or written other rows for it; then nothing has changed.
+            False if another process has removed the video or written other rows; then it changes nothing.
         """
         return self.upsert([record], same_generation=True) > 0
 
@@ -122,7 +129,7 @@ class Tables(Stored):
             self._commit(VECTORS, rows.nbytes, lambda table: table.add(rows))
 
     def drop(self, ids: Sequence[str]) -> int:
-        """Removes videos and returns how many there were; `compact` deletes their rows."""
+        """Removes the records of videos. Returns how many existed. `compact` deletes their rows."""
         there = [record.id for record in self.records(ids)]
         for start in range(0, len(there), CHUNK):
             self.delete(RECORDS, f"id IN ({quoted(there[start : start + CHUNK])})")
@@ -133,7 +140,7 @@ class Tables(Stored):
         self.retried(lambda: self.table(name).delete(where))
 
     def upsert(self, records: Sequence[Record], *, same_generation: bool = False) -> int:
-        """Updates or inserts the records of videos whose rows are there; returns how many were written."""
+        """Updates or inserts records whose rows exist. Returns how many it wrote."""
         if not records:
             return 0
         rows = schema.record_rows(self.table(RECORDS).schema, records)
@@ -148,20 +155,20 @@ class Tables(Stored):
             before, result = self._commit(RECORDS, rows.nbytes, work)
             count, after = int(result.num_inserted_rows + result.num_updated_rows), int(result.version)
             with self._lock:
-                if count and self._seen == before and after == before + 1:  # no other commit: no need to read it
+                if count and self._seen == before and after == before + 1:  # no other process has committed
                     for record, row in zip(records, rows.to_pylist(), strict=True):
                         self._records[record.id] = row["written"], schema.record_of(row)
                     self._seen = after
         return count
 
     def _commit(self, name: str, size: int, work: Callable[[Any], Any]) -> tuple[int, Any]:
-        """Writes, then reads the last row back; gives the version before, and LanceDB's result.
+        """Writes, then reads the last row back. Returns the version before, and LanceDB's result.
 
-        LanceDB does not notice when the disk is full at the last piece of a file: the file is cut short, the commit
-        succeeds, and no reader can use the table.
+        LanceDB does not notice if the disk fills up at the end of a file: the file is cut short, the commit succeeds,
+        and nobody can read the table.
 
         Raises:
-            Full: there is no room; then the table is as before.
+            Full: the disk is full; the table has not changed.
         """
         ask_for_room(self.folder, size)
         table = self.table(name)
@@ -178,25 +185,25 @@ class Tables(Stored):
         except Damaged as error:
             if self.table(name).version == version:
                 self.restore(name, version - 1)
-            else:  # others have committed since: remove the rows of our file only
+            else:  # others have committed since: remove only our rows
                 last = int(self.row_ids(committed)[-1]) >> 32
                 self.delete(name, f"_rowid >= {last << 32} AND _rowid < {(last + 1) << 32}")
             raise cut_short(self.uri) from error
         return before, result
 
     def overwrite(self, name: str, columns: Any, batches: Iterable[Any]) -> None:
-        """Makes a table, or writes all of it anew in one commit; an error in `batches` leaves it as it was.
+        """Makes a table, or rewrites it in one commit. After an error in `batches` it has not changed.
 
         Args:
-            columns: its schema.
-            batches: pyarrow record batches of that schema; they are asked for in another thread.
+            columns: the schema.
+            batches: pyarrow record batches of that schema; another thread iterates over them.
         """
         problems: list[BaseException] = []
 
         def told() -> Iterator[Any]:
             try:
                 yield from batches
-            except BaseException as error:  # LanceDB would keep no more of it than its text
+            except BaseException as error:  # LanceDB would keep only its text
                 problems.append(error)
                 raise
 
@@ -230,7 +237,7 @@ class Tables(Stored):
             self.open(name, version).restore()
 
     def write_table(self, name: str, rows: Any, *, new: bool) -> None:
-        """Writes a whole table in one commit; with `new`, only where there is none."""
+        """Writes a whole table in one commit; with `new`, only if there is none."""
         with lance_errors(self.uri):
             self._connection().create_table(name, data=rows, mode="create" if new else "overwrite")
 

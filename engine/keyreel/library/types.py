@@ -1,4 +1,4 @@
-"""The values of a library: one record a video, rows of frames, hits, reports."""
+"""Data types of a library: records of videos, rows of frames, hits, reports."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Change = Literal["added", "changed", "moved", "copied", "unchanged", "failed", "
 
 @dataclass(frozen=True, slots=True)
 class Subjects:
-    """The subjects of one video's frames."""
+    """The subject vectors of one video."""
 
-    row: I64  # [S] int64, rising: which frames have a vector of their own here
-    vectors: F32  # [S, D] float32, unit length; stored in 16 bits
-    region: F32  # [T, 4] float32, of every frame: x, y, width, height as shares of the picture; stored in 16 bits
+    row: I64  # [S] int64, rising: the frames that have a subject vector
+    vectors: F32  # [S, D] float32, unit length; stored as float16
+    region: F32  # [T, 4] float32, of every frame: x, y, width, height as fractions; stored as float16
 
     def __len__(self) -> int:
         return len(self.row)
@@ -37,25 +37,25 @@ class Rows:
 
     pts_seconds: F64  # [T] float64
     frame_index: I64  # [T] int64
-    vectors: F32  # [T, D] float32, unit length, of the scenes; stored in 16 bits
+    vectors: F32  # [T, D] float32, unit length, scene vectors; stored as float16
     shot: I64  # [T] int64, number of the shot
     keyframe: BOOL  # [T] bool
     weight: F32  # [T] float32 in 0..1, importance
-    subjects: Subjects | None = None  # None: indexed without
-    digest: int | None = None  # of what is stored, where it was read from a library
+    subjects: Subjects | None = None  # None: indexed without subjects
+    digest: int | None = None  # of the stored rows; set when they were read
 
     def __len__(self) -> int:
         return len(self.pts_seconds)
 
     @property
     def counts(self) -> tuple[int, int | None]:
-        """`frames` and `subjects` of their record."""
+        """The numbers `frames` and `subjects` of the record."""
         return len(self), None if self.subjects is None else len(self.subjects)
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A key-frame as a picture, with the model's attention map."""
+    """The picture of a key-frame, with its attention map."""
 
     pts_seconds: float
     jpeg: bytes
@@ -64,122 +64,120 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What a page or a player shows of a video, besides its key-frames."""
+    """What a page or player shows of a video, besides its key-frames."""
 
-    sprite: bytes  # JPEG of small pictures, evenly spaced over the video
-    vtt: str  # WebVTT: which part of the sprite shows which second
-    overview: Mapping[str, Any]  # of the key-frames: pts_seconds, frame_index, cluster, weight, score, quality, shot
+    sprite: bytes  # JPEG sheet of thumbnails, evenly spaced over the video
+    vtt: str  # WebVTT: the part of the sprite for each span of time
+    overview: Mapping[str, Any]  # for each key-frame: pts_seconds, frame_index, cluster, weight, score, quality, shot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One video of a library."""
 
-    id: str  # stays the same when the file moves or changes
+    id: str  # stays when the file moves or changes
     path: str  # absolute path or URL
     size: int  # bytes
     mtime_ns: int  # of the file
     fingerprint: str  # of the content, see files.fingerprint
-    generation: str = ""  # names its rows, a new one each time that they are written; "" without rows
+    generation: str = ""  # name of its rows, new with each writing; "" without rows
     frames: int = 0
-    subjects: int | None = None  # how many frames have a subject's vector, too; None: indexed without subjects
+    subjects: int | None = None  # number of subject vectors; None: indexed without subjects
     status: Status = "ok"
-    error: str | None = None  # why indexing failed
+    error: str | None = None  # why it failed
     hint: str | None = None
     tags: tuple[str, ...] = ()
-    date: float | None = None  # recording time from the file's metadata, seconds since 1970; None if it has none
+    date: float | None = None  # recording time by the file's metadata, seconds since 1970; None without one
     duration_seconds: float | None = None
     indexed_at: float  # seconds since 1970
-    probe: Mapping[str, Any] = field(default_factory=dict)  # fields of VideoInfo; empty if indexing failed
+    probe: Mapping[str, Any] = field(default_factory=dict)  # fields of VideoInfo; empty if the video failed
     grid: tuple[int, int] = (0, 0)  # (h, w) of the attention maps
     shots: tuple[tuple[float, float], ...] = ()  # [start, stop) in seconds
-    scenes: tuple[tuple[float, float], ...] = ()  # [start, stop) in seconds; none where an older keyreel indexed it
-    # Of its rows as they were written; None of those that an older keyreel wrote.
+    scenes: tuple[tuple[float, float], ...] = ()  # [start, stop) in seconds; empty if an older keyreel indexed it
+    # Digest of its rows when written; None if an older keyreel wrote them.
     digest: int | None = field(default=None, compare=False)
     model: str
     model_sha256: str
 
     @property
     def rows(self) -> int:
-        """How many vectors it has."""
+        """The number of its vectors."""
         return self.frames + (self.subjects or 0)
 
 
 @dataclass(frozen=True, slots=True)
 class LibraryHit(SearchHit):
-    """A moment of a video in a library. `video` is its path; times and score as in SearchHit."""
+    """A moment of a video in a library. `video` is the path; see SearchHit for times and score."""
 
     video_id: str = ""
-    keyframe_seconds: float = 0.0  # the nearest key-frame in its shot, else the nearest
-    video_score: float = 0.0  # the video's pooled score
-    folded: int = 0  # near-duplicate moments of other videos that are hidden behind this one
-    more: int = (
-        0  # on the last one of a video: moments that `Filter.per_video` hides, and that are better than the last hit
-    )
+    keyframe_seconds: float = 0.0  # time of the nearest key-frame, if possible of the same shot
+    video_score: float = 0.0  # score of the video
+    folded: int = 0  # how many near-duplicates in other videos it hides
+    more: int = 0  # at the last hit of a video: how many more good moments `Filter.per_video` hides
 
 
 @dataclass(frozen=True, slots=True)
 class VideoHit:
-    """A video as the answer to a query."""
+    """A video that answers a query."""
 
     video: str  # path
     video_id: str
     score: float  # of its best scene, see `ranking.pooled`
-    moments: tuple[LibraryHit, ...]  # its best ones, best first
+    moments: tuple[LibraryHit, ...]  # its best moments, best first
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Restricts a search to some videos and times."""
+    """Restricts a search to some videos and times. Conditions that are not given do not restrict."""
 
     videos: Sequence[str] = ()  # ids or paths
     path: str | None = None  # glob over the whole path, "*/holiday/*.mp4"
-    tags: Sequence[str] = ()  # all of them
-    start_seconds: float | None = None  # frames in [start, stop) of their video
+    tags: Sequence[str] = ()  # videos with all of these tags
+    start_seconds: float | None = None  # only frames in [start, stop) of their video
     stop_seconds: float | None = None
     min_duration_seconds: float | None = None
     max_duration_seconds: float | None = None
-    after: float | None = None  # recorded at this time or later, in seconds since 1970; see `Record.date`
+    after: float | None = None  # recorded at or after this time, seconds since 1970; see `Record.date`
     before: float | None = None  # recorded before this time
-    per_video: int | None = None  # of one video, so many moments are shown at most; the best ones
+    per_video: int | None = None  # the most moments of one video
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """The result of indexing one video."""
+    """The result of indexing a video."""
 
     path: str
     change: Change
-    record: Record | None  # None once it is removed
+    record: Record | None  # None if it was removed
     failure: Failure | None
-    seconds: float  # time taken
+    seconds: float  # how long it took
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What indexing one video would do."""
+    """What indexing would do with a video, and why."""
 
     path: str
     change: Change
     why: str
-    duration_seconds: float | None = None  # of a video that would be decoded, as its headers say
-    failure: Failure | None = None  # what is wrong with it already
-    was: str | None = None  # the path before, of a video that moved
+    duration_seconds: float | None = None  # of a video to decode, by its headers
+    failure: Failure | None = None  # why it would fail
+    was: str | None = None  # the old path, if the video moved
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A problem that `verify` found."""
+    """Damage that `verify` found."""
 
     kind: str  # "unreadable", "incomplete", "orphans", "vectors", "manifest", ...
-    what: str  # one line for people
+    what: str  # a message of one line
     videos: tuple[str, ...]  # paths of the affected videos
     repaired: bool
 
 
 @dataclass(frozen=True, slots=True)
 class LibraryStats:
-    """Sizes of a library."""
+    """Sizes of a library, and its model."""
 
     videos: int
     failed: int

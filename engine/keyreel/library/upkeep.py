@@ -1,4 +1,4 @@
-"""Looking after a library: compaction, verification and repair, conversion of older formats."""
+"""Maintains a library: compaction, verification and repair, conversion of older formats."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from keyreel.runtime.bundle import Bundle
 from keyreel.types import F32, I64
 
 COMPACT_EVERY = 16  # commits
-_ORPHAN_AGE_SECONDS = 3600.0  # younger rows may belong to a video that another process is about to commit
-_VERSION_AGE = timedelta(minutes=2)  # other processes may still read younger versions
+_ORPHAN_AGE_SECONDS = 3600.0  # age; another process may be about to commit younger rows
+_VERSION_AGE = timedelta(minutes=2)  # age; other processes may still read younger versions
 _FULL_FRAGMENT = 1 << 20  # rows; LanceDB leaves such files alone and merges all smaller ones
-_BATCH = 1024  # rows that `verify` reads at once
-_UPGRADED = 16  # videos that `upgrade` reads at once
+_BATCH = 1024  # rows that `verify` reads at a time
+_UPGRADED = 16  # videos that `upgrade` reads at a time
 
 # --- compaction -------------------------------------------------------------------------------------------------------
 
 
 def compact(tables: Tables, *, alone: bool = False) -> int:
-    """Merges small files, deletes orphans and old versions; returns the bytes given back, 0 for a URI.
+    """Merges small files, deletes orphans and old versions. Returns the freed bytes; 0 for a URI.
 
     Orphans are rows of videos that were removed or indexed again, or whose writer was killed before the commit. With
-    `alone`, what is younger than two minutes (files) or an hour (rows) is deleted, too.
+    `alone` it also deletes files younger than two minutes and rows younger than an hour.
     """
     before = tables.bytes()
     _delete_orphans(tables, 0.0 if alone else _ORPHAN_AGE_SECONDS)
@@ -48,11 +48,11 @@ def compact(tables: Tables, *, alone: bool = False) -> int:
 
 
 def tidy(tables: Tables, every: int = COMPACT_EVERY) -> None:
-    """Call it after each commit: every so many commits, by any process, it merges small files if there are enough.
+    """Merges small files if there are many. Called after each commit; acts every `every` commits of any process.
 
-    LanceDB rewrites a table up to its last full file, which is some 2,000 videos at most. Each small file costs about a
-    millisecond of every look at one video; so 16 of them may be there, and one more for each 64 videos that would be
-    rewritten: four megabytes are written for each video then, at most.
+    LanceDB rewrites a table from its last full file on: at most some 2,000 videos. Each small file adds about a
+    millisecond to reading a video. So it allows 16 small files, and one more for each 64 videos to rewrite, which
+    bounds the writing to four megabytes for each added video.
     """
     if tables.version() % every:
         return
@@ -60,18 +60,18 @@ def tidy(tables: Tables, every: int = COMPACT_EVERY) -> None:
     for name in TABLES:
         stats = tables.table(name).stats()
         rows = max(int(stats["num_rows"]), 1)
-        commits = videos * (rows % _FULL_FRAGMENT) / rows  # whose rows would be rewritten
+        commits = videos * (rows % _FULL_FRAGMENT) / rows  # rows to rewrite
         if int(stats["fragment_stats"]["num_small_fragments"]) >= every + commits / 64:
-            with contextlib.suppress(Conflict, Full):  # the video is committed; there will be another time
+            with contextlib.suppress(Conflict, Full):  # the video is committed; the next call tries again
                 if name == VECTORS:
                     _delete_orphans(tables, _ORPHAN_AGE_SECONDS)
                 _optimize(tables, name, alone=False)
 
 
 def orphans(tables: Tables, age_seconds: float) -> dict[str, int]:
-    """Generations that no record names, and how many rows each has."""
+    """The generations that no record names, with their numbers of rows."""
     table = tables.read(VECTORS, None, ("generation", "written"))
-    named = {record.generation for record in tables.records()}  # read after the rows: records are committed last
+    named = {record.generation for record in tables.records()}  # read after the rows: a record is committed last
     groups = table.group_by("generation").aggregate([("written", "max"), ("written", "count")]).to_pylist()
     latest = time.time_ns() - int(age_seconds * 1e9)
     old = (group for group in groups if group["generation"] not in named and group["written_max"] <= latest)
@@ -88,7 +88,7 @@ def _optimize(tables: Tables, name: str, alone: bool) -> None:
     table = tables.table(name)
     ask_for_room(tables.folder, int(table.stats()["total_bytes"]))
     before = int(table.version)
-    # First without deleting old files, to have a way back if the new ones are cut short (see `Tables`).
+    # Keep old files first, to go back to if the new ones are cut short (see `Tables`).
     tables.retried(lambda: table.optimize(cleanup_older_than=timedelta(days=36500)))
     try:
         ids = tables.row_ids(table)
@@ -100,7 +100,7 @@ def _optimize(tables: Tables, name: str, alone: bool) -> None:
         raise cut_short(tables.uri) from error
     age = timedelta(0) if alone else _VERSION_AGE
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # LanceDB warns of an age of 0: the caller is alone
+        warnings.simplefilter("ignore", UserWarning)  # LanceDB warns about an age of 0
         tables.retried(lambda: table.optimize(cleanup_older_than=age, delete_unverified=alone))
 
 
@@ -108,18 +108,18 @@ def _optimize(tables: Tables, name: str, alone: bool) -> None:
 
 
 def verify(tables: Tables, *, repair: bool = False) -> tuple[Finding, ...]:
-    """Reads every row of a library, compares its checksum, and reports what is wrong.
+    """Reads every row of a library, compares its checksum, and reports damage.
 
-    With `repair`, a table whose newest version cannot be opened goes back to the last one that can; the file is renamed
-    to `.damaged`. Damaged is raised if there is none. Rows that cannot be read are dropped. A video that lost rows
-    becomes "failed", so that the next `add` indexes it again.
+    With `repair`, a table goes back to the last version that can be opened, and the file of the damaged version is
+    renamed to `.damaged`; if no version can be opened, it raises Damaged. It deletes rows that cannot be read. A video
+    that lost rows becomes "failed", so that the next `add` indexes it again.
     """
     findings = [finding for name in TABLES for finding in _opened(tables, name, repair)]
     if findings and not repair:
         return tuple(findings)
     findings += [finding for name in TABLES for finding in _sound(tables, name, repair)]
     if findings and not repair:
-        return tuple(findings)  # whether it is complete can only be told once all can be read
+        return tuple(findings)  # completeness can be judged only if all rows can be read
     findings += _complete(tables, repair)
     if lost := orphans(tables, _ORPHAN_AGE_SECONDS):
         what = f"{sum(lost.values())} rows of {len(lost)} videos that were removed, changed or never finished"
@@ -130,16 +130,16 @@ def verify(tables: Tables, *, repair: bool = False) -> tuple[Finding, ...]:
 
 
 def _opened(tables: Tables, name: str, repair: bool) -> Iterator[Finding]:
-    """Whether the newest version of a table can be opened; if not, goes back to the one before it."""
+    """Whether the newest version of a table can be opened; with `repair`, goes back to an older one."""
     while True:
         if tables.folder is not None:
-            tables.close()  # a table that is open already may live in memory
+            tables.close()  # an open table may be served from memory
         try:
             tables.table(name)
             return
         except Damaged as error:
             folder = None if tables.folder is None else tables.folder / f"{name}.lance" / "_versions"
-            # Their names count down: the newest comes first.
+            # Their names count down: the newest is first.
             versions = [] if folder is None else sorted(folder.glob("*.manifest"))
             if repair and len(versions) < 2:
                 raise
@@ -153,7 +153,7 @@ def _opened(tables: Tables, name: str, repair: bool) -> Iterator[Finding]:
 
 
 def _sound(tables: Tables, name: str, repair: bool) -> Iterator[Finding]:
-    """Whether all rows of a table can be read and have the right checksum."""
+    """Whether all rows of a table can be read and match their checksums."""
     table = tables.table(name)
     ids = tables.row_ids(table)
     bad, reasons = [], Counter[str]()
@@ -188,7 +188,7 @@ def _sound(tables: Tables, name: str, repair: bool) -> Iterator[Finding]:
 
 
 def _complete(tables: Tables, repair: bool) -> Iterator[Finding]:
-    """Whether each video has the rows that its record counts."""
+    """Whether each video has as many rows as its record says."""
     rows = tables.read(VECTORS, None, ("generation", "kind", "row"))
     groups = rows.group_by(["generation", "kind"]).aggregate(
         [("row", how) for how in ("count", "count_distinct", "max")]
@@ -235,21 +235,20 @@ def _lost(record: Record, rows: int) -> Record:
 def upgrade(
     tables: Tables, bundle: Bundle | None = None, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> int:
-    """Converts a library of format 1 or 2, or of an earlier model that `bundle` can still use; nothing is decoded.
+    """Converts a library of format 1 or 2, or of an earlier version of the model. Decodes nothing.
 
-    It keeps the vectors of the scenes, the pictures and the records. The videos then have no subjects until they are
-    indexed again. Each table is written anew in one commit; an interrupted upgrade starts the table again. It needs
-    free space of the library's size.
+    It keeps scene vectors, pictures and records. The videos have no subjects until they are indexed again. It rewrites
+    each table in one commit; after an interrupt it starts that table again. It needs free space of the library's size.
 
-    Format 1 has the tables `frames`, without kinds of vectors, and `videos`, to which rows were only appended: the one
-    of the highest `sequence`, then the last `written`, counts for its id. Both are deleted at the end.
+    Format 1 has the tables `frames`, without kinds of vectors, and `videos`, to which rows were only appended: for each
+    id the row with the highest `sequence`, then the last `written`, is valid. It deletes both at the end.
 
     Args:
-        bundle: the library gets its name and sha256 if the library's own is one of `bundle.same_scene`; the vectors are
-            turned by its matrix, if there is one.
+        bundle: the new model. If the library's model is in `bundle.same_scene`, its vectors are multiplied by the
+            matrix given there, if any, and the library gets the new name and sha256.
 
     Returns:
-        The number of videos; 0 if there was nothing to do.
+        The number of videos; 0 if the library was up to date.
     """
     new = Tables(tables.uri, storage_options=tables.options, upgrading=True)
     vectors, records = schema.FORMAT_1 if tables.has_format_1() else TABLES
@@ -283,13 +282,13 @@ def upgrade(
 
 
 def model_name(tables: Tables) -> str:
-    """The name of the model of a library of any format."""
+    """The name of the model; works for every format."""
     name, _, _ = schema.model_of(tables.open((schema.FORMAT_1 if tables.has_format_1() else TABLES)[-1]).schema)
     return name
 
 
 def _is_written(tables: Tables, columns: Any) -> bool:
-    """Whether a run that was interrupted has written the vectors to the end."""
+    """Whether an interrupted run has finished the vectors."""
     try:
         return bool(tables.open(VECTORS).schema.metadata == columns.metadata)
     except Absent:
@@ -304,7 +303,7 @@ def _converted(
     matrix: F32 | None,
     progress: Callable[[int, int], None],
 ) -> Iterator[Any]:
-    """The scenes' rows of these videos in an older table `vectors` or `frames`, sound ones only, as record batches."""
+    """Yields the undamaged scene rows of these videos from an older table `vectors` or `frames`, as record batches."""
     for start in range(0, len(records), _UPGRADED):
         progress(start, len(records))
         some = records[start : start + _UPGRADED]
@@ -317,7 +316,7 @@ def _converted(
 
 
 def _sound_rows(tables: Tables, name: str, generations: list[str]) -> Iterator[Any]:
-    """The rows that can be read and have the right checksum; of damaged files, those of the other generations."""
+    """The rows that can be read and match their checksums; from damaged files, those of the other generations."""
     if not generations:
         return
     try:

@@ -1,4 +1,4 @@
-"""The vectors of a library in memory: one matrix, kept up to date while searches go on."""
+"""Holds the vectors of a library in memory: one matrix, updated while searches go on."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from keyreel.library.types import BOOL, F16, I32, Record, Rows
 from keyreel.types import F32, F64, I64
 from keyreel_kernels.arrays import Arrays
 
-SPARE_ROWS = 65_536  # room for rows that others add, besides an eighth of what there is
-# A search waits so long for another thread that is loading, then uses the vectors as they were.
+SPARE_ROWS = 65_536  # spare rows for growth, besides an eighth
+# Seconds that a search waits for another thread to load; then it uses the old vectors.
 PATIENCE_SECONDS = 0.25
-ATTEMPTS = 4  # videos may be replaced between reading the records and reading the rows
+ATTEMPTS = 4  # attempts: videos may be replaced between reading records and rows
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Rows of videos, in the order in which they lie in the matrix: scenes, and behind them subjects."""
+    """The rows of videos, in the order of the matrix: scenes, then subjects."""
 
-    video: I64  # [V] int64: index of the record in its snapshot
-    low: I64  # [V] int64: first scene, one a frame
-    high: I64  # [V] int64: behind the last scene
+    video: I64  # [V] int64: index of the record in the snapshot
+    low: I64  # [V] int64: first scene; one for each frame
+    high: I64  # [V] int64: end of the scenes
     first: I64  # [V] int64: first subject, >= high
-    last: I64  # [V] int64: behind the last subject
+    last: I64  # [V] int64: end of the subjects
 
     def __len__(self) -> int:
         return len(self.video)
@@ -42,20 +42,21 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Rows of whole videos, one video after the other. Rows are only ever written behind those that are in use."""
+    """Rows of whole videos, one after the other. New rows go behind all that are in use, so readers need no lock."""
 
     vectors: Any  # [capacity, D] float32 on the device
     pts_seconds: F64  # [capacity] float64
     keyframe: BOOL  # [capacity] bool
-    begins: BOOL  # [capacity] bool: with this frame another scene begins
-    back: I32  # [capacity] int32: a subject lies so many rows behind the scene of its frame; 0 of a scene
-    region: F16  # [capacity, 4] float16: `Subjects.region`, in the rows of scenes; NaN where there is none
+    begins: BOOL  # [capacity] bool: a scene begins with this frame
+    back: I32  # [capacity] int32: rows from the scene to the subject of a frame; 0 for scenes
+    region: F16  # [capacity, 4] float16: `Subjects.region` in rows of scenes, NaN without one
 
     @classmethod
     def empty(cls, rows: int, width: int, arrays: Arrays) -> Matrix:
+        """Allocates an unwritten matrix."""
         with arrays.scope():
             vectors = arrays.xp.empty((rows, width), np.float32)
-        # Pages that are not written take no memory.
+        # Unwritten pages take no memory.
         times, keyframe, begins = np.empty(rows), np.empty(rows, np.bool_), np.empty(rows, np.bool_)
         return cls(vectors, times, keyframe, begins, np.empty(rows, np.int32), np.empty((rows, 4), np.float16))
 
@@ -64,7 +65,7 @@ class Matrix:
 
     @classmethod
     def of(cls, rows: Rows, scenes: Sequence[tuple[float, float]]) -> Matrix:
-        """The rows of one video, on the host."""
+        """The rows of one video, on the CPU."""
         count, own = len(rows), rows.subjects
         place = np.searchsorted(rows.pts_seconds, [start for start, _ in scenes])
         begins = np.isin(np.arange(count), place)
@@ -84,35 +85,37 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A library at one version; it never changes."""
+    """A library at one version. It never changes."""
 
     version: int
-    records: tuple[Record, ...]  # of the videos that can be searched, in order of path
-    names: Mapping[str, int]  # id or path of every video -> index of its record, -1 if it has no vectors
-    matrix: Matrix | None  # None if there are more rows than the limit
+    records: tuple[Record, ...]  # of the searchable videos, in order of path
+    names: Mapping[str, int]  # id or path of each video -> index of its record, -1 without vectors
+    matrix: Matrix | None  # None if the library has more rows than the limit
     spans: Spans
-    left_out: tuple[str, ...] = ()  # paths of videos whose rows are damaged or incomplete
+    left_out: tuple[str, ...] = ()  # paths of videos with damaged or incomplete rows
 
 
 class Vectors:
     """The vectors of all videos, 4 D + 22 bytes a row. Safe to share between threads.
 
     Args:
-        limit: with more rows, none are held.
-        whole: of these tables' library, if they are one of its shards: its rows count for the limit.
+        limit: holds nothing if the library has more rows.
+        whole: the whole library, if the tables are a shard: all its rows count for the limit.
     """
 
     def __init__(self, tables: Tables, width: int, arrays: Arrays, limit: int, whole: Shards | None = None) -> None:
         self._tables, self._width, self._arrays, self._limit, self._whole = tables, width, arrays, limit, whole
         self._matrix = Matrix.empty(0, width, arrays)
-        # generation -> its first scene, its first subject, the end
+        # generation -> first scene, first subject, end
         self._places: dict[str, tuple[int, int, int]] = {}
         self._used = 0
         self._snapshot: Snapshot | None = None
         self._loading = threading.Lock()
 
     def snapshot(self) -> Snapshot:
-        """The library as it is now. While another thread loads for long: as it was before, except the first time."""
+        """Returns the library's current state. While another thread loads for long, the state before, except the first
+        time.
+        """
         held = self._snapshot
         if held is not None and held.version == self._tables.version():
             return held
@@ -127,7 +130,7 @@ class Vectors:
             self._loading.release()
 
     def part(self, snapshot: Snapshot, numbers: I64) -> Snapshot:
-        """A snapshot of a few videos of a larger one, with their rows."""
+        """Returns a snapshot of a few videos of a larger one, with their rows."""
         records = [snapshot.records[number] for number in np.sort(numbers).tolist()]
         part = Vectors(self._tables, self._width, self._arrays, self._limit)
         part._matrix = Matrix.empty(sum(record.rows for record in records), self._width, self._arrays)
@@ -137,7 +140,7 @@ class Vectors:
     def _load(self) -> Snapshot:
         lacking: list[Record] = []
         for _ in range(ATTEMPTS):
-            version = self._tables.version()  # first: what is committed later is seen by the next load
+            version = self._tables.version()  # before reading, so that the next load sees later commits
             known = self._tables.records()
             records = [record for record in known if record.status == "ok" and record.frames]
             names = [name for record in known for name in (record.id, record.path)]
@@ -167,10 +170,10 @@ class Vectors:
         return Snapshot(version, tuple(records), _numbers(records, names), self._matrix, spans, left_out)
 
     def _hold(self, records: Sequence[Record]) -> list[Record]:
-        """Reads the rows that are not held yet.
+        """Reads the missing rows.
 
         Returns:
-            The records whose rows are not as they were written: the video was replaced meanwhile, or is damaged.
+            The records whose rows differ from what was written: replaced meanwhile, or damaged.
         """
         wanted = {record.generation: record for record in records}
         self._places = {name: place for name, place in self._places.items() if name in wanted}
@@ -183,7 +186,7 @@ class Vectors:
             if rows.counts != (record.frames, record.subjects) or record.digest not in (None, rows.digest):
                 continue
             block = Matrix.of(rows, record.scenes or record.shots)
-            if np.isfinite(block.vectors).all():  # else they would spoil the order of all videos
+            if np.isfinite(block.vectors).all():  # else the videos would get out of order
                 self._write(name, block, len(rows))
         return [record for record in records if record.generation not in self._places]
 
@@ -198,7 +201,7 @@ class Vectors:
         self._places[generation] = low, low + frames, end
 
     def _move(self, rows: int) -> None:
-        """Copies what is kept to the start of a new matrix with room for this many rows and more."""
+        """Copies the rows in use into a new matrix with room for at least `rows`."""
         old, places = self._matrix, self._places
         self._matrix = Matrix.empty(rows + rows // 8 + SPARE_ROWS, self._width, self._arrays)
         self._places, self._used = {}, 0
@@ -207,13 +210,13 @@ class Vectors:
 
 
 def _numbers(records: Sequence[Record], names: Iterable[str]) -> dict[str, int]:
-    """The index of the record of each id and path, -1 of the other names."""
+    """id or path -> index of the record; -1 for other names."""
     own = {name: number for number, record in enumerate(records) for name in (record.id, record.path)}
     return dict.fromkeys(names, -1) | own
 
 
 def vector_at(snapshot: Snapshot, number: int, seconds: float, arrays: Arrays) -> F32:
-    """[D] float32: the vector of the frame shown at a time of a video; the first one's before it."""
+    """[D] float32: the scene vector of the frame shown at a time; before the first frame, the first."""
     assert snapshot.matrix is not None
     (at,) = np.flatnonzero(snapshot.spans.video == number)
     low, high = int(snapshot.spans.low[at]), int(snapshot.spans.high[at])

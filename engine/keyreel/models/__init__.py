@@ -1,1 +1,1 @@
-"""The built-in model, and models that one command installs."""
+"""The built-in model, and the installation of others."""

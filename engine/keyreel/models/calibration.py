@@ -1,6 +1,6 @@
-"""What makes the scores of a model that is not fitted comparable, measured on 32 drawn pictures that ship with keyreel.
+"""Calibrates the scores of a model without fit, on 32 drawn pictures that ship with keyreel.
 
-`calibration.jpg` holds them in four rows of eight; `python -m keyreel_export.templates` draws them anew.
+`calibration.jpg` has them in four rows of eight; `python -m keyreel_export.templates` draws them again.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ WORDS = (
     "person", "crowd", "dog", "bird", "flower", "forest", "mountain", "sea", "sky", "night", "snow", "fire", "street",
     "house", "car", "boat", "room", "table", "book", "screen", "text", "food", "ball", "red circle",
 )  # fmt: skip
-STORED_STILL = 0.35  # share of pictures in which nothing moves, whose subject is stored where nothing is fitted
-# How far cosines of a picture with WORDS lie apart (standard deviation) by the built-in model.
+STORED_STILL = 0.35  # without fit: share of the pictures, all stills, whose subject is stored
+# Standard deviation of a picture's cosines with WORDS, for the built-in model.
 BUILTIN_SPREAD = 0.081
-# The mean cosine of two of the pictures by it.
+# The mean cosine of two of the pictures, for the built-in model.
 BUILTIN_STRANGERS = 0.23
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What the pictures say of a model that is not fitted."""
+    """The calibration of a model without fit."""
 
     scale: SubjectScale
-    spread: float  # how far its cosines with texts lie apart, relative to the built-in model's
-    # The cosine of shots of one scene: as far between that of strangers and 1 as the built-in model's is.
+    spread: float  # spread of its cosines with texts, relative to the built-in model
+    # Cosine of shots of one scene: between that of unrelated pictures and 1, in proportion as for the built-in model.
     scene_similarity: float
 
 
 def pictures(how: ImageTransform) -> U8:
-    """The pictures as a model takes them: [32, H, W, 3] uint8."""
+    """The pictures as the model's input: [32, H, W, 3] uint8."""
     with Image.open(PICTURES) as file:
         sheet = file.convert("RGB")
     side = sheet.width // ACROSS
@@ -48,7 +48,7 @@ def pictures(how: ImageTransform) -> U8:
 
 
 def as_seen(image: Image.Image, how: ImageTransform) -> U8:
-    """[H, W, 3] uint8: a picture as the image tower gets it."""
+    """Prepares a picture as the image tower's input: [H, W, 3] uint8."""
     size, resampling = (how.width, how.height), resampling_of(how)
     if how.mode == "shortest":
         image = ImageOps.fit(image, size, resampling)
@@ -65,7 +65,9 @@ def resampling_of(how: ImageTransform) -> Image.Resampling:
 
 
 def calibrate(scene: F32, subject: F32, texts: F32) -> Calibration:
-    """What a model makes of the pictures: scene and subject [32, D], and of WORDS: texts [L, D], all of unit length."""
+    """Calibrates a model by its vectors of the pictures, scene and subject [32, D], and of WORDS, texts [L, D], all
+    unit length.
+    """
     cosines = scene @ texts.T
     spread = float((cosines - cosines.mean(1, keepdims=True)).std()) / BUILTIN_SPREAD
     strangers = float((scene @ scene.T)[np.triu_indices(len(scene), 1)].mean())
@@ -75,10 +77,10 @@ def calibrate(scene: F32, subject: F32, texts: F32) -> Calibration:
 
 
 def scale_without_training(scene: F32, subject: F32, texts: F32) -> SubjectScale:
-    """What makes the larger of both scores fair where nothing is fitted: both have the same mean.
+    """The scale that gives scores of scene and subject the same mean, so that their maximum is fair without fit.
 
     Args:
-        scene, subject: [N, D], of pictures in which nothing moves. texts: [L, D]. All of unit length.
+        scene, subject: [N, D] of stills. texts: [L, D]. All unit length.
     """
     offset, same = float((scene @ texts.T).mean() - (subject @ texts.T).mean()), (scene * subject).sum(1)
     return SubjectScale(1.0, round(offset, 4), round(float(np.quantile(same, STORED_STILL)), 4))

@@ -1,7 +1,7 @@
-"""Models that one command installs: where their weights are, what they are good for.
+"""The catalogue of models to install: where their weights are, and what they are good for.
 
-Revisions and digests pin each file. They are facts of the Hugging Face Hub, carried over from public lock files and
-catalogues that agree with each other, since the hub could not be reached where this list was made.
+Revisions and digests pin each file on the Hugging Face Hub. They come from public lock files and catalogues that agree
+with each other, since the hub could not be reached where this list was made.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MIT = "MIT"
 APACHE = "Apache-2.0"
 APPLE = "Apple ML Research License: for research only"
 
-# Tokenizers that come whole from the repository of the weights; all others are built from CLIP's merges.
+# These tokenizers come from the repository of the weights; all others are built from CLIP's merges.
 GEMMA: Mapping[str, Any] = {
     "kind": "file",
     "sha256": "220c63d496e0c14e63eb656c91e0215e926202e4c74b1f089e09f1920d779b04",
@@ -42,7 +42,7 @@ class Weights:
     repository: str  # on the Hugging Face Hub
     revision: str  # the commit
     sha256: str  # of the file
-    size_bytes: int  # of the file; of some only its rounded size is known
+    size_bytes: int  # of the file; rounded for some
     licence: str
     about: str  # what it is good for
     gigaflops: float  # of the image tower, a frame
@@ -55,11 +55,11 @@ class Weights:
 
     @property
     def architecture(self) -> str:
-        """As open_clip spells it."""
+        """The architecture, as open_clip spells it."""
         return self.name.partition("/")[0]
 
     def image(self, height: int, width: int) -> ImageTransform:
-        """What the tower takes."""
+        """How to prepare frames for the tower."""
         return ImageTransform(height, width, self.mode, self.interpolation)  # type: ignore[arg-type]
 
 
@@ -169,5 +169,5 @@ ARCHITECTURES = tuple(dict.fromkeys(weights.architecture for weights in CATALOGU
 
 
 def find(name: str) -> Weights | None:
-    """The weights of that name."""
+    """Finds the weights of that name."""
     return next((weights for weights in CATALOGUE if weights.name == name), None)

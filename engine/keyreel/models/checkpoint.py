@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint in safetensors, which holds numbers and nothing that could run."""
+"""Reads the tensors of a checkpoint in safetensors, which has only numbers and cannot run code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HINT = "use a checkpoint of open_clip in safetensors, with open_clip's tensor na
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An open checkpoint whose names and shapes are those of an architecture."""
+    """An open checkpoint, with names and shapes of an architecture."""
 
     path: Path
     file: Any  # safetensors'
@@ -30,16 +30,16 @@ class Checkpoint:
     pixels: Pixels
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> F32:
-        """A tensor by its name in open_clip's state dict, float32."""
+        """Reads a tensor by its name in open_clip's state dict, as float32."""
         name = self.prefix + name
-        if self.file.get_slice(name).get_dtype() == "BF16":  # NumPy has no such type: the upper half of a float32
+        if self.file.get_slice(name).get_dtype() == "BF16":  # bfloat16, which NumPy lacks: the upper half of a float32
             raw = np.frombuffer(_raw(self.path, name), np.uint16)
             return (raw.astype(np.uint32) << 16).view(np.float32).reshape(shape)
         values: F32 = self.file.get_tensor(name).astype(np.float32, copy=False)
         return values
 
     def image(self, name: str) -> F32:
-        """What the tower does to pixels of 0..255: `offset` is subtracted, `factor` multiplied; float32 [3]."""
+        """`offset` or `factor`, float32 [3]: the tower sees (pixels - offset) * factor, for pixels of 0..255."""
         mean, scale = (np.array(values, np.float32) for values in self.pixels)
         full = np.float32(255)
         return full * mean if name == "offset" else np.float32(1) / (full * scale)
@@ -49,14 +49,14 @@ class Checkpoint:
 def opened(
     path: Path, architecture: str, shapes: Mapping[str, tuple[int, ...]], pixels: Pixels
 ) -> Iterator[Checkpoint]:
-    """Opens a checkpoint and compares its tensors with those that an architecture has.
+    """Opens a checkpoint, and checks its tensors against an architecture.
 
     Args:
         shapes: by name, of open_clip's state dict.
-        pixels: mean and scale of the pixels that the weights were trained with.
+        pixels: mean and scale of the pixels in the training.
 
     Raises:
-        CheckpointMismatch: not safetensors, or other names, shapes or types of tensors.
+        CheckpointMismatch: not safetensors, or tensors with other names, shapes or types.
     """
     try:
         file: Any = safetensors.safe_open(path, framework="numpy")
@@ -66,7 +66,7 @@ def opened(
         names = set(file.keys())
         prefix = "module." if names and all(name.startswith("module.") for name in names) else ""
         wanted = {prefix + name: shape for name, shape in shapes.items()}
-        # Numbers that only the training needs may be there or not.
+        # Tensors that only the training needs are optional.
         missing = sorted(name for name in set(wanted) - names if wanted[name])
         unknown = sorted(name for name in names - set(wanted) if file.get_slice(name).get_shape())
         problems = [f"lacks {name}" for name in missing] + [f"has {name}, which is unknown" for name in unknown]
@@ -86,7 +86,7 @@ def opened(
 
 
 def _raw(path: Path, name: str) -> bytes:
-    """The bytes of a tensor, whose offsets the file's header has."""
+    """Reads the bytes of a tensor, by the offsets in the file's header."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         begin, end = json.loads(file.read(length))[name]["data_offsets"]

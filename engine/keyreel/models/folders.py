@@ -1,4 +1,4 @@
-"""Folders that are replaced whole or not at all, bundles among them."""
+"""Replaces folders, such as bundles, whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from keyreel.errors import KeyreelError, ModelError
 from keyreel.models import verify
 from keyreel.runtime.bundle import MANIFEST, SCHEMA, Bundle, sha256_of, write_manifest
 
-_SAME = {"fp32": 1e-5, "fp16": 2e-3}  # the largest difference of scene vectors that are the same
+_SAME = {"fp32": 1e-5, "fp16": 2e-3}  # largest difference of equal scene vectors
 
 
 def check_replaceable(folder: Path, foreign: Callable[[Path], str | None]) -> None:
-    """Refuses to replace a file, or a folder in which `foreign` finds something that keyreel did not write."""
+    """Raises ModelError for a file, or a folder in which `foreign` finds something that keyreel did not write."""
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{folder} is a file", hint="name a folder")
     name = foreign(folder) if folder.is_dir() and any(folder.iterdir()) else None
@@ -30,7 +30,7 @@ def check_replaceable(folder: Path, foreign: Callable[[Path], str | None]) -> No
 
 
 def check_space(folder: Path, size: int) -> None:
-    """Raises ModelError where a disk has less room than `size` bytes."""
+    """Raises ModelError if the disk has fewer free bytes than `size`."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -44,7 +44,7 @@ def check_space(folder: Path, size: int) -> None:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder to write to, put in the place of `folder` at the end, removed after an error."""
+    """Yields an empty folder to write to. At the end it replaces `folder`; after an error it is deleted."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".keyreel-export-") as aside:
         made = Path(aside) / "made"
@@ -56,7 +56,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def foreign_to_bundle(folder: Path) -> str | None:
-    """Something in a folder that no bundle's manifest names."""
+    """Finds something in a folder that no bundle's manifest names."""
     names = {path.name for path in folder.iterdir()}
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
@@ -67,15 +67,15 @@ def foreign_to_bundle(folder: Path) -> str | None:
 
 
 def write_bundle_manifest(made: Path, manifest: dict[str, Any], replaced: Path) -> None:
-    """Writes the manifest of a bundle whose other files are there.
+    """Writes the manifest of a bundle whose other files exist.
 
-    If the bundle that it replaces has the same scene vectors, it is named in it with those that it names: libraries
-    that were made with it open as they are.
+    If the replaced bundle has the same scene vectors, the manifest names it, and the ones that it names, so that their
+    libraries can be opened.
     """
     earlier: dict[str, str] = manifest["fusion"]["same_scene"]
     try:
         old: Bundle | None = Bundle.load(replaced)
-    except KeyreelError:  # there is none, or it cannot be used
+    except KeyreelError:  # none, or not usable
         old = None
     if old is None or not _same_scene(old, made, manifest):
         write_manifest(made, manifest)
@@ -90,8 +90,8 @@ def write_bundle_manifest(made: Path, manifest: dict[str, Any], replaced: Path) 
 
 
 def _same_scene(old: Bundle, made: Path, manifest: dict[str, Any]) -> bool:
-    """Whether both bundles make the same scene vectors: of the same pictures the same tokens, of these the same
-    vectors. The layers after the tokens are compared by what they make, since the graphs differ by the subject's.
+    """Whether both bundles make the same scene vectors: equal tokens of equal pictures, and equal vectors of these. It
+    compares the later layers by their results, since the graphs differ in the subject's layers.
     """
     if dataclasses.asdict(old.image) != manifest["image"]:
         return False

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face Hub, by huggingface_hub: its cache, mirrors, proxies and offline switches hold."""
+"""Downloads files of the Hugging Face Hub by huggingface_hub, with its cache, mirrors, proxies and offline switches."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def download(
 def download(
     repository: str, name: str, revision: str, size: int, progress: Progress, *, missing_ok: bool = False
 ) -> Path | None:
-    """A file of a repository, from the hub's cache or downloaded; what was cut off goes on where it was.
+    """Returns a file of a repository: from the hub's cache, else it downloads it. An interrupted download continues.
 
     Args:
-        size: about its bytes; the disk must have as many.
-        progress: called with "download", bytes done, bytes in all.
-        missing_ok: return None where the repository has no such file.
+        size: its approximate bytes; the disk must have as many free.
+        progress: called with ("download", bytes done, bytes in total).
+        missing_ok: return None if the repository has no such file.
 
     Raises:
         ModelError: the hub cannot be reached or refuses, there is no such repository, revision or file, or not enough
@@ -49,7 +49,7 @@ def download(
         except wrong.LocalEntryNotFoundError:
             check_space(Path(HF_HUB_CACHE), size)
         return Path(hf_hub_download(repository, name, revision=revision, tqdm_class=_reporting(progress)))
-    except wrong.LocalEntryNotFoundError as error:  # the hub cannot be reached; the cause says why
+    except wrong.LocalEntryNotFoundError as error:  # the hub cannot be reached; see the cause
         why = _first(error.__cause__ or error)
         raise ModelError(f"{repository}: {name} cannot be downloaded: {why}", hint=OFFLINE) from error
     except wrong.EntryNotFoundError as error:
@@ -61,7 +61,7 @@ def download(
 
 
 def forget(path: Path) -> None:
-    """Deletes a file from the hub's cache, so that it is downloaded anew."""
+    """Deletes a file from the hub's cache, so that the next use downloads it again."""
     with contextlib.suppress(OSError):
         path.resolve().unlink()
         path.unlink(missing_ok=True)
@@ -72,7 +72,7 @@ def _first(error: BaseException) -> str:
 
 
 def _reporting(progress: Progress) -> Any:
-    """A class of progress bars that draws nothing and reports."""
+    """A class of progress bars that calls `progress` and draws nothing."""
     from tqdm import tqdm
 
     class Reporting(tqdm):  # type: ignore[misc]
@@ -90,7 +90,7 @@ def _reporting(progress: Progress) -> Any:
 
 
 class _Nowhere:
-    """A stream that keeps nothing."""
+    """A stream that drops everything."""
 
     def write(self, text: str) -> int:
         return len(text)

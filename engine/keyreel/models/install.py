@@ -1,8 +1,8 @@
-"""From a checkpoint to a bundle, without PyTorch: `keyreel models install`.
+"""Makes a bundle of a checkpoint, without PyTorch: `keyreel models install`.
 
-The checkpoint is downloaded by huggingface_hub, with its cache, mirrors, proxies and offline switches, or given as a
-file. It fills the graphs of its architecture's template; the scores are calibrated on pictures that ship with keyreel;
-the bundle is run once, and put in place whole or not at all.
+The checkpoint is a download by huggingface_hub, with its cache, mirrors, proxies and offline switches, or a file. Its
+weights fill the graphs of the architecture's template. The scores are calibrated on pictures that ship with keyreel.
+The bundle runs once as a check, and is then put in place, whole or not at all.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from keyreel.runtime.bundle import MANIFEST, Bundle, bundle_folder, cache_root, 
 from keyreel.types import F32, I64, Progress
 
 PRECISIONS = ("fp32", "fp16", "int8")
-CHECKED = 8  # pictures that a bundle in half precision is compared on
+CHECKED = 8  # pictures to compare a bundle in half precision on
 _PACKAGES = ("keyreel", "numpy", "onnxruntime", "tokenizers")
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is to be installed."""
+    """What to install."""
 
-    name: str  # of the bundle, without its precision
-    weights: Weights  # of the architecture; of a checkpoint of the user's the first that the catalogue has
+    name: str  # name of the bundle, without its precision
+    weights: Weights  # of the catalogue; for the user's checkpoint, the first one of its architecture
     checkpoint: Path | None  # the user's own, or None to download
     tokenizer: Path | None
 
@@ -58,30 +58,31 @@ def install(
     """Installs a model of the catalogue, or your own weights of one of its architectures.
 
     Args:
-        name: ARCHITECTURE/TAG as in `keyreel models list`; with `checkpoint` an architecture alone will do.
-        checkpoint: a file in safetensors instead of a download. Where `name` is a model of the catalogue and
-            `called` is not given, it must be that model's file.
-        tokenizer: tokenizer.json or merges.txt; by default the one beside `checkpoint`, of another installed model, or
-            of the model's repository.
+        name: ARCHITECTURE/TAG as in `keyreel models list`; with `checkpoint`, an architecture suffices.
+        checkpoint: a safetensors file instead of a download. If `name` is a model of the catalogue and `called` is not
+            given, it must be the file of that model.
+        tokenizer: tokenizer.json or merges.txt; by default that beside `checkpoint`, of an installed model, or of the
+            model's repository.
         called: another name for the model; your own weights need one.
-        revision: another commit or branch of the model's repository; its file need not have the digest that is known.
+        revision: another commit or branch of the model's repository, without check of the digest.
         precision: "fp32", "fp16" for GPUs, or "int8" for CPUs; the last two make the model "NAME@fp16" or "NAME@int8".
-        folder: where to write; by default the user's cache. A bundle in it is replaced.
-        progress: called with "download", bytes done, bytes in all; then "weights", "check", steps done, steps in all.
+        folder: where to write; by default the user's cache. It replaces a bundle there.
+        progress: called with ("download", bytes done, bytes in total), then ("weights" | "check", steps done, steps in
+            total).
 
     Returns:
         The folder.
 
     Raises:
-        ModelNotFound: the catalogue has no such model; `near` has close ones.
-        CheckpointMismatch: a file with another digest, or a checkpoint with other names or shapes of tensors.
-        ModelError: a file that is not there, offline, not enough space on the disk, a folder that holds something else,
-            no tokenizer, weights that give no finite numbers, or int8 vectors that differ too much.
+        ModelNotFound: the catalogue has no such model; `near` has similar names.
+        CheckpointMismatch: a file has another digest, or a checkpoint has tensors with other names or shapes.
+        ModelError: a missing file, no network, a full disk, a folder with other files, no tokenizer, weights that give
+            infinite numbers, or int8 vectors that differ too much.
         MissingExtra: onnxruntime is not installed, or for int8 onnx.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    import_extra("onnxruntime", extra="cpu", purpose="installing a model")  # checked first: a download takes minutes
+    import_extra("onnxruntime", extra="cpu", purpose="installing a model")  # check first: a download takes minutes
     if precision == "int8":
         import_extra("onnx", extra="int8", purpose="quantising a model")
     wanted = _wanted(name, checkpoint, tokenizer, called, revision)
@@ -100,7 +101,7 @@ def install(
     clean, input_ = str(template.tokenizer["clean"]), manifest["attention"]["input"]
     with replacing(folder) as made, tempfile.TemporaryDirectory(dir=made.parent) as aside:
         made_tokenizer.save(str(made / "tokenizer.json"), pretty=False)
-        # In half precision too the scores are calibrated in float32, and the graphs compared with those in float32.
+        # Half precision: calibrate the scores in float32, and compare the graphs with float32.
         whole = Path(aside) if precision == "fp16" else made
         _fill(template, path, wanted.weights.pixels, {"fp32": whole, "fp16": made}, precision, report)
         report("check", 0, 2)
@@ -121,7 +122,7 @@ def install(
 def _fill(
     template: Template, path: Path, pixels: Pixels, folders: Mapping[str, Path], precision: str, report: Progress
 ) -> None:
-    """Writes the graphs of a precision, and of float32, with the weights of a checkpoint."""
+    """Writes the graphs, in a precision and in float32, with the weights of a checkpoint."""
     wanted = ("fp32", "fp16") if precision == "fp16" else ("fp32",)
     graphs = [(own, graph) for own in wanted for graph in GRAPHS]
     with opened(path, template.architecture, template.tensors, pixels) as values:
@@ -136,8 +137,8 @@ def remove(name: str) -> Path:
     """Deletes an installed or exported model from the cache. Returns its folder.
 
     Raises:
-        ModelNotFound: there is none of that name in the cache.
-        ModelError: the folder holds something else.
+        ModelNotFound: the cache has no model of that name.
+        ModelError: the folder has other files.
     """
     folder = bundle_folder(name)
     if not (folder / MANIFEST).is_file():
@@ -153,10 +154,11 @@ def installed() -> tuple[str, ...]:
 
 
 def check(name: str) -> dict[str, float]:
-    """Compares a model's files with its manifest, and runs it: every vector is finite and of unit length.
+    """Compares a model's files with its manifest, and runs it: every vector must be finite and have unit length.
 
     Returns:
-        "pictures" and "texts" that were encoded, and "length_difference", the largest of a vector's length from 1.
+        "pictures" and "texts", how many it encoded, and "length_difference", the largest difference of a vector's
+        length from 1.
 
     Raises:
         ModelNotFound: there is no such model.
@@ -204,7 +206,7 @@ def _check_builtin(template: Template) -> None:
 
 
 def _checkpoint(wanted: Wanted, revision: str | None, report: Progress) -> tuple[Path, dict[str, str]]:
-    """The checkpoint's file, and the manifest's entry on it."""
+    """Returns the file of the checkpoint, and its entry in the manifest."""
     weights, path = wanted.weights, wanted.checkpoint
     what = "image and text tower"
     if path is None:
@@ -225,7 +227,9 @@ def _checkpoint(wanted: Wanted, revision: str | None, report: Progress) -> tuple
 
 
 def _tokenizer(wanted: Wanted, template: Template, checkpoint: Path, report: Progress) -> Tokenizer:
-    """From the file that is given, that lies beside a checkpoint, of an installed model, or of the repository."""
+    """Builds the tokenizer: from the given file, one beside the checkpoint, of an installed model, or of the
+    repository.
+    """
     known = template.tokenizer
     if wanted.tokenizer is not None:
         return tokenizers.build(known, wanted.tokenizer)
@@ -247,10 +251,10 @@ def _tokenizer(wanted: Wanted, template: Template, checkpoint: Path, report: Pro
 def _vectors(
     folder: Path, image: ImageTransform, attention_input: str, ids: I64, precision: str
 ) -> tuple[F32, F32, F32]:
-    """Scenes and subjects of the pictures of calibration, and vectors of texts.
+    """Encodes the calibration pictures and texts: scenes, subjects, text vectors.
 
     Raises:
-        ModelError: they are not of unit length.
+        ModelError: a vector does not have unit length.
     """
     frames = calibration.pictures(image)
     feeds: list[verify.Feeds] = [{"frames": frames[first : first + 16]} for first in range(0, len(frames), 16)]
@@ -267,7 +271,7 @@ def _vectors(
 
 
 def _calibrate(folder: Path, image: ImageTransform, manifest: dict[str, Any], ids: I64) -> dict[str, float]:
-    """Adds what the pictures of calibration tell of a model to its manifest."""
+    """Adds the calibration to a manifest."""
     scene, subject, texts = _vectors(folder, image, manifest["attention"]["input"], ids, "fp32")
     told = calibration.calibrate(scene, subject, texts)
     manifest["subject"] = dataclasses.asdict(told.scale)
@@ -280,7 +284,7 @@ def _length_difference(*vectors: F32) -> float:
 
 
 def _compare(whole: Path, halves: Path, image: ImageTransform, ids: I64) -> dict[str, float]:
-    """Compares graphs in half precision with those in float32, whose results are kept for TensorRT's plans."""
+    """Compares graphs in half precision with float32; stores the float32 results to check TensorRT plans."""
     frames = {"frames": calibration.pictures(image)[:CHECKED]}
     given: dict[str, verify.Feeds] = {"backbone": frames, "attention": frames, "text": {"token_ids": ids}}
     found: dict[str, verify.Found] = {}

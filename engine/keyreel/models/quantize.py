@@ -1,8 +1,8 @@
-"""Matrix products in 8 bits, which halve the time of a transformer's image tower on CPUs, or more.
+"""Quantises matrix products to 8 bits, which halves the time of a transformer's image tower on CPUs, or better.
 
-Weights are quantised once, with a scale per column; activations at run time, with a scale per product and batch, so
-that nothing is calibrated, and a vector depends slightly on the rest of its batch. Convolutions stay in float32, since
-onnxruntime took 1.1 to 6 times as long in 8 bits for RN50 and MobileCLIP2-S0; so do the small other graphs.
+Weights are quantised once, with a scale per column; activations at run time, with a scale per product and batch. So
+there is no calibration, and a vector depends slightly on the rest of its batch. Convolutions stay in float32, since
+onnxruntime took 1.1 to 6 times as long in 8 bits for RN50 and MobileCLIP2-S0; so do the other, small graphs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from keyreel.errors import ModelError, SourceError, import_extra
 from keyreel.models import verify
 from keyreel.types import U8
 
-# Cosine between a vector and the one in float32. The selection takes two frames that are more alike for one picture
-# (`similarity_limit`), as a frame must be with itself.
+# Least cosine of a vector with the one in float32. Frames with a higher cosine count as one picture
+# (`similarity_limit`), as a frame must with itself.
 MIN_COSINE = 0.97
 FRAMES = 16
 
 
 def pictures(image: ImageTransform, video: Path | None, seed: int) -> U8:
-    """Frames to measure the quantised tower on: [N, H, W, 3] uint8, evenly spread over a video, or by default shapes
+    """Frames to measure the quantised tower on, [N, H, W, 3] uint8: evenly spread over a video, or by default shapes
     with the power spectrum of photographs.
+
+    Raises:
+        SourceError: the length of the video is unknown.
     """
-    if video is None:  # every other one is white noise, which no video shows
+    if video is None:  # every other frame is white noise, which no video shows
         return verify.sample_frames(image.height, image.width, count=2 * FRAMES, seed=seed)[::2]
     with Source(video) as source:
         seconds = source.probe().duration_seconds
@@ -42,17 +45,20 @@ def pictures(image: ImageTransform, video: Path | None, seed: int) -> U8:
 
 
 def quantize_backbone(folder: Path, frames: U8, attention_input: str) -> dict[str, float]:
-    """Quantises the matrix products by constants of a bundle's float32 backbone.
+    """Quantises the products with constant matrices in a bundle's float32 backbone.
 
-    Weights get 7 of the 8 bits: CPUs without VNNI add pairs of products in 16 bits, which would overflow.
+    Weights use 7 of the 8 bits: CPUs without VNNI add pairs of products in 16 bits, which would overflow.
 
     Args:
-        folder: holds the graphs of images; backbone.onnx is replaced.
+        folder: has the image graphs; it replaces backbone.onnx.
         frames: [N, H, W, 3] uint8, one batch, to measure on with stock pooling.
-        attention_input: of the attention, "frames" or "tokens".
+        attention_input: "frames" or "tokens".
 
     Returns:
-        "int8_cosine", the lowest between a vector and the one in float32, "int8_cosine_mean" and "int8_frames".
+        "int8_cosine", the lowest cosine of a vector with the one in float32, "int8_cosine_mean" and "int8_frames".
+
+    Raises:
+        ModelError: the backbone has no such products, or its vectors differ too much.
     """
     onnx = import_extra("onnx", extra="int8", purpose="quantising a model")
     import_extra("onnxruntime", extra="cpu", purpose="quantising a model")
@@ -90,6 +96,6 @@ def quantize_backbone(folder: Path, frames: U8, attention_input: str) -> dict[st
     cosines = (found * expected).sum(axis=1)
     lowest = float(cosines.min())
     if not lowest >= MIN_COSINE:  # refuses NaN too
-        hint = "export it with --precision fp32, or measure on frames of your own with --verify-video"
+        hint = "export it with --precision fp32, or measure on your own frames with --verify-video"
         raise ModelError(f"in 8 bits vectors differ: cosine {lowest:.4f}, allowed >= {MIN_COSINE}", hint=hint)
     return {"int8_cosine": lowest, "int8_cosine_mean": float(cosines.mean()), "int8_frames": float(len(cosines))}

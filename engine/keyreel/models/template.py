@@ -1,10 +1,10 @@
-"""The graphs of an architecture without its weights, and how a checkpoint fills them.
+"""Templates: the graphs of an architecture without weights, and how a checkpoint fills them.
 
-An ONNX file is nodes and, between them, the bytes of its weights. A template keeps all but those bytes. For each gap it
-says what fills it: a tensor of the checkpoint, or what a few steps of arithmetic make of some (a transpose, a part, the
-branches of a FastViT folded into one convolution). These are the steps of an export by torch, in its order, so the
-files are those of `keyreel export`, to the bit. Branches are folded in float64 and then rounded, since the last digit
-of a square root in float32 depends on the library.
+An ONNX file consists of nodes and, between them, the bytes of weights. A template has everything but those bytes. For
+each gap it says what fills it: a tensor of the checkpoint, or the result of a few steps of arithmetic (a transpose, a
+slice, the branches of a FastViT folded into one convolution). These are the steps of torch's export, in its order, so
+the files equal those of `keyreel export` to the bit. Branches are folded in float64 and then rounded, since the last
+digit of a square root in float32 depends on the library.
 
 A template is a file `templates/ARCHITECTURE.xz`: LZMA of the length of a JSON document (8 bytes, little endian), the
 document, and all bytes that are kept. `python -m keyreel_export.templates` writes them.
@@ -32,11 +32,11 @@ GRAPHS = ("backbone", "attention", "fusion", "text")
 EXPORT = f"`keyreel export MODEL` makes bundles of all models of open_clip (needs {pip_install('export')})"
 
 Array: TypeAlias = NDArray[Any]
-Step: TypeAlias = Sequence[Any]  # the name of an operation and its arguments: numbers of earlier steps, constants
+Step: TypeAlias = Sequence[Any]  # an operation and its arguments: numbers of earlier steps, or constants
 
 
 class Values(Protocol):
-    """Where the values of the first steps come from."""
+    """The source of the values of the first steps."""
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Array:
         """A tensor of the checkpoint, float32."""
@@ -66,10 +66,10 @@ class Template:
     steps: Sequence[Step]
     # By precision, then graph: the number of bytes to copy, the step that fills the gap after them, and so on by turns.
     pieces: Mapping[str, Mapping[str, Sequence[int]]]
-    manifest: Mapping[str, Any]  # the bundle's, less what depends on the weights
+    manifest: Mapping[str, Any]  # of the bundle, without what depends on the weights
     tokenizer: Mapping[str, Any]  # see `tokenizer`
-    builtin: Mapping[str, str]  # sha256 of the built-in model's files from which weights are taken
-    versions: Mapping[str, str]  # of the packages that made the graphs
+    builtin: Mapping[str, str]  # sha256 of the built-in model's files that give weights
+    versions: Mapping[str, str]  # versions of the packages that made the graphs
     body: bytes = field(repr=False)
 
     @classmethod
@@ -77,7 +77,7 @@ class Template:
         """The template of an architecture that ships with keyreel.
 
         Raises:
-            ModelError: there is none.
+            ModelError: there is no such template.
         """
         path = folder / f"{architecture}.xz"
         if path.parent != folder or not path.is_file():
@@ -87,12 +87,16 @@ class Template:
 
     @classmethod
     def read(cls, path: Path) -> Template:
-        """Reads a template's file."""
+        """Reads a template's file.
+
+        Raises:
+            ModelError: the template has another version.
+        """
         data = lzma.decompress(path.read_bytes())
         end = 8 + int.from_bytes(data[:8], "little")
         document = json.loads(data[8:end])
         if document.pop("schema") != SCHEMA:
-            raise ModelError(f"{path}: this is no {SCHEMA}", hint="install keyreel again")
+            raise ModelError(f"{path}: not a {SCHEMA}", hint="install keyreel again")
         shapes = {name: tuple(shape) for name, shape in document.pop("tensors").items()}
         return cls(**document, tensors=shapes, body=data[end:])
 
@@ -105,7 +109,7 @@ class Template:
         path.write_bytes(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
 
     def fill(self, precision: str, graph: str, source: Values, file: BinaryIO) -> None:
-        """Writes a graph with its weights, one after the other: at most a few of them are in memory."""
+        """Writes a graph with its weights, one after the other, so that memory holds only a few."""
         position = self._start(precision, graph)
         pieces = self.pieces[precision][graph]
         for place, number in enumerate(pieces):
@@ -116,12 +120,12 @@ class Template:
                 file.write(np.ascontiguousarray(self.value(number, source)).data)
 
     def size(self, precision: str) -> int:
-        """About how many bytes the graphs of a precision take."""
+        """The approximate bytes of the graphs of a precision."""
         parameters = sum(int(np.prod(shape)) for shape in self.tensors.values())
         return len(self.body) + parameters * (2 if precision == "fp16" else 4)
 
     def _start(self, precision: str, graph: str) -> int:
-        """Where in the body the bytes of a graph begin: they lie in the order of `pieces`."""
+        """The offset of a graph's bytes in the body; they are in the order of `pieces`."""
         position = 0
         for own, graphs in sorted(self.pieces.items()):
             for name in GRAPHS:
@@ -131,7 +135,11 @@ class Template:
         raise ValueError(f"the template has no {graph} in {precision}")
 
     def value(self, number: int, source: Values) -> Array:
-        """The array that a step gives."""
+        """The array that a step gives.
+
+        Raises:
+            ValueError: an unknown step.
+        """
         name, *arguments = self.steps[number]
         if name in _ARITHMETIC:
             made = [self.value(one, source) if isinstance(one, int) else one for one in arguments]

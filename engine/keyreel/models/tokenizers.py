@@ -1,7 +1,7 @@
 """The tokenizer of an installed model, from a file of its repository.
 
 open_clip's own tokenizer is CLIP's merges (Radford et al. 2021) and open_clip's rules around them. A template has the
-rules and the digest of the whole; the merges come from any file that has them, and a wrong one is refused.
+rules and the digest of the result; the merges come from any file that has them, and a wrong one is refused.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from keyreel.runtime.bundle import sha256_of
 from keyreel.runtime.text import clean_text
 from keyreel.types import I64
 
-FILES = ("tokenizer.json", "merges.txt")  # that a repository may have, the better one first
+FILES = ("tokenizer.json", "merges.txt")  # file names in a repository, the better one first
 HINT = "use --tokenizer with the tokenizer.json or merges.txt of these weights"
 
 
 def build(known: Mapping[str, Any], path: Path) -> Tokenizer:
-    """The tokenizer that a template describes, of a file.
+    """Builds the tokenizer that a template describes from a file.
 
     Args:
         known: `Template.tokenizer`.
@@ -33,7 +33,7 @@ def build(known: Mapping[str, Any], path: Path) -> Tokenizer:
 
     Raises:
         ModelError: the file cannot be read.
-        CheckpointMismatch: it gives another tokenizer.
+        CheckpointMismatch: the file gives another tokenizer.
     """
     if known["kind"] == "merges":
         return _from_merges(known, path)
@@ -51,7 +51,7 @@ def build(known: Mapping[str, Any], path: Path) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, clean: str, texts: Sequence[str]) -> I64:
-    """Token ids as keyreel makes them: [Q, L] int64."""
+    """Converts texts to token ids, [Q, L] int64."""
     return np.array([row.ids for row in tokenizer.encode_batch([clean_text(text, clean) for text in texts])], np.int64)
 
 
@@ -63,7 +63,7 @@ def _from_merges(known: Mapping[str, Any], path: Path) -> Tokenizer:
     document["model"] |= {"vocab": vocabulary, "merges": [*merges, *known["special_merges"]]}
     try:
         tokenizer = Tokenizer.from_str(json.dumps(document))
-    except Exception as error:  # the package raises a bare Exception: a merge of pieces that are not there
+    except Exception as error:  # the package raises a bare Exception for a merge of unknown pieces
         raise CheckpointMismatch(f"{path} is not the model's tokenizer: {error}", hint=HINT) from error
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     if digest != known["sha256"]:
@@ -72,7 +72,7 @@ def _from_merges(known: Mapping[str, Any], path: Path) -> Tokenizer:
 
 
 def _merges(path: Path) -> list[list[str]]:
-    """Pairs of pieces, in the order of their ranks."""
+    """Reads the pairs of pieces, in order of rank."""
     try:
         text = path.read_text("utf-8")
         if not text.lstrip().startswith("{"):  # the first line is the version

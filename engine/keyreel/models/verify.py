@@ -1,4 +1,4 @@
-"""A bundle's graphs, run on the CPU and compared with what they should give.
+"""Runs a bundle's graphs on the CPU, and compares the results with references.
 
 The references are in float32, also for graphs in half precision.
 """
@@ -30,7 +30,7 @@ OUTPUTS = {
     "fusion": ("scene", "subject", "map"),
     "text": ("vectors",),
 }
-# A protobuf message ends at 2 GiB; weights beyond go to a file of their own, <name>.onnx.data.
+# A protobuf message has at most 2 GiB; larger weights go to a separate file, <name>.onnx.data.
 LARGEST_INSIDE_BYTES = (1 << 31) - (64 << 20)
 
 # The largest absolute difference: of tokens relative to their largest value, of maps relative to 1/P.
@@ -38,20 +38,21 @@ BOUNDS: Mapping[str, Mapping[str, float]] = {
     "fp32": {"backbone": 1e-4, "attention": 1e-3, "fusion": 1e-4, "identity": 1e-4, "text": 1e-5},
     "fp16": {"backbone": 3e-2, "attention": 5e-2, "fusion": 2e-2, "identity": 2e-2, "text": 2e-2},
 }
-MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999}  # between a vector and its reference
+MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999}  # of a vector and its reference
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One feed of a graph and the results that it should give."""
+    """A feed of a graph, and the expected results."""
 
     feeds: Feeds
     expected: Found
 
 
 def sample_frames(height: int, width: int, *, count: int, seed: int) -> U8:
-    """[count, H, W, 3] uint8, by turns smooth shapes with the power spectrum of photographs (amplitude ~ 1/frequency:
-    Field, J. Opt. Soc. Am. A 4, 1987) and white noise."""
+    """Makes [count, H, W, 3] uint8: alternately smooth shapes with the power spectrum of photographs (amplitude ~
+    1/frequency: Field, J. Opt. Soc. Am. A 4, 1987) and white noise.
+    """
     random = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1.0 / max(height, width)
@@ -66,7 +67,11 @@ def sample_frames(height: int, width: int, *, count: int, seed: int) -> U8:
 
 
 def run_graph(path: Path, feeds: list[Feeds], precision: str) -> list[Found]:
-    """Runs an ONNX graph on the CPU."""
+    """Runs an ONNX graph on the CPU.
+
+    Raises:
+        ModelError: onnxruntime cannot run the graph.
+    """
     if precision == "fp16":
         return _run_in_process(path, feeds)
     runtime = import_extra("onnxruntime", extra="cpu", purpose="checking a model")
@@ -80,7 +85,7 @@ def run_graph(path: Path, feeds: list[Feeds], precision: str) -> list[Found]:
 
 
 def run_chain(folder: Path, frames: list[Feeds], attention_input: str, precision: str) -> list[Found]:
-    """Frames through a bundle's backbone, attention and fusion, as stills: scene, subject and map for each feed."""
+    """Runs frames, as stills, through backbone, attention and fusion: scene, subject and map for each feed."""
     tokens = run_graph(folder / "backbone.onnx", frames, precision)
     seen: list[Feeds] = frames if attention_input == "frames" else [{"tokens": own} for (own,) in tokens]
     maps = run_graph(folder / "attention.onnx", seen, precision)
@@ -109,7 +114,7 @@ def _run_in_process(path: Path, feeds: list[Feeds]) -> list[Found]:
 
 
 def write_reference(folder: Path, cases: Mapping[str, tuple[Case, Sequence[str]]]) -> None:
-    """Stores what TensorRT plans in half precision are checked against: a case of each graph and its outputs' names."""
+    """Stores the references for TensorRT plans in half precision: a case and the output names of each graph."""
     arrays = {
         f"{graph}.{name}": array
         for graph, (case, outputs) in cases.items()
@@ -119,10 +124,13 @@ def write_reference(folder: Path, cases: Mapping[str, tuple[Case, Sequence[str]]
 
 
 def check(graph: str, found: list[Found], expected: list[Found], precision: str) -> dict[str, float]:
-    """Compares a graph's results with the expected ones, case by case; "identity" is the scene of the whole chain.
+    """Compares a graph's results with the expected ones, case by case. "identity" is the scene of the whole chain.
 
     Returns:
         "<graph>_difference" and, for unit vectors, "<graph>_cosine".
+
+    Raises:
+        ModelError: a result differs from its reference.
     """
     pairs = [pair for own, wanted in zip(found, expected, strict=True) for pair in zip(own, wanted, strict=True)]
     for a, b in pairs:
@@ -139,7 +147,7 @@ def check(graph: str, found: list[Found], expected: list[Found], precision: str)
         message = f"{graph}_difference {difference:.3g}, allowed <= {bound}"
         raise ModelError(f"a graph differs from its reference: {message}")
     if graph not in ("backbone", "attention"):
-        # A map is no unit vector: it is divided by its length.
+        # A map is not a unit vector: divide by its length.
         cosines = [(a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1)) for a, b in pairs]
         cosine = measured[f"{graph}_cosine"] = float(np.min([cosine.min() for cosine in cosines]))
         if not cosine >= MIN_COSINE[precision]:

@@ -1,4 +1,4 @@
-"""Captions: the lines of a video's text subtitles that are spoken in a reel, moved to their place in it."""
+"""Adds captions to a reel: the video's text subtitles within its spans, at their time in the reel."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from keyreel.decode.source import Source
 from keyreel.render.sound import origin_of
 from keyreel.types import Shot
 
-TEXTS = ("subrip", "mov_text", "webvtt", "ass", "text")  # FFmpeg's decoders give ASS lines of them
+TEXTS = ("subrip", "mov_text", "webvtt", "ass", "text")  # codecs that FFmpeg decodes to ASS lines
 MILLISECONDS = Fraction(1, 1000)
 _OVERRIDE = re.compile(r"\{\\[^}]*\}")  # ASS: styles within a line
-# What FFmpeg's encoders want to know of styles; the lines use none.
+# The header that FFmpeg's encoders need; the lines use no styles.
 _HEADER = b"""[Script Info]
 ScriptType: v4.00+
 [V4+ Styles]
@@ -33,7 +33,7 @@ Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
 
 
 class Line(NamedTuple):
-    """A text that is shown on [start, stop) seconds."""
+    """A text shown on [start, stop) seconds."""
 
     start: float
     stop: float
@@ -41,7 +41,7 @@ class Line(NamedTuple):
 
 
 def lines_of(source: Source) -> list[Line]:
-    """The lines of the first text track, in time order; none where there is no such track.
+    """Reads the lines of the first text track, in time order; none without such a track.
 
     Raises:
         SourceError: the video cannot be opened.
@@ -56,7 +56,7 @@ def lines_of(source: Source) -> list[Line]:
             if other.index != track.index:
                 other.discard = Discard.all
         found: list[Line] = []
-        with suppress(*BROKEN):  # what was read is kept
+        with suppress(*BROKEN):  # keep the lines so far
             for packet in demux(container, track):
                 found += _decoded(packet, origin)
     return sorted(found)
@@ -74,7 +74,7 @@ def _decoded(packet: Packet[Any], origin: float) -> Iterator[Line]:
 
 
 def in_reel(lines: Sequence[Line], spans: Sequence[Shot]) -> list[Line]:
-    """The parts of the lines that lie in the spans, at their time in the reel."""
+    """Cuts the lines to the spans, and moves them to their time in the reel."""
     found: list[Line] = []
     begin = 0.0
     for span in spans:
@@ -88,7 +88,7 @@ def in_reel(lines: Sequence[Line], spans: Sequence[Shot]) -> list[Line]:
 
 
 def in_turn(lines: Sequence[Line]) -> list[Line]:
-    """The same without overlaps, which MP4 does not know: lines that are shown together become one text meanwhile."""
+    """Removes overlaps, which MP4 does not allow: lines shown at the same time become one text for that time."""
     found: list[Line] = []
     for start, stop in pairwise(sorted({time for line in lines for time in line[:2]})):
         text = "\n".join(line.text for line in lines if line.start <= start and stop <= line.stop)
@@ -100,7 +100,7 @@ def in_turn(lines: Sequence[Line]) -> list[Line]:
 
 
 def add_captions(output: OutputContainer, source: Source, spans: Sequence[Shot]) -> list[Packet[Any]]:
-    """Adds a text track to MP4 or Matroska where the source has lines; returns its packets, which are muxed first.
+    """Adds a text track to MP4 or Matroska if the source has lines. Returns its packets; mux them first.
 
     Args:
         output: nothing is written to it yet.

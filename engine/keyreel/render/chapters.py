@@ -1,4 +1,4 @@
-"""Copies of a whole video, packet by packet: with its scenes as chapters, or in another container."""
+"""Copies a whole video packet by packet: with its scenes as chapters, or into another container."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MILLISECONDS = Fraction(1, 1000)
 
 
 def write_chapters(source: Source, scenes: Sequence[Shot], folder: Path) -> Path:
-    """Writes chapters.ffmetadata, and chapters.mp4 or chapters.mkv: picture, sound and text tracks of the source.
+    """Writes chapters.ffmetadata, and chapters.mp4 or chapters.mkv with the source's picture, sound and text tracks.
 
-    MP4 and MOV become MP4; all other containers become Matroska, which takes nearly every codec.
+    MP4 and MOV become MP4, all others Matroska, which takes nearly every codec.
 
     Returns:
-        the copy of the video.
+        The path of the copy.
 
     Raises:
-        RenderError: the container takes no track of the video.
+        RenderError: the container does not take any track of the video.
         SourceError: the video cannot be opened.
     """
     (folder / "chapters.ffmetadata").write_text(ffmetadata(scenes), encoding="utf-8")
@@ -63,13 +63,13 @@ def write_chapters(source: Source, scenes: Sequence[Shot], folder: Path) -> Path
 
 
 def write_remux(source: Source, path: Path, progress: Progress) -> None:
-    """Copies the picture and its first sound into an MP4 file.
+    """Copies the picture and the first sound track into an MP4 file.
 
     Args:
         progress: called with ("remux", seconds done, seconds in all).
 
     Raises:
-        RenderError: MP4 does not take them.
+        RenderError: MP4 does not take these codecs.
         SourceError: the video cannot be opened.
     """
     total = source.probe().duration_seconds
@@ -90,21 +90,19 @@ def _copy(
     streams: Mapping[int, Any],
     tell: Callable[[float], None] = lambda seconds: None,
 ) -> None:
-    """Copies the packets of these streams, by their index in the container."""
-    held: dict[int, list[Any]] = {}  # packets before the first one of their stream with a time of decoding
+    """Copies the packets of these streams; keys are indices in the container."""
+    held: dict[int, list[Any]] = {}  # packets before the first one of their stream with a dts
     begun: set[int] = set()
     for packet in container.demux([container.streams[index] for index in streams]):
         if not packet.size:
             continue
         if packet.pts is None:
-            raise RenderError(
-                f"{source.name}: its packets do not say when they are shown", hint="AVI and MPEG-PS often do not"
-            )
+            raise RenderError(f"{source.name}: its packets have no display times", hint="AVI and MPEG-PS often do not")
         if packet.is_keyframe:
             tell(max(0.0, float(packet.pts * packet.time_base)))
         index = packet.stream.index
         packets = [packet]
-        if index not in begun:  # Matroska keeps no times of decoding; FFmpeg knows them once it has seen some packets
+        if index not in begun:  # Matroska stores no dts; FFmpeg derives them after some packets
             held.setdefault(index, []).append(packet)
             if packet.dts is None:
                 continue
@@ -117,11 +115,11 @@ def _copy(
             own.stream = streams[index]
             output.mux(own)
     if held:
-        raise RenderError(f"{source.name}: its packets do not say when they are decoded")
+        raise RenderError(f"{source.name}: its packets have no decoding times")
 
 
 def ffmetadata(scenes: Sequence[Shot]) -> str:
-    """The scenes as FFmpeg's metadata file: `ffmpeg -i VIDEO -i FILE -map_metadata 1 -codec copy OUT` applies it."""
+    """Formats scenes as metadata for FFmpeg; `ffmpeg -i VIDEO -i FILE -map_metadata 1 -codec copy OUT` applies it."""
     lines = [";FFMETADATA1"]
     for number, scene in enumerate(scenes, 1):
         start, stop = round(1000 * scene.start_seconds), round(1000 * scene.stop_seconds)

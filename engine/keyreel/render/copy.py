@@ -1,6 +1,6 @@
-"""The reel without a loss: packets of picture and sound are copied as they are, in the time of reading.
+"""Makes a lossless reel: copies the packets of picture and sound, as fast as they can be read.
 
-A span can begin where a decoder starts anew and end where everything that was coded has been shown. Its ends are moved
+A span can begin where a decoder starts anew, and end where all coded frames have been shown. The ends of the spans move
 to the nearest such places.
 """
 
@@ -31,28 +31,28 @@ from keyreel.render.files import atomic_write
 from keyreel.render.sound import SoundReader
 from keyreel.types import F64, I64, Progress, Shot
 
-MOVE_SECONDS = 0.75  # an end of a span moves no further
-LEAST_SECONDS = 1.5  # a span does not become shorter, unless it was
+MOVE_SECONDS = 0.75  # farthest move of an end of a span
+LEAST_SECONDS = 1.5  # shortest span, unless it was shorter before
 EPSILON = 1e-6
 
-# By container: codecs of the picture, and of the sound beside it, that its players know.
+# By container: the codecs of picture and sound that its players support.
 CONTAINERS = {
     ".mp4": (("h264", "hevc", "av1"), ("aac", "mp3", "ac3", "eac3", "opus", "flac", "alac")),
     ".mkv": (("vp8", "vp9"), ("opus", "vorbis", "aac", "mp3", "flac")),
 }
-# MP4's names of the codecs whose parameter sets may be in the packets, too.
+# MP4's names for codecs with parameter sets in the packets.
 _TAGS = ("avc1", "avc3", "hvc1", "hev1")
-# Composition offsets below zero: without them B-pictures need an edit list, which not every player reads.
+# Negative composition offsets: without them B-pictures need an edit list, which some players ignore.
 MP4_OPTIONS = {"movflags": "+faststart+negative_cts_offsets"}
 
 
 class NotCopyable(Exception):
-    """The spans cannot be copied; says why."""
+    """The spans cannot be copied; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Packets [first, stop) in decode order, shown on [start_ticks, stop_ticks). Those shown earlier are left out."""
+    """Packets [first, stop) in decoding order, shown on [start_ticks, stop_ticks); without those shown earlier."""
 
     first: int
     stop: int
@@ -62,7 +62,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class CopyPlan:
-    """What is copied for each span, and into which container."""
+    """What to copy for each span, and into which container."""
 
     timeline: Timeline
     pieces: tuple[Piece, ...]
@@ -73,20 +73,20 @@ class CopyPlan:
 def plan_copy(source: Source, spans: Sequence[Shot], shots: Sequence[Shot]) -> CopyPlan:
     """Moves the ends of the spans to places where packets can be cut.
 
-    An end moves by 0.75 s at most and never over a cut; no two spans come to overlap.
+    An end moves by 0.75 s at most, never over a cut. The spans stay disjoint.
 
     Args:
         spans: disjoint.
         shots: of the video, in time order.
 
     Raises:
-        NotCopyable: a span's ends cannot be moved, or no container takes the packets.
+        NotCopyable: no such place is near, or no container takes the packets.
         SourceError: the video cannot be read.
     """
     suffix = _container(source)
     timeline = source.timeline()
     if timeline is None:
-        raise NotCopyable("its packets do not say where decoding can start")
+        raise NotCopyable("its packets do not tell where decoding can start")
     if timeline.fields:
         raise NotCopyable("its pictures are interlaced")
     clock = timeline.clock
@@ -121,7 +121,7 @@ def _container(source: Source) -> str:
         stream = source.require_video(container)
         picture = stream.codec_context.codec.canonical_name
         if container.format.name == "avi":
-            raise NotCopyable("AVI does not say when a frame is shown")
+            raise NotCopyable("AVI has no display times")
         if stream.codec_context.codec_tag.strip("\0") in ("dvh1", "dvhe", "dav1"):
             raise NotCopyable("Dolby Vision cannot be copied")
         sounds = container.streams.audio[:1]
@@ -136,15 +136,15 @@ def _container(source: Source) -> str:
 
 
 def _entries(timeline: Timeline) -> tuple[I64, F64]:
-    """(packets that a piece may begin with, seconds of each), in time order."""
+    """(packets at which a piece may begin, seconds of each), in time order."""
     places = np.flatnonzero(timeline.joint)
     return places, _seconds(timeline, timeline.pts[places])
 
 
 def _exits(timeline: Timeline) -> tuple[I64, I64]:
-    """(packets before which a piece may end, ticks at which its last frame is no longer shown), in time order.
+    """(packets before which a piece may end, ticks at which its last frame ends), in time order.
 
-    There all frames that were coded have been shown, so that none is missing in the piece and none too many.
+    There all coded frames have been shown, so the piece has exactly its frames.
     """
     shown = np.zeros(len(timeline.pts), np.bool_)
     shown[timeline.shown] = True
@@ -168,7 +168,7 @@ def _between(cuts: Sequence[float], seconds: float) -> tuple[float, float]:
 
 
 def _nearest(seconds: F64, fits: Any, wished: float) -> int | None:
-    """The place of the nearest time that fits, within the distance that is allowed."""
+    """The index of the nearest time that fits, within the allowed distance."""
     places = np.flatnonzero(fits & (np.abs(seconds - wished) <= MOVE_SECONDS + EPSILON))
     return int(places[np.abs(seconds[places] - wished).argmin()]) if len(places) else None
 
@@ -176,14 +176,14 @@ def _nearest(seconds: F64, fits: Any, wished: float) -> int | None:
 def write_copy(source: Source, plan: CopyPlan, path: Path, *, progress: Progress | None = None) -> None:
     """Writes the pieces one after the other.
 
-    Frames keep their pts, and sound its place beside them to half a packet (at most 12 ms for AAC at 44.1 kHz).
+    Frames keep their distances in time. Sound stays in step to half a packet (at most 12 ms for AAC at 44.1 kHz).
 
     Args:
-        path: of the file, with the plan's suffix; its folder must be there.
+        path: the file, with the plan's suffix; its folder must exist.
         progress: called with ("reel", seconds done, seconds in all).
 
     Raises:
-        NotCopyable: the file is not the one that was planned for, or the container refuses its packets.
+        NotCopyable: the file differs from the planned one, or the container refuses its packets.
         RenderError: the file cannot be written.
         SourceError: the video cannot be opened.
     """
@@ -196,7 +196,7 @@ def write_copy(source: Source, plan: CopyPlan, path: Path, *, progress: Progress
         ):
             try:
                 _write(_Copy(source, plan, container, output), sound, progress)
-                output.close()  # writes what is left
+                output.close()  # writes the rest
             except PlanBroken as error:
                 raise NotCopyable("the file changed after it was read") from error
             except BROKEN as error:
@@ -208,7 +208,7 @@ def write_copy(source: Source, plan: CopyPlan, path: Path, *, progress: Progress
 
 
 class _Copy:
-    """Packets of the source with the times that they have in the output."""
+    """The packets of the source, with their times in the output."""
 
     def __init__(self, source: Source, plan: CopyPlan, container: Any, output: Any) -> None:
         self.plan, self._timeline = plan, plan.timeline
@@ -218,7 +218,7 @@ class _Copy:
         self._codec = stream.codec_context.codec.canonical_name
         self._read = Packets(container, stream, self._timeline, lambda: None)
         self.video = output.add_stream_from_template(stream, opaque=True)
-        if stream.sample_aspect_ratio:  # the container's, which counts
+        if stream.sample_aspect_ratio:  # the container's, which it uses
             self.video.codec_context.sample_aspect_ratio = stream.sample_aspect_ratio
         if plan.suffix == ".mp4" and self._codec in ("h264", "hevc"):
             tag = stream.codec_context.codec_tag
@@ -242,11 +242,11 @@ class _Copy:
         self._dts = decode_times(self._pts)
         order = np.append(np.sort(self._pts), begin)
         self._lasts = order[np.searchsorted(order, self._pts, side="right")] - self._pts
-        # MP4 adds up steps of decoding: with the last one they are as long as what is shown.
+        # MP4 adds up durations by dts: the last one makes the sum equal the shown time.
         self._lasts[-1] = max(1, begin + self._dts[0] - self._dts[-1])
 
     def pictures(self) -> Iterator[Iterator[tuple[float, Packet[Any]]]]:
-        """(seconds of decoding, packet) of each piece."""
+        """Yields (dts in seconds, packet) of each piece."""
         number = 0
         for places in self._kept:
             yield self._piece(number, places)
@@ -276,7 +276,7 @@ def _write(copy: _Copy, sound: SoundReader, progress: Progress | None) -> None:
     total = float(copy.total * copy.base)
     for caption in copy.captions:
         copy.output.mux(caption)
-    begin, heard = 0.0, 0.0  # seconds of the output: of this piece, and at which the sound written so far ends
+    begin, heard = 0.0, 0.0  # seconds of the output: start of this piece, end of the sound so far
     for piece, span, pictures in zip(copy.plan.pieces, copy.plan.spans, copy.pictures(), strict=True):
         length = float((piece.stop_ticks - piece.start_ticks) * copy.base)
         placed: list[tuple[float, Packet[Any]]] = []
@@ -296,10 +296,10 @@ def _write(copy: _Copy, sound: SoundReader, progress: Progress | None) -> None:
 def _sound_of(
     reader: SoundReader, span: Shot, begin: float, length: float, heard: float
 ) -> tuple[list[tuple[float, Packet[Any]]], float]:
-    """(seconds of the output, packet) of a span's sound, and where it ends.
+    """The sound packets of a span with their seconds in the output, and where the sound ends.
 
-    The packets follow those of the span before without a gap, as players play them, and within half a packet of their
-    picture: the first one is the one whose own time is nearest to where it comes to lie.
+    Packets follow those of the previous span without a gap, as players play them, within half a packet of their
+    picture: the first packet is the one whose own time is nearest to its new place.
     """
     found: list[tuple[float, Packet[Any]]] = []
     shift: float | None = None  # from the source's time to the output's
@@ -325,9 +325,9 @@ def _sound_of(
 
 
 def decode_times(pts: I64) -> I64:
-    """[N] int64 times of decoding for packets in decode order: each picture is decoded when it is shown or earlier.
+    """[N] int64 dts for packets in decoding order: each picture is decoded when it is shown, or earlier.
 
-    They are the times of display in rising order, later by as many pictures as any one is ahead.
+    They are the pts in rising order, shifted by the largest number of pictures that any picture is ahead.
     """
     order = np.sort(pts)
     ahead = int((np.arange(len(pts)) - np.searchsorted(order, pts)).max(initial=0))

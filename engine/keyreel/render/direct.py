@@ -1,4 +1,4 @@
-"""Frames of a video as the encoder takes them, scaled where needed, without becoming RGB on the way."""
+"""Gives the frames of a video as the encoder takes them, scaled if needed, without a conversion to RGB."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNSPECIFIED = 2  # ITU-T H.273, for primaries, transfer and matrix alike
 
 @dataclass(frozen=True, slots=True)
 class Colours:
-    """What the colours of limited-range YUV frames mean, as code points of ITU-T H.273."""
+    """The colour space of limited-range YUV frames, as code points of ITU-T H.273."""
 
     primaries: int
     transfer: int
@@ -35,7 +35,7 @@ BT709 = Colours(1, 1, 1)
 
 
 def direct_colours(source: Source) -> Colours | None:
-    """The colours of frames that need not become RGB: of SDR, in YUV, upright; else None.
+    """The colours of a source that needs no conversion to RGB: SDR, YUV, upright; else None.
 
     Raises:
         SourceError: the video cannot be opened.
@@ -57,17 +57,17 @@ def _colours_of(frame: VideoFrame) -> Colours | None:
     if orientation_of(frame) != _UPRIGHT:
         return None
     matrix = frame.colorspace
-    if matrix == _UNSPECIFIED:  # players guess by the size, which may become another one
+    if matrix == _UNSPECIFIED:  # players guess by the size, which may change
         matrix = 1 if matrix_of(matrix, frame.height, "sdr") == Colorspace.ITU709 else 6
     elif int(matrix_of(matrix, frame.height, "sdr")) != int(matrix_of(matrix, 0, "sdr")):
-        return None  # a matrix that swscale does not know
+        return None  # a matrix unknown to swscale
     return Colours(frame.color_primaries, frame.color_trc, matrix)
 
 
 def direct_frames(
     source: Source, sampling: Sampling, height: int, width: int, colours: Colours
 ) -> Iterator[tuple[VideoFrame, float]]:
-    """(frame in yuv420p of limited range, seconds) of each frame that `sampling` names, once."""
+    """Yields (frame in yuv420p of limited range, seconds) for each frame of `sampling`, once."""
     transform = ImageTransform(height, width, "squash", "area")
     decoder = CpuDecoder(source, transform, converter=lambda _: _Scaler(height, width, colours))
     reader = Reader(source, sampling, decoder, lambda: None)
@@ -77,7 +77,7 @@ def direct_frames(
 
 
 class _Scaler:
-    """Makes frames of one size and format; takes those that have them as they are."""
+    """Converts frames to one size and format; does not touch those that have it."""
 
     tone_mapped: str | None = None
 
@@ -99,9 +99,9 @@ class _Scaler:
                 dst_colorspace=wanted,
                 src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
                 dst_color_range=ColorRange.MPEG,
-                # "area" costs two thirds of what bicubic does, and looks the same where a picture becomes smaller.
+                # For smaller pictures "area" looks like bicubic, in two thirds of its time.
                 interpolation=Interpolation.AREA,
                 threads=1,
             )
-        frame.pict_type = PictureType.NONE  # the encoder would follow the source's
+        frame.pict_type = PictureType.NONE  # else the encoder would follow the source's picture types
         return frame

@@ -1,4 +1,4 @@
-"""JSON documents: dataclasses, which msgspec encodes and describes. summary.json and search results."""
+"""JSON documents as dataclasses, which msgspec encodes and describes: summary.json and search results."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SUMMARY: Final = "keyreel.summary/1"
 Json: TypeAlias = dict[str, Any]
 Seconds: TypeAlias = Annotated[float, Meta(ge=0)]
 Cosine: TypeAlias = Annotated[float, Meta(ge=-1.001, le=1.001)]
-Score: TypeAlias = float  # of a search: a cosine, or what stands for one where a subject answered, see `SubjectScale`
+Score: TypeAlias = float  # of a search: a cosine; for a subject, brought to the same scale, see `SubjectScale`
 Fraction: TypeAlias = Annotated[float, Meta(ge=0, le=1.001)]
 Count: TypeAlias = Annotated[int, Meta(ge=0)]
 Size: TypeAlias = Annotated[int, Meta(ge=1)]
 
 
 def to_json(document: Any) -> str:
-    """A document as text: indented, ASCII, ends with a newline. Fields that are UNSET are left out.
+    """Encodes a document as JSON: indented, ASCII, with a newline at the end. Leaves out fields that are UNSET.
 
     Raises:
         ValueError: a number is not finite.
@@ -43,12 +43,12 @@ def _plain_value(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, NumPy numbers, tuples and paths as JSON's own types."""
+    """Converts dataclasses, NumPy numbers, tuples and paths to types of JSON."""
     return json.loads(to_json(value))
 
 
 def schema_of(document: type) -> Json:
-    """JSON Schema (draft 2020-12) of a document: only fields whose default is UNSET may be missing."""
+    """Makes the JSON Schema (draft 2020-12) of a document. Only fields with the default UNSET may be missing."""
     schema = msgspec.json.schema(document)
     for described in schema["$defs"].values():
         own = described["properties"]
@@ -60,7 +60,7 @@ def schema_of(document: type) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class FailedVideo:
-    """One of several videos that could not be processed."""
+    """A video that failed among several."""
 
     video: str
     error: str
@@ -68,11 +68,14 @@ class FailedVideo:
 
     @classmethod
     def of(cls, failure: Failure) -> FailedVideo:
+        """Makes the entry of a failure."""
         return cls(failure.video, str(failure.error), failure.error.exit_code)
 
 
 @dataclass(frozen=True, slots=True)
 class VideoEntry:
+    """The video of a summary."""
+
     path: str
     duration_seconds: Seconds | None
     width: Size
@@ -84,18 +87,24 @@ class VideoEntry:
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
+    """The model of a summary."""
+
     name: str
     sha256: str
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceEntry:
+    """The device of a summary, and why it was chosen."""
+
     name: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class KeyFrameEntry:
+    """A key-frame, see `keyreel.KeyFrame`."""
+
     pts_seconds: Seconds
     frame_index: Count
     cluster: Count
@@ -107,7 +116,7 @@ class KeyFrameEntry:
 
 @dataclass(frozen=True, slots=True)
 class WindowEntry:
-    """The part of the frame that is shown from a time on, or up to the next one."""
+    """The part of the frame to show at a time."""
 
     pts_seconds: Seconds
     region: tuple[Fraction, Fraction, Fraction, Fraction]  # x, y, width, height, as shares of the frame
@@ -115,8 +124,8 @@ class WindowEntry:
 
 @dataclass(frozen=True, slots=True)
 class TakeEntry:
-    """How one span of one shot is shown: `fixed` by one window, `path` by one that moves evenly between those here,
-    `fit` whole before blurred sides.
+    """How to show a span of one shot: `fixed`: one window; `path`: a window that moves between the given ones; `fit`:
+    the whole frame before blurred sides.
     """
 
     start_seconds: Seconds
@@ -128,13 +137,14 @@ class TakeEntry:
 
 @dataclass(frozen=True, slots=True)
 class ReframeEntry:
-    """How the reel comes to its shape."""
+    """How the reel gets its shape."""
 
     aspect: str
     takes: tuple[TakeEntry, ...]
 
     @classmethod
     def of(cls, camera: Camera) -> ReframeEntry:
+        """Makes the entry of a camera."""
         takes = []
         for take in camera.takes:
             windows = tuple(WindowEntry(seconds, camera.region_of(take, seconds)) for seconds in take.times)
@@ -144,22 +154,26 @@ class ReframeEntry:
 
 @dataclass(frozen=True, slots=True)
 class ReelEntry:
+    """The reel of a summary."""
+
     file: str | None
     spans: tuple[Shot, ...]
-    mode: Literal["copy", "encode"] | None  # how the file was made; None without one
+    mode: Literal["copy", "encode"] | None  # None without a file
     reason: str  # why this mode, or why there is no file
-    reframe: ReframeEntry | UnsetType = UNSET  # where the reel has another shape than the video
+    reframe: ReframeEntry | UnsetType = UNSET  # if the reel has another shape than the video
 
 
 @dataclass(frozen=True, slots=True)
 class StageSeconds:
+    """Working time of the stages, in seconds."""
+
     decode: Seconds
     encode: Seconds
     fuse: Seconds
     select: Seconds
     render: Seconds  # all outputs
-    thumbnails: Seconds  # of these, the sprite; its pictures are made while the frames are decoded
-    reel: Seconds  # of these
+    thumbnails: Seconds  # the sprite, part of render; its pictures are made during decoding
+    reel: Seconds  # part of render
     total: Seconds
 
 
@@ -188,13 +202,13 @@ def summary_document(
     render_seconds: float = 0.0,
     stage_seconds: Mapping[str, float] = MappingProxyType({}),
 ) -> SummaryDocument:
-    """A summary as a document.
+    """Makes the document of a summary.
 
     Args:
-        files: path of each key-frame's picture, relative to summary.json; None where none was written.
+        files: path of each key-frame's picture, relative to summary.json, or None.
         reel: file and spans of the reel.
-        render_seconds: time that writing the outputs took; it is added to the total.
-        stage_seconds: "thumbnails" and "reel", parts of it.
+        render_seconds: time for writing the outputs; added to the total.
+        stage_seconds: "thumbnails" and "reel", parts of render_seconds.
     """
     video, spent = summary.video, summary.timings_seconds
     names = files if files is not None else [None] * len(summary.keyframes)
@@ -232,7 +246,7 @@ def summary_document(
 
 @dataclass(frozen=True, slots=True)
 class HitEntry:
-    """A moment; the fields with a default are set for moments of a library."""
+    """A moment; fields with a default are only in moments of a library."""
 
     video: str
     start_seconds: Seconds
@@ -241,8 +255,8 @@ class HitEntry:
     score: Score
     preview: str | None
     answered_by: AnsweredBy  # which vector of the best frame
-    region: tuple[Fraction, Fraction, Fraction, Fraction] | None  # x, y, width, height of its subject, as shares
-    chance: Fraction | None  # that the best frame shows what a text says
+    region: tuple[Fraction, Fraction, Fraction, Fraction] | None  # x, y, width, height of its subject, as fractions
+    chance: Fraction | None  # that the best frame shows what the text says
     video_id: str | UnsetType = UNSET
     keyframe_seconds: Seconds | UnsetType = UNSET
     video_score: Score | UnsetType = UNSET
@@ -265,13 +279,13 @@ class SearchDocument:
 
     schema: Literal["keyreel.search/2"] = "keyreel.search/2"
     query: str
-    also: tuple[str, ...] = ()  # texts that must fit, too
-    without: tuple[str, ...] = ()  # texts that must not fit
+    also: tuple[str, ...] = ()  # texts that moments must show too
+    without: tuple[str, ...] = ()  # texts that moments must not show
     hits: tuple[HitEntry, ...]  # best first
     failed: tuple[FailedVideo, ...]
-    videos: tuple[FoundVideo, ...] | UnsetType = UNSET  # where videos of a library were asked for; the hits are theirs
-    unknown_words: tuple[str, ...] = ()  # of a text: the model does not know them
-    left_out: tuple[str, ...] = ()  # videos of the library that were not searched: what is stored of them is damaged
+    videos: tuple[FoundVideo, ...] | UnsetType = UNSET  # with --videos; the hits are their moments
+    unknown_words: tuple[str, ...] = ()  # words of the text that the model does not know
+    left_out: tuple[str, ...] = ()  # videos of the library that were skipped, since their rows are damaged
 
 
 def search_document(
@@ -285,7 +299,7 @@ def search_document(
     unknown_words: Sequence[str] = (),
     left_out: Sequence[str] = (),
 ) -> SearchDocument:
-    """Search results as a document, best hit first, with the videos that failed."""
+    """Makes the document of search results: best hit first, with the failed videos."""
     return SearchDocument(
         query=query,
         also=tuple(also),

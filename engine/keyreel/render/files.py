@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Writes files that are either whole or absent."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ OLD_SECONDS = 86_400.0
 
 
 def hidden(path: Path, suffix: str = "") -> Path:
-    """A new hidden name beside `path`, without its name, which may be as long as a name can be.
+    """A new hidden name beside `path`. It does not contain the name of `path`, which may have the greatest length.
 
-    What an earlier process left there more than a day ago, since it was killed, is deleted.
+    Deletes what a killed process left there more than a day ago.
     """
     with suppress(OSError):
         for left in path.parent.glob(".keyreel-*.part*"):
@@ -26,8 +26,10 @@ def hidden(path: Path, suffix: str = "") -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A hidden name beside `path` to write to: renamed to it at the end, removed after an error or Ctrl-C."""
-    made = hidden(path, path.suffix)  # the suffix names the format to writers
+    """Yields a hidden name beside `path` to write to. Renames it to `path` at the end; deletes it after an error or
+    Ctrl-C.
+    """
+    made = hidden(path, path.suffix)  # writers choose the format by the suffix
     try:
         yield made
         made.replace(path)

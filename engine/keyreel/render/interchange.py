@@ -1,4 +1,4 @@
-"""The reel's spans for editing programs: OpenTimelineIO and CMX 3600 edit lists, through their own library."""
+"""Writes files for editing programs, with OpenTimelineIO: OTIO, CMX 3600 edit lists, markers, scene lists."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SCENE_LIST += ["End Time (seconds)", "Length (frames)", "Length (timecode)", "L
 
 
 def import_otio(*, edl: bool = False, fcpxml: bool = False) -> Any:
-    """opentimelineio, with its adapters for CMX 3600 and Final Cut Pro where they are wanted.
+    """Imports opentimelineio, and its adapters for CMX 3600 and Final Cut Pro if wanted.
 
     Raises:
-        MissingExtra: one of them is not installed.
+        MissingExtra: a package is not installed.
     """
     if edl:
         import_extra("otio_cmx3600_adapter", extra="otio", purpose="writing an EDL")
@@ -42,7 +42,7 @@ def write_otio(
 ) -> None:
     """Writes the reel as an OpenTimelineIO timeline.
 
-    With `camera` each picture clip has an effect "keyreel.reframe", whose metadata are the aspect and the clip's takes
+    With `camera` each picture clip has an effect "keyreel.reframe"; its metadata are the aspect and the clip's takes,
     as in summary.json.
 
     Raises:
@@ -60,7 +60,7 @@ def write_otio(
 
 
 def write_edl(video: VideoInfo, target: str, spans: Sequence[Shot], path: Path) -> None:
-    """Writes the reel as a CMX 3600 edit list, in the nearest rate that has a timecode.
+    """Writes the reel as a CMX 3600 edit list, at the nearest rate with a timecode.
 
     Raises:
         MissingExtra: opentimelineio or its CMX 3600 adapter is not installed.
@@ -76,8 +76,8 @@ def write_markers(summary: Summary, target: str, path: Path) -> None:
 
     Args:
         target: URL of the video.
-        path: its ending says what is written: .otio; .edl, a CMX 3600 edit list with locators (LOC), as Avid and
-            Resolve read them; .fcpxml for Final Cut Pro.
+        path: its ending chooses the format: .otio; .edl, a CMX 3600 edit list with locators (LOC) for Avid and Resolve;
+            .fcpxml for Final Cut Pro.
 
     Raises:
         MissingExtra: opentimelineio or its adapter is not installed.
@@ -87,7 +87,7 @@ def write_markers(summary: Summary, target: str, path: Path) -> None:
     otio, video = import_otio(edl=edl, fcpxml=fcpxml), summary.video
     rate = _timecode_rate(video.average_fps) if edl or fcpxml else _rate(video.average_fps)
     if fcpxml:
-        rate = round(rate, 2)  # the adapter knows 23.98, not 24000 / 1001; it writes seconds, so that nothing drifts
+        rate = round(rate, 2)  # the adapter accepts 23.98, not 24000 / 1001; it writes seconds, so nothing drifts
     timeline = _timeline(otio, video, target, [Shot(0.0, summary.stop_seconds)], rate, title="key-frames")
     clip = timeline.video_tracks()[0][0]
     for number, frame in enumerate(summary.keyframes, 1):
@@ -102,12 +102,12 @@ def write_markers(summary: Summary, target: str, path: Path) -> None:
 
 
 def write_scenes_csv(summary: Summary, timeline: Timeline | None, path: Path) -> None:
-    """Writes the shots as PySceneDetect's scene list: what it calls a scene is a shot.
+    """Writes the shots as PySceneDetect's scene list; its scenes are our shots.
 
-    Frames are counted from 1, and the end of a scene is its last frame.
+    Frames count from 1, and the end of a scene is its last frame.
 
     Args:
-        timeline: of the video, which tells the frames; without one they are told from the average rate.
+        timeline: of the video; None computes frame numbers from the average rate.
     """
     rate = _rate(summary.video.average_fps)
 
@@ -129,14 +129,14 @@ def write_scenes_csv(summary: Summary, timeline: Timeline | None, path: Path) ->
 
 
 def _write_edl(otio: Any, timeline: Any, rate: float, path: Path) -> None:
-    # The edit list knows one picture track; the sound goes with the clips.
+    # An edit list has one picture track; the sound goes with the clips.
     del timeline.tracks[1:]
     text = _refused(otio, lambda: otio.adapters.write_to_string(timeline, adapter_name="cmx_3600", rate=rate))
     path.write_text(text, encoding="utf-8")
 
 
 def _refused(otio: Any, write: Callable[[], Any]) -> Any:
-    """Turns what an adapter raises into RenderError."""
+    """Turns exceptions of an adapter into RenderError."""
     try:
         return write()
     except (otio.exceptions.OTIOError, ValueError) as error:
@@ -144,13 +144,13 @@ def _refused(otio: Any, write: Callable[[], Any]) -> Any:
 
 
 def _timecode_rate(average_fps: float | None) -> float:
-    """The nearest rate that has a timecode."""
+    """The nearest rate with a timecode."""
     valid = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60000 / 1001, 60.0)
     return min(valid, key=lambda fps: abs(math.log(fps / _rate(average_fps))))
 
 
 def _rate(average_fps: float | None) -> float:
-    """Frames a second of an edit: the video's average, brought to n or n * 1000 / 1001 where it is close to one."""
+    """Frames per second of an edit: the video's average, rounded to n or n * 1000 / 1001 if close."""
     if average_fps is None or not math.isfinite(average_fps) or not 1 <= average_fps <= 1000:
         return 25.0
     near = round(average_fps)
@@ -167,7 +167,7 @@ def _timeline(
         first, last = round(start * rate), round(stop * rate)
         return time.TimeRange(time.RationalTime(first, rate), time.RationalTime(max(1, last - first), rate))
 
-    # An edit list is made of lines: a name must not begin a new one.
+    # An edit list has lines: a name must not begin a new one.
     name = "".join(c if c.isprintable() else "_" for c in Path(video.path).name)
     length = max([video.duration_seconds or 0.0, *(span.stop_seconds for span in spans)])
     timeline = schema.Timeline(name=f"{name} {title}", global_start_time=time.RationalTime(0, rate))

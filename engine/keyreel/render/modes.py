@@ -1,4 +1,4 @@
-"""The reel of a summary: its spans, and whether their packets are copied or their frames encoded anew."""
+"""Makes the reel of a summary: plans the spans, then copies their packets or encodes their frames."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from keyreel.types import F32, F64, Progress, Shot, Summary
 
 @dataclass(frozen=True, slots=True)
 class Reel:
-    """A reel that was written."""
+    """A written reel."""
 
     path: Path
     mode: Literal["copy", "encode"]
     reason: str  # why this mode
-    spans: tuple[Shot, ...]  # as they are in the reel: copying moves their ends
+    spans: tuple[Shot, ...]  # of the reel, after copying moved their ends
 
 
 def check_ending(path: Path) -> None:
-    """Raises RenderError where the name's ending is not that of a reel."""
+    """Raises RenderError if the file name does not end as a reel's."""
     if path.suffix.lower() not in CONTAINERS:
         what = f"a reel is {' or '.join(CONTAINERS)}, not {path.suffix or 'a file without an ending'}"
         raise RenderError(f"{path}: {what}", hint="name it reel.mp4")
@@ -45,9 +45,9 @@ def _check_encodable(path: Path) -> None:
 
 
 def planned_reel(summary: Summary, source: Source, config: OutputConfig, query_scores: F32 | None = None) -> ReelPlan:
-    """The spans of a summary's reel, inside the analysed part of the video; see `plan.plan_reel`.
+    """Plans the reel of a summary, within the analysed part of the video; see `plan.plan_reel`.
 
-    With `query_scores` and `config.order` "score" they are in the order of their best frames' scores.
+    With `query_scores` and `config.order` "score" the spans are in order of their best frames' scores.
     """
     begin, embedding = summary.shots[0].start_seconds, summary.embedding
     interest = interest_of(embedding, summary.shots, summary.importance)
@@ -76,7 +76,7 @@ def planned_reel(summary: Summary, source: Source, config: OutputConfig, query_s
 
 
 def reel_camera(summary: Summary, config: OutputConfig, spans: Sequence[Shot]) -> Camera | None:
-    """What a reel of another shape shows; None for whole frames. See `reframe.plan_camera`."""
+    """Plans the camera of a reel of another shape; None for whole frames. See `reframe.plan_camera`."""
     if config.aspect is None or not _has_another_shape(summary, config):
         return None
     embedding, image = summary.embedding, summary.config.get("image")
@@ -94,7 +94,7 @@ def reel_camera(summary: Summary, config: OutputConfig, spans: Sequence[Shot]) -
 
 
 def _has_another_shape(summary: Summary, config: OutputConfig) -> bool:
-    """Whether the reel's shape is another one than the video's."""
+    """Whether reel and video have different shapes."""
     return config.aspect is not None and min(window_of(*summary.video.display_size, config.aspect)) < 0.999
 
 
@@ -120,15 +120,15 @@ def make_reel(
     any_container: bool = False,
     progress: Progress | None = None,
 ) -> Reel:
-    """Writes the spans one after the other, copied where `mode` and the video allow it.
+    """Writes the spans one after the other; copies packets if `mode` and the video allow it.
 
     Args:
         spans: disjoint, in the order of the reel.
-        path: of the file; its folder must be there.
-        shots: of the video; copying moves no end of a span over a cut.
-        mode: "auto" copies where every span can be copied.
+        path: the file; its folder must exist.
+        shots: of the video; copying does not move ends over a cut.
+        mode: "auto" copies if every span can be copied.
         height, camera: of an encoded picture, see `write_reel`.
-        any_container: the suffix of `path` may change to that of a container that fits the packets.
+        any_container: the suffix of `path` may change, to a container that takes the packets.
         progress: called with ("reel", seconds done, seconds in all).
 
     Raises:
@@ -146,7 +146,7 @@ def make_reel(
         plan = plan_copy(source, spans, shots)
         target = path.with_suffix(plan.suffix) if any_container else path
         if target.suffix.lower() != plan.suffix:
-            raise NotCopyable(f"its packets fit into {plan.suffix}, the reel is to be {target.suffix or path.name}")
+            raise NotCopyable(f"its packets fit into {plan.suffix}, not into {target.suffix or path.name}")
         write_copy(source, plan, target, progress=progress)
     except NotCopyable as error:
         if mode == "copy":

@@ -1,4 +1,4 @@
-"""Summaries and search results as HTML for notebooks: no script, no style sheet, nothing loaded from outside."""
+"""HTML of summaries and search results for notebooks, without scripts and style sheets. It loads nothing."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MOST_PICTURES = 24
 
 
 def summary_html(summary: Summary, pictures: Sequence[U8]) -> str:
-    """A timeline of scenes and key-frames, and the key-frames.
+    """Makes a timeline of scenes and key-frames, and the key-frames.
 
     Args:
-        pictures: of the key-frames; none where the video cannot be read.
+        pictures: of the key-frames; empty if the video cannot be read.
     """
     begin = summary.shots[0].start_seconds
     length = max(summary.stop_seconds - begin, 1e-3)
@@ -49,10 +49,10 @@ def summary_html(summary: Summary, pictures: Sequence[U8]) -> str:
 
 
 def hits_html(hits: Sequence[HitT], picture_of: Callable[[HitT], U8 | bytes | None]) -> str:
-    """The best frame of each moment with its span, score and video.
+    """Shows the best frame of each moment with its span, score and video.
 
     Args:
-        picture_of: pixels or a JPEG file; a moment whose video cannot be read is shown without one.
+        picture_of: pixels or a JPEG file of a hit; if its video cannot be read, the hit has no picture.
     """
     cards = []
     for hit in hits[:MOST_PICTURES]:

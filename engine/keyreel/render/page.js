@@ -11,7 +11,7 @@ let now = 0;
 
 const playsReel = () => video !== null && /\/reel\.(mp4|mkv)$/.test(video.currentSrc) && video.dataset.reelOnly !== undefined;
 
-// The reel's own time for a time of the video, and back; a time outside all spans goes to the next span in time.
+// Converts a time of the video to the reel's, and back; a time outside all spans goes to the next span.
 function toReel(time) {
   let before = 0, found = 0, nearest = Infinity;
   for (const [start, stop] of spans) {

@@ -1,4 +1,4 @@
-"""Pictures: frames of a video, JPEG, contact sheet, attention overlays."""
+"""Makes pictures: frames of a video, JPEG, contact sheet, attention overlays."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from keyreel.decode.timeline import start_seconds
 from keyreel.errors import RenderError, SourceError, SourceNotFound
 from keyreel.types import F32, U8, VideoInfo
 
-_TIMED = ("mov,mp4", "matroska")  # containers that state the time of each picture, and find it by that
+_TIMED = ("mov,mp4", "matroska")  # containers that state and find pictures by time
 CONTACT_WIDTH = 1920  # pixels, about
-QUERY_EDGE = 2048  # pixels, the long side of a picture to search with; models take a tenth of that
+QUERY_EDGE = 2048  # pixels, long side of a picture to search with; models take about a tenth
 _large = threading.Lock()
 # Ends and three stops between: dark violet, magenta, orange, pale yellow; perceived lightness rises evenly.
 HEAT = np.array([(20, 11, 52), (101, 21, 110), (187, 55, 84), (249, 142, 9), (252, 255, 164)], np.float64)
 
 
 def clock(seconds: float, separator: str = ":") -> str:
-    """12.3 -> "00:00:12.300", the form that WebVTT uses; "-" as separator makes it fit for a file name."""
+    """Formats seconds as in WebVTT: 12.3 is "00:00:12.300". The separator "-" suits file names."""
     whole = round(seconds * 1000)
     hours, rest = divmod(whole, 3_600_000)
     minutes, rest = divmod(rest, 60_000)
@@ -41,7 +41,7 @@ def clock(seconds: float, separator: str = ":") -> str:
 
 
 def short_clock(seconds: float) -> str:
-    """13.48 -> "0:13.5", for people; hours only where there are some. The pages' scripts round alike."""
+    """Formats seconds for people: 13.48 is "0:13.5"; hours only if needed. The pages' scripts round alike."""
     tenths = math.floor(seconds * 10 + 0.5)
     minutes, rest = divmod(tenths, 600)
     hours, minutes = divmod(minutes, 60)
@@ -50,20 +50,20 @@ def short_clock(seconds: float) -> str:
 
 
 def keyframe_name(number: int, pts_seconds: float) -> str:
-    """(7, 83.456) -> "keyframe_0007_00-01-23.456.jpg": sorted by name is sorted by time."""
+    """File name of a key-frame: (7, 83.456) is "keyframe_0007_00-01-23.456.jpg". Order by name is order by time."""
     return f"keyframe_{number:04d}_{clock(pts_seconds, '-')}.jpg"
 
 
 def pictures_at(
     source: Source, times: Sequence[float], transform: ImageTransform | None = None
 ) -> Iterator[tuple[int, U8]]:
-    """The frames that are shown at these times, in one pass over the file.
+    """Decodes the frames shown at these times, in one pass over the file.
 
     Yields:
-        (place in `times`, [H, W, 3] uint8 RGB, upright), in order of time.
+        (index in `times`, upright [H, W, 3] uint8 RGB), in order of time.
 
     Raises:
-        RenderError: a frame that was there before cannot be decoded again.
+        RenderError: a frame cannot be decoded again.
     """
     order = sorted(range(len(times)), key=times.__getitem__)
     sampling = Sampling("times", times=tuple(max(0.0, times[place]) for place in order))
@@ -79,8 +79,8 @@ def pictures_at(
 
 
 def picture_at(source: Source, seconds: float, transform: ImageTransform | None = None) -> U8:
-    """The frame that is shown at a time, [H, W, 3] uint8 RGB, upright: decoded from the key frame before it; in MP4,
-    MOV, MKV and WebM without reading the whole file first.
+    """Decodes the frame shown at a time: upright [H, W, 3] uint8 RGB. In MP4, MOV, MKV and WebM it reads only from the
+    key frame before it on.
 
     Raises:
         SourceError: the video cannot be read.
@@ -96,7 +96,7 @@ def picture_at(source: Source, seconds: float, transform: ImageTransform | None 
             held: VideoFrame | None = None
             for frame in container.decode(stream):
                 if frame.pts is None or (held is None and (frame.pts > wanted or not frame.key_frame)):
-                    break  # it came out behind the place, or before the key frame that it needs
+                    break  # the seek ended after the frame, or before its key frame
                 if frame.pts > wanted and held is not None:
                     return Converter(transform, stream.sample_aspect_ratio, source.limits.max_pixels)(held)
                 held = frame
@@ -104,35 +104,35 @@ def picture_at(source: Source, seconds: float, transform: ImageTransform | None 
 
 
 def at_most(height: int, width: int, max_height: int) -> ImageTransform | None:
-    """Scales a taller picture down to `max_height`."""
+    """The transform that scales taller pictures down to `max_height`."""
     if height <= max_height:
         return None
     return ImageTransform(max_height, max(1, round(width * max_height / height)), "squash", "area")
 
 
 def shrink(picture: U8, edge: int) -> Image.Image:
-    """The picture with its long side at most `edge` pixels."""
+    """Scales a picture so that its long side has at most `edge` pixels."""
     image = Image.fromarray(picture)
     image.thumbnail((edge, edge), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return image
 
 
 def jpeg(image: Image.Image, quality: int) -> bytes:
-    """The image as the content of a JPEG file."""
+    """Encodes an image as the content of a JPEG file."""
     buffer = io.BytesIO()
-    # High quality: without chroma subsampling, and with the standard's code tables, since own ones ("optimize") and
-    # scans that refine ("progressive") take five times as long for 4 % fewer bytes.
+    # At high quality: no chroma subsampling, and the standard's code tables, since "optimize" and "progressive" take
+    # five times as long for 4 % fewer bytes.
     high = quality >= 90
     image.save(buffer, "JPEG", quality=quality, subsampling="4:4:4" if high else "4:2:0", optimize=not high)
     return buffer.getvalue()
 
 
 def contact_sheet(pictures: Sequence[Image.Image], times_seconds: Sequence[float]) -> Image.Image:
-    """A grid of the pictures with their times under them, about 1920 pixels wide and nearly 4:3."""
+    """Makes a grid of the pictures with their times below, about 1920 pixels wide and nearly 4:3."""
     count = len(pictures)
     aspect = pictures[0].width / pictures[0].height
     columns = min(count, max(1, round(math.sqrt(count * (4 / 3) / aspect))))
-    # A row that is nearly empty looks like a mistake: spread the pictures evenly over the rows.
+    # An almost empty row looks like a mistake: spread the pictures evenly over the rows.
     columns = math.ceil(count / math.ceil(count / columns))
     gap = 24
     width = max(16, min((CONTACT_WIDTH - gap) // columns - gap, 1280, max(p.width for p in pictures)))
@@ -154,7 +154,7 @@ def contact_sheet(pictures: Sequence[Image.Image], times_seconds: Sequence[float
 
 
 def attended_area(video: VideoInfo, image: Mapping[str, Any]) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of the model's input, as shares of the picture; outside 0..1 where it was padded.
+    """(left, top, right, bottom) of the model's input, as fractions of the picture; outside 0..1 if it was padded.
 
     Args:
         video: its display size.
@@ -173,12 +173,12 @@ def attended_area(video: VideoInfo, image: Mapping[str, Any]) -> tuple[float, fl
 def attention_overlay(
     attention: F32, grid: tuple[int, int], area: tuple[float, float, float, float], size: tuple[int, int]
 ) -> Image.Image:
-    """A heat map to lay over a whole picture: colour and opacity rise with attention, clear outside `area`.
+    """Makes a heat map to lay over a picture: colour and opacity rise with attention; transparent outside `area`.
 
     Args:
         attention: [P] float32 >= 0.
         grid: (h, w), h * w = P.
-        area: where the grid lies on the picture, from `attended_area`.
+        area: of the grid on the picture, from `attended_area`.
         size: (width, height) of the overlay in pixels.
     """
     peak = float(attention.max(initial=0.0))
@@ -193,26 +193,26 @@ def attention_overlay(
     steps, stops = np.linspace(0, 1, 256), np.linspace(0, 1, len(HEAT))
     table = np.stack([*(np.interp(steps, stops, HEAT[:, channel]) for channel in range(3)), 40 + 170 * steps], axis=-1)
     pixels = table.round().astype(np.uint8)[level]
-    # -1 marks what the model did not see; bicubic undershoot stays above it.
+    # -1 marks what the model did not see; bicubic undershoot does not reach it.
     pixels[values <= -0.999, 3] = 0
     return Image.fromarray(pixels, "RGBA")
 
 
 def overlay_png(overlay: Image.Image) -> bytes:
-    """The overlay as a small PNG file: 64 colours are enough for a smooth cloud."""
+    """Encodes an overlay as a small PNG: 64 colours suffice for a smooth cloud."""
     buffer = io.BytesIO()
     overlay.quantize(64, method=Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def upright(image: Image.Image) -> U8:
-    """A picture that Pillow opened, [H, W, 3] uint8 RGB, upright; larger ones are reduced to `QUERY_EDGE`.
+    """Converts Pillow's picture to upright [H, W, 3] uint8 RGB; reduces larger ones to `QUERY_EDGE`.
 
-    One large picture is unpacked at a time: 64 million pixels take 200 MB.
+    It unpacks one large picture at a time: 64 million pixels take 200 MB.
     """
     edge = max(image.size)
     with _large if edge > 2 * QUERY_EDGE else nullcontext():
-        image.draft("RGB", (QUERY_EDGE, QUERY_EDGE))  # a JPEG file is decoded at an eighth to the whole of its size
+        image.draft("RGB", (QUERY_EDGE, QUERY_EDGE))  # decodes a JPEG file at 1/8 to 8/8 of its size
         image.load()
         if image.mode not in ("RGB", "L", "RGBA"):
             image = image.convert("RGB")
@@ -223,10 +223,10 @@ def upright(image: Image.Image) -> U8:
 
 
 def read_picture(path: str | os.PathLike[str]) -> U8:
-    """A picture from a file, [H, W, 3] uint8 RGB, upright.
+    """Reads a picture file as upright [H, W, 3] uint8 RGB.
 
     Raises:
-        SourceError: the file is missing or is no picture.
+        SourceError: the file is missing or is not a picture.
     """
     try:
         with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""Which spans of a video make a reel: where most happens, no two alike, none too short to be seen."""
+"""Plans a reel: the spans of a video where most happens, without repeats and flickers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 
 from keyreel.types import F32, F64, Embedding, Shot
 
-FRACTION = 0.15  # of the video, the default length
+FRACTION = 0.15  # default length, as a share of the video
 MIN_REEL_SECONDS, MAX_REEL_SECONDS = 10.0, 60.0
 # A default reel is at most this share of its video, and a shorter one is none; nor is one that was asked for and would
 # be more than this share.
 MOST_OF_DEFAULT, SHORTEST_REEL_SECONDS, MOST = 0.5, 3.0, 0.9
-SPAN_SECONDS = (2.0, 6.0)  # of one span, by how long much happens there
+SPAN_SECONDS = (2.0, 6.0)  # length of a span, by how long much happens
 MIN_SPAN_SECONDS = 1.5  # a shorter one looks like a flicker
-APART_SECONDS = 2.0  # two spans of one shot; less looks like a mistake
-SNAP_SECONDS = 0.4  # an end this close to a cut moves onto it, and one this close to a quiet place there
-# Much happens in the samples around the best one whose score is this share of it; samples below that share of the
-# video's best are not shown.
+APART_SECONDS = 2.0  # least gap of two spans of one shot; a smaller one looks like a mistake
+SNAP_SECONDS = 0.4  # ends move to a cut this close, and to a quiet place this close
+# A span extends while the score is at least this share of its best sample's; below that share of the video's best
+# nothing is shown.
 LIVELY, DULL = 0.4, 0.15
 # A layout changes by about 0.02 from sample to sample where nothing moves, and by 0.2 to 0.7 where cars pass.
 MOVING = 0.1
-IMPORTANCE = 0.25  # weight of what a frame stands for beside what happens in it
+IMPORTANCE = 0.25  # weight of a frame's importance beside what happens in it
 EPSILON = 1e-9
 
 Span = tuple[float, float]
@@ -36,11 +36,13 @@ class ReelPlan:
     """The spans of a reel, in time order and disjoint."""
 
     spans: tuple[Shot, ...]
-    reason: str  # why there is none, else empty
+    reason: str  # why there is no reel, else empty
 
 
 def reel_seconds(asked: float | None, duration_seconds: float) -> float:
-    """Longest length of the reel: as asked, else 15 % of the video within 10 to 60 s, at most half of it."""
+    """The longest length of the reel in seconds: `asked`, else 15 % of the video, within 10 to 60 s, at most half of
+    it.
+    """
     if asked is not None:
         return asked
     wished = min(max(FRACTION * duration_seconds, MIN_REEL_SECONDS), MAX_REEL_SECONDS)
@@ -48,9 +50,9 @@ def reel_seconds(asked: float | None, duration_seconds: float) -> float:
 
 
 def interest_of(embedding: Embedding, shots: Sequence[Shot], importance: F32) -> F32:
-    """[T] float32 in 0..1: how much happens in each sampled frame, and a little of how much it stands for.
+    """[T] float32 in 0..1: how much happens in each sampled frame, plus a little of its importance.
 
-    What happens is how far the layout differs from that of the sample before; the jump at a cut does not count.
+    What happens is the change of the layout from the sample before; the jump at a cut does not count.
     """
     change = embedding.layout_change.astype(np.float64)
     pts = embedding.pts_seconds
@@ -80,22 +82,22 @@ def plan_reel(
     similarity_limit: float = 0.97,
     quiet: Callable[[float], float] | None = None,
 ) -> ReelPlan:
-    """Spans of 2 to 6 s around the frames with the best scores, together of the wished length or less.
+    """Chooses spans of 2 to 6 s around the frames with the best scores, in total at most `seconds` long.
 
-    Spans stay inside their shot, but shots that are shorter than a span are shown with those beside them. Ends snap to
-    cuts when near, else to quiet places in the sound. What is alike is shown once, and what is dull not at all: the
-    reel is shorter then.
+    Spans stay inside their shot; shots shorter than a span are shown together with their neighbours. Ends snap to near
+    cuts, else to quiet places in the sound. Similar spans are shown once, and dull ones not at all, which makes the
+    reel shorter.
 
     Args:
         duration_seconds: length of the video.
         shots: in time order.
         pts_seconds: [T] float64, of the sampled frames.
-        scores: [T] float32, `interest_of` or how well each sampled frame answers a query.
+        scores: [T] float32: `interest_of`, or the scores of a query.
         vectors: [T, D] float32, unit length.
-        seconds: wished length of the reel.
-        whole: a video that is too short for a reel is shown whole, since the reel has another shape.
-        similarity_limit: the best frames of two spans are no more alike than this cosine.
-        quiet: from a time to the quietest one within 0.4 s.
+        seconds: longest length of the reel.
+        whole: show all of a video that is too short for a reel, since the reel has another shape.
+        similarity_limit: largest cosine of the best frames of two spans.
+        quiet: maps a time to the quietest one within 0.4 s.
 
     Raises:
         ValueError: lengths disagree, or the duration is not a positive number.
@@ -153,7 +155,7 @@ def _rows(level: F64, pts: F64, duration: float) -> Iterator[int]:
 
 
 def _free_gap(anchor: float, cuts: list[float], taken: list[Span]) -> Span | None:
-    """The free part around `anchor` inside its shot, or inside its shot and neighbours where it is short."""
+    """The free part around `anchor` in its shot; for a short shot, also in its neighbours."""
     place = min(max(bisect_right(cuts, anchor), 1), len(cuts) - 1)
     first, last = place - 1, place
     while cuts[last] - cuts[first] < SPAN_SECONDS[0] and (last < len(cuts) - 1 or first > 0):
@@ -173,7 +175,7 @@ def _free_gap(anchor: float, cuts: list[float], taken: list[Span]) -> Span | Non
 
 
 def _place(row: int, level: F64, pts: F64, gap: Span, remaining: float) -> Span:
-    """The span around a sample: as long as much happens, within the gap."""
+    """The span around a sample, as long as much happens, within the gap."""
     low, high = gap
     first = last = row
     while first > 0 and pts[first - 1] >= low and level[first - 1] >= LIVELY * level[row]:
@@ -197,7 +199,7 @@ def _place(row: int, level: F64, pts: F64, gap: Span, remaining: float) -> Span:
 
 
 def _quieted(spans: list[Span], cuts: list[float], least: float, quiet: Callable[[float], float]) -> list[Span]:
-    """Moves the ends that are at no cut to quiet places, over no cut and onto no other span."""
+    """Moves ends that are not at a cut to quiet places, without crossing a cut or another span."""
     found: list[Span] = []
     for number, (start, stop) in enumerate(spans):
         place = bisect_right(cuts, start + EPSILON)
@@ -215,7 +217,7 @@ def _quieted(spans: list[Span], cuts: list[float], least: float, quiet: Callable
 
 
 def _merge(spans: list[Span]) -> list[Span]:
-    """Spans that touch, at a cut, become one."""
+    """Joins spans that touch at a cut."""
     merged = spans[:1]
     for (_, before), (start, stop) in pairwise(spans):
         if start <= before + EPSILON:

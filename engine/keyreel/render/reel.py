@@ -1,7 +1,7 @@
-"""The highlight reel: spans of a video as one MP4 (H.264 + AAC), sound in step with the picture.
+"""Encodes a highlight reel: spans of a video as one MP4 (H.264 and AAC), sound in step with the picture.
 
-Both clocks are pts. The output's time is the sum of the spans before plus the time since the span's start, for frames
-(1/90000 s) and samples (1/48000 s) alike: neither drifts from the other, whatever the source's rate.
+The pts are the only clock. The time in the output is the length of all earlier spans plus the time since the span's
+start, for frames (1/90000 s) and samples (1/48000 s) alike: they cannot drift apart, at any frame rate.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from keyreel.render.sound import RATE, SoundReader, faded, placed_sound
 from keyreel.types import F32, U8, Progress, Shot, VideoInfo
 
 DEFAULTS = OutputConfig()
-# The first that can be opened encodes: many a GPU has no NVENC (A100, H100), and drivers bound its sessions.
-# x264: as like the source as "veryfast" at 20 (SSIM), in 70 % of its time, with 1.1 to 1.6 times the bytes, see
-# benchmarks.reels. NVENC never ran here: its preset is the middle one, and 23 what its makers set beside x264's 22.
-# forced-idr: a picture asked to be an I-frame is one that a player can start at.
-# bf 0: pictures are stored as they are shown, so that the picture needs no edit list, which not every player reads, and
-# the last picture's duration is that of the track's end.
+# The first encoder that opens is used: some GPUs have no NVENC (A100, H100), and drivers limit its sessions.
+# x264: the quality (SSIM) of "veryfast" at 20 in 70 % of its time, with 1.1 to 1.6 times the bytes, see
+# benchmarks.reels. NVENC has not been measured: the middle preset, and 23, which its makers compare with x264's 22.
+# forced-idr: a requested I-frame is one that a player can start at.
+# bf 0: pictures are stored in the order of display, so that the track needs no edit list, which some players ignore,
+# and the last picture lasts until the end of the track.
 ENCODERS = {
     "h264_nvenc": {"preset": "p4", "rc": "vbr", "cq": "23", "b": "0", "forced-idr": "1", "bf": "0"},
     "libx264": {"preset": "superfast", "crf": "22", "forced-idr": "1", "bf": "0"},
 }
-TICKS = 90000  # a second, of the picture's clock
+TICKS = 90000  # ticks per second of the picture's clock
 SOUND_BITS = 160_000  # a second
 REINSTALL = "install PyAV's own wheel: pip install --force-reinstall --only-binary av av"
 BATCH_BYTES = 16 << 20
@@ -54,21 +54,21 @@ def write_reel(
     camera: Camera | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the spans one after the other as an MP4 that starts fast.
+    """Encodes the spans one after the other as an MP4 with its index at the start.
 
-    Frames keep their pts (a variable rate stays variable), are upright with square pixels and even sides, and each span
-    opens with a key frame. Sound is 48 kHz stereo, silence where the source has a gap, no track where the source has
-    none. The video is read once, its sound beside it.
+    A variable frame rate stays variable. Frames are upright, with square pixels and even sides; each span begins with a
+    key frame. Sound is 48 kHz stereo, with silence for gaps; no track if the source has none. It reads the video once,
+    and its sound beside it.
 
     Args:
-        spans: disjoint; those in time order are decoded in one pass.
-        path: of the MP4; its folder must be there.
-        height: of the picture in pixels, width if it is upright; a larger one is scaled down.
-        camera: what a reel of another shape shows; None for whole frames.
+        spans: disjoint; spans in time order are decoded in one pass.
+        path: the MP4; its folder must exist.
+        height: longest short side in pixels; larger pictures are scaled down.
+        camera: for a reel of another shape; None for whole frames.
         progress: called with ("reel", seconds done, seconds in all).
 
     Raises:
-        RenderError: no H.264 or AAC encoder, no frame could be decoded, or the file cannot be written.
+        RenderError: no H.264 or AAC encoder, no frame can be decoded, or the file cannot be written.
         SourceError: the video cannot be opened.
     """
     check_target(source, path)
@@ -84,7 +84,7 @@ def write_reel(
 
 
 def check_target(source: Source, path: Path) -> None:
-    """Raises RenderError where the reel would replace its video."""
+    """Raises RenderError if the reel would replace its video."""
     if source.path is not None and path.exists() and path.samefile(source.path):
         raise RenderError(f"{path}: is the input video and will not be overwritten", hint="give the reel another name")
 
@@ -113,7 +113,7 @@ def _write(
             audio.codec_context.bit_rate = SOUND_BITS
         for caption in add_captions(output, source, spans):
             output.mux(caption)
-        lasting: dict[int, int] = {}  # how long the frame of a pts is shown: the encoder guesses at the last one
+        lasting: dict[int, int] = {}  # pts -> how long the frame is shown; the encoder would guess the last one
 
         def coded(frame: av.VideoFrame | None) -> Any:
             packets = video.encode(frame)
@@ -121,8 +121,8 @@ def _write(
                 packet.duration = lasting.pop(packet.pts, packet.duration)
             return packets
 
-        begin = 0.0  # of this span, in the output's seconds
-        # "area" also at full size: it costs half of what bicubic does where only the chroma is scaled.
+        begin = 0.0  # start of this span, in seconds of the output
+        # "area" also at full size: if only the chroma is scaled, it takes half the time of bicubic.
         transform = ImageTransform(*whole, "squash", "area")
 
         def frames_of(spans: Sequence[Shot]) -> Iterator[tuple[Any, float]]:
@@ -162,7 +162,7 @@ def _write(
 
 
 def _even_size(info: VideoInfo, most: int) -> tuple[int, int]:
-    """(height, width), the shorter at most `most`, both even as 4:2:0 needs them."""
+    """(height, width), the shorter at most `most`, both even for 4:2:0."""
     scale = min(1.0, most / min(info.height, info.width))
     return max(2, round(info.height * scale / 2) * 2), max(2, round(info.width * scale / 2) * 2)
 
@@ -197,7 +197,7 @@ def _video_stream(output: Any, info: VideoInfo, height: int, width: int, colours
 
 def _yuv(picture: U8, height: int, width: int) -> av.VideoFrame:
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
-    # The width and height guard against a source whose picture size changes on the way.
+    # Fixed width and height, in case the size changes within the source.
     return frame.reformat(
         width,
         height,
@@ -209,20 +209,20 @@ def _yuv(picture: U8, height: int, width: int) -> av.VideoFrame:
 
 
 class _Shown(NamedTuple):
-    """A frame in the reel."""
+    """A frame of the reel."""
 
     span: Shot
-    data: Any  # as `_frames` or `direct_frames` gives it
-    seconds: float  # of the source, when it begins to be shown
+    data: Any  # of `_frames` or `direct_frames`
+    seconds: float  # seconds of the source at which it appears
     lasts: float  # seconds
 
 
 def _shown(frames: Iterator[tuple[Any, float]], spans: Sequence[Shot]) -> Iterator[_Shown]:
-    """The frames of each span in turn; the first is the one that is shown at its start."""
+    """Yields the frames of each span; the first is the one shown at its start."""
     held: tuple[Any, float] | None = None  # the last frame before `ahead`
     ahead = next(frames, None)
     for span in spans:
-        # Before the first frame of a video, that frame is shown.
+        # Before the first frame of a video, the first frame is shown.
         while ahead is not None and (held is None or ahead[1] <= span.start_seconds + 1 / TICKS):
             held, ahead = ahead, next(frames, None)
         if held is None:
@@ -238,7 +238,7 @@ def _shown(frames: Iterator[tuple[Any, float]], spans: Sequence[Shot]) -> Iterat
 def _frames(
     source: Source, spans: Sequence[Shot], transform: ImageTransform, info: VideoInfo
 ) -> Iterator[tuple[U8, float]]:
-    """(picture, time) of each frame of the spans and of those shown at their starts, in one pass over the file."""
+    """Yields (picture, time) of the frames of the spans and of those shown at their starts, in one pass."""
     sampling = _wanted(source, spans)
     batch_size = max(1, min(16, BATCH_BYTES // (transform.height * transform.width * 3)))
     with (
@@ -250,7 +250,7 @@ def _frames(
 
 
 def _rising(spans: Sequence[Shot]) -> Iterator[list[Shot]]:
-    """Runs of spans in time order: each is decoded in one pass."""
+    """Splits spans into runs in time order, each decoded in one pass."""
     run: list[Shot] = []
     for span in spans:
         if run and span.start_seconds < run[-1].stop_seconds:
@@ -262,7 +262,7 @@ def _rising(spans: Sequence[Shot]) -> Iterator[list[Shot]]:
 
 
 def _wanted(source: Source, spans: Sequence[Shot]) -> Sampling:
-    """The frames of the spans and those shown at their starts."""
+    """The sampling of the spans' frames, and of those shown at their starts."""
     timeline = source.timeline()
     if timeline is None:
         return Sampling("all", stop_seconds=spans[-1].stop_seconds)
@@ -273,7 +273,7 @@ def _wanted(source: Source, spans: Sequence[Shot]) -> Sampling:
 
 
 def _write_sound(output: Any, audio: Any, sound: Iterator[F32], heard: int, until: int) -> int:
-    """Encodes blocks until sample `until` of the output is reached; returns the next sample."""
+    """Encodes blocks up to sample `until` of the output. Returns the number of the next sample."""
     while heard < until and (block := next(sound, None)) is not None:
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="fltp", layout="stereo")
         frame.rate, frame.pts, frame.time_base = RATE, heard, Fraction(1, RATE)

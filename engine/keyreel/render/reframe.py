@@ -1,19 +1,19 @@
-"""A virtual camera: which part of each frame a reel of another shape shows.
+"""Plans a virtual camera: the part of each frame that a reel of another shape shows.
 
-The window is the largest of the wanted shape that fits into the frame, so it moves along one side of the frame only.
-That side has BINS bins; a place is the first bin of the window. A subject map, summed across, is a density m[t, u] over
-the bins u. Each take, the part of a span that lies in one shot, is decided by itself:
+The window is the largest one of the wanted shape that fits into the frame, so it moves along one side of the frame
+only. That side has BINS bins; the place of a window is its first bin. A subject map, summed across that side, is a
+density m[t, u] over the bins u. Each take, the part of a span in one shot, is planned independently:
 
-fixed: one place for all of the take. Of those that hold as much of the map as any, up to GAIN, the one of least cost.
-path: where moving holds more by more than GAIN. The places p_t, one each STEP_SECONDS, of least cost
+fixed: one place for the whole take: of those that hold the most of the map, up to GAIN, the one with the least cost.
+path: if moving holds more, by more than GAIN. The places p_t, one each STEP_SECONDS, with the least cost
 
         sum_t STEP sum_u m[t, u] min(1, ((u - c(p_t)) / REACH)^2) + TRAVEL sum_t |v_t| + EASE sum_t |v_t - v_t-1| / STEP
 
-    with v_t = p_t - p_t-1, |v_t| <= SPEED STEP and |v_t - v_t-1| <= ACCELERATION STEP^2, all of them inside the frame;
-    c is the window's centre. The truncated square (Blake and Zisserman 1987) ignores what lies far off, as noise does;
-    the other terms are the L1 camera paths of Grundmann et al. 2011. The places are the control points of a uniform
-    quadratic B-spline: its speed and acceleration are means of their differences, so the bounds hold at any time.
-fit: the whole frame before a blurred copy of itself, where the map is flat or a second subject is far from the first.
+    with v_t = p_t - p_t-1, |v_t| <= SPEED STEP and |v_t - v_t-1| <= ACCELERATION STEP^2, inside the frame; c is the
+    window's centre. The truncated square (Blake and Zisserman 1987) ignores distant mass, such as noise; the other
+    terms are the L1 camera paths of Grundmann et al. 2011. The places are control points of a uniform quadratic
+    B-spline: its speed and acceleration are means of their differences, so the bounds hold at any time.
+fit: the whole frame before a blurred copy of itself, if the map is flat, or a second subject is far from the first.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from keyreel.types import F32, F64, I64, U8, Region, Shot
 
 BINS = 128  # along the side on which the window moves
 STEP_SECONDS = 0.25  # between two places of a path
-SPEED = 0.375  # sides of the frame a second, at most
-ACCELERATION = 0.5  # sides a second^2, at most
-REACH = 0.2  # sides: what is further from the centre counts as missed
-TRAVEL, EASE = 0.6, 0.6  # cost of moving by the whole side, and of changing the speed by a side a second
-GAIN = 0.05  # of the map: what is worth a path instead of a fixed place, or a place that is less central
+SPEED = 0.375  # most sides of the frame per second
+ACCELERATION = 0.5  # most sides per second^2
+REACH = 0.2  # sides; mass further from the centre counts as missed
+TRAVEL, EASE = 0.6, 0.6  # cost of a move by one side, and of a change of speed by one side per second
+GAIN = 0.05  # share of the map that justifies a path, or a less central place
 FLAT = 0.3  # of what a window cannot hold of an even map: one that is closer to it, in total variation, has no subject
-RIVAL, AWAY = 0.5, 0.25  # a place AWAY windows off that holds RIVAL of what the window does is a second subject
+RIVAL, AWAY = 0.5, 0.25  # a place AWAY windows off with RIVAL times the window's mass is a second subject
 BLUR_EDGE = 48  # pixels, long side of the picture that is blurred
 
 TakeMode: TypeAlias = Literal["fixed", "path", "fit"]
@@ -46,16 +46,16 @@ TakeMode: TypeAlias = Literal["fixed", "path", "fit"]
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """How one span of one shot is shown."""
+    """How to show a span of one shot."""
 
     start_seconds: float
     stop_seconds: float
     mode: TakeMode
     reason: str
-    controls: tuple[float, ...] = ()  # 0..1 along the room that the window has: one for fixed, none for fit
+    controls: tuple[float, ...] = ()  # 0..1 along the window's range: one for fixed, none for fit
 
     def along(self, seconds: float) -> float:
-        """Where the window is at a time, 0..1 of its room."""
+        """The place of the window at a time, 0..1 of its range."""
         if len(self.controls) == 1:
             return self.controls[0]
         place = min(max((seconds - self.start_seconds) / STEP_SECONDS, 0.0), len(self.controls) - 2.0)
@@ -66,7 +66,7 @@ class Take:
 
     @property
     def times(self) -> tuple[float, ...]:
-        """Times at which the window is worth noting: one for fixed, for a path each STEP_SECONDS and the end."""
+        """Times to record the window at: one for fixed; for a path each STEP_SECONDS and the end."""
         if len(self.controls) <= 1:
             return (self.start_seconds,) * len(self.controls)
         count = math.ceil((self.stop_seconds - self.start_seconds) / STEP_SECONDS)
@@ -75,25 +75,25 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class Camera:
-    """What a reel of another shape shows of each frame."""
+    """The part of each frame that a reel of another shape shows."""
 
     aspect: str
-    window: tuple[float, float]  # width and height, as shares of the frame's
+    window: tuple[float, float]  # width and height, as fractions of the frame's
     takes: tuple[Take, ...]  # in time order
 
     def region(self, seconds: float) -> Region | None:
-        """The part of the frame that is shown at a time; None for all of it before a blurred ground."""
+        """The part of the frame to show at a time; None for the whole frame before blurred sides."""
         starts = [take.start_seconds for take in self.takes]
         take = self.takes[max(bisect_right(starts, seconds + 1e-6) - 1, 0)]
         return None if take.mode == "fit" else self.region_of(take, seconds)
 
     def region_of(self, take: Take, seconds: float) -> Region:
-        """The part of the frame that a take, which is not fit, shows at a time."""
+        """The part of the frame that a take (fixed or path) shows at a time."""
         along, (width, height) = take.along(seconds), self.window
         return along * (1 - width), along * (1 - height), width, height
 
     def sizes(self, height: int, width: int, most: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """((height, width) of the reel, both even; the same of whole frames, of which it is cut out).
+        """Returns ((height, width) of the reel, both even; size of the whole frames to cut it from).
 
         Args:
             height, width: of the video's frames, in pixels. most: of the reel's shorter side.
@@ -104,7 +104,7 @@ class Camera:
         return shown, (max(shown[0], round(height * scale)), max(shown[1], round(width * scale)))
 
     def picture(self, frame: U8, seconds: float, size: tuple[int, int]) -> U8:
-        """What is shown at a time, [h, w, 3] uint8.
+        """Makes the picture [h, w, 3] uint8 to show at a time.
 
         Args:
             frame: [H, W, 3] uint8, the whole picture. size: (h, w), see `sizes`.
@@ -114,14 +114,14 @@ class Camera:
 
 
 def cut_out(frame: U8, region: Region, size: tuple[int, int]) -> U8:
-    """The part [h, w, 3] of a frame [H, W, 3] that begins where the region does, to the pixel."""
+    """Cuts the part [h, w, 3] that begins at the region's corner out of a frame [H, W, 3]."""
     top = min(max(round(region[1] * frame.shape[0]), 0), frame.shape[0] - size[0])
     left = min(max(round(region[0] * frame.shape[1]), 0), frame.shape[1] - size[1])
     return frame[top : top + size[0], left : left + size[1]]
 
 
 def blurred_sides(frame: U8, size: tuple[int, int]) -> U8:
-    """All of a frame [H, W, 3] in the middle of [h, w, 3], before a blurred copy that fills the rest."""
+    """Puts a frame [H, W, 3] into the middle of [h, w, 3], before a blurred copy that fills the rest."""
     whole, (height, width) = Image.fromarray(frame), size
     scale = min(height / whole.height, width / whole.width)
     inner_size = max(1, round(whole.width * scale)), max(1, round(whole.height * scale))
@@ -136,7 +136,7 @@ def blurred_sides(frame: U8, size: tuple[int, int]) -> U8:
 
 
 def window_of(height: int, width: int, aspect: str) -> tuple[float, float]:
-    """(width, height) of the largest window of a shape inside a frame, as shares of the frame's."""
+    """(width, height) of the largest window of a shape in a frame, as fractions of the frame's."""
     ratio = aspect_ratio(aspect) * height / width
     return min(1.0, ratio), min(1.0, 1 / ratio)
 
@@ -153,12 +153,12 @@ def plan_camera(
     aspect: str,
     mode: ReframeMode = "follow",
 ) -> Camera:
-    """The camera of a reel.
+    """Plans the camera of a reel.
 
     Args:
         maps: [T, P] float32 >= 0, see `Embedding.attention`. grid: (h, w), h * w = P.
         pts_seconds: [T] float64, rising.
-        area: (left, top, right, bottom) of the maps on the frame, as shares, see `attended_area`.
+        area: (left, top, right, bottom) of the maps on the frame, as fractions, see `attended_area`.
         size: (height, width) of the frames in pixels.
         shots, spans: in time order; the spans are the reel's.
         aspect: "9:16", see `OutputConfig.aspect`.
@@ -166,7 +166,7 @@ def plan_camera(
     window = window_of(*size, aspect)
     moves = 0 if window[0] < window[1] else 1
     density = density_of(maps, grid, area, axis=moves)
-    # Rounded down, so that the room of the window in bins is no smaller than in the frame, and bounds hold there too.
+    # Rounded down: the window's range in bins is then no smaller than in the frame, and the bounds hold there too.
     width = max(1, int(window[moves] * BINS + 1e-9))
     takes = []
     for start, stop, rows in _pieces(spans, shots, pts_seconds):
@@ -184,7 +184,7 @@ def plan_camera(
 def _pieces(
     spans: Sequence[Shot], shots: Sequence[Shot], pts_seconds: F64
 ) -> Iterator[tuple[float, float, slice | list[int]]]:
-    """(start, stop, rows) of the part of each span in each shot, with the shot's sampled frames."""
+    """Yields (start, stop, rows) for the part of each span in each shot, with the shot's sampled frames."""
     for span in spans:
         for shot in shots:
             start, stop = max(span.start_seconds, shot.start_seconds), min(span.stop_seconds, shot.stop_seconds)
@@ -195,7 +195,7 @@ def _pieces(
 
 
 def _between(rows: F64, pts_seconds: F64, times: F64) -> F64:
-    """Densities [T, BINS] at `times`, linear between the sampled frames."""
+    """Densities at `times`, interpolated linearly between the sampled frames."""
     place = np.interp(times, pts_seconds, np.arange(len(pts_seconds)))
     low = np.minimum(place.astype(np.int64), max(len(rows) - 2, 0))
     share = (place - low)[:, None]
@@ -204,10 +204,10 @@ def _between(rows: F64, pts_seconds: F64, times: F64) -> F64:
 
 
 def density_of(maps: F32, grid: tuple[int, int], area: tuple[float, float, float, float], *, axis: int) -> F64:
-    """[T, BINS] float64, rows sum to 1: how much of each map lies in each bin of the frame's width or height.
+    """[T, BINS] float64, rows sum to 1: the share of each map in each bin of the frame's width or height.
 
     Args:
-        maps: [T, P]. grid: (h, w). area: of the maps on the frame, as shares; what lies outside the frame is left out.
+        maps: [T, P]. grid: (h, w). area: of the maps on the frame, as fractions; ignores parts outside the frame.
         axis: 0 for bins from left to right, 1 from top to bottom.
     """
     cells = maps.reshape(-1, *grid).sum(axis=1 + axis, dtype=np.float64)
@@ -220,7 +220,7 @@ def density_of(maps: F32, grid: tuple[int, int], area: tuple[float, float, float
 
 
 def decide(density: F64, width: int) -> tuple[TakeMode, str, I64]:
-    """(mode, why, places) of one take; one place for fixed, none for fit.
+    """Chooses (mode, reason, places) of one take; one place for fixed, none for fit.
 
     Args:
         density: [K, BINS] at the control points, rows sum to 1. width: of the window in bins.
@@ -249,14 +249,14 @@ def decide(density: F64, width: int) -> tuple[TakeMode, str, I64]:
 
 
 def _held(density: F64, width: int) -> F64:
-    """[K, N]: how much of each density [K, BINS] a window at each of the N places holds."""
+    """[K, N]: the share of each density [K, BINS] that a window at each of the N places holds."""
     sums = np.concatenate([np.zeros((len(density), 1)), density.cumsum(axis=1)], axis=1)
     held: F64 = sums[:, width:] - sums[:, : BINS + 1 - width]
     return held
 
 
 def _costs(density: F64, width: int) -> F64:
-    """[K, N]: the truncated square of the distance from the window's centre, mean over the density."""
+    """[K, N]: the mean, over the density, of the truncated square of the distance from the window's centre."""
     centres = np.arange(BINS + 1 - width) + (width - 1) / 2
     far = (np.arange(BINS)[:, None] - centres) / (REACH * BINS)
     costs: F64 = density @ np.minimum(1.0, far**2)
@@ -264,10 +264,10 @@ def _costs(density: F64, width: int) -> F64:
 
 
 def least_cost_path(costs: F64) -> I64:
-    """The places [K] of the path that the module's docstring defines, by dynamic programming over place and speed.
+    """Finds the places [K] of the path in the module's docstring, by dynamic programming over place and speed.
 
     Args:
-        costs: [K, N] of each place at each control point.
+        costs: [K, N] for each control point and place.
     """
     places = costs.shape[1]
     fastest = int(SPEED * STEP_SECONDS * BINS + 1e-9)
@@ -278,8 +278,8 @@ def least_cost_path(costs: F64) -> I64:
     outside = (came_from < 0) | (came_from >= places)
     came_from = came_from.clip(0, places - 1)
     rows = np.arange(len(speeds))[:, None]
-    ease = EASE / (BINS * STEP_SECONDS)  # of a change by one bin a step
-    # best[v, n]: least cost of a path to place n at speed v. The camera may be on its way when a take begins.
+    ease = EASE / (BINS * STEP_SECONDS)  # of a change of speed by one bin a step
+    # best[v, n]: least cost of a path to place n at speed v. A take may begin with a moving camera.
     best = np.tile(costs[0] * STEP_SECONDS, (len(speeds), 1))
     speeds_before = []  # [V, N] of each control point but the first, as rows
     for cost in costs[1:] * STEP_SECONDS:

@@ -1,4 +1,4 @@
-"""Pictures of search hits."""
+"""Makes the pictures of search hits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUALITY = 85
 
 
 def hit_pictures(hits: Sequence[SearchHit], sources: Mapping[str, Source]) -> list[U8]:
-    """The best frame of each hit, [H, W, 3] uint8, at most 640 x 360. One pass over each video.
+    """Decodes the best frame of each hit, [H, W, 3] uint8, at most 640 x 360, in one pass over each video.
 
     Args:
         sources: of the hits' videos, by name.
@@ -33,7 +33,7 @@ def hit_pictures(hits: Sequence[SearchHit], sources: Mapping[str, Source]) -> li
 
 
 def save_previews(hits: Sequence[SearchHit], pictures: Sequence[U8 | bytes], folder: Path) -> list[SearchHit]:
-    """Writes the pictures, JPEG files as they are, as hit_01.jpg ... and returns the hits with their paths."""
+    """Writes the pictures as hit_01.jpg, hit_02.jpg, ... Returns the hits with their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     named = []
     for number, (hit, picture) in enumerate(zip(hits, pictures, strict=True), start=1):

@@ -1,4 +1,4 @@
-"""All outputs of one summary, made in a hidden folder beside the target, then renamed."""
+"""Writes all outputs of a summary: into a hidden folder beside the target, which it then renames."""
 
 from __future__ import annotations
 
@@ -46,24 +46,24 @@ def save_summary(
     query_scores: F32 | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes the outputs that `config` asks for into `folder`; returns it.
+    """Writes the outputs of `config` into `folder`. Returns the folder.
 
-    An empty folder and one that holds an earlier summary of the same video and nothing else are replaced; with
-    `overwrite` any folder, whose other files stay. After an error or Ctrl-C the target is as it was and nothing
-    half-written is left beside it.
+    It replaces an empty folder, or one that holds only an earlier summary of the same video; with `overwrite` any
+    folder, but keeps its other files. After an error or Ctrl-C the target has not changed, and nothing half-written is
+    left.
 
     Args:
         summary: what to write.
-        source: the video; it must still be readable.
-        folder: made with its parents where it is missing.
+        source: the video.
+        folder: created with its parents if missing.
         config: which outputs.
-        query_scores: [T] float32, how well each sampled frame answers `config.query`; ranks the reel's spans.
+        query_scores: [T] float32: scores of the sampled frames for `config.query`, to plan the reel.
         progress: called with ("pictures" | "reel", done, total).
 
     Raises:
-        RenderError: the folder holds other things, or an output cannot be made.
-        MissingExtra: OTIO or EDL asked for and not installed.
-        SourceError: the video can no longer be read.
+        RenderError: the folder must not be replaced, or an output cannot be made.
+        MissingExtra: the packages for OTIO or EDL are not installed.
+        SourceError: the video cannot be read again.
     """
     target = folder.resolve()
     _check_replaceable(target, source, summary.video.path, overwrite=config.overwrite)
@@ -149,7 +149,7 @@ def _write_all(
 
 
 def _write_embeddings(summary: Summary, source: Source, path: Path) -> None:
-    """The arrays of the Embedding by name, the importance, and what summary.json does not say of the video."""
+    """Writes the arrays of the Embedding by name, the importance, and facts about the video that summary.json lacks."""
     embedding, file = summary.embedding, None if source.path is None else str(source.path)
     named = {own.name: getattr(embedding, own.name) for own in fields(embedding)}
     arrays: dict[str, Any] = {
@@ -167,10 +167,10 @@ def _write_pictures(
     progress: Progress | None,
     seconds: dict[str, float],
 ) -> tuple[list[str], list[Image.Image]]:
-    """Writes key-frames, contact sheet and thumbnails; one pass decodes what the analysis has not left.
+    """Writes key-frames, contact sheet and thumbnails. One pass decodes the pictures that the analysis did not keep.
 
     Returns:
-        the names of the key-frames' files; their pictures for the storyboard, small.
+        The file names of the key-frames, and small pictures of them for the storyboard.
     """
     (made / "keyframes").mkdir()
     keyframes, quality, duration = summary.keyframes, config.jpeg_quality, summary.stop_seconds
@@ -203,12 +203,12 @@ def _write_pictures(
 
 
 def _check_replaceable(target: Path, source: Source, video: str, *, overwrite: bool) -> None:
-    """Raises RenderError where the target must not be replaced."""
+    """Raises RenderError if the target must not be replaced."""
     if not target.exists():
         return
     if not target.is_dir():
         raise RenderError(f"{target}: is a file; the outputs need a folder", hint="give another folder")
-    # Replacing means deleting: never the video itself, the working folder or the home folder.
+    # Replacing deletes: never the video, the working folder or the home folder.
     precious = [Path.cwd(), Path(os.path.expanduser("~"))]
     if source.path is not None:
         precious.append(source.path.resolve())
@@ -235,7 +235,7 @@ def _check_replaceable(target: Path, source: Source, video: str, *, overwrite: b
 
 
 def _summarised(path: Path) -> str | None:
-    """The video of an earlier summary.json; None where the file is not one."""
+    """The video of an earlier summary.json; None for other files."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         return str(document["video"]["path"]) if document["schema"] == SUMMARY else None
@@ -244,9 +244,9 @@ def _summarised(path: Path) -> str | None:
 
 
 def _swap(made: Path, target: Path) -> None:
-    """Renames the made folder to the target; what stood there is put back where that fails.
+    """Renames the new folder to the target; if that fails, puts the old one back.
 
-    Of what stood there only our own outputs are deleted; other files move over into the new folder.
+    It deletes only our own outputs of the old folder; other files move into the new one.
     """
     if not target.exists():
         os.rename(made, target)

@@ -1,4 +1,4 @@
-"""The sound of spans of a video: decoded and placed at its times, or its packets as they are."""
+"""Reads the sound of spans of a video: decoded and placed at its times, or as packets."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from keyreel.decode.timeline import start_seconds
 from keyreel.types import F32
 
 RATE = 48000  # samples a second
-FADE_SECONDS = 0.03  # at both ends of a span
-PREROLL_SECONDS = 0.5  # read before a span: lossy audio needs a few frames to settle
-SLACK_SECONDS = 0.01  # pts rounded to milliseconds must not cut the sound; a larger step is a real gap
+FADE_SECONDS = 0.03  # length of the fade at both ends of a span
+PREROLL_SECONDS = 0.5  # to read before a span: lossy audio needs a few frames to settle
+SLACK_SECONDS = 0.01  # larger steps are real gaps; pts may be rounded to milliseconds
 
-_STEP = RATE // 50  # samples, of which the energy is taken
+_STEP = RATE // 50  # samples to measure the energy of
 
 T = TypeVar("T", bound=Any)
 
 
 def faded(blocks: Iterator[F32], count: int) -> Iterator[F32]:
-    """The blocks [2, n] float32, `count` samples in all, with a linear fade at both ends."""
+    """Fades blocks [2, n] float32, `count` samples in all, linearly at both ends."""
     length = max(1.0, min(FADE_SECONDS * RATE, count / 2))
     done = 0
     for block in blocks:
@@ -40,9 +40,9 @@ def faded(blocks: Iterator[F32], count: int) -> Iterator[F32]:
 
 
 def quietest(reader: SoundReader, seconds: float, reach_seconds: float) -> float:
-    """The middle of the quietest 60 ms within reach of a time; the time itself where it is no louder than twice that.
+    """The middle of the quietest 60 ms within reach of a time; the time itself if it is at most twice as loud.
 
-    Energy is that of both channels in steps of 20 ms.
+    It measures the energy of both channels in steps of 20 ms.
     """
     start = max(seconds - reach_seconds, 0.0)
     steps = int((seconds + reach_seconds - start) * RATE) // _STEP
@@ -59,7 +59,7 @@ def quietest(reader: SoundReader, seconds: float, reach_seconds: float) -> float
 
 
 def placed_sound(reader: SoundReader, start_seconds: float, count: int) -> Iterator[F32]:
-    """`count` samples [2, n] float32 at 48 kHz from `start_seconds` on, each at its time, silence in the gaps."""
+    """Yields `count` samples, [2, n] float32 at 48 kHz, from `start_seconds` on, each at its time; silence in gaps."""
     done = 0
     end = (count, np.zeros((2, 0), np.float32))
     for position, block in itertools.chain(_placed(reader, start_seconds), [end]):
@@ -76,10 +76,10 @@ def placed_sound(reader: SoundReader, start_seconds: float, count: int) -> Itera
 
 
 def _placed(reader: SoundReader, start_seconds: float) -> Iterator[tuple[int, F32]]:
-    """(place of the first sample counted from `start_seconds`, block [2, n]); places may be negative or overlap."""
+    """Yields (number of the first sample, from `start_seconds`, block [2, n]); numbers may be negative or overlap."""
     resampler = AudioResampler(format="fltp", layout="stereo", rate=RATE)
     kind: tuple[str, str, int] | None = None
-    due = position = 0.0  # when the next frame is expected, in seconds; where its first sample goes
+    due = position = 0.0  # expected time of the next frame in seconds; number of its first sample
 
     for frame, seconds in reader.frames(start_seconds):
         arrived = (frame.format.name, frame.layout.name, frame.sample_rate)
@@ -105,29 +105,30 @@ def _blocks(resampler: AudioResampler, frame: av.AudioFrame | None) -> Iterator[
 
 
 class SoundReader:
-    """Decodes the sound of a source from any time on; the file is opened once."""
+    """Decodes the sound of a source from any time on. It opens the file once."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._container: InputContainer | None = None
 
     def close(self) -> None:
+        """Closes the file."""
         if self._container is not None:
             self._container.close()
         self._container = None
 
     def frames(self, start_seconds: float) -> Iterator[tuple[av.AudioFrame, float | None]]:
-        """Frames from a little before `start_seconds` on, with their time from the file's start."""
+        """Yields frames from a little before `start_seconds` on, with their time from the file's start."""
         return self._read(start_seconds, _decoded)
 
     def packets(self, start_seconds: float) -> Iterator[tuple[Packet[Any], float | None]]:
-        """The same of packets, not decoded."""
+        """Yields packets instead of frames, see `frames`."""
         return self._read(start_seconds, _packets)
 
     def _read(self, start_seconds: float, read: Callable[[Any, Any], Iterator[T]]) -> Iterator[tuple[T, float | None]]:
         for again in (False, True):
             if again:
-                self.close()  # the index led too far, or there is none: read from the beginning
+                self.close()  # the index is wrong or missing: read from the beginning
             opened = self._container is None
             container = self._container = self._container or self._source.open()
             stream = container.streams.audio[0]
@@ -155,7 +156,7 @@ class SoundReader:
 
 
 def origin_of(container: InputContainer) -> float:
-    """Where time begins, on the file's clock."""
+    """The start of the file, on its clock."""
     stream = select_video(container)
     start = None if stream is None else start_seconds(container, stream)
     return float(start or 0)
@@ -175,7 +176,7 @@ def _packets(container: Any, stream: Any) -> Iterator[Packet[Any]]:
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[av.AudioFrame]:
-    """Frames that can be decoded; a damaged packet is skipped and leaves a gap, which becomes silence."""
+    """Yields the frames that can be decoded. A damaged packet leaves a gap, which becomes silence."""
     for packet in itertools.chain(_packets(container, stream), [None]):
         try:
             yield from stream.codec_context.decode(packet)

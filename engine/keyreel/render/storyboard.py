@@ -1,6 +1,6 @@
-"""HTML pages: the storyboard of one video, and the results of a search. One file each, nothing loaded from outside.
+"""Makes HTML pages: the storyboard of a video, and the results of a search. Each is one file that loads nothing.
 
-The markup is in Jinja templates, which escape whatever is put into them.
+The markup is in Jinja templates, which escape all values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from keyreel.render.documents import SummaryDocument
 from keyreel.render.pictures import attended_area, attention_overlay, jpeg, overlay_png, short_clock, shrink
 from keyreel.types import F32, F64, U8, SearchHit, Summary
 
-PICTURE_EDGE = 480  # pixels, long side at 32 key-frames; the pixels of all pictures together stay the same
+PICTURE_EDGE = 480  # pixels, long side with 32 key-frames; the pixels of all pictures together stay the same
 PICTURE_QUALITY = 76
 OVERLAY_EDGE = 96
 CURVE_POINTS = 400
@@ -33,7 +33,7 @@ TICK_SECONDS = (0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 72
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture inside a page."""
+    """A picture in a page."""
 
     url: str  # data:
     width: int
@@ -41,23 +41,24 @@ class Picture:
 
     @classmethod
     def of(cls, image: Image.Image) -> Picture:
+        """Encodes an image as JPEG."""
         return cls(_data_url(jpeg(image, PICTURE_QUALITY), "jpeg"), image.width, image.height)
 
 
 def picture_edge(count: int) -> int:
-    """Long side in pixels of each of `count` pictures on a page, such that the page stays under about 3 MB."""
+    """The long side in pixels of `count` pictures on a page, so that the page stays under about 3 MB."""
     return int(np.clip(PICTURE_EDGE * math.sqrt(32 / count), 96, 960))
 
 
 def storyboard_page(
     summary: Summary, document: SummaryDocument, *, pictures: Sequence[Image.Image], video_link: str | None
 ) -> str:
-    """The storyboard of a video as one HTML page.
+    """Makes the storyboard of a video, one HTML page.
 
     Args:
-        document: the summary as a document, with files, reel and timings.
+        document: the summary's document, with files, reel and timings.
         pictures: of the key-frames, in time order.
-        video_link: link to the video, relative to the page; None where it has no file.
+        video_link: link to the video, relative to the page; None if the video is not a file.
     """
     video, duration, config = summary.video, summary.stop_seconds, summary.config
     name = base_name(video.path)
@@ -98,12 +99,12 @@ def storyboard_page(
 
 
 def search_page(query: str, hits: Sequence[SearchHit], previews: Sequence[U8 | None]) -> str:
-    """The results of a search as one HTML page, best first.
+    """Makes one HTML page with the results of a search, best first.
 
     Args:
-        query: the text that was searched.
+        query: the text of the search.
         hits: the moments found.
-        previews: [H, W, 3] uint8 RGB of each hit's best frame; None where there is none.
+        previews: [H, W, 3] uint8 RGB of each hit's best frame, or None.
     """
     edge = picture_edge(max(32, len(hits)))
 
@@ -127,18 +128,18 @@ def search_page(query: str, hits: Sequence[SearchHit], previews: Sequence[U8 | N
 
 
 def link_to(path: Path, folder: Path) -> str:
-    """A link from a page in `folder` to a file: relative where the drive is the same, percent-encoded."""
+    """A link from a page in `folder` to a file: relative if possible, percent-encoded."""
     try:
         target = os.path.relpath(path.absolute(), folder.absolute())
     except ValueError:
         return path.absolute().as_uri()
-    # "./" keeps a name such as "a:b.mp4" from being read as a scheme.
+    # Without "./" the "a" of "a:b.mp4" would be a scheme.
     return "./" + quote(os.fsencode(target.replace(os.sep, "/")))
 
 
 def templates() -> Any:
-    """The Jinja templates of this folder, which escape whatever is put into them."""
-    import jinja2  # here, since it takes a while and most uses of the package need no page
+    """The Jinja templates of this folder, which escape all values."""
+    import jinja2  # imported here: it is slow, and most uses need no page
 
     return jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset),
@@ -156,7 +157,7 @@ def _page(template: str, *, script: str, **content: Any) -> str:
     policy = "default-src 'none'; img-src data:; media-src 'self' file:; base-uri 'none'; form-action 'none'; "
     policy += f"style-src '{_digest(style)}'; script-src " + (f"'{_digest(script)}'" if script else "'none'")
     page: str = pages.get_template(template).render(style=style, script=script, policy=policy, **content)
-    # A file name may hold bytes that are no text; they must not keep the page from being written.
+    # A file name may have bytes that are not UTF-8; the page must be written nevertheless.
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -169,11 +170,12 @@ def _digest(text: str) -> str:
 
 
 def base_name(path: str) -> str:
-    """The last part of a path or an address, for people."""
+    """The last part of a path or address, to show."""
     return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or path
 
 
 def counted(number: int, noun: str) -> str:
+    """Formats a number with a noun: 1 shot, 2 shots."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
@@ -187,7 +189,7 @@ def _data_url(content: bytes, kind: str) -> str:
 
 
 def _ticks(duration: float) -> list[dict[str, Any]]:
-    """At most eight round times under the timeline."""
+    """At most eight round times for the scale of the timeline."""
     step = next((s for s in TICK_SECONDS if duration / s <= 7), duration / 5)
     ticks = []
     for number in range(math.floor(duration / step + 1e-6) + 1):
@@ -199,7 +201,7 @@ def _ticks(duration: float) -> list[dict[str, Any]]:
 
 
 def _curve(importance: F32, pts_seconds: F64, duration: float) -> list[str]:
-    """Points of the importance on a plane of 1000 x 100; of many samples the highest of each stretch stays."""
+    """Points of the curve of importance, in a plane of 1000 x 100; the highest sample of each stretch."""
     step = max(1, math.ceil(len(importance) / CURVE_POINTS))
     points = []
     for first in range(0, len(importance), step):
@@ -237,7 +239,7 @@ def _setting(value: Any) -> str:
 
 
 def _moment_link(hit: SearchHit) -> str | None:
-    """Link to the moment; only files and http(s), so that no name becomes a script."""
+    """A link to the moment: only to files and http(s), so that no name becomes a script."""
     moment = f"#t={hit.start_seconds:.3f},{hit.stop_seconds:.3f}"
     if hit.video.startswith(("http://", "https://")):
         return hit.video + moment

@@ -1,4 +1,4 @@
-"""For players: WebVTT tracks of thumbnails, whose pictures lie in one sprite, and of chapters."""
+"""Makes WebVTT tracks for players: thumbnails, whose pictures are in one sprite, and chapters."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ STEPS_SECONDS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600)
 
 
 def tile_times(duration_seconds: float) -> tuple[float, tuple[float, ...]]:
-    """(step, times): the regular times of the thumbnails, at most 200, the step a round number of seconds."""
+    """(step, times) of the thumbnails in seconds: at most 200 regular times, with a round step."""
     least = duration_seconds / MOST_TILES
     step = float(next((s for s in STEPS_SECONDS if s >= least), math.ceil(least)))
     return step, tuple(step * n for n in range(max(1, math.ceil(duration_seconds / step - 1e-9))))
 
 
 def tile_transform(height: int, width: int) -> ImageTransform:
-    """From a frame of this size to a thumbnail."""
+    """The transform of a frame of this size to a thumbnail."""
     scale = TILE_EDGE / max(height, width)
     return ImageTransform(max(1, round(height * scale)), max(1, round(width * scale)), "squash", "area")
 
 
 def thumbnails_of(source: Source, video: VideoInfo, stop_seconds: float | None) -> Aside | None:
-    """What collects the thumbnails while a video is decoded; None where its frames cannot be told in advance.
+    """Makes the collector of thumbnails for the decoding; None if the packets do not tell the frames.
 
     Args:
-        stop_seconds: where the analysed part ends; None: at the video's end.
+        stop_seconds: end of the analysed part; None: the end of the video.
     """
     ends = [end for end in (stop_seconds, video.duration_seconds) if end is not None]
     timeline = source.timeline()
@@ -47,14 +47,14 @@ def thumbnails_of(source: Source, video: VideoInfo, stop_seconds: float | None) 
 
 
 def tile(picture: U8, video: VideoInfo) -> U8:
-    """A picture of a video, of any size, as a thumbnail."""
+    """Scales a picture of a video to a thumbnail."""
     size = tile_transform(*video.display_size)
     small = Image.fromarray(picture).resize((size.width, size.height), Image.Resampling.BOX, reducing_gap=3.0)
     return np.asarray(small)
 
 
 def sprite(pictures: Sequence[U8]) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
-    """(picture of all thumbnails, (x, y, width, height) of each)."""
+    """Joins thumbnails: (one picture, (x, y, width, height) of each)."""
     tiles = [Image.fromarray(picture) for picture in pictures]
     width, height = tiles[0].size
     columns = min(len(tiles), TILE_COLUMNS)
@@ -66,7 +66,7 @@ def sprite(pictures: Sequence[U8]) -> tuple[Image.Image, list[tuple[int, int, in
 
 
 def chapters(scenes: Sequence[Shot]) -> str:
-    """A WebVTT chapters track: a cue for each scene."""
+    """Makes a WebVTT chapters track: a cue for each scene."""
     cues = ["WEBVTT\n"]
     for number, scene in enumerate(scenes, 1):
         cues.append(f"{clock(scene.start_seconds)} --> {clock(scene.stop_seconds)}\nScene {number}\n")
@@ -74,7 +74,7 @@ def chapters(scenes: Sequence[Shot]) -> str:
 
 
 def webvtt(boxes: Sequence[tuple[int, int, int, int]], step_seconds: float, duration_seconds: float, image: str) -> str:
-    """A WebVTT thumbnail track: a cue for each tile of the sprite, `image#xywh=x,y,width,height`."""
+    """Makes a WebVTT thumbnail track: a cue for each tile of the sprite, `image#xywh=x,y,width,height`."""
     cues = ["WEBVTT\n"]
     for place, box in enumerate(boxes):
         start = place * step_seconds

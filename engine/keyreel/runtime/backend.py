@@ -1,7 +1,7 @@
-"""Decides the device once, and what runs on it.
+"""Decides, once, the device to use and the libraries that run on it.
 
-An explicit device never falls back. `auto` falls back once, when an engine is made, and the reason is part of every
-result. `keyreel doctor` prints the checks that decide.
+An explicit device never falls back to another. `auto` falls back once, when an engine is made, and every result states
+the reason. `keyreel doctor` prints the checks.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ from keyreel_kernels.cores import cpu_quota, usable_cores
 if TYPE_CHECKING:
     from keyreel_kernels.cuda import Cuda
 
-# Frames in one inference. A smaller batch leaves a GPU idle; on a CPU 16 cost up to 20 % less per frame than 1, and
-# neither 8 nor 32 differed from 16, on both runtimes and for each tower tried.
+# Frames in one inference. A smaller batch leaves a GPU idle. On a CPU a frame took up to 20 % less time with 16 than
+# with 1; 8 and 32 were like 16, with both runtimes and all tested towers.
 CPU_BATCH, CUDA_BATCH = 16, 64
 
 
 class OpenStream(Protocol):
+    """Opens a stream of decoded batches, see `decode.stream`."""
+
     def __call__(
         self,
         source: Source,
@@ -54,41 +56,41 @@ class OpenStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A device, the reason for its choice, and what runs on it."""
+    """A device, the reason for the choice, and what runs on it."""
 
     device: str  # "cpu", "cuda:0"
     reason: str
     ops: Ops
-    open_session: Callable[[Path], Session]  # takes and gives arrays of `ops.arrays`
-    open_stream: OpenStream  # gives batches whose data is on the device
-    batch_size: int  # default number of frames in one inference
-    precisions: tuple[str, ...] = ("fp32", "fp16")  # of bundles that run here
-    release: Callable[[], None] = lambda: None  # frees what is kept for the next call
+    open_session: Callable[[Path], Session]  # opens a graph; arrays are those of `ops.arrays`
+    open_stream: OpenStream  # opens a stream of batches on the device
+    batch_size: int  # default frames in one inference
+    precisions: tuple[str, ...] = ("fp32", "fp16")  # of the models to run here
+    release: Callable[[], None] = lambda: None  # frees cached memory
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Activates the device in this thread; turns out-of-memory into `OutOfMemory`."""
+        """Activates the device in this thread during the block. Raises OutOfMemory if its memory is full."""
         try:
             with self.ops.arrays.scope():
                 yield
-        except MemoryError as error:  # CuPy's is one
+        except MemoryError as error:  # CuPy's error is one
             hint = "use smaller batches (--batch-size), or free memory on the device"
             raise OutOfMemory(f"{self.device}: the memory is full: {error}", hint=hint) from error
 
 
 def resolve(device: str = "auto", *, threads: int | None = None, precision: str = "fp32") -> Backend:
-    """Decides where to compute.
+    """Chooses the device, and opens it.
 
     Args:
-        device: "auto", "cpu", "cuda" (the first one) or "cuda:N".
-        threads: threads inside one operator on a CPU; by default KEYREEL_THREADS, else as many as a quota of
-            the cgroup allows, else the runtime's choice.
-        precision: of the bundle that is to run, see `cpu_runtime`.
+        device: "auto", "cpu", "cuda" (the first GPU) or "cuda:N".
+        threads: threads inside one operator on a CPU; by default KEYREEL_THREADS, else what the container's quota
+            allows, else the runtime's choice.
+        precision: of the model to run, see `cpu_runtime`.
 
     Raises:
-        ValueError: not the name of a device, or of a runtime.
+        ValueError: an unknown device or runtime.
         MissingExtra: no runtime is installed.
-        BackendUnavailable: the device or runtime that was asked for does not work; `probe` names the failed check.
+        BackendUnavailable: the requested device or runtime does not work; `probe` names the failed check.
     """
     kind, _, index = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
@@ -132,14 +134,14 @@ def _cpu(reason: str, threads: int, precision: str) -> Backend:
 
 
 def cpu_runtime(precision: str = "fp32") -> tuple[str, str]:
-    """The package that runs graphs on the CPU: the one that KEYREEL_CPU_RUNTIME names, else the fastest that works.
+    """Chooses the package that runs graphs on the CPU: that of KEYREEL_CPU_RUNTIME, else the fastest that works.
 
     Returns:
-        Its name, and a description: precision, who chose it, and what is wrong with a faster one.
+        Its name, and a description: precision, who chose it, and why not a faster one.
 
     Raises:
-        ValueError: KEYREEL_CPU_RUNTIME names no runtime.
-        MissingExtra, BackendUnavailable: the chosen one, or each of them, is missing or broken.
+        ValueError: KEYREEL_CPU_RUNTIME is not a runtime.
+        MissingExtra, BackendUnavailable: the chosen runtime, or every one, is missing or broken.
     """
     chosen = os.environ.get("KEYREEL_CPU_RUNTIME", "auto")
     order = ["openvino", "onnxruntime"]
@@ -191,7 +193,7 @@ def _cuda(ops: Ops, reason: str, *, strict: bool) -> Backend:
 
 
 def open_cuda_session(path: Path, cuda: Cuda, *, batch_size: int) -> Session:
-    """A graph on TensorRT where one is installed that supports the device, else on onnxruntime's CUDA provider."""
+    """Opens a graph with TensorRT if it is installed and supports the device, else with onnxruntime's CUDA provider."""
     try:
         supported = load_tensorrt().supports(cuda.capability)
     except MissingExtra:
@@ -204,20 +206,20 @@ def open_cuda_session(path: Path, cuda: Cuda, *, batch_size: int) -> Session:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The outcome of one check."""
+    """The result of one check."""
 
     name: str
     passed: bool
     found: str
     fix: str | None = None
-    required: bool = True  # keyreel does not work without it
+    required: bool = True  # whether keyreel needs it
 
 
 def probe_cuda(index: int) -> tuple[tuple[Probe, ...], Ops | None]:
-    """Checks a CUDA device: driver, device, CuPy, a kernel, an inference, each on top of the one before.
+    """Checks a CUDA device step by step: driver, device, CuPy, a kernel, an inference.
 
     Returns:
-        The checks up to the first that failed, and the operations on the device, None where one failed.
+        The checks up to the first failure, and the operations on the device, None after a failure.
     """
     found = [probe_driver(index)]
     ops: Ops | None = None
@@ -258,7 +260,7 @@ def _probe_cupy(index: int) -> tuple[Probe, Ops | None]:
             array = ops.arrays.to_device(np.arange(5))
             right = ops.arrays.to_host(array + array).tolist() == [0, 2, 4, 6, 8]
         if not right:
-            return Probe(name, False, "arrays come back from the device changed", required=False), None
+            return Probe(name, False, "arrays change on the way to the device and back", required=False), None
     except ImportError as error:
         return Probe(name, False, f"CuPy cannot be imported: {error}", pip_install("gpu"), required=False), None
     except Exception as error:  # noqa: BLE001  CuPy's own errors have no common public base

@@ -1,12 +1,12 @@
-"""A model on disk: a folder with ONNX graphs, a tokenizer and a manifest with the sha256 of each file.
+"""A model on disk, a bundle: a folder with ONNX graphs, a tokenizer and a manifest with the sha256 of each file.
 
     backbone.onnx   frames u8 [N, H, W, 3]                    -> tokens f32 [N, R+P, C]
     attention.onnx  frames u8 [N, H, W, 3] or tokens          -> attention f32 [N, P], rows sum to 1
     fusion.onnx     tokens, attention, change f32 [N, P]      -> scene and subject f32 [N, D], unit length, and
                                                                  map f32 [N, P], rows sum to 1
     text.onnx       token_ids i64 [Q, L]                      -> vectors f32 [Q, D], unit length
-    tokenizer.json  read by the package tokenizers
-    reference.npz   in half precision: a few feeds and torch's float32 results, to check TensorRT plans against
+    tokenizer.json  for the package tokenizers
+    reference.npz   of fp16 models: a few feeds and torch's float32 results, to check TensorRT plans
 
 R prefix tokens (a class token) come before the P patches. Models are found by name in the user's cache folder
 (KEYREEL_CACHE); `builtin` is in the package.
@@ -34,15 +34,16 @@ from keyreel.types import F32
 SCHEMA = "keyreel.bundle/2"
 MANIFEST = "manifest.json"
 BUILTIN = "builtin"
-# Neighbours whose mean vectors have a higher cosine are one scene. With the built-in model, of pairs of photographs
-# 2.7 % are above it, and of pairs of parts of one photograph 2.2 % are not; on joins of real clips it did best, too.
+# Neighbours whose mean vectors have a higher cosine are one scene. With the built-in model, 2.7 % of pairs of
+# photographs are above it, and 2.2 % of pairs of parts of one photograph are not. It was also the best on joined real
+# clips.
 SCENE_SIMILARITY = 0.55
 AttentionInput = Literal["frames", "tokens"]
 GRAPHS = ("backbone.onnx", "attention.onnx", "fusion.onnx", "text.onnx")
 
 
 def cache_root() -> Path:
-    """The folder that holds exported bundles: KEYREEL_CACHE, else XDG_CACHE_HOME/keyreel, else ~/.cache/keyreel."""
+    """The folder of installed models and plans: KEYREEL_CACHE, else XDG_CACHE_HOME/keyreel, else ~/.cache/keyreel."""
     own = os.environ.get("KEYREEL_CACHE")
     if own:
         return Path(own)
@@ -50,7 +51,11 @@ def cache_root() -> Path:
 
 
 def bundle_folder(name: str) -> Path:
-    """The folder of a model in the cache: 'ViT-B-32/openai' -> <cache>/models/ViT-B-32--openai."""
+    """The folder of a model in the cache: <cache>/models/ViT-B-32--openai for 'ViT-B-32/openai'.
+
+    Raises:
+        ValueError: not a name of a model.
+    """
     safe = re.sub(r"[^A-Za-z0-9._+-]", "--", name.strip("/"))
     if not safe.strip("."):
         raise ValueError(f"not a model name: {name!r}")
@@ -58,29 +63,29 @@ def bundle_folder(name: str) -> Path:
 
 
 def cached_names() -> tuple[str, ...]:
-    """Names of the models that are on this machine: the built-in one and those in the cache."""
+    """Names of the models on this machine: the built-in one and those in the cache."""
     names = [BUILTIN]
     for manifest in sorted((cache_root() / "models").glob(f"*/{MANIFEST}")):
         try:
             names.append(str(json.loads(manifest.read_text("utf-8"))["name"]))
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged: loading it by name says what is wrong
+            continue  # damaged: loading it by name reports the error
     return tuple(names)
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """SHA-256 of a file's content, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class SubjectScale:
-    """What makes a subject's cosine comparable with a scene's: slope * cosine + offset, fitted with the model."""
+    """Makes a subject's cosine comparable with a scene's: slope * cosine + offset, fitted for the model."""
 
     slope: float = 1.0
     offset: float = 0.0
-    novelty: float = 1.0  # a subject is stored where its cosine to the scene is below this
+    novelty: float = 1.0  # store subjects whose cosine to the scene is lower
 
     def __post_init__(self) -> None:
         if not (0 < self.slope < 100 and abs(self.offset) < 100 and -1 <= self.novelty <= 2):
@@ -89,16 +94,18 @@ class SubjectScale:
 
 @dataclass(frozen=True, slots=True)
 class ChanceScale:
-    """What makes a score a chance, fitted with the model, see `keyreel.chance`."""
+    """Converts scores to chances, fitted for the model, see `keyreel.chance`."""
 
-    background: tuple[str, ...]  # texts of many things
-    lead: float  # of the logit, by the lead over them
-    pictures: float  # by the logarithm of the number of pictures
+    background: tuple[str, ...]  # the background: texts about many things
+    lead: float  # weight of the lead over the background, in the logit
+    pictures: float  # weight of the logarithm of the number of pictures
     offset: float
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> ChanceScale | None:
-        """`text.chance` of a manifest; None if the model was not calibrated. ValueError for values without sense."""
+        """Reads `text.chance` of a manifest; None if the model was not calibrated. Raises ValueError for invalid
+        values.
+        """
         known = manifest["text"].get("chance")
         if known is None:
             return None
@@ -111,38 +118,36 @@ class ChanceScale:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A checked model folder. `sha256` is the digest of its manifest, which holds the digests of all other files."""
+    """A checked model folder. `sha256` is that of the manifest, which has those of all other files."""
 
     folder: Path
     name: str
     family: str  # "cls", "map", "attention_pool" or "average": how the image tower pools its tokens
-    image: ImageTransform  # what the backbone takes
+    image: ImageTransform  # how to prepare frames
     grid: tuple[int, int]  # (h, w), P = h * w
     prefix_tokens: int  # R
     token_width: int  # C
     embedding_width: int  # D
     context_length: int  # L
-    clean: str  # how texts are cleaned before the tokenizer, see `text.clean_text`
-    unknown_mark: str | None  # begins the token of each listed word, alone it marks another one; None: there is no list
+    clean: str  # how to clean texts before the tokenizer, see `text.clean_text`
+    unknown_mark: str | None  # prefix of the tokens of listed words; alone, the token of unknown words; None: no list
     attention_input: AttentionInput
     shift_default: ShiftMode
     subject: SubjectScale
     chance: ChanceScale | None  # None: the model was not calibrated
     scene_similarity: float  # cosine above which neighbouring shots are one scene, see `scenes`
-    same_scene: Mapping[str, str]  # by sha256 of an earlier bundle's manifest: the file of the matrix [D, D] that takes
-    # its scene vectors to this one's, "" where they are the same
-    same_vectors: frozenset[
-        str
-    ]  # sha256 of earlier manifests: the image side is the same, only the text tower is newer
+    # sha256 of an earlier manifest -> file of the matrix [D, D] that converts its scene vectors to this one's, or ""
+    same_scene: Mapping[str, str]
+    same_vectors: frozenset[str]  # sha256 of earlier manifests with the same image side, but an older text tower
     sha256: str
     manifest: Mapping[str, Any] = field(repr=False)
 
     @classmethod
     def find(cls, name: str | os.PathLike[str]) -> Bundle:
-        """The bundle called `name`: 'builtin', a folder, or a model in the cache.
+        """Loads a bundle by name: 'builtin', a folder, or a model in the cache.
 
         Raises:
-            ModelNotFound: there is none.
+            ModelNotFound: there is no such model.
             CheckpointMismatch: a file differs from the manifest.
             ModelError: the folder holds no usable bundle.
         """
@@ -209,17 +214,18 @@ class Bundle:
 
     @property
     def precision(self) -> str:
-        """Of the graphs' weights: "fp32", "fp16", or "int8" for a backbone whose matrix products are in 8 bits."""
+        """Precision of the weights: "fp32", "fp16", or "int8" if the backbone's matrix products have 8 bits."""
         return str(self.manifest.get("precision", "fp32"))
 
     def scene_update(self, sha256: str) -> F32 | None:
-        """[D, D] float32: what takes the scene vectors of an earlier bundle, one of `same_scene`, to this one's; None
-        where they are the same. The result is not of unit length.
+        """[D, D] float32: the matrix that converts scene vectors of an earlier bundle, one of `same_scene`, to this
+        one's; None if they are the same. The products do not have unit length.
         """
         name = self.same_scene[sha256]
         return np.load(self.file(name), allow_pickle=False).astype(np.float32) if name else None
 
     def file(self, name: str) -> Path:
+        """Path of a file of the bundle."""
         return self.folder / name
 
 
@@ -262,7 +268,7 @@ def _cosine_of(value: Any) -> float:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Adds size and sha256 of every other file in `folder` to the manifest and writes it."""
+    """Adds size and sha256 of every other file in `folder` to the manifest, and writes it."""
     files = {
         path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}
         for path in sorted(folder.iterdir())

@@ -1,4 +1,4 @@
-"""The checks that `keyreel doctor` prints: those that decide the device (`backend`), and the rest of the machine."""
+"""The checks of `keyreel doctor`: those that choose the device (`backend`), and others of the machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Probe", "probe_codec", "probes"]
 
 
 def probes() -> tuple[Probe, ...]:
-    """Every check, in the order in which `keyreel doctor` prints them."""
+    """Runs every check, in the order of `keyreel doctor`."""
     on_device, ops = probe_cuda(0)
     choice, runtime = _probe_choice()
     return (
@@ -74,7 +74,7 @@ def _probe_openvino(*, required: bool) -> Probe:
 def _probe_session(
     name: str, extra: str, open_session: Callable[[Path], Session], found: Callable[[], str], *, required: bool
 ) -> Probe:
-    """Whether a CPU runtime runs the built-in model."""
+    """Checks that a CPU runtime runs the built-in model."""
     bundle = Bundle.find("builtin")
     try:
         with closing(open_session(bundle.file("text.onnx"))) as session:
@@ -87,7 +87,7 @@ def _probe_session(
 
 
 def probe_codec(name: str, mode: str, *, required: bool) -> Probe:
-    """Whether PyAV's FFmpeg has a codec. mode: "r" decodes, "w" encodes."""
+    """Checks that PyAV's FFmpeg has a codec. mode: "r" decodes, "w" encodes."""
     label = f"{'decode' if mode == 'r' else 'encode'} {name}"
     try:
         codec = av.Codec(name, "r" if mode == "r" else "w")

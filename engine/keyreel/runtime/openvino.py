@@ -19,12 +19,12 @@ from keyreel.runtime.bundle import cache_root
 
 Precision = Literal["f32", "bf16"]
 
-_CACHE_SECONDS = 30 * 86400.0  # OpenVINO never deletes what it compiled for an older version or another graph
+_CACHE_SECONDS = 30 * 86400.0  # OpenVINO never deletes graphs compiled for older versions
 _dtypes = threading.Lock()
 
 
 def image_precision() -> Precision:
-    """The precision of the image tower: bf16 where the CPU multiplies it in hardware, else float32.
+    """The precision of the image tower: bf16 if the CPU supports it, else float32.
 
     With AVX512_BF16, bf16 ran four towers 1.5 to 2.1 times as fast, with tokens at cosine >= 0.99997.
     """
@@ -32,23 +32,23 @@ def image_precision() -> Precision:
 
 
 class OpenVINOSession:
-    """A graph of a bundle on OpenVINO's CPU device, for any number of rows; safe to share between threads.
+    """A graph on OpenVINO's CPU device, for any number of rows. Safe to share between threads.
 
-    Only the backbone, where the time goes, may run in bf16. The compiled graph is cached under the user's cache folder.
-    With 0 `threads` OpenVINO chooses how many run in all.
+    Only the backbone, which takes most of the time, may run in bf16. The compiled graph is cached in the user's cache
+    folder. With 0 `threads` OpenVINO chooses the number of threads.
     """
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
         core, cache = _core(), cache_root() / "openvino"
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": image_precision() if path.stem == "backbone" else "f32",
-            # Streams of a few cores each share the rows of a call, which costs 5 to 20 % less CPU time than all cores
-            # at each operator, but makes a single row slower: texts come one at a time.
+            # Several streams of a few cores share the rows of a call, which takes 5 to 20 % less CPU time than all
+            # cores at each operator, but makes a single row slower: texts come one at a time.
             "PERFORMANCE_HINT": "LATENCY" if path.stem == "text" else "THROUGHPUT",
         }
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
-        with contextlib.suppress(OSError):  # without a cache each start compiles, which takes a second more
+        with contextlib.suppress(OSError):  # without a cache each start compiles, for a second
             cache.mkdir(parents=True, exist_ok=True)
             settings["CACHE_DIR"] = str(cache)
         try:
@@ -78,7 +78,7 @@ class OpenVINOSession:
             raise ValueError("the session is closed")
         arrays = {name: np.asarray(array, order="C") for name, array in feeds.items()}
         rows = self._rows(arrays)
-        # The split depends on the number of rows alone, so that two runs agree bit by bit.
+        # The split depends only on the number of rows, so that two runs agree bit by bit.
         size = -(-rows // self._streams)
         parts = [
             {name: array[start : start + size] if array.ndim else array for name, array in arrays.items()}
@@ -91,7 +91,7 @@ class OpenVINOSession:
             for request in requests:
                 request.wait()
         except Exception as error:  # OpenVINO's own errors have no common public base
-            for request in requests:  # one that is running still reads the feeds
+            for request in requests:  # a running request still reads the feeds
                 with contextlib.suppress(Exception):
                     request.wait()
             raise ModelError(f"{self._name} cannot be run: {error}", hint="export the model again") from error
@@ -99,7 +99,7 @@ class OpenVINOSession:
         return {name: np.concatenate(pieces) for name, pieces in zip(self.outputs, results, strict=True)}
 
     def _rows(self, arrays: Mapping[str, NDArray[Any]]) -> int:
-        """The number of rows of the feeds. OpenVINO itself would cast other dtypes."""
+        """Checks the feeds, and returns their number of rows. OpenVINO would cast other dtypes."""
         import openvino
 
         fits = arrays.keys() == self._ports.keys() and all(
@@ -115,14 +115,14 @@ class OpenVINOSession:
         return sizes.pop()
 
     def close(self) -> None:
-        """Frees the graph; calls in progress must have ended. Idempotent."""
+        """Frees the graph. Wait for running calls first. Idempotent."""
         self._model = None
         self._ports = {}
 
 
 def _delete_stale(cache: Path) -> None:
     for blob in cache.glob("*.blob"):
-        with contextlib.suppress(OSError):  # another process deleted it, or it belongs to another user
+        with contextlib.suppress(OSError):  # deleted by another process, or owned by another user
             seen = blob.stat()
             if max(seen.st_atime, seen.st_mtime) < time.time() - _CACHE_SECONDS:
                 blob.unlink()
@@ -130,12 +130,12 @@ def _delete_stale(cache: Path) -> None:
 
 @functools.cache
 def _core() -> Any:
-    # On import OpenVINO reports to Google Analytics, from a forked process; without this package it does not.
+    # On import OpenVINO reports to Google Analytics, from a forked process, unless this package is missing.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return import_extra("openvino", extra="openvino", purpose="running a model on OpenVINO").Core()
     except MissingExtra:
         raise
-    except Exception as error:  # a broken wheel's ImportError, or one of OpenVINO's own
+    except Exception as error:  # ImportError of a broken wheel, or OpenVINO's own error
         hint = "pip install --force-reinstall openvino, or set KEYREEL_CPU_RUNTIME=onnxruntime"
         raise BackendUnavailable(f"OpenVINO does not start: {error}", probe="openvino", hint=hint) from error

@@ -1,12 +1,12 @@
-"""TensorRT plans on disk, and the check that a plan passes before it is kept.
+"""Stores TensorRT plans on disk, and checks a plan before it stores it.
 
     <cache>/plans/<key>.plan     the plan
-    <cache>/plans/<key>.json     what it depends on, its sha256, the measured cosines; written last
-    <cache>/plans/<key>.lock     held by the process that builds, so that others wait
+    <cache>/plans/<key>.json     what the plan depends on, its sha256, the measured cosines; written last
+    <cache>/plans/<key>.lock     held by the process that builds; others wait
     <cache>/plans/*.timings      TensorRT's measurements on this device
 
-On another device or with another TensorRT a plan may compute wrong answers or crash, not always with an error: a plan
-is used only if key, sidecar and content agree.
+On another device or with another TensorRT a plan can give wrong results or crash. So a plan is used only if key, JSON
+file and content agree.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from keyreel.runtime.tensorrt_build import Profile, load_tensorrt
 
 SCHEMA = "keyreel.plan/1"
 MIN_COSINE = 0.999
-REFERENCE = "reference.npz"  # in half precision bundles: torch's float32 results, as "<graph>.<input or output>"
+REFERENCE = "reference.npz"  # in fp16 bundles: torch's float32 results, as "<graph>.<input or output>"
 _ROWS = 3
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
@@ -41,11 +41,11 @@ Signature: TypeAlias = Mapping[str, tuple[np.dtype[Any], tuple[int, ...] | None]
 
 @dataclass(frozen=True, slots=True)
 class PlanKey:
-    """All that a plan depends on."""
+    """Everything that a plan depends on."""
 
     onnx_sha256: str
     tensorrt: str  # flavour and version
-    device: str  # its name: plans are tuned to the number of multiprocessors, not only to the capability
+    device: str  # name: plans are tuned to the number of multiprocessors too
     capability: str  # "9.0"
     precision: str  # "fp32" or "fp16", of the graph
     profile: tuple[int, int, int]  # rows: smallest, typical, largest
@@ -53,7 +53,7 @@ class PlanKey:
 
     @classmethod
     def of(cls, path: Path, device: str, capability: tuple[int, int], profile: Profile) -> PlanKey:
-        """The key of the plan of a graph."""
+        """Makes the key of the plan of a graph."""
         weights = path.with_name(path.name + ".data")
         digests = [sha256_of(file) for file in (path, weights) if file.is_file()]
         return cls(
@@ -70,7 +70,7 @@ class PlanKey:
         return cache_root() / "plans" / f"{_digest(asdict(self))}{suffix}"
 
     def timings(self) -> Path:
-        """The timing cache, shared by all plans of a device and a TensorRT."""
+        """Path of the timing cache, shared by all plans of a device and a version of TensorRT."""
         shared = {"device": self.device, "capability": self.capability, "tensorrt": self.tensorrt}
         return cache_root() / "plans" / f"{_digest(shared)}.timings"
 
@@ -85,7 +85,7 @@ def _precision(path: Path) -> str:
 
 
 def read_plan(key: PlanKey) -> bytes:
-    """The plan of a key; PlanStale where there is none that agrees with its sidecar."""
+    """Reads the plan of a key. Raises PlanStale if there is none that agrees with its JSON file."""
     hint = "`keyreel export MODEL --tensorrt` builds it"
     try:
         sidecar = json.loads(key.file(".json").read_bytes())
@@ -103,7 +103,7 @@ def read_plan(key: PlanKey) -> bytes:
 
 
 def write_plan(key: PlanKey, plan: bytes, cosines: Mapping[str, float]) -> None:
-    """Keeps a plan that has passed its check. A reader sees it whole or not at all."""
+    """Stores a checked plan. Readers see all of it or nothing."""
     with atomic_write(key.file(".plan")) as part:
         part.write_bytes(plan)
     entry = {"schema": SCHEMA, **asdict(key), "sha256": hashlib.sha256(plan).hexdigest(), "cosine": dict(cosines)}
@@ -113,7 +113,7 @@ def write_plan(key: PlanKey, plan: bytes, cosines: Mapping[str, float]) -> None:
 
 @contextmanager
 def building(key: PlanKey) -> Iterator[None]:
-    """One process and thread at a time builds the plan of a key."""
+    """A lock: one process and thread at a time builds the plan of a key."""
     key.file(".lock").parent.mkdir(parents=True, exist_ok=True)
     with key.file(".lock").open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released with the file, also when the process is killed
@@ -125,10 +125,13 @@ def building(key: PlanKey) -> Iterator[None]:
 
 def check_plan(path: Path, signature: Signature, largest: int, run: Callable[[Arrays], Arrays]) -> dict[str, float]:
     """Compares a plan's results with the float32 reference: a padded batch, then the largest one twice, since the
-    second may be a replay of the first. `run` puts NumPy arrays through the plan.
+    second may replay the first. `run` runs the plan on NumPy arrays.
 
     Returns:
         The lowest cosine of each output, over rows.
+
+    Raises:
+        ModelError: the results differ from the reference.
     """
     feeds, expected = reference(path, signature)
     lowest = dict.fromkeys(expected, 1.0)
@@ -147,10 +150,13 @@ def check_plan(path: Path, signature: Signature, largest: int, run: Callable[[Ar
 
 
 def reference(path: Path, signature: Signature) -> tuple[Arrays, Arrays]:
-    """Feeds of a graph and its outputs in float32.
+    """Returns feeds of a graph and its outputs in float32.
 
-    onnxruntime computes them here, but for a graph in half precision, which its CPU provider may not run: there the
-    export stored those of torch.
+    onnxruntime computes them, except for graphs in half precision, which its CPU provider may not run: for these the
+    export stored torch's.
+
+    Raises:
+        ModelError: there are no references, or the graph cannot be run.
     """
     if _precision(path) == "fp32":
         feeds = sample_feeds(signature)
@@ -169,8 +175,9 @@ def reference(path: Path, signature: Signature) -> tuple[Arrays, Arrays]:
 
 
 def sample_feeds(signature: Signature) -> dict[str, NDArray[Any]]:
-    """Three rows of pseudo-random values, always the same: noise for frames and tokens, maps whose rows sum to 1,
-    changes of patches from 0 to 2."""
+    """Makes three rows of pseudo-random values, always the same: noise for frames and tokens, maps whose rows sum to 1,
+    changes from 0 to 2.
+    """
     random = np.random.default_rng(20)
     feeds: dict[str, NDArray[Any]] = {}
     for name, (dtype, dims) in signature.items():

@@ -1,6 +1,6 @@
-"""Runs ONNX graphs with onnxruntime: one session per graph, arrays in, arrays out.
+"""Runs ONNX graphs with onnxruntime: one session for each graph, arrays in, arrays out.
 
-`openvino.py` and `tensorrt.py` have sessions of the same interface.
+`openvino.py` and `tensorrt.py` have sessions with the same interface.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Session(Protocol):
     """A loaded graph. `run` is safe to call from several threads at once.
 
-    Arrays are NumPy's on a CPU, CuPy's on a CUDA device.
+    Arrays are NumPy arrays on a CPU, CuPy arrays on a CUDA device.
     """
 
     inputs: tuple[str, ...]
@@ -41,8 +41,8 @@ class OnnxRuntimeSession:
         runtime = import_runtime("cpu")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Threads that spin while they wait take cores from decoding: on two busy cores they made an inference cost up
-        # to 1.8 times the CPU time, and on idle ones they gained 6 % of the wall time.
+        # Threads that spin while they wait take cores from decoding. On two busy cores they cost up to 1.8 times the
+        # CPU time of an inference; on idle cores they saved 6 % of the wall time.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
@@ -76,7 +76,7 @@ class OnnxRuntimeSession:
 
 
 class OnnxRuntimeCudaSession:
-    """A graph on onnxruntime's CUDA provider, on the device's stream; arrays are CuPy's and stay on the device."""
+    """A graph on onnxruntime's CUDA provider, on the device's stream. Arrays are CuPy arrays and stay on the device."""
 
     _provider, _device = "CUDAExecutionProvider", "cuda"
 
@@ -87,7 +87,7 @@ class OnnxRuntimeCudaSession:
         settings = {
             "device_id": str(cuda.index),
             "user_compute_stream": str(cuda.stream.ptr),
-            # The default tries every algorithm, and again for each new number of rows, as each video's last batch has.
+            # The default tries every algorithm, again for each new number of rows, such as each video's last batch.
             "cudnn_conv_algo_search": "HEURISTIC",
         }
         probe, hint = "onnxruntime on cuda", _reinstall("gpu")
@@ -95,20 +95,20 @@ class OnnxRuntimeCudaSession:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints what it cannot load
                 runtime.preload_dlls()  # CUDA's libraries and cuDNN, from their wheels
             with cuda.scope():
-                # With fallback, a provider that fails would be replaced by the CPU.
+                # With fallback, the CPU would replace a provider that fails.
                 self._session = runtime.InferenceSession(
                     str(path), options, providers=[(self._provider, settings)], enable_fallback=0
                 )
         except Exception as error:  # onnxruntime's own errors have no common public base
             message = f"{path.name} does not run on {self._provider}: {error}"
             raise BackendUnavailable(message, probe=probe, hint=hint) from error
-        # Providers in order of preference; the CPU is always the last, for shape computations.
+        # In order of preference; the CPU is always last, for shape computations.
         if self._session.get_providers()[0] != self._provider:
             message = f"asked for {self._provider}, the session runs on {', '.join(self._session.get_providers())}"
             raise BackendUnavailable(message, probe=probe, hint=hint)
         self._cuda = cuda
         self._lock = threading.Lock()
-        # The stream keeps the order: onnxruntime need not wait for it at the end of each run.
+        # The stream keeps the order: onnxruntime need not wait at the end of a run.
         self._options = runtime.RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.inputs: tuple[str, ...] = tuple(node.name for node in self._session.get_inputs())
@@ -154,13 +154,13 @@ def _refused(feeds: Mapping[str, Any], error: Exception) -> ModelError:
 
 
 def import_runtime(extra: str) -> Any:
-    """The package onnxruntime, as the extra "cpu" or "gpu" brings it.
+    """Imports onnxruntime, of the extra "cpu" or "gpu".
 
     Raises:
         MissingExtra: it is not installed.
         BackendUnavailable: it is installed but broken.
     """
-    found = "it has no InferenceSession"  # what is left after one of its two wheels was uninstalled
+    found = "it has no InferenceSession"  # leftovers after one of its two wheels was uninstalled
     try:
         runtime = import_extra("onnxruntime", extra=extra, purpose="running a model")
         if hasattr(runtime, "InferenceSession"):

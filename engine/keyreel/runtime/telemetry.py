@@ -1,4 +1,4 @@
-"""Spans and histograms through opentelemetry-api, where that is installed.
+"""Spans and histograms with opentelemetry-api, if installed.
 
 The application chooses the exporter; the API alone does nothing.
 """
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def span(name: str, **attributes: str | int | float) -> AbstractContextManager[Any]:
-    """A span around a block; it records an exception that leaves the block."""
+    """A span around a block; records exceptions."""
     api = _api()
     return nullcontext() if api is None else _open(api, name, attributes)
 
@@ -36,7 +36,7 @@ def traced(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def record_stages(seconds: Mapping[str, float]) -> None:
-    """The time of each stage of one job, in seconds, into the histogram `keyreel.stage.duration`."""
+    """Records the seconds of each stage of a job in the histogram `keyreel.stage.duration`."""
     api = _api()
     if api is None:
         return

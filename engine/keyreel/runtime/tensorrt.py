@@ -1,9 +1,9 @@
-"""Runs TensorRT plans: CuPy arrays in, CuPy arrays out, nothing leaves the device.
+"""Runs TensorRT plans: CuPy arrays in, CuPy arrays out.
 
-A plan runs in execution contexts of two kinds, each used by one thread at a time. Those for whole batches never change
-shape, so that their work is captured once as a CUDA graph and replayed; those for the tail of a batch change shape,
-which a captured graph does not allow. Each has its own buffers at fixed addresses. All work is put on the device's one
-stream, which keeps the order when a context goes from thread to thread.
+A plan runs in execution contexts of two kinds, each used by one thread at a time. Contexts for whole batches never
+change shape, so their work is captured once as a CUDA graph and replayed. Contexts for the rest of a batch change
+shape, which a captured graph does not allow. Each context has its own buffers at fixed addresses. All work goes to the
+one stream of the device, which keeps the order when a context moves to another thread.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from keyreel.types import Progress
 if TYPE_CHECKING:
     from keyreel_kernels.cuda import Cuda
 
-# Of each kind. More threads wait: putting a batch on the stream takes far less time than computing it.
+# Contexts of each kind; more threads wait. Enqueueing a batch takes far less time than computing it.
 _MAX_CONTEXTS = 2
 _log = logging.getLogger("keyreel.tensorrt")
 
@@ -36,11 +36,11 @@ _log = logging.getLogger("keyreel.tensorrt")
 def open_tensorrt(
     path: Path, cuda: Cuda, *, batch_size: int, build: bool = True, progress: Progress | None = None
 ) -> TensorRTSession:
-    """A session of one of a bundle's graphs on its cached plan.
+    """Opens a session of a graph on its cached plan.
 
     Args:
         batch_size: frames in one inference.
-        build: build the plan if none fits, in seconds to minutes; without it PlanStale is raised.
+        build: build the plan if none fits, which takes seconds to minutes; else raise PlanStale.
         progress: called during a build, as progress("plan backbone", done, 1.0).
     """
     profile = profile_for(path.stem, batch_size)
@@ -68,7 +68,11 @@ def open_tensorrt(
 
 
 def build_plans(bundle: Bundle, cuda: Cuda, *, batch_size: int, progress: Progress | None = None) -> None:
-    """Builds the missing plans of a bundle's graphs, see `open_tensorrt`."""
+    """Builds the missing plans of a bundle, see `open_tensorrt`.
+
+    Raises:
+        ModelError: an int8 model, or a plan that cannot be built or gives other values than the graph.
+    """
     if bundle.precision == "int8":
         raise ModelError(f"{bundle.name} is in int8, which is for CPUs", hint="take its fp32 or fp16")
     for graph in GRAPHS:
@@ -76,7 +80,7 @@ def build_plans(bundle: Bundle, cuda: Cuda, *, batch_size: int, progress: Progre
 
 
 class TensorRTSession:
-    """A plan on the device and for the batch sizes that `build_plan` made it for.
+    """A plan, on the device and for the batch sizes of `build_plan`.
 
     `run` is safe to call from several threads at once.
     """
@@ -103,7 +107,7 @@ class TensorRTSession:
         self.inputs: tuple[str, ...] = tuple(name for name in names if engine.get_tensor_mode(name) == mode)
         self.outputs: tuple[str, ...] = tuple(name for name in names if name not in self.inputs)
         self._lock = threading.Lock()
-        # None where a context is still to be made. Last in, first out, so that few are made.
+        # None: a context to make when needed. Last in, first out, so that few are made.
         self._contexts: dict[bool, queue.LifoQueue[_Context | None]]
         self._contexts = {whole: queue.LifoQueue() for whole in (True, False)}
         for contexts in self._contexts.values():
@@ -112,12 +116,16 @@ class TensorRTSession:
 
     @property
     def signature(self) -> Signature:
+        """dtype and shape of each input."""
         return {name: self._tensors[name] for name in self.inputs}
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """One inference of any number of rows: as many largest batches as there are, then the tail, padded.
+        """Runs any number of rows: in largest batches, then the padded rest.
 
         Takes and gives CuPy arrays, ready on the device's stream; copies NumPy arrays to the device.
+
+        Raises:
+            ValueError: the session is closed.
         """
         if self._engine is None:
             raise ValueError("the session is closed")
@@ -136,14 +144,14 @@ class TensorRTSession:
         return {name: self._cuda.to_host(array) for name, array in self.run(feeds).items()}
 
     def close(self) -> None:
-        """Frees the plan and its contexts; calls in progress must have ended. Idempotent."""
+        """Frees the plan and its contexts. Wait for running calls first. Idempotent."""
         if self._engine is not None:
             self._cuda.synchronize()  # work on the stream must not outlive its contexts
         self._contexts = {}
         self._engine = self._runtime = None
 
     def empty(self, name: str, rows: int) -> Any:
-        """An array for a tensor, on the device."""
+        """Allocates an array for a tensor on the device."""
         dtype, dims = self._tensors[name]
         return self._cuda.cupy.empty(() if dims is None else (rows, *dims), dtype)
 
@@ -164,7 +172,7 @@ class TensorRTSession:
 
     @contextlib.contextmanager
     def _context(self, *, whole: bool) -> Iterator[_Context]:
-        """A context that no other thread uses; not used again after an error."""
+        """A context for this thread alone, during the block. It is dropped after an error."""
         contexts, kept = self._contexts[whole], None
         context = contexts.get()
         try:
@@ -178,7 +186,7 @@ class TensorRTSession:
 
 
 class _Context:
-    """An execution context with its buffers. One thread at a time."""
+    """An execution context with its buffers, for one thread at a time."""
 
     def __init__(self, session: TensorRTSession, engine: Any, cuda: Cuda, *, whole: bool) -> None:
         self._profile, self._inputs, self._cuda = session.profile, session.inputs, cuda
@@ -190,7 +198,7 @@ class _Context:
             self._context = engine.create_execution_context()
             names = (*session.inputs, *session.outputs)
             self._buffers = {name: session.empty(name, session.profile.largest) for name in names}
-        except MemoryError as error:  # CuPy's is one
+        except MemoryError as error:  # CuPy's error is one
             raise OutOfMemory(f"{cuda.name}: no memory for an execution context", hint=hint) from error
         if self._context is None:
             raise OutOfMemory(f"{cuda.name}: no execution context: {load_tensorrt().reason()}", hint=hint)
@@ -207,7 +215,7 @@ class _Context:
                 buffer[...] = feed
                 continue
             buffer[:count] = feed[rows]
-            if size > count:  # padded with a row of the feed: an old token id may be outside the vocabulary
+            if size > count:  # pad with a row of the feed: an old token id may be outside the vocabulary
                 buffer[count:size] = buffer[count - 1 : count]
         if size != self._rows:
             self._rows = 0
@@ -230,9 +238,9 @@ class _Context:
             self._capture()
 
     def _capture(self) -> None:
-        """Records an inference as a CUDA graph. If that fails, each inference is put on the stream by itself."""
+        """Records an inference as a CUDA graph. If that fails, each inference is enqueued."""
         runtime = self._cuda.cupy.cuda.runtime
-        # On its own stream: what other threads put on the device's stream meanwhile is not recorded.
+        # On its own stream, so that work of other threads is not recorded.
         stream = self._cuda.cupy.cuda.Stream(non_blocking=True)
         self._cuda.synchronize()
         try:

@@ -1,7 +1,7 @@
 """Compiles ONNX graphs to plans with TensorRT 11 or TensorRT-RTX.
 
-Both are strongly typed: a plan computes in the precision of the graph. TensorRT-RTX builds without a GPU, for the
-compute capabilities that it lists.
+Both are strongly typed: a plan has the precision of its graph. TensorRT-RTX builds without a GPU, for the compute
+capabilities that it lists.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from keyreel.errors import BackendUnavailable, MissingExtra, ModelError
 from keyreel.render.files import atomic_write
 from keyreel.types import Progress
 
-# TensorRT-RTX has the second name, or, without the package that only renames it, the third.
+# TensorRT-RTX has the second name or, without a package that only renames it, the third.
 _MODULES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx", "tensorrt_rtx_bindings": "tensorrt_rtx"}
 _MAX_TEXTS = 64
 
@@ -32,16 +32,16 @@ class TensorRT:
     module: Any
     flavour: str  # "tensorrt" or "tensorrt_rtx"
     version: str
-    logger: Any  # one per process: TensorRT ignores all but the first
+    logger: Any  # one for the process: TensorRT ignores all but the first
     complaints: deque[str]
 
     def supports(self, capability: tuple[int, int]) -> bool:
-        """Whether it builds plans for such devices. TensorRT-RTX has a list, TensorRT fails when it builds."""
+        """Whether it builds plans for such devices. Only TensorRT-RTX has a list; TensorRT fails when building."""
         known = getattr(self.module, "ComputeCapability", None)
         return self.flavour == "tensorrt" or hasattr(known, "SM{}{}".format(*capability))
 
     def reason(self) -> str:
-        """What it logged as errors since the last call."""
+        """The errors that it logged since the last call."""
         logged = "; ".join(self.complaints)
         self.complaints.clear()
         return logged or "it gave no reason"
@@ -49,7 +49,7 @@ class TensorRT:
 
 @functools.cache
 def load_tensorrt() -> TensorRT:
-    """TensorRT, or TensorRT-RTX where only that is installed; MissingExtra where neither is."""
+    """Imports TensorRT, else TensorRT-RTX. Raises MissingExtra if neither is installed."""
     for name, flavour in _MODULES.items():
         try:
             module = importlib.import_module(name)
@@ -66,7 +66,7 @@ def _logger(module: Any, complaints: deque[str]) -> Any:
     levels = {
         severity.INTERNAL_ERROR: logging.ERROR,
         severity.ERROR: logging.ERROR,
-        severity.WARNING: logging.INFO,  # its warnings are for those who export models
+        severity.WARNING: logging.INFO,  # its warnings are for people who export models
         severity.INFO: logging.DEBUG,
     }
     log = logging.getLogger("keyreel.tensorrt")
@@ -90,16 +90,16 @@ class Profile:
     """Batch sizes of a plan, in rows."""
 
     smallest: int
-    typical: int  # the plan is tuned for it
+    typical: int  # the size to tune for
     largest: int
 
     def padded(self, rows: int) -> int:
-        """The size at which a batch of `rows` <= `largest` runs: a power of two, so that few sizes are prepared."""
+        """The size at which a batch of `rows` <= `largest` runs: a power of two, to prepare few sizes."""
         return min(max(1 << (rows - 1).bit_length(), self.smallest), self.largest)
 
 
 def profile_for(graph: str, batch_size: int) -> Profile:
-    """The profile of one of a bundle's graphs ("backbone", "attention", "fusion", "text") for batches of frames."""
+    """The profile of a graph ("backbone", "attention", "fusion", "text") for batches of frames."""
     if graph == "text":
         return Profile(1, 1, _MAX_TEXTS)  # queries come one at a time, the labels of a library many at once
     return Profile(1, batch_size, batch_size)
@@ -113,12 +113,15 @@ def build_plan(
     timing_cache: Path | None = None,
     progress: Progress | None = None,
 ) -> bytes:
-    """Compiles a graph; only the first dimension of its inputs and outputs may be dynamic.
+    """Compiles a graph. Only the first dimension of its inputs and outputs may be dynamic.
 
     Args:
-        capability: the compute capability to build for. TensorRT builds for the device it runs on.
-        timing_cache: measurements of earlier builds, read and written; TensorRT-RTX measures nothing.
+        capability: compute capability to build for; TensorRT always builds for its device.
+        timing_cache: file of measurements, read and written; TensorRT-RTX measures nothing.
         progress: called as progress("plan <graph>", done, 1.0), from TensorRT's threads.
+
+    Raises:
+        ModelError: TensorRT cannot build the graph.
     """
     found = load_tensorrt()
     trt = found.module
@@ -180,7 +183,7 @@ def _optimization_profile(builder: Any, network: Any, profile: Profile, name: st
 
 
 def _set_timings(config: Any, path: Path) -> Any:
-    """Gives the build the timing cache on disk, or an empty one where that is missing or damaged."""
+    """Sets the timing cache from disk, or an empty one if it is missing or damaged."""
     for content in (path.read_bytes() if path.is_file() else b"", b""):
         timings = config.create_timing_cache(content)
         if timings is not None and config.set_timing_cache(timings, False):
@@ -190,7 +193,7 @@ def _set_timings(config: Any, path: Path) -> Any:
 
 def _monitor(trt: Any, stage: str, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Turns TensorRT's nested phases into one fraction that only rises."""
+        """Converts TensorRT's nested phases to one rising fraction."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)

@@ -1,4 +1,4 @@
-"""Text to unit vectors: cleaning, tokenizer, text session."""
+"""Encodes texts as unit vectors: cleaning, tokenizer, text tower."""
 
 from __future__ import annotations
 
@@ -41,14 +41,18 @@ _CLEANERS: dict[str, Callable[[str], str]] = {
 
 
 def clean_text(text: str, how: str) -> str:
-    """Cleans a text for the tokenizer. `how` is one of open_clip's: none, whitespace, lower, canonicalize."""
+    """Cleans a text for the tokenizer. `how` is one of open_clip's: none, whitespace, lower, canonicalize.
+
+    Raises:
+        ValueError: `how` is unknown.
+    """
     if how not in _CLEANERS:
         raise ValueError(f"unknown way of cleaning {how!r}, allowed: {', '.join(_CLEANERS)}")
     return _CLEANERS[how](text)
 
 
 class Tokenizer:
-    """Texts -> token ids, padded and cut as in tokenizer.json."""
+    """Converts texts to token ids, padded and cut as tokenizer.json says."""
 
     def __init__(self, path: Path, *, clean: str, context_length: int, unknown_mark: str | None = None) -> None:
         try:
@@ -70,10 +74,10 @@ class Tokenizer:
         )
 
     def encode(self, texts: Sequence[str]) -> I64:
-        """[Q, L] int64 token ids.
+        """Converts texts to [Q, L] int64 token ids.
 
         Raises:
-            TypeError: not a sequence of strings.
+            TypeError: `texts` is not a sequence of strings.
             ModelError: the tokenizer does not pad to the context length.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
@@ -87,14 +91,15 @@ class Tokenizer:
         return np.array([row.ids for row in rows], dtype=np.int64)
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of a text that the model has no token of, each once, in order; [] if it has no list of words.
+        """Lists the words of a text that the model has no token for, without repeats, in order; [] if it has no list of
+        words.
 
-        An inflection of a word in the list is known, and so is a misspelling of one.
+        Inflections and misspellings of listed words are known.
         """
         return [word for word in self._words(text) if not self._listed(stems(word))]
 
     def known(self, text: str) -> float:
-        """The share of the words of a text that the model has tokens of; words such as "the" do not count."""
+        """Fraction of a text's words that the model has tokens for, 0..1. Words such as "the" do not count."""
         said = [word for word in self._words(text) if word not in SILENT]
         return sum(bool(self._listed(stems(word))) for word in said) / len(said) if said else 1.0
 
@@ -102,8 +107,8 @@ class Tokenizer:
         return dict.fromkeys(words_of(self._spelled(clean_text(text, self._clean))))
 
     def _spelled(self, text: str) -> str:
-        """The text, with a word that is in no list replaced by the only listed one that sounds alike, or else by the
-        only one that differs by a letter.
+        """Corrects a text: replaces an unlisted word by the only listed one that sounds alike, or else by the only one
+        that differs by a letter.
         """
         if self._mark is None:
             return text
@@ -127,14 +132,14 @@ class Tokenizer:
         return found
 
     def _listed(self, words: set[str]) -> set[str]:
-        """Those of the words that have a token of their own; all if the model has no list of words."""
+        """The words that have a token; all words if the model has no list."""
         if self._mark is None:
             return words
         return {word for word in words if self._tokenizer.token_to_id(self._mark + word) is not None}
 
 
 class TextEncoder:
-    """Texts -> unit vectors in the space of the fused frame vectors."""
+    """Encodes texts in the space of the frame vectors."""
 
     def __init__(self, bundle: Bundle, session: Session, arrays: Arrays) -> None:
         self._session, self._arrays = session, arrays
@@ -142,7 +147,7 @@ class TextEncoder:
         self._tokenizer = Tokenizer.of(bundle)
 
     def encode(self, texts: Sequence[str]) -> F32:
-        """[Q, D] float32, unit length."""
+        """Encodes texts as [Q, D] float32 vectors of unit length."""
         ids = self._tokenizer.encode(texts)
         if not len(ids):
             return np.empty((0, self._width), np.float32)
@@ -161,4 +166,5 @@ class TextEncoder:
         return self._tokenizer.known(text)
 
     def close(self) -> None:
+        """Frees the text tower."""
         self._session.close()

@@ -1,11 +1,11 @@
-"""The words of a query."""
+"""Splits queries into words, and corrects them."""
 
 from __future__ import annotations
 
 import re
 import string
 
-# Say nothing of a picture.
+# Words that say nothing about a picture.
 _SILENT = """
 a an the this that these those some one its his her their my your our of in on at to from with without by for
 into onto over under near next beside behind above below between against around across along through up down
@@ -13,7 +13,7 @@ out off front and or but as while is are be being was were has have having there
 which
 """
 SILENT = frozenset(_SILENT.split())
-LONGEST = 24  # letters of a word that may be misspelled; the work grows with their square
+LONGEST = 24  # longest word to correct; the work grows with the square of its letters
 _WORD = re.compile(r"[^\W\d_]+")
 _DOUBLED = re.compile(r"(.)\1+")
 _SOUNDS = (("ph", "f"), ("rh", "r"), ("ck", "k"), ("qu", "k"), ("c", "k"), ("z", "s"), ("y", "i"))
@@ -21,12 +21,12 @@ _ENDINGS = (("ies", ("y",)), ("es", ("",)), ("s", ("",)), ("ing", ("", "e")), ("
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, without digits and signs."""
+    """The words of a text, in lower case, without digits and signs."""
     return _WORD.findall(text.lower())
 
 
 def stems(word: str) -> set[str]:
-    """A word, and what it may be an inflection of."""
+    """A word, and the words that it may be an inflection of."""
     found = {word}
     for ending, others in _ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= 3:
@@ -35,9 +35,8 @@ def stems(word: str) -> set[str]:
 
 
 def misspellings(word: str) -> set[str]:
-    """What may have been meant by a word of five to LONGEST letters: all that differs by one letter that is missing,
-    too much, another one, or exchanged with the next; the first letter stays (Norvig 2007, "How to write a spelling
-    corrector").
+    """The words that a word of five to LONGEST letters may misspell: one letter missing, extra, wrong, or swapped with
+    the next. The first letter stays (Norvig 2007, "How to write a spelling corrector").
     """
     if not 5 <= len(word) <= LONGEST:
         return set()

@@ -1,6 +1,6 @@
-"""The service: a library over HTTP, with one web page.
+"""The service: serves a library over HTTP, with a web page.
 
-Put a search box into a FastAPI application of your own:
+To add it to your own FastAPI application:
 
     from fastapi import FastAPI
     from keyreel.serve import router
@@ -33,13 +33,14 @@ if TYPE_CHECKING:
 
 
 def router(library: Library, config: ServeConfig | None = None) -> APIRouter:
-    """All routes of the service, for another application; its lifespan starts and drains the jobs.
+    """Makes a router with all routes of the service, for another application. Its lifespan starts and drains the jobs.
 
-    Requests to other names than this machine's own are refused, as any web page could point a name of its own here:
-    `ServeConfig(hosts=("films.example.com",))` has yours, `hosts=("*",)` lets all through.
+    It answers only to the host names of this machine, since any web page could point its own name here.
+    `ServeConfig(hosts=("films.example.com",))` adds yours, `hosts=("*",)` allows all.
 
     Args:
-        library: with an engine; without one nothing can be searched by text or indexed.
+        library: has an engine; without one, nobody can search by text or index.
+        config: limits, token, host names and folders; by default `ServeConfig()`.
 
     Raises:
         MissingExtra: FastAPI or what it needs is not installed.
@@ -51,7 +52,7 @@ def router(library: Library, config: ServeConfig | None = None) -> APIRouter:
 
 
 def app(library: Library, config: ServeConfig | None = None) -> FastAPI:
-    """The service as an application: `router` at the root, and /openapi.json.
+    """Makes an application of the service: `router` at the root, /docs and /openapi.json.
 
     Raises:
         MissingExtra: FastAPI or what it needs is not installed.
@@ -65,17 +66,17 @@ def app(library: Library, config: ServeConfig | None = None) -> FastAPI:
 def run(
     library: Library, config: ServeConfig | None = None, *, listening: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then finishes open requests and gives running jobs `drain_seconds`.
+    """Serves until SIGTERM or SIGINT. Then it finishes open requests, and gives running jobs `drain_seconds`.
 
-    Jobs that were accepted and not finished are resumed at the next start.
+    The next start resumes unfinished jobs.
 
     Args:
-        listening: called with the address, http://HOST:PORT, once the service takes connections.
+        listening: called with the address, http://HOST:PORT, when the service accepts connections.
 
     Raises:
         MissingExtra: uvicorn, FastAPI or what they need is not installed.
-        RenderError: the port is taken, or the host is not an address of this machine.
-        LibraryError: another server works in the same folder, or the folder cannot be written.
+        RenderError: the port is in use, or the host is not an address of this machine.
+        LibraryError: another server uses the folder, or the folder cannot be written.
     """
     service = _service(library, config)
     import_extra("uvicorn", extra="serve", purpose="keyreel serve")
@@ -93,7 +94,7 @@ def run(
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=seconds,
-        # asyncio accepts so many before it looks at any; where it then has no file left, it never recovers.
+        # asyncio accepts this many at once; if it then runs out of files, it never recovers.
         backlog=min(2048, max(16, files() // 8)),
     )
     main = threading.current_thread() is threading.main_thread()
@@ -101,7 +102,7 @@ def run(
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN) if main else None
     try:
         with _listen(config) as listener:
-            # Here and not in uvicorn, which would log an error and end the process.
+            # Here, since uvicorn would log an error and end the process.
             service.jobs.start()
             host = f"[{config.host}]" if ":" in config.host else config.host
             listening(f"http://{host}:{listener.getsockname()[1]}")
@@ -128,7 +129,7 @@ def _listen(config: ServeConfig) -> socket.socket:
     except OSError as error:
         reason = f"{config.host}:{config.port}: cannot listen there: {error.strerror or error}"
         raise RenderError(reason, hint="--port takes another port, --host another address of this machine") from error
-    # Connections inherit it. asyncio sets it by itself only on sockets whose `proto` says TCP; without it each answer
-    # on a kept connection waits 40 ms for the client's delayed acknowledgement.
+    # Connections inherit it. asyncio sets it only on sockets whose `proto` is TCP. Without it each answer on a kept
+    # connection waits 40 ms for the client's delayed acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

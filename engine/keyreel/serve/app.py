@@ -19,6 +19,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
+from keyreel import __version__
 from keyreel.chance import matches_well
 from keyreel.errors import import_extra
 from keyreel.library.types import Extras, Filter
@@ -37,6 +38,10 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
+API = (
+    "Searches a library of videos, and adds videos to it. Times are seconds from the start of a video. "
+    "A service with a token wants the header `Authorization: Bearer TOKEN`."
+)
 MAX_QUERY = 1000  # characters
 MAX_UPLOADS = 32  # at a time
 UPLOAD_SECONDS = 3600.0  # of one upload; one that stands still ends after the config's timeout_seconds
@@ -44,15 +49,24 @@ _STATIC_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascri
 # A picture changes when its video is indexed again.
 _SHORT = {"Cache-Control": "private, max-age=60"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": models.Refusal, "description": "refused"},
-    422: {"model": models.Refusal, "description": "not a valid request"},
+    "4XX": {"model": models.Refusal, "description": "Refused"},
+    422: {"model": models.Refusal, "description": "The request is not valid"},
 }
 
 
 def make_app(service: Service) -> FastAPI:
     """See `keyreel.serve.app`."""
     # FastAPI's own /docs loads scripts from other hosts, ours does not; redirects would trust the Host header.
-    app = FastAPI(title="keyreel", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="keyreel",
+        version=__version__,
+        description=API,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,  # the methods of generated clients
+    )
     config = service.config
     # Who listens beyond this machine may have any name.
     hosts = config.hosts or ((*LOOPBACK, config.host) if config.loopback else ("*",))
@@ -156,12 +170,12 @@ def _add_page(router: APIRouter, *, docs: bool) -> None:
 def _add_health(public: APIRouter, closed: APIRouter, service: Service) -> None:
     @public.get("/healthz", tags=["health"])
     async def healthz() -> dict[str, str]:
-        """The process is alive."""
+        """Answers as long as the process is alive."""
         return {"status": "ok"}
 
     @closed.get("/readyz", tags=["health"])
     async def readyz() -> dict[str, Any]:
-        """It can do its work: encodes a text and a picture, and searches the library."""
+        """Checks that searches work. Encodes a text and a picture, and searches the library."""
         return await service.pool.run(service.ready)
 
     @closed.get("/metrics", tags=["health"], response_class=Response)
@@ -193,12 +207,12 @@ def _add_search(router: APIRouter, service: Service) -> None:
 
     @router.get("/api/v1/search", tags=["search"])
     async def search(request: Request, query: Annotated[models.TextSearch, Query()]) -> models.Hits:
-        """The best moments of all videos for a text. Queries that come together share one pass."""
+        """Finds the best moments of all videos for a text. Queries that arrive together share one pass."""
         return await by_text(query.q, query.query(query.q), query.k, query.where(), _base(request))
 
     @router.post("/api/v1/search", tags=["search"], openapi_extra=models.body(models.LikeRequest))
     async def search_picture(request: Request, query: Annotated[models.Search, Query()]) -> models.Hits:
-        """The best moments for a picture, or for a frame of the library."""
+        """Finds the best moments for a picture, or for a frame of the library."""
         began = time.perf_counter()
         if uploads.is_upload(request):
             body = BytesIO()
@@ -219,7 +233,7 @@ def _add_search(router: APIRouter, service: Service) -> None:
     async def moments(
         request: Request, id: str, q: Annotated[str, Query(min_length=1)], k: Annotated[int, Query(ge=1)] = 10
     ) -> models.VideoHits:
-        """The best moments of one video for a text, and how well each of its frames fits."""
+        """Finds the best moments of one video for a text. Its curve has the score of each frame."""
         found = await by_text(q, q, k, Filter(videos=(id,)), _base(request))
         return models.VideoHits(**dict(found), curve=await service.pool.run(service.curve, id, q))
 
@@ -227,22 +241,22 @@ def _add_search(router: APIRouter, service: Service) -> None:
 def _add_videos(router: APIRouter, service: Service) -> None:
     @router.get("/api/v1/videos", tags=["videos"])
     async def videos(request: Request, page: Annotated[models.Page, Query()]) -> models.Videos:
-        """The videos of the library, in order of path."""
+        """Lists the videos of the library, in order of path."""
         return await service.pool.run(service.videos, page, _base(request))
 
     @router.get("/api/v1/videos/{id}", tags=["videos"])
     async def video(request: Request, id: str) -> models.VideoDetail:
-        """All that is known of one video."""
+        """Describes one video: its key-frames, shots and scenes."""
         return await service.pool.run(service.detail, id, _base(request))
 
     @router.delete("/api/v1/videos/{id}", tags=["videos"], status_code=204)
     async def remove(id: str) -> None:
-        """Takes a video out of the library. Its file stays, unless it was uploaded here."""
+        """Removes a video from the library. Its file stays, unless it was uploaded here."""
         await service.pool.run(service.remove, id)
 
     @router.get("/api/v1/videos/{id}/previews/{seconds}.jpg", tags=["videos"], response_class=Response)
     async def preview(id: str, seconds: models.Seconds, nearest: bool = False) -> Response:
-        """The frame shown at a time, as a JPEG picture; with `nearest`, the stored key-frame nearest to it."""
+        """Gives the frame shown at a time, as JPEG. With `nearest` the nearest stored key-frame, which is faster."""
         data = await service.pool.run(service.preview, id, seconds, nearest=nearest)
         return Response(data, media_type="image/jpeg", headers=_SHORT)
 
@@ -251,29 +265,29 @@ def _add_videos(router: APIRouter, service: Service) -> None:
 
     @router.get("/api/v1/videos/{id}/sprite.jpg", tags=["videos"], response_class=Response)
     async def sprite(id: str) -> Response:
-        """Small pictures of the whole video in one JPEG picture."""
+        """Gives thumbnails of the whole video on one JPEG sheet."""
         return Response((await extras(id)).sprite, media_type="image/jpeg", headers=_SHORT)
 
     @router.get("/api/v1/videos/{id}/thumbs.vtt", tags=["videos"], response_class=Response)
     async def thumbs(id: str) -> Response:
-        """A WebVTT track that says which part of sprite.jpg shows which second."""
+        """Gives a WebVTT track for a seek bar. Each cue names the part of sprite.jpg that shows its seconds."""
         return Response((await extras(id)).vtt, media_type="text/vtt", headers=_SHORT)
 
     @router.get("/api/v1/videos/{id}/file", tags=["videos"], response_class=Response)
     async def file(id: str) -> Response:
-        """The video itself, whole or in ranges; only where it lies under an allowed folder or was uploaded here."""
+        """Gives the video file, whole or in ranges. It must lie under an allowed folder, or be uploaded here."""
         return OpenFile(*await service.pool.run(service.open, id))
 
     router.add_api_route("/api/v1/videos/{id}/file", file, methods=["HEAD"], include_in_schema=False)
 
     @router.post("/api/v1/videos/{id}/playable", tags=["videos"])
     async def playable(id: str) -> models.Playable:
-        """Makes a copy that browsers can play, for as long as somebody asks at least every ten seconds."""
+        """Makes a copy that browsers can play. Repeat this at least every ten seconds until it is done, or it stops."""
         return await service.pool.run(service.playable, id)
 
     @router.get("/api/v1/videos/{id}/playable.mp4", tags=["videos"], response_class=Response)
     async def playable_file(id: str) -> Response:
-        """The copy, whole or in ranges; 404 until it is done."""
+        """Gives the copy that browsers can play, whole or in ranges. Answers 404 until it is done."""
         return OpenFile(*await service.pool.run(service.open_playable, id))
 
 
@@ -305,8 +319,8 @@ def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:
 
     @slow.post("/api/v1/jobs", tags=["jobs"], status_code=202, openapi_extra=models.body(models.JobRequest))
     async def submit(request: Request) -> models.JobState:
-        """Accepts a video to be indexed: a path under an allowed folder, or an upload. Accepted jobs are on disk."""
-        # A place in the queue is taken by what is whole: bodies that drip hold none.
+        """Accepts a video to index: a path under an allowed folder, or an upload. The job is then on disk."""
+        # Only a whole upload takes a place in the queue: a body that drips holds none.
         await asyncio.to_thread(jobs.check_room)
         if uploads.is_upload(request):
             return await receive(request)
@@ -316,15 +330,15 @@ def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:
 
     @router.get("/api/v1/jobs", tags=["jobs"])
     async def all_jobs() -> models.JobList:
-        """The jobs, the latest first."""
+        """Lists the jobs, the latest first."""
         return models.JobList(jobs=[*await service.pool.run(jobs.latest)])
 
     @router.get("/api/v1/jobs/{id}", tags=["jobs"])
     async def job(id: str) -> models.JobState:
-        """One job."""
+        """Describes one job: its state and progress."""
         return await service.pool.run(jobs.get, id)
 
     @router.delete("/api/v1/jobs/{id}", tags=["jobs"])
     async def cancel(id: str) -> models.JobState:
-        """Cancels a job; one that is over stays as it is."""
+        """Cancels a job. A job that is over does not change."""
         return await service.pool.run(jobs.cancel, id)

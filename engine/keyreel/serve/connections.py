@@ -1,4 +1,4 @@
-"""Connections that cannot be held for nothing: a deadline for each header, and a place for newcomers."""
+"""Protects the service from idle connections: a deadline for each header, and room for new connections."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def files() -> int:
-    """How many files this process may have open."""
+    """The most files that this process may open."""
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 1 << 20 if allowed == resource.RLIM_INFINITY else allowed
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, closed where a header does not come in time: `header_seconds` from the connection, or from
-    the first byte of a further request, to its end.
+    """uvicorn's connection, with a deadline for headers: a header must end within `header_seconds` of the connection,
+    or of the first byte of a further request.
 
-    Those that wait for a header hold at most a quarter of the files that this process may open: the next one takes the
-    place of the one that waits longest.
+    Connections that wait for a header use at most a quarter of the files that this process may open; a new one then
+    closes the one that has waited longest.
     """
 
     header_seconds = 15.0

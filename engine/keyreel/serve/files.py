@@ -19,7 +19,7 @@ from keyreel.serve.security import ApiError
 _TYPES = {
     ".mp4": "video/mp4",
     ".m4v": "video/mp4",
-    ".mov": "video/mp4",  # the same boxes; browsers do not try video/quicktime
+    ".mov": "video/mp4",  # the same boxes as MP4; browsers refuse video/quicktime
     ".webm": "video/webm",
     ".mkv": "video/x-matroska",
     ".ogv": "video/ogg",
@@ -29,20 +29,20 @@ _TYPES = {
 
 
 class Roots:
-    """The folders whose files may be read, after all symbolic links are followed.
+    """The folders whose files callers may read, with all symbolic links resolved.
 
     Args:
-        folders: need not exist yet; relative paths of callers are looked up in each, in this order.
+        folders: need not exist; relative paths of callers are searched in each, in this order.
     """
 
     def __init__(self, folders: Sequence[str | os.PathLike[str]]) -> None:
         self._folders = tuple(os.path.realpath(folder) for folder in folders)
 
     def find(self, path: str) -> Path:
-        """The real path of a regular file that a caller names.
+        """Resolves the path of a regular file that a caller names.
 
         Raises:
-            ApiError: 403 outside the folders, whether there is such a file or not; 404 no such file; 422 no file.
+            ApiError: 403, outside the folders, even if there is no such file; 404, no such file; 422, not a file.
         """
         if "://" in path or "\0" in path or not path:
             raise ApiError(422, "path", "not the path of a file on this machine", hint="URLs are not opened: upload it")
@@ -56,22 +56,22 @@ class Roots:
                 raise ApiError(404, "not_found", f"there is no file {path!r}")
             if not stat.S_ISREG(os.stat(found).st_mode):
                 raise ApiError(422, "path", f"{path!r} is not a file", hint="give the path of one video")
-        except (OSError, ValueError) as error:  # a loop of links, a name too long, characters no file name can have
+        except (OSError, ValueError) as error:  # a loop of links, a name that is too long or impossible
             raise ApiError(422, "path", f"not a path that can be read: {type(error).__name__}") from error
         return Path(found)
 
     def holds(self, real: str) -> bool:
-        """Whether a real path is inside one of the folders."""
+        """Whether a real path is in one of the folders."""
         return any(os.path.commonpath((folder, real)) == folder and real != folder for folder in self._folders)
 
     def open(self, path: Path) -> FileIO:
-        """A file for reading. It is checked after it is open, so that a link put in its place is noticed.
+        """Opens a file for reading. It checks the open file, so nobody can replace it by a link in between.
 
         Raises:
             ApiError: as `find`.
         """
         try:
-            # Not blocking: a pipe that was put there has no writer.
+            # Non-blocking: somebody may have put a pipe there.
             opened = Closing(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         except (OSError, ValueError) as error:
             raise ApiError(404, "not_found", f"{path.name!r} cannot be opened: {type(error).__name__}") from error
@@ -82,7 +82,7 @@ class Roots:
 
 
 class OpenFile(FileResponse):
-    """An open file as answer, whole or in ranges (RFC 9110); closed at the end of the answer."""
+    """Answers with an open file, whole or in ranges (RFC 9110); closes it at the end."""
 
     def __init__(self, file: FileIO, name: str) -> None:
         kind = _TYPES.get(os.path.splitext(name)[1].lower(), "application/octet-stream")
@@ -98,14 +98,14 @@ class OpenFile(FileResponse):
 
 
 class Closing(FileIO):
-    """Closes itself if nobody takes it: a caller may leave between the opening and the answer."""
+    """A file that closes itself if unused: a caller may leave between opening and answer."""
 
     def __del__(self) -> None:
         self.close()
 
 
 def own_name(file: FileIO) -> str:
-    """A name by which this process can open the file again, even after it was renamed or removed."""
+    """A path by which this process can open the file again, even if it was renamed or deleted."""
     return f"/proc/self/fd/{file.fileno()}"
 
 
@@ -121,7 +121,7 @@ def file_name(path: str) -> str:
 
 
 def safe_name(name: str) -> str:
-    """A file name without meaning to any file system or shell; the ending stays."""
+    """Makes a file name that is safe for file systems and shells; keeps the suffix."""
     base = re.split(r"[/\\]", name)[-1]
     base = re.sub(r"[^\w .,()+=@-]", "_", base).strip(" .-") or "video"
     stem, ending = os.path.splitext(base)
@@ -133,7 +133,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def discard(path: Path) -> None:
-    """Removes an upload and its folder."""
+    """Deletes an upload and its folder."""
     path.unlink(missing_ok=True)
     if path.parent.is_dir():
         path.parent.rmdir()

@@ -1,7 +1,7 @@
-"""Videos to be indexed, one after another: a queue on disk that outlives the process.
+"""The queue of videos to index. It is on disk and outlives the process.
 
-A job is accepted when its row is on disk. Jobs that were queued or running when the process ended, however it ended,
-are queued again at the next start. Adding a video twice is harmless: the library knows what it has.
+A job is accepted when its row is on disk. The next start resumes jobs that were queued or running when the process
+ended, in whatever way. Adding a video twice is harmless: the library skips known videos.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _log = logging.getLogger(__name__)
 
 Work = Callable[[Path, Progress, Callable[[], bool]], Added | None]
 
-OPEN = "open-"  # begins the name of a folder with a name of an open file
-KEPT = 1000  # finished jobs that are remembered
-STOP_SECONDS = 5.0  # in which a job should notice that it is to stop
-MAX_TRIES = 3  # a video that crashes the process must not do so at every start
+OPEN = "open-"  # prefix of folders with a link to an open file
+KEPT = 1000  # finished jobs to remember
+STOP_SECONDS = 5.0  # seconds for a job to notice that it should stop
+MAX_TRIES = 3  # a video that crashes the process must not do so at each start
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -54,7 +54,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 
 
 class _Running:
-    """What is known of a running job and not kept on disk."""
+    """The state of a running job that is not on disk."""
 
     def __init__(self) -> None:
         self.progress = 0.0
@@ -64,7 +64,7 @@ class _Running:
         return self.cancelled or self.interrupted
 
     def report(self, stage: str, done: float, total: float | None) -> None:
-        """Progress of the frames; the shots and pictures that follow take little more time."""
+        """Records the progress of the frames; later stages take little time."""
         if stage == "encode" and total:
             self.progress = max(self.progress, min(done / total, 1.0) * 0.9)
         elif stage != "encode":
@@ -72,17 +72,17 @@ class _Running:
 
 
 class Jobs:
-    """The queue and the threads that work on it.
+    """The queue, and the threads that work on it.
 
     Args:
-        folder: of the queue and the uploads; made at the start. One process at a time may use it.
-        work: adds one video to the library; reports progress, and asks whether to stop. None if it stopped.
+        folder: of the queue and the uploads; created at the start. One process at a time may use it.
+        work: adds one video to the library; reports progress, checks whether to stop; returns None if stopped.
         forget: removes a failed video from the library, by path.
         known: whether the library has a video, by path.
         private: paths to redact in errors.
     """
 
-    part_seconds = 0.0  # uploads that are not whole and younger belong to other processes
+    part_seconds = 0.0  # younger partial uploads belong to other processes
 
     def __init__(
         self,
@@ -103,15 +103,15 @@ class Jobs:
         self._lock: BinaryIO | None = None
         self._running: dict[str, _Running] = {}
         self._threads: list[threading.Thread] = []
-        self._coming: list[int] = []  # bytes of the uploads that are on their way
+        self._coming: list[int] = []  # bytes of the uploads in progress
         self._ending = False
         metrics.watch(self.counts, self.stored_bytes)
 
     def start(self) -> None:
-        """Resumes what the last process left. Idempotent.
+        """Starts the threads, and resumes unfinished jobs. Idempotent.
 
         Raises:
-            LibraryError: another process works in this folder, or it cannot be written.
+            LibraryError: another process uses this folder, or it cannot be written.
         """
         with self._changed:
             if self._base is not None:
@@ -131,13 +131,13 @@ class Jobs:
                 raise LibraryError(f"{self.folder}: cannot be used: {error}", hint=hint) from error
             self._ending = False
             for number in range(self._config.job_threads):
-                # Daemons: a video that hangs in a decoder must not keep the process from ending.
+                # Daemons: a video that hangs in a decoder must not keep the process alive.
                 thread = threading.Thread(target=self._run, name=f"keyreel-job-{number}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
 
     def check_room(self) -> None:
-        """Raises ApiError: 429 the queue is full, 503 the service is ending."""
+        """Raises ApiError 429 if the queue is full, 503 if the service is ending."""
         with self._changed:
             if self._ending:
                 raise _ending()
@@ -147,13 +147,13 @@ class Jobs:
 
     @contextmanager
     def space(self, length: int | None) -> Iterator[int]:
-        """How many bytes an upload may take; while it comes, they count for the others.
+        """Reserves space for an upload during the block. Yields how many bytes it may take.
 
         Args:
-            length: of the whole request, if it is known.
+            length: bytes of the whole request, if known.
 
         Raises:
-            ApiError: 507 the uploads take all that they may (`ServeConfig.upload_quota`).
+            ApiError: 507, the uploads have reached `ServeConfig.upload_quota`.
         """
         most, quota = self._config.upload_bytes, self._config.upload_quota
         if quota is None:
@@ -173,22 +173,22 @@ class Jobs:
                 self._coming.remove(min(wanted, left))
 
     def stored_bytes(self) -> int:
-        """Of all uploads that are whole."""
+        """Bytes of all complete uploads."""
         size = 0
-        # A job may end and remove its own meanwhile. Unlike `Path.glob`, this passes over a folder that is gone.
+        # A job may end and delete its folder meanwhile. Unlike `Path.glob`, this skips missing folders.
         for name in glob.iglob("*/*", root_dir=self.uploads, include_hidden=True):
             with suppress(FileNotFoundError):
                 size += (self.uploads / name).stat().st_size
         return size
 
     def submit(self, path: Path, *, id: str | None = None, part: Path | None = None) -> Job:
-        """Accepts a job: when this returns it is on disk.
+        """Accepts a job. When it returns, the job is on disk.
 
         Args:
-            part: an upload, whole and on disk, which is renamed to `path`; called after the id.
+            part: a complete upload on disk, named after the id; it is renamed to `path`.
 
         Raises:
-            ApiError: 429 the queue is full, 503 the service is ending.
+            ApiError: 429, the queue is full; 503, the service is ending.
         """
         id = id or uuid.uuid4().hex
         with self._changed:
@@ -197,7 +197,7 @@ class Jobs:
                 "INSERT INTO jobs (id, state, path, uploaded, created) VALUES (?, 'queued', ?, ?, ?)",
                 (id, os.fsencode(path), part is not None, time.time()),
             )
-            if part is not None:  # if the process ends before this, the next start does it
+            if part is not None:  # if the process ends before, the next start renames it
                 _rename(part, path)
             self._write(
                 "DELETE FROM jobs WHERE state IN ('done', 'failed', 'cancelled') AND number <= "
@@ -208,7 +208,7 @@ class Jobs:
             return self.get(id)
 
     def get(self, id: str) -> Job:
-        """One job.
+        """Returns a job.
 
         Raises:
             ApiError: 404.
@@ -219,7 +219,7 @@ class Jobs:
         return found[0]
 
     def latest(self) -> list[Job]:
-        """All that are remembered, the latest first."""
+        """All remembered jobs, the latest first."""
         return self._read("ORDER BY number DESC")
 
     def counts(self) -> dict[str, int]:
@@ -229,7 +229,7 @@ class Jobs:
             return {"queued": 0, "running": 0, **dict(rows)}
 
     def cancel(self, id: str) -> Job:
-        """Takes a job out of the queue, or asks a running one to stop; one that is over stays as it is.
+        """Removes a job from the queue, or stops a running one. A job that is over does not change.
 
         Raises:
             ApiError: 404.
@@ -245,7 +245,7 @@ class Jobs:
         return self.get(id)
 
     def drain(self, seconds: float) -> None:
-        """Waits for running jobs, then stops them and queues them again. Blocks. Idempotent."""
+        """Waits up to `seconds` for running jobs, then stops them and queues them again. Blocks. Idempotent."""
         with self._changed:
             if self._ending:
                 return
@@ -254,7 +254,7 @@ class Jobs:
             self._changed.wait_for(lambda: not self._running, timeout=seconds)
             for running in self._running.values():
                 running.interrupted = True
-        # Jobs stop between two batches of frames. One that does not is left behind: its row says that it was running.
+        # Jobs stop between batches of frames. One that does not is abandoned; its row stays "running".
         until = time.monotonic() + STOP_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -288,21 +288,21 @@ class Jobs:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Removes what a killed process could not: uploads whose job ended without a video, and names of open files."""
+        """Deletes leftovers of a killed process: uploads whose job ended without a video, and links to open files."""
         for folder in self.folder.glob(f"{OPEN}*"):
             shutil.rmtree(folder, ignore_errors=True)
         for path in self.uploads.glob("*/*"):
             found = self._read("WHERE id = ?", (path.parent.name,))
             if found and found[0].state in ("failed", "cancelled"):
                 self._discard(found[0])
-            elif not found and not self._known(path):  # of a job that is forgotten
+            elif not found and not self._known(path):  # of a forgotten job
                 discard(path)
 
     def _run(self) -> None:
         while not self._ending:
             try:
                 self._next()
-            except sqlite3.Error:  # a full disk: the rows stay, and are tried again
+            except sqlite3.Error:  # a full disk: the rows stay, and the next call tries again
                 _log.exception("the queue of jobs cannot be written")
                 time.sleep(1)
 
@@ -337,7 +337,7 @@ class Jobs:
             if state == "queued":  # interrupted by the end of the service
                 self._write("UPDATE jobs SET state = 'queued', tries = tries - 1 WHERE id = ?", (job.id,))
             elif state == "failed":
-                error = error or LibraryError("the file is gone")
+                error = error or LibraryError("the file no longer exists")
                 names = (str(job.path), added.path if added else "", *self._private)
                 answer = to_api_error(error, *names) or to_api_error(Failure.of(job.path.name, error).error, *names)
                 self._end(job, state, error=answer.document() if answer else None)
@@ -346,9 +346,9 @@ class Jobs:
                 self._end(job, state, video=record.id if record and state == "done" else None)
 
     def _discard(self, job: Job) -> None:
-        """Removes an upload that did not become a video, since nobody could see it and it would fill the disk.
+        """Deletes an upload that did not become a video: nobody can see it, and it would fill the disk.
 
-        Not under the lock: the library may take its time.
+        Not under the lock: the library may be slow.
         """
         if job.uploaded:
             try:
@@ -387,7 +387,7 @@ def _ending() -> ApiError:
 
 
 def _rename(part: Path, path: Path) -> None:
-    """Gives an upload its name, durably."""
+    """Renames an upload, durably."""
     path.parent.mkdir(exist_ok=True)
     part.rename(path)
     for folder in (path.parent, path.parent.parent):

@@ -1,4 +1,4 @@
-"""Counters of the service, for Prometheus."""
+"""The service's metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BATCHES, _SECONDS = (1, 2, 4, 8, 16, 32, 64), (0.1, 1, 10, 60, 600, 3600)
 
 
 class Metrics:
-    """One registry a service, so that two services in one process do not mix."""
+    """The metrics of one service, in their own registry, so that two services in a process do not mix."""
 
     def __init__(self) -> None:
         self._registry = own = CollectorRegistry()
@@ -30,10 +30,11 @@ class Metrics:
         self._jobs = Gauge("keyreel_jobs", "Jobs that are not over", ("state",), registry=own)
 
     def watch(self, counts: Callable[[], Mapping[str, int]], stored: Callable[[], int]) -> None:
-        """Reads the number of queued and running jobs, and the size of the uploads, whenever the metrics are read."""
+        """Sets the sources of the numbers of jobs and the size of the uploads, which are read with the metrics."""
         self._stored.set_function(stored)
         self._jobs.labels("queued").set_function(lambda: counts()["queued"])
         self._jobs.labels("running").set_function(lambda: counts()["running"])
 
     def text(self) -> bytes:
+        """Formats the metrics for Prometheus."""
         return generate_latest(self._registry)

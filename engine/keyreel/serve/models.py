@@ -1,4 +1,4 @@
-"""The JSON of requests and answers. Times are seconds; addresses are paths on this server."""
+"""The JSON of requests and answers. Times are seconds, addresses are paths on this server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Frame = Annotated[str, Field(pattern=r"^[0-9a-f]{32}@[0-9]{1,9}(\.[0-9]{1,9})?$"
 
 
 class Filters(BaseModel):
-    """Which videos and times are looked at; what is not given does not restrict."""
+    """Restricts videos and times. Conditions that are not given do not restrict."""
 
     video: Annotated[list[Text], Field(max_length=100, description="ids of videos")] = []
     path: Annotated[Text | None, Field(description="glob over the whole path, */holiday/*.mp4")] = None
@@ -37,7 +37,7 @@ class Filters(BaseModel):
     stop: Annotated[Seconds | None, Field(description="frames before this second of their video")] = None
 
     def where(self) -> Filter:
-        """For the library; hashable."""
+        """Converts it for the library; hashable."""
         return Filter(
             per_video=getattr(self, "per_video", None),
             videos=tuple(self.video),
@@ -53,7 +53,7 @@ class Filters(BaseModel):
 
 
 class Search(Filters):
-    """A search; with `q` by text."""
+    """The parameters of a search."""
 
     also: Annotated[list[Text], Field(max_length=8, description="texts that must fit, too")] = []
     without: Annotated[list[Text], Field(max_length=8, description="texts that must not fit")] = []
@@ -63,7 +63,7 @@ class Search(Filters):
     k: Annotated[int, Field(ge=1, description="most moments")] = 10
 
     def query(self, of: Query) -> Query | Combined:
-        """A query with these conditions; hashable if the query is."""
+        """Adds the conditions to a query; hashable if the query is."""
         also: list[Query] = [*self.also, *map(_example, self.more)]
         without: list[Query] = [*self.without, *map(_example, self.less)]
         return Combined(of, also, without) if also or without else of
@@ -91,9 +91,9 @@ class Moment(BaseModel):
     stop_seconds: float
     pts_seconds: float
     score: float
-    answered_by: AnsweredBy  # the vector of the whole picture, or that of its subject
-    region: Region | None  # x, y, width, height of the subject in the best frame, as shares of the picture
-    chance: float | None  # that the best frame shows what the text says, where the model was calibrated
+    answered_by: AnsweredBy  # the vector that matched: of the whole picture, or of its subject
+    region: Region | None  # x, y, width, height of the subject in the best frame, as fractions
+    chance: float | None  # that the best frame shows what the text says; null if unknown
     video_score: float
     keyframe_seconds: float
     folded: int
@@ -106,16 +106,16 @@ class Hits(BaseModel):
 
     query: str | None
     seconds: float
-    unknown_words: list[str] = []  # of the text, that the model does not know
-    left_out: list[str] = []  # names of videos that were not searched: what is stored of them is damaged
-    matches_well: bool | None = None  # whether the best chance is high enough; without chances nobody knows
+    unknown_words: list[str] = []  # words of the text that the model does not know
+    left_out: list[str] = []  # names of videos that were skipped, since their rows are damaged
+    matches_well: bool | None = None  # whether the best chance reaches 30 %; null without chances
     hits: list[Moment]
 
 
 class VideoHits(Hits):
     """The answer to a search in one video."""
 
-    curve: list[tuple[float, float]]  # seconds and score, of long videos the best frame of each stretch
+    curve: list[tuple[float, float]]  # seconds and score; for long videos the best frame of each stretch
 
 
 class Video(BaseModel):
@@ -143,7 +143,7 @@ class Videos(BaseModel):
 
 
 class KeyFrame(BaseModel):
-    """A key-frame, with where its subject is: [h * w], row by row, sums to 1."""
+    """A key-frame, with the attention map of its subject: [h * w], row by row, sums to 1."""
 
     pts_seconds: float
     shot: int
@@ -153,7 +153,7 @@ class KeyFrame(BaseModel):
 
 
 class Sprite(BaseModel):
-    """Small pictures of a whole video, one every `step_seconds`, row by row."""
+    """Thumbnails of a whole video, one every `step_seconds`, row by row."""
 
     image: str
     vtt: str
@@ -163,7 +163,7 @@ class Sprite(BaseModel):
 
 
 class VideoDetail(Video):
-    """All that is known of one video."""
+    """A video with its key-frames, shots and scenes."""
 
     indexed_at: float
     codec: str | None
@@ -172,7 +172,7 @@ class VideoDetail(Video):
     file: str | None
     keyframes: list[KeyFrame]
     grid: tuple[int, int]
-    attended_area: list[float] | None  # part of the picture that the grid lies over, as the storyboard has it
+    attended_area: list[float] | None  # left, top, right, bottom of the grid on the picture, as fractions
     shots: list[tuple[float, float]]
     scenes: list[tuple[float, float]]
     sprite: Sprite | None
@@ -187,13 +187,13 @@ class Problem(BaseModel):
 
 
 class Refusal(BaseModel):
-    """Any answer that is no success."""
+    """The answer to a failed request."""
 
     error: Problem
 
 
 class Playable(BaseModel):
-    """A copy of a video that browsers can play: playable.mp4 beside its file, once it is done."""
+    """The state of a copy that browsers can play: playable.mp4, when it is done."""
 
     state: Literal["running", "done", "failed"]
     progress: float
@@ -201,19 +201,19 @@ class Playable(BaseModel):
 
 
 class JobState(BaseModel):
-    """A video that is, was or will be indexed."""
+    """A job: a video to index, and its state."""
 
     id: str
     state: State
     progress: float
     name: str
-    video: str | None  # its id in the library, once it is there
+    video: str | None  # its id in the library, when it is done
     created: float
     error: Problem | None
 
 
 class Job(JobState):
-    """A job with what callers are not told."""
+    """A job with what callers do not see."""
 
     path: Path
     uploaded: bool  # the service owns the file
@@ -226,7 +226,7 @@ class JobList(BaseModel):
 
 
 class JobRequest(BaseModel):
-    """A video on the server, under one of the allowed folders."""
+    """A path of a video on the server, under an allowed folder."""
 
     model_config = ConfigDict(extra="forbid")
     path: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -240,19 +240,19 @@ class Like(BaseModel):
 
 
 class LikeRequest(BaseModel):
-    """Moments that look like this frame."""
+    """Searches for moments that look like this frame."""
 
     model_config = ConfigDict(extra="forbid")
     like: Like
 
 
 def body(model: type[BaseModel]) -> dict[str, Any]:
-    """What OpenAPI says of a body that is JSON or a file."""
+    """The OpenAPI description of a body that is JSON or a file."""
     file = {"type": "string", "format": "binary"}
     multipart = {"type": "object", "properties": {"file": file}, "required": ["file"]}
     schema = model.model_json_schema()
     own = {f"#/$defs/{name}": inner for name, inner in schema.pop("$defs", {}).items()}
-    # A reference would be looked for in the whole document.
+    # Inlined: a reference would be resolved in the whole document.
     properties = {name: own.get(inner.get("$ref"), inner) for name, inner in schema["properties"].items()}
     schemas = {"application/json": {**schema, "properties": properties}, "multipart/form-data": multipart}
     content = {kind: {"schema": schema} for kind, schema in schemas.items()}
@@ -260,7 +260,7 @@ def body(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def moments(hits: Sequence[LibraryHit], base: str) -> list[Moment]:
-    """Hits of the library, with addresses under `base`."""
+    """Converts hits of the library; addresses are under `base`."""
     found = []
     for hit in hits:
         preview = _preview(base, hit.video_id, hit.pts_seconds)
@@ -274,12 +274,12 @@ def _example(frame: str) -> Example:
 
 
 def names(paths: Sequence[str]) -> list[str]:
-    """What callers may know of the paths of videos."""
+    """The file names of paths: callers must not learn the folders."""
     return [file_name(path) for path in paths]
 
 
 def video(record: Record, base: str) -> Video:
-    """A record of the library, with addresses under `base`."""
+    """Converts a record of the library; addresses are under `base`."""
     third = (record.duration_seconds or 0.0) / 3  # the first key-frame is often a title or black
     return Video(
         id=record.id,
@@ -300,7 +300,7 @@ def video(record: Record, base: str) -> Video:
 def video_detail(
     record: Record, extras: Extras | None, previews: Sequence[Preview], base: str, *, playable: bool
 ) -> VideoDetail:
-    """A record with its key-frames and pictures; extras are None for a video that failed."""
+    """Converts a record with its key-frames and pictures. `extras` is None for a failed video."""
     own = f"{base}/api/v1/videos/{quote(record.id, safe='')}"
     overview = extras.overview if extras else {"keyframes": []}
     frames = {frame["pts_seconds"]: frame for frame in overview["keyframes"]}
@@ -313,7 +313,7 @@ def video_detail(
             attention=np.asarray(preview.attention, np.float64).round(6).tolist(),
         )
         for preview in previews
-        if (frame := frames.get(preview.pts_seconds))  # without one, the video was indexed again meanwhile
+        if (frame := frames.get(preview.pts_seconds))  # no match: the video was indexed again meanwhile
     ]
     sprite = Sprite(image=f"{own}/sprite.jpg", vtt=f"{own}/thumbs.vtt", **overview["sprite"]) if extras else None
     return VideoDetail(

@@ -1,7 +1,7 @@
-"""Copies of videos that browsers can play, made when somebody asks for one.
+"""Makes copies of videos that browsers can play, on demand.
 
-Where only the container is the obstacle, packets are copied into an MP4 file; else the video is encoded as H.264 and
-AAC. One copy is made at a time. Who wants it asks again and again; nobody has asked for a while: the work stops.
+If only the container is the obstacle, it copies the packets into an MP4 file; else it encodes H.264 and AAC. It makes
+one copy at a time. Callers ask repeatedly; when nobody has asked for a while, the work stops.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from keyreel.serve.models import Playable, Problem
 from keyreel.serve.security import ApiError, redact_paths, to_api_error, too_busy
 from keyreel.types import Shot
 
-LEFT_SECONDS = 10.0  # nobody has asked for so long: the caller has left
-MOST = 8  # copies that wait
+LEFT_SECONDS = 10.0  # seconds without a request: the caller has left
+MOST = 8  # most copies that wait
 # What browsers play in MP4: codecs of the picture with the formats of its pixels, and of the sound.
 _PICTURES = {"h264": ("yuv420p", "yuvj420p"), "av1": ("yuv420p", "yuv420p10le"), "vp9": ("yuv420p", "yuv420p10le")}
 _SOUNDS = ("aac", "mp3", "opus", "flac", None)
 
 
 class _Left(Exception):
-    """Nobody wants the copy any more."""
+    """No caller has asked for the copy for a while."""
 
 
 @dataclass
@@ -50,8 +50,8 @@ class Copies:
     """The copies in a folder. Safe to share between threads.
 
     Args:
-        folder: of the copies; nothing else may lie in it.
-        most_bytes: of all copies together; the ones not watched for longest go first.
+        folder: for the copies only.
+        most_bytes: of all copies together; deletes the least recently watched first.
         private: paths to redact in errors.
     """
 
@@ -63,12 +63,12 @@ class Copies:
         self._closed = False
 
     def close(self) -> None:
-        """Stops what is at work."""
+        """Stops the running work."""
         self._closed = True
         self._thread.shutdown(cancel_futures=True)
 
     def ask(self, name: str, open_video: Callable[[], FileIO]) -> Playable:
-        """The state of a copy; starts it if there is none.
+        """Returns the state of a copy; starts it if there is none.
 
         Args:
             name: of the content, hexadecimal digits.

@@ -1,4 +1,4 @@
-"""Who may ask, what each answer carries, and the errors that the service answers with."""
+"""Checks who may call, adds security headers, and turns errors into answers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "X-Frame-Options": "DENY",
-    # The page comes with a policy of its own.
+    # The page sets its own policy.
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
     "Cache-Control": "no-store",
 }
@@ -49,10 +49,12 @@ _bearer = HTTPBearer(auto_error=False)
 
 
 class ApiError(Exception):
-    """An error that is the caller's answer: {"error": {"kind", "message", "hint"}}.
+    """An error to send to the caller: {"error": {"kind", "message", "hint"}}.
 
     Args:
-        status: of HTTP. kind: one word for programs. message, hint: for people.
+        status: HTTP status.
+        kind: one word for programs.
+        message, hint: for people.
     """
 
     def __init__(
@@ -63,39 +65,41 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def document(self) -> dict[str, Any]:
+        """Makes the content of "error"."""
         return {"kind": self.kind, "message": self.message, "hint": self.hint}
 
     def response(self) -> Response:
+        """Makes the HTTP answer."""
         # ASCII: a message may quote characters that UTF-8 cannot encode.
         body = json.dumps({"error": self.document()}).encode("ascii")
         return add_headers(Response(body, self.status, headers=self.headers, media_type="application/json"))
 
 
 def too_busy(what: str, seconds: int) -> ApiError:
-    """429, with the time after which to try again."""
+    """Makes a 429 with the seconds to wait."""
     headers = {"Retry-After": str(seconds)}
     return ApiError(429, "busy", f"too many {what} wait already", hint=f"try again in {seconds} s", headers=headers)
 
 
 def add_headers(response: Response) -> Response:
-    """Adds the headers that limit what a browser may do with the answer."""
+    """Adds the headers that restrict what a browser does with the answer."""
     for name, value in HEADERS.items():
         response.headers.setdefault(name, value)
     return response
 
 
 def redact_paths(text: str, *names: str) -> str:
-    """The message with these paths cut to their last part: callers must not learn where files are."""
+    """Cuts these paths in a message to their last part: callers must not learn where files are."""
     for path in filter(None, map(path_of, names)):
         if path.parent != path.parent.parent:
             folder = f"{path.parent}/"
-            # Records spell bytes that are no text with backslashes.
+            # Records escape bytes that are not UTF-8 with backslashes.
             text = text.replace(folder, "").replace(folder.encode("utf-8", "backslashreplace").decode(), "")
     return text
 
 
 def to_api_error(error: Exception, *private: str) -> ApiError | None:
-    """The answer to an exception; None for one that is a bug.
+    """Converts an exception to an answer; None for a bug.
 
     Args:
         private: paths to redact.
@@ -123,13 +127,13 @@ def to_api_error(error: Exception, *private: str) -> ApiError | None:
 
 
 class Security:
-    """The rules that every request passes.
+    """Applies the rules for every request.
 
-    They are routes of their own class and no middleware, so that they hold inside another application as well.
+    They are a class of routes, not a middleware, so that they also apply inside another application.
 
     Args:
-        hosts: names in the Host header that are answered; () for all. Without this, any web page could point its own
-            name at this machine and read a service that listens on loopback only.
+        hosts: names in the Host header to answer to; () for all. Without it, any web page could point its own name at
+            this machine and read a service on loopback.
         private: paths to redact in errors.
     """
 
@@ -138,14 +142,19 @@ class Security:
         self._hosts = {host.lower() for host in hosts}
 
     def route(self, *, public: bool = False, timeout_seconds: float | None = None) -> type[APIRoute]:
-        """A class of routes under these rules.
+        """Makes a class of routes that apply these rules.
 
         Args:
-            public: needs no token. timeout_seconds: the config's by default.
+            public: needs no token.
+            timeout_seconds: by default the config's.
         """
         security, seconds = self, timeout_seconds or self._config.timeout_seconds
 
         class Route(APIRoute):
+            def __init__(self, path: str, endpoint: Callable[..., Any], *, summary: str | None = None, **rest: Any):
+                first = (endpoint.__doc__ or "").partition(". ")[0].rstrip(".")
+                super().__init__(path, endpoint, summary=summary or first, **rest)
+
             def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
                 handler, path = super().get_route_handler(), self.path
 
@@ -157,7 +166,7 @@ class Security:
         return Route
 
     async def answer(self, handler: Handler, request: Request, path: str, *, public: bool, seconds: float) -> Response:
-        """The handler's answer or its error, with headers; counted."""
+        """Calls the handler. Returns its answer or error, with headers, and counts it."""
         began, name = time.perf_counter(), f"{request.method} {path}"
         with self._metrics.at_work.track_inprogress():
             try:
@@ -176,7 +185,7 @@ class Security:
         return response
 
     async def _check(self, request: Request, *, public: bool) -> None:
-        """Host, origin and token, before anything of the body is read."""
+        """Checks host, origin and token, before reading the body."""
         host = request.headers.get("host", "")
         if self._hosts and _hostname(host) not in self._hosts:
             hint = "allow it: keyreel serve --answer-to NAME, ServeConfig(hosts=...)"
@@ -188,7 +197,7 @@ class Security:
             raise ApiError(403, "origin", "a page of another site must not change anything here")
         if self._config.token is None:
             return
-        # A page cannot send a header with a picture or a video.
+        # A page cannot send headers for pictures and videos.
         given = unquote(request.cookies.get(COOKIE, "")) if request.method in READS else ""
         if credentials := await _bearer(request):
             given = credentials.credentials.strip()
@@ -203,9 +212,9 @@ def _hostname(host: str) -> str:
 
 
 async def _unless_caller_leaves(handler: Handler, request: Request) -> Response:
-    """Gives up when the caller disconnects, as a page does that searches while someone types.
+    """Calls the handler; stops when the caller disconnects, as a page does that searches while someone types.
 
-    Only for requests without a body: nothing else reads from the connection then.
+    Only for requests without a body, when nothing else reads from the connection.
     """
     if request.method not in READS or request.headers.get("content-length", "0") != "0":
         return await handler(request)

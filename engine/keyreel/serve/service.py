@@ -1,4 +1,4 @@
-"""What the routes do, apart from HTTP: every call here blocks and belongs in a thread."""
+"""The work of the routes, without HTTP. Every call blocks: run it in a thread."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from keyreel.serve.security import ApiError, redact_paths
 from keyreel.serve.workers import Answer, Batcher, Pool
 from keyreel.types import Combined, Example, Progress, Query
 
-MAX_RESULTS = 100  # of one search
+MAX_RESULTS = 100  # most hits of a search
 CURVE_POINTS = 600
 _ID = re.compile("[0-9a-f]{32}")
 
 
 class Service:
-    """A library, the queue of jobs, and the bounds on both.
+    """A library, its queue of jobs, and the limits on both.
 
     Args:
         make_jobs: makes the queue.
 
     Raises:
-        LibraryError: a library that is no folder needs `config.folder`.
+        LibraryError: the library is not a local folder, and there is no `config.folder`.
     """
 
     def __init__(self, library: Library, config: ServeConfig, make_jobs: Callable[..., Jobs] = Jobs) -> None:
@@ -56,7 +56,7 @@ class Service:
         self._copies = Copies(folder / "playable", config.play_bytes, self.private)
 
     def close(self) -> None:
-        """Drains the jobs and lets the threads go."""
+        """Drains the jobs, and ends the threads."""
         self.jobs.drain(self.config.drain_seconds)
         self._copies.close()
         self.batcher.close()
@@ -66,7 +66,7 @@ class Service:
         """Encodes a text and a picture, and searches the library.
 
         Raises:
-            ApiError: 503, one of them does not work.
+            ApiError: 503, one of these failed.
         """
         try:
             engine = self.library.engine
@@ -80,11 +80,11 @@ class Service:
                 self.library.search_many([text[0]], k=1)
         except Exception as error:
             raise ApiError(503, "not_ready", redact_paths(f"{type(error).__name__}: {error}", *self.private)) from error
-        left_out = len(self.library.left_out())  # videos that this search could not use
+        left_out = len(self.library.left_out())  # videos that this search skipped
         return {"status": "ready", "model": engine.bundle.name, "device": engine.backend.device, "left_out": left_out}
 
     def search(self, query: Query | Combined, k: int, where: Filter) -> Answer:
-        """The k best moments for a picture or a frame of the library."""
+        """Finds the k best moments for a picture or a frame of the library."""
         self._check(where, k)
         self._check_examples(query)
         if not self.library.exists():
@@ -92,10 +92,10 @@ class Service:
         return Answer(self.library.search(query, k=k, where=where), left_out=self.library.left_out())
 
     def record(self, id: str, *, indexed: bool = False) -> Record:
-        """The record of a video by its id; unlike the library's own method, this one takes no path.
+        """The record of a video, by its id only: callers must not probe paths.
 
         Args:
-            indexed: a video that failed is not found. It may be any file, and callers must not read it.
+            indexed: do not find failed videos, which can be any file that callers must not read.
 
         Raises:
             ApiError: 404.
@@ -103,7 +103,7 @@ class Service:
         with suppress(LibraryError):
             if _ID.fullmatch(id) and self.library.exists() and (record := self.library.record(id)).id == id:
                 if indexed and record.status != "ok":
-                    raise ApiError(404, "not_found", "the video failed: there is nothing of it to see")
+                    raise ApiError(404, "not_found", "the video failed, so it has no pictures")
                 return record
         raise ApiError(404, "not_found", "there is no such video")
 
@@ -116,31 +116,32 @@ class Service:
         return models.Videos(total=len(records), videos=found)
 
     def detail(self, id: str, base: str) -> models.VideoDetail:
-        """All that is known of a video."""
+        """A video with its key-frames, shots and scenes."""
         record = self.record(id)
         if record.status != "ok":
             return models.video_detail(record, None, (), base, playable=False)
         path = path_of(record.path)
         playable = path is not None and self._playable.holds(os.path.realpath(path))
-        # In this order: if the video is indexed again in between, the key-frames are matched by their times.
+        # In this order: if the video is indexed again in between, the times match the key-frames.
         extras, previews = self.library.extras(id), self.library.previews(id)
         return models.video_detail(record, extras, previews, base, playable=playable)
 
     def preview(self, id: str, seconds: float, *, nearest: bool) -> bytes:
-        """The frame shown at a time; of a video that may not be read, or with `nearest`, the nearest key-frame."""
+        """The frame shown at a time, as JPEG; with `nearest`, or without access to the video, the nearest key-frame."""
         record = self.record(id, indexed=True)
         path = path_of(record.path)
         readable = path is not None and self._playable.holds(os.path.realpath(path))
         return self.library.preview(record.id, seconds, decode=readable and not nearest)
 
     def extras(self, id: str) -> Extras:
+        """The thumbnails of a video."""
         return self.library.extras(self.record(id, indexed=True).id)
 
     def open(self, id: str) -> tuple[FileIO, str]:
-        """The video itself, open, and its file name.
+        """Opens the video file. Returns it and its file name.
 
         Raises:
-            ApiError: 404, 403 if it is not under an allowed folder any more.
+            ApiError: 404; 403, it is no longer under an allowed folder.
         """
         record = self.record(id, indexed=True)
         path = path_of(record.path)
@@ -149,27 +150,27 @@ class Service:
         return self._playable.open(path), file_name(record.path)
 
     def playable(self, id: str) -> models.Playable:
-        """The state of a copy that browsers can play, which is made if there is none yet.
+        """The state of the copy that browsers can play; starts it if there is none.
 
         Raises:
-            ApiError: as `open`; 429, too many wait.
+            ApiError: as `open`; 429, too many copies wait.
         """
         self._check_open(id)
         return self._copies.ask(self.record(id, indexed=True).fingerprint, lambda: self.open(id)[0])
 
     def open_playable(self, id: str) -> tuple[FileIO, str]:
-        """That copy, open, and a name for it. Raises ApiError as `open`; 404 while it is not made."""
+        """Opens that copy. Returns it and its name. Raises ApiError as `open`, 404 until it is done."""
         name = self._check_open(id)
         return self._copies.open(self.record(id, indexed=True).fingerprint), f"{Path(name).stem}.mp4"
 
     def _check_open(self, id: str) -> str:
-        """Raises ApiError where callers may not read the video; returns its file name."""
+        """Checks that callers may read the video, else raises ApiError. Returns its file name."""
         file, name = self.open(id)
         file.close()
         return name
 
     def remove(self, id: str) -> None:
-        """Takes a video out of the library, and deletes its file if it was uploaded here."""
+        """Removes a video from the library. Deletes its file if it was uploaded here."""
         record = self.record(id)
         self.library.remove([id])
         self._copies.forget(record.fingerprint)
@@ -184,7 +185,7 @@ class Service:
             self.record(id)
 
     def curve(self, id: str, query: str) -> list[tuple[float, float]]:
-        """The scores of the frames of a video, the best of each stretch if there are many."""
+        """The scores of a video's frames; of many frames the best of each stretch."""
         times, scores = self.library.scores(query, self.record(id, indexed=True).id)
         step = math.ceil(len(scores) / CURVE_POINTS)
         best = [first + int(scores[first : first + step].argmax()) for first in range(0, len(scores), step)]
@@ -208,8 +209,8 @@ class Service:
         ]
 
     def _add(self, path: Path, report: Progress, stop: Callable[[], bool]) -> Added | None:
-        # The job may be older than the folders allowed now, and a link may have been put in the file's place: what is
-        # checked is what is read, by a name in a folder of its own, since the ending of a name says what a file is.
+        # The job may be older than the allowed folders, and a link may have replaced the file. So it reads the very
+        # file that it checked, by a link in a separate folder, which keeps the suffix.
         with self._playable.open(path) as file, TemporaryDirectory(prefix=OPEN, dir=self.jobs.folder) as folder:
             held = Path(folder) / path.name
             held.symlink_to(own_name(file))

@@ -1,4 +1,4 @@
-"""Bodies of requests: a file that goes to disk as it arrives, a picture, or small JSON."""
+"""Reads the bodies of requests: a file, streamed to disk, a picture, or small JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMAGE_BYTES = 32 << 20
 IMAGE_PIXELS = 64_000_000
 _JSON_BYTES = 64 << 10
 _DROPPED_BYTES = 1 << 20
-# Bytes a second that a body must bring, after the first `idle_seconds`: of small ones, and of uploads.
+# Least bytes per second of a body after the first `idle_seconds`: small bodies, uploads.
 _LEAST_RATE, UPLOAD_RATE = 1 << 10, 32 << 10
 _FRAMING_BYTES = 16 << 10  # headers and boundaries around the file
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -39,10 +39,11 @@ def is_upload(request: Request) -> bool:
 
 
 async def read_json(request: Request, model: type[M], *, idle_seconds: float) -> M:
-    """The body as JSON of this model.
+    """Reads the body as JSON of this model.
 
     Raises:
-        ApiError: 408, 413, 422. RequestValidationError: it is not of the model.
+        ApiError: 408, too slow; 413, too large; 422, not JSON.
+        RequestValidationError: the JSON does not fit the model.
     """
     body = b"".join([chunk async for chunk in _body(request, _JSON_BYTES, idle_seconds)])
     try:
@@ -56,11 +57,11 @@ async def read_json(request: Request, model: type[M], *, idle_seconds: float) ->
 async def read_file(
     request: Request, target: BinaryIO, *, max_bytes: int, idle_seconds: float, least_rate: int = _LEAST_RATE
 ) -> str:
-    """Writes the file of a multipart body into `target` as it arrives, and returns the name that came with it.
+    """Writes the file of a multipart body into `target` as it arrives. Returns its file name.
 
     Raises:
-        ApiError: 400 malformed or cut off, 408 nothing came for `idle_seconds`, 413 larger than `max_bytes`, 422
-            without a part named "file".
+        ApiError: 400, malformed or cut off; 408, nothing came for `idle_seconds`; 413, larger than `max_bytes`; 422, no
+            part named "file".
     """
     parser = _Parser(request.headers, _body(request, max_bytes + _FRAMING_BYTES, idle_seconds, least_rate), target)
     try:
@@ -69,7 +70,7 @@ async def read_file(
         raise ApiError(400, "invalid", f"the multipart body is malformed: {error}") from error
     file = form.get("file")
     if file is None or isinstance(file, str):
-        # Starlette leaves out a part that did not end.
+        # Starlette drops an unfinished part.
         raise ApiError(422 if form else 400, "invalid", "the body has no file named 'file', or ends too early")
     if (file.size or 0) > max_bytes:
         raise _too_large(max_bytes)
@@ -77,14 +78,14 @@ async def read_file(
 
 
 def picture(data: bytes) -> U8:
-    """[H, W, 3] uint8 RGB, upright.
+    """Decodes a picture as upright [H, W, 3] uint8 RGB.
 
     Raises:
-        ApiError: 413 more pixels than allowed, 422 no picture.
+        ApiError: 413, too many pixels; 422, not a picture.
     """
     try:
         with Image.open(BytesIO(data), formats=_FORMATS) as image:
-            # Pillow knows the size from the header and has not unpacked anything yet.
+            # Pillow has read the size from the header, and has not decoded yet.
             if image.width * image.height > IMAGE_PIXELS:
                 raise ApiError(413, "too_large", f"{image.width} x {image.height} pixels, the limit is {IMAGE_PIXELS}")
             return upright(image)
@@ -97,7 +98,7 @@ def picture(data: bytes) -> U8:
 
 
 class _Parser(MultiPartParser):
-    """Starlette's parser, with the one file written to `target`: its own place is /tmp, which may be memory."""
+    """Starlette's parser, which writes the file to `target` instead of /tmp, which may be memory."""
 
     def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], target: BinaryIO) -> None:
         super().__init__(headers, stream, max_files=1, max_fields=16, max_part_size=_JSON_BYTES)
@@ -113,9 +114,9 @@ class _Parser(MultiPartParser):
 async def _body(
     request: Request, max_bytes: int, idle_seconds: float, least_rate: int = _LEAST_RATE
 ) -> AsyncGenerator[bytes, None]:
-    """The body in pieces; an error if it is larger than allowed.
+    """Yields the body in pieces. Raises ApiError if it is too large or too slow.
 
-    What is too much by little is read and dropped: the answer is lost if the connection is closed on unread bytes.
+    It reads and drops a small excess: closing a connection with unread bytes would lose the answer.
     """
     length, size = request.headers.get("content-length", ""), 0
     if length.isdecimal() and int(length) > max_bytes + _DROPPED_BYTES:
@@ -124,7 +125,7 @@ async def _body(
     try:
         while True:
             began = time.monotonic()
-            # Not only a silent caller: one that drips must not hold its place for as long as it likes, either.
+            # Neither a silent nor a slow caller may hold its place for long.
             async with asyncio.timeout(min(idle_seconds, idle_seconds + size / least_rate - waited)):
                 chunk = await anext(body)
             waited += time.monotonic() - began
@@ -145,5 +146,5 @@ async def _body(
 
 
 def _too_large(max_bytes: int) -> ApiError:
-    # The rest of the body is not read, so the connection cannot be used again.
+    # The rest of the body is unread, so the connection cannot be reused.
     return ApiError(413, "too_large", f"larger than the {max_bytes} bytes allowed", headers={"Connection": "close"})

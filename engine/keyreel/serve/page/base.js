@@ -25,14 +25,14 @@ export class Problem extends Error {
   }
 }
 
-// Any answer of the server that is no success, whatever its body.
+// The error of a failed request, whatever its body.
 export function problem(status, text) {
   let error = null;
   try { ({ error } = JSON.parse(text)); } catch { /* no JSON: a proxy's page */ }
   return new Problem(error?.message ?? `The server answered ${status}.`, { hint: error?.hint, status });
 }
 
-// An error beside what it is about, with what to do and a way to try again.
+// Shows an error with its hint, and a button to try again.
 export function complain(slot, error, again = null) {
   slot.hidden = error === null;
   slot.replaceChildren();
@@ -62,7 +62,7 @@ export function askToken(used) {
       if (dialog.returnValue !== "yes") return reject(new Problem("A token is needed.", { hint: "Try again with the token of this library." }));
       token = field.value.trim();
       sessionStorage.setItem("keyreel-token", token);
-      // The browser asks for pictures and videos itself and sends no header: for them the token goes in a cookie.
+      // The browser fetches pictures and videos without headers: for them the token is in a cookie.
       document.cookie = `keyreel_token=${encodeURIComponent(token)}; path=${API.pathname}; SameSite=Strict`;
       resolve();
     };
@@ -76,7 +76,7 @@ export const pause = (milliseconds, signal) => new Promise((resolve, reject) => 
   signal?.addEventListener("abort", () => { clearTimeout(timer); reject(signal.reason); }, { once: true });
 });
 
-// JSON of the API. A full queue (429) is waited for, twice at most; a refused token is asked for.
+// Fetches JSON of the API. Waits for a full queue (429), at most twice; asks for a token if it was refused.
 export async function api(path, { method = "GET", query = {}, body = null, signal = null, tries = 2 } = {}) {
   const url = new URL(path, API), used = token, json = body !== null && !(body instanceof FormData);
   for (const [key, value] of Object.entries(query)) {
@@ -100,7 +100,7 @@ export async function api(path, { method = "GET", query = {}, body = null, signa
   return text === "" ? null : JSON.parse(text);
 }
 
-// Details and thumbnails of videos, asked for once; the latest few dozen are kept.
+// Details and thumbnails of videos, fetched once; keeps the latest few dozen.
 const known = new Map(), sheets = new Map();
 export const forget = (id) => [known, sheets].forEach((kept) => kept.delete(id));
 function remembered(kept, id, most, create) {

@@ -11,7 +11,7 @@ export function card({ id, name, seconds, picture, href, label, region = null })
   image.hidden = !picture;
   image.onerror = () => { image.hidden = true; };
   image.onload = () => outline($(".region", node), image, region);
-  // The picture is the same link: once is enough for the keyboard.
+  // The picture is the same link; the keyboard needs only one.
   Object.assign($(".name", node), { textContent: name, title: name, href, tabIndex: -1 });
   let shown = null, timer = null, wanted = 0, entered = 0;
   // An SVG element has no property `hidden`.
@@ -22,7 +22,7 @@ export function card({ id, name, seconds, picture, href, label, region = null })
     $(".at", node).textContent = clock(Math.min(shown * sheet.step, sheet.duration));
     bar($(".place", node), at / sheet.duration);
   };
-  // The thumbnails, or null if the pointer has gone before they came.
+  // The thumbnails, or null if the pointer left before they arrived.
   const load = async () => {
     clearInterval(timer);
     const mine = (wanted += 1), sheet = await sprite(id).catch(() => null);
@@ -31,7 +31,7 @@ export function card({ id, name, seconds, picture, href, label, region = null })
   anchor.onpointerenter = (event) => { entered = event.clientX; };
   anchor.onpointermove = async (event) => {
     if (event.pointerType === "touch") return;
-    // Thumbnails take the place of the frame around a subject only once the pointer moves along the video.
+    // Thumbnails replace the frame around a subject only when the pointer moves along the video.
     if (region && shown === null && Math.abs(event.clientX - entered) < 32) return;
     const { left, width } = anchor.getBoundingClientRect(), sheet = await load();
     if (sheet) draw(sheet, ((event.clientX - left) / width) * sheet.duration);

@@ -49,14 +49,14 @@ function tally() {
   return open;
 }
 
-// Asks again as long as something is at work; never twice at a time.
+// Polls as long as a job is open; never twice at the same time.
 async function poll() {
   clearTimeout(timer);
   try {
     const { jobs } = await api("jobs"), there = new Set(jobs.map((job) => job.id));
     for (const [id, { node, job }] of rows) if (!job.file && !there.has(id)) node.remove(), rows.delete(id);
     for (const job of jobs.toReversed()) draw(job); // each new row goes on top
-    if (lost) complain(note, null); // what a form was refused stays
+    if (lost) complain(note, null); // the error of a form stays
     lost = false;
   } catch (error) {
     if (!$("#jobs").hidden) complain(note, error, poll), lost = true;
@@ -75,7 +75,7 @@ async function cancel(job) {
   poll();
 }
 
-// XMLHttpRequest, since fetch does not report the progress of what it sends.
+// XMLHttpRequest, since fetch does not report the progress of uploads.
 function send(job) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest(), body = new FormData();

@@ -18,7 +18,7 @@ const link = (values) => {
   const params = new URLSearchParams(Object.entries(values).filter(([, value]) => value !== null && value !== ""));
   return params.size ? `?${params}` : location.pathname;
 };
-// What a link into a video takes along: the search it came from.
+// What a link into a video carries: the search it came from.
 const origin = () => kept(address(), ["q", "like", "image", "k", "group", ...FRAMES, ...FILTERS]);
 const several = (params, name) => (params.get(name) ?? "").split(";").map((one) => one.trim()).filter(Boolean);
 // This search with other conditions.
@@ -69,13 +69,13 @@ document.addEventListener("click", (event) => {
   const url = new URL(target.href);
   if (url.origin !== location.origin || url.pathname !== location.pathname || url.hash !== "") return;
   event.preventDefault();
-  // Next and previous take the place of the result that is open: one step back leads to the results.
+  // Next and previous replace the open result in the history: one step back leads to the results.
   go(Object.fromEntries(url.searchParams), { replace: target.closest("#around") !== null });
 });
 
 // ---- Cards
 
-// A link to this search with a frame among those that it takes more, or less, after.
+// A link to this search with one more frame in `more` or `less`.
 function steered(frame, to, from) {
   const without = several(address(), from).filter((one) => one !== frame);
   return link({ ...conditions(to, [...new Set([...several(address(), to), frame])]), [from]: without.join(";") });
@@ -94,7 +94,7 @@ function momentCard(hit, best) {
   Object.assign($(".row span", node), { textContent: words, title });
   bar($(".share", node), hit.chance ?? (best > 0 ? hit.score / best : 0));
   const frame = `${hit.video_id}@${seconds.toFixed(3)}`, place = `${hit.video} at ${clock(seconds)}`;
-  // The address may have changed since the card was made, while the next answer is on its way.
+  // The address may have changed since the card was made, if the next answer is still loading.
   const steer = (anchor, to, from) => { anchor.href = steered(frame, to, from); };
   for (const [name, to, from, word] of [[".like", "more", "less", "More"], [".unlike", "less", "more", "Less"]]) {
     const anchor = $(name, node);
@@ -133,7 +133,7 @@ function failedCard(entry) {
   return node;
 }
 
-// Asks, removes, and then goes on. Errors show in the open view.
+// Asks, removes, then calls `then`. The open view shows errors.
 export function remove(id, name, then) {
   const dialog = $("#sure");
   $("h2", dialog).textContent = `Remove ${name}?`;
@@ -160,7 +160,7 @@ const pictures = new Map(); // files to search with, by the number in the addres
 let found = { key: null, hits: [] };
 let running = null;
 
-// The filters as the API takes them: there `before` is the first moment that is too late, on the page the last day.
+// Converts the filters for the API: there `before` is exclusive, on the page it is the last day.
 function restricted(params) {
   const query = kept(params, FILTERS.filter((name) => !CONDITIONS.includes(name)));
   if (query.before) query.before += "T23:59:59.999";
@@ -247,7 +247,7 @@ function layout(params) {
   }));
 }
 
-// A banner where the answer means little.
+// A banner if the answer means little.
 function warn(hits) {
   const words = found.unknown_words.map((word) => `“${word}”`).join(", "), notes = [];
   if (found.matches_well === false) {
@@ -282,7 +282,7 @@ function welcome(results) {
   results.replaceChildren(cards(videos.map(videoCard)), all);
 }
 
-// The frame or picture that is searched for, and the conditions; each can be taken away.
+// The frame or picture of the search, and its conditions; each can be removed.
 function showChips(params) {
   const like = params.get("like"), file = pictures.get(params.get("image")), list = $("#chips"), nodes = [];
   const add = (text, off, what = text) => {
@@ -397,7 +397,7 @@ function applyFilters() {
 // ---- Library
 
 let listing = null;
-let listed = null; // what is shown: on the way back it stays, with scroll position and focus
+let listed = null; // what is shown: kept for the way back, with scroll position and focus
 async function showLibrary(params, { back = false }) {
   document.title = "Library · keyreel";
   if (back && listed === params.toString()) return;

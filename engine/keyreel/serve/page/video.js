@@ -1,4 +1,4 @@
-// One video: the player, its timeline, what was found in it, its key-frames and where the model looked.
+// One video: player, timeline, moments, key-frames, and the model's attention.
 
 import { $, $$, API, api, authorization, bar, between, clock, complain, count, detail, make, pause, percent, problem, sprite, stamp } from "./base.js";
 
@@ -73,7 +73,7 @@ function drawCurve(curve) {
   svg("path", { class: "edge", d: `M${points.join("L")}` }, $(".scores", drawing));
 }
 
-// What answers the query in this video: moments and scores on the timeline, and a list.
+// The moments and scores of a query in this video: on the timeline, and as a list.
 async function searchInside(query) {
   const note = $("#watch section .note"), list = $("#moments"), state = $("#within-count");
   asked?.abort();
@@ -109,7 +109,7 @@ async function searchInside(query) {
   }
 }
 
-// Attention as colour and opacity over the picture; `area`: where the model's input lies on it, as shares.
+// Attention as colour and opacity over the picture; `area`: where the model's input lies on it, as fractions.
 function drawHeat(canvas, attention, [rows, columns], [left, top, right, bottom]) {
   const small = Object.assign(document.createElement("canvas"), { width: columns, height: rows });
   const pen = small.getContext("2d"), image = pen.createImageData(columns, rows), peak = Math.max(...attention, 1e-12);
@@ -233,7 +233,7 @@ function fill(entry) {
   $("#watch").hidden = false;
 }
 
-// At the second that was asked for; it plays where the browser lets it without a click.
+// Starts at a second; plays if the browser allows that without a click.
 function start(seconds, play) {
   show(seconds);
   player.currentTime = seconds;
@@ -251,7 +251,7 @@ player.addEventListener("error", async () => {
   else unplayable({ message: "This browser cannot play the video." });
 });
 
-// A copy that browsers can play. The server makes it for as long as this asks for it.
+// Requests a copy that browsers can play. The server works on it as long as this asks.
 async function convert(id, seconds) {
   const path = `videos/${encodeURIComponent(id)}/playable`, wanted = () => id === shown.id && !section.hidden;
   let told = "";
@@ -320,7 +320,7 @@ export const video = {
   show: open,
   leave() { player.pause(); },
   results(hits) { found = hits; },
-  // True where the key was of use.
+  // True if it used the key.
   key(key, target) {
     const anchor = { n: $("#around [rel=next]"), p: $("#around [rel=prev]") }[key];
     if (anchor?.hasAttribute("href") && !$("#around").hidden) anchor.click();
