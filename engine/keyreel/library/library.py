@@ -16,10 +16,11 @@ from keyreel.config import IndexConfig, LibraryConfig
 from keyreel.errors import Damaged, LibraryError, ModelNotFound
 from keyreel.library import upkeep
 from keyreel.library.asked import asked
+from keyreel.library.contents import frame_of
 from keyreel.library.errors import Outdated
 from keyreel.library.export import export_parquet
 from keyreel.library.files import Catalog, FileState, is_gone, names_of
-from keyreel.library.indexing import Indexer, frame_of
+from keyreel.library.indexing import Indexer
 from keyreel.library.merge import Search
 from keyreel.library.opened import REPAIR
 from keyreel.library.planned import planned
