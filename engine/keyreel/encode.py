@@ -108,8 +108,7 @@ class Encoder:
         return config.shift if config.shift is not None else self.bundle.shift_default
 
     def encode(self, batches: Iterable[FrameBatch], config: EncodeConfig) -> Encoded:
-        """Encodes batches of frames of the model's size. At the end it copies the embedding to the CPU, and nothing
-        else.
+        """Encodes batches of frames of the model's size. At the end it copies only the embedding to the CPU.
 
         Raises:
             ValueError: frames of another size, or no frames.

@@ -231,8 +231,9 @@ def _left(one: F32, other: F32) -> float:
 
 
 def _sums(values: F32, size: int) -> F32:
-    """[..., H / size, W / size]: sums over blocks of [..., H, W]. By slices, since NumPy's sum is slow over few
-    numbers.
+    """[..., H / size, W / size]: sums over blocks of [..., H, W].
+
+    By slices, since NumPy's sum is slow over few numbers.
     """
     across = reduce(np.add, (values[..., n::size] for n in range(size)))
     down: F32 = reduce(np.add, (across[..., n::size, :] for n in range(size)))

@@ -164,8 +164,9 @@ class Embedding(Tabular):
 
     @property
     def joint(self) -> F32:
-        """[T, 2 D] float32, unit length: scene and subject joined. A cosine of two rows is 3/4 of the scenes' cosine
-        plus 1/4 of the subjects'. Without subjects: `vectors`.
+        """[T, 2 D] float32, unit length: scene and subject joined; without subjects, `vectors`.
+
+        A cosine of two rows is 3/4 of the scenes' cosine plus 1/4 of the subjects'.
         """
         if self.subject is None:
             return self.vectors

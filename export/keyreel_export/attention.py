@@ -68,8 +68,9 @@ class UniformAttention(nn.Module):
 
 
 def area_weights(source: int, target: int) -> Tensor:
-    """[target, source]: the matrix that resamples `source` cells to `target` cells of equal length by area. A row has
-    the fractions of its cell that the source cells cover.
+    """[target, source]: resamples `source` cells to `target` cells of equal length by area.
+
+    A row has the fractions of its cell that the source cells cover.
     """
     edges = torch.arange(source + 1, dtype=torch.float64) / source
     starts, stops = edges[:-1], edges[1:]

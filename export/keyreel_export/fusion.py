@@ -25,9 +25,7 @@ POWER, FLOOR = 2.0, 0.02  # p and ε without training
 
 
 class Pooling(Protocol):
-    """The interface of a `towers.Tower` to the fusion: pools tokens [N, R+P, C] with a bias [N, P] of the patches'
-    logits.
-    """
+    """The interface of a `towers.Tower`: pools tokens [N, R+P, C] with a bias [N, P] of the patches' logits."""
 
     def features(self, tokens: Tensor, bias: Tensor) -> Tensor: ...
 

@@ -148,8 +148,10 @@ def _apart(one: Picture, other: Picture) -> bool:
 
 
 def clips(pictures: Sequence[Picture], how: ImageTransform, seed: int) -> Iterator[Clip]:
-    """Yields clips without end: one or two pictures, cut out if the outline is known, move or stand on a picture with
-    other labels, with pans, blur and compression. Like `builtin.composites.varied`, for towers of any size.
+    """Yields clips without end, for towers of any size.
+
+    One or two pictures, cut out if the outline is known, move or stand on a picture with other labels, with pans, blur
+    and compression, as in `builtin.composites.varied`.
     """
     rng = np.random.default_rng(seed)
     while True:

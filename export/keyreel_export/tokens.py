@@ -150,8 +150,9 @@ def _any_case(word: str) -> str:
 
 @functools.cache
 def _spelt_out(character_class: str) -> str:
-    """A character class of the package regex as ranges of code points: the package tokenizers has the tables of another
-    version of Unicode, with 17,000 other letters.
+    """Converts a character class of the package regex to ranges of code points.
+
+    The package tokenizers has the tables of another version of Unicode, with 17,000 other letters.
     """
     # All of Unicode but the surrogates; a run of matches is a range.
     runs = regex.compile(f"{character_class}+", regex.IGNORECASE)

@@ -40,8 +40,9 @@ def pooling_bias(attention: Tensor, strength: Tensor) -> Tensor:
 
 
 def query_attention(query: Tensor, keys: Tensor, values: Tensor, heads: int, bias: Tensor) -> Tensor:
-    """Multi-head attention of one query [N, 1, C] over keys and values [N, L, C], with a bias [N, L] on the logits of
-    every head: [N, C], before the output projection.
+    """Multi-head attention of one query [N, 1, C] over keys and values [N, L, C]: [N, C].
+
+    `bias` [N, L] is added to the logits of every head. The result is before the output projection.
     """
 
     def split(x: Tensor) -> Tensor:

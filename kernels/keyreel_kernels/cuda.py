@@ -110,8 +110,9 @@ class Cuda:
                 callers.wait_event(self.stream.record())
 
     def to_device(self, array: Any) -> Any:
-        """Returns CuPy arrays unchanged, copies NumPy arrays, and takes others through DLPack, without a copy on this
-        device.
+        """Returns CuPy arrays unchanged, copies NumPy arrays, and takes others through DLPack.
+
+        Arrays on this device are not copied.
 
         Raises:
             ValueError: the array is on another device.

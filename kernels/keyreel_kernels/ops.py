@@ -22,8 +22,9 @@ _DEVICE = re.compile(r"cuda:(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """One implementation of each operation. The defaults are the NumPy definitions; other devices have the same
-    signatures.
+    """One implementation of each operation; by default the NumPy definitions.
+
+    Other devices have the same signatures.
     """
 
     device: str

@@ -26,8 +26,9 @@ _ONE_THREAD, _LEAST_WIDTH = 4 * 65_536, 32
 
 
 def fixed_shift(count: int, grid: tuple[int, int], linked: Bools, *, fraction: float, step: int) -> I64:
-    """Shifts a fixed fraction of the patches, spread evenly over the grid, by `step` frames, alternately back and
-    ahead.
+    """Shifts a fixed fraction of the patches by `step` frames, alternately back and ahead.
+
+    The patches are spread evenly over the grid.
 
     Args:
         linked: [T] bool, whether frame t belongs to the same shot as frame t-1; linked[0] is False.

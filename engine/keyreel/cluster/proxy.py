@@ -18,9 +18,10 @@ def middlewares() -> list[Middleware]:
 
 
 class Unavailable:
-    """Answers 503 if Serve's proxy has no answer: the replica died during the request, which would become a 500; or
-    there is no replica for longer than a request may take (the default of `ServeConfig`). The time to receive a body
-    does not count.
+    """Answers 503 if Serve's proxy has no answer.
+
+    The replica may have died during the request, which would become a 500. Or there is no replica for longer than a
+    request may take (the default of `ServeConfig`); the time to receive a body does not count.
     """
 
     def __init__(self, app: Any) -> None:

@@ -71,8 +71,9 @@ class Worker(Protocol):
         """Prepares for packets of another place. All pictures must have been taken out."""
 
     def agrees(self, picture: Any, *, key: bool, fields: bool) -> bool:
-        """Whether the decoder confirms the packets: decoding may begin with this picture, if it is a `key`, and it is
-        not a pair of fields, unless `fields`.
+        """Whether the decoder confirms what the packets say.
+
+        Decoding may begin with this picture, if it is a `key`, and it is not a pair of fields, unless `fields`.
         """
 
     def keep(self, picture: Any) -> Any:

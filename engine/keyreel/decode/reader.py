@@ -146,9 +146,7 @@ class Reader:
             raise NoFrames(f"{self._source.name}: no {kind} between {wanted.start_seconds} s and {stop}")
 
     def _wanted(self, times: F64) -> Iterator[tuple[_Shown, int, Any]]:
-        """Yields (frame, rows, picture), by the plan; after the first difference by decoding everything, without
-        repeats.
-        """
+        """Yields (frame, rows, picture), by the plan; after the first difference by a full decode, without repeats."""
         given = _Given(by_rows=self._sampling.mode == "times")
         while True:
             given.again()

@@ -67,8 +67,9 @@ class Stream:
 
     @property
     def packets_fed(self) -> int:
-        """Number of packets given to decoders so far, also in abandoned attempts. Of these, FFmpeg skips unwanted
-        frames that no other frame needs.
+        """Number of packets given to decoders so far, also in abandoned attempts.
+
+        Of these, FFmpeg skips unwanted frames that no other frame needs.
         """
         return self._work.reader.packets_fed
 

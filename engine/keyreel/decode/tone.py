@@ -75,8 +75,9 @@ def _cube(transfer: str, wide_gamut: bool) -> str:
 
 
 def tone_map(rgb: Any, transfer: str, *, wide_gamut: bool = True) -> F32:
-    """Maps [..., 3] uint16 full-range PQ or HLG code values to float32 BT.709 code values, not clipped to 0..1. Below 0
-    the gamma acts on the magnitude.
+    """Maps [..., 3] uint16 full-range PQ or HLG code values to float32 BT.709 code values.
+
+    The result is not clipped to 0..1; below 0 the gamma acts on the magnitude.
 
     Steps: display light by the transfer's EOTF (HLG on a display of 1000 nits); compression of its BT.2020 luminance by
     the EETF of ITU-R BT.2390 (5.4.1) from SOURCE_PEAK_NITS to REFERENCE_WHITE_NITS, with the same ratio for R, G and B

@@ -95,8 +95,9 @@ def frame_of(path: str, state: FileState, shape: tuple[int, int], seconds: float
 
 
 def subjects_of(embedding: Embedding, novelty: float, area: tuple[float, float, float, float]) -> Subjects | None:
-    """The subjects whose cosine to their scene is below `novelty`, and the regions of all subjects on the picture.
-    `area` (left, top, right, bottom) is the part that the model sees.
+    """Selects the subjects whose cosine to their scene is below `novelty`, with the regions of all subjects.
+
+    `area` (left, top, right, bottom) is the part of the picture that the model sees.
     """
     if embedding.subject is None:
         return None

@@ -38,9 +38,11 @@ class Moment(NamedTuple):
 
 
 def pooled(scores: F32, runs: I64, videos: I64) -> F64:
-    """Scores videos by their best scene. The score of a scene is sum(softmax(s / TEMPERATURE) s) over the scores s of
-    its frames (CLIP-Hitchhiker, Bain et al. 2022, equation 3). Over all frames of a video, a low temperature ranks
-    clips worse, and a high one misses short events in long videos (`benchmarks.answers`).
+    """Scores videos by their best scene.
+
+    The score of a scene is sum(softmax(s / TEMPERATURE) s) over the scores s of its frames (CLIP-Hitchhiker, Bain et
+    al. 2022, equation 3). Over all frames of a video, a low temperature ranks clips worse, and a high one misses short
+    events in long videos (`benchmarks.answers`).
 
     Args:
         scores: [Q, n] float32.

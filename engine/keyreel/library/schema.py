@@ -275,8 +275,9 @@ def checked(schema: Any, columns: Mapping[str, Any]) -> Any:
 
 
 def checks(table: Any) -> I64:
-    """[T] int64: the checksum (BLAKE2b) of each row, over its columns in order of name, without `check` and the columns
-    of `LATE` that the row was written without.
+    """[T] int64: the checksum (BLAKE2b) of each row.
+
+    It covers the columns in order of name, without `check` and the columns of `LATE` that the row was written without.
     """
     names = sorted(name for name in table.column_names if name not in ("check", "digest")) if len(table) else []
     columns: list[list[bytes | None]] = [[*_as_bytes(table[name].combine_chunks())] for name in names]

@@ -311,8 +311,7 @@ class SearchIndex:
     def _nearest(
         self, query: F32, conditions: Sequence[str], known: Mapping[str, int], wanted: int, probes: int
     ) -> tuple[list[int], bool]:
-        """The numbers of the videos with the rows nearest to a query, at least `wanted`, and whether there are no
-        others.
+        """Finds the videos with the rows nearest to a query, at least `wanted`, and whether there are no others.
 
         Args:
             known: generation -> number of the video, for the allowed videos.
@@ -342,8 +341,10 @@ def _pictures(snapshot: Snapshot, chosen: BOOL) -> int:
 
 
 def _sought(query: Asked) -> F32:
-    """[n, D]: the vectors to search the index for. For a query with conditions their sum, which is exact for scenes,
-    and each vector that must fit, since the scene may answer one and the subject another.
+    """[n, D]: the vectors to search the index for.
+
+    For a query with conditions these are their sum, which is exact for scenes, and each vector that must fit, since the
+    scene may answer one and the subject another.
     """
     if len(query.weights) == 1:
         return query.vectors

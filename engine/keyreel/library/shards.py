@@ -1,5 +1,7 @@
-"""Spreads a library over shards, so that it can grow. Each shard has the tables of a library, and the videos whose ids
-hash to it. Writers of different shards do not wait for each other.
+"""Spreads a library over shards, so that it can grow.
+
+Each shard has the tables of a library, and the videos whose ids hash to it. Writers of different shards do not wait for
+each other.
 
 A small table names the shards. As a table, it is written in one commit on any store, by one of several processes, and
 opens with the library's credentials.

@@ -113,8 +113,9 @@ class Vectors:
         self._loading = threading.Lock()
 
     def snapshot(self) -> Snapshot:
-        """Returns the library's current state. While another thread loads for long, the state before, except the first
-        time.
+        """Returns the current state of the library.
+
+        While another thread loads for long, it returns the state before, except the first time.
         """
         held = self._snapshot
         if held is not None and held.version == self._tables.version():

@@ -65,8 +65,9 @@ def resampling_of(how: ImageTransform) -> Image.Resampling:
 
 
 def calibrate(scene: F32, subject: F32, texts: F32) -> Calibration:
-    """Calibrates a model by its vectors of the pictures, scene and subject [32, D], and of WORDS, texts [L, D], all
-    unit length.
+    """Calibrates a model by its vectors of the pictures and of WORDS.
+
+    These are scene and subject [32, D] of the pictures, and texts [L, D], all of unit length.
     """
     cosines = scene @ texts.T
     spread = float((cosines - cosines.mean(1, keepdims=True)).std()) / BUILTIN_SPREAD

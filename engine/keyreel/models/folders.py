@@ -90,8 +90,9 @@ def write_bundle_manifest(made: Path, manifest: dict[str, Any], replaced: Path) 
 
 
 def _same_scene(old: Bundle, made: Path, manifest: dict[str, Any]) -> bool:
-    """Whether both bundles make the same scene vectors: equal tokens of equal pictures, and equal vectors of these. It
-    compares the later layers by their results, since the graphs differ in the subject's layers.
+    """Whether both bundles make the same scene vectors: equal tokens of equal pictures, equal vectors of these.
+
+    It compares the later layers by their results, since the graphs differ in the subject's layers.
     """
     if dataclasses.asdict(old.image) != manifest["image"]:
         return False

@@ -227,9 +227,7 @@ def _checkpoint(wanted: Wanted, revision: str | None, report: Progress) -> tuple
 
 
 def _tokenizer(wanted: Wanted, template: Template, checkpoint: Path, report: Progress) -> Tokenizer:
-    """Builds the tokenizer: from the given file, one beside the checkpoint, of an installed model, or of the
-    repository.
-    """
+    """Builds the tokenizer: of the given file, one beside the checkpoint, of an installed model, or the repository."""
     known = template.tokenizer
     if wanted.tokenizer is not None:
         return tokenizers.build(known, wanted.tokenizer)

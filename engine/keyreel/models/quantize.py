@@ -27,8 +27,9 @@ FRAMES = 16
 
 
 def pictures(image: ImageTransform, video: Path | None, seed: int) -> U8:
-    """Frames to measure the quantised tower on, [N, H, W, 3] uint8: evenly spread over a video, or by default shapes
-    with the power spectrum of photographs.
+    """Frames to measure the quantised tower on, [N, H, W, 3] uint8.
+
+    They are evenly spread over a video, or by default shapes with the power spectrum of photographs.
 
     Raises:
         SourceError: the length of the video is unknown.

@@ -50,8 +50,9 @@ class Case:
 
 
 def sample_frames(height: int, width: int, *, count: int, seed: int) -> U8:
-    """Makes [count, H, W, 3] uint8: alternately smooth shapes with the power spectrum of photographs (amplitude ~
-    1/frequency: Field, J. Opt. Soc. Am. A 4, 1987) and white noise.
+    """Makes [count, H, W, 3] uint8: alternately smooth shapes and white noise.
+
+    The shapes have the power spectrum of photographs (amplitude ~ 1/frequency: Field, J. Opt. Soc. Am. A 4, 1987).
     """
     random = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])

@@ -124,8 +124,10 @@ class WindowEntry:
 
 @dataclass(frozen=True, slots=True)
 class TakeEntry:
-    """How to show a span of one shot: `fixed`: one window; `path`: a window that moves between the given ones; `fit`:
-    the whole frame before blurred sides.
+    """How to show a span of one shot.
+
+    `fixed`: one window; `path`: a window that moves between the given ones; `fit`: the whole frame before blurred
+    sides.
     """
 
     start_seconds: Seconds

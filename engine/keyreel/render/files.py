@@ -26,8 +26,9 @@ def hidden(path: Path, suffix: str = "") -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a hidden name beside `path` to write to. Renames it to `path` at the end; deletes it after an error or
-    Ctrl-C.
+    """Yields a hidden name beside `path` to write to.
+
+    It renames the file to `path` at the end, and deletes it after an error or Ctrl-C.
     """
     made = hidden(path, path.suffix)  # writers choose the format by the suffix
     try:

@@ -79,8 +79,9 @@ def pictures_at(
 
 
 def picture_at(source: Source, seconds: float, transform: ImageTransform | None = None) -> U8:
-    """Decodes the frame shown at a time: upright [H, W, 3] uint8 RGB. In MP4, MOV, MKV and WebM it reads only from the
-    key frame before it on.
+    """Decodes the frame shown at a time: upright [H, W, 3] uint8 RGB.
+
+    In MP4, MOV, MKV and WebM it reads only from the key frame before it on.
 
     Raises:
         SourceError: the video cannot be read.

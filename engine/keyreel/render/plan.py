@@ -40,9 +40,7 @@ class ReelPlan:
 
 
 def reel_seconds(asked: float | None, duration_seconds: float) -> float:
-    """The longest length of the reel in seconds: `asked`, else 15 % of the video, within 10 to 60 s, at most half of
-    it.
-    """
+    """Longest length of the reel in seconds: `asked`, else 15 % of the video, 10 to 60 s, at most half of it."""
     if asked is not None:
         return asked
     wished = min(max(FRACTION * duration_seconds, MIN_REEL_SECONDS), MAX_REEL_SECONDS)

@@ -103,9 +103,7 @@ class ChanceScale:
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> ChanceScale | None:
-        """Reads `text.chance` of a manifest; None if the model was not calibrated. Raises ValueError for invalid
-        values.
-        """
+        """Reads `text.chance` of a manifest; None if not calibrated. Raises ValueError for invalid values."""
         known = manifest["text"].get("chance")
         if known is None:
             return None
@@ -218,8 +216,9 @@ class Bundle:
         return str(self.manifest.get("precision", "fp32"))
 
     def scene_update(self, sha256: str) -> F32 | None:
-        """[D, D] float32: the matrix that converts scene vectors of an earlier bundle, one of `same_scene`, to this
-        one's; None if they are the same. The products do not have unit length.
+        """[D, D] float32: converts scene vectors of an earlier bundle, one of `same_scene`; None if they are the same.
+
+        The products do not have unit length.
         """
         name = self.same_scene[sha256]
         return np.load(self.file(name), allow_pickle=False).astype(np.float32) if name else None

@@ -124,8 +124,10 @@ def building(key: PlanKey) -> Iterator[None]:
 
 
 def check_plan(path: Path, signature: Signature, largest: int, run: Callable[[Arrays], Arrays]) -> dict[str, float]:
-    """Compares a plan's results with the float32 reference: a padded batch, then the largest one twice, since the
-    second may replay the first. `run` runs the plan on NumPy arrays.
+    """Compares a plan's results with the float32 reference.
+
+    It runs a padded batch, then the largest one twice, since the second may replay the first. `run` runs the plan on
+    NumPy arrays.
 
     Returns:
         The lowest cosine of each output, over rows.
@@ -175,8 +177,9 @@ def reference(path: Path, signature: Signature) -> tuple[Arrays, Arrays]:
 
 
 def sample_feeds(signature: Signature) -> dict[str, NDArray[Any]]:
-    """Makes three rows of pseudo-random values, always the same: noise for frames and tokens, maps whose rows sum to 1,
-    changes from 0 to 2.
+    """Makes three rows of pseudo-random values, always the same.
+
+    They are noise for frames and tokens, maps whose rows sum to 1, and changes from 0 to 2.
     """
     random = np.random.default_rng(20)
     feeds: dict[str, NDArray[Any]] = {}

@@ -91,8 +91,9 @@ class Tokenizer:
         return np.array([row.ids for row in rows], dtype=np.int64)
 
     def unknown_words(self, text: str) -> list[str]:
-        """Lists the words of a text that the model has no token for, without repeats, in order; [] if it has no list of
-        words.
+        """Lists the words of a text that the model has no token for, without repeats, in order.
+
+        Inflections and misspellings of listed words are known. Without a list of words it returns [].
 
         Inflections and misspellings of listed words are known.
         """

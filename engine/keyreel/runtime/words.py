@@ -35,8 +35,10 @@ def stems(word: str) -> set[str]:
 
 
 def misspellings(word: str) -> set[str]:
-    """The words that a word of five to LONGEST letters may misspell: one letter missing, extra, wrong, or swapped with
-    the next. The first letter stays (Norvig 2007, "How to write a spelling corrector").
+    """The words that a word of five to LONGEST letters may misspell.
+
+    One letter may be missing, extra, wrong, or swapped with the next. The first letter stays (Norvig 2007, "How to
+    write a spelling corrector").
     """
     if not 5 <= len(word) <= LONGEST:
         return set()

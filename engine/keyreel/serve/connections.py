@@ -16,8 +16,9 @@ def files() -> int:
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, with a deadline for headers: a header must end within `header_seconds` of the connection,
-    or of the first byte of a further request.
+    """uvicorn's connection, with a deadline for headers.
+
+    A header must end within `header_seconds` of the connection, or of the first byte of a further request.
 
     Connections that wait for a header use at most a quarter of the files that this process may open; a new one then
     closes the one that has waited longest.
