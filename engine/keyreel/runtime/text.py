@@ -108,8 +108,9 @@ class Tokenizer:
         return dict.fromkeys(words_of(self._spelled(clean_text(text, self._clean))))
 
     def _spelled(self, text: str) -> str:
-        """Corrects a text: replaces an unlisted word by the only listed one that sounds alike, or else by the only one
-        that differs by a letter.
+        """Corrects a text: replaces an unlisted word by the only listed one that it may misspell.
+
+        Words that sound alike come before words that differ by a letter.
         """
         if self._mark is None:
             return text
