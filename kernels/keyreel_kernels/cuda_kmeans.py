@@ -60,6 +60,7 @@ class Plan:
     tile: int  # centroids in it
     work_bytes: int  # for those centroids, and for what replaces them: sums, products
     stage_bytes: int  # for columns of centroids beside the sums; 0 where the sums lie in device memory
+    sums_bytes: int  # for the sums while the centroids stay, where frames are loaded in chunks
     shared: int  # bytes per block
 
 
@@ -81,12 +82,16 @@ def plan(cuda: Cuda, kind: int, width: int, most: int, lengths: I64) -> Plan:
     row = padded * (4 if kind == FLOAT else 2) + 20
     whole = max(4, min(_MOST_ROWS, (cuda.shared_bytes - fixed) // row) // 4 * 4)
     size = blocks(cuda, len(lengths), int(lengths.max()), whole)
+    sums = 0
+    if stage and lengths.max() > size * whole and 8 * tile * padded <= 0.7 * cuda.shared_bytes:
+        sums = 4 * tile * padded
+        fixed, whole = fixed + sums, (cuda.shared_bytes - fixed - sums) // row // 4 * 4
     capacity = min(-(-int(lengths.max()) // size // 4) * 4, whole)
     # More columns at a time, where there is room.
     while stage and 4 * stage // most < padded // size * 16 and fixed + stage + capacity * row <= cuda.shared_bytes:
         fixed, stage = fixed + stage, 2 * stage
     teams = max(1, min(len(lengths), cuda.multiprocessors // size, _MOST_PAIRS // (size * 4 * most * most)))
-    return Plan(size, teams, capacity, tile, work, stage, -(-(fixed + capacity * row) // 16) * 16)
+    return Plan(size, teams, capacity, tile, work, stage, sums, -(-(fixed + capacity * row) // 16) * 16)
 
 
 def _lead(most: int) -> int:
@@ -101,21 +106,21 @@ def bytes_a_round(plan: Plan, kind: int, width: int, k: int, frames: int, penalt
     centroids more.
 
     Returns:
-        frames: loaded again, 0 where shared memory holds them; sums: the blocks' sums, read by each other (and written,
-        where they lie in device memory), and their total; products: of pairs of centroids and sums, with the
-        centroids; centroids: read by every block.
+        frames: loaded again, 0 where shared memory holds them; sums: the blocks' sums, which the others read (and which
+        are written first, where they lie in device memory), and S; products: of pairs of centroids and S, which every
+        block reads, with the centroids they are made of; centroids: which every block reads.
     """
     padded, size, fours = -(-width // 64) * 64, plan.cluster, -(-k // 4)
-    rows, fits = 4 * k * padded, -(-frames // size) <= plan.capacity
-    shares = fits and plan.stage_bytes > 0
+    rows, chunks = 4 * k * padded, -(-frames // (size * plan.capacity))
+    shares = plan.stage_bytes > 0 and (chunks == 1 or plan.sums_bytes > 0)
     tiles = fours * (2 * fours + 1) if penalty else 0
-    pairs = 4 * (k * (2 * k + 1) - 2 * k) * (2 if penalty >= 1 else 1) if penalty else 0
+    pairs = 4 * k * (2 * k + 1) * (2 if penalty >= 1 else 1) if penalty else 0
     columns = (plan.stage_bytes if shares else plan.work_bytes) // (16 * fours)
     passes = max(1, -(-tiles // (THREADS // 2))) if columns < padded // size else 1
     return {
-        "frames": 0 if fits else frames * width * (4 if kind == FLOAT else 2),
-        "sums": rows * (size - 1 + 1 if shares else 2 * size + 2),
-        "products": passes * rows + (pairs + 16 * k) * (size + size * size),
+        "frames": 0 if chunks == 1 else frames * width * (4 if kind == FLOAT else 2),
+        "sums": rows * (size if shares else 2 * size * chunks + 2),
+        "products": (1 if shares else 2) * passes * rows + (pairs + 16 * k) * (size + size * size),
         "centroids": size * rows,
     }
 
@@ -194,7 +199,8 @@ def cluster(
         xp.zeros(1, np.uint32),
         np.int64(total),
         *map(np.int32, (count, most, width, kind, wide)),
-        *map(np.int32, (layout.capacity, layout.tile, layout.work_bytes, layout.stage_bytes, iterations)),
+        *map(np.int32, (layout.capacity, layout.tile)),
+        *map(np.int32, (layout.work_bytes, layout.stage_bytes, layout.sums_bytes, iterations)),
         *(np.float64(penalty), np.float64(margin)),
     )
     grid, defines = (layout.teams * team,), _layout(team)

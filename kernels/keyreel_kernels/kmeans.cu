@@ -116,7 +116,8 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
            const int64_t* starts, const int64_t* seeds, float* centroids, int64_t* labels, float* similarity,
            double* objective, double* history, float* floats, double* doubles, int* ints, int* label_scratch,
            float* frame_scratch, unsigned* queue, int64_t frames, int problems, int most, int width, int kind, int wide,
-           int capacity, int tile, int work_bytes, int stage_bytes, int rounds, double penalty, double margin) {
+           int capacity, int tile, int work_bytes, int stage_bytes, int sums_bytes, int rounds,
+           double penalty, double margin) {
     KR_SHARED(Work, shared);
     const Work& p = *shared;  // in shared memory: the products need the registers
     float* sums;              // of the block, where shared memory has no room for them
@@ -137,7 +138,7 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
             p.small = reinterpret_cast<double*>(shared) + WORK_BYTES / 8;
             p.panel = reinterpret_cast<uint16_t*>(p.small + 64), p.panel_lo = p.panel + tile * padded;
             p.stage = reinterpret_cast<float*>(p.panel) + work_bytes / 4;
-            p.hi = reinterpret_cast<uint16_t*>(p.stage + stage_bytes / 4), p.lo = p.hi + capacity * padded;
+            p.hi = reinterpret_cast<uint16_t*>(p.stage + (stage_bytes + sums_bytes) / 4), p.lo = p.hi + capacity * padded;
             p.key = reinterpret_cast<int*>(p.lo + (kind == FLOAT ? capacity * padded : 0));
             p.order = p.key + capacity, p.here = p.order + capacity;
             p.weight = reinterpret_cast<float*>(p.here + capacity), p.best = p.weight + capacity;
@@ -167,8 +168,8 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
             p.frames = static_cast<int>(spans[2 * m + 1] - start), p.k = static_cast<int>(clusters[m]);
             p.first = static_cast<int>(static_cast<int64_t>(p.frames) * p.rank / CLUSTER);
             p.own = static_cast<int>(static_cast<int64_t>(p.frames) * (p.rank + 1) / CLUSTER) - p.first;
-            p.shares = stage_bytes > 0 && (p.frames + CLUSTER - 1) / CLUSTER <= capacity;
-            p.partial = p.shares ? reinterpret_cast<float*>(p.panel) : sums;
+            p.shares = stage_bytes > 0 && (sums_bytes > 0 || (p.frames + CLUSTER - 1) / CLUSTER <= capacity);
+            p.partial = !p.shares ? sums : sums_bytes > 0 ? p.stage + stage_bytes / 4 : reinterpret_cast<float*>(p.panel);
             p.x = static_cast<const char*>(x) + start * width * (kind == FLOAT ? 4 : 2), p.w = w + start;
             p.labels = label_scratch + at, p.cosine = frame_scratch + at, p.gained = p.cosine + frames;
         }

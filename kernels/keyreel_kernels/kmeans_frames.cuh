@@ -43,7 +43,7 @@ struct Work {
     double *diagonals, *lead, *board;
     int* mail;
     int kind, wide, width, padded, frames, first, own, k, most, tile, rank, low, high;
-    int shares;  // whether `partial` lies in shared memory, where the panel was
+    int shares;  // whether `partial` lies in shared memory: where the panel was, if no chunk needs it any more
     int last;    // the turn of the result
     double penalty, margin, share;
     double objective;  // of the last round taken

@@ -46,14 +46,14 @@ __device__ __noinline__ void multiply_pairs(const Work& p, int turn) {
     int step = 4;  // columns of c that are staged at a time
     while (step < p.high - p.low && 2 * step * half <= floats) step *= 2;
     const int swap = min(7, step / 4 - 1);
-    // Two lanes per tile, for every other piece of four columns.
+    // Two lanes per tile, for two of its rows each.
     for (int first = 0; first == 0 || first < tiles; first += THREADS / 2) {
         const int tile = first + static_cast<int>(threadIdx.x) / 2;
         int right = static_cast<int>((sqrtf(8.0f * static_cast<float>(tile) + 1) - 1) / 2);
         while (right * (right + 1) / 2 > tile) --right;
         while ((right + 1) * (right + 2) / 2 <= tile) ++right;
-        const int left = tile - right * (right + 1) / 2;
-        double total[4][4] = {};
+        const int top = (tile - right * (right + 1) / 2) * 4 + static_cast<int>(threadIdx.x) % 2 * 2;
+        double total[2][4] = {};
         for (int from = p.low; from < p.high; from += step) {
             const int quads = min(step, p.high - from) / 4;
             const auto piece = [&](int row, int quad) {
@@ -81,17 +81,15 @@ __device__ __noinline__ void multiply_pairs(const Work& p, int turn) {
                 }
                 __syncthreads();
             }
-            for (int run = 0; run < quads && tile < tiles; run += 8) {
-                float sum[4][4] = {};
-                for (int quad = run + static_cast<int>(threadIdx.x) % 2; quad < min(run + 8, quads); quad += 2) {
-                    float4 a[4];
-#pragma unroll
-                    for (int n = 0; n < 4; ++n) a[n] = piece(left * 4 + n, quad);
+            for (int run = 0; run < quads && tile < tiles; run += 4) {
+                float sum[2][4] = {};
+                for (int quad = run; quad < min(run + 4, quads); ++quad) {
+                    const float4 a[2] = {piece(top, quad), piece(top + 1, quad)};
 #pragma unroll
                     for (int m = 0; m < 4; ++m) {
                         const float4 b = piece(right * 4 + m, quad);
 #pragma unroll
-                        for (int n = 0; n < 4; ++n)
+                        for (int n = 0; n < 2; ++n)
                             if (all_digits)
                                 total[n][m] += static_cast<double>(a[n].x) * b.x + static_cast<double>(a[n].y) * b.y +
                                                static_cast<double>(a[n].z) * b.z + static_cast<double>(a[n].w) * b.w;
@@ -101,20 +99,19 @@ __device__ __noinline__ void multiply_pairs(const Work& p, int turn) {
                     }
                 }
 #pragma unroll
-                for (int n = 0; n < 16; ++n) total[n / 4][n % 4] += sum[n / 4][n % 4];
+                for (int n = 0; n < 8; ++n) total[n / 4][n % 4] += sum[n / 4][n % 4];
             }
         }
 #pragma unroll
-        for (int n = 0; n < 16; ++n) {
-            const double both = total[n / 4][n % 4] + __shfl_xor_sync(KR_FULL_WARP, total[n / 4][n % 4], 1);
-            const int i = left * 4 + n / 4, j = right * 4 + n % 4;
+        for (int n = 0; n < 8; ++n) {
+            const int i = top + n / 4, j = right * 4 + n % 4;
             const int row = i < half ? i : i - half + p.k, column = j < half ? j : j - half + p.k;
             const bool wanted = (i < half ? i < p.k : row < 2 * p.k) && (j < half ? j < p.k : column < 2 * p.k);
-            if (tile < tiles && wanted && row <= column && static_cast<int>(threadIdx.x % 2) == n / 8) {
+            if (tile < tiles && wanted && row <= column) {
                 float* place = p.pairs + static_cast<int64_t>(row) * 2 * p.k + column;
-                const float high = static_cast<float>(both);
+                const float high = static_cast<float>(total[n / 4][n % 4]);
                 *place = high;
-                if (all_digits) place[4 * p.most * p.most] = static_cast<float>(both - high);
+                if (all_digits) place[4 * p.most * p.most] = static_cast<float>(total[n / 4][n % 4] - high);
             }
         }
     }
@@ -143,7 +140,8 @@ __device__ double sparse_sum(double value) {
 }
 
 // clustering.move from inner products, by one warp. Returns whether any move takes more than S_j.
-__device__ __noinline__ bool moves_in_turn(const Work& p, const Lead& m) {
+__device__ __noinline__ bool moves_in_turn(const Work& p) {
+    const Lead m(p);
     const int lane = threadIdx.x % 32, words = (p.k + 31) / 32;
     const double mu = p.penalty / p.k;
     bool any = false;
@@ -253,7 +251,7 @@ __device__ __noinline__ int decide(Work& p, int turn, int round, int rounds, dou
             near |= !(m.cc[n] <= p.margin && m.cs[n] <= p.margin * to && m.ss[n] <= p.margin * to * from);
         }
     if (block_sum(near, p.small) > 0) {
-        close = threadIdx.x < 32 && moves_in_turn(p, m);
+        close = threadIdx.x < 32 && moves_in_turn(p);
         close = block_sum(close, p.small) > 0;
     } else {
         for (int j = threadIdx.x; j < p.k; j += THREADS) {
