@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -181,20 +181,10 @@ def _clusters(
     weigh = {"penalty": config.penalty, "margin": config.margin, "iterations": ITERATIONS}
     if wished is None:
         count = _number(x, smooth, w, count, config, ops, weigh)
-    found = ops.cluster(_rows(x, ops), w, np.array([[0, len(x)]]), np.array([count]), seeds, **weigh)
-    if ops.device != "cpu":  # of the vectors themselves: which frame stands for a cluster may hang on the fifth digit
-        cosine = ops.arrays.xp.take_along_axis(x @ found.centroids[0].T, found.labels[:, None], axis=1)
-        found = replace(found, similarity=cosine[:, 0])
+    # Of float32, on a device too. Halves move cosines by 1e-5, and two frames that are equally near their centroid are
+    # told apart by less: the number of key-frames would hang on the device (7 for 5 on a clip of ten seconds).
+    found = ops.cluster(x, w, np.array([[0, len(x)]]), np.array([count]), seeds, **weigh)
     return Clusters(*(to_host(getattr(found, field.name)) for field in fields(Clusters))), wished
-
-
-def _rows(x: Any, ops: Ops) -> Any:
-    """What is clustered. A device holds twice as many halves in its shared memory, and reads half the bytes.
-
-    A half is within 2^-11 of its number, so a unit vector of them within 2^-11 of its vector, and no cosine moves by
-    more: labels may differ where a frame is nearly between two centroids, within 2^-10. A CPU gains nothing.
-    """
-    return x if ops.device == "cpu" else x.astype(np.float16)
 
 
 def _number(
@@ -214,7 +204,7 @@ def _number(
     # One round, without repulsion: the seeds lie far apart already. More of either takes most of the time and finds no
     # more scenes (planted ones, joined clips); more rounds without repulsion make the number depend on rounding.
     sweep = {**weigh, "penalty": 0.0, "iterations": 1}
-    found = ops.cluster(_rows(x, ops), w, spans, k, np.repeat(seeds, len(k), axis=0), **sweep)
+    found = ops.cluster(x, w, spans, k, np.repeat(seeds, len(k), axis=0), **sweep)
     # Many K in one product, within bounded memory.
     together = max(1, SWEPT_COLUMNS // seeds.shape[1])
     chosen = to_host(ops.representatives(spans, k, found.labels, found.similarity, xp.ones(len(x), bool)))
