@@ -23,12 +23,15 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from benchmarks._common import RESULTS, ROOT, Absent, Row, Worker, parser_of, run, say
+from benchmarks._rows import table
 from benchmarks.clips import Clip, clip
 from benchmarks.select import cloud, objective
 
@@ -124,10 +127,27 @@ def keyreel(
         labels = arrays.to_host(found.labels).reshape(videos, frames)
     kind, width, most = cuda_kmeans.kind_of(given), x.shape[-1], seeds.shape[1]
     layout = cuda_kmeans.plan(arrays, kind, width, most, np.full(videos, frames))
-    moved = cuda_kmeans.bytes_a_round(layout, kind, width, most, frames)
+    moved = cuda_kmeans.bytes_a_round(layout, kind, width, most, frames, penalty)
     own = frames * width * given.dtype.itemsize
     row |= {"blocks": layout.cluster, "bytes_a_round": moved, "times_the_frames": sum(moved.values()) / own}
     return {**row, "fit": float(np.mean(list(map(objective, x[:16], labels[:16]))))}
+
+
+def counted() -> str:
+    """What a round of k-means on a GPU moves, by the kernel's arithmetic for one with 132 multiprocessors."""
+    from keyreel_kernels.cuda_kmeans import FLOAT, HALF, bytes_a_round, plan
+
+    device: Any = SimpleNamespace(capability=(9, 0), shared_bytes=227 << 10, multiprocessors=132)
+    lines = []
+    for (videos, frames), (name, kind) in product(SHAPES, (("float16", HALF), ("float32", FLOAT))):
+        layout = plan(device, kind, WIDTH, CLUSTERS, np.full(videos, frames))
+        own = frames * WIDTH * (4 if kind == FLOAT else 2)
+        moved = [bytes_a_round(layout, kind, WIDTH, CLUSTERS, frames, penalty) for penalty in (PENALTY, 0.0)]
+        parts = [f"{moved[0][part] / 1e6:.2f}" for part in ("frames", "sums", "products", "centroids")]
+        ratios = [f"{sum(one.values()) / own:.2f}x" for one in moved]
+        lines.append([f"{videos} x {frames:,}, {name}", str(layout.cluster), f"{own / 1e6:.2f}", *parts, *ratios])
+    head = ["videos x frames", "blocks", "frames, MB", "loaded again", "sums", "products", "centroids"]
+    return table([*head, "all, of the frames", "without the penalty"], lines)
 
 
 def surfaces(bench: Bench, height: int = 1080, width: int = 1920, count: int = 16) -> Row:

@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and the model card from results/*.jsonl alone.
+"""Fills the tables of README.md and the model card from results/*.jsonl, and what is counted from the code.
 
     python -m benchmarks.plot
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks._common import ROOT
 from benchmarks._rows import Medians, groups, number, rows, table
+from benchmarks.gpu import counted
 from benchmarks.machines import HOURS, IN_MEMORY, MODEL_WIDTH, fitted, modelled
 from keyreel.models.catalogue import CATALOGUE
 from keyreel.render.reel import ENCODERS
@@ -404,6 +405,7 @@ def scale() -> str:
 
 
 SECTIONS = {
+    "counted": counted,
     "headline": headline,
     "scale": scale,
     "presets": presets,

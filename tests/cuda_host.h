@@ -431,6 +431,11 @@ inline void kr_mma_16x8x16(float d[4], const uint32_t a[4], const uint32_t b[2])
 }
 
 inline unsigned kr_cluster_rank() { return krh::self().block->rank; }
+template <class T>
+T* kr_cluster_shared(T* own, int rank) {
+    const ptrdiff_t at = reinterpret_cast<unsigned char*>(own) - krh::self().block->shared.get();
+    return reinterpret_cast<T*>(krh::current.blocks[rank].shared.get() + at);
+}
 inline void kr_cluster_sync() { krh::wait(krh::State::group); }
 inline void kr_copy_async_16(void* shared, const void* global) {
     if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16)

@@ -82,7 +82,7 @@ def command(sanitizer: str, names: list[str]) -> tuple[list[str], dict[str, str]
 
 
 def sanitized(sanitizer: str) -> Cuda:
-    """A device of one multiprocessor: few blocks, many rounds."""
+    """A device of four multiprocessors: few blocks, many rounds, and one video gets two blocks."""
     cuda_kmeans.THREADS = 64  # of a block of kmeans.cu, which works with any number of warps
 
     class Module(HostedModule):
@@ -91,7 +91,7 @@ def sanitized(sanitizer: str) -> Cuda:
     class Cupy(HostedCupy):
         RawModule = Module
 
-    return Cuda(0, cupy=Cupy(sms=1))
+    return Cuda(0, cupy=Cupy(sms=4))
 
 
 def plant(cuda: Cuda, fault: str) -> None:

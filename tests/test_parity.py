@@ -553,3 +553,7 @@ def test_launches_fit_the_device(
     large = host_cuda(sms=132)
     many, one = (cuda_kmeans.plan(large, cuda_kmeans.HALF, 512, 32, np.full(n, 600)) for n in (256, 1))
     assert (many.cluster, many.teams, many.capacity, one.cluster, one.capacity) == (4, 33, 152, 8, 76)
+    # The sums of four blocks: three parts are read by another block, the total is written once and read by all.
+    moved = cuda_kmeans.bytes_a_round(many, cuda_kmeans.HALF, 512, 32, 600, 0.1)
+    assert (moved["frames"], moved["sums"], moved["centroids"]) == (0, 4 * 65536, 4 * 65536)
+    assert sum(moved.values()) <= 1.3 * 600 * 512 * 2

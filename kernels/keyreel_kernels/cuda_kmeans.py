@@ -58,7 +58,9 @@ class Plan:
     teams: int
     capacity: int  # frames in a block's shared memory
     tile: int  # centroids in it
-    work_bytes: int  # for those centroids, and for what replaces them between the products
+    work_bytes: int  # for those centroids, and for what replaces them: sums, products
+    stage_bytes: int  # for columns of centroids beside the sums; 0 where the sums lie in device memory
+    sums_bytes: int  # for the sums while the centroids stay, where frames are loaded in chunks
     shared: int  # bytes per block
 
 
@@ -72,32 +74,54 @@ def plan(cuda: Cuda, kind: int, width: int, most: int, lengths: I64) -> Plan:
     tile = min(_MOST_TILE, -(-most // 8) * 8)
     while tile > 8 and 4 * tile * padded > 0.7 * cuda.shared_bytes:
         tile -= 8
-    lead = 8 * (3 * most * most + 2 * most) if most <= _MOST_LEAD else 0
-    work = -(-max(4 * tile * padded, lead, 32 * most) // 16) * 16
-    fixed = _RECORD_BYTES + work + 4 * (most + 4 + tile)
+    lead = 8 * _lead(most) if most <= _MOST_LEAD else 0
+    work = -(-max(4 * tile * padded, lead, 16 * most) // 16) * 16
+    stage = 16 * most if most <= tile else 0
+    state = 24 * most if lead else 0
+    fixed = _RECORD_BYTES + work + stage + state + 4 * (most + 4 + tile)
     row = padded * (4 if kind == FLOAT else 2) + 20
     whole = max(4, min(_MOST_ROWS, (cuda.shared_bytes - fixed) // row) // 4 * 4)
     size = blocks(cuda, len(lengths), int(lengths.max()), whole)
+    sums = 0
+    if stage and lengths.max() > size * whole and 8 * tile * padded <= 0.7 * cuda.shared_bytes:
+        sums = 4 * tile * padded
+        fixed, whole = fixed + sums, (cuda.shared_bytes - fixed - sums) // row // 4 * 4
     capacity = min(-(-int(lengths.max()) // size // 4) * 4, whole)
+    # More columns at a time, where there is room.
+    while stage and 4 * stage // most < padded // size * 16 and fixed + stage + capacity * row <= cuda.shared_bytes:
+        fixed, stage = fixed + stage, 2 * stage
     teams = max(1, min(len(lengths), cuda.multiprocessors // size, _MOST_PAIRS // (size * 4 * most * most)))
-    return Plan(size, teams, capacity, tile, work, -(-(fixed + capacity * row) // 16) * 16)
+    return Plan(size, teams, capacity, tile, work, stage, sums, -(-(fixed + capacity * row) // 16) * 16)
 
 
-def bytes_a_round(plan: Plan, kind: int, width: int, k: int, frames: int) -> dict[str, int]:
-    """What one round of one problem moves outside the blocks' own shared memory, by the kernel's arithmetic.
+def _lead(most: int) -> int:
+    """Doubles that a block decides with: products, moves, bits for what is close (`Lead` in kmeans_moves.cuh)."""
+    return most * (3 * most + 4 + -(-most // 32))
+
+
+def bytes_a_round(plan: Plan, kind: int, width: int, k: int, frames: int, penalty: float) -> dict[str, int]:
+    """What one round of one problem moves between blocks and device memory, by the kernel's arithmetic.
+
+    A round in which no centroid is close to another: those that are make one barrier and three passes over the
+    centroids more.
 
     Returns:
-        frames: loaded again, 0 where shared memory holds them; sums: the blocks' sums, written, read and added up;
-        products: of pairs of centroids and sums, with their factors; centroids: moved, and read by every block.
+        frames: loaded again, 0 where shared memory holds them; sums: the blocks' sums, which the others read (and which
+        are written first, where they lie in device memory), and S; products: of pairs of centroids and S, which every
+        block reads, with the centroids they are made of; centroids: which every block reads.
     """
-    padded, most = -(-width // 64) * 64, -(-k // 4) * 4
-    rows, tiles = 4 * k * padded, most // 4 * (most // 2 + 1)
-    fits = -(-frames // plan.cluster) <= plan.capacity
+    padded, size, fours = -(-width // 64) * 64, plan.cluster, -(-k // 4)
+    rows, chunks = 4 * k * padded, -(-frames // (size * plan.capacity))
+    shares = plan.stage_bytes > 0 and (chunks == 1 or plan.sums_bytes > 0)
+    tiles = fours * (2 * fours + 1) if penalty else 0
+    pairs = 4 * k * (2 * k + 1) * (2 if penalty >= 1 else 1) if penalty else 0
+    columns = (plan.stage_bytes if shares else plan.work_bytes) // (16 * fours)
+    passes = max(1, -(-tiles // (THREADS // 2))) if columns < padded // size else 1
     return {
-        "frames": 0 if fits else frames * width * (4 if kind == FLOAT else 2),
-        "sums": (2 * plan.cluster + 1) * rows,
-        "products": 2 * rows + plan.cluster * 8 * (16 * tiles + 3 * k * k),
-        "centroids": (3 + plan.cluster) * rows,
+        "frames": 0 if chunks == 1 else frames * width * (4 if kind == FLOAT else 2),
+        "sums": rows * (size if shares else 2 * size * chunks + 2),
+        "products": (1 if shares else 2) * passes * rows + (pairs + 16 * k) * (size + size * size),
+        "centroids": size * rows,
     }
 
 
@@ -161,24 +185,25 @@ def cluster(
     ends = np.cumsum([piece.size for piece in pieces]).tolist()
     rows = xp.ascontiguousarray(cuda.to_device(seeds)[:, :most])
     layout = plan(cuda, kind, width, most, lengths)
-    padded, four = -(-width // 64) * 64, -(-most // 4) * 4
-    lead = 3 * four * four + 2 * four if four > _MOST_LEAD else 0
+    padded, four, team = -(-width // 64) * 64, -(-most // 4) * 4, layout.cluster
+    lead = _lead(four) + 3 * four if four > _MOST_LEAD else 0
     args = (
         *(x, w, *(control[end - piece.size : end] for end, piece in zip(ends, pieces, strict=True)), rows),
         *(found.centroids, found.labels, found.similarity, found.objective, found.history),
         # scratch
-        xp.empty(layout.teams * (layout.cluster + 3) * four * padded, np.float32),
-        xp.empty(layout.teams * (4 * layout.cluster * four * four + lead + 4 * layout.cluster + 2 * four), np.float64),
-        xp.empty(layout.teams * (four * (2 + -(-four // 32)) + 4), np.int32),
+        xp.empty(layout.teams * ((team + 3) * four * padded + team * 8 * four * four), np.float32),
+        xp.empty(layout.teams * team * (lead + 2 * four + 4), np.float64),
+        xp.empty(layout.teams * (2 * four + 4), np.int32),
         xp.empty(2 * total, np.int32),
         xp.empty(2 * total, np.float32),
         xp.zeros(1, np.uint32),
         np.int64(total),
         *map(np.int32, (count, most, width, kind, wide)),
-        *map(np.int32, (layout.capacity, layout.tile, layout.work_bytes, iterations)),
+        *map(np.int32, (layout.capacity, layout.tile)),
+        *map(np.int32, (layout.work_bytes, layout.stage_bytes, layout.sums_bytes, iterations)),
         *(np.float64(penalty), np.float64(margin)),
     )
-    grid, defines = (layout.teams * layout.cluster,), _layout(layout.cluster)
+    grid, defines = (layout.teams * team,), _layout(team)
     cuda.launch("kmeans.cu", "kmeans", grid, (THREADS,), args, shared=layout.shared, defines=defines)
     return found
 

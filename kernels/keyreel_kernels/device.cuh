@@ -79,6 +79,18 @@ __device__ __forceinline__ unsigned kr_cluster_rank() {
 #endif
 }
 
+// The same place in the shared memory of another block of the cluster.
+template <class T>
+__device__ __forceinline__ T* kr_cluster_shared(T* own, int rank) {
+#if CLUSTER > 1
+    T* there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(own), "r"(rank));
+    return there;
+#else
+    return own;
+#endif
+}
+
 // Barrier of all threads of the cluster. Writes before it, to shared or device memory, are visible after it.
 __device__ __forceinline__ void kr_cluster_sync() {
 #if CLUSTER > 1

@@ -4,12 +4,13 @@
 // none. Each block has a contiguous share of the frames, in shared memory from the first round to the last if they fit,
 // else loaded again in chunks in every round.
 //
-// A round: every frame finds its centroid and every block sums its frames by cluster (`survey`); the blocks add their
-// sums, each for its own columns, and multiply all pairs of sums S and centroids c (`add_up`, `multiply_pairs`). From
-// these inner products alone the first block computes J, hence whether the last round is taken, and the moves of
-// clustering.move one after the other without reading a vector again (`decide`): a move only needs the products of the
-// new centroid with the others, which are linear in the known ones. The moves are then applied to the vectors, column by
-// column (`move`). Nothing leaves the device, and no sum's order depends on timing.
+// A round: every frame finds its centroid and every block sums its frames by cluster (`survey`). | The blocks add their
+// sums, each for its own columns, out of each other's shared memory (`add_up`), and multiply all pairs of sums S and
+// centroids c (`multiply_pairs`). | From these inner products alone every block computes, alike, J, hence whether the
+// last round is taken, and the moves of clustering.move one after the other without reading a vector again (`decide`): a
+// move only needs the products of the new centroid with the others, which are linear in the known ones. A centroid that
+// is far from the others becomes a multiple of its S, which all blocks see. | Others are made column by column (`move`).
+// | is a barrier of the team: two in most rounds. Nothing leaves the device, and no sum's order depends on timing.
 
 #include "kmeans_common.cuh"
 #include "kmeans_frames.cuh"
@@ -17,9 +18,9 @@
 
 // Labels of the block's frames and their sums by cluster.
 __device__ __noinline__ void survey(const Work& p, int turn) {
-    if (p.k <= p.tile) load_panel(p, p.centre(turn), 0);
+    if (p.k <= p.tile) load_panel(p, turn, 0);
     for_chunks(p, [&](int from, int count) {
-        assign_chunk(p, p.centre(turn), count, false, nullptr);
+        assign_chunk(p, turn, count, false, nullptr);
         for (int n = threadIdx.x; n < count; n += THREADS) p.label(turn)[p.first + from + n] = p.here[n];
         __syncthreads();
         sum_chunk(p, count, from > 0, p.filled(turn));
@@ -27,38 +28,12 @@ __device__ __noinline__ void survey(const Work& p, int turn) {
     });
 }
 
-__device__ double total_weight(const Work& p) {
-    double total = 0;
-    for (int n = threadIdx.x; n < CLUSTER; n += THREADS) total += p.board[n * 4 + 3];
-    return fmax(block_sum(total, p.small), 1e-30);
-}
-
-// S: the sum of the blocks' sums, divided by the total weight; each block for its own columns.
-__device__ void add_up(const Work& p) {
-    const int columns = p.padded / 4, low = columns * p.rank / CLUSTER;
-    const int wide = columns * (p.rank + 1) / CLUSTER - low;
-    const double share = 1 / total_weight(p);
-    for (int n = threadIdx.x; n < p.k * wide; n += THREADS) {
-        const int64_t place = static_cast<int64_t>(n / wide) * columns + low + n % wide;
-        const int64_t step = static_cast<int64_t>(p.most) * columns;
-        float4 sum{0, 0, 0, 0};
-        for (int block = 0; block < CLUSTER; ++block) {
-            const float4 part = reinterpret_cast<const float4*>(p.partial)[block * step + place];
-            sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-        }
-        reinterpret_cast<float4*>(p.sums)[place] = {static_cast<float>(sum.x * share), static_cast<float>(sum.y * share),
-                                                    static_cast<float>(sum.z * share), static_cast<float>(sum.w * share)};
-    }
-    __syncthreads();
-}
-
 // clustering.relocate, for all clusters without a frame, one after the other.
-__device__ __noinline__ void relocate(const Work& p, float* centre, const int* filled) {
+__device__ __noinline__ void relocate(const Work& p, int turn, const int* filled) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const double whole = total_weight(p);
-    if (p.k <= p.tile) load_panel(p, centre, 0);
+    if (p.k <= p.tile) load_panel(p, turn, 0);
     for_chunks(p, [&](int from, int count) {
-        assign_chunk(p, centre, count, true, filled);
+        assign_chunk(p, turn, count, true, filled);
         for (int n = threadIdx.x; n < count; n += THREADS) p.cosine[p.first + from + n] = p.best[n];
         __syncthreads();
     });
@@ -85,9 +60,9 @@ __device__ __noinline__ void relocate(const Work& p, float* centre, const int* f
         }
         for (int i = warp; i < p.k; i += WARPS) {
             if (i == j) continue;
-            const auto other = [&](int d) { return centre[static_cast<int64_t>(i) * p.padded + d]; };
-            const double before =
-                warp_dot(p.width, other, [&](int d) { return centre[static_cast<int64_t>(j) * p.padded + d]; });
+            const Centre c = p.centre(turn, i), own = p.centre(turn, j);
+            const auto other = [&](int d) { return c.at(d); };
+            const double before = warp_dot(p.width, other, [&](int d) { return own.at(d); });
             const double after = warp_dot(p.width, other, there);
             if (lane == 0) excess += over(after - p.margin) - over(before - p.margin);
         }
@@ -97,11 +72,14 @@ __device__ __noinline__ void relocate(const Work& p, float* centre, const int* f
         gain = 0;
         for (int n = threadIdx.x; n < CLUSTER; n += THREADS) gain += p.board[n * 4 + 2];
         gain = block_sum(gain, p.small);
-        if (p.penalty / p.k * excess - gain / whole < -TOLERANCE) {
+        if (p.penalty / p.k * excess - gain * p.share < -TOLERANCE) {
             for (int n = p.first + threadIdx.x; n < p.first + p.own; n += THREADS) p.cosine[n] = p.gained[n];
+            const int made = p.spare(j);
             if (p.rank == 0)
-                for (int d = threadIdx.x; d < p.width; d += THREADS)
-                    centre[static_cast<int64_t>(j) * p.padded + d] = there(d);
+                for (int d = threadIdx.x; d < p.padded; d += THREADS)
+                    p.buffer(made, j)[d] = d < p.width ? there(d) : 0;
+            __syncthreads();
+            if (threadIdx.x == 0) p.place[turn * p.most + j] = made, p.scale[turn * p.most + j] = 1;
         }
         kr_cluster_sync();
     }
@@ -111,10 +89,10 @@ __device__ __noinline__ void relocate(const Work& p, float* centre, const int* f
 __device__ __noinline__ void finish(const Work& p, int turn, int64_t* labels, float* similarity, float* centroids,
                                     int most) {
     const float unit = p.kind == HALF ? 1.0f : 1.0f / SCALE;
-    const float* centre = p.centre(turn);
     for_chunks(p, [&](int from, int count) {
         for (int row = threadIdx.x / 32; row < count; row += WARPS) {
             const int at = p.first + from + row, own = p.label(turn)[at];
+            const Centre c = p.centre(turn, own);
             const double to = warp_dot(
                 p.width,
                 [&](int d) {
@@ -122,13 +100,13 @@ __device__ __noinline__ void finish(const Work& p, int turn, int64_t* labels, fl
                     const float high = kr_half_to_float(p.hi[place]);
                     return p.kind == FLOAT ? high + kr_half_to_float(p.lo[place]) : high;
                 },
-                [&](int d) { return centre[static_cast<int64_t>(own) * p.padded + d]; });
+                [&](int d) { return c.at(d); });
             if (threadIdx.x % 32 == 0) labels[at] = own, similarity[at] = static_cast<float>(to) * unit;
         }
         __syncthreads();
     });
     for (int n = p.rank * THREADS + threadIdx.x; n < most * p.width; n += CLUSTER * THREADS)
-        centroids[n] = n < p.k * p.width ? centre[static_cast<int64_t>(n / p.width) * p.padded + n % p.width] : 0.0f;
+        centroids[n] = n < p.k * p.width ? p.centre(turn, n / p.width).at(n % p.width) : 0.0f;
 }
 
 // All problems. which [problems]: their order; spans [2], clusters and starts (of the labels) by problem; seeds
@@ -138,33 +116,44 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
            const int64_t* starts, const int64_t* seeds, float* centroids, int64_t* labels, float* similarity,
            double* objective, double* history, float* floats, double* doubles, int* ints, int* label_scratch,
            float* frame_scratch, unsigned* queue, int64_t frames, int problems, int most, int width, int kind, int wide,
-           int capacity, int tile, int work_bytes, int rounds, double penalty, double margin) {
+           int capacity, int tile, int work_bytes, int stage_bytes, int sums_bytes, int rounds,
+           double penalty, double margin) {
     KR_SHARED(Work, shared);
     const Work& p = *shared;  // in shared memory: the products need the registers
-    if (threadIdx.x == 0) {
-        Work& p = *shared;
-        p.rank = static_cast<int>(kr_cluster_rank());
-        const int team = static_cast<int>(blockIdx.x) / CLUSTER, words = (most + 31) / 32;
-        p.most = (most + 3) / 4 * 4, p.width = width, p.padded = (width + 63) / 64 * 64;
-        p.kind = kind, p.wide = wide, p.capacity = capacity, p.tile = tile, p.work_floats = work_bytes / 4;
-        p.penalty = penalty, p.margin = margin, p.all_frames = frames;
+    float* sums;              // of the block, where shared memory has no room for them
+    {
+        const int team = static_cast<int>(blockIdx.x) / CLUSTER, rank = static_cast<int>(kr_cluster_rank());
+        const int four = (most + 3) / 4 * 4, padded = (width + 63) / 64 * 64;
+        const int64_t rows = static_cast<int64_t>(four) * padded, square = static_cast<int64_t>(four) * four;
+        floats += team * ((CLUSTER + 3) * rows + CLUSTER * 8 * square);
+        sums = floats + (3 + rank) * rows;
+        if (threadIdx.x == 0) {
+            Work& p = *shared;
+            p.rank = rank, p.most = four, p.width = width, p.padded = padded;
+            p.low = padded / 4 * rank / CLUSTER * 4, p.high = padded / 4 * (rank + 1) / CLUSTER * 4;
+            p.kind = kind, p.wide = wide, p.capacity = capacity, p.tile = tile;
+            p.work_floats = work_bytes / 4, p.stage_floats = stage_bytes / 4;
+            p.penalty = penalty, p.margin = margin, p.all_frames = frames;
 
-        p.small = reinterpret_cast<double*>(shared) + WORK_BYTES / 8;
-        p.panel = reinterpret_cast<uint16_t*>(p.small + 64), p.panel_lo = p.panel + tile * p.padded;
-        p.hi = p.panel + work_bytes / 2, p.lo = p.hi + capacity * p.padded;
-        p.key = reinterpret_cast<int*>(p.lo + (kind == FLOAT ? capacity * p.padded : 0));
-        p.order = p.key + capacity, p.here = p.order + capacity, p.begin = p.here + capacity;
-        p.weight = reinterpret_cast<float*>(p.begin + p.most + 4), p.best = p.weight + capacity,
-        p.slack = p.best + capacity;
+            p.small = reinterpret_cast<double*>(shared) + WORK_BYTES / 8;
+            p.panel = reinterpret_cast<uint16_t*>(p.small + 64), p.panel_lo = p.panel + tile * padded;
+            p.stage = reinterpret_cast<float*>(p.panel) + work_bytes / 4;
+            p.hi = reinterpret_cast<uint16_t*>(p.stage + (stage_bytes + sums_bytes) / 4), p.lo = p.hi + capacity * padded;
+            p.key = reinterpret_cast<int*>(p.lo + (kind == FLOAT ? capacity * padded : 0));
+            p.order = p.key + capacity, p.here = p.order + capacity;
+            p.weight = reinterpret_cast<float*>(p.here + capacity), p.best = p.weight + capacity;
+            p.slack = p.best + capacity, p.begin = reinterpret_cast<int*>(p.slack + tile);
 
-        const int64_t rows = static_cast<int64_t>(p.most) * p.padded, square = static_cast<int64_t>(p.most) * p.most;
-        const int64_t lead = p.most > MOST_LEAD ? 3 * square + 2 * p.most : 0;
-        p.partial = floats + team * (CLUSTER + 3) * rows;
-        p.sums = p.partial + CLUSTER * rows, p.centres = p.sums + rows;
-        p.pairs = doubles + team * (CLUSTER * 4 * square + lead + CLUSTER * 4 + 2 * p.most);
-        p.lead = p.pairs + CLUSTER * 4 * square, p.board = p.lead + lead, p.moves = p.board + CLUSTER * 4;
-        p.counts = ints + team * (p.most * (2 + words) + 4), p.mail = p.counts + p.most * (2 + words);
-        p.close = reinterpret_cast<unsigned*>(p.counts + 2 * p.most);
+            // Large ones in device memory: what the block decides with, and its centroids' numbers and rows.
+            const int64_t lead = four > MOST_LEAD ? 3 * square + four * (7 + (four + 31) / 32) : 0;
+            doubles += team * CLUSTER * (lead + 2 * four + 4);
+            p.rows = floats, p.pairs = floats + (CLUSTER + 3) * rows + rank * 8 * square;
+            p.lead = lead ? doubles + rank * lead + 3 * four : reinterpret_cast<double*>(p.panel);
+            p.scale = lead ? doubles + rank * lead : reinterpret_cast<double*>(p.begin + four + 4);
+            p.place = reinterpret_cast<int*>(p.scale + 2 * four);
+            p.diagonals = doubles + CLUSTER * lead + rank * 2 * four, p.board = doubles + CLUSTER * (lead + 2 * four);
+            p.counts = ints + team * (2 * four + 4), p.mail = p.counts + 2 * four;
+        }
     }
     __syncthreads();
 
@@ -179,6 +168,8 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
             p.frames = static_cast<int>(spans[2 * m + 1] - start), p.k = static_cast<int>(clusters[m]);
             p.first = static_cast<int>(static_cast<int64_t>(p.frames) * p.rank / CLUSTER);
             p.own = static_cast<int>(static_cast<int64_t>(p.frames) * (p.rank + 1) / CLUSTER) - p.first;
+            p.shares = stage_bytes > 0 && (sums_bytes > 0 || (p.frames + CLUSTER - 1) / CLUSTER <= capacity);
+            p.partial = !p.shares ? sums : sums_bytes > 0 ? p.stage + stage_bytes / 4 : reinterpret_cast<float*>(p.panel);
             p.x = static_cast<const char*>(x) + start * width * (kind == FLOAT ? 4 : 2), p.w = w + start;
             p.labels = label_scratch + at, p.cosine = frame_scratch + at, p.gained = p.cosine + frames;
         }
@@ -188,39 +179,44 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
         for (int n = p.first + threadIdx.x; n < p.first + p.own; n += THREADS) weight += p.w[n];
         weight = block_sum(weight, p.small);
         if (threadIdx.x == 0) p.board[p.rank * 4 + 3] = weight;
-        if (p.rank == 0)
-            for (int j = threadIdx.x; j < 2 * p.most; j += THREADS) p.counts[j] = 0;
-        const int low = p.padded * p.rank / CLUSTER, columns = p.padded * (p.rank + 1) / CLUSTER - low;
+        for (int j = threadIdx.x; j < 2 * p.most; j += THREADS) {
+            p.place[j] = 0, p.scale[j] = 1;
+            if (p.rank == 0) p.counts[j] = 0;
+        }
+        const int columns = p.high - p.low;
         for (int n = threadIdx.x; n < p.k * columns; n += THREADS) {
-            const int j = n / columns, d = low + n % columns;
+            const int j = n / columns, d = p.low + n % columns;
             const int64_t row = static_cast<int64_t>(m) * most + j;
             float value = 0;
             if (d < width) value = seeds[row] < 0 ? KR_INFINITY : value_at(x, kind, seeds[row] * width + d);
-            p.centres[static_cast<int64_t>(j) * p.padded + d] = value;
+            p.buffer(0, j)[d] = value;
         }
         if (p.own <= capacity) load_rows(p, 0, p.own);
         kr_cluster_sync();
+        weight = threadIdx.x < CLUSTER ? p.board[threadIdx.x * 4 + 3] : 0;
+        weight = block_sum(weight, p.small);
+        if (threadIdx.x == 0) shared->share = 1 / fmax(weight, 1e-30);
 
         int turn = 0;
         for (int round = 0;; ++round) {
             survey(p, turn);
             kr_cluster_sync();
             add_up(p);
-            multiply_pairs(p, p.centre(turn));
+            multiply_pairs(p, turn);
+            if (p.rank == 0)
+                for (int j = threadIdx.x; j < p.k; j += THREADS) p.filled(1 - turn)[j] = 0;
             kr_cluster_sync();
-            if (p.rank == 0) {
-                const int decided = decide(*shared, turn, round, rounds, objective + m,
-                                           history + static_cast<int64_t>(m) * (rounds + 1));
-                if (threadIdx.x == 0) p.mail[1] = decided;
-            }
-            kr_cluster_sync();
-            const int verdict = p.mail[1];
+            const int verdict =
+                decide(*shared, turn, round, rounds, objective + m, history + static_cast<int64_t>(m) * (rounds + 1));
             if (verdict & STOP) break;
-            move(p, p.centre(turn), p.centre(1 - turn), verdict & CLOSE);
-            kr_cluster_sync();
+            if (verdict & CLOSE) {
+                __syncthreads();
+                move(p, turn);
+                kr_cluster_sync();
+            }
             turn = 1 - turn;
-            if (verdict & EMPTY) relocate(p, p.centre(turn), p.filled(1 - turn));
+            if (verdict & EMPTY) relocate(p, turn, p.filled(1 - turn));
         }
-        finish(p, p.mail[2], labels + at, similarity + at, centroids + static_cast<int64_t>(m) * most * width, most);
+        finish(p, p.last, labels + at, similarity + at, centroids + static_cast<int64_t>(m) * most * width, most);
     }
 }

@@ -10,7 +10,7 @@
 
 #define NT 4            // most centroids in shared memory at a time, in groups of eight
 #define WORK_BYTES 512  // for the record, at the start of shared memory
-#define MOST_LEAD 32    // most clusters for which the pair products of `decide` fit into shared memory
+#define MOST_LEAD 32    // most clusters for which what `decide` works on fits into shared memory
 
 enum Verdict { STOP = 1, CLOSE = 2, EMPTY = 4 };
 
@@ -22,33 +22,62 @@ enum Verdict { STOP = 1, CLOSE = 2, EMPTY = 4 };
 // Error of float32 sums in the bound on a label.
 #define SUM_ERROR 4e-6f
 
+// A centroid is a row times a number: most moves only choose another row and number, and carry nothing.
+struct Centre {
+    const float* row;
+    float high, low;  // the number, as a sum
+
+    __device__ __forceinline__ float of(float value) const { return fmaf(value, high, value * low); }
+    __device__ __forceinline__ float at(int d) const { return of(row[d]); }
+};
+
 struct Work {
     // the problem
     const void* x;  // its first frame
     const float* w;
-    float *centres, *sums, *partial;  // [k, padded] each; two of centres, one partial per block
-    int *labels, *counts;             // two of each: [frames], [k]
+    float *rows, *partial;  // three buffers [k, padded] of S and centroids; this block's sums by cluster
+    int *labels, *counts;   // two of each: [frames], [k]
     int64_t all_frames;
     float *cosine, *gained;  // [frames], for relocation
-    double *pairs, *lead, *board, *moves;
-    unsigned* close;
+    float* pairs;
+    double *diagonals, *lead, *board;
     int* mail;
-    int kind, wide, width, padded, frames, first, own, k, most, tile, rank;
-    double penalty, margin;
-    double objective;  // of the last round taken; valid in the first block
+    int kind, wide, width, padded, frames, first, own, k, most, tile, rank, low, high;
+    int shares;  // whether `partial` lies in shared memory: where the panel was, if no chunk needs it any more
+    int last;    // the turn of the result
+    double penalty, margin, share;
+    double objective;  // of the last round taken
     // shared memory
-    double* small;
+    double *small, *scale;
+    int* place;
     uint16_t *hi, *lo, *panel, *panel_lo;
-    float *weight, *best, *slack;
+    float *weight, *best, *slack, *stage;
     int *here, *key, *order, *begin;
-    int capacity, work_floats;
+    int capacity, work_floats, stage_floats;
 
     // Double buffers: of this round and the one before.
-    __device__ __forceinline__ float* centre(int turn) const {
-        return centres + static_cast<int64_t>(turn) * most * padded;
-    }
     __device__ __forceinline__ int* label(int turn) const { return labels + turn * all_frames; }
     __device__ __forceinline__ int* filled(int turn) const { return counts + turn * most; }
+    __device__ __forceinline__ float* buffer(int number, int j) const {
+        return rows + (static_cast<int64_t>(number) * most + j) * padded;
+    }
+    __device__ __forceinline__ Centre centre(int turn, int j) const {
+        const double by = scale[turn * most + j];
+        const float high = static_cast<float>(by);
+        return {buffer(place[turn * most + j], j), high, static_cast<float>(by - high)};
+    }
+    // The buffer that has neither this round's centroid nor that of the one before: S_j goes there.
+    __device__ __forceinline__ int spare(int j) const {
+        const int one = place[j], other = place[most + j];
+        return one == other ? (one + 1) % 3 : 3 - one - other;
+    }
+    // The sums of a block of the team.
+    __device__ __forceinline__ const float* part_of(int block) const {
+        return shares ? kr_cluster_shared(partial, block)
+                      : partial + static_cast<int64_t>(block - rank) * most * padded;
+    }
+    // The place of four columns of `partial`: tiles of four rows read it without bank conflicts.
+    __device__ __forceinline__ int spot(int j, int quad) const { return j * padded + (quad ^ (j >> 2 & 7)) * 4; }
 };
 
 static_assert(sizeof(Work) <= WORK_BYTES, "the record does not fit");
@@ -103,21 +132,23 @@ __device__ __noinline__ void load_rows(const Work& p, int from, int count) {
 
 // Loads centroids from `from` on into shared memory, with the length of what their halves lack. A warp takes two rows at
 // a time, to have more loads in flight.
-__device__ __noinline__ void load_panel(const Work& p, const float* centre, int from) {
+__device__ __noinline__ void load_panel(const Work& p, int turn, int from) {
     __syncthreads();
     for (int row = threadIdx.x / 32; row < p.tile; row += 2 * WARPS) {
         float lacking[2] = {0, 0};
         for (int piece = threadIdx.x % 32; piece < p.padded / 8; piece += 32) {
             float v[2][8] = {};
 #pragma unroll
-            for (int side = 0; side < 2; ++side)
-                if (row + side * WARPS < p.tile && from + row + side * WARPS < p.k)
-                    load_eight(centre, FLOAT, true,
-                               static_cast<int64_t>(from + row + side * WARPS) * p.padded + piece * 8, 8, v[side]);
+            for (int side = 0; side < 2; ++side) {
+                const int j = from + row + side * WARPS;
+                if (row + side * WARPS >= p.tile || j >= p.k) continue;
+                const Centre c = p.centre(turn, j);
+                load_eight(c.row, FLOAT, true, piece * 8, 8, v[side]);
+                for (int e = 0; e < 8; ++e) v[side][e] = c.of(v[side][e]) * SCALE;
+            }
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
                 if (row + side * WARPS >= p.tile) break;
-                for (int e = 0; e < 8; ++e) v[side][e] *= SCALE;
                 uint4 hi, lo;
                 split(v[side], hi, lo);
                 for (int e = 0; e < 8; ++e) {
@@ -234,9 +265,9 @@ __device__ void for_chunks(const Work& p, Body body) {
     }
 }
 
-__device__ void assign_chunk(const Work& p, const float* centre, int count, bool exact, const int* filled) {
+__device__ void assign_chunk(const Work& p, int turn, int count, bool exact, const int* filled) {
     for (int from = 0; from < p.k; from += p.tile) {
-        if (p.k > p.tile) load_panel(p, centre, from);
+        if (p.k > p.tile) load_panel(p, turn, from);
         assign_rows(p, count, from, exact || p.k > p.tile, filled);
     }
 }
@@ -291,8 +322,7 @@ __device__ __noinline__ void sum_chunk(const Work& p, int count, bool again, int
                 sum.x = fmaf(weight, v[0], sum.x), sum.y = fmaf(weight, v[1], sum.y);
                 sum.z = fmaf(weight, v[2], sum.z), sum.w = fmaf(weight, v[3], sum.w);
             }
-            float4* out =
-                reinterpret_cast<float4*>(p.partial + (static_cast<int64_t>(p.rank) * p.most + j) * p.padded) + column;
+            float4* out = reinterpret_cast<float4*>(p.partial + p.spot(j, column));
             if (again) sum.x += out->x, sum.y += out->y, sum.z += out->z, sum.w += out->w;
             *out = sum;
         }

@@ -1,210 +1,248 @@
-// Moving centroids: inner products of centroids and sums, J and the moves from them, and carrying the moves out.
+// Moving centroids: S, inner products of centroids and sums, J and the moves from them.
 
-// Inner products of all pairs of centroids and sums over this block's columns: the upper 4 x 4 tiles of a matrix whose
-// rows are the centroids and, from the `half`-th on, S. Short runs are summed in float32, the runs in float64; with a
-// penalty that may nearly cancel S, all in float64, slow as that is.
-__device__ __noinline__ void multiply_pairs(const Work& p, const float* centre) {
-    const int fours = (p.k + 3) / 4, half = fours * 4, side = 2 * half, tiles = fours * (2 * fours + 1);
-    const int low = p.padded / 4 * p.rank / CLUSTER * 4, high = p.padded / 4 * (p.rank + 1) / CLUSTER * 4;
-    float* stage = reinterpret_cast<float*>(p.panel);
-    const bool all_digits = p.penalty >= 1;
-    double* out = p.pairs + static_cast<int64_t>(p.rank) * 4 * p.most * p.most;
-    // The terms of J and of a move's gain: float64.
-    for (int j = threadIdx.x / 32; j < p.k; j += WARPS) {
-        double own = 0, mixed = 0, square = 0;
-        for (int d = low + threadIdx.x % 32; d < high; d += 32) {
-            const double c = centre[static_cast<int64_t>(j) * p.padded + d],
-                         sum = p.sums[static_cast<int64_t>(j) * p.padded + d];
-            own += c * c, mixed += c * sum, square += sum * sum;
+#define LANES 16  // that read one row
+#define GROUPS (THREADS / LANES)
+
+// The sum over LANES lanes, the same in each of them. Whole warp.
+__device__ __forceinline__ double lanes_sum(double value) {
+    for (int step = LANES / 2; step; step /= 2) value += __shfl_xor_sync(KR_FULL_WARP, value, step);
+    return value;
+}
+
+// S, the blocks' sums divided by the total weight, for this block's columns: where all blocks read it, and in place of
+// the block's own sums. And the block's part of <S_j, S_j>, in float64 as all terms of J and of a move's gain.
+__device__ __noinline__ void add_up(const Work& p) {
+    for (int base = 0; base < p.k; base += GROUPS) {
+        const int j = base + static_cast<int>(threadIdx.x) / LANES;
+        double square = 0;
+        for (int quad = p.low / 4 + threadIdx.x % LANES; j < p.k && quad < p.high / 4; quad += LANES) {
+            const int place = p.spot(j, quad);
+            float4 sum{0, 0, 0, 0};
+#pragma unroll
+            for (int block = 0; block < CLUSTER; ++block) {
+                const float4 part = *reinterpret_cast<const float4*>(p.part_of(block) + place);
+                sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+            }
+            sum = {static_cast<float>(sum.x * p.share), static_cast<float>(sum.y * p.share),
+                   static_cast<float>(sum.z * p.share), static_cast<float>(sum.w * p.share)};
+            square += static_cast<double>(sum.x) * sum.x + static_cast<double>(sum.y) * sum.y +
+                      static_cast<double>(sum.z) * sum.z + static_cast<double>(sum.w) * sum.w;
+            *reinterpret_cast<float4*>(p.partial + place) = sum;
+            reinterpret_cast<float4*>(p.buffer(p.spare(j), j))[quad] = sum;
         }
-        for (int half_warp = 16; half_warp; half_warp /= 2) {
-            own += __shfl_xor_sync(KR_FULL_WARP, own, half_warp),
-                mixed += __shfl_xor_sync(KR_FULL_WARP, mixed, half_warp);
-            square += __shfl_xor_sync(KR_FULL_WARP, square, half_warp);
-        }
-        double* row = out + static_cast<int64_t>(j) * (2 * p.k + 1);
-        if (threadIdx.x % 32 == 0) row[0] = own, row[p.k] = mixed, row[2 * p.k * p.k + p.k] = square;
+        square = lanes_sum(square);
+        if (threadIdx.x % LANES == 0 && j < p.k) p.diagonals[p.most + j] = square;
     }
-    const int step = max(4, min(128, p.work_floats / side / 4 * 4));
-    for (int from = low; from == low || from < high; from += step) {
-        const int columns = min(step, high - from), quads = columns / 4;
-        __syncthreads();
-        for (int base = threadIdx.x; base < side * quads; base += 4 * THREADS) {
-            float4 v[4] = {};
-#pragma unroll
-            for (int u = 0; u < 4; ++u) {
-                const int n = base + u * THREADS, row = n % side, j = row < half ? row : row - half;
-                if (n < side * quads && j < p.k)
-                    v[u] = reinterpret_cast<const float4*>((row < half ? centre : p.sums) +
-                                                           static_cast<int64_t>(j) * p.padded + from)[n / side];
+}
+
+// The block's part of the inner products of all pairs of centroids and sums: <c_j, S_j> in float64, and with a penalty
+// the upper 4 x 4 tiles of a matrix whose rows are the centroids and, from the `half`-th on, S. Short runs are summed in
+// float32, the runs in float64; with a penalty that may nearly cancel S, all in float64, slow as that is.
+__device__ __noinline__ void multiply_pairs(const Work& p, int turn) {
+    const int fours = (p.k + 3) / 4, half = fours * 4, tiles = p.penalty > 0 ? fours * (2 * fours + 1) : 0;
+    float* stage = p.shares ? p.stage : reinterpret_cast<float*>(p.panel);
+    const int floats = p.shares ? p.stage_floats : p.work_floats;
+    const bool all_digits = p.penalty >= 1;
+    int step = 4;  // columns of c that are staged at a time
+    while (step < p.high - p.low && 2 * step * half <= floats) step *= 2;
+    const int swap = min(7, step / 4 - 1);
+    // Two lanes per tile, for two of its rows each.
+    for (int first = 0; first == 0 || first < tiles; first += THREADS / 2) {
+        const int tile = first + static_cast<int>(threadIdx.x) / 2;
+        int right = static_cast<int>((sqrtf(8.0f * static_cast<float>(tile) + 1) - 1) / 2);
+        while (right * (right + 1) / 2 > tile) --right;
+        while ((right + 1) * (right + 2) / 2 <= tile) ++right;
+        const int top = (tile - right * (right + 1) / 2) * 4 + static_cast<int>(threadIdx.x) % 2 * 2;
+        double total[2][4] = {};
+        for (int from = p.low; from < p.high; from += step) {
+            const int quads = min(step, p.high - from) / 4;
+            const auto piece = [&](int row, int quad) {
+                return *reinterpret_cast<const float4*>(
+                    row < half ? stage + row * step + (quad ^ (row >> 2 & swap)) * 4
+                               : p.partial + p.spot(row - half, from / 4 + quad));
+            };
+            if (first == 0 || step < p.high - p.low) {
+                __syncthreads();
+                for (int base = 0; base < p.k; base += GROUPS) {
+                    const int j = base + static_cast<int>(threadIdx.x) / LANES;
+                    const Centre c = p.centre(turn, min(j, p.k - 1));
+                    double mixed = 0;
+                    for (int quad = threadIdx.x % LANES; j < p.k && quad < quads; quad += LANES) {
+                        float4 v = reinterpret_cast<const float4*>(c.row + from)[quad];
+                        v = {c.of(v.x), c.of(v.y), c.of(v.z), c.of(v.w)};
+                        *reinterpret_cast<float4*>(stage + j * step + (quad ^ (j >> 2 & swap)) * 4) = v;
+                        const float4 sum = piece(half + j, quad);
+                        mixed += static_cast<double>(v.x) * sum.x + static_cast<double>(v.y) * sum.y +
+                                 static_cast<double>(v.z) * sum.z + static_cast<double>(v.w) * sum.w;
+                    }
+                    mixed = lanes_sum(mixed);
+                    if (first == 0 && threadIdx.x % LANES == 0 && j < p.k)
+                        p.diagonals[j] = from == p.low ? mixed : p.diagonals[j] + mixed;
+                }
+                __syncthreads();
             }
+            for (int run = 0; run < quads && tile < tiles; run += 4) {
+                float sum[2][4] = {};
+                for (int quad = run; quad < min(run + 4, quads); ++quad) {
+                    const float4 a[2] = {piece(top, quad), piece(top + 1, quad)};
 #pragma unroll
-            for (int u = 0; u < 4; ++u) {
-                const int n = base + u * THREADS;
-                if (n >= side * quads) break;
-                float* to = stage + n / side * 4 * side + n % side;
-                to[0] = v[u].x, to[side] = v[u].y, to[2 * side] = v[u].z, to[3 * side] = v[u].w;
+                    for (int m = 0; m < 4; ++m) {
+                        const float4 b = piece(right * 4 + m, quad);
+#pragma unroll
+                        for (int n = 0; n < 2; ++n)
+                            if (all_digits)
+                                total[n][m] += static_cast<double>(a[n].x) * b.x + static_cast<double>(a[n].y) * b.y +
+                                               static_cast<double>(a[n].z) * b.z + static_cast<double>(a[n].w) * b.w;
+                            else
+                                sum[n][m] = fmaf(a[n].x, b.x, fmaf(a[n].y, b.y,
+                                                 fmaf(a[n].z, b.z, fmaf(a[n].w, b.w, sum[n][m]))));
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < 8; ++n) total[n / 4][n % 4] += sum[n / 4][n % 4];
             }
         }
-        __syncthreads();
-        // Two lanes per tile: one for the even columns, one for the odd.
-        for (int base = 0; base < tiles; base += THREADS / 2) {
-            const int tile = base + static_cast<int>(threadIdx.x) / 2;
-            int right = static_cast<int>((sqrtf(8.0f * static_cast<float>(tile) + 1) - 1) / 2);
-            while (right * (right + 1) / 2 > tile) --right;
-            while ((right + 1) * (right + 2) / 2 <= tile) ++right;
-            const int left = tile - right * (right + 1) / 2;
-            double total[4][4] = {};
-            for (int run = 0; run < columns && tile < tiles; run += 32) {
-                float sum[4][4] = {};
-                for (int c = run + static_cast<int>(threadIdx.x) % 2; c < min(run + 32, columns); c += 2) {
-                    const float4 a = *reinterpret_cast<const float4*>(stage + c * side + left * 4);
-                    const float4 b = *reinterpret_cast<const float4*>(stage + c * side + right * 4);
-                    const float u[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
-                    for (int n = 0; n < 16; ++n)
-                        if (all_digits)
-                            total[n / 4][n % 4] += static_cast<double>(u[n / 4]) * v[n % 4];
-                        else
-                            sum[n / 4][n % 4] = fmaf(u[n / 4], v[n % 4], sum[n / 4][n % 4]);
-                }
-#pragma unroll
-                for (int n = 0; n < 16; ++n) total[n / 4][n % 4] += sum[n / 4][n % 4];
-            }
-#pragma unroll
-            for (int n = 0; n < 16; ++n) {
-                const double both = total[n / 4][n % 4] + __shfl_xor_sync(KR_FULL_WARP, total[n / 4][n % 4], 1);
-                const int i = left * 4 + n / 4, j = right * 4 + n % 4;
-                const int row = i < half ? i : i - half + p.k, column = j < half ? j : j - half + p.k;
-                const bool wanted = (i < half ? i < p.k : row < 2 * p.k) && (j < half ? j < p.k : column < 2 * p.k);
-                if (tile < tiles && wanted && column != row && column != row + p.k &&
-                    static_cast<int>(threadIdx.x % 2) == n / 8) {
-                    double* place = out + static_cast<int64_t>(row) * 2 * p.k + column;
-                    *place = from == low ? both : *place + both;
-                }
+        for (int n = 0; n < 8; ++n) {
+            const int i = top + n / 4, j = right * 4 + n % 4;
+            const int row = i < half ? i : i - half + p.k, column = j < half ? j : j - half + p.k;
+            const bool wanted = (i < half ? i < p.k : row < 2 * p.k) && (j < half ? j < p.k : column < 2 * p.k);
+            if (tile < tiles && wanted && row <= column) {
+                float* place = p.pairs + static_cast<int64_t>(row) * 2 * p.k + column;
+                const float high = static_cast<float>(total[n / 4][n % 4]);
+                *place = high;
+                if (all_digits) place[4 * p.most * p.most] = static_cast<float>(total[n / 4][n % 4] - high);
             }
         }
     }
 }
 
-// Products of all pairs: cc[i, j] = <c_i, c_j>, cs[i, j] = <c_i, S_j>, ss[i, j] = <S_i, S_j>.
-struct Products {
-    double *cc, *cs, *ss;
+// Products of all pairs: cc[i, j] = <c_i, c_j>, cs[i, j] = <c_i, S_j>, ss[i, j] = <S_i, S_j>; and what is made of them:
+// the multiples of S_j and c_j that make the new c_j, and bits for the centroids close to it.
+struct Lead {
+    double *cc, *cs, *ss, *with_c, *with_s, *along, *stay;
+    unsigned* close;
+
+    __device__ __forceinline__ explicit Lead(const Work& p) {
+        cc = p.lead, cs = cc + p.k * p.k, ss = cs + p.k * p.k;
+        with_c = ss + p.k * p.k, with_s = with_c + p.k, along = with_s + p.k, stay = along + p.k;
+        close = reinterpret_cast<unsigned*>(stay + p.k);
+    }
 };
 
 __device__ double over(double closeness) { return closeness > 0 ? closeness : 0; }
 
-// clustering.move from inner products, by one warp: the multiples of S_j, c_j and the centroids close to it that make the
-// new c_j. Returns whether any was close.
-__device__ __noinline__ bool moves_in_turn(const Work& p, Products m) {
-    const int lane = threadIdx.x % 32, words = (p.most + 31) / 32;
+// The sum over a warp of numbers >= 0, which are mostly all zero.
+__device__ double sparse_sum(double value) {
+    if (!__ballot_sync(KR_FULL_WARP, value > 0)) return 0;
+    for (int step = 16; step; step /= 2) value += __shfl_xor_sync(KR_FULL_WARP, value, step);
+    return value;
+}
+
+// clustering.move from inner products, by one warp. Returns whether any move takes more than S_j.
+__device__ __noinline__ bool moves_in_turn(const Work& p) {
+    const Lead m(p);
+    const int lane = threadIdx.x % 32, words = (p.k + 31) / 32;
     const double mu = p.penalty / p.k;
     bool any = false;
     for (int j = 0; j < p.k; ++j) {
-        double sums_share = 0, own_share = 1;
         double *cc = m.cc + j * p.k, *cs = m.cs + j * p.k, *ss = m.ss + j * p.k;
         const double fit = cs[j];
         double excess = 0, square = 0;
-        for (int word = 0; word < (p.k + 31) / 32; ++word) {
+        for (int word = 0; word < words; ++word) {
             const int i = word * 32 + lane;
             const bool close = i < p.k && i != j && cc[i] > p.margin;
             if (close) excess += cc[i] - p.margin;
             const unsigned bits = __ballot_sync(KR_FULL_WARP, close);
-            if (lane == 0) p.close[j * words + word] = bits;
+            if (lane == 0) m.close[j * words + word] = bits;
         }
         __syncwarp();
+        excess = sparse_sum(excess);
         // Products of the goal S_j - mu sum of close c with each c_i and S_i.
-        double *with_c = m.cc + p.k * p.k * 3, *with_s = with_c + p.k;
         for (int i = lane; i < p.k; i += 32) {
             double c = m.cs[i * p.k + j], s = ss[i];
-            for (int word = 0; word < (p.k + 31) / 32; ++word)
-                for (unsigned bits = p.close[j * words + word]; bits; bits &= bits - 1) {
+            for (int word = 0; word < words && excess > 0; ++word)
+                for (unsigned bits = m.close[j * words + word]; bits; bits &= bits - 1) {
                     const int l = word * 32 + __ffs(static_cast<int>(bits)) - 1;
                     c -= mu * m.cc[l * p.k + i], s -= mu * m.cs[l * p.k + i];
                 }
-            with_c[i] = c, with_s[i] = s;
+            m.with_c[i] = c, m.with_s[i] = s;
             if (i != j && cc[i] > p.margin) square += c;
         }
         __syncwarp();
-        for (int step = 16; step; step /= 2) {
-            excess += __shfl_xor_sync(KR_FULL_WARP, excess, step);
-            square += __shfl_xor_sync(KR_FULL_WARP, square, step);
-        }
-        const double length = sqrt(fmax(with_s[j] - mu * square, 0.0));
+        if (excess > 0)
+            for (int step = 16; step; step /= 2) square += __shfl_xor_sync(KR_FULL_WARP, square, step);
+        const double length = sqrt(fmax(m.with_s[j] - mu * square, 0.0));
         // The hinges lie above their linear parts, so that no move gains more than the linear minimiser promises.
-        bool moving = ss[j] > 0 && length >= 1e-12 && length - with_c[j] > TOLERANCE;
+        bool moving = ss[j] > 0 && length >= 1e-12 && length - m.with_c[j] > TOLERANCE;
         const double cost = mu * excess - fit;
+        double sums_share = 0, own_share = 1;
         for (double part = 1; moving && part >= 0.25; part /= 2) {
             const double stay = 1 - part, along = part / length;
-            const double norm = stay * stay * cc[j] + 2 * stay * along * with_c[j] + part * part;
+            const double norm = stay * stay * cc[j] + 2 * stay * along * m.with_c[j] + part * part;
             const double shrink = 1 / fmax(sqrt(norm), 1e-30);
             double now = 0;
             for (int i = lane; i < p.k; i += 32)
-                if (i != j) now += over((stay * cc[i] + along * with_c[i]) * shrink - p.margin);
-            for (int step = 16; step; step /= 2) now += __shfl_xor_sync(KR_FULL_WARP, now, step);
-            if (mu * now - (stay * fit + along * with_s[j]) * shrink >= cost - TOLERANCE) continue;
+                if (i != j) now += over((stay * cc[i] + along * m.with_c[i]) * shrink - p.margin);
+            now = sparse_sum(now);
+            if (mu * now - (stay * fit + along * m.with_s[j]) * shrink >= cost - TOLERANCE) continue;
             __syncwarp();
             for (int i = lane; i < p.k; i += 32) {
-                const double c = i == j ? 1 : (stay * cc[i] + along * with_c[i]) * shrink;
+                const double c = i == j ? 1 : (stay * cc[i] + along * m.with_c[i]) * shrink;
                 cc[i] = c, m.cc[i * p.k + j] = c;
-                cs[i] = (stay * cs[i] + along * with_s[i]) * shrink;
+                cs[i] = (stay * cs[i] + along * m.with_s[i]) * shrink;
             }
             sums_share = along * shrink, own_share = stay * shrink;
             moving = false;
-            any |= excess > 0;
+            any |= excess > 0 || stay > 0;
         }
-        if (lane == 0) p.moves[j] = sums_share, p.moves[p.most + j] = own_share;
+        if (lane == 0) m.along[j] = sums_share, m.stay[j] = own_share;
         __syncwarp();
     }
     return any;
 }
 
-// In the first block: J from the products, whether the last round is taken, the moves of the next. Returns the verdict.
-__device__ __noinline__ int decide(Work& p, int turn, int round, int rounds, double* objective,
-                                   double* history) {
-    const int squares = p.k * p.k;
-    Products m;
-    m.cc = p.most <= MOST_LEAD ? reinterpret_cast<double*>(p.panel) : p.lead;
-    m.cs = m.cc + squares, m.ss = m.cs + squares;
+// From the products of all blocks, in each of them alike: J, whether the last round is taken, and the centroids of the
+// next, as rows and numbers. Returns the verdict.
+__device__ __noinline__ int decide(Work& p, int turn, int round, int rounds, double* objective, double* history) {
+    const int squares = p.k * p.k, square = 4 * p.most * p.most;
+    const Lead m(p);
     __syncthreads();
     double part = 0;
-    bool near = false;
-    for (int base = threadIdx.x; base < 3 * squares; base += 4 * THREADS) {
-        double sum[4] = {};
+    for (int n = threadIdx.x; n < 4 * squares; n += THREADS) {
+        const int row = n / (2 * p.k), column = n % (2 * p.k), i = row % p.k, j = column % p.k;
+        const bool diagonal = i == j && column >= p.k;
+        if (row > column || (p.penalty == 0 && !diagonal)) continue;
+        double sum = 0;
 #pragma unroll
-        for (int u = 0; u < 4; ++u) {
-            const int n = base + u * THREADS, kind = n / squares, i = n % squares / p.k, j = n % p.k;
-            if (kind > 2) break;
-            // Only the upper tiles are there.
-            const int row = kind == 1 ? i : min(i, j) + kind / 2 * p.k,
-                      column = kind == 1 ? j + p.k : max(i, j) + kind / 2 * p.k;
-            const double* pair = p.pairs + row * 2 * p.k + column;
-            for (int block = 0; block < CLUSTER; ++block)
-                sum[u] += pair[static_cast<int64_t>(block) * 4 * p.most * p.most];
+        for (int block = 0; block < CLUSTER; ++block) {
+            const float* pair = p.pairs + static_cast<int64_t>(block - p.rank) * 2 * square + n;
+            sum += diagonal ? p.diagonals[(block - p.rank) * 2 * p.most + row / p.k * p.most + j] : *pair;
+            if (p.penalty >= 1 && !diagonal) sum += pair[square];
         }
-#pragma unroll
-        for (int u = 0; u < 4; ++u) {
-            const int n = base + u * THREADS, kind = n / squares, i = n % squares / p.k, j = n % p.k;
-            if (kind > 2) break;
-            m.cc[n] = sum[u];
-            if (kind == 0 && i < j) part += p.penalty / p.k * over(sum[u] - p.margin);
-            if (kind == 1 && i == j) part -= sum[u];
-        }
+        if (row < p.k && column >= p.k)
+            m.cs[i * p.k + j] = sum;
+        else
+            (row < p.k ? m.cc : m.ss)[i * p.k + j] = (row < p.k ? m.cc : m.ss)[j * p.k + i] = sum;
+        if (column < p.k && i < j) part += p.penalty / p.k * over(sum - p.margin);
+        if (row < p.k && diagonal) part -= sum;
     }
     const double now = block_sum(part, p.small);
-    int verdict = 0;
     // Rounding centroids and sums may raise J by a few ulp at rest.
     const bool taken = round == 0 || now < p.objective - STILL, last = !taken || round == rounds;
     __syncthreads();
-    if (taken && threadIdx.x == 0) p.objective = now;
-    __syncthreads();
-    for (int n = round + threadIdx.x; n <= (last ? rounds : round); n += THREADS) history[n] = p.objective;
-    if (last) {
-        if (threadIdx.x == 0) p.mail[2] = taken ? turn : 1 - turn, *objective = p.objective;
-        return STOP;
+    if (threadIdx.x == 0) {
+        if (taken) p.objective = now;
+        p.last = taken ? turn : 1 - turn;
     }
     __syncthreads();
+    if (p.rank == 0) {
+        for (int n = round + threadIdx.x; n <= (last ? rounds : round); n += THREADS) history[n] = p.objective;
+        if (last && threadIdx.x == 0) *objective = p.objective;
+    }
+    if (last) return STOP;
     // If no centroid is close to another, before or after its move, the moves are independent.
+    bool near = false, close = false;
     if (p.penalty > 0)
         for (int n = threadIdx.x; n < squares; n += THREADS) {
             const int i = n / p.k, j = n % p.k;
@@ -213,66 +251,41 @@ __device__ __noinline__ int decide(Work& p, int turn, int round, int rounds, dou
             near |= !(m.cc[n] <= p.margin && m.cs[n] <= p.margin * to && m.ss[n] <= p.margin * to * from);
         }
     if (block_sum(near, p.small) > 0) {
-        if (threadIdx.x < 32 && moves_in_turn(p, m)) verdict |= CLOSE;
+        close = threadIdx.x < 32 && moves_in_turn(p);
+        close = block_sum(close, p.small) > 0;
     } else {
         for (int j = threadIdx.x; j < p.k; j += THREADS) {
             const double length = sqrt(m.ss[j * p.k + j]);
-            const bool moving = length >= 1e-12 && length - m.cs[j * p.k + j] > TOLERANCE;
-            p.moves[j] = moving ? 1 / length : 0, p.moves[p.most + j] = moving ? 0 : 1;
+            m.along[j] = length >= 1e-12 && length - m.cs[j * p.k + j] > TOLERANCE ? 1 / length : 0;
         }
     }
+    bool empty = false;
     for (int j = threadIdx.x; j < p.k; j += THREADS) {
-        if (!p.filled(turn)[j]) verdict |= EMPTY;
-        p.filled(1 - turn)[j] = 0;
+        const int own = p.place[turn * p.most + j], sums = p.spare(j);
+        const bool moving = m.along[j] != 0;
+        p.place[(1 - turn) * p.most + j] = close ? 3 - own - sums : moving ? sums : own;
+        p.scale[(1 - turn) * p.most + j] = close ? 1 : moving ? m.along[j] : p.scale[turn * p.most + j];
+        empty |= !p.filled(turn)[j];
     }
-    const double close = block_sum(verdict & CLOSE ? 1 : 0, p.small),
-                 empty = block_sum(verdict & EMPTY ? 1 : 0, p.small);
-    return (close > 0 ? CLOSE : 0) | (empty > 0 ? EMPTY : 0);
+    return (close ? CLOSE : 0) | (block_sum(empty, p.small) > 0 ? EMPTY : 0);
 }
 
-// Applies the moves to this block's columns.
-__device__ void move(const Work& p, const float* before, float* after, bool close) {
-    const int low = p.padded / 4 * p.rank / CLUSTER * 4, wide = p.padded / 4 * (p.rank + 1) / CLUSTER * 4 - low;
-    const int words = (p.most + 31) / 32;
+// Makes this block's columns of centroids that are more than a multiple of S_j.
+__device__ void move(const Work& p, int turn) {
+    const Lead m(p);
+    const int words = (p.k + 31) / 32;
     const double mu = p.penalty / p.k;
-    if (!close) {
-        const auto fours = [&](const float* rows, int n) {
-            return reinterpret_cast<const float4*>(rows + static_cast<int64_t>(n / (wide / 4)) * p.padded + low) +
-                   n % (wide / 4);
-        };
-        for (int base = threadIdx.x; base < p.k * wide / 4; base += 2 * THREADS) {
-            float4 from[2] = {}, to[2] = {};
-            double stay[2] = {}, along[2] = {};
-#pragma unroll
-            for (int u = 0; u < 2; ++u) {
-                const int n = base + u * THREADS;
-                if (n >= p.k * wide / 4) break;
-                from[u] = *fours(before, n), to[u] = *fours(p.sums, n);
-                along[u] = p.moves[n / (wide / 4)], stay[u] = p.moves[p.most + n / (wide / 4)];
-            }
-#pragma unroll
-            for (int u = 0; u < 2; ++u) {
-                const int n = base + u * THREADS;
-                if (n >= p.k * wide / 4) break;
-                const auto moved = [&](float own, float sum) {
-                    return static_cast<float>(stay[u] * own + along[u] * sum);
-                };
-                *const_cast<float4*>(fours(after, n)) = {moved(from[u].x, to[u].x), moved(from[u].y, to[u].y),
-                                                         moved(from[u].z, to[u].z), moved(from[u].w, to[u].w)};
-            }
-        }
-        return;
-    }
-    for (int column = low + threadIdx.x; column < low + wide; column += THREADS)
+    for (int column = p.low + threadIdx.x; column < p.high; column += THREADS)
         for (int j = 0; j < p.k; ++j) {
-            const int64_t place = static_cast<int64_t>(j) * p.padded + column;
-            double goal = p.sums[place];
-            if (p.moves[j] != 0)
-                for (int word = 0; word < (p.k + 31) / 32; ++word)
-                    for (unsigned bits = p.close[j * words + word]; bits; bits &= bits - 1) {
+            const int own = p.place[turn * p.most + j], made = p.place[(1 - turn) * p.most + j];
+            double goal = p.buffer(3 - own - made, j)[column];
+            if (m.along[j] != 0)
+                for (int word = 0; word < words; ++word)
+                    for (unsigned bits = m.close[j * words + word]; bits; bits &= bits - 1) {
                         const int l = word * 32 + __ffs(static_cast<int>(bits)) - 1;
-                        goal -= mu * (l < j ? after : before)[static_cast<int64_t>(l) * p.padded + column];
+                        goal -= mu * p.centre(l < j ? 1 - turn : turn, l).at(column);
                     }
-            after[place] = static_cast<float>(p.moves[p.most + j] * before[place] + p.moves[j] * goal);
+            p.buffer(made, j)[column] =
+                static_cast<float>(m.stay[j] * p.centre(turn, j).at(column) + m.along[j] * goal);
         }
 }

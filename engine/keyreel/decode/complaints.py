@@ -6,12 +6,17 @@ It conceals the damage and returns the picture. The only sign is a line on descr
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import re
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# os.lseek lets other threads run meanwhile. That is asked after every packet, and a change of threads takes longer.
+_lseek = ctypes.PyDLL(None).lseek
+_lseek.argtypes, _lseek.restype = (ctypes.c_int, ctypes.c_long, ctypes.c_int), ctypes.c_long
 
 _LINE = re.compile(rb"Decode Error occurred for picture \d+\r?\n")
 
@@ -59,7 +64,7 @@ class Complaints:
             return self._taken()
 
     def _taken(self) -> int:
-        size = os.fstat(self._file).st_size
+        size = _lseek(self._file, 0, os.SEEK_END)  # where the next line goes anyway
         if size == self._read:
             return 0
         rest, found = _LINE.subn(b"", os.pread(self._file, size - self._read, self._read))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from av.packet import Packet
 from av.video.reformatter import ColorTrc
@@ -76,7 +76,7 @@ class Keys:
         """
         if self._codec not in ("h264", "hevc"):
             return True
-        kinds = {_kind(self._codec, unit) for unit in units(bytes(packet), _length_bytes(self._codec, self._extradata))}
+        kinds = {_kind(self._codec, unit) for unit in units(bytes(packet), length_bytes(self._codec, self._extradata))}
         return 5 in kinds if self._codec == "h264" else not kinds.isdisjoint(range(16, 22))
 
 
@@ -89,7 +89,7 @@ def spliced(data: bytes, extradata: bytes) -> bytes:
         data: the packet.
         extradata: of the container.
     """
-    changed, at, width = bytearray(data), 0, _length_bytes("hevc", extradata)
+    changed, at, width = bytearray(data), 0, length_bytes("hevc", extradata)
     for unit in units(data, width):
         at = data.index(unit, at)
         if _kind("hevc", unit) == _CRA:
@@ -120,7 +120,7 @@ class FrameNumbers:
     """
 
     def __init__(self, extradata: bytes) -> None:
-        self._width = _length_bytes("h264", extradata)
+        self._width = length_bytes("h264", extradata)
         self._bits: int | None = None
         self._last = 0  # frame_num of the last picture that others may refer to
         # The first sequence parameter set, behind a start code or at its place in ISO/IEC 14496-15's record.
@@ -176,11 +176,12 @@ class Bits:
 
     def ue(self) -> int:
         """Unsigned Exp-Golomb code: ITU-T H.264, 9.1."""
-        zeros = min(32, self._left - (self._value & (1 << self._left) - 1).bit_length())
-        return self.read(2 * zeros + 1) - 1
+        rest = self._value & (1 << self._left) - 1
+        self._left = max(0, self._left - 2 * min(32, self._left - rest.bit_length()) - 1)
+        return (rest >> self._left) - 1
 
 
-def _length_bytes(codec: str, extradata: bytes) -> int:
+def length_bytes(codec: str, extradata: bytes) -> int:
     """Bytes of the length before each unit (ISO/IEC 14496-15), 0 for start codes."""
     return (extradata[4 if codec == "h264" else 21] & 3) + 1 if extradata[:1] == b"\1" else 0
 
@@ -195,22 +196,23 @@ def parameter_sets(codec: str, data: bytes, extradata: bytes) -> frozenset[bytes
     """
     kinds = (7, 8) if codec == "h264" else (32, 33, 34)
     found = set()
-    for unit in units(data, _length_bytes(codec, extradata)):
+    for unit in units(data, length_bytes(codec, extradata)):
         if _kind(codec, unit) in kinds:
             found.add(unit.rstrip(b"\0"))
     return frozenset(found)
 
 
-def units(data: bytes, width: int) -> Iterable[bytes]:
+def units(data: bytes, width: int) -> Iterator[bytes]:
     """Yields the units of a packet of H.264 or HEVC, after start codes, or after lengths of `width` bytes."""
     if not width:
-        return (unit for unit in data.split(b"\0\0\1")[1:] if unit)
-    units, at = [], 0
+        yield from filter(None, data.split(b"\0\0\1")[1:])
+        return
+    at = 0
     while at + width < len(data):
         size = int.from_bytes(data[at : at + width], "big")
-        units.append(data[at + width : at + width + size])
+        if unit := data[at + width : at + width + size]:
+            yield unit
         at += width + max(size, 1)
-    return (unit for unit in units if unit)
 
 
 def remarks_of(stream: VideoStream, packet: Packet[VideoStream]) -> tuple[str, ...]:
@@ -218,7 +220,7 @@ def remarks_of(stream: VideoStream, packet: Packet[VideoStream]) -> tuple[str, .
     codec, found = stream.codec_context, []
     own: list[bytes] = []
     if codec.name == "hevc":  # nal_unit_header(): ITU-T H.265, 7.3.1.2
-        own = [unit for unit in units(bytes(packet), _length_bytes("hevc", bytes(codec.extradata or b""))) if unit[1:]]
+        own = [unit for unit in units(bytes(packet), length_bytes("hevc", bytes(codec.extradata or b""))) if unit[1:]]
     if any(unit[0] & 1 or unit[1] >> 3 for unit in own):
         found.append("spatial video (MV-HEVC): only the first of its two views is used")
     # Dolby's metadata is a unit of type 62. A base layer that does not name its transfer is for Dolby players only.

@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from heapq import heappop, heappush
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, finalize
 
@@ -27,6 +28,7 @@ from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.aside import Aside
 from keyreel.decode.complaints import COMPLAINTS
 from keyreel.decode.decoder import CpuDecoder, Decoder, DecoderFailed
+from keyreel.decode.headers import length_bytes
 from keyreel.decode.nvdec_claim import Claim, Declined, check_size, examined
 from keyreel.decode.nvdec_pool import DecoderPool, DevicePicture, one_line, sizes
 from keyreel.decode.parallel import NoWorker, Stopped
@@ -242,10 +244,15 @@ class NvWorker:
         self._aside = owner.aside
         self._module, self._decoder, self._format = owner.pool.module, decoder, owner.claim.format
         self._sizes: set[object] = set()
+        self._surface = getattr(self._module.Pixel_Format, self._format.surface)
         self._waiting: dict[int, tuple[int, bool, bool]] = {}  # pts: duration, key, not to be shown
-        self._first: int | None = None  # pts of the first packet since the last drain
+        # pts of the first packet since the last drain, and, as a heap, of those that wait and are not shown before it:
+        # these come in order, and surely. The others may need pictures that were not fed.
+        self._first: int | None = None
+        self._due: list[int] = []
         self.failed = False
         name = _FILTERS.get(self._format.codec)
+        self._width = length_bytes(self._format.codec, self._format.parameters) if name else 0
         try:
             self._filter = BitStreamFilterContext(name, stream) if name else None
         except av.error.FFmpegError as error:
@@ -260,19 +267,24 @@ class NvWorker:
         """
         if packet is None:
             return self._drain()
-        # The filter takes the packet's content, so everything is asked of it before.
-        pts, about = packet.pts, (packet.duration or 0, packet.is_keyframe, packet.is_discard)
+        # The filter takes the packet's content, so everything is asked of it before; what it adds lies in key packets.
+        pts, key, codec = packet.pts, packet.is_keyframe, self._format.codec
+        about = (packet.duration or 0, key, packet.is_discard)
+        if self._filter is None or not key:
+            self._sizes |= sizes(codec, bytes(packet), self._width)
         pictures: list[DevicePicture] = []
         for part in [packet] if self._filter is None else self._filter.filter(packet):
-            data = bytes(part)
-            self._sizes |= sizes(self._format.codec, data)
+            if self._filter is not None and key:
+                self._sizes |= sizes(codec, bytes(part), 0)
             if len(self._sizes) > 1:
                 raise self._failure("the size or the format of its pictures may change on the way")
             if pts is None or pts in self._waiting:
                 raise self._failure("it has packets with no pts of their own")
             self._first = pts if self._first is None else self._first
             self._waiting[pts] = about
-            pictures += self._feed(part.buffer_ptr, len(data), pts)
+            if pts >= self._first:
+                heappush(self._due, pts)
+            pictures += self._feed(part.buffer_ptr, part.size, pts)
         return pictures
 
     def flush(self) -> None:
@@ -292,11 +304,12 @@ class NvWorker:
 
     def _drain(self) -> list[DevicePicture]:
         pictures = self._feed(0, 0, 0)
-        lost = [pts for pts in self._waiting if self._begun(pts)]
+        lost = len(self._due)
         self._waiting.clear()
+        self._due.clear()
         self._first = None
         if lost:
-            raise self._surprise(f"{len(lost)} pictures did not come out of NVDEC")
+            raise self._surprise(f"{lost} pictures did not come out of NVDEC")
         return pictures
 
     def _feed(self, address: int, size: int, pts: int) -> list[DevicePicture]:
@@ -307,22 +320,20 @@ class NvWorker:
         except Exception as error:
             raise self._failure(f"NVDEC: {one_line(error)}") from error
         damaged = COMPLAINTS.count()
-        surface = getattr(self._module.Pixel_Format, self._format.surface)
         pictures = []
         for place, frame in enumerate(frames):
-            found = self._waiting.pop(frame.getPTS(), None)
-            if found is None or any(self._begun(pts) and pts < frame.getPTS() for pts in self._waiting):
-                raise self._surprise(f"the picture at pts {frame.getPTS()} came out of NVDEC out of turn")
-            if frame.format != surface or tuple(frame.shape) != self._format.rows:
+            pts = frame.getPTS()
+            found = self._waiting.pop(pts, None)
+            if found is None or (self._due and self._due[0] < pts):
+                raise self._surprise(f"the picture at pts {pts} came out of NVDEC out of turn")
+            if self._due and self._due[0] == pts:
+                heappop(self._due)
+            if frame.format != self._surface or tuple(frame.shape) != self._format.rows:
                 raise self._failure(f"NVDEC gives surfaces {frame.format} {tuple(frame.shape)}")
             duration, key, hidden = found
             if not hidden:
-                pictures.append(DevicePicture(frame.getPTS(), duration, key, frame, is_corrupt=place < damaged))
+                pictures.append(DevicePicture(pts, duration, key, frame, is_corrupt=place < damaged))
         return pictures
-
-    def _begun(self, pts: int) -> bool:
-        """False for a picture shown before the first key picture: it may need ones that were not fed, and not come."""
-        return self._first is not None and pts >= self._first
 
     def _surprise(self, reason: str) -> PlanBroken:
         self.failed = True

@@ -173,19 +173,20 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split("\nat ")[0].split())
 
 
-def sizes(codec: str, data: bytes) -> set[object]:
+def sizes(codec: str, data: bytes, width: int = 0) -> set[object]:
     """What decides the size and the format of pictures: sequence parameter sets, or VP9's sizes.
 
     A stream in which more than one is found changes, or may change, midway.
 
     Args:
-        codec: h264 and hevc (both with start codes) and vp9; nothing is known of others.
+        codec: h264, hevc and vp9; nothing is known of others.
         data: the packet.
+        width: of the lengths before units of h264 and hevc, 0 for start codes, which take far longer to find.
     """
     if codec == "h264":
-        return {unit.rstrip(b"\0") for unit in units(data, 0) if unit[0] & 31 == 7}
+        return {unit.rstrip(b"\0") for unit in units(data, width) if unit[0] & 31 == 7}
     if codec == "hevc":
-        return {unit.rstrip(b"\0") for unit in units(data, 0) if unit[0] >> 1 & 63 == 33}
+        return {unit.rstrip(b"\0") for unit in units(data, width) if unit[0] >> 1 & 63 == 33}
     if codec == "vp9":
         return {size for frame in _vp9_frames(data) if (size := _vp9_size(frame))}
     return set()

@@ -12,6 +12,7 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 POLL_SECONDS = 0.05
+_TOGETHER = 16  # results that are handed over at a time: waking the consumer costs more than making most of them
 
 
 class Stopped(Exception):
@@ -63,7 +64,8 @@ def in_order(
     """Yields the results of all parts in order, while `workers` threads work.
 
     At most two parts for each worker are in progress, and a worker waits when it is `ahead` results ahead of the
-    consumer. An error is raised in order, after the results of all earlier parts.
+    consumer. Results are passed on several at a time. An error is raised in order, after the results of all earlier
+    parts.
 
     Args:
         parts: of the job; a worker takes the next one.
@@ -73,7 +75,8 @@ def in_order(
     """
     stopped, lock = threading.Event(), threading.Lock()
     places, room = iter(range(len(parts))), threading.Semaphore(2 * workers)
-    channels: list[Channel[R]] = [Channel(ahead, stopped) for _ in parts]
+    together = max(1, min(_TOGETHER, ahead // 4))
+    channels: list[Channel[list[R]]] = [Channel(ahead // together, stopped) for _ in parts]
 
     def take() -> int | None:
         while not room.acquire(timeout=POLL_SECONDS):
@@ -87,8 +90,16 @@ def in_order(
         try:
             with open_worker() as work:
                 while (place := take()) is not None:
-                    for item in work(parts[place]):
-                        channels[place].put(item)
+                    some: list[R] = []
+                    try:
+                        for item in work(parts[place]):
+                            some.append(item)
+                            if len(some) == together:
+                                channels[place].put(some)
+                                some = []
+                    finally:
+                        if some:
+                            channels[place].put(some)
                     channels[place].put(None)
         except NoWorker:
             return
@@ -103,10 +114,10 @@ def in_order(
         thread.start()
     try:
         for channel in channels:
-            while (item := channel.take()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            while (some := channel.take()) is not None:
+                if isinstance(some, BaseException):
+                    raise some
+                yield from some
             room.release()
     finally:
         stopped.set()

@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heappop, heappush
 from itertools import count, pairwise
@@ -269,7 +269,7 @@ class Reader:
                     yield held, count
                 if picker.done(shown.start):
                     return
-            held, duration = replace(shown, frame=worker.keep(shown.frame)), seconds
+            held, duration = _Shown(worker.keep(shown.frame), shown.start, shown.index), seconds
         if held is None:
             reason = "; ".join(self.warnings()) or "it holds no pictures"
             raise CorruptStream(
