@@ -21,7 +21,7 @@ from test_color import WEIGHTS, rgb_of_yuv, slow_tone_map
 
 from keyreel.config import ImageTransform, Sampling
 from keyreel.decode.color import Converter, transfer_of
-from keyreel.decode.decoder import Packets
+from keyreel.decode.runs import Packets
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.errors import CorruptStream, UnsupportedCodec

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from test_decode import render
 
 from keyreel.config import DecodeLimits, ImageTransform, Sampling
-from keyreel.decode import decoder, nvdec, nvdec_pool
+from keyreel.decode import nvdec, nvdec_pool, runs
 from keyreel.decode.color import display_size, orientation_of
 from keyreel.decode.nvdec import open_stream
 from keyreel.decode.nvdec_pool import DecoderPool, sizes
@@ -386,7 +386,7 @@ def test_parameter_sets() -> None:
 def test_seams_are_exact(
     device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, options: dict[str, str], count: int
 ) -> None:
-    monkeypatch.setattr(decoder, "_PART_PACKETS", 8)
+    monkeypatch.setattr(runs, "_PART_PACKETS", 8)
     path = render(tmp_path / "long.mp4", range(0, 8_000, 40), codec=codec, options=options, size=(160, 144))
     for wanted in (
         Sampling("all"),
@@ -606,7 +606,7 @@ def test_a_failure_on_the_way(
     host: Device, media: Media, monkeypatch: pytest.MonkeyPatch, at: int, count: int, mode: Any
 ) -> None:
     """The CPU goes on where the device stopped, nothing twice and nothing lost; the decoder is forgotten."""
-    monkeypatch.setattr(decoder, "_PART_PACKETS", 8)
+    monkeypatch.setattr(runs, "_PART_PACKETS", 8)
     path = media("natural/bikes.mp4")
     wanted = Sampling(mode, every=2, times=tuple(np.linspace(0, 9.9, 60)) if mode == "times" else ())
     reference = on_cpu(path, wanted)
@@ -780,7 +780,7 @@ def test_errors_of_the_source_come_while_reading(host: Device, tmp_path: Path, m
 def test_memory_stays_flat_on_a_long_file(host: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures wait neither in lanes nor in the queue beyond what is stated."""
     path = render(tmp_path / "long.mp4", range(0, 24_000, 40), options={"g": "10", "bf": "2", "preset": "ultrafast"})
-    monkeypatch.setattr(decoder, "_PART_PACKETS", 10)
+    monkeypatch.setattr(runs, "_PART_PACKETS", 10)
     monkeypatch.setattr(nvdec, "_AHEAD_BYTES", 2 * 3 * 24 * 32 * 3 * 4)  # four pictures of each of two parts a lane
     monkeypatch.setattr(nvdec, "_COPIED_BYTES", 64 * 72 * 2)
     made: list[int] = []

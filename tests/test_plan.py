@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from test_source import Pipe
 
 from keyreel.config import Sampling
-from keyreel.decode import decoder
+from keyreel.decode import runs
 from keyreel.decode.decoder import CpuDecoder, CpuWorker
 from keyreel.decode.source import Source
 from keyreel.decode.stream import Stream
@@ -468,7 +468,7 @@ def test_a_long_way_is_not_decoded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"open-gop": "1"}])
 def test_lanes_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]) -> None:
-    monkeypatch.setattr(decoder, "_PART_PACKETS", 4)
+    monkeypatch.setattr(runs, "_PART_PACKETS", 4)
     settings = {"bf": "3", "x264-params": ":".join(f"{k}={v}" for k, v in options.items())}
     path = encode(tmp_path / "clip", codec="libx264", frames=150, gop=10, options=settings, container="mkv")
     reference = whole(path)
@@ -486,7 +486,7 @@ def test_lanes_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, op
 
 def test_large_pictures_get_fewer_lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for two decoders at a time, of five."""
-    monkeypatch.setattr(decoder, "_PART_PACKETS", 4)
+    monkeypatch.setattr(runs, "_PART_PACKETS", 4)
     monkeypatch.setattr("keyreel.decode.reader.WORKERS_PIXELS", 2 * 96 * 64)
     path = encode(tmp_path / "clip", codec="libx264", frames=100, gop=10)
     reference = whole(path)

@@ -24,9 +24,10 @@ from av.stream import Discard
 from av.video.stream import VideoStream
 
 from keyreel.config import Sampling
-from keyreel.decode.decoder import WORKERS_PIXELS, Cursor, Decoder, DecoderFailed, FramesLost, Worker, parts
+from keyreel.decode.decoder import WORKERS_PIXELS, Decoder, DecoderFailed, FramesLost, Worker
 from keyreel.decode.packets import BARREN_PACKETS, BROKEN, reason_of
 from keyreel.decode.parallel import in_order
+from keyreel.decode.runs import Cursor, parts
 from keyreel.decode.sampling import TOLERANCE_SECONDS, Picker, PlanBroken, near
 from keyreel.decode.source import Source
 from keyreel.decode.timeline import TIME_BASE, Clock, Timeline, leap_seconds, promised_seconds

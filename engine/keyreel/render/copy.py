@@ -19,9 +19,9 @@ import av
 import numpy as np
 from av.packet import Packet
 
-from keyreel.decode.decoder import Packets
 from keyreel.decode.headers import spliced
 from keyreel.decode.packets import BROKEN
+from keyreel.decode.runs import Packets
 from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.source import Source
 from keyreel.decode.timeline import TIME_BASE, Timeline
