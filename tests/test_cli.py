@@ -110,6 +110,7 @@ def _sound_only(path: Path) -> None:
         ("list.mp4", lambda path: path.write_bytes(PLAYLIST), "playlist"),
         ("sound.m4a", _sound_only, "no video"),
         ("folder", lambda path: path.mkdir(), "no video in the folder"),
+        ("library", lambda path: (path / "records.lance").mkdir(parents=True), "searches it"),
     ],
 )
 def test_files_that_are_no_videos(tmp_path: Path, name: str, make: Callable[[Path], object], message: str) -> None:

@@ -58,6 +58,8 @@ def within(
         tell(name, passed)
         if not inside:
             hint = f"files that end in one of: {' '.join(sorted(SUFFIXES))}"
+            if any(Path(name).glob("*.lance")):
+                hint = f'it is a library: `keyreel search "a dog" --library {name}` searches it'
             yield name, SourceNotFound(f"there is no video in the folder {name!r}", hint=hint)
         for found in inside:
             yield name, found
