@@ -498,5 +498,5 @@ def test_the_scenes_of_an_earlier_model_go_on(tmp_path: Path, number: int) -> No
 def test_a_damaged_description_of_a_library_is_damage(spoilt: dict[bytes, bytes | None]) -> None:
     columns = schema.schemas(**MODEL)[RECORDS]
     about = {key: value for key, value in {**columns.metadata, **spoilt}.items() if value is not None}
-    with pytest.raises(Damaged, match="metadata .*are damaged"):
+    with pytest.raises(Damaged, match=r"metadata .*are damaged"):
         schema.model_of(columns.with_metadata(about))
