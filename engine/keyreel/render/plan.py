@@ -156,7 +156,7 @@ def _free_gap(anchor: float, cuts: list[float], taken: list[Span]) -> Span | Non
     """The free part around `anchor` in its shot; for a short shot, also in its neighbours."""
     place = min(max(bisect_right(cuts, anchor), 1), len(cuts) - 1)
     first, last = place - 1, place
-    while cuts[last] - cuts[first] < SPAN_SECONDS[0] and (last < len(cuts) - 1 or first > 0):
+    while cuts[last] - cuts[first] < SPAN_SECONDS[0] - EPSILON and (last < len(cuts) - 1 or first > 0):
         if last < len(cuts) - 1:
             last += 1
         else:
