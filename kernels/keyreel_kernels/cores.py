@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,7 @@ def usable_cores(root: Path = Path("/")) -> int:
     return min(affinity, max(1, math.ceil(quota))) if math.isfinite(quota) else affinity
 
 
+@functools.cache  # every search asks
 def cpu_quota(root: Path = Path("/")) -> float:
     """The least quota of this process's cgroups, version 1 or 2, in cores: `docker run --cpus 1.5` is 1.5; else inf.
 

@@ -20,7 +20,7 @@ document.addEventListener("click", (event) => {
     video.play().catch(() => {});
   } else if (event.target === player || event.target.closest("[data-close]") !== null) {
     player.close();
-    stop();
+    stop(); // now: the event "close" comes with the next frame
   }
 });
 player?.addEventListener("close", stop);
