@@ -61,7 +61,7 @@ def test_errors_travel_whole() -> None:
     assert opened(carried(lambda: 3)) == 3
 
 
-@pytest.mark.parametrize("way", ["answers", "sends nothing", "hangs"])
+@pytest.mark.parametrize("way", ["answers", "sends nothing", "sends a head", "hangs"])
 def test_a_lost_replica_is_a_503(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve's proxy sends nothing when the replica that was at work has died, and waits where there is none."""
     sent: list[Any] = []
@@ -70,8 +70,9 @@ def test_a_lost_replica_is_a_503(way: str, monkeypatch: pytest.MonkeyPatch) -> N
     async def proxy(scope: Any, receive: Any, send: Any) -> None:
         if way == "hangs":
             await asyncio.sleep(60)
-        if way == "answers":
+        if way in ("answers", "sends a head"):
             await send({"type": "http.response.start", "status": 404, "headers": []})
+        if way == "answers":
             await asyncio.sleep(0.1)  # what has begun may take its time
             await send({"type": "http.response.body", "body": b"own"})
 

@@ -20,8 +20,9 @@ def middlewares() -> list[Middleware]:
 class Unavailable:
     """Answers 503 if Serve's proxy has no answer.
 
-    The replica may have died during the request, which would become a 500. Or there is no replica for longer than a
-    request may take (the default of `ServeConfig`); the time to receive a body does not count.
+    The replica may have died during the request, which would become a 500, or between the head of its answer and the
+    body: a head is kept back until a part of the body comes. Or there is no replica for longer than a request may take
+    (the default of `ServeConfig`); the time to receive a body does not count.
     """
 
     def __init__(self, app: Any) -> None:
@@ -29,13 +30,21 @@ class Unavailable:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See the ASGI specification."""
-        begun = scope["type"] != "http"
-        bounded = scope.get("method") in (*READS, "DELETE")
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, head = False, None
+        bounded = scope["method"] in (*READS, "DELETE")
 
         async def noted(message: Any) -> None:
-            nonlocal begun
-            begun = True
+            nonlocal begun, head
             deadline.reschedule(None)
+            if message["type"] == "http.response.start":
+                head = message
+                return
+            if head is not None:
+                begun, kept, head = True, head, None
+                await send(kept)
             await send(message)
 
         with suppress(TimeoutError):
