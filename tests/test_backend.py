@@ -87,7 +87,7 @@ def test_each_check_can_fail_and_is_named(
 
 
 def test_a_kernel_that_computes_something_else_is_no_device(device: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = dataclasses.replace(device, histogram_distance=lambda one, other: one[:, 0])
+    wrong = dataclasses.replace(device, frame_signals=lambda frames: (frames[:, 0, 0, 0],))
     monkeypatch.setattr(backend, "ops_for", lambda name: ops_for(name) if name == "cpu" else wrong)
     with pytest.raises(BackendUnavailable, match="result differs from NumPy's") as caught:
         resolve("cuda:0")

@@ -50,7 +50,7 @@ from planted import DEGENERATE, embedding_of, planted, some_video, unit
 from keyreel.config import ImageTransform, SelectConfig
 from keyreel.decode.color import Converter, display_size, orientation_of
 from keyreel.select import select_keyframes
-from keyreel_kernels import cuda_kmeans, cuda_shift, ops_for
+from keyreel_kernels import cuda_kmeans, ops_for
 from keyreel_kernels.cuda import Cuda
 from keyreel_kernels.cuda_kmeans import ROUNDING
 from keyreel_kernels.ops import ops_on
@@ -336,20 +336,6 @@ def test_sources_and_gathers(
     check_equal(cuda, "shift_tokens", bits.view(dtype), source, prefix)
     height, width = draw.integers(grid[0], 20), draw.integers(grid[1], 140)
     check_equal(cuda, "shift_pixels", draw.integers(256, size=(count, height, width, 3)).astype(np.uint8), source, grid)
-
-
-def test_shift_rings_fit_and_warps_cover_all_frames() -> None:
-    for columns, size, steps in itertools.product((1, 7, 768, 1537), (2, 4), (1, 3, 8, 32)):
-        width = cuda_shift.ring_columns(columns, size, steps)
-        assert width * size % 16 == 0  # each launch begins where 16 bytes do
-        assert 4 * (steps + 2) * 16 * cuda_shift.blocks(min(width, columns) * size, 16) <= 48 << 10
-    assert cuda_shift.ring_columns(768, 2, 3) == 768  # one launch, each token read once
-    for count, places, steps, sms in itertools.product((1, 5, 1000, 70000), (1, 49, 729), (1, 3, 32), (1, 132)):
-        span = cuda_shift.frames_of_a_warp(count, places, steps, sms)
-        parts = cuda_shift.blocks(count, span)
-        assert (parts - 1) * span < count <= parts * span
-        assert parts <= 65535
-        assert (parts - 1) * steps <= count / 2
 
 
 # --- clustering ---------------------------------------------------------------------------------------------------

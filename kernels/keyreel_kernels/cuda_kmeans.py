@@ -236,15 +236,9 @@ def neighbour_similarity(cuda: Cuda, x: Array, offsets: I64, reach: int = 3) -> 
     xp, lengths, (count, width) = cuda.cupy, _frames_of(offsets), x.shape
     x, starts = xp.ascontiguousarray(x), cuda.to_device(np.ascontiguousarray(offsets, np.int64))
     sums = _column_sums(cuda, x, xp.ones(count, np.float32), starts, lengths)
-    typical = xp.empty(len(lengths), np.float64)
-    sizes = (np.int32(sums.shape[1]), np.int32(width))
-    args = (sums, starts, typical, *sizes)
-    cuda.launch(
-        "kmeans_seed.cu", "mean_square", (len(lengths),), (THREADS,), args, shared=_SUM_BYTES, defines=_layout(1)
-    )
+    typical = ((sums.sum(1) / cuda.to_device(lengths)[:, None]) ** 2).sum(1)
     similarity, smooth = xp.empty(count, np.float32), xp.empty((count, width), np.float32)
-    numbers = (len(lengths), width, kind_of(x), reach)
-    args = (x, starts, typical, similarity, smooth, *(np.int32(number) for number in numbers))
+    args = (x, starts, typical, similarity, smooth, *map(np.int32, (len(lengths), width, kind_of(x), reach)))
     grid = (-(-32 * count // THREADS),)
     cuda.launch("kmeans_seed.cu", "neighbour_similarity", grid, (THREADS,), args, defines=_layout(1))
     return similarity, smooth
@@ -270,17 +264,9 @@ def seed(cuda: Cuda, x: Array, w: Array, offsets: I64, count: int) -> tuple[Arra
     rows, gaps = xp.full((videos, count), -1, np.int64), xp.zeros((videos, count), np.float32)
     scratch = xp.empty(x.shape[0], np.float64), xp.empty(4 * grid[0], np.float64)
     wide = width % 8 == 0 and x.data.ptr % 16 == 0
-    numbers = (videos, count, width, kind, int(wide), sums.shape[1], int(staged))
-    args = (x, w, starts, sums, *scratch, rows, gaps, *(np.int32(number) for number in numbers))
-    cuda.launch(
-        "kmeans_seed.cu",
-        "seed",
-        grid,
-        (THREADS,),
-        args,
-        shared=shared if staged else fixed,
-        defines=_layout(size),
-    )
+    numbers = map(np.int32, (videos, count, width, kind, wide, sums.shape[1], staged))
+    args, shared = (x, w, starts, sums, *scratch, rows, gaps, *numbers), shared if staged else fixed
+    cuda.launch("kmeans_seed.cu", "seed", grid, (THREADS,), args, shared=shared, defines=_layout(size))
     return rows, gaps
 
 

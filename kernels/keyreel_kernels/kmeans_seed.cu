@@ -23,23 +23,7 @@ __device__ double frame_dot(const void* x, int kind, int width, int64_t t, int64
         [&](int d) { return value_at(x, kind, u * width + d); });
 }
 
-// |mean z|^2 of each video, a block per video, from `column_sums` with weights 1.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    mean_square(const double* sums, const int64_t* offsets, double* out, int parts, int width) {
-    KR_SHARED(double, small);
-    const double count = static_cast<double>(offsets[blockIdx.x + 1] - offsets[blockIdx.x]);
-    double square = 0;
-    for (int d = threadIdx.x; d < width; d += THREADS) {
-        double sum = 0;
-        for (int part = 0; part < parts; ++part)
-            sum += sums[(static_cast<int64_t>(blockIdx.x) * parts + part) * width + d];
-        square += sum / count * (sum / count);
-    }
-    square = block_sum(square, small);
-    if (threadIdx.x == 0) out[blockIdx.x] = square;
-}
-
-// A warp per frame. typical [videos]: from `mean_square`.
+// A warp per frame. typical [videos]: |mean z|^2.
 extern "C" __global__ void __launch_bounds__(THREADS)
     neighbour_similarity(const void* x, const int64_t* offsets, const double* typical, float* similarity, float* smooth,
                      int videos, int width, int kind, int reach) {

@@ -246,16 +246,3 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
     for (int bin = threadIdx.x; bin < 512; bin += blockDim.x)
         histogram[blockIdx.x * 512 + bin] = static_cast<float>(counts[bin]) / pixels;
 }
-
-// A warp per row; a step of 0 compares all rows with a single one.
-extern "C" __global__ void histogram_distances(const float* one, const float* other, float* out, int count,
-                                               int bins, int one_step, int other_step) {
-    const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-    float common = 0;
-    if (row < count)
-        for (int bin = lane; bin < bins; bin += 32)
-            common += fminf(one[static_cast<int64_t>(row) * one_step + bin],
-                            other[static_cast<int64_t>(row) * other_step + bin]);
-    for (int bits = 16; bits; bits /= 2) common += __shfl_xor_sync(KR_FULL_WARP, common, bits);
-    if (row < count && lane == 0) out[row] = fminf(fmaxf(1 - common, 0.0f), 1.0f);
-}

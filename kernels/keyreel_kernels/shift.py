@@ -182,7 +182,12 @@ def shift_pixels(frames: U8, source: I64, grid: tuple[int, int]) -> U8:
         frames: [T, H, W, 3] uint8. source: [T, P] int64. grid: (h, w).
     """
     height, width = frames.shape[1:3]
+    per_pixel = source[:, patch_of_pixels(height, width, grid)]
+    return frames[per_pixel, np.arange(height)[None, :, None], np.arange(width)[None, None, :]]
+
+
+def patch_of_pixels(height: int, width: int, grid: tuple[int, int]) -> I64:
+    """[H, W] int64: the number of the patch that covers each pixel."""
     row = np.searchsorted(np.arange(1, grid[0]) * height // grid[0], np.arange(height), side="right")
     column = np.searchsorted(np.arange(1, grid[1]) * width // grid[1], np.arange(width), side="right")
-    per_pixel = source[:, row[:, None] * grid[1] + column[None, :]]
-    return frames[per_pixel, np.arange(height)[None, :, None], np.arange(width)[None, None, :]]
+    return (row[:, None] * grid[1] + column).astype(np.int64)
