@@ -77,7 +77,7 @@ def test_without_the_package_there_is_nothing_to_pay() -> None:
     code = (
         "import sys; sys.modules['opentelemetry'] = None\n"
         "from keyreel.runtime import telemetry\n"
-        "@telemetry.traced('a')\n"
+        "@telemetry.span('a')\n"
         "def double(number): return 2 * number\n"
         "with telemetry.span('b', size=1): telemetry.record_stages({'c': 1.0})\n"
         "print(double(21), telemetry._api())"

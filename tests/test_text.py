@@ -70,10 +70,10 @@ def test_a_batch_equals_its_texts_alone(encoder: TextEncoder) -> None:
 
 
 def test_words_that_the_model_does_not_know_are_told(encoder: TextEncoder) -> None:
-    assert encoder.unknown_words("A zwyxq DOG, zwyxq & qwrtp's 2024 cafés") == ["zwyxq", "qwrtp"]
+    assert encoder.tokenizer.unknown_words("A zwyxq DOG, zwyxq & qwrtp's 2024 cafés") == ["zwyxq", "qwrtp"]
     for text in ("", "🐕 ...", "a dog's poodles; colour or color", "people running"):
-        assert encoder.unknown_words(text) == []
-    assert encoder.unknown_words("犬 dog") == ["犬"]
+        assert encoder.tokenizer.unknown_words(text) == []
+    assert encoder.tokenizer.unknown_words("犬 dog") == ["犬"]
     bundle = Bundle.find("builtin")
     plain = Tokenizer(bundle.file("tokenizer.json"), clean=bundle.clean, context_length=bundle.context_length)
     assert plain.unknown_words("zwyxq") == []  # a model without a list of words
@@ -89,22 +89,22 @@ def test_a_misspelled_word_is_read_as_the_one_that_was_meant(encoder: TextEncode
         ("a fotografer's kamera", "a photographer's camera"),
         ("the rinoceros", "the rhinoceros"),
     ):
-        assert encoder.unknown_words(wrong) == []
+        assert encoder.tokenizer.unknown_words(wrong) == []
         np.testing.assert_allclose(*encoder.encode([wrong, right]), atol=1e-5)
-    assert encoder.unknown_words("a dgo at a CAFÉ") == ["dgo"]  # three letters may be anything
-    assert encoder.unknown_words("zwyxq elephnat") == ["zwyxq"]
+    assert encoder.tokenizer.unknown_words("a dgo at a CAFÉ") == ["dgo"]  # three letters may be anything
+    assert encoder.tokenizer.unknown_words("zwyxq elephnat") == ["zwyxq"]
 
 
 def test_words_that_sound_alike(encoder: TextEncoder) -> None:
     heard = {sound(word) for word in ("phosphor", "fosfor", "phossphor")}
     assert heard == {"fosfor"}
     assert [sound(word) for word in ("quack", "Zebra", "cycle")] == ["kak", "Zebra", "kikl"]
-    assert encoder.unknown_words("carafe flurbish grebnak") == ["carafe", "flurbish", "grebnak"]
+    assert encoder.tokenizer.unknown_words("carafe flurbish grebnak") == ["carafe", "flurbish", "grebnak"]
 
 
 def test_long_words_and_texts_cost_little(encoder: TextEncoder) -> None:
     assert misspellings("x" * 25) == set()
-    assert encoder.unknown_words("x" * 20_000) == ["x" * 20_000]
+    assert encoder.tokenizer.unknown_words("x" * 20_000) == ["x" * 20_000]
     many = " ".join(f"{'qxz'[n % 3]}{chr(97 + n % 26)}{chr(97 + n // 26 % 26)}vwq" for n in range(600))
     assert encoder.encode([many, "word " * 5000]).shape[0] == 2
 

@@ -26,7 +26,7 @@ from keyreel.render.results import PREVIEW
 from keyreel.render.thumbnails import thumbnails_of
 from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import BUILTIN, Bundle, SubjectScale
-from keyreel.runtime.telemetry import record_stages, span, traced
+from keyreel.runtime.telemetry import record_stages, span
 from keyreel.runtime.text import TextEncoder
 from keyreel.scenes import find_scenes
 from keyreel.search import Asked, FrameScores, Part, answered, best_hits, moments
@@ -219,7 +219,7 @@ class Engine:
             batches = _with_progress(stream, progress, source, sampling)
             return self._images.encode(batches, encode).embedding
 
-    @traced("keyreel.encode_text")
+    @span("keyreel.encode_text")
     def encode_text(self, texts: str | Sequence[str]) -> F32:
         """Encodes texts as [Q, D] float32 vectors of unit length; their cosines with frame vectors rank frames.
 
@@ -236,12 +236,12 @@ class Engine:
         Only the built-in model has a list of words; others, such as CLIP, give []. Unknown words lower the chances of
         hits.
         """
-        words = [word for text in Combined.of(query).texts for word in self._texts().unknown_words(text)]
+        words = [word for text in Combined.of(query).texts for word in self._texts().tokenizer.unknown_words(text)]
         return list(dict.fromkeys(words))
 
     def known(self, text: str) -> float:
         """Fraction of a text's words that the model knows, 0..1. Words such as "the" do not count."""
-        return self._texts().known(text)
+        return self._texts().tokenizer.known(text)
 
     def chances(self) -> Chances | None:
         """Returns what converts scores to chances; None if the model was not calibrated."""
@@ -250,7 +250,7 @@ class Engine:
             self._chances = Chances(self.encode_text(scale.background), scale)
         return self._chances
 
-    @traced("keyreel.encode_image")
+    @span("keyreel.encode_image")
     def encode_image(self, image: str | os.PathLike[str] | NDArray[Any]) -> F32:
         """Encodes a picture as a [1, D] float32 vector of unit length.
 
@@ -266,7 +266,7 @@ class Engine:
 
     # --- the main job ---------------------------------------------------------------------------------------------
 
-    @traced("keyreel.summarize")
+    @span("keyreel.summarize")
     def summarize(
         self,
         video: Video,

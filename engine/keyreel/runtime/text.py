@@ -94,8 +94,6 @@ class Tokenizer:
         """Lists the words of a text that the model has no token for, without repeats, in order.
 
         Inflections and misspellings of listed words are known. Without a list of words it returns [].
-
-        Inflections and misspellings of listed words are known.
         """
         return [word for word in self._words(text) if not self._listed(stems(word))]
 
@@ -146,11 +144,11 @@ class TextEncoder:
     def __init__(self, bundle: Bundle, session: Session, arrays: Arrays) -> None:
         self._session, self._arrays = session, arrays
         self._width = bundle.embedding_width
-        self._tokenizer = Tokenizer.of(bundle)
+        self.tokenizer = Tokenizer.of(bundle)
 
     def encode(self, texts: Sequence[str]) -> F32:
         """Encodes texts as [Q, D] float32 vectors of unit length."""
-        ids = self._tokenizer.encode(texts)
+        ids = self.tokenizer.encode(texts)
         if not len(ids):
             return np.empty((0, self._width), np.float32)
         with self._arrays.scope():
@@ -158,14 +156,6 @@ class TextEncoder:
                 self._session.run({"token_ids": self._arrays.to_device(ids)})["vectors"]
             )
         return vectors
-
-    def unknown_words(self, text: str) -> list[str]:
-        """See `Tokenizer.unknown_words`."""
-        return self._tokenizer.unknown_words(text)
-
-    def known(self, text: str) -> float:
-        """See `Tokenizer.known`."""
-        return self._tokenizer.known(text)
 
     def close(self) -> None:
         """Frees the text tower."""
