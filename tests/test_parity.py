@@ -203,122 +203,73 @@ def test_real_clips_are_near_swscale(
 # --- temporal shift -----------------------------------------------------------------------------------------------
 
 
+DTYPES = st.sampled_from([np.float32, np.float16])
+
+
 @full
 @settings(max_examples=40, deadline=None)
-@given(
-    DRAWS, st.integers(1, 9), GRIDS, st.integers(1, 5), st.integers(1, 40), st.sampled_from([np.float32, np.float16])
-)
-def test_adaptive_shift(
+@given(DRAWS, st.integers(1, 9), GRIDS, st.integers(1, 9), st.integers(1, 40), DTYPES)
+def test_shift_and_change(
     cuda: Cuda, number: int, count: int, grid: tuple[int, int], steps: int, columns: int, dtype: Any
 ) -> None:
-    """Steps beyond the frames, a single frame, a single patch, columns that fill no 16 bytes."""
+    """Grids of one row, one column, one patch; steps beyond the frames; columns that fill no 16 bytes."""
     draw = np.random.default_rng(number)
-    patches = some_tokens(draw, count, grid[0] * grid[1], columns, dtype)
-    check_adaptive_shift(cuda, patches, grid, some_linked(draw, count), steps, 0.1)
+    linked, tokens = some_linked(draw, count), some_tokens(draw, count, grid[0] * grid[1], columns, dtype)
+    check_adaptive_shift(cuda, tokens, grid, linked, steps, 0.1)
+    check_patch_change(cuda, panned(draw, count, grid, columns, dtype), grid, linked, steps)
 
 
 @full
 @pytest.mark.parametrize(
     ("count", "grid", "columns", "steps", "dtype"),
     [
-        (50, (3, 11), 72, 3, np.float16),  # several warps along the frames
-        (21, (2, 3), 400, 32, np.float32),  # columns in several launches
-        (9, (13, 17), 21, 2, np.float32),
-        (40, (1, 2), 333, 32, np.float16),
+        (20, (3, 11), 72, 3, np.float16),
+        (5, (2, 3), 1537, 4, np.float32),
+        (9, (13, 17), 21, 2, np.float32),  # more patches than a block has threads
+        (13, (1, 2), 768, 32, np.float16),
     ],
 )
 def test_most_decisions_have_a_margin(
     cuda: Cuda, count: int, grid: tuple[int, int], columns: int, steps: int, dtype: Any
 ) -> None:
-    draw = np.random.default_rng(count)
-    patches = some_tokens(draw, count, grid[0] * grid[1], columns, dtype)
-    assert check_adaptive_shift(cuda, patches, grid, np.arange(count) % 15 > 0, steps, 0.15) > 0.9
+    draw, linked = np.random.default_rng(count), np.arange(count) % 11 > 0
+    tokens = some_tokens(draw, count, grid[0] * grid[1], columns, dtype)
+    assert check_adaptive_shift(cuda, tokens, grid, linked, steps, 0.15) > 0.9
+    assert check_patch_change(cuda, panned(draw, count, grid, columns, dtype), grid, linked, steps) > 0.9
 
 
 @full
 @settings(max_examples=20, deadline=None)
 @given(DRAWS, st.integers(1, 8), GRIDS, st.integers(1, 4))
-def test_ties_of_changes_and_steps(cuda: Cuda, number: int, count: int, grid: tuple[int, int], steps: int) -> None:
-    """Unit axes: each change is exactly 0 or 1, so everything ties. Patches of zeros among them."""
+def test_ties_of_changes_steps_and_displacements(
+    cuda: Cuda, number: int, count: int, grid: tuple[int, int], steps: int
+) -> None:
+    """Unit axes: each product is exactly 0 or 1, so everything ties. Patches of zeros among them."""
     draw = np.random.default_rng(number)
-    axes = draw.integers(3, size=(count, grid[0] * grid[1]))
+    axes, linked = draw.integers(3, size=(count, grid[0] * grid[1])), some_linked(draw, count)
     patches = (np.eye(3)[axes] * 2.0 ** draw.integers(-3, 4, (*axes.shape, 1))).astype(np.float32)
     patches[draw.random(axes.shape) < 0.1] = 0
-    check_adaptive_shift(cuda, patches, grid, some_linked(draw, count), steps, 0.5, exact=True)
-
-
-def test_windows_with_a_halo_decide_as_the_whole(cuda: Cuda) -> None:
-    """Bit by bit: the sums of a frame do not depend on where a window begins, nor on a prefix before the patches."""
-    draw = np.random.default_rng(5)
-    count, steps, size = 23, 3, 6
-    tokens, linked = some_tokens(draw, count, 2 + 12, 37, np.float16), some_linked(draw, count)
-    rules: dict[str, Any] = {"steps": steps, "threshold": 0.1}
-    whole = on(cuda, "adaptive_shift", tokens[:, 2:], (3, 4), linked, **rules)
-    for start in range(0, count, size):
-        low, stop, high = max(start - steps, 0), min(start + size, count), min(start + size + steps, count)
-        inside = linked[low:high].copy()
-        inside[0] = False
-        seen = cuda.to_device(tokens[low:high])[:, 2:]
-        part = on(cuda, "adaptive_shift", seen, (3, 4), inside, **rules) + low
-        np.testing.assert_array_equal(part[start - low : stop - low], whole[start:stop])
+    check_adaptive_shift(cuda, patches, grid, linked, steps, 0.5, exact=True)
+    check_patch_change(cuda, patches, grid, linked, steps, exact=True)
 
 
 @pytest.mark.parametrize(("dtype", "columns"), [(np.float32, 37), (np.float16, 40)])
-def test_windows_with_a_halo_change_as_the_whole(cuda: Cuda, dtype: Any, columns: int) -> None:
+@pytest.mark.parametrize(("name", "rules"), [("adaptive_shift", {"threshold": 0.1}), ("patch_change", {})])
+def test_windows_with_a_halo_give_what_the_whole_gives(
+    cuda: Cuda, name: str, rules: dict[str, Any], dtype: Any, columns: int
+) -> None:
     """Bit by bit, with a prefix before the patches or without."""
     draw = np.random.default_rng(5)
     count, steps, size = 11, 2, 4
-    patches, linked = panned(draw, count, (3, 4), columns, dtype), np.arange(count) % 7 > 0
-    tokens = np.concatenate([np.zeros((count, 2, columns), dtype), patches], axis=1)
-    whole = on(cuda, "patch_change", patches, (3, 4), linked, steps=steps)
+    tokens, linked = some_tokens(draw, count, 2 + 12, columns, dtype), np.arange(count) % 7 > 0
+    whole = on(cuda, name, tokens[:, 2:], (3, 4), linked, steps=steps, **rules)
     for start in range(0, count, size):
         low, stop, high = max(start - steps, 0), min(start + size, count), min(start + size + steps, count)
         inside = linked[low:high].copy()
         inside[0] = False
-        part = on(cuda, "patch_change", cuda.to_device(tokens[low:high])[:, 2:], (3, 4), inside, steps=steps)
+        part = on(cuda, name, cuda.to_device(tokens[low:high])[:, 2:], (3, 4), inside, steps=steps, **rules)
+        part += low * (name == "adaptive_shift")  # numbers of frames
         np.testing.assert_array_equal(part[start - low : stop - low], whole[start:stop])
-
-
-@full
-@settings(max_examples=40, deadline=None)
-@given(
-    DRAWS, st.integers(0, 7), GRIDS, st.integers(1, 9), st.integers(1, 40), st.sampled_from([np.float32, np.float16])
-)
-def test_patch_change(
-    cuda: Cuda, number: int, count: int, grid: tuple[int, int], steps: int, columns: int, dtype: Any
-) -> None:
-    """Grids of one row, one column, one patch; steps beyond the frames; columns that fill no 16 bytes."""
-    draw = np.random.default_rng(number)
-    check_patch_change(cuda, panned(draw, count, grid, columns, dtype), grid, some_linked(draw, count), steps)
-
-
-@full
-@pytest.mark.parametrize(
-    ("count", "grid", "columns", "steps", "dtype"),
-    [
-        (20, (3, 7), 72, 3, np.float16),
-        (5, (2, 3), 1537, 4, np.float32),
-        (4, (13, 17), 21, 2, np.float32),  # more patches than a block has threads
-        (13, (1, 2), 768, 12, np.float16),
-    ],
-)
-def test_most_displacements_have_a_margin(
-    cuda: Cuda, count: int, grid: tuple[int, int], columns: int, steps: int, dtype: Any
-) -> None:
-    patches = panned(np.random.default_rng(count), count, grid, columns, dtype)
-    assert check_patch_change(cuda, patches, grid, np.arange(count) % 11 > 0, steps) > 0.9
-
-
-@full
-@settings(max_examples=20, deadline=None)
-@given(DRAWS, st.integers(1, 6), GRIDS, st.integers(1, 4))
-def test_ties_of_displacements(cuda: Cuda, number: int, count: int, grid: tuple[int, int], steps: int) -> None:
-    """Unit axes: each product is exactly 0 or 1, so that displacements tie, and in the same order. Zeros among them."""
-    draw = np.random.default_rng(number)
-    axes = draw.integers(2, size=(count, grid[0] * grid[1]))
-    patches = (np.eye(2)[axes] * 2.0 ** draw.integers(-3, 4, (*axes.shape, 1))).astype(np.float32)
-    patches[draw.random(axes.shape) < 0.1] = 0
-    check_patch_change(cuda, patches, grid, some_linked(draw, count), steps, exact=True)
 
 
 @full

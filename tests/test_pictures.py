@@ -58,24 +58,6 @@ def codes_of(ycc: F64, bits: int, full_range: bool) -> F64:
     return (ycc * np.array([219, 224, 224]) + np.array([16, 128, 128])) * unit
 
 
-@pytest.mark.parametrize("standard", sorted(LUMA))
-@pytest.mark.parametrize("full_range", [False, True])
-@pytest.mark.parametrize("bits", [8, 10, 12, 16])
-def test_even_colours_equal_the_inverse_of_the_standards_equations(standard: str, full_range: bool, bits: int) -> None:
-    draw = np.random.default_rng(bits)
-    codes = draw.integers(0, 2**bits, (64, 3))
-    depth, left = (np.uint8, 0) if bits == 8 else (np.uint16, 16 - bits)
-    held = (codes << left).astype(depth)
-    y = np.broadcast_to(held[:, :1, None], (64, 4, 6))
-    uv = np.broadcast_to(held[:, None, None, 1:], (64, 2, 3, 2))
-    got = pictures.yuv_to_rgb(y, uv, bits=bits, standard=standard, full_range=full_range)
-    zero = codes_of(np.zeros(3), bits, full_range)
-    ycc = (codes - zero) / (codes_of(np.ones(3), bits, full_range) - zero)
-    expected = np.clip(np.linalg.solve(forward_matrix(standard), ycc.T).T, 0, 1)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, np.broadcast_to(expected[:, None, None], got.shape), atol=4 * FLOAT32)
-
-
 def ramps(rows: F64, columns: F64) -> F64:
     """[len(rows), len(columns), 3] R'G'B' in 0..1, linear in both directions, at any places."""
     down, right = np.broadcast_arrays(rows[:, None] / 64, columns[None] / 96)
@@ -114,17 +96,6 @@ def weight_of(interpolation: str, x: float) -> float:
     if x < 1:  # Keys 1981, equation 15, a = -1/2
         return 1.5 * x**3 - 2.5 * x**2 + 1
     return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(["bicubic", "bilinear"]))
-def test_resize_weights_are_the_filter_as_wide_as_the_reduction(old: int, new: int, interpolation: str) -> None:
-    got = pictures.resize_weights(old, new, interpolation)  # type: ignore[arg-type]
-    stretch = max(old / new, 1.0)
-    for n in range(new):
-        centre = (n + 0.5) * old / new
-        weights = [weight_of(interpolation, (m + 0.5 - centre) / stretch) for m in range(old)]
-        np.testing.assert_allclose(got[n], np.array(weights) / sum(weights), atol=FLOAT32)
 
 
 @settings(max_examples=100, deadline=None)
@@ -286,22 +257,6 @@ def test_colour_bars(standard: str, bits: int, full_chroma: bool, orientation: t
         along = at[0] if orientation[0] else at[1]
         if along % 6 not in (0, 5):  # chroma of neighbours runs into the outermost
             assert np.abs(got[row, column].astype(int) - BARS[along // 6]).max() <= CODED_COLOUR
-
-
-def test_a_quarter_turn_is_clockwise() -> None:
-    y = np.random.default_rng(0).integers(16, 236, (6, 8), np.uint8)
-    grey = np.full((6, 8), 128, np.uint8)
-    turned = [
-        OPS.frames_from_surfaces(
-            [Surface((y, grey, grey), 8, "bt709", False, size, orientation)],
-            height=8,
-            width=8,
-            mode="fit",
-            interpolation="bicubic",
-        )[0]
-        for size, orientation in (((6, 8), (False, False, False)), ((8, 6), (True, False, True)))
-    ]
-    np.testing.assert_array_equal(turned[1], np.rot90(turned[0], k=-1))
 
 
 def slow_weights(old: int, new: int, interpolation: str) -> F64:

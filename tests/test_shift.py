@@ -111,51 +111,6 @@ def test_adaptive_shift_equals_a_loop(number: int, count: int, grid: tuple[int, 
 
 
 @settings(max_examples=60, deadline=None)
-@given(DRAWS, st.integers(1, 14), st.tuples(st.integers(1, 4), st.integers(1, 4)), st.integers(1, 5), st.booleans())
-def test_shift_keeps_to_the_shot_and_to_half_of_the_patches(
-    number: int, count: int, grid: tuple[int, int], reach: int, fixed: bool
-) -> None:
-    draw = np.random.default_rng(number)
-    linked, places = some_linked(draw, count), grid[0] * grid[1]
-    if fixed:
-        source = OPS.fixed_shift(count, grid, linked, fraction=float(draw.uniform(0.01, 0.5)), step=reach)
-    else:
-        source = OPS.adaptive_shift(draw.normal(size=(count, places, 4)), grid, linked, steps=reach, threshold=0.0)
-    own = np.arange(count)[:, None]
-    assert ((source != own).sum(1) <= places // 2).all()
-    assert (np.abs(source - own) <= reach).all()
-    for t in range(count):
-        assert all(same_shot(linked, t, int(u)) for u in source[t])
-
-
-def test_adaptive_shift_moves_patches_unless_the_picture_is_still() -> None:
-    draw, linked = np.random.default_rng(0), np.array([False, True, True, True])
-    patches = draw.normal(size=(4, 16, 8)).astype(np.float32)
-    moving = OPS.adaptive_shift(patches, (4, 4), linked, steps=3, threshold=0.15)
-    assert (moving[1:-1] != np.arange(4)[1:-1, None]).sum() >= 8
-    still = OPS.adaptive_shift(np.repeat(patches[:1], 4, axis=0), (4, 4), linked, steps=3, threshold=1e-5)
-    np.testing.assert_array_equal(still, np.broadcast_to(np.arange(4)[:, None], (4, 16)))
-
-
-@settings(max_examples=60, deadline=None)
-@given(DRAWS, st.integers(1, 24), st.integers(1, 4), st.integers(1, 7))
-def test_windows_with_a_halo_decide_as_the_whole(number: int, count: int, steps: int, size: int) -> None:
-    draw = np.random.default_rng(number)
-    linked, patches = some_linked(draw, count), some_patches(draw, count, 12)
-    whole = OPS.adaptive_shift(patches, (3, 4), linked, steps=steps, threshold=0.1)
-    fixed = OPS.fixed_shift(count, (3, 4), linked, fraction=0.25, step=steps)
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        low, high = max(start - steps, 0), min(stop + steps, count)
-        inside = linked[low:high].copy()
-        inside[0] = False  # as in encode: the frame before the window is not available
-        part = OPS.adaptive_shift(patches[low:high], (3, 4), inside, steps=steps, threshold=0.1) + low
-        np.testing.assert_array_equal(part[start - low : stop - low], whole[start:stop])
-        part = OPS.fixed_shift(high - low, (3, 4), inside, fraction=0.25, step=steps) + low
-        np.testing.assert_array_equal(part[start - low : stop - low], fixed[start:stop])
-
-
-@settings(max_examples=60, deadline=None)
 @given(
     DRAWS,
     st.integers(1, 7),
@@ -220,21 +175,6 @@ def test_a_camera_is_still_unless_a_displacement_explains_more() -> None:
         patches = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
         found = OPS.patch_change(patches, (1, 9), linked, steps=1)
         np.testing.assert_allclose(found[0], expected, atol=FLOAT32)
-
-
-@settings(max_examples=60, deadline=None)
-@given(DRAWS, st.integers(1, 24), st.integers(1, 4), st.integers(1, 7))
-def test_windows_with_a_halo_change_as_the_whole(number: int, count: int, steps: int, size: int) -> None:
-    draw = np.random.default_rng(number)
-    linked, patches = some_linked(draw, count), panned(draw, count, (3, 4), 8, np.float32)
-    whole = OPS.patch_change(patches, (3, 4), linked, steps=steps)
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        low, high = max(start - steps, 0), min(stop + steps, count)
-        inside = linked[low:high].copy()
-        inside[0] = False
-        part = OPS.patch_change(patches[low:high], (3, 4), inside, steps=steps)
-        np.testing.assert_allclose(part[start - low : stop - low], whole[start:stop], rtol=0, atol=FLOAT32)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])

@@ -57,6 +57,7 @@ __device__ __forceinline__ void dots(const T* own, const T* const (&others)[N], 
 #pragma unroll
     for (int n = 0; n < N; ++n) sums[n] = 0;
     if (aligned) {
+#pragma unroll 1  // else registers spill where N is 1
         for (int c = lane * PER; c < columns; c += 32 * PER) {
             const uint4 here = *reinterpret_cast<const uint4*>(own + c);
 #pragma unroll
