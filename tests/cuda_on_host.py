@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -208,14 +208,10 @@ def _wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 def _operator(name: str, *, swapped: bool) -> Callable[..., Any]:
     function = getattr(operator, name)
 
-    def apply(self: HostedArray, other: Any = None) -> Any:
-        if name in ("neg", "invert", "pos"):
-            found = function(self._host)
-        else:
-            found = function(*((_plain(other), self._host) if swapped else (self._host, _plain(other))))
-        found = np.asarray(found)
-        _done((self, other), found)
-        return _back(found)
+    def apply(*given: Any) -> HostedArray:
+        found = np.asarray(function(*map(_plain, given[::-1] if swapped else given)))
+        _done(given, found)
+        return HostedArray(found)
 
     return apply
 
@@ -322,36 +318,6 @@ class HostedModule:
 # --- the module ---------------------------------------------------------------------------------------------------
 
 
-class _Device:
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class _Pool:
-    def malloc(self, size: int) -> int:
-        raise AssertionError("the emulation allocates through NumPy")
-
-    def used_bytes(self) -> int:
-        return 0
-
-    def total_bytes(self) -> int:
-        return 0
-
-    def free_all_blocks(self) -> None:
-        pass
-
-
-@contextmanager
-def _using_allocator(_: Any) -> Iterator[None]:
-    yield
-
-
 def _copy_memory(to: int, origin: int, count: int, kind: int, stream: int) -> None:
     assert kind == 3, "only what is on the device may be copied without being counted"
     cuda_streams.copied(to, origin, count, stream)
@@ -371,14 +337,13 @@ class HostedCupy:
             "minor": capability[1],
             "multiProcessorCount": sms,
             "sharedMemPerBlockOptin": shared_bytes,
-            "totalGlobalMem": 1 << 30,
         }
         self.cuda = SimpleNamespace(
-            Device=_Device,
+            Device=lambda *_: nullcontext(),
             Stream=cuda_streams.Stream,
             Event=cuda_streams.Event,
-            MemoryPool=_Pool,
-            using_allocator=_using_allocator,
+            MemoryPool=lambda: SimpleNamespace(malloc=None, free_all_blocks=lambda: None),
+            using_allocator=lambda _: nullcontext(),
             get_current_stream=cuda_streams.current,
             runtime=SimpleNamespace(
                 getDeviceCount=lambda: 1,
@@ -396,13 +361,8 @@ class HostedCupy:
         work((), [made])
         return HostedArray(made)
 
-    array = asarray
-
     def from_dlpack(self, value: Any) -> HostedArray:
         return value if isinstance(value, HostedArray) else HostedArray(np.from_dlpack(value))
-
-    def asnumpy(self, value: HostedArray) -> np.ndarray[Any, Any]:
-        return value.get()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

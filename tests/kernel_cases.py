@@ -154,34 +154,48 @@ def panned(draw: np.random.Generator, count: int, grid: tuple[int, int], columns
     return ((frames + noise) * draw.uniform(0.5, 2, (count, h * w, 1))).astype(dtype)
 
 
-def undecided(patches: Any, linked: Bools, steps: int, threshold: float) -> Bools:
-    """[T, P]: where the definition, computed in float64, decides by less than SHIFT_MARGIN."""
+def same_shot(linked: Bools, one: int, other: int) -> bool:
+    return all(linked[min(one, other) + 1 : max(one, other) + 1])
+
+
+def neighbour(t: int, reach: int, linked: Bools) -> int:
+    """Frame t + reach, or t itself at the ends and across cuts."""
+    wanted = t + reach
+    return wanted if 0 <= wanted < len(linked) and same_shot(linked, t, wanted) else t
+
+
+def adaptive_by_loops(
+    patches: Any, grid: tuple[int, int], linked: Bools, steps: int, threshold: float
+) -> tuple[I64, Bools]:
+    """`adaptive_shift` in float64, [T, P]; and [T, P] bool: where it decides by less than SHIFT_MARGIN."""
     count, places = patches.shape[:2]
     e = patches.astype(np.float64)
     e /= np.maximum(np.linalg.norm(e, axis=-1, keepdims=True), 1e-12)
-    shot, half = np.cumsum(~linked), places // 2
-    out = np.zeros((count, places), bool)
+    source, close = np.repeat(np.arange(count)[:, None], places, axis=1), np.zeros((count, places), bool)
     for t in range(count):
         change = np.zeros((steps, places))
-        for s in range(1, steps + 1):
-            if s <= t and shot[t] == shot[t - s]:
+        for s in range(1, min(steps, t) + 1):
+            if same_shot(linked, t - s, t):
                 change[s - 1] = 1 - (e[t] * e[t - s]).sum(-1)
-        if change.max() < threshold - SHIFT_MARGIN:
-            continue  # nothing moves, whatever the step
         most = np.sort(change)[:, places - math.ceil(places / 4) :].mean(1)
         far = most - most.max() / 2
-        step = next((s for s in range(steps) if far[s] >= 0), 0)
+        step = next(s for s in range(steps) if far[s] >= 0)
+        own, half = change[step], places // 2
+        for i in sorted(range(places), key=lambda i: -own[i])[:half]:
+            if own[i] > threshold:  # chequerboard: the even squares look back, the odd ones ahead
+                ahead = (i // grid[1] + i % grid[1]) % 2
+                source[t, i] = neighbour(t, step + 1 if ahead else -step - 1, linked)
+        if change.max() < threshold - SHIFT_MARGIN:
+            continue  # nothing moves, whatever the step
         if most.any() and (np.abs(far[: step + 1]) < SHIFT_MARGIN).any():
-            out[t] = True
-            continue
-        own = change[step]
-        if own.any():
-            out[t] |= np.abs(own - threshold) < SHIFT_MARGIN
+            close[t] = True
+        elif own.any():
+            close[t] = np.abs(own - threshold) < SHIFT_MARGIN
             if half > 0:
                 last, after = np.sort(own)[::-1][half - 1 : half + 1]
                 edge = (last - after < SHIFT_MARGIN) & (np.abs(own - last) < SHIFT_MARGIN)
-                out[t] |= edge & (own > threshold - SHIFT_MARGIN)
-    return out
+                close[t] |= edge & (own > threshold - SHIFT_MARGIN)
+    return source, close
 
 
 def check_adaptive_shift(
@@ -191,7 +205,7 @@ def check_adaptive_shift(
     found = on(cuda, "adaptive_shift", patches, grid, linked, steps=steps, threshold=threshold)
     expected = shift.adaptive_shift(patches.astype(np.float32), grid, linked, steps=steps, threshold=threshold)
     assert found.dtype == np.int64
-    clear = np.ones(found.shape, bool) if exact else ~undecided(patches, linked, steps, threshold)
+    clear = np.ones(found.shape, bool) if exact else ~adaptive_by_loops(patches, grid, linked, steps, threshold)[1]
     np.testing.assert_array_equal(np.where(clear, found, -1), np.where(clear, expected, -1))
     return float(clear.mean())
 
@@ -211,7 +225,7 @@ def change_by_loops(
     for t in range(count):
         rows = []
         for u in range(max(t - steps, 0), min(t + steps, count - 1) + 1):
-            if u == t or not all(linked[min(t, u) + 1 : max(t, u) + 1]):
+            if u == t or not same_shot(linked, t, u):
                 continue
             found = []
             for dy, dx in [(0, 0), (-1, 0), (0, -1), (0, 1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]:

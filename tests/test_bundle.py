@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,69 +67,66 @@ def test_a_changed_or_missing_file_is_refused(copy: Path, name: str) -> None:
         Bundle.load(copy)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"schema": "other/1"}, "schema"),
-        ({"schema": "keyreel.bundle/1"}, "schema"),  # with one vector a frame
-        ({"subject": {"slope": 0.0}}, "slope above 0"),
-        ({"subject": {"offset": float("nan")}}, "finite offset"),
-        ({"subject": {"novelty": 3.0}}, "a cosine"),
-        ({"subject": {"steep": 1.0}}, "bad or missing entry"),
-        ({"subject": None}, "bad or missing entry"),
-        ({"grid": None}, "bad or missing entry"),
-        ({"image": {"height": -1, "width": 2}}, "height must be"),
-        ({"files": {}}, "does not list"),
-        ({"files": None}, "lists no files"),
-    ],
-)
-def test_a_bad_manifest_is_refused(copy: Path, change: dict[str, object], message: str) -> None:
-    manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**manifest, **change}))
-    with pytest.raises(ModelError, match=message):
-        Bundle.load(copy)
-
-
-def test_what_a_bundle_says_of_its_subjects(copy: Path) -> None:
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["subject"] = {"slope": 1.25, "offset": -0.1, "novelty": 0.8}
-    manifest["fusion"]["same_scene"] = {"0" * 64: "", "1" * 64: "update.npy"}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    bundle = Bundle.load(copy)
-    assert bundle.subject == SubjectScale(1.25, -0.1, 0.8)
-    assert bundle.same_scene == manifest["fusion"]["same_scene"]
-    manifest["fusion"]["same_vectors"] = ["2" * 64]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert Bundle.load(copy).same_vectors == {"2" * 64}
-    del manifest["fusion"]["same_scene"], manifest["fusion"]["same_vectors"]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert (Bundle.load(copy).same_scene, Bundle.load(copy).same_vectors) == ({}, frozenset())
-
-
-def with_chance(folder: Path, chance: object) -> Bundle:
+def changed(folder: Path, **changes: Any) -> Bundle:
+    """The bundle after changes of its manifest; `fusion__shift_default` is in the part `fusion`."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["text"]["chance"] = chance
+    for name, value in changes.items():
+        *parts, key = name.split("__")
+        functools.reduce(operator.getitem, parts, manifest)[key] = value
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return Bundle.load(folder)
 
 
-def test_the_calibration_of_chances(copy: Path) -> None:
-    found = with_chance(copy, {"lead": 17, "pictures": -0.6, "offset": 0.5, "background": ["a", "b"]}).chance
-    assert found == ChanceScale(("a", "b"), 17.0, -0.6, 0.5)
-    assert with_chance(copy, None).chance is None
-
-
-RIGHT = {"lead": 17, "pictures": -0.6, "offset": 0.5, "background": ["a"]}
+CHANCE = {"lead": 17, "pictures": -0.6, "offset": 0.5, "background": ["a", "b"]}
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"lead": 0}, {"lead": float("nan")}, {"pictures": 0.1}, {"offset": "x"}, {"offset": None}, {"background": []}],
+    ("name", "value", "message"),
+    [
+        ("schema", "other/1", "schema"),
+        ("schema", "keyreel.bundle/1", "schema"),  # with one vector a frame
+        ("subject", {"slope": 0.0}, "slope above 0"),
+        ("subject", {"offset": float("nan")}, "finite offset"),
+        ("subject", {"novelty": 3.0}, "a cosine"),
+        ("subject", {"steep": 1.0}, "bad or missing entry"),
+        ("subject", None, "bad or missing entry"),
+        ("grid", None, "bad or missing entry"),
+        ("grid", [7], "rows, columns"),
+        ("image", {"height": -1, "width": 2}, "height must be"),
+        ("files", {}, "does not list"),
+        ("files", None, "lists no files"),
+        ("text__clean", "upper", "text.clean is 'upper', allowed"),
+        *(("fusion__scene_similarity", wrong, "bad or missing entry") for wrong in (1.5, "x", None, float("nan"))),
+        *(
+            ("text__chance", wrong, "bad or missing entry")
+            for wrong in (
+                CHANCE | {"lead": 0},
+                CHANCE | {"lead": float("nan")},
+                CHANCE | {"pictures": 0.1},
+                CHANCE | {"offset": "x"},
+                CHANCE | {"offset": None},
+                CHANCE | {"background": []},
+                [1, 2],
+                {},
+            )
+        ),
+    ],
 )
-def test_bad_calibrations_are_refused(copy: Path, wrong: dict[str, object]) -> None:
-    for chance in (RIGHT | wrong, [1, 2], {}):
-        with pytest.raises(ModelError, match="bad or missing entry"):
-            with_chance(copy, chance)
+def test_a_bad_manifest_is_refused(copy: Path, name: str, value: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        changed(copy, **{name: value})
+
+
+def test_what_was_fitted_for_a_bundle(copy: Path) -> None:
+    subject, known = {"slope": 1.25, "offset": -0.1, "novelty": 0.8}, {"0" * 64: "", "1" * 64: "update.npy"}
+    fusion = {"shift_default": "off", "scene_similarity": 0.8, "same_scene": known, "same_vectors": ["2" * 64]}
+    bundle = changed(copy, subject=subject, fusion=fusion, text__chance=CHANCE)
+    assert bundle.subject == SubjectScale(1.25, -0.1, 0.8)
+    assert (bundle.scene_similarity, bundle.same_scene, bundle.same_vectors) == (0.8, known, {"2" * 64})
+    assert bundle.chance == ChanceScale(("a", "b"), 17.0, -0.6, 0.5)
+    plain = changed(copy, fusion={"shift_default": "off"}, text__chance=None)
+    assert (plain.scene_similarity, plain.same_scene, plain.same_vectors) == (SCENE_SIMILARITY, {}, frozenset())
+    assert plain.chance is None
 
 
 def test_a_manifest_cannot_name_files_elsewhere(copy: Path) -> None:
@@ -156,17 +156,3 @@ def test_write_manifest_lists_every_file(tmp_path: Path) -> None:
     # SHA-256 of "abc" in FIPS 180-2
     assert sha256_of(tmp_path / "a.bin").startswith("ba7816bf8f01cfea414140de5dae2223")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-
-
-def test_the_similarity_of_a_scene(copy: Path) -> None:
-    def of(value: object) -> Bundle:
-        manifest = json.loads((copy / "manifest.json").read_text())
-        manifest["fusion"]["scene_similarity"] = value
-        (copy / "manifest.json").write_text(json.dumps(manifest))
-        return Bundle.load(copy)
-
-    assert Bundle.load(copy).scene_similarity == SCENE_SIMILARITY
-    assert of(0.8).scene_similarity == 0.8
-    for wrong in (1.5, "x", None, float("nan")):
-        with pytest.raises(ModelError, match="bad or missing entry"):
-            of(wrong)

@@ -10,7 +10,7 @@ import pytest
 from bounds import FLOAT32
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import change_by_loops, panned, some_linked
+from kernel_cases import adaptive_by_loops, change_by_loops, neighbour, panned, some_linked
 from numpy.typing import NDArray
 
 from keyreel_kernels import Ops
@@ -29,16 +29,6 @@ def some_patches(draw: np.random.Generator, count: int, places: int) -> F32:
         moved = draw.random(places) < 0.4
         patches[t, moved] += draw.normal(size=(int(moved.sum()), 8)) * draw.random()
     return (patches * (1 + draw.random((count, places, 1)))).astype(np.float32)
-
-
-def same_shot(linked: Bools, one: int, other: int) -> bool:
-    return all(linked[t] for t in range(min(one, other) + 1, max(one, other) + 1))
-
-
-def neighbour(t: int, reach: int, linked: Bools) -> int:
-    """Frame t + reach, or t itself at the ends and across cuts."""
-    wanted = t + reach
-    return wanted if 0 <= wanted < len(linked) and same_shot(linked, t, wanted) else t
 
 
 @settings(max_examples=40, deadline=None)
@@ -77,37 +67,14 @@ def test_fixed_shift_is_even_over_rows_columns_and_directions(side: int) -> None
     assert abs(int((source == 0).sum()) - int((source == 2).sum())) <= 1
 
 
-def adaptive_by_loops(
-    patches: F32, grid: tuple[int, int], linked: Bools, steps: int, threshold: float
-) -> list[list[int]]:
-    count, places = patches.shape[:2]
-    e = patches.astype(np.float64)
-    e /= np.linalg.norm(e, axis=-1, keepdims=True)
-    out = []
-    for t in range(count):
-        change = [
-            [1 - float(e[t, i] @ e[t - s, i]) if t >= s and same_shot(linked, t - s, t) else 0.0 for i in range(places)]
-            for s in range(1, steps + 1)
-        ]
-        quarter = math.ceil(places / 4)
-        most = [sum(sorted(row)[-quarter:]) / quarter for row in change]
-        step = next((s for s in range(1, steps + 1) if most[s - 1] >= max(most) / 2), 1)
-        own = change[step - 1]
-        ranked = sorted(range(places), key=lambda i: -own[i])[: places // 2]
-        chosen = {i for i in ranked if own[i] > threshold}
-        # Chequerboard: the even squares look back, the odd ones ahead.
-        reach = [step if (i // grid[1] + i % grid[1]) % 2 else -step for i in range(places)]
-        out.append([neighbour(t, reach[i], linked) if i in chosen else t for i in range(places)])
-    return out
-
-
 @settings(max_examples=60, deadline=None)
 @given(DRAWS, st.integers(1, 10), st.tuples(st.integers(1, 4), st.integers(1, 5)), st.integers(1, 4))
 def test_adaptive_shift_equals_a_loop(number: int, count: int, grid: tuple[int, int], steps: int) -> None:
     draw = np.random.default_rng(number)
     linked, patches = some_linked(draw, count), some_patches(draw, count, grid[0] * grid[1])
     found = OPS.adaptive_shift(patches, grid, linked, steps=steps, threshold=0.1)
-    assert found.tolist() == adaptive_by_loops(patches, grid, linked, steps, 0.1)
+    expected, close = adaptive_by_loops(patches, grid, linked, steps, 0.1)
+    np.testing.assert_array_equal(found[~close], expected[~close])
 
 
 @settings(max_examples=60, deadline=None)
