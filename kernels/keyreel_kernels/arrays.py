@@ -23,18 +23,11 @@ class Arrays(Protocol):
     def xp(self) -> Any:
         """The array module: NumPy or CuPy."""
 
-    @property
-    def bytes_to_host(self) -> int:
-        """The number of bytes copied from the device so far."""
-
     def scope(self) -> AbstractContextManager[None]:
         """Makes the device, its stream and its memory pool current in this thread; re-entrant."""
 
     def join(self) -> None:
         """Synchronises our stream with the caller's current one: earlier work on either precedes later work on both."""
-
-    def synchronize(self) -> None:
-        """Waits for all launched work."""
 
     def to_device(self, array: Any) -> Any:
         """Returns the array on the device, without a copy if it is already there.
@@ -51,15 +44,11 @@ class HostArrays:
     """The memory of the CPU: NumPy arrays, never copied."""
 
     xp: Any = np
-    bytes_to_host = 0
 
     def scope(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def join(self) -> None:
-        pass
-
-    def synchronize(self) -> None:
         pass
 
     def to_device(self, array: Any) -> NDArray[Any]:
