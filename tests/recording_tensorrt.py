@@ -36,9 +36,6 @@ class Severity(enum.IntEnum):
 class Base:
     Severity = Severity
 
-    def __init__(self) -> None:
-        pass
-
 
 class Mode(enum.Enum):
     INPUT, OUTPUT = range(2)

@@ -53,9 +53,7 @@ def objective_by_loops(x: Any, w: Any, c: Any, labels: Any, penalty: float, marg
 
 def best_objective(x: Any, w: Any, c: Any, penalty: float, margin: float) -> float:
     """J with the best labels."""
-    x, w, c = (np.asarray(array, np.float64) for array in (x, w, c))
-    close = sum(max(0.0, float(a @ b) - margin) for a, b in itertools.combinations(c, 2))
-    return -float((w * (x @ c.T).max(1)).sum()) / max(float(w.sum()), 1e-30) + penalty / len(c) * close
+    return objective_by_loops(x, w, c, (x @ c.T).argmax(1), penalty, margin)
 
 
 # --- weights and seeds --------------------------------------------------------------------------------------------

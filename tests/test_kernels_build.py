@@ -103,24 +103,6 @@ def test_kernels_compile_everywhere_without_spills(file: str, defines: Defines, 
             assert 0 < int(registers) <= 255
 
 
-def test_a_spill_and_an_error_are_seen() -> None:
-    source = (
-        'extern "C" __global__ void __launch_bounds__(64) heavy(float* x, int n) {\n'
-        "    float kept[64];\n"
-        "    for (int i = 0; i < 64; ++i) kept[i] = x[i];\n"
-        "    for (int i = 0; i < n; ++i) kept[(i * n) % 64] += kept[i % 64];\n"
-        "    for (int i = 0; i < 64; ++i) x[i] = kept[i];\n"
-        "}\n"
-    )
-    done, log = compiled(source, "heavy.cu", (), 80)
-    ((kernel, stack, *_),) = _USED.findall(log)
-    assert done
-    assert (kernel, int(stack) >= 256) == ("heavy", True)
-    done, log = compiled("not CUDA", "heavy.cu", (), 80)
-    assert not done
-    assert "heavy.cu" in log
-
-
 @pytest.mark.parametrize("file", sorted({file for file, _ in VARIANTS}))
 def test_kernels_compile_with_nvcc(file: str, tmp_path: Path) -> None:
     """The compiler people have at hand; the first set of defines, one architecture, no warnings."""

@@ -184,8 +184,6 @@ def test_without_a_device_a_plan_is_stale_and_nothing_is_kept(
     plan = build_plan(path, profile, capability=AMPERE)
     with pytest.raises(PlanStale, match=r"cudaErr|CUDA"):
         TensorRTSession(plan, cuda, profile, name="fusion.onnx")
-    with pytest.raises(PlanStale, match="no TensorRT plan for emulated"):
-        open_tensorrt(path, cuda, batch_size=BATCH, build=False)
     with pytest.raises(PlanStale, match="does not take"):
         open_tensorrt(path, cuda, batch_size=BATCH)
     assert [file.suffix for file in (tmp_path / "plans").iterdir()] == [".lock"]

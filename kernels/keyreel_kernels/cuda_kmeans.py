@@ -1,7 +1,7 @@
 """Key-frame clustering on a CUDA device: launches of kmeans.cu and kmeans_seed.cu; clustering.py is the definition.
 
-x [N, D] is float16, float32, or bfloat16 (as ml_dtypes has it, or its bits as uint16). x, w, labels, similarity and
-centroids are CuPy arrays; spans, k and offsets NumPy's. Results are CuPy arrays, and nothing waits for the device.
+x [N, D] is float16 or float32. x, w, labels, similarity and centroids are CuPy arrays; spans, k and offsets NumPy's.
+Results are CuPy arrays, and nothing waits for the device.
 
 Labels equal the definition's wherever its two best cosines differ by more than ROUNDING, and so does all that follows
 from them, as long as no round gains within ROUNDING of clustering.STILL and no pair of centroids ends that close to the
@@ -28,7 +28,7 @@ I64: TypeAlias = NDArray[np.int64]
 # Error of float32 sums of a few hundred products, and of what tensor cores truncate.
 ROUNDING = 1e-5
 
-HALF, BFLOAT, FLOAT = range(3)
+HALF, FLOAT = range(2)
 # As in kmeans_common.cuh and kmeans_frames.cuh.
 THREADS = 512
 _MOST_TILE = 32
@@ -138,12 +138,11 @@ def kind_of(x: Array) -> int:
     """The kernels' number for the type of x.
 
     Raises:
-        TypeError: it is none of float16, bfloat16, float32.
+        TypeError: it is neither float16 nor float32.
     """
-    kinds = {"float16": HALF, "bfloat16": BFLOAT, "uint16": BFLOAT, "float32": FLOAT}
-    if x.dtype.name not in kinds:
-        raise TypeError(f"vectors are float16, bfloat16 (or its bits as uint16) or float32, got {x.dtype}")
-    return kinds[x.dtype.name]
+    if x.dtype not in (np.float16, np.float32):
+        raise TypeError(f"vectors are float16 or float32, got {x.dtype}")
+    return HALF if x.dtype == np.float16 else FLOAT
 
 
 def cluster(

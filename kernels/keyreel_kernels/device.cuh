@@ -49,10 +49,6 @@ __device__ __forceinline__ uint16_t kr_float_to_half(float value) {
     return bits;
 }
 
-__device__ __forceinline__ float kr_bfloat_to_float(uint16_t bits) {
-    return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-}
-
 // d [16, 8] += a [16, 16] b [16, 8]; halves in, floats out; fragments as in PTX's mma.m16n8k16. Whole warp. Turing only
 // has [16, 8] by [8, 8]: two of those.
 __device__ __forceinline__ void kr_mma_16x8x16(float d[4], const uint32_t a[4], const uint32_t b[2]) {

@@ -1,16 +1,15 @@
-// Shared by kmeans.cu and kmeans_seed.cu: frames of three types, and reductions over a block.
+// Shared by kmeans.cu and kmeans_seed.cu: frames of two types, and reductions over a block.
 
 #ifndef THREADS
 #define THREADS 512
 #endif
 #define WARPS (THREADS / 32)
 
-enum Kind { HALF, BFLOAT, FLOAT };
+enum Kind { HALF, FLOAT };
 
 __device__ __forceinline__ float value_at(const void* x, int kind, int64_t at) {
     if (kind == FLOAT) return static_cast<const float*>(x)[at];
-    const uint16_t bits = static_cast<const uint16_t*>(x)[at];
-    return kind == HALF ? kr_half_to_float(bits) : kr_bfloat_to_float(bits);
+    return kr_half_to_float(static_cast<const uint16_t*>(x)[at]);
 }
 
 // Eight values from the at-th on; zeros beyond the first `there`. wide: pieces of 16 bytes are aligned.
@@ -23,10 +22,7 @@ __device__ __forceinline__ void load_eight(const void* x, int kind, bool wide, i
         const uint4 bits = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(x) + at);
         const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            const uint16_t one = static_cast<uint16_t>(words[e / 2] >> e % 2 * 16);
-            v[e] = kind == HALF ? kr_half_to_float(one) : kr_bfloat_to_float(one);
-        }
+        for (int e = 0; e < 8; ++e) v[e] = kr_half_to_float(static_cast<uint16_t>(words[e / 2] >> e % 2 * 16));
     } else {
 #pragma unroll
         for (int e = 0; e < 8; ++e) v[e] = e < there ? value_at(x, kind, at + e) : 0.0f;

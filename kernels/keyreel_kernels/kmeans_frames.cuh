@@ -17,7 +17,7 @@ enum Verdict { STOP = 1, CLOSE = 2, EMPTY = 4 };
 // As in clustering.py.
 #define TOLERANCE 1e-10
 #define STILL 1e-7
-// Scale at which centroids, and frames that are not halves, become halves: far from the smallest half.
+// Scale at which centroids, and frames of floats, become halves: far from the smallest half.
 #define SCALE 256.0f
 // Error of float32 sums in the bound on a label.
 #define SUM_ERROR 4e-6f
@@ -117,7 +117,7 @@ __device__ __noinline__ void load_rows(const Work& p, int from, int count) {
         }
         float v[8];
         load_eight(p.x, p.kind, p.wide, at, there, v);
-        if (p.kind != HALF)
+        if (p.kind == FLOAT)
             for (int e = 0; e < 8; ++e) v[e] *= SCALE;
         uint4 hi, lo;
         split(v, hi, lo);

@@ -74,10 +74,10 @@ def resize_weights(old: int, new: int, interpolation: Interpolation) -> F32:
     first = np.maximum((centre - support * stretch + 0.5).astype(np.int64), 0)
     last = np.minimum((centre + support * stretch + 0.5).astype(np.int64), old)
     at = np.arange(old)[None]
-    x = np.abs((at + 0.5 - centre[:, None]) / stretch)
+    off = (at + 0.5 - centre[:, None]) / stretch
+    x = np.abs(off)
     if interpolation == "area":
-        y = ((at + 0.5 - centre[:, None]) / stretch > -0.5) & ((at + 0.5 - centre[:, None]) / stretch <= 0.5)
-        weights = y.astype(np.float64)
+        weights = ((off > -0.5) & (off <= 0.5)).astype(np.float64)
     elif interpolation == "bilinear":
         weights = np.maximum(0, 1 - x)
     else:

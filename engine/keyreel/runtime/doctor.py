@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -86,11 +86,11 @@ def _probe_session(
         return Probe(name, False, error.args[0], error.hint, required)
 
 
-def probe_codec(name: str, mode: str, *, required: bool) -> Probe:
+def probe_codec(name: str, mode: Literal["r", "w"], *, required: bool) -> Probe:
     """Checks that PyAV's FFmpeg has a codec. mode: "r" decodes, "w" encodes."""
     label = f"{'decode' if mode == 'r' else 'encode'} {name}"
     try:
-        codec = av.Codec(name, "r" if mode == "r" else "w")
+        codec = av.Codec(name, mode)
     except ValueError:  # PyAV's UnknownCodecError is one
         return Probe(label, False, f"PyAV {av.__version__} has no {name}", "pip install --force-reinstall av", required)
     return Probe(label, True, f"{codec.name} ({codec.long_name})", required=required)

@@ -33,14 +33,11 @@ _MAX_CONTEXTS = 2
 _log = logging.getLogger("keyreel.tensorrt")
 
 
-def open_tensorrt(
-    path: Path, cuda: Cuda, *, batch_size: int, build: bool = True, progress: Progress | None = None
-) -> TensorRTSession:
-    """Opens a session of a graph on its cached plan.
+def open_tensorrt(path: Path, cuda: Cuda, *, batch_size: int, progress: Progress | None = None) -> TensorRTSession:
+    """Opens a session of a graph on its cached plan. If none fits, it builds one, which takes seconds to minutes.
 
     Args:
         batch_size: frames in one inference.
-        build: build the plan if none fits, which takes seconds to minutes; else raise PlanStale.
         progress: called during a build, as progress("plan backbone", done, 1.0).
     """
     profile = profile_for(path.stem, batch_size)
@@ -48,8 +45,6 @@ def open_tensorrt(
     try:
         return TensorRTSession(read_plan(key), cuda, profile, name=path.name)
     except PlanStale as error:
-        if not build:
-            raise
         _log.info("%s: %s", path.name, error)
     with building(key):
         with contextlib.suppress(PlanStale):  # another process may have built it meanwhile
