@@ -401,17 +401,19 @@ def check_seeds(cuda: Cuda, x: F32, w: F32, offsets: I64, most: int, kind: str =
             np.testing.assert_allclose(gaps[b, same], sizes[b, same], atol=2 * clustering.COVERED)
 
 
-def check_similarity(cuda: Cuda, x: F32, offsets: I64, reach: int = 3, kind: str = "float32") -> None:
+def check_similarity(cuda: Cuda, x: F32, offsets: I64, kind: str = "float32") -> None:
     given, x = as_kind(x, kind)
-    similarity, smooth = on(cuda, "neighbour_similarity", given, offsets, reach)
-    expected, mean = clustering.neighbour_similarity(x, offsets, reach)
+    similarity, smooth = on(cuda, "neighbour_similarity", given, offsets)
+    expected, mean = clustering.neighbour_similarity(x, offsets)
     np.testing.assert_allclose(similarity, expected, atol=FLOAT32)
     wrong = np.abs(smooth - mean).max(1) > FLOAT32
     for start, stop in itertools.pairwise(offsets):
         # Wrong only where rounding decides which neighbours are the most similar, and more so than the average.
         cosine = x[start:stop].astype(np.float64) @ x[start:stop].astype(np.float64).T
         for t in np.flatnonzero(wrong[start:stop]):
-            near = [cosine[t, u] for u in range(stop - start) if u != t and abs(u - t) <= reach] + [cosine.mean()]
+            near = [cosine[t, u] for u in range(stop - start) if u != t and abs(u - t) <= clustering.REACH] + [
+                cosine.mean()
+            ]
             assert np.diff(np.sort(near)).min() < FLOAT32
 
 

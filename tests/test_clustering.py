@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from planted import DEGENERATE, degenerate, scenes, some_vectors, some_weights, unit
 
 from keyreel_kernels import Ops
-from keyreel_kernels.clustering import COVERED, Clusters, label_starts, move, nearest, objective, relocate
+from keyreel_kernels.clustering import COVERED, REACH, Clusters, label_starts, move, nearest, objective, relocate
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -60,17 +60,17 @@ def best_objective(x: Any, w: Any, c: Any, penalty: float, margin: float) -> flo
 
 
 @settings(max_examples=25, deadline=None)
-@given(DRAWS, st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 4))
-def test_neighbour_similarity_equals_loops(number: int, counts: list[int], reach: int) -> None:
+@given(DRAWS, st.lists(st.integers(1, 12), min_size=1, max_size=4))
+def test_neighbour_similarity_equals_loops(number: int, counts: list[int]) -> None:
     draw = np.random.default_rng(number)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     x = unit(draw.normal(size=(sum(counts), 6)))
-    similarity, smooth = OPS.neighbour_similarity(x, offsets, reach)
+    similarity, smooth = OPS.neighbour_similarity(x, offsets)
     assert (similarity.dtype, smooth.dtype) == (np.float32, np.float32)
     for start, stop in itertools.pairwise(offsets):
         cosine = x[start:stop].astype(np.float64) @ x[start:stop].astype(np.float64).T
         for t in range(stop - start):
-            near = [u for u in range(stop - start) if u != t and abs(u - t) <= reach]
+            near = [u for u in range(stop - start) if u != t and abs(u - t) <= REACH]
             best = sorted(near, key=lambda u: -cosine[t, u])[:2]
             expected = np.mean([cosine[t, u] for u in best]) if best else 1.0
             similar = [u for u in best if cosine[t, u] > cosine.mean()]
@@ -362,17 +362,6 @@ def test_as_good_as_scikit_learn(number: int) -> None:
         rival = KMeans(6, n_init=10, random_state=0).fit_predict(x)
         sums = [np.linalg.norm(x[rival == j].astype(np.float64).sum(0)) for j in range(6)]
         assert found.objective[0] <= -float(sum(sums)) / len(x) * (1 - share)
-
-
-def test_repulsion_spreads_the_centroids() -> None:
-    draw = np.random.default_rng(4)
-    x, w = unit(1.5 * np.eye(1, 8) + 0.4 * draw.normal(size=(60, 8))), np.ones(60, np.float32)
-
-    def closest(penalty: float) -> float:
-        c = run(x, w, 4, penalty=penalty, margin=0.5).centroids[0]
-        return max(float(a @ b) for a, b in itertools.combinations(c, 2))
-
-    assert closest(1.0) < closest(0.1) < closest(0.0)
 
 
 @settings(max_examples=30, deadline=None)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from bounds import BF16_COSINE, F32_COSINE
 
-from keyreel.engine import Engine
 from keyreel.errors import ModelError, pip_install
 from keyreel.runtime import backend
 from keyreel.runtime import openvino as session_openvino
@@ -279,17 +278,6 @@ def test_a_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path:
         found = outcome(chosen="onnxruntime")
         assert found.startswith("BackendUnavailable the package onnxruntime is installed but broken")
         assert pip_install("cpu") in found
-
-
-def test_the_engine_runs_on_what_its_reason_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    frames, found = pictures(4), {}
-    for runtime in ("openvino", "onnxruntime"):
-        monkeypatch.setenv("KEYREEL_CPU_RUNTIME", runtime)
-        with Engine.from_pretrained(device="cpu") as engine:
-            assert f"inference by {runtime}" in engine.backend.reason
-            found[runtime] = engine.embed(frames)
-    assert cosines(found["openvino"], found["onnxruntime"]).min() >= BF16_COSINE
-    assert not np.array_equal(found["openvino"], found["onnxruntime"])
 
 
 def test_doctor_requires_the_runtime_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -415,7 +415,7 @@ def test_planted_scenes_give_the_same_keyframes(cuda: Cuda, number: int) -> None
 def test_seeds_and_similarity(cuda: Cuda, number: int, counts: list[int], width: int, most: int, kind: str) -> None:
     x, w, offsets = some_video(np.random.default_rng(number), counts, width)
     check_seeds(cuda, x, w, offsets, most, kind)
-    check_similarity(cuda, x, offsets, 1 + most % 4, kind)
+    check_similarity(cuda, x, offsets, kind)
 
 
 @full

@@ -28,6 +28,8 @@ F32: TypeAlias = NDArray[np.float32]
 F64: TypeAlias = NDArray[np.float64]
 I64: TypeAlias = NDArray[np.int64]
 
+# Frames before and after one that are its neighbours.
+REACH = 3
 # A frame closer than this to a seed is covered: 1 - cosine of two equal unit vectors in float32 is not quite 0.
 COVERED = 1e-6
 # A move must lower J by more than this: smaller gains are rounding.
@@ -61,12 +63,11 @@ def label_starts(spans: I64) -> I64:
 # --- weights and seeds --------------------------------------------------------------------------------------------
 
 
-def neighbour_similarity(x: F32, offsets: I64, reach: int = 3) -> tuple[F32, F32]:
-    """Computes the similarity of each frame to its temporal neighbours, and smooths the vectors.
+def neighbour_similarity(x: F32, offsets: I64) -> tuple[F32, F32]:
+    """Computes the similarity of each frame to the REACH frames before and after it, and smooths the vectors.
 
     Args:
         x: [N, D] float32 unit vectors of all videos. offsets: [B+1] int64, rows of each video.
-        reach: how many frames before and after count as neighbours.
 
     Returns:
         similarity [N] float32: mean cosine of a frame to its two most similar neighbours; 1 for the only frame of a
@@ -77,8 +78,8 @@ def neighbour_similarity(x: F32, offsets: I64, reach: int = 3) -> tuple[F32, F32
     similarity, smooth = np.empty(len(x), np.float32), np.empty(x.shape, np.float32)
     for start, stop in itertools.pairwise(offsets.tolist()):
         z, count = x[start:stop].astype(np.float64), stop - start
-        near = np.full((count, 2 * reach), -np.inf)
-        for step in range(1, min(reach, count - 1) + 1):
+        near = np.full((count, 2 * REACH), -np.inf)
+        for step in range(1, min(REACH, count - 1) + 1):
             cosine = np.vecdot(z[step:], z[:-step])
             near[step:, 2 * step - 2] = cosine
             near[:-step, 2 * step - 1] = cosine

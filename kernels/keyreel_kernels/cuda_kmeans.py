@@ -46,10 +46,6 @@ def _layout(cluster: int) -> Defines:
     return (("CLUSTER", cluster), ("THREADS", THREADS))
 
 
-_ALL = [_layout(cluster) for cluster in (1, 2, 4, 8)]
-VARIANTS: dict[str, list[Defines]] = {"kmeans.cu": _ALL, "kmeans_seed.cu": _ALL}
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The layout of a launch of kmeans.cu. A team is a thread-block cluster that works on one problem at a time."""
@@ -226,7 +222,7 @@ def _frames_of(offsets: I64) -> I64:
     return lengths
 
 
-def neighbour_similarity(cuda: Cuda, x: Array, offsets: I64, reach: int = 3) -> tuple[Array, Array]:
+def neighbour_similarity(cuda: Cuda, x: Array, offsets: I64) -> tuple[Array, Array]:
     """`clustering.neighbour_similarity`: similarity [N] float32 and smooth [N, D] float32.
 
     Raises:
@@ -237,7 +233,7 @@ def neighbour_similarity(cuda: Cuda, x: Array, offsets: I64, reach: int = 3) -> 
     sums = _column_sums(cuda, x, xp.ones(count, np.float32), starts, lengths)
     typical = ((sums.sum(1) / cuda.to_device(lengths)[:, None]) ** 2).sum(1)
     similarity, smooth = xp.empty(count, np.float32), xp.empty((count, width), np.float32)
-    args = (x, starts, typical, similarity, smooth, *map(np.int32, (len(lengths), width, kind_of(x), reach)))
+    args = (x, starts, typical, similarity, smooth, *map(np.int32, (len(lengths), width, kind_of(x))))
     grid = (-(-32 * count // THREADS),)
     cuda.launch("kmeans_seed.cu", "neighbour_similarity", grid, (THREADS,), args, defines=_layout(1))
     return similarity, smooth

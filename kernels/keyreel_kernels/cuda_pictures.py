@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel_kernels.cuda import Cuda, Defines
+from keyreel_kernels.cuda import Cuda
 from keyreel_kernels.pictures import HISTOGRAM_BINS, Interpolation, resize_weights
 from keyreel_kernels.shift import F32
 from keyreel_kernels.surfaces import LUMA_WEIGHTS, Surface, common_size, first_place, resized_size
 
 FILE = "pictures.cu"
-VARIANTS: dict[str, tuple[Defines, ...]] = {FILE: ((),)}
 TILE, SPAN, LINES, THREADS = 32, 64, 32, 256  # as in pictures.cu
 _SHARED_BYTES = 3 * (SPAN + TILE) * (LINES + 1) * 4
 # The kernel's struct Source.

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from keyreel_kernels import shift
-from keyreel_kernels.cuda import Cuda, Defines
+from keyreel_kernels.cuda import Cuda
 
 FILE = "shift.cu"
-VARIANTS: dict[str, tuple[Defines, ...]] = {FILE: ((),)}
 _WARPS = 4  # per block, as in shift.cu
 
 

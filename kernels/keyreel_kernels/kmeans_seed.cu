@@ -2,7 +2,9 @@
 
 #include "kmeans_common.cuh"
 
-#define COVERED 1e-6  // as in clustering.py
+// As in clustering.py.
+#define COVERED 1e-6
+#define REACH 3
 
 // sums [videos, parts, width] of w z over a part of each video's frames; the grid is (videos, parts).
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -26,7 +28,7 @@ __device__ double frame_dot(const void* x, int kind, int width, int64_t t, int64
 // A warp per frame. typical [videos]: |mean z|^2.
 extern "C" __global__ void __launch_bounds__(THREADS)
     neighbour_similarity(const void* x, const int64_t* offsets, const double* typical, float* similarity, float* smooth,
-                     int videos, int width, int kind, int reach) {
+                     int videos, int width, int kind) {
     const int64_t t = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     if (t >= offsets[videos]) return;
@@ -41,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int64_t start = offsets[low], stop = offsets[low + 1];
     double best = 0, second = 0;
     int64_t nearest = -1, next = -1;
-    for (int n = 0; n < 2 * reach; ++n) {  // one before, one after, two before, ...: the first of equals wins
+    for (int n = 0; n < 2 * REACH; ++n) {  // one before, one after, two before, ...: the first of equals wins
         const int64_t other = n % 2 ? t + n / 2 + 1 : t - n / 2 - 1;
         if (other < start || other >= stop) continue;
         const double cosine = frame_dot(x, kind, width, t, other);
