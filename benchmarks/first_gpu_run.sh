@@ -59,7 +59,7 @@ print(sys.version, keyreel.__version__, ops_for(\"cuda:0\").arrays)"'
     fi
     step chain 40 "${tests[@]}" -m needs_cuda tests/test_engine_cuda.py -k packets_to_summary
     for tool in memcheck racecheck synccheck; do
-        step $tool 25 "${sanitizer[@]}" ${KEYREEL_REHEARSE:+TOOL=}$tool python3 -m benchmarks.gpu_checks launches cluster seed histogram_distance
+        step $tool 25 "${sanitizer[@]}" ${KEYREEL_REHEARSE:+TOOL=}$tool python3 -m benchmarks.gpu_checks launches cluster seed frame_signals
     done
     step repeat 40 python3 -m benchmarks.gpu_checks repeat "${repeats[@]}"
 else
