@@ -109,14 +109,6 @@ def test_not_a_device(device: str) -> None:
         resolve(device)
 
 
-def test_threads_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KEYREEL_THREADS", "many")
-    with pytest.raises(ValueError, match="KEYREEL_THREADS"):
-        resolve("cpu")
-    monkeypatch.setenv("KEYREEL_THREADS", "1")
-    resolve("cpu")
-
-
 def test_probes_pass_on_a_sound_installation() -> None:
     found = probes()
     assert [p.name for p in found if p.required and not p.passed] == []

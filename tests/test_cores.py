@@ -56,3 +56,6 @@ def test_the_model_takes_no_more_threads_than_the_quota(monkeypatch: pytest.Monk
         assert backend._threads() == threads
     monkeypatch.setenv("KEYREEL_THREADS", "3")
     assert backend._threads() == 3
+    monkeypatch.setenv("KEYREEL_THREADS", "many")
+    with pytest.raises(ValueError, match="KEYREEL_THREADS"):
+        backend.resolve("cpu")
