@@ -386,7 +386,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     krh::wait(krh::State::warp);
     return bits;
 }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 template <class T>
@@ -404,7 +403,6 @@ T atomicMax(T* place, std::type_identity_t<T> value) {
 using std::max;
 using std::min;
 inline unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
-inline float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
 
 inline float kr_half_to_float(uint16_t bits) { return float(__builtin_bit_cast(_Float16, bits)); }
 inline uint16_t kr_float_to_half(float value) { return __builtin_bit_cast(uint16_t, _Float16(value)); }

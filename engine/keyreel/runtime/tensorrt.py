@@ -151,19 +151,12 @@ class TensorRTSession:
         return self._cuda.cupy.empty(() if dims is None else (rows, *dims), dtype)
 
     def _rows(self, arrays: Mapping[str, Any]) -> int:
-        expected = self.signature
-        shapes = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
-        sizes = {shapes[name][1][:1] for name, (_, dims) in expected.items() if dims is not None and name in shapes}
-        fits = shapes.keys() == expected.keys() and all(
-            shapes[name][0] == dtype
-            and shapes[name][1][1:] == (dims or ())
-            and bool(shapes[name][1]) == (dims is not None)
-            for name, (dtype, dims) in expected.items()
-        )
-        if not fits or len(sizes) != 1:
-            got = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in shapes.items())
-            raise ModelError(f"{self._name} takes {expected}, got {got}", hint="export the model again")
-        return int(sizes.pop()[0])
+        got = {name: (array.dtype, tuple(array.shape[1:]) if array.ndim else None) for name, array in arrays.items()}
+        sizes = {len(array) for array in arrays.values() if array.ndim}
+        if got != self.signature or len(sizes) != 1:
+            shapes = ", ".join(f"{name} {array.dtype} {tuple(array.shape)}" for name, array in arrays.items())
+            raise ModelError(f"{self._name} takes {self.signature}, got {shapes}", hint="export the model again")
+        return sizes.pop()
 
     @contextlib.contextmanager
     def _context(self, *, whole: bool) -> Iterator[_Context]:
