@@ -34,11 +34,6 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     return write
 
 
-@pytest.fixture
-def emulated() -> Cuda:
-    return host_cuda()
-
-
 # --- the device ---------------------------------------------------------------------------------------------------
 
 
@@ -53,8 +48,8 @@ def test_a_launch_runs_and_defines_make_variants(cuda: Cuda, written: Callable[[
             out[:] = 0
 
 
-def test_each_variant_is_compiled_once(emulated: Cuda, written: Callable[[str], str]) -> None:
-    file = written(HEAD + SUM)
+def test_each_variant_is_compiled_once(written: Callable[[str], str]) -> None:
+    emulated, file = host_cuda(), written(HEAD + SUM)
     made: list[Any] = []
     plain = emulated.cupy.RawModule
 
