@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 from bounds import FLOAT32
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import adaptive_by_loops, change_by_loops, neighbour, panned, some_linked
-from numpy.typing import NDArray
+from kernel_cases import adaptive_by_loops, change_by_loops, neighbour, panned, some_linked, some_tokens
 
 from keyreel_kernels import Ops
 
-F32 = NDArray[np.float32]
-Bools = NDArray[np.bool_]
 OPS = Ops("cpu")
 DRAWS = st.integers(0, 2**32 - 1)
-
-
-def some_patches(draw: np.random.Generator, count: int, places: int) -> F32:
-    """A still background with patches that change now and then."""
-    patches = np.repeat(draw.normal(size=(1, places, 8)), count, axis=0)
-    for t in range(1, count):
-        patches[t] = patches[t - 1]
-        moved = draw.random(places) < 0.4
-        patches[t, moved] += draw.normal(size=(int(moved.sum()), 8)) * draw.random()
-    return (patches * (1 + draw.random((count, places, 1)))).astype(np.float32)
 
 
 @settings(max_examples=40, deadline=None)
@@ -71,7 +59,7 @@ def test_fixed_shift_is_even_over_rows_columns_and_directions(side: int) -> None
 @given(DRAWS, st.integers(1, 10), st.tuples(st.integers(1, 4), st.integers(1, 5)), st.integers(1, 4))
 def test_adaptive_shift_equals_a_loop(number: int, count: int, grid: tuple[int, int], steps: int) -> None:
     draw = np.random.default_rng(number)
-    linked, patches = some_linked(draw, count), some_patches(draw, count, grid[0] * grid[1])
+    linked, patches = some_linked(draw, count), some_tokens(draw, count, grid[0] * grid[1], 8, np.float32)
     found = OPS.adaptive_shift(patches, grid, linked, steps=steps, threshold=0.1)
     expected, close = adaptive_by_loops(patches, grid, linked, steps, 0.1)
     np.testing.assert_array_equal(found[~close], expected[~close])
@@ -92,7 +80,8 @@ def test_patch_change_equals_a_loop(
     """Where no displacement leads by so little that float32 may decide otherwise."""
     draw = np.random.default_rng(number)
     places = grid[0] * grid[1]
-    patches = panned(draw, count, grid, columns, np.float32) if moving else some_patches(draw, count, places)
+    shape: Any = grid if moving else places
+    patches = (panned if moving else some_tokens)(draw, count, shape, columns, np.float32)
     patches[draw.random((count, places)) < 0.05] = 0
     linked = some_linked(draw, count)
     expected, close = change_by_loops(patches, grid, linked, steps)
