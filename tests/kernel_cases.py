@@ -440,7 +440,8 @@ def case(cuda: Cuda, name: str) -> None:
     elif name == "frame_signals":
         check_signals(cuda, draw.integers(0, 256, (2, 37, 51, 3), np.uint8))
     elif name == "histogram_distance":
-        check_distance(cuda, draw, 9, 1)
+        for count, other in ((9, 9), (1, 20), (20, 1), (1, 1), (0, 0), (0, 1)):
+            check_distance(cuda, draw, count, other)
     elif name == "fixed_shift":
         check_equal(cuda, name, 6, grid, linked, fraction=0.3, step=1)
     elif name == "adaptive_shift":

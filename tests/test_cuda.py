@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,17 +127,10 @@ def test_streams_are_put_in_step(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) ->
     """Ours waits for what the caller's was given, and the caller's for ours; within our scope there is no other."""
     done: list[tuple[str, Any]] = []
 
-    class Stream:
-        def __init__(self, name: str, ptr: int) -> None:
-            self.name, self.ptr = name, ptr
+    def stream(name: str, ptr: int) -> Any:
+        return SimpleNamespace(ptr=ptr, record=lambda: name, wait_event=lambda event: done.append((name, event)))
 
-        def record(self) -> str:
-            return self.name
-
-        def wait_event(self, event: str) -> None:
-            done.append((self.name, event))
-
-    ours, callers = Stream("ours", 1), Stream("callers", 2)
+    ours, callers = stream("ours", 1), stream("callers", 2)
     monkeypatch.setattr(cuda, "stream", ours)
     for current, expected in ((callers, [("ours", "callers"), ("callers", "ours")]), (ours, [])):
         monkeypatch.setattr(cuda.cupy.cuda, "get_current_stream", lambda current=current: current)

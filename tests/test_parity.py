@@ -28,7 +28,6 @@ from kernel_cases import (
     check_adaptive_shift,
     check_cluster,
     check_degenerate,
-    check_distance,
     check_equal,
     check_patch_change,
     check_seeded_twice,
@@ -161,12 +160,6 @@ def test_frame_signals(cuda: Cuda, height: int, width: int) -> None:
     frames[3] = np.linspace(0, 255, width).astype(np.uint8)[:, None]
     check_signals(cuda, frames)
     check_signals(cuda, frames[:0])
-
-
-@full
-def test_histogram_distance(cuda: Cuda) -> None:
-    for count, other in ((9, 9), (1, 20), (20, 1), (1, 1), (0, 0), (0, 1)):
-        check_distance(cuda, np.random.default_rng(count), count, other)
 
 
 def surface_of(cuda: Cuda, frame: VideoFrame, standard: str) -> Surface:
