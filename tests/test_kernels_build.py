@@ -27,7 +27,7 @@ pytestmark = pytest.mark.full
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 VARIANTS: list[tuple[str, Defines]] = [
     *((file, (("CLUSTER", n), ("THREADS", THREADS))) for file in ("kmeans.cu", "kmeans_seed.cu") for n in (1, 2, 4, 8)),
-    ("pictures.cu", ()),
+    *((file, ()) for file in ("pictures.cu", "shift.cu")),
 ]
 _ENTRY = re.compile(r'(?:extern\s+"C"\s+__global__\s+void|KR_CLUSTER_KERNEL)\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)')
 _USED = re.compile(

@@ -12,7 +12,7 @@ from sanitized_kernels import FOUND, SANITIZERS, command
 
 pytestmark = pytest.mark.full
 # One process for each kernel file, which it compiles once.
-CASES = [NAMES[:3], NAMES[9:]]
+CASES = [NAMES[:4], NAMES[4:9], NAMES[9:]]
 FAULTS = {
     ("thread", "race"): "data race",
     ("address", "outside"): "heap-buffer-overflow",

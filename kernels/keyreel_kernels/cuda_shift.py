@@ -1,4 +1,4 @@
-"""The operations of shift.py on a CUDA device, with CuPy.
+"""The operations of shift.py on a CUDA device: CuPy's own, and launches of shift.cu.
 
 Tokens and frames are CuPy arrays, and so are the results; `linked` may be on the host.
 """
@@ -11,6 +11,9 @@ import numpy as np
 
 from keyreel_kernels import shift
 from keyreel_kernels.cuda import Cuda
+
+FILE = "shift.cu"
+_WARPS = 4  # per block, as in shift.cu
 
 
 def fixed_shift(cuda: Cuda, count: int, grid: tuple[int, int], linked: Any, *, fraction: float, step: int) -> Any:
@@ -34,13 +37,31 @@ def patch_change(cuda: Cuda, patches: Any, grid: tuple[int, int], linked: Any, *
 
     Displacements whose means differ by less than the rounding of float32 may be chosen otherwise.
     """
-    patches = cuda.to_device(patches).astype(np.float32, copy=False)
-    return shift.change_of_patches(cuda.cupy, patches, grid, cuda.to_device(linked), steps)
+    patches = _tokens(cuda, patches)
+    count, places, columns = patches.shape
+    change = cuda.cupy.empty((count, places), np.float32)
+    if not change.size:
+        return change
+    size = patches.dtype.itemsize
+    if patches.strides[1:] != (columns * size, size):  # a view without a prefix stays a view
+        patches = cuda.cupy.ascontiguousarray(patches)
+    stride = patches.strides[0]
+    aligned = not (patches.data.ptr % 16 or stride % 16 or columns * size % 16)
+    products = cuda.cupy.empty((steps, len(shift.OFFSETS), count, places), np.float32)
+    lengths = cuda.cupy.empty((count, places), np.float32)
+    sizes = tuple(map(np.int32, (count, *grid, steps)))
+    args = (patches, np.int64(stride // size), np.int32(columns), np.int32(aligned), *sizes, products, lengths)
+    name = f"moved_products_{'half' if size == 2 else 'float'}"
+    cuda.launch(FILE, name, (-(-count * places // _WARPS),), (32 * _WARPS,), args)
+    shot = cuda.cupy.cumsum(~cuda.to_device(linked), dtype=np.int32)
+    args = (products, lengths, shot, *sizes, np.float32(shift.STILL_BONUS), change)
+    cuda.launch(FILE, "mean_change", (count,), (32 * _WARPS,), args, shared=4 * 2 * steps)
+    return change
 
 
 def shift_tokens(cuda: Cuda, tokens: Any, source: Any, prefix: int) -> Any:
     """`shift.shift_tokens` on float32 or float16."""
-    tokens = cuda.to_device(tokens)
+    tokens = _tokens(cuda, tokens)
     out = tokens.copy()
     out[:, prefix:] = tokens[cuda.to_device(source), cuda.cupy.arange(prefix, tokens.shape[1])[None]]
     return out
@@ -51,3 +72,8 @@ def shift_pixels(cuda: Cuda, frames: Any, source: Any, grid: tuple[int, int]) ->
     height, width = frames.shape[1:3]
     per_pixel = cuda.to_device(source)[:, cuda.to_device(shift.patch_of_pixels(height, width, grid))]
     return frames[per_pixel, cuda.cupy.arange(height)[None, :, None], cuda.cupy.arange(width)[None, None, :]]
+
+
+def _tokens(cuda: Cuda, tokens: Any) -> Any:
+    tokens = cuda.to_device(tokens)
+    return tokens if tokens.dtype in (np.float16, np.float32) else tokens.astype(np.float32)

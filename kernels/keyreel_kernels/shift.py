@@ -1,4 +1,4 @@
-"""The temporal shift: the definition in NumPy, whose lines run with CuPy on a device.
+"""The temporal shift in NumPy, which defines what cuda_shift.py computes.
 
 Letters: T frames, P patches (grid h x w), C token width, H x W pixels.
 """
@@ -16,7 +16,7 @@ F32: TypeAlias = NDArray[np.float32]
 I64: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]
 
-# The camera's displacements (dy, dx) in patches, in the order in which ties go to the first.
+# The camera's displacements (dy, dx) in patches, in the order in which ties go to the first; as in shift.cu.
 OFFSETS = sorted(itertools.product((-1, 0, 1), repeat=2), key=lambda o: (abs(o[0]) + abs(o[1]), *o))
 # Added to the mean cosine of (0, 0): the camera counts as still unless a displacement explains more.
 STILL_BONUS = 0.005
@@ -109,29 +109,22 @@ def patch_change(patches: F32, grid: tuple[int, int], linked: Bools, *, steps: i
     Returns:
         [T, P] float32 in [0, 2].
     """
-    change: F32 = change_of_patches(np, patches, grid, linked, steps)
-    return change
-
-
-def change_of_patches(xp: Any, patches: Any, grid: tuple[int, int], linked: Any, steps: int) -> Any:
-    """`patch_change` with NumPy or CuPy."""
     count, places = patches.shape[:2]
-    unit, shot = _unit(xp, patches), xp.cumsum(~linked, dtype=np.int64)
-    inside, there = map(xp.asarray, _displaced(grid))
-    total, pairs = xp.zeros((count, places), np.float32), xp.zeros(count, np.float32)
+    unit, shot = _unit(np, patches), np.cumsum(~linked)
+    total, pairs = np.zeros((count, places), np.float32), np.zeros(count, np.float32)
     for s in range(1, min(steps, count - 1) + 1):
         same_shot = shot[s:] == shot[:-s]
         early, late = slice(None, -s), slice(s, None)
         # All pairs of patches, though only nine per patch are needed: one matrix product is faster than nine of rows.
-        cosines = _products(xp, unit[early], unit[late])
+        cosines = _products(unit[early], unit[late])
         for own, seen in ((early, cosines), (late, cosines.swapaxes(1, 2))):
-            total[own] += xp.where(same_shot[:, None], _change_between(xp, seen, inside, there), 0)
+            total[own] += np.where(same_shot[:, None], _change_between(seen, grid), 0)
             pairs[own] += same_shot
-    total /= xp.maximum(pairs, 1)[:, None]
+    total /= np.maximum(pairs, 1)[:, None]
     return total
 
 
-def _products(xp: Any, one: Any, other: Any) -> Any:
+def _products(one: F32, other: F32) -> F32:
     """[N, P, P]: inner products of the rows of one [N, P, C] and of the other.
 
     Small products are computed in parts that OpenBLAS does on one thread. For larger ones it wakes threads that spin,
@@ -139,7 +132,7 @@ def _products(xp: Any, one: Any, other: Any) -> Any:
     """
     places, width = one.shape[1:]
     step = _ONE_THREAD // (places * places)
-    if xp is not np or step < _LEAST_WIDTH:
+    if step < _LEAST_WIDTH:
         return one @ other.swapaxes(1, 2)
     total = one[..., :step] @ other[..., :step].swapaxes(1, 2)
     for first in range(step, width, step):
@@ -148,26 +141,23 @@ def _products(xp: Any, one: Any, other: Any) -> Any:
     return total
 
 
-def _displaced(grid: tuple[int, int]) -> tuple[Bools, I64]:
-    """Of each displacement and patch [9, P]: whether i+o lies inside the grid, and the patch i+o there, else i."""
-    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    y, x = (np.array(by)[:, None] + at for by, at in zip(zip(*OFFSETS, strict=True), (row, column), strict=True))
-    inside = (y >= 0) & (y < grid[0]) & (x >= 0) & (x < grid[1])
-    return inside, np.where(inside, y * grid[1] + x, np.arange(len(row)))
-
-
-def _change_between(xp: Any, cosines: Any, inside: Any, there: Any) -> Any:
+def _change_between(cosines: F32, grid: tuple[int, int]) -> F32:
     """[N, P]: the change of each patch of a frame to another, from the cosines [N, P, P] of the one's to the other's.
 
     One displacement for all patches of a frame: with one for each, an object that moves by a patch would show no
     change.
     """
-    moved = cosines[:, xp.arange(there.shape[1]), there]  # [N, 9, P]
-    known = xp.maximum(inside.sum(1), 1)
-    mean = xp.where(inside.any(1), (moved * inside).sum(2) / known, -np.inf)
+    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    y, x = (np.array(by)[:, None] + at for by, at in zip(zip(*OFFSETS, strict=True), (row, column), strict=True))
+    inside = (y >= 0) & (y < grid[0]) & (x >= 0) & (x < grid[1])
+    there = np.where(inside, y * grid[1] + x, np.arange(len(row)))
+    moved = cosines[:, np.arange(len(row)), there]  # [N, 9, P]
+    known = np.maximum(inside.sum(1), 1)
+    mean = np.where(inside.any(1), (moved * inside).sum(2) / known, -np.inf)
     mean[:, 0] += STILL_BONUS
     best = mean.argmax(1)
-    return xp.clip(1 - moved[xp.arange(len(moved)), best], 0, 2)
+    change: F32 = np.clip(1 - moved[np.arange(len(moved)), best], 0, 2)
+    return change
 
 
 def _unit(xp: Any, patches: Any) -> Any:
