@@ -1,4 +1,4 @@
-"""The temporal shift in NumPy, which defines what cuda_shift.py computes.
+"""The temporal shift in NumPy, which defines what shift.cu computes.
 
 Letters: T frames, P patches (grid h x w), C token width, H x W pixels.
 """
@@ -6,7 +6,7 @@ Letters: T frames, P patches (grid h x w), C token width, H x W pixels.
 from __future__ import annotations
 
 import itertools
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,22 +36,16 @@ def fixed_shift(count: int, grid: tuple[int, int], linked: Bools, *, fraction: f
     Returns:
         [T, P] int64: the source frame of each patch.
     """
-    source: I64 = fixed_sources(np, count, grid, linked, fraction, step)
-    return source
-
-
-def fixed_sources(xp: Any, count: int, grid: tuple[int, int], linked: Any, fraction: float, step: int) -> Any:
-    """`fixed_shift` with NumPy or CuPy."""
-    patches = xp.arange(grid[0] * grid[1])
+    patches = np.arange(grid[0] * grid[1])
     # Patch i is chosen where the running total crosses an integer: evenly spread, never more than the fraction. Each
     # row is rotated by one more place than the row above; otherwise some grids would get whole columns.
-    order = xp.floor((patches + 1) * fraction).astype(np.int64)
-    row, column = patches // grid[1], patches % grid[1]
+    order = np.floor((patches + 1) * fraction).astype(np.int64)
+    row, column = np.divmod(patches, grid[1])
     rotated = row * grid[1] + (column - row) % grid[1]
-    chosen = (order > xp.floor(patches * fraction))[rotated]
-    direction = xp.where(order % 2 == 1, -1, 1)[rotated]
-    steps = xp.full(count, step, np.int64)
-    return _sources(xp, steps, xp.broadcast_to(chosen, (count, len(patches))), direction, linked)
+    chosen = (order > np.floor(patches * fraction))[rotated]
+    direction = np.where(order % 2 == 1, -1, 1)[rotated]
+    steps = np.full(count, step, np.int64)
+    return _sources(steps, np.broadcast_to(chosen, (count, len(patches))), direction, linked)
 
 
 def adaptive_shift(patches: F32, grid: tuple[int, int], linked: Bools, *, steps: int, threshold: float) -> I64:
@@ -68,27 +62,21 @@ def adaptive_shift(patches: F32, grid: tuple[int, int], linked: Bools, *, steps:
     Returns:
         [T, P] int64: the source frame of each patch; its own if not shifted.
     """
-    source: I64 = adaptive_sources(np, patches, grid, linked, steps, threshold)
-    return source
-
-
-def adaptive_sources(xp: Any, patches: Any, grid: tuple[int, int], linked: Any, steps: int, threshold: float) -> Any:
-    """`adaptive_shift` with NumPy or CuPy."""
     count, places = patches.shape[:2]
-    unit = _unit(xp, patches)
-    shot = xp.cumsum(~linked, dtype=np.int64)
-    change = xp.zeros((steps, count, places), np.float32)
+    unit = _unit(patches)
+    shot = np.cumsum(~linked)
+    change = np.zeros((steps, count, places), np.float32)
     for s in range(1, min(steps, count - 1) + 1):
         same_shot = shot[s:] == shot[:-s]
-        change[s - 1, s:] = xp.where(same_shot[:, None], 1 - (unit[s:] * unit[:-s]).sum(-1), 0)
+        change[s - 1, s:] = np.where(same_shot[:, None], 1 - (unit[s:] * unit[:-s]).sum(-1), 0)
     quarter = -(-places // 4)
-    most = xp.sort(change, axis=-1)[..., -quarter:].mean(-1)  # [S, T]
+    most = np.sort(change, axis=-1)[..., -quarter:].mean(-1)  # [S, T]
     step = (most >= 0.5 * most.max(0)).argmax(0) + 1  # [T]
-    own = change[step - 1, xp.arange(count)]  # [T, P]
-    rank = xp.argsort(xp.argsort(-own, axis=1, kind="stable"), axis=1, kind="stable")
-    patch = xp.arange(places)
-    chequered = xp.where((patch // grid[1] + patch % grid[1]) % 2 == 0, -1, 1)
-    return _sources(xp, step, (own > threshold) & (rank < places // 2), chequered, linked)
+    own = change[step - 1, np.arange(count)]  # [T, P]
+    rank = np.argsort(np.argsort(-own, axis=1, kind="stable"), axis=1, kind="stable")
+    row, column = np.divmod(np.arange(places), grid[1])
+    chequered = np.where((row + column) % 2 == 0, -1, 1)
+    return _sources(step, (own > threshold) & (rank < places // 2), chequered, linked)
 
 
 def patch_change(patches: F32, grid: tuple[int, int], linked: Bools, *, steps: int) -> F32:
@@ -110,7 +98,7 @@ def patch_change(patches: F32, grid: tuple[int, int], linked: Bools, *, steps: i
         [T, P] float32 in [0, 2].
     """
     count, places = patches.shape[:2]
-    unit, shot = _unit(np, patches), np.cumsum(~linked)
+    unit, shot = _unit(patches), np.cumsum(~linked)
     total, pairs = np.zeros((count, places), np.float32), np.zeros(count, np.float32)
     for s in range(1, min(steps, count - 1) + 1):
         same_shot = shot[s:] == shot[:-s]
@@ -160,19 +148,20 @@ def _change_between(cosines: F32, grid: tuple[int, int]) -> F32:
     return change
 
 
-def _unit(xp: Any, patches: Any) -> Any:
-    return patches / xp.maximum(xp.sqrt((patches * patches).sum(-1, keepdims=True)), 1e-12)
+def _unit(patches: F32) -> F32:
+    unit: F32 = patches / np.maximum(np.linalg.norm(patches, axis=-1, keepdims=True), 1e-12)
+    return unit
 
 
-def _sources(xp: Any, step: Any, chosen: Any, direction: Any, linked: Any) -> Any:
+def _sources(step: I64, chosen: Bools, direction: I64, linked: Bools) -> I64:
     """[T, P]: `step` [T] frames back (direction -1) or ahead (1), [P]; the frame itself at the ends and across cuts."""
     count = len(chosen)
-    frame = xp.broadcast_to(xp.arange(count)[:, None], chosen.shape)
+    frame = np.broadcast_to(np.arange(count)[:, None], chosen.shape)
     wanted = frame + direction * step[:, None]
-    shot = xp.cumsum(~linked, dtype=np.int64)
+    shot = np.cumsum(~linked)
     inside = (wanted >= 0) & (wanted < count)
-    there = xp.clip(wanted, 0, count - 1)
-    return xp.where(chosen & inside & (shot[there] == shot[frame]), there, frame).astype(np.int64)
+    there = np.clip(wanted, 0, count - 1)
+    return np.where(chosen & inside & (shot[there] == shot[frame]), there, frame).astype(np.int64)
 
 
 def shift_tokens(tokens: F32, source: I64, prefix: int) -> F32:
