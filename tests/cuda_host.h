@@ -386,6 +386,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     krh::wait(krh::State::warp);
     return bits;
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 template <class T>
@@ -403,9 +404,11 @@ T atomicMax(T* place, std::type_identity_t<T> value) {
 using std::max;
 using std::min;
 inline unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
+inline float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
 
 inline float kr_half_to_float(uint16_t bits) { return float(__builtin_bit_cast(_Float16, bits)); }
 inline uint16_t kr_float_to_half(float value) { return __builtin_bit_cast(uint16_t, _Float16(value)); }
+inline float kr_bfloat_to_float(uint16_t bits) { return __uint_as_float(unsigned(bits) << 16); }
 
 // PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".
 inline void kr_mma_16x8x16(float d[4], const uint32_t a[4], const uint32_t b[2]) {

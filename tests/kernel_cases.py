@@ -179,7 +179,7 @@ def adaptive_by_loops(
                 change[s - 1] = 1 - (e[t] * e[t - s]).sum(-1)
         most = np.sort(change)[:, places - math.ceil(places / 4) :].mean(1)
         far = most - most.max() / 2
-        step = next(s for s in range(steps) if far[s] >= 0)
+        step = next((s for s in range(steps) if far[s] >= 0), 0)
         own, half = change[step], places // 2
         for i in sorted(range(places), key=lambda i: -own[i])[:half]:
             if own[i] > threshold:  # chequerboard: the even squares look back, the odd ones ahead
