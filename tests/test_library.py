@@ -1226,6 +1226,20 @@ def test_a_damaged_video_is_left_out_and_said(library: Library, engine: Engine, 
         assert opened.search("a", k=50) == everything
 
 
+def test_a_copy_of_a_damaged_video_is_decoded(library: Library, folder: Path) -> None:
+    library.add([folder / "a.mp4"])
+    (original,) = library.list()
+    before = rows(library, original)
+    row = np.flatnonzero(~before.keyframe)[-1]  # pictures of key-frames have checksums that are read
+    library._tables.table("vectors").update(
+        where=f"generation = '{original.generation}' AND row = {row} AND kind = 'scene'", values={"pts_seconds": 0.125}
+    )
+    copy = shutil.copy(folder / "a.mp4", folder / "z.mp4")
+    with Library(library.uri, library.engine) as opened:
+        assert changes(opened.add([copy])) == {"z.mp4": "added"}
+        np.testing.assert_array_equal(rows(opened, opened.record(copy)).pts_seconds, before.pts_seconds)
+
+
 def test_a_library_without_digests_and_scenes_gets_them(library: Library, engine: Engine, clips: list[Path]) -> None:
     library.add(clips[:2])
     for record in library.list():

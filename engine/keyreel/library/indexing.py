@@ -176,9 +176,7 @@ class Indexer:
         except LibraryError:
             return None
         rows = found.get(twin.generation)
-        if rows is None or extras is None or rows.counts != (twin.frames, twin.subjects):
-            return None
-        if len(previews) != rows.keyframe.sum():
+        if rows is None or extras is None or not twin.describes(rows) or len(previews) != rows.keyframe.sum():
             return None
         same = {
             name: getattr(twin, name) for name in ("frames", "subjects", "duration_seconds", "grid", "shots", "scenes")
