@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import local_ray
 import numpy as np
 import pytest
 from test_shards import WIDTH, fill, films, some_filter, some_query
@@ -36,12 +37,7 @@ from keyreel.library.shards import open_tables
 from keyreel.library.types import Filter
 from keyreel.serve.security import ApiError
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray's own, as in test_ray.py
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-CLIPS = ("natural/bikes.mp4", "natural/chaplin.mp4", "natural/test.mp4", "natural/stream-of-water.mp4")
+pytestmark = local_ray.WARNINGS
 QUERIES = ["a man in a hat", "running water", "bicycles in a street", "a face", "a car"]
 KILLS = int(os.environ.get("KEYREEL_CLUSTER_KILLS", "4"))
 
@@ -100,19 +96,9 @@ def test_what_a_cluster_cannot_be() -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    ray = pytest.importorskip("ray", reason="Ray is not installed")
     pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
-    from keyreel.cluster.indexing import connected
-
-    connection = connected(ray, None, cpus=4, gpus=0)
-    try:
-        connection.__enter__()
-    except Exception as error:  # noqa: BLE001 - a sandbox may refuse it its sockets or its shared memory
-        pytest.skip(f"Ray does not start here: {type(error).__name__}: {error}")
-    try:
+    with local_ray.started(cpus=4) as ray:
         yield ray
-    finally:
-        connection.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +192,7 @@ def test_kills_under_clients(media: Callable[[str], Path], tmp_path: Path) -> No
     and every accepted job is done.
     """
     pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
-    clips = [media(name) for name in CLIPS]
+    clips = [media(name) for name in local_ray.CLIPS]
     uri = tmp_path / "library"
     with Engine.from_pretrained(device="cpu", threads=1) as engine:
         with Library(uri, engine, config=LibraryConfig(shards=3)) as library:

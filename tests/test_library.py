@@ -23,6 +23,7 @@ import pytest
 from encoded_clips import encode
 from library_process import content
 from PIL import Image, ImageDraw
+from test_library_search import one
 
 import keyreel
 from keyreel import Engine, Library, Sampling, Summary
@@ -34,7 +35,7 @@ from keyreel.library import files, schema
 from keyreel.library.types import Added, Filter, LibraryHit, Record
 from keyreel.render.pictures import at_most, pictures_at
 from keyreel.runtime.bundle import Bundle, SubjectScale
-from keyreel.search import Asked, region
+from keyreel.search import region
 from keyreel.types import Combined, Example
 
 pytest.importorskip("lancedb", reason="needs the extra `library`")
@@ -601,10 +602,6 @@ def test_finds_what_search_finds_in_a_summary(full: Library, engine: Engine, dem
         np.testing.assert_allclose([hit.score for hit in found], [hit.score for hit in expected], atol=2e-3)
         assert {hit.video_id for hit in found} == {full.record(demo).id}
         assert {hit.keyframe_seconds for hit in found} <= {one.pts_seconds for one in full.previews(demo)}
-
-
-def one(vector: Any, scale: SubjectScale | None = None) -> Asked:
-    return Asked(vector[None], (scale or SubjectScale(),), (1.0,))
 
 
 def test_every_kind_of_query(

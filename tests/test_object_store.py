@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import library_process
 import pytest
-from library_process import MODEL, check, content, do, made, steps, target
+from library_process import MODEL, check, content, do, fingerprints, made, start, steps, target
 from s3_server import BUCKET, KEY, SECRET, Store, object_store, recorder, send
 
 from keyreel import Engine, Library
@@ -38,11 +35,6 @@ def bucket(store: Store, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
     for name, value in store.credentials.items():
         monkeypatch.setenv(name, value)
     return f"s3://{BUCKET}/{request.node.name}"
-
-
-def start(uri: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", library_process.__file__, uri, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -90,9 +82,7 @@ def test_a_kill_loses_no_committed_video(bucket: str) -> None:
     tables.create(**MODEL)
     for verb, what in steps(tables, 50):
         do(tables, verb, what)
-    assert {record.id: record.fingerprint for record in tables.records()} == {
-        id: "{}:{}".format(*state) for id, state in target(50).items()
-    }
+    assert fingerprints(tables) == {id: "{}:{}".format(*state) for id, state in target(50).items()}
     check(tables)
     compact(tables, alone=True)
     assert orphans(tables, 0.0) == {}
@@ -108,7 +98,7 @@ def test_two_writers_at_once(bucket: str) -> None:
         assert writer.returncode == 0
     tables = Tables(bucket)
     expected = {f"id{number}": f"{number}:2" for first in (0, 100) for number in range(first + 1, first + 4)}
-    found = {record.id: record.fingerprint for record in tables.records()}
+    found = fingerprints(tables)
     assert found.pop("id999") in {f"999:{first + 3}" for first in (0, 100)}  # which both wrote
     assert found == expected
     check(tables)

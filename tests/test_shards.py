@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import document, run
 from library_process import MODEL, content
 from test_library_search import quarters, search_of, stored, subjects, unit, video
 
@@ -370,24 +370,14 @@ def test_processes_write_all_shards_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_the_command(tmp_path: Path) -> None:
-    fill(Tables(str(tmp_path / "library")), films(10, 6))
-    command = [sys.executable, "-m", "keyreel", "library", "reshard", str(tmp_path / "library"), "--shards"]
-    done = subprocess.run([*command, "2", "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == {
-        "schema": "keyreel.reshard/1", "library": str(tmp_path / "library"), "shards": 2, "videos": 6
-    }  # fmt: skip
-    assert len(open_tables(str(tmp_path / "library")).parts) == 2
-
-
-@pytest.mark.full
-def test_the_command_makes_a_library_with_shards(media: Callable[[str], Path], tmp_path: Path) -> None:
-    uri = str(tmp_path / "library")
-    command = [sys.executable, "-m", "keyreel", "index", str(media("natural/bikes.mp4")), "--library", uri, "--shards"]
-    done = subprocess.run([*command, "2", "--json"], capture_output=True, text=True, check=True)
-    assert [video["change"] for video in json.loads(done.stdout)["videos"]] == ["added"]
+def test_the_commands(media: Callable[[str], Path], tmp_path: Path) -> None:
+    uri, clip = str(tmp_path / "library"), media("natural/bikes.mp4")
+    made = document(None, "index", clip, "--library", uri, "--shards", 2)
+    assert [video["change"] for video in made["videos"]] == ["added"]
     assert len(open_tables(uri).parts) == 2
-    wrong = subprocess.run([*command, "3"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 6
+    wrong = run("index", clip, "--library", uri, "--shards", 3, code=6)
     assert "has 2 shards, not 3" in wrong.stderr
     assert "keyreel library reshard" in wrong.stderr
+    spread = document(None, "library", "reshard", uri, "--shards", 3)
+    assert spread == {"schema": "keyreel.reshard/1", "library": uri, "shards": 3, "videos": 1}
+    assert len(open_tables(uri).parts) == 3
