@@ -502,32 +502,30 @@ def test_rows_stay_where_only_the_second_look_fails(folder: Path, library: Libra
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("how", ["grows", "is cut", "is replaced", "vanishes"])
+@pytest.mark.parametrize(
+    ("change", "still_whole"),
+    [
+        pytest.param(lambda path, _: path.write_bytes(path.read_bytes() + b"more"), True, id="grows"),
+        pytest.param(lambda path, _: os.truncate(path, 2000), False, id="is cut"),
+        pytest.param(lambda path, other: other.replace(path), True, id="is replaced"),
+        pytest.param(lambda path, _: path.unlink(), False, id="vanishes"),
+    ],
+)
 def test_a_file_that_changes_while_it_is_read_is_found_out(
-    folder: Path, library: Library, clips: list[Path], how: str
+    folder: Path, library: Library, change: Callable[[Path, Path], Any], still_whole: bool
 ) -> None:
-    path, done = folder / "a.mp4", []
+    path, changed = folder / "a.mp4", []
 
-    def progress(stage: str, *_: Any) -> None:
-        if done:
-            return
-        done.append(stage)
-        if how == "grows":
-            path.write_bytes(path.read_bytes() + b"more")
-        elif how == "is cut":
-            os.truncate(path, 2000)
-        elif how == "is replaced":
-            shutil.copy(clips[3], folder / "new")
-            (folder / "new").replace(path)
-        else:
-            path.unlink()
+    def progress(*_: Any) -> None:
+        if not changed:
+            changed.append(change(path, folder / "b.mp4"))
 
     (added,) = library.add([path], begin=lambda _: progress)
-    assert done
+    assert changed
     assert added.change == "failed"
     assert "changed while it was read" in str(added.failure and added.failure.error)
     assert "--watch" in str(added.failure and added.failure.error.hint)
-    if how in ("grows", "is replaced"):
+    if still_whole:
         assert library.add([path])[0].change == "added"
         assert library.record(path).fingerprint == files.fingerprint(path)
 
