@@ -723,15 +723,14 @@ def scaled(engine: Engine, **about: Any) -> Engine:
 
 
 def test_subjects_are_stored_where_they_are_new(tmp_path: Path, engine: Engine, media: Callable[[str], Path]) -> None:
-    clip, shares = media("natural/bikes.mp4"), []
+    clip, sampling, shares = media("natural/bikes.mp4"), Sampling(stop_seconds=6.0), []
+    summary = engine.summarize(clip, sampling=sampling)
     for novelty in (-1.0, 0.8, 2.0):
         own = scaled(engine, subject=SubjectScale(1.0, 0.0, novelty))
         with Library(tmp_path / f"{novelty}", own) as library:
-            library.add([clip], IndexConfig(sampling=Sampling(stop_seconds=6.0)))
+            library.add([clip], IndexConfig(sampling))
             (record,) = library.list()
-            block = rows(library, record)
-        summary = engine.summarize(clip, sampling=Sampling(stop_seconds=6.0))
-        assert block.subjects.row.tolist() == np.flatnonzero(novel_frames(own, summary)).tolist()
+            assert rows(library, record).subjects.row.tolist() == np.flatnonzero(novel_frames(own, summary)).tolist()
         shares.append(record.subjects / record.frames)
     assert shares[0] == 0 <= shares[1] <= shares[2] == 1
 
