@@ -114,7 +114,9 @@ def actors_of(ray: Any, uri: Path, count: int) -> list[Any]:
     from keyreel.cluster.search import ShardActor
 
     kind = ray.remote(num_cpus=0.5, max_restarts=-1, max_concurrency=4)(ShardActor)
-    return [kind.remote(str(uri), number, None, "cpu") for number in range(count)]
+    actors = [kind.remote(str(uri), number, None, "cpu") for number in range(count)]
+    ray.get([actor.ready.remote() for actor in actors])  # on a busy machine a start takes longer than a query may
+    return actors
 
 
 @pytest.mark.full
@@ -157,13 +159,13 @@ def test_a_shard_that_dies_is_left_out_or_waited_for(cluster: Any, spread: tuple
     uri, actors = str(spread[1]), actors_of(cluster, spread[1], 3)
     tables = open_tables(uri)
     query, lost = np.arange(1.0, 1 + WIDTH, dtype=np.float32), 1
-    library = ClusterLibrary(uri, None, 3, actors.__getitem__, wait=wait, seconds=60.0)
+    library = ClusterLibrary(uri, None, 3, actors.__getitem__, wait=wait, seconds=300.0)
     with Library(uri) as alone, library:
         full = alone.search(query, k=10)
         rest = [hit for hit in alone.search(query, k=500) if tables.number_of(hit.video_id) != lost]
         assert library.search(query, k=10) == full
         os.kill(cluster.get(actors[lost].process.remote())[0], signal.SIGKILL)
-        seen, until = set[tuple[str, ...]](), time.monotonic() + 60
+        seen, until = set[tuple[str, ...]](), time.monotonic() + 300
         while True:
             found = library.search(query, k=10)
             seen.add(tuple(library.left_out()))
