@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import embedding_of, unit
 
@@ -46,6 +46,7 @@ def both(number: int, count: int = 20) -> tuple[Embedding, np.ndarray]:
     return embedding, unit(draw.normal(size=6))
 
 
+@settings(deadline=None)
 @given(number=st.integers(0, 10_000), slope=st.floats(0.1, 3), offset=st.floats(-0.5, 0.5), novelty=st.floats(-1, 1.1))
 def test_the_better_of_both_vectors_answers(number: int, slope: float, offset: float, novelty: float) -> None:
     embedding, query = both(number)
@@ -82,6 +83,7 @@ def test_a_hit_says_which_vector_answered_and_where_the_subject_is() -> None:
         assert answered(hit, scores, replace(embedding, subject=None), WHOLE, asked, 1) == hit
 
 
+@settings(deadline=None)
 @given(number=st.integers(0, 10_000), height=st.integers(1, 6), width=st.integers(1, 6), levels=st.integers(1, 4))
 def test_a_region_is_the_box_around_the_strong_patches_beside_the_peak(
     number: int, height: int, width: int, levels: int
@@ -130,6 +132,7 @@ def test_a_long_take_of_one_thing_is_one_moment() -> None:
     assert (hit.start_seconds, hit.stop_seconds, hit.pts_seconds) == (0.0, 80.0, 2.5)
 
 
+@settings(deadline=None)
 @given(
     scores=st.lists(st.integers(-8, 8), min_size=1, max_size=90),
     cuts=st.sets(st.integers(1, 89), max_size=4),
