@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import random
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def target(round: int) -> dict[str, tuple[int, int]]:
 
 def steps(tables: Tables, round: int) -> Iterator[tuple[str, str]]:
     """What is still to do: ("put", fingerprint) or ("drop", id); a compaction now and then."""
-    wanted, there = target(round), {record.id: record.fingerprint for record in tables.records()}
+    wanted, there = target(round), fingerprints(tables)
     for id, fingerprint in there.items():
         if id not in wanted:
             yield "drop", id
@@ -142,6 +143,16 @@ def content(tables: Tables) -> dict[str, object]:
         same = dataclasses.replace(record, generation="", indexed_at=0.0)
         found[record.path] = (same, blocks, shown, tables.extras(record.generation))
     return found
+
+
+def fingerprints(tables: Tables) -> dict[str, str]:
+    return {record.id: record.fingerprint for record in tables.records()}
+
+
+def start(folder: object, *arguments: object) -> subprocess.Popen[str]:
+    """Starts `main` in a process of its own."""
+    command = [sys.executable, "-W", "error", __file__, str(folder), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def main(folder: str, action: str, *numbers: str) -> None:

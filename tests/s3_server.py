@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import shutil
 import socket
@@ -11,10 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import pytest
 
@@ -84,66 +80,3 @@ def _make_bucket(server: subprocess.Popen[bytes], store: Store, log: Path) -> No
             assert server.poll() is None, log.read_text(errors="replace")[-2000:]
             assert time.monotonic() < end
             time.sleep(0.1)
-
-
-@dataclass(frozen=True)
-class Sent:
-    """A request that went through a `recorder`."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-    status: int
-
-
-@contextmanager
-def recorder(store: Store) -> Iterator[tuple[Store, list[Sent]]]:
-    """The same store behind a proxy that notes what is sent to it. The signatures hold: the Host header goes along."""
-    sent: list[Sent] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _pass(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            headers = dict(self.headers)
-            status, answer, data = send(store, self.command, self.path, headers, body)
-            sent.append(Sent(self.command, self.path, headers, body, status))
-            self.send_response(status)
-            for name, value in answer:
-                if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
-                    self.send_header(name, value)
-            if not any(name.lower() == "content-length" for name, _ in answer):
-                self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass
-
-        def log_message(self, *_: Any) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as proxy:
-        thread = Thread(target=proxy.serve_forever)
-        thread.start()
-        try:
-            yield Store(proxy.server_address[1]), sent
-        finally:
-            proxy.shutdown()
-            thread.join()
-
-
-def send(
-    store: Store, method: str, path: str, headers: dict[str, str], body: bytes
-) -> tuple[int, list[tuple[str, str]], bytes]:
-    """One request as it is: status, headers, body."""
-    connection = http.client.HTTPConnection("127.0.0.1", store.port, timeout=60)
-    try:
-        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
-        for name, value in headers.items():
-            connection.putheader(name, value)
-        connection.endheaders(body)
-        answer = connection.getresponse()
-        return answer.status, answer.getheaders(), answer.read()
-    finally:
-        connection.close()

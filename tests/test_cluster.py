@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import local_ray
 import numpy as np
 import pytest
 from test_shards import WIDTH, fill, films, some_filter, some_query
@@ -36,12 +37,7 @@ from keyreel.library.shards import open_tables
 from keyreel.library.types import Filter
 from keyreel.serve.security import ApiError
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray's own, as in test_ray.py
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-CLIPS = ("natural/bikes.mp4", "natural/chaplin.mp4", "natural/test.mp4", "natural/stream-of-water.mp4")
+pytestmark = local_ray.WARNINGS
 QUERIES = ["a man in a hat", "running water", "bicycles in a street", "a face", "a car"]
 KILLS = int(os.environ.get("KEYREEL_CLUSTER_KILLS", "4"))
 
@@ -100,19 +96,9 @@ def test_what_a_cluster_cannot_be() -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    ray = pytest.importorskip("ray", reason="Ray is not installed")
     pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
-    from keyreel.cluster.indexing import connected
-
-    connection = connected(ray, None, cpus=4, gpus=0)
-    try:
-        connection.__enter__()
-    except Exception as error:  # noqa: BLE001 - a sandbox may refuse it its sockets or its shared memory
-        pytest.skip(f"Ray does not start here: {type(error).__name__}: {error}")
-    try:
+    with local_ray.started(cpus=4) as ray:
         yield ray
-    finally:
-        connection.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +114,9 @@ def actors_of(ray: Any, uri: Path, count: int) -> list[Any]:
     from keyreel.cluster.search import ShardActor
 
     kind = ray.remote(num_cpus=0.5, max_restarts=-1, max_concurrency=4)(ShardActor)
-    return [kind.remote(str(uri), number, None, "cpu") for number in range(count)]
+    actors = [kind.remote(str(uri), number, None, "cpu") for number in range(count)]
+    ray.get([actor.ready.remote() for actor in actors])  # on a busy machine a start takes longer than a query may
+    return actors
 
 
 @pytest.mark.full
@@ -171,13 +159,13 @@ def test_a_shard_that_dies_is_left_out_or_waited_for(cluster: Any, spread: tuple
     uri, actors = str(spread[1]), actors_of(cluster, spread[1], 3)
     tables = open_tables(uri)
     query, lost = np.arange(1.0, 1 + WIDTH, dtype=np.float32), 1
-    library = ClusterLibrary(uri, None, 3, actors.__getitem__, wait=wait, seconds=60.0)
+    library = ClusterLibrary(uri, None, 3, actors.__getitem__, wait=wait, seconds=300.0)
     with Library(uri) as alone, library:
         full = alone.search(query, k=10)
         rest = [hit for hit in alone.search(query, k=500) if tables.number_of(hit.video_id) != lost]
         assert library.search(query, k=10) == full
         os.kill(cluster.get(actors[lost].process.remote())[0], signal.SIGKILL)
-        seen, until = set[tuple[str, ...]](), time.monotonic() + 60
+        seen, until = set[tuple[str, ...]](), time.monotonic() + 300
         while True:
             found = library.search(query, k=10)
             seen.add(tuple(library.left_out()))
@@ -206,7 +194,7 @@ def test_kills_under_clients(media: Callable[[str], Path], tmp_path: Path) -> No
     and every accepted job is done.
     """
     pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
-    clips = [media(name) for name in CLIPS]
+    clips = [media(name) for name in local_ray.CLIPS]
     uri = tmp_path / "library"
     with Engine.from_pretrained(device="cpu", threads=1) as engine:
         with Library(uri, engine, config=LibraryConfig(shards=3)) as library:

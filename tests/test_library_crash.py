@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import library_process
 import pytest
-from library_process import MODEL, check, content, do, put, steps, target
+from library_process import MODEL, check, content, do, fingerprints, put, start, steps, target
 
 from keyreel.errors import LibraryError
 from keyreel.library.schema import TABLES
@@ -29,11 +28,6 @@ from keyreel.runtime.bundle import Bundle
 pytestmark = pytest.mark.full
 
 KILLS = int(os.environ.get("KEYREEL_KILLS", "12"))
-
-
-def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", library_process.__file__, str(folder), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def apply(state: dict[str, str], verb: str, what: str) -> dict[str, str]:
@@ -63,7 +57,7 @@ def test_two_writers_and_readers_at_once(tmp_path: Path) -> None:
             assert child.stdout.read().splitlines()[-1].startswith("done")
         assert child.returncode == 0
     expected = {f"id{number}": f"{number}:2" for first in (0, 100) for number in range(first + 1, first + each)}
-    shared = {record.id: record.fingerprint for record in own.records()}
+    shared = fingerprints(own)
     assert shared.pop("id999") in {f"999:{first + each - 1}" for first in (0, 100)}
     assert shared == expected
     assert check(own) == len(expected) + 1
@@ -80,10 +74,6 @@ def five(folder: Path) -> dict[str, str]:
     for number in range(5):
         put(store, number, 1)
     return fingerprints(store)
-
-
-def fingerprints(store: Tables) -> dict[str, str]:
-    return {record.id: record.fingerprint for record in store.records()}
 
 
 def put_until_full(folder: Path) -> None:

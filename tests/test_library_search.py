@@ -9,6 +9,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from keyreel.config import LibraryConfig
 from keyreel.errors import Damaged, LibraryError
 from keyreel.library import ranking, vectors
+from keyreel.library.merge import Search
 from keyreel.library.ranking import TEMPERATURE
 from keyreel.library.search import SearchIndex, fits
 from keyreel.library.table import Tables
@@ -43,6 +45,17 @@ def one(vector: Any, scale: SubjectScale = PLAIN) -> Asked:
 
 def each(vectors: Any, scales: Sequence[SubjectScale] = ()) -> list[Asked]:
     return [one(vector, scale) for vector, scale in zip(vectors, scales or [PLAIN] * len(vectors), strict=True)]
+
+
+def search_of(store: Any, config: LibraryConfig = CONFIG, backend: Backend | None = None) -> Search:
+    """A search over tables without shards."""
+    return Search([SearchIndex(store, config, backend)], lambda _: 0, config.fold_similarity)
+
+
+def matrix_of(searcher: Search) -> vectors.Snapshot:
+    """The state that it holds in memory."""
+    (index,) = searcher.shards
+    return index._vectors.snapshot()  # type: ignore[attr-defined]
 
 
 # --- made-up libraries --------------------------------------------------------------------------------------------
@@ -314,12 +327,11 @@ def same(found: Sequence[LibraryHit], expected: Sequence[LibraryHit], within: fl
         assert dataclasses.replace(a, score=0, video_score=0) == dataclasses.replace(b, score=0, video_score=0)
 
 
-def small_blocks() -> Any:
+@contextmanager
+def small_blocks() -> Iterator[None]:
     """The edges of blocks, segments and threads, in libraries of a few rows."""
-    return (
-        patch.multiple(ranking, BLOCK_ROWS=4, GAP_ROWS=2, THREADED_PARTS=2),
-        patch.multiple(vectors, SPARE_ROWS=4),
-    )
+    with patch.multiple(ranking, BLOCK_ROWS=4, GAP_ROWS=2, THREADED_PARTS=2), patch.multiple(vectors, SPARE_ROWS=4):
+        yield
 
 
 # --- against brute force ------------------------------------------------------------------------------------------
@@ -388,14 +400,13 @@ def test_the_answers_are_those_of_brute_force(
     store = stored([videos[n] for n in draw.permutation(len(videos))])
     queries = np.concatenate([shown[:2], quarters(draw, 1)])
     config = dataclasses.replace(CONFIG, fold_similarity=fold)
-    scales = [PLAIN, SubjectScale(slope, offset), SubjectScale(slope, -offset)]
+    scales = (PLAIN, SubjectScale(slope, offset), SubjectScale(slope, -offset))
     asked = each(queries, scales)
     if conditions:
-        asked[1] = Asked(queries[:2], (scales[0], scales[1]), (0.5, 0.5))
-        asked[2] = Asked(queries, tuple(scales), (0.5, 0.25, -0.25))
-    blocks, segments = small_blocks()
-    with blocks, segments:
-        searcher = SearchIndex(store, config)
+        asked[1] = Asked(queries[:2], scales[:2], (0.5, 0.5))
+        asked[2] = Asked(queries, scales, (0.5, 0.25, -0.25))
+    with small_blocks():
+        searcher = search_of(store, config)
         together = searcher.hits(asked, k, where)
         ranked = [searcher.videos(query, k, 3, where) for query in asked]
         for n, query in enumerate(asked):
@@ -426,7 +437,7 @@ def made_up(seed: int, count: int, width: int) -> list[Video]:
     return made
 
 
-def check_against_brute_force(searcher: SearchIndex, store: Any, queries: Any) -> None:
+def check_against_brute_force(searcher: Search, store: Any, queries: Any) -> None:
     where = Filter(start_seconds=2.0, stop_seconds=20.0)
     scales = [SubjectScale(1.3, 0.05), PLAIN, SubjectScale(0.7, -0.02), SubjectScale(9.0, -0.5)][: len(queries)]
     for chosen in (NO_FILTER, where):
@@ -446,25 +457,24 @@ def check_against_brute_force(searcher: SearchIndex, store: Any, queries: Any) -
 def test_vectors_without_ties(queries: int) -> None:
     store = stored(made_up(1, 30, 64))
     asked = unit(np.random.default_rng(2).normal(size=(queries, 64)))
-    blocks, segments = small_blocks()
-    with blocks, segments:
-        check_against_brute_force(SearchIndex(store, CONFIG), store, asked)
-    check_against_brute_force(SearchIndex(store, CONFIG, resolve("cpu")), store, asked)
+    with small_blocks():
+        check_against_brute_force(search_of(store), store, asked)
+    check_against_brute_force(search_of(store, CONFIG, resolve("cpu")), store, asked)
 
 
 def test_on_a_device(cuda: Cuda) -> None:
     store = stored(made_up(3, 30, 64))
     asked = unit(np.random.default_rng(4).normal(size=(3, 64)))
     before = cuda.bytes_to_host
-    searcher = SearchIndex(store, CONFIG, device_backend(cuda))
-    assert searcher.hits(each(asked), 3) == SearchIndex(store, CONFIG, device_backend(cuda)).hits(each(asked), 3)
+    searcher = search_of(store, CONFIG, device_backend(cuda))
+    assert searcher.hits(each(asked), 3) == search_of(store, CONFIG, device_backend(cuda)).hits(each(asked), 3)
     rows = sum(len(block) for block in store.blocks.values())
     assert cuda.bytes_to_host - before < rows * 64 * 4  # scores come down, the vectors stay
     check_against_brute_force(searcher, store, asked)
     np.testing.assert_array_equal(searcher.vector(Example("v004", 0.2)), store.blocks["v004-1"].vectors[0])
     # Renewed there too: a segment that is half empty is written anew on the device.
     with patch.multiple(vectors, SPARE_ROWS=64):
-        searcher = SearchIndex(store, CONFIG, device_backend(cuda))
+        searcher = search_of(store, CONFIG, device_backend(cuda))
         searcher.hits(each(asked), 1)
         for n in range(0, 30, 2):
             store.drop(f"v{n:03d}")
@@ -477,7 +487,7 @@ def test_on_a_device(cuda: Cuda) -> None:
 
 def test_an_example_does_not_find_itself() -> None:
     store = stored(made_up(6, 12, 32))
-    searcher = SearchIndex(store, CONFIG)
+    searcher = search_of(store)
     for example in (Example("v003", 4.6), Example("v003", 4.5), Example("/films/v003.mp4", 1e6), Example("v003", -1.0)):
         pts = store.blocks["v003-1"].pts_seconds
         shown = max([time for time in pts.tolist() if time <= example.seconds], default=0.0)
@@ -497,7 +507,7 @@ def test_an_example_does_not_find_itself() -> None:
 
 def test_what_cannot_be_searched_for() -> None:
     store = stored([video("v", quarters(np.random.default_rng(0), 4)), video("bad", np.empty((0, 8)), status="failed")])
-    searcher = SearchIndex(store, CONFIG)
+    searcher = search_of(store)
     query = quarters(np.random.default_rng(1), 1)
     for wrong, what in (
         (query[0], "8 numbers, got queries"),
@@ -517,8 +527,8 @@ def test_what_cannot_be_searched_for() -> None:
     assert searcher.hits(each(np.empty((0, 8))), 1) == []
     with pytest.raises(LibraryError, match="no frames"):
         searcher.vector(Example("bad", 0.0))
-    assert SearchIndex(Memory(), CONFIG).hits(each(query), 3) == [[]]
-    assert SearchIndex(Memory(), CONFIG).videos(one(query[0]), 3) == []
+    assert search_of(Memory()).hits(each(query), 3) == [[]]
+    assert search_of(Memory()).videos(one(query[0]), 3) == []
     # The length of a query says nothing.
     assert searcher.hits(each(query * 1000), 3) == searcher.hits(each(query), 3)
 
@@ -533,9 +543,8 @@ def test_a_library_that_changes(number: int, steps: list[str]) -> None:
     draw = np.random.default_rng(number)
     store = Memory()
     query = quarters(draw, 1)
-    blocks, segments = small_blocks()
-    with blocks, segments:
-        searcher = SearchIndex(store, CONFIG)
+    with small_blocks():
+        searcher = search_of(store)
         for n, step in enumerate(["put", *steps]):
             name = f"v{draw.integers(0, 6)}"
             if step == "put":
@@ -551,7 +560,7 @@ def test_a_library_that_changes(number: int, steps: list[str]) -> None:
             for k in (1, 3, 20):
                 same(searcher.hits(each(query), k)[0], brute_hits(store, query[0], k, NO_FILTER))
             living = sum(record.frames for record in store.records() if record.status == "ok")
-            assert len(searcher._vectors.snapshot().matrix.pts_seconds) <= 4 * living + 40
+            assert len(matrix_of(searcher).matrix.pts_seconds) <= 4 * living + 40
 
 
 def test_the_matrix_grows_and_shrinks() -> None:
@@ -559,12 +568,12 @@ def test_the_matrix_grows_and_shrinks() -> None:
     frames = unit(draw.normal(size=(4000, 64)))
     videos = [video(f"v{n:02d}", frames) for n in range(50)]
     store = stored(videos[:1])
-    searcher = SearchIndex(store, CONFIG)
-    first = before = searcher._vectors.snapshot()
+    searcher = search_of(store)
+    first = before = matrix_of(searcher)
     copies = 0
     for one in videos[1:]:
         store.put(*one)
-        snapshot = searcher._vectors.snapshot()
+        snapshot = matrix_of(searcher)
         copies += snapshot.matrix is not before.matrix
         before = snapshot
     assert copies <= 3  # each time with room for many more
@@ -572,7 +581,7 @@ def test_the_matrix_grows_and_shrinks() -> None:
     for n in range(50):
         if n % 10:
             store.drop(f"v{n:02d}")
-    renewed = searcher._vectors.snapshot()
+    renewed = matrix_of(searcher)
     assert len(renewed.matrix.pts_seconds) <= 2 * 5 * 4000 + vectors.SPARE_ROWS
     for seen in (first, snapshot, renewed):
         low = int(seen.spans.low[-1])
@@ -597,7 +606,7 @@ def test_searches_go_on_while_another_thread_renews() -> None:
     draw = np.random.default_rng(9)
     store, query = Waiting(), quarters(draw, 1)
     store.put(*video("v0", quarters(draw, 5)))
-    searcher = SearchIndex(store, CONFIG)
+    searcher = search_of(store)
     before = searcher.hits(each(query), 50)
     store.put(*video("v1", quarters(draw, 5)))
     store.asked.clear()
@@ -636,7 +645,7 @@ def test_a_video_that_is_replaced_between_two_looks() -> None:
     store, query = Busy(0), quarters(draw, 1)
     for n in range(3):
         store.put(*video(f"v{n}", quarters(draw, 4)))
-    searcher = SearchIndex(store, CONFIG)
+    searcher = search_of(store)
     store.times = 2
     found = searcher.hits(each(query), 50)[0]
     assert store.times == 0
@@ -649,12 +658,12 @@ def test_a_limit_of_moments_of_one_video(limit: int) -> None:
     store, query = stored([video(f"v{n}", quarters(draw, 19)) for n in range(3)]), quarters(draw, 1)
     where = Filter(per_video=limit)
     for k in (1, 3, 50):
-        found = SearchIndex(store, CONFIG).hits(each(query), k, where)[0]
+        found = search_of(store).hits(each(query), k, where)[0]
         same(found, brute_hits(store, query[0], k, where))
         assert max(Counter(hit.video for hit in found).values()) <= limit
     assert sum(hit.more for hit in found) > 0 or limit == 5
     with pytest.raises(ValueError, match="per_video must be >= 1"):
-        SearchIndex(store, CONFIG).hits(each(query), 1, Filter(per_video=0))
+        search_of(store).hits(each(query), 1, Filter(per_video=0))
 
 
 def test_rows_that_are_missing_or_no_vectors() -> None:
@@ -668,16 +677,16 @@ def test_rows_that_are_missing_or_no_vectors() -> None:
     for block in (None, wrong, dataclasses.replace(whole, digest=7)):
         if block is not None:
             store.blocks["v1-1"] = block
-        searcher = SearchIndex(store, CONFIG)
+        searcher = search_of(store)
         same(searcher.hits(each(query), 50)[0], brute_hits(rest, query[0], 50, NO_FILTER))
         assert searcher.left_out == (store.videos["v1"].path,)
     store.blocks["v1-1"] = whole
-    searcher = SearchIndex(store, CONFIG)
+    searcher = search_of(store)
     same(searcher.hits(each(query), 50)[0], brute_hits(store, query[0], 50, NO_FILTER))
     assert searcher.left_out == ()
     store.blocks.clear()
     with pytest.raises(Damaged, match=r"no video.*v0\.mp4.*rows"):
-        SearchIndex(store, CONFIG).hits(each(query), 5)
+        search_of(store).hits(each(query), 5)
 
 
 # --- the real store -----------------------------------------------------------------------------------------------
@@ -705,13 +714,13 @@ def mirrored(store: Tables) -> Memory:
 def test_the_real_store(library: Callable[[int, int], Tables]) -> None:
     store = library(12, 32)
     asked = unit(np.random.default_rng(13).normal(size=(2, 32)))
-    searcher = SearchIndex(store, CONFIG)
+    searcher = search_of(store)
     check_against_brute_force(searcher, mirrored(store), asked)
     store.drop(["v002"])
     store.put(*video("v005", scenes(np.random.default_rng(14), 30, 32), generation="v005-2"))
     check_against_brute_force(searcher, mirrored(store), asked)
     # Beyond memory, without an index: rows are compared one by one.
-    check_against_brute_force(SearchIndex(store, dataclasses.replace(CONFIG, exact_rows=0)), mirrored(store), asked)
+    check_against_brute_force(search_of(store, dataclasses.replace(CONFIG, exact_rows=0)), mirrored(store), asked)
 
 
 @pytest.mark.full
@@ -719,10 +728,13 @@ def test_an_index_beyond_memory(library: Callable[[int, int], Tables]) -> None:
     store = library(60, 32)
     draw = np.random.default_rng(15)
     asked = unit(draw.normal(size=(8, 32)))
-    near, exact = SearchIndex(store, dataclasses.replace(CONFIG, exact_rows=0)), SearchIndex(store, CONFIG)
-    assert not exact.build()
-    assert near.build()
-    assert not near.build()
+    near, exact = search_of(store, dataclasses.replace(CONFIG, exact_rows=0)), search_of(store)
+    indices = store.table("vectors").list_indices
+    exact.build()
+    assert indices() == []
+    near.build()
+    near.build()  # once is enough
+    assert sorted(column for index in indices() for column in index.columns) == ["generation", "vector"]
     for where in (NO_FILTER, Filter(start_seconds=3.0, stop_seconds=15.0), Filter(path="*[0-4].mp4")):
         found, expected = near.hits(each(asked), 10, where), exact.hits(each(asked), 10, where)
         shared = [len(set(a) & set(b)) for a, b in zip(found, expected, strict=True)]
@@ -762,9 +774,9 @@ def test_a_subject_is_found_beyond_memory(tmp_path: Path, with_index: bool) -> N
     for made in (with_subject("both", 0.35, 0.6), with_subject("hidden", 0.0, 0.8)):
         store.put(*made)
     scale = SubjectScale(2.0, -1.0)  # 0.8 -> 0.6, 0.6 -> 0.2, 0.5 -> 0
-    near, exact = SearchIndex(store, dataclasses.replace(CONFIG, exact_rows=0)), SearchIndex(store, CONFIG)
+    near, exact = search_of(store, dataclasses.replace(CONFIG, exact_rows=0)), search_of(store)
     if with_index:
-        assert near.build()
+        near.build()
     (hits,) = near.hits(each(query[None], [scale]), 3)
     assert [hit.video_id for hit in hits][:2] == ["hidden", "both"]
     assert [hit.answered_by for hit in hits][:2] == ["subject", "scene"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import local_ray
 import pytest
 from library_process import content
 
@@ -18,38 +19,22 @@ from keyreel.library.types import Added
 
 pytest.importorskip("lancedb", reason="libraries need lancedb")
 ray: Any = pytest.importorskip("ray", reason="Ray is not installed")
-pytest.importorskip("ray.data", reason="Ray Data is not installed")
 
 import keyreel.cluster.indexing as own  # noqa: E402 - Ray is known to be there by now
 
-# Ray's own; its sockets are closed when Python happens to look for them.
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-CLIPS = ("natural/bikes.mp4", "natural/chaplin.mp4", "natural/test.mp4", "natural/stream-of-water.mp4")
+pytestmark = [pytest.mark.full, *local_ray.WARNINGS]
 QUERIES = ("a man in a hat", "running water", "bicycles in a street")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A Ray of two CPUs on this machine, as `index` starts one."""
-    try:
-        connection = own.connected(ray, None, cpus=2, gpus=0)
-        connection.__enter__()
-    except Exception as error:  # noqa: BLE001 - a sandbox may refuse it its sockets or its shared memory
-        pytest.skip(f"Ray does not start here: {type(error).__name__}: {error}")
-    try:
+    with local_ray.started(cpus=2):
         yield
-    finally:
-        connection.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="module")
 def clips(media: Callable[[str], Path]) -> list[Path]:
-    return [media(name) for name in CLIPS]
+    return [media(name) for name in local_ray.CLIPS]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import subprocess
 import sys
 import threading
@@ -14,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import document, run
 from library_process import MODEL, content
-from test_library_search import quarters, stored, subjects, unit, video
+from test_library_search import quarters, search_of, stored, subjects, unit, video
 
 from keyreel import Library
 from keyreel.chance import Chances
@@ -165,7 +165,7 @@ def test_chances_count_the_pictures_of_all_shards() -> None:
     place = {record.id: n for n, part in enumerate(parts) for record in part.records()}
     config = LibraryConfig()
     search = Search([SearchIndex(part, config) for part in parts], place.__getitem__, config.fold_similarity)
-    alone = SearchIndex(stored(videos), config)
+    alone = search_of(stored(videos))
     for vector in unit(draw.normal(size=(10, WIDTH))):
         asked = Asked(vector[None], (SubjectScale(slope=1.2, offset=0.05),), (1.0,), (0.5,), chances)
         (found,), (expected,) = search.hits([asked], 8), alone.hits([asked], 8)
@@ -174,52 +174,46 @@ def test_chances_count_the_pictures_of_all_shards() -> None:
         assert search.videos(asked, 5) == alone.videos(asked, 5)
 
 
-def test_moments_that_hide_each_other_across_shards() -> None:
-    """The best moments of one shard are near-duplicates of another's: the first round tells too few."""
-    axis = np.eye(WIDTH, dtype=np.float32)
-    strong = [unit(axis[0] + 0.01 * n * axis[1]) for n in range(6)]
-    first = [video(f"a{n}", [vector], duration=0.5) for n, vector in enumerate(strong[:1])]
-    others = [video(f"b{n}", [vector], duration=0.5) for n, vector in enumerate(strong[1:])]
-    rest = [video(f"c{n}", [unit(axis[0] + (1 + n) * axis[2 + n])], duration=0.5) for n in range(4)]
-    parts = [stored(first), stored([*others, *rest])]
-    rounds: list[int] = []
+AXIS = np.eye(WIDTH, dtype=np.float32)
+
+
+def stills(letter: str, *pictures: Any) -> list[Any]:
+    """Videos of one frame."""
+    return [video(f"{letter}{n}", [unit(picture)], duration=0.5) for n, picture in enumerate(pictures)]
+
+
+ALIKE = [AXIS[0] + 0.01 * n * AXIS[1] for n in range(6)]
+BESIDE = [AXIS[0] + side * 0.1 * AXIS[1] for side in (1, -1)]  # near-duplicates of the axis, not of each other
+WORSE = [AXIS[0] + (2.0 + n) * AXIS[4 + n] for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "k", "rounds", "shown", "folded"),
+    [
+        # The others fold already in their own shard.
+        (stills("a", ALIKE[0]), stills("b", *ALIKE[1:]) + stills("c", *WORSE), 3, [3], ["a0", "c0", "c1"], [5, 0, 0]),
+        # What the second shard gives first is hidden by one of the first's: it has to give more.
+        (stills("a", AXIS[0]), stills("b", *BESIDE) + stills("c", *WORSE), 2, [2, 8], ["a0", "c0"], [2, 0]),
+    ],
+)
+def test_near_duplicates_in_other_shards(
+    first: list[Any], second: list[Any], k: int, rounds: list[int], shown: list[str], folded: list[int]
+) -> None:
+    asked_for: list[int] = []
 
     class Counting(SearchIndex):
         def moments(self, queries: Any, k: int, where: Any, own: Any) -> Any:
-            rounds.append(k)
+            asked_for.append(k)
             return super().moments(queries, k, where, own)
 
     config = LibraryConfig(fold_similarity=0.99)
-    search = Search([Counting(part, config) for part in parts], lambda id: int(id[0] != "a"), 0.99)
-    asked = Asked(axis[:1], (SubjectScale(),), (1.0,))
-    (found,) = search.hits([asked], 3)
-    assert found == SearchIndex(stored([*first, *others, *rest]), config).hits([asked], 3)[0]
-    assert [hit.video_id for hit in found] == ["a0", "c0", "c1"]
-    assert found[0].folded == 5
-    assert rounds == [3, 3]  # the others fold already in their own shard: no second round is needed
-
-
-def test_a_second_round_asks_for_more() -> None:
-    axis = np.eye(WIDTH, dtype=np.float32)
-    one = [video(f"a{n}", [unit(axis[0] + (0.1 + 0.2 * n) * axis[1 + n])], duration=0.5) for n in range(3)]
-    same = [video(f"b{n}", [unit(axis[0] + (0.1 + 0.2 * n) * axis[1 + n])], duration=0.5) for n in range(3)]
-    rest = [video(f"c{n}", [unit(axis[0] + (2.0 + n) * axis[4 + n])], duration=0.5) for n in range(3)]
-    parts, config, rounds = [stored(one), stored([*same, *rest])], LibraryConfig(fold_similarity=0.999), []
-
-    class Counting(SearchIndex):
-        def moments(self, queries: Any, k: int, where: Any, own: Any) -> Any:
-            rounds.append(k)
-            return super().moments(queries, k, where, own)
-
-    search = Search([Counting(part, config) for part in parts], lambda id: int(id[0] != "a"), 0.999)
-    asked = Asked(axis[:1], (SubjectScale(),), (1.0,))
-    (found,) = search.hits([asked], 3)
-    assert found == SearchIndex(stored([*one, *same, *rest]), config).hits([asked], 3)[0]
-    assert [hit.video_id for hit in found] == ["a0", "a1", "a2"]
-    (found,) = search.hits([asked], 4)
-    assert [hit.video_id for hit in found] == ["a0", "a1", "a2", "c0"]
-    assert found == SearchIndex(stored([*one, *same, *rest]), config).hits([asked], 4)[0]
-    assert [hit.folded for hit in found] == [1, 1, 1, 0]
+    search = Search([Counting(stored(part), config) for part in (first, second)], lambda id: int(id[0] != "a"), 0.99)
+    asked = Asked(AXIS[:1], (SubjectScale(),), (1.0,))
+    (found,) = search.hits([asked], k)
+    assert found == search_of(stored([*first, *second]), config).hits([asked], k)[0]
+    assert [hit.video_id for hit in found] == shown
+    assert [hit.folded for hit in found] == folded
+    assert asked_for[::2] == asked_for[1::2] == rounds
 
 
 # --- growing ----------------------------------------------------------------------------------------------------------
@@ -376,24 +370,14 @@ def test_processes_write_all_shards_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_the_command(tmp_path: Path) -> None:
-    fill(Tables(str(tmp_path / "library")), films(10, 6))
-    command = [sys.executable, "-m", "keyreel", "library", "reshard", str(tmp_path / "library"), "--shards"]
-    done = subprocess.run([*command, "2", "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == {
-        "schema": "keyreel.reshard/1", "library": str(tmp_path / "library"), "shards": 2, "videos": 6
-    }  # fmt: skip
-    assert len(open_tables(str(tmp_path / "library")).parts) == 2
-
-
-@pytest.mark.full
-def test_the_command_makes_a_library_with_shards(media: Callable[[str], Path], tmp_path: Path) -> None:
-    uri = str(tmp_path / "library")
-    command = [sys.executable, "-m", "keyreel", "index", str(media("natural/bikes.mp4")), "--library", uri, "--shards"]
-    done = subprocess.run([*command, "2", "--json"], capture_output=True, text=True, check=True)
-    assert [video["change"] for video in json.loads(done.stdout)["videos"]] == ["added"]
+def test_the_commands(media: Callable[[str], Path], tmp_path: Path) -> None:
+    uri, clip = str(tmp_path / "library"), media("natural/bikes.mp4")
+    made = document(None, "index", clip, "--library", uri, "--shards", 2)
+    assert [video["change"] for video in made["videos"]] == ["added"]
     assert len(open_tables(uri).parts) == 2
-    wrong = subprocess.run([*command, "3"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 6
+    wrong = run("index", clip, "--library", uri, "--shards", 3, code=6)
     assert "has 2 shards, not 3" in wrong.stderr
     assert "keyreel library reshard" in wrong.stderr
+    spread = document(None, "library", "reshard", uri, "--shards", 3)
+    assert spread == {"schema": "keyreel.reshard/1", "library": uri, "shards": 3, "videos": 1}
+    assert len(open_tables(uri).parts) == 3

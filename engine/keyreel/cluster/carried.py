@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -19,10 +18,10 @@ class Carried:
     fields: Mapping[str, Any]
 
 
-def carried(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | Carried:
+def carried(work: Callable[[], R]) -> R | Carried:
     """Returns the result of `work`, or its exception as values."""
     try:
-        return work(*args, **kwargs)
+        return work()
     except Exception as error:  # noqa: BLE001 - raised where the result is opened
         return Carried(type(error), error.args, vars(error))
 

@@ -64,10 +64,7 @@ class ShardActor:
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Calls a method of the `SearchIndex`; returns its answer for `carried.opened`."""
-        return carried(self._ask, method, arguments)
-
-    def _ask(self, method: str, arguments: Sequence[Any]) -> Any:
-        return getattr(self._there(), method)(*arguments)
+        return carried(lambda: getattr(self._there(), method)(*arguments))
 
     def process(self) -> tuple[int, int]:
         """Its process id, and its peak memory in bytes."""
@@ -127,7 +124,7 @@ class RemoteSearch(Search):
         self._lost: set[int] = set()
         self._lock = threading.Lock()
 
-    def ask(self, call: Callable[[Shard, Filter], Answered], where: Filter) -> list[Answered]:
+    def ask(self, call: Callable[[Filter, Shard], Answered], where: Filter) -> list[Answered]:
         """Calls all shards at the same time, and returns their answers.
 
         Raises:
@@ -135,7 +132,7 @@ class RemoteSearch(Search):
         """
         until = time.monotonic() + self._seconds
         parts = self.parts_of(where)
-        calls = [(number, partial(_with_filter, call, own)) for number, own in parts]
+        calls = [(number, partial(call, own)) for number, own in parts]
         sent = [self._sent(number, one) for number, one in calls]
         found = [self._received(*call, reference, until) for call, reference in zip(calls, sent, strict=True)]
         answers = [opened(answer) for answer in found if answer is not None]
@@ -206,10 +203,6 @@ class RemoteSearch(Search):
             self._actors[number] = actor
             self._lost.discard(number)
             return
-
-
-def _with_filter(call: Callable[[Shard, Filter], T], where: Filter, shard: Shard) -> T:
-    return call(shard, where)
 
 
 class ClusterLibrary(Library):

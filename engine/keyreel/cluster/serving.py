@@ -74,9 +74,7 @@ def application(options: Mapping[str, Any]) -> serve.Application:
     config = ServeConfig(**given)
     with Library(uri, storage_options=storage) as library:
         model = model or (library.stats().model if library.exists() else BUILTIN)
-    tables = open_tables(uri, storage)
-    count, engine = len(tables.parts), {"model": model, "device": device}
-    tables.close()
+    count, engine = _shards_of(uri, storage), {"model": model, "device": device}
 
     def build() -> Any:
         """Makes the application; runs in each replica."""
@@ -124,12 +122,17 @@ def application(options: Mapping[str, Any]) -> serve.Application:
     return replica.bind()
 
 
+def _shards_of(uri: str, storage_options: Mapping[str, str] | None) -> int:
+    tables = open_tables(uri, storage_options)
+    tables.close()
+    return len(tables.parts)
+
+
 def run(
     options: Mapping[str, Any],
     *,
     address: str | None = None,
     listening: Callable[[str], None] = lambda _: None,
-    until: Callable[[], None] | None = None,
 ) -> None:
     """Serves on a Ray cluster until SIGTERM or SIGINT, then removes the application from it.
 
@@ -137,7 +140,6 @@ def run(
         options: see `application`.
         address: see `indexing.index`; by default it starts Ray on this machine, and ends it afterwards.
         listening: called with the address, http://HOST:PORT, when the service accepts requests.
-        until: returns when the service should end; by default at a signal.
 
     Raises:
         BackendError: no Ray at that address.
@@ -147,9 +149,7 @@ def run(
     own = ClusterConfig(**{name: options[name] for name in asdict(ClusterConfig()) if name in options})
     wanted = ServeConfig(**{name: options[name] for name in ("host", "port") if name in options})
     port = _port(wanted)
-    tables = open_tables(name_of(options["library"]), options.get("storage_options"))
-    count = len(tables.parts)
-    tables.close()
+    count = _shards_of(name_of(options["library"]), options.get("storage_options"))
     cpus = own.replicas * own.replica_cpus + count * own.shard_cpus + own.job_cpus
     gpus = count * own.shard_gpus + own.job_gpus
     if address is None:
@@ -159,7 +159,7 @@ def run(
             _start(options, wanted.host, port, everywhere=address is not None)
             host = f"[{wanted.host}]" if ":" in wanted.host else wanted.host
             listening(f"http://{host}:{port}")
-            (until or _signalled)()
+            _await_signal()
         finally:
             shutdown: Callable[[], None] = serve.shutdown
             shutdown()
@@ -190,7 +190,7 @@ def _port(config: ServeConfig) -> int:
         raise RenderError(reason, hint="--port takes another port, --host another address of this machine") from error
 
 
-def _signalled() -> None:
+def _await_signal() -> None:
     """Returns at SIGTERM or SIGINT."""
     ended = threading.Event()
     previous = {one: signal.signal(one, lambda *_: ended.set()) for one in (signal.SIGTERM, signal.SIGINT)}

@@ -15,6 +15,7 @@ _DENIED = ("permission denied", "read-only", "operation not permitted", "accessd
 _UNREACHABLE = ("failed to connect", "retryerror", "error sending request", "not a directory")
 _SPARE_BYTES = 1 << 20  # bytes to leave free for manifests and deletions
 MAKE = "`keyreel index` or `Library.add` creates one"
+REPAIR = "`keyreel library verify --repair`, then `keyreel library update` restore the videos"
 
 
 class Absent(LibraryError):

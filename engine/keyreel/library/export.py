@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from keyreel.errors import Damaged, RenderError, import_extra
-from keyreel.library.opened import REPAIR
+from keyreel.library.errors import REPAIR
 from keyreel.library.schema import SCENE, SUBJECT
 from keyreel.library.shards import Shards
 from keyreel.library.stored import CHUNK
@@ -73,7 +73,7 @@ def _videos(tables: Tables) -> Iterator[tuple[Record, Rows]]:
         named = {record.generation: record for record in records[start : start + CHUNK]}
         for generation, rows in tables.rows(list(named)):
             record = named[generation]
-            if rows.counts == (record.frames, record.subjects) and record.digest in (None, rows.digest):
+            if record.describes(rows):
                 yield named.pop(generation), rows
         damaged += [record.path for record in named.values()]
     if damaged:

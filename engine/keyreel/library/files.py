@@ -137,33 +137,28 @@ class Catalog:
     """The records of a library by id, by path and by content. Safe to share between threads."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._by_id: dict[str, Record] = {}
         self._by_path: dict[str, str] = {}
         self._by_content: dict[str, dict[str, None]] = {}  # ids, in order
         for record in records:
             self.put(record)
 
-    def records(self) -> list[Record]:
-        """All records, in order of path."""
-        return sorted(self._by_id.values(), key=lambda record: record.path)
-
     def find(self, video: str) -> Record | None:
         """Finds a record by id, or by path, which may be relative or contain links."""
-        if not video:
-            return None
-        name = name_of(video)
-        return self._by_id.get(video) or self.at(name) or self.at(real_name(name))
+        return (self._by_id.get(video) or self.at(name_of(video))) if video else None
 
     def fitting(self, video: str) -> list[Record]:
-        """Finds records by id, path, or glob over the whole path; * also matches slashes."""
+        """Finds records by id, path, or glob over the whole path; * also matches slashes. In order of path."""
         if (record := self.find(video)) is not None:
             return [record]
         globs = (video, os.path.abspath(video))
-        return [record for record in self.records() if any(fnmatchcase(record.path, glob) for glob in globs)]
+        found = [one for one in self._by_id.values() if any(fnmatchcase(one.path, glob) for glob in globs)]
+        return sorted(found, key=lambda record: record.path)
 
-    def at(self, path: str) -> Record | None:
-        """Returns the record of a path."""
+    def at(self, name: str) -> Record | None:
+        """Returns the record of a name, or of the file that it links to."""
+        path = name if name in self._by_path else real_name(name)
         with self._lock:
             return self._by_id.get(self._by_path.get(path, ""))
 
@@ -176,16 +171,11 @@ class Catalog:
     def put(self, record: Record) -> None:
         """Adds or replaces a record."""
         with self._lock:
-            self.drop(record.id)
+            old = self._by_id.get(record.id)
+            if old is not None:
+                self._by_content[old.fingerprint].pop(old.id)
+                if self._by_path.get(old.path) == old.id:
+                    del self._by_path[old.path]
             self._by_id[record.id] = record
             self._by_path[record.path] = record.id
             self._by_content.setdefault(record.fingerprint, {})[record.id] = None
-
-    def drop(self, id: str) -> None:
-        """Removes a record, if it is there."""
-        with self._lock:
-            record = self._by_id.pop(id, None)
-            if record is not None:
-                self._by_content[record.fingerprint].pop(id)
-                if self._by_path.get(record.path) == id:
-                    del self._by_path[record.path]

@@ -22,7 +22,7 @@ from keyreel.decode.source import Source
 from keyreel.errors import Failure, KeyreelError, LibraryError, MissingExtra, SourceError
 from keyreel.library import upkeep
 from keyreel.library.contents import contents, recorded_at
-from keyreel.library.files import Catalog, FileState, fingerprint, path_of, real_name
+from keyreel.library.files import Catalog, FileState, fingerprint, path_of
 from keyreel.library.planned import compared, is_done
 from keyreel.library.run import Halted
 from keyreel.library.shards import Shards
@@ -83,7 +83,7 @@ class Indexer:
         A failure of the video is part of the result. Errors of the library, a missing package and Halted are raised.
         """
         began = time.perf_counter()
-        known = self._catalog.at(name) or self._catalog.at(real_name(name))
+        known = self._catalog.at(name)
         name = name if known is None else known.path
         path, state, content, failure = self._read(name), None, "", None
         change: Change
@@ -176,9 +176,7 @@ class Indexer:
         except LibraryError:
             return None
         rows = found.get(twin.generation)
-        if rows is None or extras is None or rows.counts != (twin.frames, twin.subjects):
-            return None
-        if len(previews) != rows.keyframe.sum():
+        if rows is None or extras is None or not twin.describes(rows) or len(previews) != rows.keyframe.sum():
             return None
         same = {
             name: getattr(twin, name) for name in ("frames", "subjects", "duration_seconds", "grid", "shots", "scenes")

@@ -17,12 +17,11 @@ from keyreel.errors import Damaged, LibraryError, ModelNotFound
 from keyreel.library import upkeep
 from keyreel.library.asked import asked
 from keyreel.library.contents import frame_of
-from keyreel.library.errors import Outdated
+from keyreel.library.errors import REPAIR, Outdated
 from keyreel.library.export import export_parquet
 from keyreel.library.files import Catalog, FileState, is_gone, names_of
 from keyreel.library.indexing import Indexer
 from keyreel.library.merge import Search
-from keyreel.library.opened import REPAIR
 from keyreel.library.planned import planned
 from keyreel.library.run import IndexRun
 from keyreel.library.search import SearchIndex, fits
@@ -447,9 +446,10 @@ class Library:
 
     def _check_model(self, engine: Engine) -> None:
         own = engine.bundle
-        self._tables.check_model(
-            own.name, own.sha256, own.embedding_width, same_scene=own.same_scene, same_vectors=own.same_vectors
-        )
+        for part in self._tables.parts:
+            part.check_model(
+                own.name, own.sha256, own.embedding_width, same_scene=own.same_scene, same_vectors=own.same_vectors
+            )
 
     def _bundle(self) -> Bundle | None:
         """The engine's model; without an engine the library's, if it is installed here."""

@@ -72,7 +72,7 @@ class Shard(Protocol):
     def top_videos(self, query: Asked, k: int, moments: int, where: Filter, own: Example | None) -> Answered: ...
     def vector(self, example: Example) -> F32: ...
     def scores(self, query: Asked, video: str) -> tuple[F64, F32]: ...
-    def build(self) -> bool: ...
+    def build(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -131,7 +131,17 @@ class Search:
     def hits(
         self, queries: Sequence[Asked], k: int, where: Filter | None = None, own: Sequence[Example | None] = ()
     ) -> list[list[LibraryHit]]:
-        """See `SearchIndex.hits`."""
+        """Finds the k best moments for each query, best first; ties in order of path and time.
+
+        It hides near-duplicates of a better moment of another video: the cosine of their best frames is at least
+        `similarity`. `folded` of the better one counts those that would rank before the last hit.
+
+        Args:
+            queries: Q of them.
+            k: at least 1; there may be fewer moments.
+            own: for each query the example that it is the vector of, or None. The moment that contains the example is
+                not a hit.
+        """
         where, own = where or Filter(), own or [None] * len(queries)
         found: list[list[LibraryHit]] = [[] for _ in queries]
         waiting, most, left_out = list(range(len(queries))), k, set[str]()
@@ -139,7 +149,7 @@ class Search:
             some, theirs = [queries[n] for n in waiting], [own[n] for n in waiting]
             asked = [replace(query, chances=None) for query in some]
 
-            def moments(shard: Shard, where: Filter) -> Answered:
+            def moments(where: Filter, shard: Shard) -> Answered:
                 return shard.moments(asked, most, where, theirs)  # noqa: B023 - called in this round
 
             answers = self.ask(moments, where)
@@ -162,9 +172,14 @@ class Search:
     def videos(
         self, query: Asked, k: int, moments: int = 3, where: Filter | None = None, own: Example | None = None
     ) -> list[VideoHit]:
-        """See `SearchIndex.videos`."""
+        """Finds the k best videos, best first, each with its best moments; ties in order of path.
+
+        Args:
+            moments: the most moments of a video.
+            query, k, where, own: as for `hits`; the video of an example is not a hit.
+        """
         asked = replace(query, chances=None)
-        answers = self.ask(lambda shard, where: shard.top_videos(asked, k, moments, where, own), where or Filter())
+        answers = self.ask(lambda where, shard: shard.top_videos(asked, k, moments, where, own), where or Filter())
         pictures = sum(answer.pictures for answer in answers)
         self.left_out = tuple(sorted({path for answer in answers for path in answer.left_out}))
         best = sorted(
@@ -190,9 +205,9 @@ class Search:
         for number in range(len(self.shards)):
             self.ask_one(number, lambda shard: shard.build())
 
-    def ask(self, call: Callable[[Shard, Filter], Answered], where: Filter) -> list[Answered]:
+    def ask(self, call: Callable[[Filter, Shard], Answered], where: Filter) -> list[Answered]:
         """Calls the shards that the filter allows, one after the other, and returns their answers."""
-        return [call(self.shards[number], own) for number, own in self.parts_of(where)]
+        return [call(own, self.shards[number]) for number, own in self.parts_of(where)]
 
     def ask_one(self, number: int, call: Callable[[Shard], T]) -> T:
         """Calls one shard."""

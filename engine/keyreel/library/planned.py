@@ -10,7 +10,7 @@ from typing import Literal
 from keyreel.config import IndexConfig
 from keyreel.decode.source import Source
 from keyreel.errors import Failure
-from keyreel.library.files import Catalog, FileState, fingerprint, is_gone, path_of, real_name
+from keyreel.library.files import Catalog, FileState, fingerprint, is_gone, path_of
 from keyreel.library.types import Planned, Record
 
 
@@ -69,7 +69,7 @@ def planned(name: str, catalog: Catalog, config: IndexConfig, seen: dict[str, st
     Args:
         seen: first video of each content in this run; adds this one.
     """
-    known = catalog.at(name) or catalog.at(real_name(name))
+    known = catalog.at(name)
     name = name if known is None else known.path
     path, seconds = path_of(name), None
     try:

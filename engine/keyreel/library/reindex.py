@@ -94,23 +94,25 @@ def _waiting(old: Tables | Shards, new: Tables | Shards, model: str, sha256: str
     """Copies the list of videos. Returns the paths that the new model has not indexed."""
     known, there = {record.id: record for record in old.records()}, {record.id for record in new.records()}
     new.drop([id for id in there if id not in known])
-    empty: dict[str, Any] = {
-        "fingerprint": "",
-        "generation": "",
-        "frames": 0,
-        "subjects": None,
-        "shots": (),
-        "scenes": (),
-    }
-    about: dict[str, Any] = {
-        "status": "failed",
-        "error": WAITS,
-        "hint": None,
-        "digest": None,
-        "model": model,
-        "model_sha256": sha256,
-    }
-    lacking = [replace(record, **empty, **about) for id, record in known.items() if id not in there]
+    lacking = [
+        replace(
+            record,
+            fingerprint="",
+            generation="",
+            frames=0,
+            subjects=None,
+            shots=(),
+            scenes=(),
+            status="failed",
+            error=WAITS,
+            hint=None,
+            digest=None,
+            model=model,
+            model_sha256=sha256,
+        )
+        for id, record in known.items()
+        if id not in there
+    ]
     for part in new.parts:
         part.upsert([record for record in lacking if new.of(record.id) is part])
     return {record.path for record in new.records() if record.status != "ok"}

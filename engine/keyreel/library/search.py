@@ -30,14 +30,13 @@ import numpy as np
 
 from keyreel.config import LibraryConfig
 from keyreel.errors import Damaged, LibraryError, import_extra
-from keyreel.library.errors import lance_errors
-from keyreel.library.merge import Answered, Ranked, Search
-from keyreel.library.opened import REPAIR
+from keyreel.library.errors import REPAIR, lance_errors
+from keyreel.library.merge import Answered, Ranked
 from keyreel.library.ranking import Ranking
 from keyreel.library.schema import SCENE, SUBJECT, VECTORS, quoted
 from keyreel.library.shards import Shards
 from keyreel.library.table import Tables
-from keyreel.library.types import BOOL, Filter, LibraryHit, Record, VideoHit
+from keyreel.library.types import BOOL, Filter, Record
 from keyreel.library.vectors import ATTEMPTS, Snapshot, Spans, Vectors, vector_at
 from keyreel.runtime.backend import Backend
 from keyreel.search import Asked
@@ -58,10 +57,10 @@ PROBES, PROBES_FRACTION = 64, 0.2
 
 
 class SearchIndex:
-    """Searches a library without shards, or one shard. Safe to share between threads. A search sees one state of it.
+    """Searches one shard, or a library without shards, see `merge.Search`. Safe to share between threads.
 
-    Methods raise ValueError if a query has another length than the vectors, and LibraryError if there is no library, or
-    no video that `where` or an example names.
+    A search sees one state of the library. Methods raise ValueError if a query has another length than the vectors, and
+    LibraryError if there is no library, or no video that `where` or an example names.
 
     Args:
         backend: the device that holds and compares the vectors; by default the CPU.
@@ -79,49 +78,7 @@ class SearchIndex:
         self._arrays: Arrays = HostArrays() if backend is None else backend.ops.arrays
         self._width = tables.model()[2]
         self._vectors = Vectors(tables, self._width, self._arrays, config.exact_rows, whole)
-        self._alone = Search([self], lambda _: 0, config.fold_similarity)
         self._last: tuple[tuple[int, str], BOOL] | None = None  # a filter, and the videos that it allows
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """The paths of videos that the last search skipped."""
-        return self._alone.left_out
-
-    def hits(
-        self,
-        queries: Sequence[Asked],
-        k: int,
-        where: Filter | None = None,
-        own: Sequence[Example | None] = (),
-    ) -> list[list[LibraryHit]]:
-        """Finds the k best moments for each query, best first; ties in order of path and time.
-
-        It hides near-duplicates of a better moment of another video: the cosine of their best frames is at least
-        `fold_similarity`. `folded` of the better one counts those that would rank before the last hit.
-
-        Args:
-            queries: Q of them.
-            k: at least 1; there may be fewer moments.
-            own: for each query the example that it is the vector of, or None. The moment that contains the example is
-                not a hit.
-        """
-        return self._alone.hits(queries, k, where, own)
-
-    def videos(
-        self,
-        query: Asked,
-        k: int,
-        moments: int = 3,
-        where: Filter | None = None,
-        own: Example | None = None,
-    ) -> list[VideoHit]:
-        """Finds the k best videos, best first, each with its best moments; ties in order of path.
-
-        Args:
-            moments: the most moments of a video.
-            query, k, where, own: as for `hits`; the video of an example is not a hit.
-        """
-        return self._alone.videos(query, k, moments, where, own)
 
     def refresh(self) -> None:
         """Reads new rows, so that no search has to."""
@@ -129,7 +86,7 @@ class SearchIndex:
             self._vectors.snapshot()
 
     def moments(self, queries: Sequence[Asked], k: int, where: Filter, own: Sequence[Example | None]) -> Answered:
-        """The part of `hits` that this shard contributes, see `merge`.
+        """The part of `Search.hits` that this shard contributes, see `merge`.
 
         Raises:
             ValueError: k < 1, or a query has another length than the vectors.
@@ -150,7 +107,7 @@ class SearchIndex:
             return Answered(found, (), _pictures(snapshot, chosen), tuple(left_out))
 
     def top_videos(self, query: Asked, k: int, moments: int, where: Filter, own: Example | None) -> Answered:
-        """The part of `videos` that this shard contributes, see `merge`."""
+        """The part of `Search.videos` that this shard contributes, see `merge`."""
         given = self._checked([query], min(k, moments))
         with self._running():
             snapshot = self._vectors.snapshot()
@@ -177,17 +134,14 @@ class SearchIndex:
             chosen = np.arange(len(snapshot.records)) == number
             return self._ranking(snapshot, chosen, given, Filter()).curve(0, 0)
 
-    def build(self) -> bool:
-        """Builds the vector index if the library is large enough to need one. Takes minutes.
+    def build(self) -> None:
+        """Builds the vector index if there is none and the library is large enough to need one. Takes minutes.
 
         New rows are compared one by one until `compact` adds them to the index.
-
-        Returns:
-            False if the index exists or is not needed.
         """
         table = self._tables.table(VECTORS)
         if self._vectors.snapshot().matrix is not None or any("vector" in i.columns for i in table.list_indices()):
-            return False
+            return
         kinds = import_extra("lancedb.index", extra="library", purpose="a vector index")
         parts = max(1, table.count_rows() // ROWS_A_PART)
         kind = kinds.IvfRq(distance_type="l2", num_partitions=parts, max_iterations=ROUNDS)
@@ -195,7 +149,6 @@ class SearchIndex:
             # The rows of candidates are read by generation, which would read every row without an index.
             table.create_index("generation", config=kinds.BTree())
             table.create_index("vector", config=kind)
-        return True
 
     # --- inside ---------------------------------------------------------------------------------------------------
 

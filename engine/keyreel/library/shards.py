@@ -67,21 +67,8 @@ class Shards:
         for part in self.parts:
             part.create(model=model, model_sha256=model_sha256, width=width)
 
-    def check_model(
-        self,
-        model: str,
-        model_sha256: str,
-        width: int,
-        *,
-        same_scene: Container[str] = (),
-        same_vectors: Container[str] = (),
-    ) -> None:
-        """See `Tables.check_model`."""
-        for part in self.parts:
-            part.check_model(model, model_sha256, width, same_scene=same_scene, same_vectors=same_vectors)
-
     def model(self) -> tuple[str, str, int]:
-        """Name, sha256 and D of the model that made the vectors."""
+        """See `Tables.model`."""
         return self.parts[0].model()
 
     def version(self) -> int:

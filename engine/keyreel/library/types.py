@@ -104,6 +104,10 @@ class Record:
         """The number of its vectors."""
         return self.frames + (self.subjects or 0)
 
+    def describes(self, rows: Rows) -> bool:
+        """Whether rows that were read are all of its rows, undamaged."""
+        return rows.counts == (self.frames, self.subjects) and self.digest in (None, rows.digest)
+
 
 @dataclass(frozen=True, slots=True)
 class LibraryHit(SearchHit):

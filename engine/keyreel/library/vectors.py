@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from keyreel.errors import Damaged
-from keyreel.library.opened import REPAIR
+from keyreel.library.errors import REPAIR
 from keyreel.library.shards import Shards
 from keyreel.library.table import Tables
 from keyreel.library.types import BOOL, F16, I32, Record, Rows
@@ -184,7 +184,7 @@ class Vectors:
             self._move(kept + new)
         for name, rows in self._tables.rows(missing) if missing else ():
             record = wanted[name]
-            if rows.counts != (record.frames, record.subjects) or record.digest not in (None, rows.digest):
+            if not record.describes(rows):
                 continue
             block = Matrix.of(rows, record.scenes or record.shots)
             if np.isfinite(block.vectors).all():  # else the videos would get out of order
