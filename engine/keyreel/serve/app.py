@@ -24,10 +24,11 @@ from keyreel.chance import matches_well
 from keyreel.errors import import_extra
 from keyreel.library.types import Extras, Filter
 from keyreel.serve import models, uploads
-from keyreel.serve.files import OpenFile, safe_name
+from keyreel.serve.files import OpenFile, file_name, safe_name
 from keyreel.serve.metrics import CONTENT_TYPE
 from keyreel.serve.security import LOOPBACK, ApiError, Security, to_api_error, too_busy
 from keyreel.serve.service import Service
+from keyreel.serve.workers import Answer
 from keyreel.types import Combined, Example
 from keyreel.types import Query as AnyQuery
 
@@ -190,20 +191,21 @@ def _add_search(router: APIRouter, service: Service) -> None:
     # Pictures are held in memory: the next one is not read before one is done.
     pictures = asyncio.Semaphore(service.config.threads)
 
+    def answer(query: str | None, found: Answer, began: float, base: str) -> models.Hits:
+        return models.Hits(
+            query=query,
+            seconds=time.perf_counter() - began,
+            unknown_words=list(found.unknown_words),
+            left_out=list(map(file_name, found.left_out)),  # callers must not learn the folders
+            matches_well=matches_well(hit.chance for hit in found.hits),
+            hits=models.moments(found.hits, base),
+        )
+
     async def by_text(text: str, query: AnyQuery | Combined, k: int, where: Filter, base: str) -> models.Hits:
         began = time.perf_counter()
         if not text.strip() or len(text) > MAX_QUERY:
             raise ApiError(422, "invalid", f"q must have 1 to {MAX_QUERY} characters, got {len(text)}")
-        found = await service.batcher.search(query, k, where)
-        seconds = time.perf_counter() - began
-        return models.Hits(
-            query=text,
-            seconds=seconds,
-            unknown_words=list(found.unknown_words),
-            left_out=models.names(found.left_out),
-            matches_well=matches_well(hit.chance for hit in found.hits),
-            hits=models.moments(found.hits, base),
-        )
+        return answer(text, await service.batcher.search(query, k, where), began, base)
 
     @router.get("/api/v1/search", tags=["search"])
     async def search(request: Request, query: Annotated[models.TextSearch, Query()]) -> models.Hits:
@@ -224,10 +226,7 @@ def _add_search(router: APIRouter, service: Service) -> None:
             name, like = None, (await uploads.read_json(request, models.LikeRequest, idle_seconds=idle)).like
             example = Example(like.video_id, like.seconds)
             found = await service.pool.run(service.search, query.query(example), query.k, query.where())
-        seconds = time.perf_counter() - began
-        hits, left_out = models.moments(found.hits, _base(request)), models.names(found.left_out)
-        well = matches_well(hit.chance for hit in found.hits)
-        return models.Hits(query=name, seconds=seconds, left_out=left_out, matches_well=well, hits=hits)
+        return answer(name, found, began, _base(request))
 
     @router.get("/api/v1/videos/{id}/moments", tags=["search"])
     async def moments(

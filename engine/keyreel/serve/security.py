@@ -126,6 +126,12 @@ def to_api_error(error: Exception, *private: str) -> ApiError | None:
     return None
 
 
+def problem(error: Exception, *private: str) -> dict[str, Any]:
+    """Describes why a job or a copy failed; a bug by its exception. See `to_api_error`."""
+    unknown = ApiError(500, "failed", redact_paths(f"{type(error).__name__}: {error}", *private))
+    return (to_api_error(error, *private) or unknown).document()
+
+
 class Security:
     """Applies the rules for every request.
 
