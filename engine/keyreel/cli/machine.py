@@ -22,7 +22,7 @@ from typer import Argument, Option
 import keyreel
 from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, for_each, sources
-from keyreel.cli.output import log, plural, print_json, print_line, print_table
+from keyreel.cli.output import log, plural, print_answer, print_json, print_line, print_table
 from keyreel.cli.progress import RENDERED, Bars
 from keyreel.errors import BackendError, import_extra
 
@@ -52,13 +52,12 @@ def doctor(as_json: options.Json = False) -> None:
     from keyreel.runtime.doctor import probes
 
     found = probes()
-    if as_json:
-        print_json(Doctor(version=keyreel.__version__, probes=found))
-    for probe in found if not as_json else ():
+    lines = []
+    for probe in found:
         mark = "ok  " if probe.passed else ("FAIL" if probe.required else "no  ")
-        print_line(f"{mark} {probe.name}: {probe.found}")
-        if probe.fix:
-            print_line(f"       fix: {probe.fix}")
+        lines.append(f"{mark} {probe.name}: {probe.found}")
+        lines += [f"       fix: {probe.fix}"] if probe.fix else []
+    print_answer(Doctor(version=keyreel.__version__, probes=found), *lines, as_json=as_json)
     if any(probe.required and not probe.passed for probe in found):
         raise typer.Exit(BackendError.exit_code)
 
