@@ -110,7 +110,6 @@ def page(browser: Any, site: Site) -> Iterator[Any]:
     opened.on("console", lambda told: wrong.append(told.text) if "Content Security Policy" in told.text else None)
     hosts: set[str] = set()
     opened.on("request", lambda request: hosts.add(urllib.parse.urlsplit(request.url).netloc))
-    opened.wrong = wrong
     yield opened
     context.close()
     assert wrong == []
