@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
+import fastapi_offline
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
@@ -21,7 +22,6 @@ from starlette.responses import FileResponse
 
 from keyreel import __version__
 from keyreel.chance import matches_well
-from keyreel.errors import import_extra
 from keyreel.library.types import Extras, Filter
 from keyreel.serve import models, uploads
 from keyreel.serve.files import OpenFile, file_name, safe_name
@@ -68,10 +68,7 @@ def make_app(service: Service) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,  # the methods of generated clients
     )
-    config = service.config
-    # Who listens beyond this machine may have any name.
-    hosts = config.hosts or ((*LOOPBACK, config.host) if config.loopback else ("*",))
-    app.include_router(make_router(service, hosts=hosts, alone=True))
+    app.include_router(make_router(service, alone=True))
 
     @app.exception_handler(HTTPException)
     async def no_route(_: Request, error: Any) -> Response:
@@ -82,12 +79,12 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def make_router(service: Service, *, hosts: tuple[str, ...] = (), alone: bool = False) -> APIRouter:
+def make_router(service: Service, *, alone: bool = False) -> APIRouter:
     """See `keyreel.serve.router`.
 
     Args:
-        hosts: names in the Host header that are answered; the config's by default, or those of this machine.
-        alone: the application is the service and nothing else, so that its OpenAPI document is served.
+        alone: the application is the service and nothing else: it listens at the config's host, and serves its OpenAPI
+            document.
     """
 
     @asynccontextmanager
@@ -100,8 +97,11 @@ def make_router(service: Service, *, hosts: tuple[str, ...] = (), alone: bool = 
         finally:
             await asyncio.to_thread(service.close)
 
-    hosts = hosts or service.config.hosts or LOOPBACK
-    security = Security(service.config, service.metrics, () if "*" in hosts else hosts, service.private)
+    config = service.config
+    hosts: tuple[str, ...] = config.hosts or LOOPBACK
+    if alone and not config.hosts:  # who listens beyond this machine may have any name
+        hosts = (*LOOPBACK, config.host) if config.loopback else ("*",)
+    security = Security(config, service.metrics, () if "*" in hosts else hosts, service.private)
     public = APIRouter(route_class=security.route(public=True), responses=_ERRORS)
     closed = APIRouter(route_class=security.route(), responses=_ERRORS)
     slow = APIRouter(route_class=security.route(timeout_seconds=UPLOAD_SECONDS), responses=_ERRORS)
@@ -133,9 +133,8 @@ def _base(request: Request) -> str:
 def _add_page(router: APIRouter, *, docs: bool) -> None:
     files = {path.name: path for path in PAGE.iterdir() if path.suffix in _STATIC_TYPES}
     files["storyboard.css"] = STORYBOARD_STYLE
-    swagger = import_extra("fastapi_offline", extra="serve", purpose="the page /docs")
     for name in ("swagger-ui-bundle.js", "swagger-ui.css"):
-        files[name] = Path(str(swagger.__file__)).with_name("static") / name
+        files[name] = Path(fastapi_offline.__file__).with_name("static") / name
 
     @router.get("/static/{name}", include_in_schema=False)
     async def static(name: str) -> Response:
