@@ -27,7 +27,7 @@ from keyreel.cli.output import print_hits, printable
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.demo import SCENES
-from keyreel.render.documents import SearchDocument, SummaryDocument, schema_of
+from keyreel.render.documents import SearchDocument, SummaryDocument
 from keyreel.render.pictures import short_clock
 
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
@@ -49,7 +49,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_summarize_prints_the_summary_that_it_writes(clip: Path, tmp_path: Path) -> None:
     words = ("-o", tmp_path, "--keyframes", 2, "--reel-seconds", 1, "--otio")
-    found = document(schema_of(SummaryDocument), "summarize", clip, *words)
+    found = document(SummaryDocument, "summarize", clip, *words)
     assert found == json.loads((tmp_path / "test" / "summary.json").read_text())
     assert len(found["keyframes"]) == 2
     assert sum(s["stop_seconds"] - s["start_seconds"] for s in found["reel"]["spans"]) == pytest.approx(1, abs=0.75)
@@ -80,7 +80,7 @@ def test_standard_input_and_two_videos_of_one_name(tiny: Path, tmp_path: Path) -
     other.parent.mkdir()
     other.write_bytes(tiny.read_bytes())
     words = ("summarize", "-", tiny, other, "-o", tmp_path / "out", *BARE)
-    found = document(schema_of(Summaries), *words, input=tiny.read_bytes())
+    found = document(Summaries, *words, input=tiny.read_bytes())
     assert [s["video"]["path"] for s in found["summaries"]] == ["<stdin>", str(tiny), str(other)]
     written = {folder.name: {path.name for path in folder.iterdir()} for folder in (tmp_path / "out").iterdir()}
     bare = {"summary.json", "scenes.vtt", "keyframes", "contact.jpg"}
@@ -120,11 +120,11 @@ def test_failures_do_not_stop_the_others(tiny: Path, tmp_path: Path) -> None:
     unknown = tmp_path / "unknown.mp4"
     unknown.write_bytes(tiny.read_bytes().replace(b"avc1", b"zzzz"))
     words = ("summarize", tmp_path / "missing.mp4", unknown, tiny, "-o", tmp_path / "out", *BARE)
-    found = document(schema_of(Summaries), *words, code=8)
+    found = document(Summaries, *words, code=8)
     assert [Path(failure["video"]).name for failure in found["failed"]] == ["missing.mp4", "unknown.mp4"]
     assert [failure["exit_code"] for failure in found["failed"]] == [3, 3]
     assert [Path(summary["video"]["path"]) for summary in found["summaries"]] == [tiny]
-    found = document(schema_of(SearchDocument), "search", "a dog", tmp_path / "missing.mp4", tiny, code=8)
+    found = document(SearchDocument, "search", "a dog", tmp_path / "missing.mp4", tiny, code=8)
     assert [(Path(failure["video"]).name, failure["exit_code"]) for failure in found["failed"]] == [("missing.mp4", 3)]
     assert {hit["video"] for hit in found["hits"]} == {str(tiny)}
 
@@ -161,7 +161,7 @@ def test_sampling_options_reach_the_decoder(clip: Path, tmp_path: Path) -> None:
         (("--sampling", "near", "--tolerance", 0.4, "--fps", 1), Sampling("near", fps=1, tolerance_seconds=0.4)),
         (("--sampling", "every", "--every", 40), Sampling("every", every=40)),
     ):
-        found = document(schema_of(SummaryDocument), "summarize", clip, "-o", tmp_path, "--overwrite", *BARE, *words)
+        found = document(SummaryDocument, "summarize", clip, "-o", tmp_path, "--overwrite", *BARE, *words)
         with Source(clip) as source, FrameStream(source, sampling) as stream:
             assert found["video"]["frames_sampled"] == sum(len(batch) for batch in stream)
         names = ("mode", "fps", "tolerance_seconds", "every")
@@ -171,11 +171,11 @@ def test_sampling_options_reach_the_decoder(clip: Path, tmp_path: Path) -> None:
 
 def test_the_subject_is_switched_on_and_off(tiny: Path, tmp_path: Path) -> None:
     for words, wanted in (((), True), (("--subject", "on"), True), (("--subject=off",), False)):
-        found = document(schema_of(SummaryDocument), "summarize", tiny, "-o", tmp_path, "--overwrite", *BARE, *words)
+        found = document(SummaryDocument, "summarize", tiny, "-o", tmp_path, "--overwrite", *BARE, *words)
         assert found["config"]["encode"]["subject"] is wanted
-    (hit,) = document(schema_of(SearchDocument), "search", "a dog", tiny, "--subject", "off")["hits"]
+    (hit,) = document(SearchDocument, "search", "a dog", tiny, "--subject", "off")["hits"]
     assert (hit["answered_by"], hit["region"]) == ("scene", None)
-    (hit,) = document(schema_of(SearchDocument), "search", "a dog", tiny)["hits"]
+    (hit,) = document(SearchDocument, "search", "a dog", tiny)["hits"]
     x, y, width, height = hit["region"]
     assert 0 <= x < x + width <= 1 + 1e-6
     assert 0 <= y < y + height <= 1 + 1e-6
@@ -263,12 +263,12 @@ def test_interrupt_leaves_nothing_half_written(
 
 def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
     files = ("--html", tmp_path / "hits.html", "--previews", tmp_path / "p")
-    found = document(schema_of(SearchDocument), "search", "a dog", clip, "-k", 2, *files)
+    found = document(SearchDocument, "search", "a dog", clip, "-k", 2, *files)
     assert found["query"] == "a dog"
     assert all(Path(hit["preview"]).is_file() for hit in found["hits"])
     assert 0 < found["hits"][0]["chance"] < 1
     assert "data:image/jpeg" in (tmp_path / "hits.html").read_text()
-    again = document(schema_of(SearchDocument), "search", "--image", found["hits"][0]["preview"], clip, "-k", 1)
+    again = document(SearchDocument, "search", "--image", found["hits"][0]["preview"], clip, "-k", 1)
     best = again["hits"][0]
     assert best["chance"] is None  # for texts only
     assert best["start_seconds"] <= found["hits"][0]["pts_seconds"] < best["stop_seconds"]
@@ -277,7 +277,7 @@ def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
     assert "nothing matches" not in done.stderr
     assert "nothing matches well" in run("search", "a grand piano", clip).stderr
     assert found["unknown_words"] == []
-    odd = document(schema_of(SearchDocument), "search", "a zwyxq dog", clip, "-k", 1)
+    odd = document(SearchDocument, "search", "a zwyxq dog", clip, "-k", 1)
     assert odd["unknown_words"] == ["zwyxq"]
     assert odd["hits"][0]["chance"] < 0.5  # of two words one is known
     said = run("search", "zzzz qqqq", clip).stderr
@@ -309,7 +309,7 @@ def test_bench_measures_each_video(tmp_path: Path) -> None:
         write_clip(tmp_path / f"{name}.mp4", frames=40)
     (tmp_path / "c.mp4").write_bytes(b"no video")
     began = time.perf_counter()
-    found = document(schema_of(Bench), "bench", tmp_path, "--runs", 3, "--fps", 5, code=8)
+    found = document(Bench, "bench", tmp_path, "--runs", 3, "--fps", 5, code=8)
     whole = time.perf_counter() - began
     assert [Path(video["video"]).name for video in found["videos"]] == ["a.mp4", "b.mp4"]
     assert [(Path(failure["video"]).name, failure["exit_code"]) for failure in found["failed"]] == [("c.mp4", 3)]
@@ -322,14 +322,14 @@ def test_bench_measures_each_video(tmp_path: Path) -> None:
     assert found["versions"]["keyreel"] == __version__
     assert found["config"]["encode"]["subject"]
     words = ("--runs", 1, "--sampling", "keyframes", "--subject", "off")
-    assert not document(schema_of(Bench), "bench", tmp_path / "a.mp4", *words)["config"]["encode"]["subject"]
+    assert not document(Bench, "bench", tmp_path / "a.mp4", *words)["config"]["encode"]["subject"]
     lines = run("bench", tmp_path / "a.mp4", *words).stdout.splitlines()
     assert lines[1].split()[-2:] == ["4", str(tmp_path / "a.mp4")]
     assert lines[2].startswith("builtin on cpu ")
 
 
 def test_doctor() -> None:
-    found = document(schema_of(Doctor), "doctor")
+    found = document(Doctor, "doctor")
     assert {"onnxruntime", "decode h264", "cuda driver"} <= {probe["name"] for probe in found["probes"]}
     assert "onnxruntime: " in run("doctor").stdout
 
