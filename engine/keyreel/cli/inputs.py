@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import typer
@@ -16,7 +17,9 @@ from keyreel.errors import Failure, KeyreelError, MissingExtra, SourceNotFound
 from keyreel.folders import SUFFIXES, videos_in
 
 if TYPE_CHECKING:
+    from keyreel.cli.progress import Bars
     from keyreel.decode.source import Source
+    from keyreel.types import Progress
 
 SOME_FAILED = 8
 
@@ -72,20 +75,31 @@ def listed(text: bytes) -> list[str]:
 
 
 def for_each(
-    videos: Sequence[Source | KeyreelError], work: Callable[[Source], None], failed: Callable[[Failure], None]
+    videos: Sequence[Source | KeyreelError],
+    bars: Bars,
+    work: Callable[[Source, Progress], None],
+    parts: Mapping[str, tuple[float, float]] = MappingProxyType({}),
 ) -> list[Failure]:
-    """Calls `work` for each video. Calls `failed` for those that fail, continues, and returns the failures."""
+    """Calls `work` with each video and the callback of its bar. Prints why videos fail, and returns the failures.
+
+    Args:
+        parts: see `Bars.start`.
+    """
     failures = []
     for video in videos:
+        name = "" if isinstance(video, KeyreelError) else video.name
         try:
             if isinstance(video, KeyreelError):
                 raise video
-            work(video)
+            work(video, bars.start(name, parts))
         except MissingExtra:
             raise  # it is missing for every video
         except Exception as error:  # noqa: BLE001 - a video that fails must not stop the others
-            failures.append(Failure.of("" if isinstance(video, KeyreelError) else video.name, error))
-            failed(failures[-1])
+            failures.append(Failure.of(name, error))
+            text = str(failures[-1].error)
+            log(text if name in text else f"{name}: {text}", style="red")
+        finally:
+            bars.finish()
     return failures
 
 

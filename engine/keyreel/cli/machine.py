@@ -99,16 +99,14 @@ def bench(
         contextlib.ExitStack() as opened,
     ):
 
-        def measure(source: Source) -> None:
+        def measure(source: Source, progress: Progress) -> None:
             source.forget()
             wall, cpu = time.perf_counter(), time.process_time()
-            progress = bars.start(source.name, RENDERED)
             with tempfile.TemporaryDirectory() as folder:
                 summary = engine.summarize(source, sampling=frames, encode=encode, progress=progress)
                 saved = summary.save(Path(folder) / "outputs", progress=progress)
                 seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
                 stages = json.loads((saved / "summary.json").read_text("utf-8"))["timings_seconds"]
-            bars.finish()
             run = BenchVideo(
                 video=source.name,
                 video_seconds=summary.stop_seconds,
@@ -123,13 +121,13 @@ def bench(
         engine.warmup()
         given = sources(videos, limits, hidden=hidden)
         good = [opened.enter_context(source) for source in given if isinstance(source, Source)]
-        failed = for_each(given, measure, bars.failed)  # warms up
+        failed = for_each(given, bars, measure, RENDERED)  # warms up
         good = [source for source in good if source.name in measured]
         measured.clear()
         warmup_seconds = time.perf_counter() - began
         for number in range(runs):  # the videos take turns, so that a disturbance affects all
             bars.whole("runs", number, runs)
-            failed += for_each(good, measure, bars.failed)
+            failed += for_each(good, bars, measure, RENDERED)
         result = Bench(
             model=engine.bundle.name,
             model_sha256=engine.bundle.sha256,
