@@ -55,10 +55,6 @@ export function askToken(used) {
     const dialog = $("#token"), field = $("#secret");
     $(".note", dialog).hidden = used === null;
     field.value = dialog.returnValue = "";
-    $("form", dialog).onsubmit = (event) => {
-      event.preventDefault();
-      dialog.close("yes");
-    };
     $("button[type=button]", dialog).onclick = () => dialog.close("no");
     dialog.onclose = () => {
       asking = null;

@@ -137,7 +137,6 @@ export function remove(id, name, then) {
   const dialog = $("#sure");
   $("h2", dialog).textContent = `Remove ${name}?`;
   dialog.returnValue = "";
-  for (const button of $$("button", dialog)) button.onclick = () => dialog.close(button.value);
   dialog.onclose = async () => {
     if (dialog.returnValue !== "yes") return;
     try {
