@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from commands import BARE, document, run, spawn, write_clip
@@ -29,8 +28,6 @@ from keyreel.decode.stream import FrameStream
 from keyreel.demo import SCENES
 from keyreel.render.documents import SearchDocument, SummaryDocument
 from keyreel.render.pictures import short_clock
-
-PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
 
 
 @pytest.fixture(scope="module")
@@ -87,23 +84,12 @@ def test_standard_input_and_two_videos_of_one_name(tiny: Path, tmp_path: Path) -
     assert written == dict.fromkeys(("stdin", "tiny", "tiny-2"), bare)
 
 
-def _sound_only(path: Path) -> None:
-    with av.open(str(path), "w") as output:
-        stream = output.add_stream("aac", rate=48_000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 48_000
-        output.mux([*stream.encode(frame), *stream.encode(None)])
-
-
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
         ("missing.mp4", lambda path: None, "no such file"),
         ("empty.mp4", lambda path: path.write_bytes(b""), "empty"),
         ("text.mp4", lambda path: path.write_text("hello, this is no video\n"), "not a video"),
-        ("list.m3u8", lambda path: path.write_bytes(PLAYLIST), "playlist"),
-        ("list.mp4", lambda path: path.write_bytes(PLAYLIST), "playlist"),
-        ("sound.m4a", _sound_only, "no video"),
         ("folder", lambda path: path.mkdir(), "no video in the folder"),
         ("library", lambda path: (path / "records.lance").mkdir(parents=True), "searches it"),
     ],
