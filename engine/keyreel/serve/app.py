@@ -286,7 +286,7 @@ def _add_videos(router: APIRouter, service: Service) -> None:
     @router.get("/api/v1/videos/{id}/playable.mp4", tags=["videos"], response_class=Response)
     async def playable_file(id: str) -> Response:
         """Gives the copy that browsers can play, whole or in ranges. Answers 404 until it is done."""
-        return OpenFile(*await service.pool.run(service.open_playable, id))
+        return OpenFile(await service.pool.run(service.open_playable, id), "playable.mp4")
 
 
 def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:

@@ -161,19 +161,16 @@ class Service:
         Raises:
             ApiError: as `open`; 429, too many copies wait.
         """
-        self._check_open(id)
-        return self._copies.ask(self.record(id, indexed=True).fingerprint, lambda: self.open(id)[0])
+        return self._copies.ask(self._allowed(id).fingerprint, lambda: self.open(id)[0])
 
-    def open_playable(self, id: str) -> tuple[FileIO, str]:
-        """Opens that copy. Returns it and its name. Raises ApiError as `open`, 404 until it is done."""
-        name = self._check_open(id)
-        return self._copies.open(self.record(id, indexed=True).fingerprint), f"{Path(name).stem}.mp4"
+    def open_playable(self, id: str) -> FileIO:
+        """Opens that copy. Raises ApiError as `open`, 404 until it is done."""
+        return self._copies.open(self._allowed(id).fingerprint)
 
-    def _check_open(self, id: str) -> str:
-        """Checks that callers may read the video, else raises ApiError. Returns its file name."""
-        file, name = self.open(id)
-        file.close()
-        return name
+    def _allowed(self, id: str) -> Record:
+        """The record of a video that callers may read now, else raises ApiError as `open`."""
+        self.open(id)[0].close()
+        return self.record(id, indexed=True)
 
     def remove(self, id: str) -> None:
         """Removes a video from the library. Deletes its file if it was uploaded here."""
