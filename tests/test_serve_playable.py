@@ -114,7 +114,7 @@ def test_copies_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             copies.open("a0").close()  # watched
             time.sleep(0.02)
             assert ask(copies, clips[number], f"a{number}").state == "done"
-        assert len(list((tmp_path / "copies").iterdir())) == 2
+        until(lambda: len(list((tmp_path / "copies").iterdir())) == 2)  # a copy can be had before older ones go
         assert copies.path("a2").exists()
         copies._most = 10
         state = ask(copies, clips[0], "b0")
