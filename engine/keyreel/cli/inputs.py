@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import typer
@@ -24,32 +22,23 @@ if TYPE_CHECKING:
 SOME_FAILED = 8
 
 
-def sources(names: Sequence[str], limits: DecodeLimits, *, hidden: bool = False) -> list[Source | KeyreelError]:
+def sources(names: Sequence[str], limits: DecodeLimits, *, hidden: bool) -> list[Source | KeyreelError]:
     """Finds the videos of the names, and makes an error for each folder without a video."""
     from keyreel.decode.source import Source
 
-    found = within(names, hidden=hidden, tell=tell_passed)
+    found = within(names, hidden=hidden)
     return [one if isinstance(one, KeyreelError) else Source(one, limits=limits) for _, one in found]
 
 
-def tell_passed(folder: str, passed: Counter[str]) -> None:
-    """Prints what was skipped in a folder, if anything."""
-    if passed:
-        log(
-            f"{folder}: skipped {', '.join(f'{what} ({count})' for what, count in sorted(passed.items()))}",
-            style="dim",
-        )
-
-
 def within(
-    names: Sequence[str], *, hidden: bool = False, tell: Callable[[str, Counter[str]], None] = lambda *_: None
+    names: Sequence[str], *, hidden: bool, quiet: bool = False
 ) -> Iterator[tuple[str, str | Path | KeyreelError]]:
     """Yields each name with its videos: itself, those in a folder, or an error for a folder without a video.
 
     Args:
         names: of the command line.
         hidden: see `videos_in`.
-        tell: called with each folder, and the counts of skipped files.
+        quiet: do not print what is skipped in a folder.
     """
     for name in names:
         if not name:
@@ -58,7 +47,9 @@ def within(
             yield name, name
             continue
         inside, passed = videos_in(Path(name), hidden=hidden)
-        tell(name, passed)
+        if passed and not quiet:
+            skipped = ", ".join(f"{what} ({count})" for what, count in sorted(passed.items()))
+            log(f"{name}: skipped {skipped}", style="dim")
         if not inside:
             hint = f"files that end in one of: {' '.join(sorted(SUFFIXES))}"
             if any(Path(name).glob("*.lance")):
@@ -78,7 +69,7 @@ def for_each(
     videos: Sequence[Source | KeyreelError],
     bars: Bars,
     work: Callable[[Source, Progress], None],
-    parts: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+    parts: Mapping[str, tuple[float, float]],
 ) -> list[Failure]:
     """Calls `work` with each video and the callback of its bar. Prints why videos fail, and returns the failures.
 

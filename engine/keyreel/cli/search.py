@@ -196,7 +196,7 @@ def _search_videos(
             )
             summaries.append(summary)
 
-        failed = for_each(videos, bars, work)
+        failed = for_each(videos, bars, work, {})
         hits = engine.search(query, summaries, k=k) if summaries else []
         images = hit_pictures(hits, by_name) if pictures else []
     return Found(query, hits, images, engine.unknown_words(query), failed=failed, searched=len(summaries))
