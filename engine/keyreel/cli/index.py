@@ -220,12 +220,10 @@ class Report:
 
     @property
     def failed(self) -> list[Failure]:
-        """All failures so far."""
         return [*self._refused, *(added.failure for added in self.found.values() if added.failure is not None)]
 
     @property
     def succeeded(self) -> int:
-        """How many videos succeeded so far."""
         return sum(added.failure is None for added in self.found.values())
 
     def videos(self, names: Sequence[str]) -> list[Name]:

@@ -202,5 +202,4 @@ def _gigaflops_a_second() -> float:
 
 
 def _round(rate: float) -> float:
-    """Rounds an estimate to two digits."""
     return float(f"{rate:.2g}")

@@ -69,7 +69,6 @@ class ApiError(Exception):
         return {"kind": self.kind, "message": self.message, "hint": self.hint}
 
     def response(self) -> Response:
-        """Makes the HTTP answer."""
         # ASCII: a message may quote characters that UTF-8 cannot encode.
         body = json.dumps({"error": self.document()}).encode("ascii")
         return add_headers(Response(body, self.status, headers=self.headers, media_type="application/json"))

@@ -84,7 +84,6 @@ class Service:
         return {"status": "ready", "model": engine.bundle.name, "device": engine.backend.device, "left_out": left_out}
 
     def search(self, query: Query | Combined, k: int, where: Filter) -> Answer:
-        """Finds the k best moments."""
         return self.search_many([query], k, where)[0]
 
     def search_many(self, queries: Sequence[Query | Combined], k: int, where: Filter) -> list[Answer]:
@@ -118,7 +117,6 @@ class Service:
         raise ApiError(404, "not_found", "there is no such video")
 
     def videos(self, page: models.Page, base: str) -> models.Videos:
-        """A page of the videos, in order of path."""
         where = page.where()
         self._check(where, 1)
         records = self.library.list(where) if self.library.exists() else []
@@ -126,7 +124,6 @@ class Service:
         return models.Videos(total=len(records), videos=found)
 
     def detail(self, id: str, base: str) -> models.VideoDetail:
-        """A video with its key-frames, shots and scenes."""
         record = self.record(id)
         if record.status != "ok":
             return models.video_detail(record, None, (), base, playable=False)
@@ -140,7 +137,6 @@ class Service:
         return self.library.preview(record.id, seconds, decode=self._readable(record) and not nearest)
 
     def extras(self, id: str) -> Extras:
-        """The thumbnails of a video."""
         return self.library.extras(self.record(id, indexed=True).id)
 
     def open(self, id: str) -> tuple[FileIO, str]:
