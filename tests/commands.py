@@ -15,6 +15,7 @@ import numpy as np
 from typer.testing import CliRunner, Result
 
 from keyreel.cli.app import app
+from keyreel.render.documents import schema_of
 
 BARE = ("--no-reel", "--no-storyboard", "--no-thumbnails", "--keyframes", "1")
 
@@ -25,11 +26,10 @@ def run(*words: object, code: int = 0, input: bytes | None = None) -> Result:
     return done
 
 
-def document(schema: dict[str, Any] | None, *words: object, code: int = 0, input: bytes | None = None) -> Any:
+def document(kind: type, *words: object, code: int = 0, input: bytes | None = None) -> Any:
     """What a command prints with --json, valid by its schema."""
     found = json.loads(run(*words, "--json", code=code, input=input).stdout)
-    if schema is not None:
-        jsonschema.validate(found, schema)
+    jsonschema.validate(found, schema_of(kind))
     return found
 
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from commands import BARE, document, run, spawn, write_clip
@@ -27,10 +26,8 @@ from keyreel.cli.output import print_hits, printable
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.demo import SCENES
-from keyreel.render.documents import SearchDocument, SummaryDocument, schema_of
+from keyreel.render.documents import SearchDocument, SummaryDocument
 from keyreel.render.pictures import short_clock
-
-PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +46,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_summarize_prints_the_summary_that_it_writes(clip: Path, tmp_path: Path) -> None:
     words = ("-o", tmp_path, "--keyframes", 2, "--reel-seconds", 1, "--otio")
-    found = document(schema_of(SummaryDocument), "summarize", clip, *words)
+    found = document(SummaryDocument, "summarize", clip, *words)
     assert found == json.loads((tmp_path / "test" / "summary.json").read_text())
     assert len(found["keyframes"]) == 2
     assert sum(s["stop_seconds"] - s["start_seconds"] for s in found["reel"]["spans"]) == pytest.approx(1, abs=0.75)
     names = {path.name for path in (tmp_path / "test").iterdir()}
     pictures = {"keyframes", "contact.jpg", "thumbs.jpg", "thumbs.vtt", "storyboard.html"}
     assert names == {"summary.json", "scenes.vtt", "reel.mp4", "reel.otio", *pictures}
-
-
-def test_summarize_for_people(tiny: Path, tmp_path: Path) -> None:
-    done = run("summarize", tiny, "-o", tmp_path, *BARE)
-    assert done.stdout.startswith(f"{tiny}: 1 key-frame, 1 shot and 1 scene from 1 frame in ")
-    names = {path.name for path in (tmp_path / "tiny").iterdir()}
-    assert names == {"summary.json", "scenes.vtt", "keyframes", "contact.jpg"}
 
 
 def test_one_bar_runs_over_all_stages_and_is_gone_before_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,17 +77,11 @@ def test_standard_input_and_two_videos_of_one_name(tiny: Path, tmp_path: Path) -
     other.parent.mkdir()
     other.write_bytes(tiny.read_bytes())
     words = ("summarize", "-", tiny, other, "-o", tmp_path / "out", *BARE)
-    found = document(schema_of(Summaries), *words, input=tiny.read_bytes())
+    found = document(Summaries, *words, input=tiny.read_bytes())
     assert [s["video"]["path"] for s in found["summaries"]] == ["<stdin>", str(tiny), str(other)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["stdin", "tiny", "tiny-2"]
-
-
-def _sound_only(path: Path) -> None:
-    with av.open(str(path), "w") as output:
-        stream = output.add_stream("aac", rate=48_000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 48_000
-        output.mux([*stream.encode(frame), *stream.encode(None)])
+    written = {folder.name: {path.name for path in folder.iterdir()} for folder in (tmp_path / "out").iterdir()}
+    bare = {"summary.json", "scenes.vtt", "keyframes", "contact.jpg"}
+    assert written == dict.fromkeys(("stdin", "tiny", "tiny-2"), bare)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +90,6 @@ def _sound_only(path: Path) -> None:
         ("missing.mp4", lambda path: None, "no such file"),
         ("empty.mp4", lambda path: path.write_bytes(b""), "empty"),
         ("text.mp4", lambda path: path.write_text("hello, this is no video\n"), "not a video"),
-        ("list.m3u8", lambda path: path.write_bytes(PLAYLIST), "playlist"),
-        ("list.mp4", lambda path: path.write_bytes(PLAYLIST), "playlist"),
-        ("sound.m4a", _sound_only, "no video"),
         ("folder", lambda path: path.mkdir(), "no video in the folder"),
         ("library", lambda path: (path / "records.lance").mkdir(parents=True), "searches it"),
     ],
@@ -125,10 +106,13 @@ def test_failures_do_not_stop_the_others(tiny: Path, tmp_path: Path) -> None:
     unknown = tmp_path / "unknown.mp4"
     unknown.write_bytes(tiny.read_bytes().replace(b"avc1", b"zzzz"))
     words = ("summarize", tmp_path / "missing.mp4", unknown, tiny, "-o", tmp_path / "out", *BARE)
-    found = document(schema_of(Summaries), *words, code=8)
+    found = document(Summaries, *words, code=8)
     assert [Path(failure["video"]).name for failure in found["failed"]] == ["missing.mp4", "unknown.mp4"]
     assert [failure["exit_code"] for failure in found["failed"]] == [3, 3]
     assert [Path(summary["video"]["path"]) for summary in found["summaries"]] == [tiny]
+    found = document(SearchDocument, "search", "a dog", tmp_path / "missing.mp4", tiny, code=8)
+    assert [(Path(failure["video"]).name, failure["exit_code"]) for failure in found["failed"]] == [("missing.mp4", 3)]
+    assert {hit["video"] for hit in found["hits"]} == {str(tiny)}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +147,7 @@ def test_sampling_options_reach_the_decoder(clip: Path, tmp_path: Path) -> None:
         (("--sampling", "near", "--tolerance", 0.4, "--fps", 1), Sampling("near", fps=1, tolerance_seconds=0.4)),
         (("--sampling", "every", "--every", 40), Sampling("every", every=40)),
     ):
-        found = document(schema_of(SummaryDocument), "summarize", clip, "-o", tmp_path, "--overwrite", *BARE, *words)
+        found = document(SummaryDocument, "summarize", clip, "-o", tmp_path, "--overwrite", *BARE, *words)
         with Source(clip) as source, FrameStream(source, sampling) as stream:
             assert found["video"]["frames_sampled"] == sum(len(batch) for batch in stream)
         names = ("mode", "fps", "tolerance_seconds", "every")
@@ -173,11 +157,11 @@ def test_sampling_options_reach_the_decoder(clip: Path, tmp_path: Path) -> None:
 
 def test_the_subject_is_switched_on_and_off(tiny: Path, tmp_path: Path) -> None:
     for words, wanted in (((), True), (("--subject", "on"), True), (("--subject=off",), False)):
-        found = document(schema_of(SummaryDocument), "summarize", tiny, "-o", tmp_path, "--overwrite", *BARE, *words)
+        found = document(SummaryDocument, "summarize", tiny, "-o", tmp_path, "--overwrite", *BARE, *words)
         assert found["config"]["encode"]["subject"] is wanted
-    (hit,) = document(schema_of(SearchDocument), "search", "a dog", tiny, "--subject", "off")["hits"]
+    (hit,) = document(SearchDocument, "search", "a dog", tiny, "--subject", "off")["hits"]
     assert (hit["answered_by"], hit["region"]) == ("scene", None)
-    (hit,) = document(schema_of(SearchDocument), "search", "a dog", tiny)["hits"]
+    (hit,) = document(SearchDocument, "search", "a dog", tiny)["hits"]
     x, y, width, height = hit["region"]
     assert 0 <= x < x + width <= 1 + 1e-6
     assert 0 <= y < y + height <= 1 + 1e-6
@@ -215,7 +199,7 @@ def test_odd_names_stay_inside_the_output_folder(tiny: Path, tmp_path: Path) -> 
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["other", "out"]
     assert len(list((tmp_path / "work" / "out").glob("*/summary.json"))) == len(names)
     assert "\x1b" not in done.output
-    assert "a b'\"[red].mp4: 1 key-frame" in done.stdout
+    assert "a b'\"[red].mp4: 1 key-frame, 1 shot and 1 scene from 1 frame in " in done.stdout
 
 
 def test_the_table_of_hits_names_the_subject(capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,12 +249,12 @@ def test_interrupt_leaves_nothing_half_written(
 
 def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
     files = ("--html", tmp_path / "hits.html", "--previews", tmp_path / "p")
-    found = document(schema_of(SearchDocument), "search", "a dog", clip, "-k", 2, *files)
+    found = document(SearchDocument, "search", "a dog", clip, "-k", 2, *files)
     assert found["query"] == "a dog"
     assert all(Path(hit["preview"]).is_file() for hit in found["hits"])
     assert 0 < found["hits"][0]["chance"] < 1
     assert "data:image/jpeg" in (tmp_path / "hits.html").read_text()
-    again = document(schema_of(SearchDocument), "search", "--image", found["hits"][0]["preview"], clip, "-k", 1)
+    again = document(SearchDocument, "search", "--image", found["hits"][0]["preview"], clip, "-k", 1)
     best = again["hits"][0]
     assert best["chance"] is None  # for texts only
     assert best["start_seconds"] <= found["hits"][0]["pts_seconds"] < best["stop_seconds"]
@@ -279,20 +263,12 @@ def test_search_by_text_and_by_picture(clip: Path, tmp_path: Path) -> None:
     assert "nothing matches" not in done.stderr
     assert "nothing matches well" in run("search", "a grand piano", clip).stderr
     assert found["unknown_words"] == []
-    odd = document(schema_of(SearchDocument), "search", "a zwyxq dog", clip, "-k", 1)
+    odd = document(SearchDocument, "search", "a zwyxq dog", clip, "-k", 1)
     assert odd["unknown_words"] == ["zwyxq"]
     assert odd["hits"][0]["chance"] < 0.5  # of two words one is known
     said = run("search", "zzzz qqqq", clip).stderr
     assert "the model does not know 'zzzz', 'qqqq'" in said
     assert "nothing matches well: the model knows no word of the query" in said
-
-
-def test_search_reports_failures(tiny: Path, tmp_path: Path) -> None:
-    missing = tmp_path / "missing.mp4"
-    found = document(schema_of(SearchDocument), "search", "a dog", missing, tiny, code=8)
-    assert [(failure["video"], failure["exit_code"]) for failure in found["failed"]] == [(str(missing), 3)]
-    assert {hit["video"] for hit in found["hits"]} == {str(tiny)}
-    assert "cannot read or write" in run("search", "a", tiny, "--html", "/proc/no/x.html", code=7).stderr
 
 
 # --- demo, bench, doctor ----------------------------------------------------------------------------------------------
@@ -319,7 +295,7 @@ def test_bench_measures_each_video(tmp_path: Path) -> None:
         write_clip(tmp_path / f"{name}.mp4", frames=40)
     (tmp_path / "c.mp4").write_bytes(b"no video")
     began = time.perf_counter()
-    found = document(schema_of(Bench), "bench", tmp_path, "--runs", 3, "--fps", 5, code=8)
+    found = document(Bench, "bench", tmp_path, "--runs", 3, "--fps", 5, code=8)
     whole = time.perf_counter() - began
     assert [Path(video["video"]).name for video in found["videos"]] == ["a.mp4", "b.mp4"]
     assert [(Path(failure["video"]).name, failure["exit_code"]) for failure in found["failed"]] == [("c.mp4", 3)]
@@ -332,17 +308,16 @@ def test_bench_measures_each_video(tmp_path: Path) -> None:
     assert found["versions"]["keyreel"] == __version__
     assert found["config"]["encode"]["subject"]
     words = ("--runs", 1, "--sampling", "keyframes", "--subject", "off")
-    assert not document(schema_of(Bench), "bench", tmp_path / "a.mp4", *words)["config"]["encode"]["subject"]
+    assert not document(Bench, "bench", tmp_path / "a.mp4", *words)["config"]["encode"]["subject"]
     lines = run("bench", tmp_path / "a.mp4", *words).stdout.splitlines()
     assert lines[1].split()[-2:] == ["4", str(tmp_path / "a.mp4")]
     assert lines[2].startswith("builtin on cpu ")
 
 
-def test_doctor_and_version() -> None:
-    found = document(schema_of(Doctor), "doctor")
+def test_doctor() -> None:
+    found = document(Doctor, "doctor")
     assert {"onnxruntime", "decode h264", "cuda driver"} <= {probe["name"] for probe in found["probes"]}
     assert "onnxruntime: " in run("doctor").stdout
-    assert run("version").stdout == f"{__version__}\n"
 
 
 def test_help_waits_for_no_heavy_module() -> None:
@@ -397,19 +372,14 @@ def test_what_a_folder_holds_beside_videos_is_counted(tiny: Path, tmp_path: Path
         (folder / name).write_bytes(tiny.read_bytes() if name == "a.mp4" else b"const a = 1;\n" * 60)
     done = run("summarize", folder, "-o", tmp_path / "out", *BARE)
     assert [path.parent.name for path in (tmp_path / "out").glob("*/summary.json")] == ["a"]
-    told = (
-        ".ts files that are not videos",
-        "files that are not videos",
-        "unfinished downloads",
-        "hidden files",
-    )
-    assert f"skipped {' (1), '.join(sorted(told))} (1)" in " ".join(done.stderr.split())
-    assert (
-        run("summarize", tiny, "-o", tmp_path / "out", "--longest", "0.1", *BARE, code=3).stderr.count("--longest") == 1
-    )
+    told = "skipped .ts files that are not videos (1), files that are not videos (1), hidden files (1), unfinished"
+    assert told in " ".join(done.stderr.split())
+    said = run("summarize", tiny, "-o", tmp_path / "out", "--longest", "0.1", *BARE, code=3).stderr
+    assert said.count("--longest") == 1
 
 
 def test_a_page_replaces_only_pages(clip: Path, tmp_path: Path) -> None:
+    assert "cannot read or write" in run("search", "a", clip, "--html", "/proc/no/x.html", code=7).stderr
     video = tmp_path / "clip.mp4"
     video.write_bytes(clip.read_bytes())
     page, notes = tmp_path / "hits.html", tmp_path / "notes.txt"

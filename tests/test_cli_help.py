@@ -21,8 +21,7 @@ import keyreel
 from keyreel.chance import percent
 from keyreel.cli.app import app
 from keyreel.cli.documents import Plan
-from keyreel.demo import write_demo
-from keyreel.render.documents import SearchDocument, schema_of
+from keyreel.render.documents import SearchDocument
 
 ROOT: Any = typer.main.get_command(app)
 
@@ -85,16 +84,7 @@ def test_every_command_has_two_examples() -> None:
 
 
 # What downloads, serves, watches, or needs what a machine may not have.
-NOT_RUN = (
-    "models install",
-    "models remove",
-    "export",
-    "serve",
-    "--watch",
-    "s3://",
-    "reindex lib --model ViT",
-    "bench ~",
-)
+NOT_RUN = re.compile("models (install|remove)|export|serve|--watch|s3://|reindex lib --model ViT|bench ~")
 
 
 def test_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +100,7 @@ def test_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.Mo
         *((name, words) for name, words in EXAMPLES if name[0] not in ("index", "demo")),
     ]:
         line = " ".join(words)
-        if any(part in line for part in NOT_RUN):
+        if NOT_RUN.search(line):
             continue
         if line.startswith("keyreel library remove lib holiday.mp4"):
             run("index", "holiday.mp4", "--library", "lib")
@@ -119,16 +109,6 @@ def test_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(done) >= 22
     assert (tmp_path / "out" / "match" / "reel.mp4").is_file()
     assert "<title>" in (tmp_path / "hits.html").read_text()
-
-
-@pytest.mark.full
-def test_the_examples_of_the_demo_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_demo(tmp_path / "holiday.mp4")
-    for name, words in EXAMPLES:
-        if name in (("search",), ("summarize",)) and "holiday.mp4" in words:
-            run(*words[1:])
-    assert {path.name for path in (tmp_path / "out" / "holiday").iterdir()} >= {"summary.json", "storyboard.html"}
 
 
 def test_typos_get_suggestions() -> None:
@@ -152,7 +132,6 @@ def test_the_tab_key_completes(line: str, wanted: str) -> None:
     asked = {"_KEYREEL_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
     done = CliRunner().invoke(app, [], prog_name="keyreel", env=asked)
     assert wanted in done.stdout.split()
-    assert "_KEYREEL_COMPLETE" in CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="keyreel").stdout
 
 
 # --- keyreel.toml -----------------------------------------------------------------------------------------------------
@@ -248,12 +227,8 @@ def test_a_terminal_shows_what_a_found_file_gives(tmp_path: Path, monkeypatch: p
 # --- -v, --dry-run, --csv ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clip(tmp_path_factory.mktemp("tiny") / "tiny.mp4")
-
-
-def test_verbose_says_what_is_decided_and_how_long_it_takes(tiny: Path) -> None:
+def test_verbose_says_what_is_decided_and_how_long_it_takes(tmp_path: Path) -> None:
+    tiny = write_clip(tmp_path / "tiny.mp4")
     said = run("search", "a dog", tiny, "-v").stderr
     assert re.search(r"^ *\d+\.\d\d s  device cpu: ", said, flags=re.MULTILINE)
     assert re.search(r"tiny\.mp4: h264 64x48, 1 frames of 0\.5 s analysed \(fps\), 1 shots, 1 key-frames", said)
@@ -281,7 +256,7 @@ def test_a_dry_run_says_what_indexing_then_does(tmp_path: Path) -> None:
         (videos / copy).write_bytes((videos / "same.mp4").read_bytes())
     (videos / "broken.mp4").write_bytes(b"no video")
     before = sorted((path, path.stat().st_mtime_ns) for path in library.rglob("*"))
-    plan = document(schema_of(Plan), *words, "--dry-run", code=8)
+    plan = document(Plan, *words, "--dry-run", code=8)
     assert sorted((path, path.stat().st_mtime_ns) for path in library.rglob("*")) == before
     assert (plan["model"], plan["model_installed"]) == ("builtin", True)
     assert [Path(failure["video"]).name for failure in plan["failed"]] == ["broken.mp4"]
@@ -310,7 +285,7 @@ def test_csv_has_what_json_has(media: Callable[[str], Path], tmp_path: Path) -> 
     odd = tmp_path / os.fsdecode(b'a, "b"\xff.mp4')
     odd.write_bytes(media("natural/test.mp4").read_bytes())
     words = ("search", "a dog", odd, "-k", 2)
-    hits = document(schema_of(SearchDocument), *words)["hits"]
+    hits = document(SearchDocument, *words)["hits"]
     text = CliRunner().invoke(app, [*map(str, words), "--csv"]).stdout_bytes.decode("utf-8", "surrogateescape")
     rows = list(csv.DictReader(io.StringIO(text)))
     assert len(rows) == len(hits) > 0
@@ -322,11 +297,5 @@ def test_csv_has_what_json_has(media: Callable[[str], Path], tmp_path: Path) -> 
 
 
 def test_chances_are_never_none() -> None:
-    assert [percent(c) for c in (0.0, 0.0099, 0.01, 0.125, 0.995, 1.0)] == [
-        "<1 %",
-        "<1 %",
-        "1 %",
-        "13 %",
-        "100 %",
-        "100 %",
-    ]
+    chances = (0.0, 0.0099, 0.01, 0.125, 0.995)
+    assert [percent(chance) for chance in chances] == ["<1 %", "<1 %", "1 %", "13 %", "100 %"]

@@ -21,7 +21,7 @@ from keyreel.cli.documents import Compact, Index, Stats, Upgrade, Verify, Videos
 from keyreel.cli.inputs import listed
 from keyreel.config import IndexConfig
 from keyreel.library.types import Added, Filter
-from keyreel.render.documents import SearchDocument, schema_of
+from keyreel.render.documents import SearchDocument
 from keyreel.types import Example
 
 
@@ -42,7 +42,7 @@ def library(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = tmp_path_factory.mktemp("library") / "lib"
     # The folder within another one is named twice.
     words = ("index", folder, folder / "trip", "--library", library, "--fps", 4, "--tag", "x", "--workers", 2)
-    found = document(schema_of(Index), *words, code=8)
+    found = document(Index, *words, code=8)
     changes = {Path(video["video"]).name: video["change"] for video in found["videos"]}
     good = {"wood.mp4": "added", "water [b]1[slash].mp4": "added"}
     assert changes == {**good, "empty.mp4": "failed", "text.mp4": "failed"}
@@ -91,13 +91,13 @@ def test_prune_and_update(small: Path, tmp_path: Path) -> None:
     index, update = ("index", videos, "--library", library), ("library", "update", library)
     run(*index)
     (videos / "b.mp4").rename(tmp_path / "away.mp4")
-    assert changes(document(schema_of(Index), *update)) == [
+    assert changes(document(Index, *update)) == [
         ("a.mp4", "unchanged"),
         ("b.mp4", "missing"),
         ("c.mp4", "unchanged"),
     ]
     assert f"missing: {videos / 'b.mp4'}\n" in run(*update).stderr
-    assert changes(document(schema_of(Index), *index, "--prune"))[-1] == ("b.mp4", "removed")
+    assert changes(document(Index, *index, "--prune"))[-1] == ("b.mp4", "removed")
     # A file in a folder that cannot be read is not gone.
     (videos / "more").mkdir()
     shutil.copy(tmp_path / "away.mp4", videos / "more" / "d.mp4")
@@ -105,14 +105,14 @@ def test_prune_and_update(small: Path, tmp_path: Path) -> None:
     shutil.rmtree(videos / "more")
     (videos / "more").symlink_to(videos / "more")
     (videos / "c.mp4").unlink()
-    assert changes(document(schema_of(Index), *index, "--prune"))[1:] == [("c.mp4", "removed")]
+    assert changes(document(Index, *index, "--prune"))[1:] == [("c.mp4", "removed")]
     (videos / "more").unlink()
-    found = document(schema_of(Index), *update, "--prune")
+    found = document(Index, *update, "--prune")
     assert sorted(changes(found)) == [("a.mp4", "unchanged"), ("d.mp4", "removed")]
     # A folder that is empty may be a disk that is not mounted.
     (videos / "a.mp4").unlink()
     run(*index, "--prune", code=3)
-    (left,) = document(schema_of(Videos), "library", "list", library)["videos"]
+    (left,) = document(Videos, "library", "list", library)["videos"]
     assert left["video"] == str(videos / "a.mp4")
 
 
@@ -128,7 +128,7 @@ def test_lists_of_odd_names(small: Path, tmp_path: Path, monkeypatch: pytest.Mon
     people = run("library", "list", "lib").stdout
     assert "\x1b" not in people
     assert "?[31mred.mp4" in people
-    assert len(document(schema_of(Videos), "library", "list", "lib")["videos"]) == 5
+    assert len(document(Videos, "library", "list", "lib")["videos"]) == 5
     run("index", "-", "--library", "lib", input=b"", code=2)
 
 
@@ -185,7 +185,7 @@ def test_interrupted_goes_on_where_it_was(folder: Path, media: Callable[[str], P
             assert (process.returncode, said) == (130, b"interrupted\n")
             assert out.startswith(b"1 video: 1 added")
             assert [record.path for record in opened.list()] == [str(videos[0])]
-    found = document(schema_of(Index), "index", *videos, "--library", library, "--fps", 0.1)
+    found = document(Index, "index", *videos, "--library", library, "--fps", 0.1)
     assert [change for _, change in changes(found)] == ["unchanged", "added"]
 
 
@@ -201,7 +201,7 @@ def test_options_of_ray(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(indexing, "index", index)
     flags = ("--library", tmp_path, "--workers", 3, "--fps", 1, "--subject", "off")
     for words, address in ((), None), (("auto",), "auto"), (("ray://head:10001",), "ray://head:10001"):
-        found = document(schema_of(Index), "index", "--ray", *words, small / "a.mp4", *flags)
+        found = document(Index, "index", "--ray", *words, small / "a.mp4", *flags)
         assert changes(found) == [("a.mp4", "added")]
         assert (given["paths"], given["uri"]) == ([str(small / "a.mp4")], str(tmp_path))
         assert (given["address"], given["model"]) == (address, "builtin")
@@ -215,7 +215,7 @@ def test_options_of_ray(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_search_gives_what_the_library_gives(folder: Path, library: Path, tmp_path: Path) -> None:
     def search(*words: object) -> Any:
-        return document(schema_of(SearchDocument), "search", "--library", library, *words)
+        return document(SearchDocument, "search", "--library", library, *words)
 
     found = search("a dog", "-k", 3, "--html", tmp_path / "hits.html", "--previews", tmp_path / "shown")
     with keyreel.Engine.from_pretrained() as engine, keyreel.Library(library, engine) as opened:
@@ -267,7 +267,7 @@ def test_search_gives_what_the_library_gives(folder: Path, library: Path, tmp_pa
 def test_a_moment_as_query_needs_no_model(folder: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keyreel, "Engine", None)
     wood = folder / "trip" / "wood.mp4"
-    found = document(schema_of(SearchDocument), "search", "--like", f"{wood}@1.2", "--library", library, "-k", 2)
+    found = document(SearchDocument, "search", "--like", f"{wood}@1.2", "--library", library, "-k", 2)
     with keyreel.Library(library) as opened:
         hits = opened.search(Example(str(wood), 1.2), k=2)
     assert [(hit["video"], hit["pts_seconds"], hit["score"]) for hit in found["hits"]] == [
@@ -315,15 +315,15 @@ def test_a_library_asks_for_its_own_model(library: Path, tmp_path: Path, monkeyp
 
 
 def test_list_and_stats(folder: Path, library: Path) -> None:
-    found = document(schema_of(Videos), "library", "list", library)
+    found = document(Videos, "library", "list", library)
     with keyreel.Library(library) as opened:
         records, stats = opened.list(), opened.stats()
     assert [(v["video_id"], v["frames"], v["status"]) for v in found["videos"]] == [
         (record.id, record.frames, record.status) for record in records
     ]
-    found = document(schema_of(Videos), "library", "list", library, "--path", "*/trip/*", "--tag", "x")
+    found = document(Videos, "library", "list", library, "--path", "*/trip/*", "--tag", "x")
     assert [video["video"] for video in found["videos"]] == [str(folder / "trip" / "wood.mp4")]
-    found = document(schema_of(Stats), "library", "stats", library)
+    found = document(Stats, "library", "stats", library)
     assert (found["videos"], found["failed"], found["frames"]) == (stats.videos, stats.failed, stats.frames)
     people = run("library", "list", library).stdout
     assert str(folder / "water [b]1[slash].mp4") in people
@@ -334,23 +334,23 @@ def test_list_and_stats(folder: Path, library: Path) -> None:
 def test_remove_compact_verify_repair(library: Path, tmp_path: Path) -> None:
     copy = tmp_path / "lib"
     shutil.copytree(library, copy)
-    assert document(schema_of(Verify), "library", "verify", copy)["findings"] == []
+    assert document(Verify, "library", "verify", copy)["findings"] == []
     data = max(copy.glob("vectors.lance/data/*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:100])
-    found = document(schema_of(Verify), "library", "verify", copy, code=6)
+    found = document(Verify, "library", "verify", copy, code=6)
     assert found["findings"]
     assert not any(finding["repaired"] for finding in found["findings"])
     assert "--repair" in run("library", "verify", copy, code=6).stderr
-    found = document(schema_of(Verify), "library", "verify", copy, "--repair")
+    found = document(Verify, "library", "verify", copy, "--repair")
     assert all(finding["repaired"] for finding in found["findings"])
     assert run("library", "verify", copy).stdout == "nothing is damaged\n"
     run("library", "remove", copy, "*/none/*", code=6)
-    (removed,) = document(schema_of(Videos), "library", "remove", copy, "*/wood.mp4")["videos"]
+    (removed,) = document(Videos, "library", "remove", copy, "*/wood.mp4")["videos"]
     assert Path(removed["video"]).name == "wood.mp4"
-    left = document(schema_of(Videos), "library", "list", copy)["videos"]
+    left = document(Videos, "library", "list", copy)["videos"]
     assert [Path(video["video"]).name for video in left] == ["empty.mp4", "text.mp4", "water [b]1[slash].mp4"]
-    assert document(schema_of(Compact), "library", "compact", copy)["bytes"] >= 0
-    assert document(schema_of(Upgrade), "library", "upgrade", copy)["videos"] == 0  # it has the current format
+    assert document(Compact, "library", "compact", copy)["bytes"] >= 0
+    assert document(Upgrade, "library", "upgrade", copy)["videos"] == 0  # it has the current format
 
 
 def test_options_of_the_server(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,6 @@ from keyreel.config import IndexConfig, OutputConfig
 from keyreel.decode.source import Source
 from keyreel.errors import Damaged, RenderError
 from keyreel.render.chapters import write_chapters
-from keyreel.render.documents import schema_of
 from keyreel.render.interchange import write_markers
 
 BARE = ("--no-reel", "--no-storyboard", "--no-thumbnails", "-q")
@@ -167,7 +166,7 @@ def test_parquet_holds_the_library(engine: Engine, clip: Path, media: Callable[[
         library.add([clip, media("natural/test.mp4")], IndexConfig(tags=("a", "b")))
         records = {record.id: record for record in library.list()}
         rows = dict(library._tables.rows([record.generation for record in records.values()]))
-    told = document(schema_of(Export), "library", "export", uri, "--parquet", tmp_path / "out")
+    told = document(Export, "library", "export", uri, "--parquet", tmp_path / "out")
     table = parquet.read_table(told["file"])
     assert told["vectors"] == len(table) == sum(record.rows for record in records.values())
     assert table.schema.metadata[b"keyreel.model"].decode() == engine.bundle.name

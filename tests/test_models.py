@@ -29,7 +29,6 @@ from keyreel.cli.documents import ModelChecks, Models
 from keyreel.errors import CheckpointMismatch, ModelError, ModelNotFound
 from keyreel.models import catalogue, folders, install, tokenizers
 from keyreel.models.template import Template
-from keyreel.render.documents import schema_of
 from keyreel.runtime.bundle import Bundle
 
 NAME = "keyreel-tiny-vit/tests"
@@ -294,7 +293,7 @@ def test_libraries_go_on_after_another_install(known: hub_server.Hub, monkeypatc
 
 
 def test_the_list(known: hub_server.Hub) -> None:
-    demo, tiny = document(schema_of(Models), "models", "list")["models"]
+    demo, tiny = document(Models, "models", "list")["models"]
     assert (demo["name"], demo["installed"], demo["width"]) == ("builtin", True, 256)
     assert (tiny["name"], tiny["installed"], tiny["width"], tiny["licence"]) == (NAME, False, 32, "Apache-2.0")
     assert demo["frames_a_second"] > tiny["frames_a_second"] > 0
@@ -302,7 +301,7 @@ def test_the_list(known: hub_server.Hub) -> None:
     text = run("models", "list").stdout
     assert NAME in text
     assert "builtin: 32 pictures and 24 texts encoded" in run("models", "verify").stdout
-    (checked,) = document(schema_of(ModelChecks), "models", "verify", "builtin")["models"]
+    (checked,) = document(ModelChecks, "models", "verify", "builtin")["models"]
     assert (checked["name"], checked["pictures"], checked["texts"]) == ("builtin", 32, 24)
     assert 0 <= checked["length_difference"] < 1e-3
     run("models", "remove", NAME)

@@ -15,7 +15,6 @@ from keyreel.cli.documents import Index
 from keyreel.config import IndexConfig
 from keyreel.errors import LibraryError, ModelMismatch
 from keyreel.library.reindex import reindex
-from keyreel.render.documents import schema_of
 
 NAMES = ("a.mp4", "b.mp4", "c.mp4")
 BLACK = np.zeros((48, 64, 3), np.uint8)
@@ -156,7 +155,7 @@ def test_stopped_between_the_two_tables_it_is_finished_by_the_next_run(
 
 def test_the_command(library: Path, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "b.mp4").write_bytes(b"no video")
-    found = document(schema_of(Index), "library", "reindex", library, "--model", tiny, code=8)
+    found = document(Index, "library", "reindex", library, "--model", tiny, code=8)
     assert sorted(video["change"] for video in found["videos"]) == ["added", "added", "failed"]
     write_clip(tmp_path / "b.mp4", frames=10)
     done = run("library", "reindex", library, "--model", tiny)

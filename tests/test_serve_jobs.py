@@ -349,11 +349,6 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, work: Work) -> None:
     assert first.id in accepted
 
 
-def test_one_server_a_folder(jobs: Jobs, tmp_path: Path, work: Work) -> None:
-    with pytest.raises(LibraryError, match="another server"), working(tmp_path, work):
-        pass
-
-
 def test_old_jobs_are_forgotten_and_open_ones_are_not(jobs: Jobs, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs_module, "KEPT", 4)
     for name in "abcdefghi":

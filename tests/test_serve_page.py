@@ -52,6 +52,10 @@ class Site:
         assert answer.status_code == 200, answer.text
         return answer.json() if answer.headers["content-type"] == "application/json" else answer.content
 
+    def hits(self, text: str, **conditions: Any) -> Any:
+        """The moments that the page asks for."""
+        return self.get("search", q=text, k=24, per_video=2, **conditions)["hits"]
+
     def video(self, name: str) -> Any:
         return next(entry for entry in self.get("videos")["videos"] if entry["name"] == name)
 
@@ -110,11 +114,15 @@ def page(browser: Any, site: Site) -> Iterator[Any]:
     opened.on("console", lambda told: wrong.append(told.text) if "Content Security Policy" in told.text else None)
     hosts: set[str] = set()
     opened.on("request", lambda request: hosts.add(urllib.parse.urlsplit(request.url).netloc))
-    opened.wrong = wrong
     yield opened
     context.close()
     assert wrong == []
     assert hosts <= {urllib.parse.urlsplit(site.address).netloc, ""}  # pictures of the player itself are data
+
+
+def _open(page: Any, address: str, ready: str) -> None:
+    page.goto(address)
+    page.wait_for_selector(ready)
 
 
 def _clock(seconds: float) -> str:
@@ -155,7 +163,7 @@ def _comes(page: Any, expression: str, seconds: float = 20.0) -> None:
 
 
 def test_typing_searches_and_the_address_holds_the_state(page: Any, site: Site) -> None:
-    hits = site.get("search", q="a red flower", k=24, per_video=2)["hits"]
+    hits = site.hits("a red flower")
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url) if "/search?" in request.url else None)
     # An answer that comes late: it must not take the place of what was asked for after it.
@@ -184,13 +192,12 @@ def test_typing_searches_and_the_address_holds_the_state(page: Any, site: Site) 
     page.go_back()
     assert page.input_value("#q") == ""
     _comes(page, "document.querySelector('#count').textContent === '5 videos in the library'")
-    page.goto(address)
-    page.wait_for_selector(".group")
+    _open(page, address, ".group")
     assert page.locator(".group h2").all_text_contents() == heads
 
 
 def test_keyboard_opens_a_moment_and_comes_back(page: Any, site: Site) -> None:
-    hits = site.get("search", q="water", k=24, per_video=2)["hits"]
+    hits = site.hits("water")
     page.set_viewport_size({"width": 700, "height": 800})  # more than one row
     page.goto("/?view=jobs")
     page.keyboard.press("?")
@@ -326,8 +333,7 @@ def test_video_has_its_timeline_moments_and_attention(page: Any, site: Site) -> 
     video = site.get(f"videos/{site.video('bikes.mp4')['id']}")
     answer = site.get(f"videos/{video['id']}/moments", q="a bus", k=12)
     hits, length = answer["hits"], video["duration_seconds"]
-    page.goto(f"/?view=video&id={video['id']}&q=a+bus")
-    page.wait_for_selector("#moments li")
+    _open(page, f"/?view=video&id={video['id']}&q=a+bus", "#moments li")
 
     starts = [100 * start / length for start, _ in video["scenes"]]
     assert _numbers(page, ".timeline .scenes rect", "x") == pytest.approx(starts, abs=1e-3)
@@ -369,11 +375,8 @@ def test_video_has_its_timeline_moments_and_attention(page: Any, site: Site) -> 
     page.keyboard.press("a")
     _comes(page, "getComputedStyle(document.querySelector('#board .heat')).opacity === '1'")
     for place, frame in enumerate(video["keyframes"]):
-        data = (
-            page.locator("#board .heat")
-            .nth(place)
-            .evaluate("one => [...one.getContext('2d').getImageData(0, 0, one.width, one.height).data]")
-        )
+        canvas = page.locator("#board .heat").nth(place)
+        data = canvas.evaluate("one => [...one.getContext('2d').getImageData(0, 0, one.width, one.height).data]")
         rows, columns = video["grid"]
         alpha = np.array(data, np.float64).reshape(192, 192, 4)[..., 3]
         y, x = ((np.arange(count) + 0.5) * 192 / count for count in (rows, columns))
@@ -384,8 +387,7 @@ def test_video_has_its_timeline_moments_and_attention(page: Any, site: Site) -> 
 
 
 def test_library_shows_names_as_text_filters_and_failures(page: Any, site: Site) -> None:
-    page.goto("/?view=library")
-    page.wait_for_selector("#videos li")
+    _open(page, "/?view=library", "#videos li")
     listed = site.get("videos")["videos"]
     names = page.locator("#videos .name").all_text_contents()
     assert names == [entry["name"] for entry in listed]
@@ -434,8 +436,7 @@ def test_a_picture_and_a_frame_are_searched_with(page: Any, site: Site, tmp_path
     assert _shown(page)[0].startswith("stream-of-water.mp4")
     assert page.inner_text(".chip span") == "like frame.png"
 
-    page.goto("/?view=library")
-    page.wait_for_selector("#videos li")
+    _open(page, "/?view=library", "#videos li")
     page.evaluate(
         """async () => { const data = new DataTransfer(), image = document.querySelector('#videos img');
         data.items.add(new File([await (await fetch(image.src)).blob()], 'dropped.jpg', { type: 'image/jpeg' }));
@@ -448,9 +449,8 @@ def test_a_picture_and_a_frame_are_searched_with(page: Any, site: Site, tmp_path
 
     # The moment that serves as example is no answer to itself.
     like = {"video_id": video["id"], "seconds": round(video["keyframes"][0]["pts_seconds"], 3)}
-    hits = httpx.post(f"{site.address}/api/v1/search?k=24&per_video=2", json={"like": like}, trust_env=False).json()[
-        "hits"
-    ]
+    answer = httpx.post(f"{site.address}/api/v1/search?k=24&per_video=2", json={"like": like}, trust_env=False)
+    hits = answer.json()["hits"]
     page.goto(f"/?view=video&id={video['id']}")
     page.locator("#board .like").first.click()
     _comes(page, "document.querySelector('.chip span').textContent.includes('stream-of-water.mp4 at')")
@@ -506,8 +506,7 @@ def test_videos_are_added_and_jobs_told(page: Any, site: Site, media: Callable[[
         route.fulfill(json={"jobs": [job | {"state": state}]} if route.request.method == "GET" else job)
 
     page.route("**/api/v1/jobs**", answer)
-    page.goto("/?view=jobs")
-    page.wait_for_selector(".job[data-state=running]")
+    _open(page, "/?view=jobs", ".job[data-state=running]")
     assert page.inner_text(".job .state") == "indexing, 25 %"
     assert page.evaluate("document.querySelector('.job progress').value") == 0.25
     assert page.inner_text("nav .badge") == "1"
@@ -525,18 +524,16 @@ def test_words_that_the_model_does_not_know_are_named(page: Any, site: Site) -> 
     told = "Nothing matches well\n\nThe best moment shows it with a chance of <1 %."
     assert page.inner_text("#weak").startswith(told)
     assert page.locator("#weak").bounding_box()["y"] < page.locator("#results").bounding_box()["y"]
-    page.goto("/?q=flower")
-    page.wait_for_selector("#results .share")
+    _open(page, "/?q=flower", "#results .share")
     page.wait_for_selector("#weak", state="hidden")
 
 
 def test_conditions_stand_in_the_address_and_as_chips(page: Any, site: Site) -> None:
-    page.goto("/?q=water")
-    page.wait_for_selector("#results .share")
+    _open(page, "/?q=water", "#results .share")
     page.click("#filter")
     page.fill("[name=also]", "stones; a brook")
     page.fill("[name=without]", "a car")
-    expected = site.get("search", q="water", k=24, per_video=2, also=["stones", "a brook"], without="a car")["hits"]
+    expected = site.hits("water", also=["stones", "a brook"], without="a car")
     _comes(page, "document.querySelectorAll('.chip').length === 3")
     assert page.locator(".chip span").all_text_contents() == ["and stones", "and a brook", "not a car"]
     _comes(page, f"document.querySelector('#results .picture')?.ariaLabel === {json.dumps(_labels(expected)[0])}")
@@ -553,9 +550,7 @@ def test_conditions_stand_in_the_address_and_as_chips(page: Any, site: Site) -> 
     assert (asked["also"], asked["without"], asked["more"]) == (["stones; a brook"], ["a car"], [frames["more"]])
     assert asked["less"][0].startswith(last["video_id"])
     steered = {"more": frames["more"], "less": asked["less"][0]}
-    expected = site.get("search", q="water", k=24, per_video=2, also=["stones", "a brook"], without="a car", **steered)[
-        "hits"
-    ]
+    expected = site.hits("water", also=["stones", "a brook"], without="a car", **steered)
     page.reload()
     page.wait_for_selector("#results .share")
     assert _shown(page) == _labels(expected)
@@ -568,7 +563,7 @@ def test_conditions_stand_in_the_address_and_as_chips(page: Any, site: Site) -> 
 
 
 def test_errors_stand_where_they_happen(page: Any, site: Site) -> None:
-    hits = site.get("search", q="water", k=24, per_video=2)["hits"]
+    hits = site.hits("water")
     answers = [(429, {"Retry-After": "1"}), (503, {})]
 
     def answer(route: Any) -> None:
@@ -592,8 +587,7 @@ def test_errors_stand_where_they_happen(page: Any, site: Site) -> None:
     page.wait_for_selector("#search > .note.bad:not([hidden])")
     assert page.inner_text("#search > .note.bad b") == "The server cannot be reached."
     page.context.set_offline(False)
-    page.goto("/?view=video&id=nothing")
-    page.wait_for_selector("#video > .note:not([hidden])")
+    _open(page, "/?view=video&id=nothing", "#video > .note:not([hidden])")
     assert page.inner_text("#video > .note b") == "there is no such video"
 
 
@@ -607,8 +601,7 @@ def test_a_token_is_asked_for_in_an_application_of_ones_own(
     with _served(own) as address:
         context = page.context.browser.new_context(base_url=address)
         other = context.new_page()
-        other.goto(f"/video/?view=video&id={video}&t=2")
-        other.wait_for_selector("#token[open]")
+        _open(other, f"/video/?view=video&id={video}&t=2", "#token[open]")
         assert other.evaluate("document.activeElement.id") == "secret"
         other.keyboard.type("another token")
         other.keyboard.press("Enter")
@@ -635,13 +628,11 @@ def test_it_fits_reads_well_and_has_names(page: Any, site: Site, width: int, sch
         (f"/?view=video&id={video}&q=bus", "#moments li"),
         ("/?view=jobs", "#drop"),
     ):
-        page.goto(address)
-        page.wait_for_selector(ready)
+        _open(page, address, ready)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, address
-        cut = (
-            "[...document.querySelectorAll('.card, .job, .spans li')].filter(one => one.scrollWidth > one.clientWidth)"
-        )
-        assert page.evaluate(f"{cut}.map(one => one.textContent)") == []
+        cut = page.evaluate("""() => [...document.querySelectorAll('.card, .job, .spans li')]
+            .filter(one => one.scrollWidth > one.clientWidth).map(one => one.textContent)""")
+        assert cut == []
         nameless = page.evaluate("""() => [...document.querySelectorAll('a[href], button, input, video, [role=slider]')]
             .filter(one => one.checkVisibility()
                 && !(one.ariaLabel || one.textContent.trim() || one.labels?.length || one.title))
@@ -709,8 +700,7 @@ def test_jumps_go_to_the_second_of_a_late_picture(browser: Any, tmp_path: Path) 
             }
             for place, buttons in pages.items():
                 shown = browser.new_page()
-                shown.goto(place)
-                shown.wait_for_selector(buttons)
+                _open(shown, place, buttons)
                 seconds = set()
                 for button in shown.query_selector_all(buttons):
                     button.click()
@@ -757,8 +747,7 @@ def test_a_file_that_browsers_cannot_play_is_converted(
 
 
 def test_the_page_of_the_api_loads_nothing_from_outside(page: Any, site: Site) -> None:
-    page.goto("/docs")
-    page.wait_for_selector(".opblock-tag")
+    _open(page, "/docs", ".opblock-tag")
     shown = page.eval_on_selector_all(".opblock-summary-path", "all => all.map(one => one.dataset.path)")
     paths = httpx.get(f"{site.address}/openapi.json", trust_env=False).json()["paths"]
     assert {one for one in shown if one} == set(paths)

@@ -8,13 +8,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
 from encoded_clips import encode
+from served import until
 
 from keyreel.config import Sampling
 from keyreel.decode.source import Source
@@ -34,11 +34,14 @@ def copies(tmp_path: Path) -> Iterator[Copies]:
 
 def ask(copies: Copies, clip: Path, name: str = "ab") -> Playable:
     """The state of a copy once it is over."""
-    end = time.monotonic() + 60
-    while (state := copies.ask(name, lambda: FileIO(clip))).state == "running":
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return state
+    states: list[Playable] = []
+
+    def over() -> bool:
+        states.append(copies.ask(name, lambda: FileIO(clip)))
+        return states[-1].state != "running"
+
+    until(over)
+    return states[-1]
 
 
 def frames(path: Path) -> Any:
@@ -47,16 +50,9 @@ def frames(path: Path) -> Any:
     return np.concatenate([b.data for b in batches]), np.concatenate([b.pts_seconds for b in batches])
 
 
-@pytest.mark.parametrize("container", ["matroska", "mpegts"])
+@pytest.mark.parametrize("container", ["mkv", "ts"])
 def test_packets_are_copied_where_the_container_is_in_the_way(tmp_path: Path, copies: Copies, container: str) -> None:
-    suffix = {"matroska": ".mkv", "mpegts": ".ts"}[container]
-    plain, clip = encode(tmp_path / "plain", codec="libx264", container="mp4", frames=50), tmp_path / f"clip{suffix}"
-    with av.open(str(plain)) as source, av.open(str(clip), "w", format=container) as output:
-        stream = output.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = stream
-                output.mux(packet)
+    clip = encode(tmp_path / "clip", codec="libx264", container=container, frames=50)
     assert ask(copies, clip).state == "done"
     with Source(copies.path("ab")) as made:
         assert (made.probe().codec, made.probe().duration_seconds) == ("h264", pytest.approx(2.0, abs=1e-3))
@@ -84,10 +80,7 @@ def test_work_that_nobody_asks_for_stops(tmp_path: Path, copies: Copies, monkeyp
     monkeypatch.setattr(playable, "LEFT_SECONDS", 0.05)
     clip = encode(tmp_path / "long", codec="mpeg4", container="avi", frames=1500)
     assert copies.ask("ab", lambda: FileIO(clip)).state == "running"
-    end = time.monotonic() + 60
-    while copies._works:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(lambda: not copies._works)
     assert list((tmp_path / "copies").iterdir()) == []  # nothing is left half-written
     with pytest.raises(ApiError, match="no such copy"):
         copies.open("ab")
@@ -121,7 +114,7 @@ def test_copies_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             copies.open("a0").close()  # watched
             time.sleep(0.02)
             assert ask(copies, clips[number], f"a{number}").state == "done"
-        assert len(list((tmp_path / "copies").iterdir())) == 2
+        until(lambda: len(list((tmp_path / "copies").iterdir())) == 2)  # a copy can be had before older ones go
         assert copies.path("a2").exists()
         copies._most = 10
         state = ask(copies, clips[0], "b0")

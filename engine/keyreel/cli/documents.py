@@ -33,7 +33,6 @@ class IndexedVideo:
 
     @classmethod
     def of(cls, added: Added) -> IndexedVideo:
-        """Makes the entry of a result."""
         record = added.record
         id, frames, duration = (record.id, record.frames, record.duration_seconds) if record else (None, None, None)
         return cls(added.path, change_of(added), id, frames, duration, added.seconds)
@@ -106,7 +105,6 @@ class Videos:
 
     @classmethod
     def of(cls, library: str, records: Sequence[Record]) -> Videos:
-        """Makes the document of records."""
         videos = [
             Video(
                 video=record.path,

@@ -17,7 +17,7 @@ from typer import Argument, Option
 
 import keyreel
 from keyreel.cli import options
-from keyreel.cli.inputs import exit_for, listed, tell_passed, within
+from keyreel.cli.inputs import exit_for, listed, within
 from keyreel.cli.library import model_of, open_library
 from keyreel.cli.models import ensure
 from keyreel.cli.output import clock, log, log_failures, plural, print_json, print_line, print_table, reason
@@ -220,17 +220,15 @@ class Report:
 
     @property
     def failed(self) -> list[Failure]:
-        """All failures so far."""
         return [*self._refused, *(added.failure for added in self.found.values() if added.failure is not None)]
 
     @property
     def succeeded(self) -> int:
-        """How many videos succeeded so far."""
         return sum(added.failure is None for added in self.found.values())
 
     def videos(self, names: Sequence[str]) -> list[Name]:
         """Finds the videos of the names. A folder without a video counts as failed."""
-        found = list(within(names, hidden=self.hidden, tell=tell_passed))
+        found = list(within(names, hidden=self.hidden))
         self._refused += [Failure(name, error) for name, error in found if isinstance(error, KeyreelError)]
         return [video for _, video in found if not isinstance(video, KeyreelError)]
 
@@ -307,7 +305,7 @@ def _gone(names: Sequence[str], library: Library, *, hidden: bool) -> tuple[tupl
     """The folders with videos, and the library's videos that are missing from them."""
     from keyreel.library.files import is_gone
 
-    full = {name for name, found in within(names, hidden=hidden) if isinstance(found, Path)}
+    full = {name for name, found in within(names, hidden=hidden, quiet=True) if isinstance(found, Path)}
     folders = tuple(os.path.join(os.path.abspath(name), "") for name in full)
     records = library.list() if folders and library.exists() else []
     return folders, [record for record in records if record.path.startswith(folders) and is_gone(record.path)]
@@ -329,7 +327,7 @@ def _dry_run(
     from keyreel.render.documents import FailedVideo
     from keyreel.runtime.bundle import BUILTIN
 
-    found = list(within(names, hidden=hidden, tell=tell_passed))
+    found = list(within(names, hidden=hidden))
     failed = [Failure(name, error) for name, error in found if isinstance(error, KeyreelError)]
     with keyreel.Library(library) as opened:
         plans = opened.plan([video for _, video in found if not isinstance(video, KeyreelError)], config)
@@ -390,7 +388,7 @@ def _watch(
 def _states(names: Sequence[str], *, hidden: bool) -> dict[Name, tuple[int, int]]:
     """(size, time of the last change) of every video file."""
     states: dict[Name, tuple[int, int]] = {}
-    for _, found in within(names, hidden=hidden):
+    for _, found in within(names, hidden=hidden, quiet=True):
         if not isinstance(found, KeyreelError) and os.path.isfile(found):
             with contextlib.suppress(OSError):  # missing or unreadable: the next check tries again
                 state = os.stat(found)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,37 +15,30 @@ from keyreel.errors import Failure, KeyreelError, MissingExtra, SourceNotFound
 from keyreel.folders import SUFFIXES, videos_in
 
 if TYPE_CHECKING:
+    from keyreel.cli.progress import Bars
     from keyreel.decode.source import Source
+    from keyreel.types import Progress
 
 SOME_FAILED = 8
 
 
-def sources(names: Sequence[str], limits: DecodeLimits, *, hidden: bool = False) -> list[Source | KeyreelError]:
+def sources(names: Sequence[str], limits: DecodeLimits, *, hidden: bool) -> list[Source | KeyreelError]:
     """Finds the videos of the names, and makes an error for each folder without a video."""
     from keyreel.decode.source import Source
 
-    found = within(names, hidden=hidden, tell=tell_passed)
+    found = within(names, hidden=hidden)
     return [one if isinstance(one, KeyreelError) else Source(one, limits=limits) for _, one in found]
 
 
-def tell_passed(folder: str, passed: Counter[str]) -> None:
-    """Prints what was skipped in a folder, if anything."""
-    if passed:
-        log(
-            f"{folder}: skipped {', '.join(f'{what} ({count})' for what, count in sorted(passed.items()))}",
-            style="dim",
-        )
-
-
 def within(
-    names: Sequence[str], *, hidden: bool = False, tell: Callable[[str, Counter[str]], None] = lambda *_: None
+    names: Sequence[str], *, hidden: bool, quiet: bool = False
 ) -> Iterator[tuple[str, str | Path | KeyreelError]]:
     """Yields each name with its videos: itself, those in a folder, or an error for a folder without a video.
 
     Args:
         names: of the command line.
         hidden: see `videos_in`.
-        tell: called with each folder, and the counts of skipped files.
+        quiet: do not print what is skipped in a folder.
     """
     for name in names:
         if not name:
@@ -55,7 +47,9 @@ def within(
             yield name, name
             continue
         inside, passed = videos_in(Path(name), hidden=hidden)
-        tell(name, passed)
+        if passed and not quiet:
+            skipped = ", ".join(f"{what} ({count})" for what, count in sorted(passed.items()))
+            log(f"{name}: skipped {skipped}", style="dim")
         if not inside:
             hint = f"files that end in one of: {' '.join(sorted(SUFFIXES))}"
             if any(Path(name).glob("*.lance")):
@@ -72,20 +66,31 @@ def listed(text: bytes) -> list[str]:
 
 
 def for_each(
-    videos: Sequence[Source | KeyreelError], work: Callable[[Source], None], failed: Callable[[Failure], None]
+    videos: Sequence[Source | KeyreelError],
+    bars: Bars,
+    work: Callable[[Source, Progress], None],
+    parts: Mapping[str, tuple[float, float]],
 ) -> list[Failure]:
-    """Calls `work` for each video. Calls `failed` for those that fail, continues, and returns the failures."""
+    """Calls `work` with each video and the callback of its bar. Prints why videos fail, and returns the failures.
+
+    Args:
+        parts: see `Bars.start`.
+    """
     failures = []
     for video in videos:
+        name = "" if isinstance(video, KeyreelError) else video.name
         try:
             if isinstance(video, KeyreelError):
                 raise video
-            work(video)
+            work(video, bars.start(name, parts))
         except MissingExtra:
             raise  # it is missing for every video
         except Exception as error:  # noqa: BLE001 - a video that fails must not stop the others
-            failures.append(Failure.of("" if isinstance(video, KeyreelError) else video.name, error))
-            failed(failures[-1])
+            failures.append(Failure.of(name, error))
+            text = str(failures[-1].error)
+            log(text if name in text else f"{name}: {text}", style="red")
+        finally:
+            bars.finish()
     return failures
 
 

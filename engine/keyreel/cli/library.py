@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 import keyreel
 from keyreel.cli import options
-from keyreel.cli.output import clock, log, plural, print_json, print_line, print_table, printable
+from keyreel.cli.output import clock, log, plural, print_answer, print_json, print_table, printable
 from keyreel.cli.signature import Made
 from keyreel.config import ClusterConfig, LibraryConfig, ServeConfig
 from keyreel.errors import Damaged, LibraryError, import_extra
@@ -85,14 +85,15 @@ def stats(folder: options.Folder, as_json: options.Json = False) -> None:
 
     with keyreel.Library(folder) as library:
         found = library.stats()
-    if as_json:
-        print_json(Stats(library=folder, **dataclasses.asdict(found)))
-        return
     size = "unknown" if found.bytes is None else f"{found.bytes / 1e6:.1f} MB"
-    print_line(f"videos  {found.videos}, {found.failed} of them failed")
-    print_line(f"frames  {found.frames} of {found.hours:.3g} hours of video")
-    print_line(f"size    {size}")
-    print_line(f"model   {found.model} ({found.model_sha256[:12]}), {found.width} numbers a frame")
+    print_answer(
+        Stats(library=folder, **dataclasses.asdict(found)),
+        f"videos  {found.videos}, {found.failed} of them failed",
+        f"frames  {found.frames} of {found.hours:.3g} hours of video",
+        f"size    {size}",
+        f"model   {found.model} ({found.model_sha256[:12]}), {found.width} numbers a frame",
+        as_json=as_json,
+    )
 
 
 def remove(
@@ -110,10 +111,7 @@ def remove(
 
     with keyreel.Library(folder) as library:
         removed = library.remove(videos)
-    if as_json:
-        print_json(Videos.of(folder, removed))
-    for record in removed if not as_json else ():
-        print_line(f"removed: {record.path}")
+    print_answer(Videos.of(folder, removed), *(f"removed: {record.path}" for record in removed), as_json=as_json)
 
 
 def export(
@@ -134,11 +132,9 @@ def export(
 
     with keyreel.Library(folder) as library:
         count = library.export_parquet(parquet, overwrite=overwrite)
-    path = parquet / "vectors.parquet"
-    if as_json:
-        print_json(Export(library=folder, file=str(path), vectors=count))
-    else:
-        print_line(f"{plural(count, 'vector')} -> {path}")
+    path = str(parquet / "vectors.parquet")
+    document = Export(library=folder, file=path, vectors=count)
+    print_answer(document, f"{plural(count, 'vector')} -> {path}", as_json=as_json)
 
 
 def verify(
@@ -160,15 +156,12 @@ def verify(
 
     with keyreel.Library(folder) as library:
         findings = library.verify(repair=repair)
-    if as_json:
-        print_json(Verify(library=folder, findings=findings))
-    else:
-        for finding in findings:
-            print_line(f"{'repaired' if finding.repaired else finding.kind}: {finding.what}")
-            for video in finding.videos:
-                print_line(f"  {video}")
-        if not findings:
-            print_line("nothing is damaged")
+    lines = []
+    for finding in findings:
+        lines.append(f"{'repaired' if finding.repaired else finding.kind}: {finding.what}")
+        lines += [f"  {video}" for video in finding.videos]
+    document = Verify(library=folder, findings=findings)
+    print_answer(document, *(lines or ["nothing is damaged"]), as_json=as_json)
     if left := [finding.what for finding in findings if not finding.repaired]:
         hint = "`keyreel library verify --repair` deletes damaged parts, then `keyreel library update` restores them"
         raise Damaged(f"{folder}: {plural(len(left), 'finding')}", left, hint=hint)
@@ -184,11 +177,8 @@ def compact(folder: options.Folder, as_json: options.Json = False) -> None:
     from keyreel.cli.documents import Compact
 
     with keyreel.Library(folder) as library:
-        given_back = library.compact()
-    if as_json:
-        print_json(Compact(library=folder, bytes=given_back))
-    else:
-        print_line(f"{given_back / 1e6:.1f} MB freed")
+        freed = library.compact()
+    print_answer(Compact(library=folder, bytes=freed), f"{freed / 1e6:.1f} MB freed", as_json=as_json)
 
 
 def upgrade(folder: options.Folder, as_json: options.Json = False) -> None:
@@ -202,11 +192,9 @@ def upgrade(folder: options.Folder, as_json: options.Json = False) -> None:
 
     with keyreel.Library(folder) as library:
         videos = library.upgrade()
-    if as_json:
-        print_json(Upgrade(library=folder, videos=videos))
-    else:
-        without = "; `keyreel library update --force` adds subject vectors" if videos else ""
-        print_line(f"{plural(videos, 'video')} converted{without}")
+    without = "; `keyreel library update --force` adds subject vectors" if videos else ""
+    document = Upgrade(library=folder, videos=videos)
+    print_answer(document, f"{plural(videos, 'video')} converted{without}", as_json=as_json)
 
 
 def reshard(
@@ -224,10 +212,8 @@ def reshard(
 
     with keyreel.Library(folder) as library:
         videos = library.reshard(shards)
-    if as_json:
-        print_json(Reshard(library=folder, shards=shards, videos=videos))
-    else:
-        print_line(f"{plural(videos, 'video')} spread over {plural(shards, 'shard')}")
+    document = Reshard(library=folder, shards=shards, videos=videos)
+    print_answer(document, f"{plural(videos, 'video')} spread over {plural(shards, 'shard')}", as_json=as_json)
 
 
 WORK, SAFETY, CLUSTERED = "Work and limits", "Safety", "Cluster"  # panels

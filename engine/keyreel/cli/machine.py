@@ -22,7 +22,7 @@ from typer import Argument, Option
 import keyreel
 from keyreel.cli import options
 from keyreel.cli.inputs import exit_for, for_each, sources
-from keyreel.cli.output import log, plural, print_json, print_line, print_table
+from keyreel.cli.output import log, plural, print_answer, print_json, print_line, print_table
 from keyreel.cli.progress import RENDERED, Bars
 from keyreel.errors import BackendError, import_extra
 
@@ -52,13 +52,12 @@ def doctor(as_json: options.Json = False) -> None:
     from keyreel.runtime.doctor import probes
 
     found = probes()
-    if as_json:
-        print_json(Doctor(version=keyreel.__version__, probes=found))
-    for probe in found if not as_json else ():
+    lines = []
+    for probe in found:
         mark = "ok  " if probe.passed else ("FAIL" if probe.required else "no  ")
-        print_line(f"{mark} {probe.name}: {probe.found}")
-        if probe.fix:
-            print_line(f"       fix: {probe.fix}")
+        lines.append(f"{mark} {probe.name}: {probe.found}")
+        lines += [f"       fix: {probe.fix}"] if probe.fix else []
+    print_answer(Doctor(version=keyreel.__version__, probes=found), *lines, as_json=as_json)
     if any(probe.required and not probe.passed for probe in found):
         raise typer.Exit(BackendError.exit_code)
 
@@ -100,16 +99,14 @@ def bench(
         contextlib.ExitStack() as opened,
     ):
 
-        def measure(source: Source) -> None:
+        def measure(source: Source, progress: Progress) -> None:
             source.forget()
             wall, cpu = time.perf_counter(), time.process_time()
-            progress = bars.start(source.name, RENDERED)
             with tempfile.TemporaryDirectory() as folder:
                 summary = engine.summarize(source, sampling=frames, encode=encode, progress=progress)
                 saved = summary.save(Path(folder) / "outputs", progress=progress)
                 seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
                 stages = json.loads((saved / "summary.json").read_text("utf-8"))["timings_seconds"]
-            bars.finish()
             run = BenchVideo(
                 video=source.name,
                 video_seconds=summary.stop_seconds,
@@ -124,13 +121,13 @@ def bench(
         engine.warmup()
         given = sources(videos, limits, hidden=hidden)
         good = [opened.enter_context(source) for source in given if isinstance(source, Source)]
-        failed = for_each(given, measure, bars.failed)  # warms up
+        failed = for_each(given, bars, measure, RENDERED)  # warms up
         good = [source for source in good if source.name in measured]
         measured.clear()
         warmup_seconds = time.perf_counter() - began
         for number in range(runs):  # the videos take turns, so that a disturbance affects all
             bars.whole("runs", number, runs)
-            failed += for_each(good, measure, bars.failed)
+            failed += for_each(good, bars, measure, RENDERED)
         result = Bench(
             model=engine.bundle.name,
             model_sha256=engine.bundle.sha256,

@@ -11,7 +11,7 @@ from typer import Argument, Option
 import keyreel
 from keyreel.cli import options
 from keyreel.cli.machine import device_for_plans, write_plans
-from keyreel.cli.output import log, plural, print_json, print_line, print_table
+from keyreel.cli.output import log, plural, print_answer, print_json, print_line, print_table
 from keyreel.cli.progress import Bars
 
 _FRAMES = 32  # to measure the speed of this machine
@@ -146,17 +146,14 @@ def verify(
     from keyreel.cli.documents import ModelCheck, ModelChecks
     from keyreel.models.install import check, installed
 
-    found = []
+    found, lines = [], []
     for name in names or ("builtin", *installed()):
         measured = check(name)
         pictures, texts = int(measured["pictures"]), int(measured["texts"])
         found.append(ModelCheck(name, pictures, texts, measured["length_difference"]))
-    if as_json:
-        print_json(ModelChecks(models=found))
-        return
-    for one in found:
-        encoded = f"{plural(one.pictures, 'picture')} and {plural(one.texts, 'text')} encoded"
-        print_line(f"{one.name}: {encoded}, all vectors have unit length")
+        encoded = f"{plural(pictures, 'picture')} and {plural(texts, 'text')} encoded"
+        lines.append(f"{name}: {encoded}, all vectors have unit length")
+    print_answer(ModelChecks(models=found), *lines, as_json=as_json)
 
 
 def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
@@ -205,5 +202,4 @@ def _gigaflops_a_second() -> float:
 
 
 def _round(rate: float) -> float:
-    """Rounds an estimate to two digits."""
     return float(f"{rate:.2g}")

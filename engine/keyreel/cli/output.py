@@ -68,6 +68,14 @@ def print_json(document: Any) -> None:
     print(to_json(document), end="")
 
 
+def print_answer(document: Any, *lines: str, as_json: bool) -> None:
+    """Prints the answer of a command on stdout: its document, or its lines for people."""
+    if as_json:
+        print_json(document)
+    for line in () if as_json else lines:
+        print_line(line)
+
+
 def print_csv(columns: Sequence[str], rows: Sequence[object]) -> None:
     """Prints a table with a header on stdout, in UTF-8; names that are not UTF-8 keep their bytes.
 

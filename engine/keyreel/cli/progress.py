@@ -10,8 +10,7 @@ from types import MappingProxyType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from keyreel.cli.output import errors, log, printable
-from keyreel.errors import Failure
+from keyreel.cli.output import errors, printable
 
 LONGEST = 40  # characters of a name; keeps the end
 # Start and share of each stage in the work on a video, measured: without a reel, and with an encoded one. The bar jumps
@@ -89,12 +88,6 @@ class Bars:
         """Removes the bar of this thread's video."""
         if (task := self._tasks.pop(threading.get_ident(), None)) is not None:
             self._bars.remove_task(task)
-
-    def failed(self, failure: Failure) -> None:
-        """Removes the bar of this thread's video, and prints why it failed."""
-        self.finish()
-        text = str(failure.error)
-        log(text if failure.video in text else f"{failure.video}: {text}", style="red")
 
     def whole(self, stage: str, done: float, total: float | None) -> None:
         """Moves the bar of all videos. A progress callback."""

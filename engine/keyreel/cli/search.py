@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -26,10 +26,10 @@ from keyreel.config import EncodeConfig, Sampling
 from keyreel.errors import Failure, KeyreelError, RenderError
 
 if TYPE_CHECKING:
-    from keyreel import Combined, Engine, Filter, Library
+    from keyreel import Combined, Engine, Example, Filter, Library
     from keyreel.decode.source import Source
     from keyreel.library.types import VideoHit
-    from keyreel.types import U8, SearchHit, Summary
+    from keyreel.types import U8, Progress, SearchHit, Summary
 
 # columns of --csv: fields of a hit or video; empty if missing
 HIT_COLUMNS = ("video", "video_id", "start_seconds", "stop_seconds", "pts_seconds", "score", "chance", "answered_by")
@@ -45,7 +45,6 @@ ANSWER, LIBRARY = "Answers", "Search in a library"  # panels
 class Found:
     """The results of a search."""
 
-    name: str  # name of the query
     query: Combined
     hits: Sequence[SearchHit]  # best first
     pictures: Sequence[U8 | bytes]  # of the hits: pixels or JPEG files; empty if not wanted
@@ -117,6 +116,7 @@ def search(
     from keyreel.render.pictures import read_picture
 
     paths, pictures = list(videos or []), html is not None or previews is not None
+    conditions = {"also": also or (), "without": without or ()}
     if as_csv and as_json:
         raise ValueError("give --csv or --json, not both")
     if html is not None:  # check before the work
@@ -132,26 +132,24 @@ def search(
             stop_seconds=stop,
             per_video=per_video or (None if within else _PER_VIDEO),
         )
-        query, name = _library_query(text, image, like)
-        # --like needs no model.
-        texts = bool(like is None or also or without)
+        query = keyreel.Combined(_library_query(text, image, like), **conditions)
+        bare = like is not None and not (also or without)  # it needs no model
         ensure(model, yes=yes, quiet=quiet)
-        with open_library(library, model, device) if texts else keyreel.Library(library) as searched:
-            query = keyreel.Combined(query, also=also or (), without=without or ())
-            found = _search_library(searched, query, name, k, where, videos=whole, pictures=pictures)
+        with keyreel.Library(library) if bare else open_library(library, model, device) as searched:
+            found = _search_library(searched, query, k, where, videos=whole, pictures=pictures)
     else:
         options.reject(context, _OF_LIBRARY, "works with --library only")
         if image is not None and text is not None:
             paths.insert(0, text)
         if not paths or (image is None and not text):
             raise ValueError("search needs a text (or --image FILE) and at least one video, or --library DIR")
-        query, name = (text or "", text or "") if image is None else (read_picture(image), str(image))
-        query = keyreel.Combined(query, also=also or (), without=without or ())
+        query = keyreel.Combined((text or "") if image is None else read_picture(image), **conditions)
         ensure(model, yes=yes, quiet=quiet)
         given = sources(paths, limits, hidden=hidden)
         with keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine, Bars(quiet=quiet) as bars:
-            found = _search_videos(engine, bars, query, name, k, given, frames, encode, pictures=pictures)
-    _show(found, html=html, previews=previews, as_json=as_json, as_csv=as_csv)
+            found = _search_videos(engine, bars, query, k, given, frames, encode, pictures=pictures)
+    name = str(image or text or f"like {like}")
+    _show(name, found, html=html, previews=previews, as_json=as_json, as_csv=as_csv)
     exit_for(found.failed, found.searched)
 
 
@@ -177,7 +175,6 @@ def _search_videos(
     engine: Engine,
     bars: Bars,
     query: Combined,
-    name: str,
     k: int,
     videos: Sequence[Source | KeyreelError],
     sampling: Sampling,
@@ -191,47 +188,42 @@ def _search_videos(
     by_name: dict[str, Source] = {}
     with contextlib.ExitStack() as opened:  # the videos stay open: they give the pictures of the hits
 
-        def work(source: Source) -> None:
+        def work(source: Source, progress: Progress) -> None:
             opened.enter_context(source)
             by_name[source.probe().path] = source
-            progress = bars.start(source.name)
             summary = engine.summarize(
                 source, keyframes=1, sampling=sampling, encode=encode, thumbnails=False, progress=progress
             )
             summaries.append(summary)
-            bars.finish()
 
-        failed = for_each(videos, work, bars.failed)
+        failed = for_each(videos, bars, work, {})
         hits = engine.search(query, summaries, k=k) if summaries else []
         images = hit_pictures(hits, by_name) if pictures else []
-    return Found(name, query, hits, images, engine.unknown_words(query), failed=failed, searched=len(summaries))
+    return Found(query, hits, images, engine.unknown_words(query), failed=failed, searched=len(summaries))
 
 
-def _search_library(
-    library: Library, query: Combined, name: str, k: int, where: Filter, *, videos: bool, pictures: bool
-) -> Found:
+def _search_library(library: Library, query: Combined, k: int, where: Filter, *, videos: bool, pictures: bool) -> Found:
     best = library.search_videos(query, k=k, where=where) if videos else None
     hits = library.search(query, k=k, where=where) if best is None else [m for v in best for m in v.moments]
     images = [library.preview(hit.video_id, hit.pts_seconds) for hit in hits] if pictures else []
     if not hits:
         log("no moments found")
-    return Found(name, query, hits, images, library.unknown_words(query), videos=best, left_out=library.left_out())
+    return Found(query, hits, images, library.unknown_words(query), videos=best, left_out=library.left_out())
 
 
-def _library_query(text: str | None, image: Path | None, like: str | None) -> tuple[Any, str]:
-    """The query, and its name."""
+def _library_query(text: str | None, image: Path | None, like: str | None) -> str | Path | Example:
     if sum(given is not None for given in (text or None, image, like)) != 1:
         raise ValueError("search in a library needs one of: a text, --image FILE, --like VIDEO@SECONDS")
     if like is None:
-        return (text, str(text)) if image is None else (image, str(image))
+        return image or text or ""
     video, _, seconds = like.rpartition("@")
     try:
-        return keyreel.Example(video, float(seconds)), f"like {like}"
+        return keyreel.Example(video, float(seconds))
     except ValueError as error:
         raise ValueError(f"--like needs VIDEO@SECONDS, such as holiday.mp4@12.5, got {like!r}") from error
 
 
-def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bool, as_csv: bool) -> None:
+def _show(name: str, found: Found, *, html: Path | None, previews: Path | None, as_json: bool, as_csv: bool) -> None:
     """Writes the requested files, and prints the results."""
     from keyreel.chance import matches_well, percent
     from keyreel.render.documents import FoundVideo, search_document
@@ -243,7 +235,7 @@ def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bo
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(html) as made:
-            made.write_text(search_page(found.name, found.hits, [_pixels(p) for p in found.pictures]), "utf-8")
+            made.write_text(search_page(name, found.hits, [_pixels(p) for p in found.pictures]), "utf-8")
         log(f"wrote {html}")
     if found.unknown:
         log(f"the model does not know {', '.join(map(repr, found.unknown))}")
@@ -258,7 +250,7 @@ def _show(found: Found, *, html: Path | None, previews: Path | None, as_json: bo
         videos = None if found.videos is None else [FoundVideo(v.video, v.video_id, v.score) for v in found.videos]
         print_json(
             search_document(
-                found.name,
+                name,
                 hits,
                 found.failed,
                 videos=videos,

@@ -23,6 +23,7 @@ from keyreel.errors import RenderError
 
 if TYPE_CHECKING:
     from keyreel.decode.source import Source
+    from keyreel.types import Progress
 
 _log = logging.getLogger(__name__)
 KEYFRAMES, REEL, FILES = "Key-frames", "Reel", "Files"  # panels
@@ -132,15 +133,13 @@ def summarize(
     ensure(model, yes=yes, quiet=quiet)
     with keyreel.Engine.from_pretrained(model or "builtin", device=device) as engine, Bars(quiet=quiet) as bars:
 
-        def work(source: Source) -> None:
+        def work(source: Source, progress: Progress) -> None:
             folder = output / folder_name(source, used)
             began = time.perf_counter()
-            progress = bars.start(source.name, RENDERED if outputs.reel else PICTURED)
             with source:
                 summary = engine.summarize(source, sampling=frames, encode=encode, select=select, progress=progress)
                 summary.save(folder, outputs, progress=progress)
             seconds = time.perf_counter() - began
-            bars.finish()
             documents.append(json.loads((folder / "summary.json").read_text("utf-8")))
             for warning in summary.warnings:
                 log(f"{source.name}: warning: {warning}", style="yellow")
@@ -154,7 +153,8 @@ def summarize(
                     print_summary(summary, folder, seconds)
 
         try:
-            failed = for_each(sources(videos, limits, hidden=hidden), work, bars.failed)
+            parts = RENDERED if outputs.reel else PICTURED
+            failed = for_each(sources(videos, limits, hidden=hidden), bars, work, parts)
         finally:
             if not existed and output.is_dir() and not any(output.iterdir()):
                 output.rmdir()

@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
+import fastapi_offline
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
@@ -21,13 +22,13 @@ from starlette.responses import FileResponse
 
 from keyreel import __version__
 from keyreel.chance import matches_well
-from keyreel.errors import import_extra
 from keyreel.library.types import Extras, Filter
 from keyreel.serve import models, uploads
-from keyreel.serve.files import OpenFile, safe_name
+from keyreel.serve.files import OpenFile, file_name, safe_name
 from keyreel.serve.metrics import CONTENT_TYPE
 from keyreel.serve.security import LOOPBACK, ApiError, Security, to_api_error, too_busy
 from keyreel.serve.service import Service
+from keyreel.serve.workers import Answer
 from keyreel.types import Combined, Example
 from keyreel.types import Query as AnyQuery
 
@@ -67,10 +68,7 @@ def make_app(service: Service) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,  # the methods of generated clients
     )
-    config = service.config
-    # Who listens beyond this machine may have any name.
-    hosts = config.hosts or ((*LOOPBACK, config.host) if config.loopback else ("*",))
-    app.include_router(make_router(service, hosts=hosts, alone=True))
+    app.include_router(make_router(service, alone=True))
 
     @app.exception_handler(HTTPException)
     async def no_route(_: Request, error: Any) -> Response:
@@ -81,12 +79,12 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def make_router(service: Service, *, hosts: tuple[str, ...] = (), alone: bool = False) -> APIRouter:
+def make_router(service: Service, *, alone: bool = False) -> APIRouter:
     """See `keyreel.serve.router`.
 
     Args:
-        hosts: names in the Host header that are answered; the config's by default, or those of this machine.
-        alone: the application is the service and nothing else, so that its OpenAPI document is served.
+        alone: the application is the service and nothing else: it listens at the config's host, and serves its OpenAPI
+            document.
     """
 
     @asynccontextmanager
@@ -99,8 +97,11 @@ def make_router(service: Service, *, hosts: tuple[str, ...] = (), alone: bool = 
         finally:
             await asyncio.to_thread(service.close)
 
-    hosts = hosts or service.config.hosts or LOOPBACK
-    security = Security(service.config, service.metrics, () if "*" in hosts else hosts, service.private)
+    config = service.config
+    hosts: tuple[str, ...] = config.hosts or LOOPBACK
+    if alone and not config.hosts:  # who listens beyond this machine may have any name
+        hosts = (*LOOPBACK, config.host) if config.loopback else ("*",)
+    security = Security(config, service.metrics, () if "*" in hosts else hosts, service.private)
     public = APIRouter(route_class=security.route(public=True), responses=_ERRORS)
     closed = APIRouter(route_class=security.route(), responses=_ERRORS)
     slow = APIRouter(route_class=security.route(timeout_seconds=UPLOAD_SECONDS), responses=_ERRORS)
@@ -132,9 +133,8 @@ def _base(request: Request) -> str:
 def _add_page(router: APIRouter, *, docs: bool) -> None:
     files = {path.name: path for path in PAGE.iterdir() if path.suffix in _STATIC_TYPES}
     files["storyboard.css"] = STORYBOARD_STYLE
-    swagger = import_extra("fastapi_offline", extra="serve", purpose="the page /docs")
     for name in ("swagger-ui-bundle.js", "swagger-ui.css"):
-        files[name] = Path(str(swagger.__file__)).with_name("static") / name
+        files[name] = Path(fastapi_offline.__file__).with_name("static") / name
 
     @router.get("/static/{name}", include_in_schema=False)
     async def static(name: str) -> Response:
@@ -190,20 +190,21 @@ def _add_search(router: APIRouter, service: Service) -> None:
     # Pictures are held in memory: the next one is not read before one is done.
     pictures = asyncio.Semaphore(service.config.threads)
 
+    def answer(query: str | None, found: Answer, began: float, base: str) -> models.Hits:
+        return models.Hits(
+            query=query,
+            seconds=time.perf_counter() - began,
+            unknown_words=list(found.unknown_words),
+            left_out=list(map(file_name, found.left_out)),  # callers must not learn the folders
+            matches_well=matches_well(hit.chance for hit in found.hits),
+            hits=models.moments(found.hits, base),
+        )
+
     async def by_text(text: str, query: AnyQuery | Combined, k: int, where: Filter, base: str) -> models.Hits:
         began = time.perf_counter()
         if not text.strip() or len(text) > MAX_QUERY:
             raise ApiError(422, "invalid", f"q must have 1 to {MAX_QUERY} characters, got {len(text)}")
-        found = await service.batcher.search(query, k, where)
-        seconds = time.perf_counter() - began
-        return models.Hits(
-            query=text,
-            seconds=seconds,
-            unknown_words=list(found.unknown_words),
-            left_out=models.names(found.left_out),
-            matches_well=matches_well(hit.chance for hit in found.hits),
-            hits=models.moments(found.hits, base),
-        )
+        return answer(text, await service.batcher.search(query, k, where), began, base)
 
     @router.get("/api/v1/search", tags=["search"])
     async def search(request: Request, query: Annotated[models.TextSearch, Query()]) -> models.Hits:
@@ -224,10 +225,7 @@ def _add_search(router: APIRouter, service: Service) -> None:
             name, like = None, (await uploads.read_json(request, models.LikeRequest, idle_seconds=idle)).like
             example = Example(like.video_id, like.seconds)
             found = await service.pool.run(service.search, query.query(example), query.k, query.where())
-        seconds = time.perf_counter() - began
-        hits, left_out = models.moments(found.hits, _base(request)), models.names(found.left_out)
-        well = matches_well(hit.chance for hit in found.hits)
-        return models.Hits(query=name, seconds=seconds, left_out=left_out, matches_well=well, hits=hits)
+        return answer(name, found, began, _base(request))
 
     @router.get("/api/v1/videos/{id}/moments", tags=["search"])
     async def moments(
@@ -288,7 +286,7 @@ def _add_videos(router: APIRouter, service: Service) -> None:
     @router.get("/api/v1/videos/{id}/playable.mp4", tags=["videos"], response_class=Response)
     async def playable_file(id: str) -> Response:
         """Gives the copy that browsers can play, whole or in ranges. Answers 404 until it is done."""
-        return OpenFile(*await service.pool.run(service.open_playable, id))
+        return OpenFile(await service.pool.run(service.open_playable, id), "playable.mp4")
 
 
 def _add_jobs(router: APIRouter, slow: APIRouter, service: Service) -> None:

@@ -33,9 +33,11 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
-        waiting = [one for one in self.connections if isinstance(one, Connection) and one._deadline is not None]
+        waiting = {
+            one: one._deadline.when() for one in self.connections if isinstance(one, Connection) and one._deadline
+        }
         if len(waiting) > files() // 4:
-            min(waiting, key=_since).transport.abort()
+            min(waiting, key=waiting.__getitem__).transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -55,8 +57,3 @@ class Connection(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-
-
-def _since(connection: Connection) -> float:
-    assert connection._deadline is not None
-    return connection._deadline.when()

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from keyreel.config import ServeConfig
-from keyreel.errors import Failure, LibraryError
+from keyreel.errors import LibraryError
 from keyreel.library.types import Added
 from keyreel.runtime.telemetry import span
 from keyreel.serve.files import discard, file_name
 from keyreel.serve.metrics import Metrics
 from keyreel.serve.models import Job, State
-from keyreel.serve.security import ApiError, to_api_error, too_busy
+from keyreel.serve.security import ApiError, problem, too_busy
 from keyreel.types import Progress
 
 _log = logging.getLogger(__name__)
@@ -339,8 +339,7 @@ class Jobs:
             elif state == "failed":
                 error = error or LibraryError("the file no longer exists")
                 names = (str(job.path), added.path if added else "", *self._private)
-                answer = to_api_error(error, *names) or to_api_error(Failure.of(job.path.name, error).error, *names)
-                self._end(job, state, error=answer.document() if answer else None)
+                self._end(job, state, error=problem(error, *names))
             else:
                 record = added.record if added else None
                 self._end(job, state, video=record.id if record and state == "done" else None)

@@ -36,5 +36,4 @@ class Metrics:
         self._jobs.labels("running").set_function(lambda: counts()["running"])
 
     def text(self) -> bytes:
-        """Formats the metrics for Prometheus."""
         return generate_latest(self._registry)

@@ -273,11 +273,6 @@ def _example(frame: str) -> Example:
     return Example(id, float(seconds))
 
 
-def names(paths: Sequence[str]) -> list[str]:
-    """The file names of paths: callers must not learn the folders."""
-    return [file_name(path) for path in paths]
-
-
 def video(record: Record, base: str) -> Video:
     """Converts a record of the library; addresses are under `base`."""
     third = (record.duration_seconds or 0.0) / 3  # the first key-frame is often a title or black

@@ -24,7 +24,7 @@ from keyreel.render.files import atomic_write
 from keyreel.render.reel import write_reel
 from keyreel.serve.files import Closing
 from keyreel.serve.models import Playable, Problem
-from keyreel.serve.security import ApiError, redact_paths, to_api_error, too_busy
+from keyreel.serve.security import ApiError, problem, too_busy
 from keyreel.types import Shot
 
 LEFT_SECONDS = 10.0  # seconds without a request: the caller has left
@@ -42,8 +42,11 @@ class _Left(Exception):
 class _Work:
     asked: float = field(default_factory=time.monotonic)
     progress: float = 0.0
-    error: Exception | None = None
-    over: bool = False
+    error: Exception | None = None  # why it failed
+
+    def left(self) -> bool:
+        """Whether the caller has left."""
+        return time.monotonic() - self.asked > LEFT_SECONDS
 
 
 class Copies:
@@ -82,11 +85,9 @@ class Copies:
                 self._works.pop(name, None)
                 return Playable(state="done", progress=1.0, error=None)
             work = self._works.get(name)
-            if work is not None and work.over:
+            if work is not None and work.error is not None:
                 del self._works[name]  # who asks again tries again
-                if work.error is not None:
-                    return Playable(state="failed", progress=0.0, error=self._problem(work.error))
-                work = None
+                return Playable(state="failed", progress=0.0, error=Problem(**problem(work.error, *self._private)))
             if work is None:
                 if len(self._works) >= MOST:
                     raise too_busy("videos to convert", 10)
@@ -119,7 +120,7 @@ class Copies:
     def _run(self, name: str, work: _Work, open_video: Callable[[], FileIO]) -> None:
         def report(_: str, done: float, total: float | None) -> None:
             work.progress = min(done / total, 1.0) if total else 0.0
-            if self._closed or time.monotonic() - work.asked > LEFT_SECONDS:
+            if self._closed or work.left():
                 raise _Left
 
         try:
@@ -132,13 +133,11 @@ class Copies:
             pass
         except Exception as error:  # noqa: BLE001 - it is the answer to whoever asks next
             work.error = error
-        finally:
-            with self._lock:
-                work.over = True
-                if work.error is None:
-                    self._works.pop(name, None)
-                for key in [key for key, old in self._works.items() if old.over and self._stale(old)]:
-                    del self._works[key]
+        with self._lock:
+            if work.error is None:
+                self._works.pop(name, None)
+            for key in [key for key, old in self._works.items() if old.error is not None and old.left()]:
+                del self._works[key]
 
     def _write(self, source: Source, path: Path, report: Callable[[str, float, float | None], None]) -> None:
         info = source.probe()
@@ -171,12 +170,3 @@ class Copies:
                 total += path.stat().st_size
                 if total > self._most:
                     path.unlink(missing_ok=True)
-
-    def _stale(self, work: _Work) -> bool:
-        return time.monotonic() - work.asked > LEFT_SECONDS
-
-    def _problem(self, error: Exception) -> Problem:
-        known = to_api_error(error, *self._private)
-        if known is None:
-            known = ApiError(500, "failed", redact_paths(f"{type(error).__name__}: {error}", *self._private))
-        return Problem(**known.document())

@@ -69,7 +69,6 @@ class ApiError(Exception):
         return {"kind": self.kind, "message": self.message, "hint": self.hint}
 
     def response(self) -> Response:
-        """Makes the HTTP answer."""
         # ASCII: a message may quote characters that UTF-8 cannot encode.
         body = json.dumps({"error": self.document()}).encode("ascii")
         return add_headers(Response(body, self.status, headers=self.headers, media_type="application/json"))
@@ -124,6 +123,12 @@ def to_api_error(error: Exception, *private: str) -> ApiError | None:
             status, kind = 503, "library"
         return ApiError(status, kind, redact_paths(error.args[0], *private), hint=error.hint)
     return None
+
+
+def problem(error: Exception, *private: str) -> dict[str, Any]:
+    """Describes why a job or a copy failed; a bug by its exception. See `to_api_error`."""
+    unknown = ApiError(500, "failed", redact_paths(f"{type(error).__name__}: {error}", *private))
+    return (to_api_error(error, *private) or unknown).document()
 
 
 class Security:

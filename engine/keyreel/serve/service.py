@@ -49,7 +49,7 @@ class Service:
         self.library, self.config, self.metrics = library, config, Metrics()
         self.private = (library.uri, str(folder))
         self.pool = Pool(config.threads)
-        self.batcher = Batcher(self._search_texts, self.metrics)
+        self.batcher = Batcher(self.search_many, self.metrics)
         self.jobs = make_jobs(folder, self._add, self._forget, self._known, config, self.metrics, self.private)
         self.roots = Roots(config.roots)
         self._playable = Roots((*config.roots, self.jobs.uploads))
@@ -84,12 +84,21 @@ class Service:
         return {"status": "ready", "model": engine.bundle.name, "device": engine.backend.device, "left_out": left_out}
 
     def search(self, query: Query | Combined, k: int, where: Filter) -> Answer:
-        """Finds the k best moments for a picture or a frame of the library."""
+        return self.search_many([query], k, where)[0]
+
+    def search_many(self, queries: Sequence[Query | Combined], k: int, where: Filter) -> list[Answer]:
+        """Finds the k best moments for each query, in one pass."""
         self._check(where, k)
-        self._check_examples(query)
+        for part in (part for query in queries for part in Combined.of(query).parts):
+            if isinstance(part, Example):
+                self.record(part.video, indexed=True)
         if not self.library.exists():
-            return Answer([])
-        return Answer(self.library.search(query, k=k, where=where), left_out=self.library.left_out())
+            return [Answer([]) for _ in queries]
+        library, found = self.library, self.library.search_many(queries, k=k, where=where)
+        return [
+            Answer(hits, library.unknown_words(query), library.left_out())
+            for query, hits in zip(queries, found, strict=True)
+        ]
 
     def record(self, id: str, *, indexed: bool = False) -> Record:
         """The record of a video, by its id only: callers must not probe paths.
@@ -108,7 +117,6 @@ class Service:
         raise ApiError(404, "not_found", "there is no such video")
 
     def videos(self, page: models.Page, base: str) -> models.Videos:
-        """A page of the videos, in order of path."""
         where = page.where()
         self._check(where, 1)
         records = self.library.list(where) if self.library.exists() else []
@@ -116,25 +124,19 @@ class Service:
         return models.Videos(total=len(records), videos=found)
 
     def detail(self, id: str, base: str) -> models.VideoDetail:
-        """A video with its key-frames, shots and scenes."""
         record = self.record(id)
         if record.status != "ok":
             return models.video_detail(record, None, (), base, playable=False)
-        path = path_of(record.path)
-        playable = path is not None and self._playable.holds(os.path.realpath(path))
         # In this order: if the video is indexed again in between, the times match the key-frames.
         extras, previews = self.library.extras(id), self.library.previews(id)
-        return models.video_detail(record, extras, previews, base, playable=playable)
+        return models.video_detail(record, extras, previews, base, playable=self._readable(record))
 
     def preview(self, id: str, seconds: float, *, nearest: bool) -> bytes:
         """The frame shown at a time, as JPEG; with `nearest`, or without access to the video, the nearest key-frame."""
         record = self.record(id, indexed=True)
-        path = path_of(record.path)
-        readable = path is not None and self._playable.holds(os.path.realpath(path))
-        return self.library.preview(record.id, seconds, decode=readable and not nearest)
+        return self.library.preview(record.id, seconds, decode=self._readable(record) and not nearest)
 
     def extras(self, id: str) -> Extras:
-        """The thumbnails of a video."""
         return self.library.extras(self.record(id, indexed=True).id)
 
     def open(self, id: str) -> tuple[FileIO, str]:
@@ -155,19 +157,16 @@ class Service:
         Raises:
             ApiError: as `open`; 429, too many copies wait.
         """
-        self._check_open(id)
-        return self._copies.ask(self.record(id, indexed=True).fingerprint, lambda: self.open(id)[0])
+        return self._copies.ask(self._allowed(id).fingerprint, lambda: self.open(id)[0])
 
-    def open_playable(self, id: str) -> tuple[FileIO, str]:
-        """Opens that copy. Returns it and its name. Raises ApiError as `open`, 404 until it is done."""
-        name = self._check_open(id)
-        return self._copies.open(self.record(id, indexed=True).fingerprint), f"{Path(name).stem}.mp4"
+    def open_playable(self, id: str) -> FileIO:
+        """Opens that copy. Raises ApiError as `open`, 404 until it is done."""
+        return self._copies.open(self._allowed(id).fingerprint)
 
-    def _check_open(self, id: str) -> str:
-        """Checks that callers may read the video, else raises ApiError. Returns its file name."""
-        file, name = self.open(id)
-        file.close()
-        return name
+    def _allowed(self, id: str) -> Record:
+        """The record of a video that callers may read now, else raises ApiError as `open`."""
+        self.open(id)[0].close()
+        return self.record(id, indexed=True)
 
     def remove(self, id: str) -> None:
         """Removes a video from the library. Deletes its file if it was uploaded here."""
@@ -177,6 +176,11 @@ class Service:
         path = path_of(record.path)
         if path is not None and path.parent.parent == self.jobs.uploads:
             discard(path)
+
+    def _readable(self, record: Record) -> bool:
+        """Whether callers may read the video's file."""
+        path = path_of(record.path)
+        return path is not None and self._playable.holds(os.path.realpath(path))
 
     def _check(self, where: Filter, k: int) -> None:
         if k > MAX_RESULTS:
@@ -190,23 +194,6 @@ class Service:
         step = math.ceil(len(scores) / CURVE_POINTS)
         best = [first + int(scores[first : first + step].argmax()) for first in range(0, len(scores), step)]
         return [(round(float(times[row]), 3), round(float(scores[row]), 5)) for row in best]
-
-    def _check_examples(self, query: Query | Combined) -> None:
-        for part in Combined.of(query).parts:
-            if isinstance(part, Example):
-                self.record(part.video, indexed=True)
-
-    def _search_texts(self, queries: Sequence[Query | Combined], k: int, where: Filter) -> list[Answer]:
-        self._check(where, k)
-        for query in queries:
-            self._check_examples(query)
-        if not self.library.exists():
-            return [Answer([]) for _ in queries]
-        library, found = self.library, self.library.search_many(queries, k=k, where=where)
-        return [
-            Answer(hits, library.unknown_words(query), library.left_out())
-            for query, hits in zip(queries, found, strict=True)
-        ]
 
     def _add(self, path: Path, report: Progress, stop: Callable[[], bool]) -> Added | None:
         # The job may be older than the allowed folders, and a link may have replaced the file. So it reads the very

@@ -41,7 +41,7 @@ class Pool:
 
     def __init__(self, threads: int) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="keyreel-serve")
-        self._most, self._taken, self._lock = threads + MAX_WAITING, 0, threading.Lock()
+        self._room = threading.Semaphore(threads + MAX_WAITING)
 
     async def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Returns the result of `work`. It does not start if the caller is cancelled before its turn.
@@ -49,22 +49,16 @@ class Pool:
         Raises:
             ApiError: 429, too many calls wait.
         """
-        with self._lock:
-            if self._taken >= self._most:
-                raise too_busy("requests", 1)
-            self._taken += 1
+        if not self._room.acquire(blocking=False):
+            raise too_busy("requests", 1)
         context = contextvars.copy_context()  # keeps the spans of telemetry
         future = self._executor.submit(lambda: context.run(work, *args, **kwargs))
-        future.add_done_callback(self._release)
+        future.add_done_callback(lambda _: self._room.release())
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
         """Cancels all calls that have not started."""
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def _release(self, _: Future[R]) -> None:
-        with self._lock:
-            self._taken -= 1
 
 
 @dataclass(slots=True, eq=False)

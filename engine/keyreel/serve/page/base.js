@@ -8,6 +8,9 @@ export const make = (tag, values = {}) => Object.assign(document.createElement(t
 export const still = matchMedia("(prefers-reduced-motion: reduce)");
 export const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 export const percent = (chance) => (chance < 0.01 ? "<1 %" : `${Math.round(100 * chance)} %`);
+// How well a hit fits: its chance, or its score if the query has no chances; and as a share, for a bar.
+export const fit = (hit) => (hit.chance === null ? hit.score.toFixed(3) : percent(hit.chance));
+export const fitShare = (hit, best) => hit.chance ?? (best > 0 ? hit.score / best : 0);
 export const between = (value, low, high) => Math.min(Math.max(value, low), high);
 export const bar = (node, share) => $("rect", node).setAttribute("width", `${(100 * between(share, 0, 1)).toFixed(1)}%`);
 export const say = (text) => { $("#said").textContent = text; };
@@ -52,10 +55,6 @@ export function askToken(used) {
     const dialog = $("#token"), field = $("#secret");
     $(".note", dialog).hidden = used === null;
     field.value = dialog.returnValue = "";
-    $("form", dialog).onsubmit = (event) => {
-      event.preventDefault();
-      dialog.close("yes");
-    };
     $("button[type=button]", dialog).onclick = () => dialog.close("no");
     dialog.onclose = () => {
       asking = null;

@@ -1,6 +1,6 @@
 // The page: which view the address asks for, search, library, keyboard.
 
-import { $, $$, Problem, api, bar, clock, complain, count, detail, forget, make, pause, percent, say, sprite, stamp } from "./base.js";
+import { $, $$, Problem, api, bar, clock, complain, count, detail, fit, fitShare, forget, make, pause, percent, say, sprite, stamp } from "./base.js";
 import { card, cardPictures, neighbour } from "./cards.js";
 import { jobs } from "./jobs.js";
 import { video } from "./video.js";
@@ -83,16 +83,15 @@ function steered(frame, to, from) {
 
 function momentCard(hit, best) {
   const seconds = hit.pts_seconds, span = `${clock(hit.start_seconds)} – ${clock(hit.stop_seconds)}`;
-  const score = hit.chance === null ? hit.score.toFixed(3) : percent(hit.chance);
   const href = link({ view: "video", id: hit.video_id, t: seconds.toFixed(3), ...origin() });
-  const subject = hit.answered_by === "subject", words = subject ? `${score}, subject` : score;
+  const subject = hit.answered_by === "subject", words = subject ? `${fit(hit)}, subject` : fit(hit);
   const region = subject ? hit.region : null;
   const node = card({ id: hit.video_id, name: hit.video, seconds, picture: hit.preview, href, label: `${hit.video}, ${span}, ${words}`, region });
   $(".row b", node).textContent = span;
   const by = subject ? ", by what stands out or moves in it" : "", chance = hit.chance === null ? "" : "how likely the best frame shows it; ";
   const title = `${chance}score ${hit.score.toFixed(3)}${by}`;
   Object.assign($(".row span", node), { textContent: words, title });
-  bar($(".share", node), hit.chance ?? (best > 0 ? hit.score / best : 0));
+  bar($(".share", node), fitShare(hit, best));
   const frame = `${hit.video_id}@${seconds.toFixed(3)}`, place = `${hit.video} at ${clock(seconds)}`;
   // The address may have changed since the card was made, if the next answer is still loading.
   const steer = (anchor, to, from) => { anchor.href = steered(frame, to, from); };
@@ -138,7 +137,6 @@ export function remove(id, name, then) {
   const dialog = $("#sure");
   $("h2", dialog).textContent = `Remove ${name}?`;
   dialog.returnValue = "";
-  for (const button of $$("button", dialog)) button.onclick = () => dialog.close(button.value);
   dialog.onclose = async () => {
     if (dialog.returnValue !== "yes") return;
     try {

@@ -1,6 +1,6 @@
 // One video: player, timeline, moments, key-frames, and the model's attention.
 
-import { $, $$, API, api, authorization, bar, between, clock, complain, count, detail, make, pause, percent, problem, sprite, stamp } from "./base.js";
+import { $, $$, API, api, authorization, bar, between, clock, complain, count, detail, fit, fitShare, make, pause, problem, sprite, stamp } from "./base.js";
 
 // The same colours as the overlays of a storyboard: dark violet, magenta, orange, pale yellow.
 const HEAT = [[20, 11, 52], [101, 21, 110], [187, 55, 84], [249, 142, 9], [252, 255, 164]];
@@ -96,8 +96,8 @@ async function searchInside(query) {
       svg("rect", { x: at(hit.start_seconds), y: 26, width: `${width}%`, height: 66, rx: 2 }, $(".found", drawing));
       const node = stamp("span"), button = $("button", node);
       $("b", node).textContent = `${clock(hit.start_seconds)} – ${clock(hit.stop_seconds)}`;
-      $("span", node).textContent = hit.chance === null ? hit.score.toFixed(3) : percent(hit.chance);
-      bar($(".share", node), hit.chance ?? (best > 0 ? hit.score / best : 0));
+      $("span", node).textContent = fit(hit);
+      bar($(".share", node), fitShare(hit, best));
       Object.assign(button, { start: hit.start_seconds, stop: hit.stop_seconds, onclick: () => seek(hit.pts_seconds, true) });
       list.append(node);
     }
