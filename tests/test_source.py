@@ -16,6 +16,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from hub_server import serving
 
 from keyreel.config import DecodeLimits, ImageTransform, Sampling
 from keyreel.decode.source import Source
@@ -340,6 +341,16 @@ def test_urls_when_allowed(clip: Path) -> None:
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_a_server_that_closes_without_a_word_loses_no_frame(media: Media) -> None:
+    path = media("natural/bikes.mp4")
+    with serving({"my/films/a.mp4": path.read_bytes()}) as hub:
+        url = f"{hub.url}/my/films/resolve/main/a.mp4"
+        with Source(url, limits=DecodeLimits(allow_network=True)) as source, source.open() as container:
+            found = [packet.pts for packet in container.demux(video=0)]
+    with av.open(str(path)) as container:
+        assert found == [packet.pts for packet in container.demux(video=0)]
 
 
 # --- limits

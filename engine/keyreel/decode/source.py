@@ -128,6 +128,9 @@ class Source:
             "protocol_whitelist": "http,https,tcp,tls" if self._url else "file",
             "format_whitelist": _CONTAINERS,
             "max_pixels": str(self.limits.max_pixels),
+            # Without it, FFmpeg asks servers to close connections. Where one does so and sends no header that says it,
+            # FFmpeg loses the first packet.
+            "multiple_requests": "1",
         }
         try:
             timeout = (20.0, 60.0) if self._url else None
