@@ -26,7 +26,6 @@ _FORMATS = {
     "264": "h264",
     "265": "hevc",
     "mpv": "mpeg2video",
-    "rm": "rm",
     "wmv": "asf",
 }
 _CONTAINERS = {
@@ -44,10 +43,8 @@ _CONTAINERS = {
     "msmpeg4": "avi",
     "wmv1": "avi",
     "wmv2": "avi",
-    "rv20": "rm",
     "mjpeg": "avi",
     "huffyuv": "avi",
-    "rawvideo": "nut",
     "png": "mov",
 }
 _PIXELS = {

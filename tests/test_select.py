@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,16 +21,19 @@ from keyreel.decode.stream import FrameStream
 from keyreel.encode import Encoder
 from keyreel.runtime.backend import resolve
 from keyreel.runtime.bundle import Bundle
-from keyreel.select import frame_quality, knee, select_keyframes
+from keyreel.select import Selection, frame_quality, knee, select_keyframes
 from keyreel.types import Embedding, FrameBatch, KeyFrame, Shot
 from keyreel_kernels import ops_for
 
 OPS = ops_for("cpu")
 
 
-def choose(embedding: Embedding, **options: object) -> tuple[KeyFrame, ...]:
-    config = SelectConfig(**options)  # type: ignore[arg-type]
-    return select_keyframes(embedding, config, OPS, duration_seconds=len(embedding) / 2).keyframes
+def select(embedding: Embedding, duration_seconds: float, shots: Sequence[Shot] = (), **options: Any) -> Selection:
+    return select_keyframes(embedding, SelectConfig(**options), OPS, duration_seconds=duration_seconds, shots=shots)
+
+
+def choose(embedding: Embedding, **options: Any) -> tuple[KeyFrame, ...]:
+    return select(embedding, len(embedding) / 2, **options).keyframes
 
 
 def test_finds_planted_scenes() -> None:
@@ -111,16 +115,13 @@ def test_a_video_of_a_second_gives_exactly_one_unless_more_are_asked_for() -> No
     x, scene = planted(0)
     two = embedding_of(x[[int(np.flatnonzero(scene == n)[3]) for n in (0, 4)]])
     for seconds in (0.04, 1.0, 1.9):
-        selection = select_keyframes(two, SelectConfig(), OPS, duration_seconds=seconds)
-        assert len(selection.keyframes) == 1
-    asked = select_keyframes(two, SelectConfig(keyframes=2), OPS, duration_seconds=1.0)
-    assert len(asked.keyframes) == 2
+        assert len(select(two, seconds).keyframes) == 1
+    assert len(select(two, 1.0, keyframes=2).keyframes) == 2
 
 
 def test_an_all_black_video_gives_exactly_one_with_a_warning() -> None:
     x, _ = planted(1)
-    embedding = embedding_of(x[:40], luma=np.zeros(40, np.float32))
-    selection = select_keyframes(embedding, SelectConfig(), OPS, duration_seconds=20)
+    selection = select(embedding_of(x[:40], luma=np.zeros(40, np.float32)), 20)
     assert len(selection.keyframes) == 1
     assert any("dark, bright or blank" in warning for warning in selection.warnings)
 
@@ -162,7 +163,7 @@ def test_blurred_frames_give_way_to_sharp_ones_of_the_same_scene() -> None:
 def test_a_scene_that_is_blurred_throughout_is_kept_with_a_warning() -> None:
     x, scene = planted(5)
     embedding = embedding_of(x, sharpness=np.where(scene == 2, 0.01, 1.0).astype(np.float32))
-    selection = select_keyframes(embedding, SelectConfig(keyframes=8), OPS, duration_seconds=180)
+    selection = select(embedding, 180, keyframes=8)
     assert len({scene[f.sample] for f in selection.keyframes}) == 8
     assert any("less sharp" in warning for warning in selection.warnings)
 
@@ -174,7 +175,7 @@ def test_per_minute_counts_by_duration() -> None:
 
 def test_asking_for_more_than_there_is_gives_a_warning() -> None:
     x = np.repeat(planted(0)[0][[0, 210, 260]], 20, axis=0)
-    selection = select_keyframes(embedding_of(x), SelectConfig(keyframes=9), OPS, duration_seconds=30)
+    selection = select(embedding_of(x), 30, keyframes=9)
     assert 1 <= len(selection.keyframes) <= 3
     assert any("9 key-frames were asked for" in warning for warning in selection.warnings)
 
@@ -242,8 +243,7 @@ def test_the_number_does_not_depend_on_rounding(media: Callable[[str], Path]) ->
         noise = np.random.default_rng(seed).normal(size=embedding.vectors.shape) * (2e-4 if seed else 0)
         moved = embedding.vectors + noise
         moved = (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32)
-        found = select_keyframes(replace(embedding, vectors=moved), SelectConfig(), OPS, duration_seconds=40.0)
-        numbers.append(len(found.keyframes))
+        numbers.append(len(select(replace(embedding, vectors=moved), 40).keyframes))
     assert max(numbers) - min(numbers) <= 1, numbers
 
 
@@ -253,15 +253,10 @@ def test_no_two_key_frames_of_one_shot_are_much_alike() -> None:
     one, two = base, 0.93 * base + np.sqrt(1 - 0.93**2) * other
     x = unit(np.repeat([one, one, two, two], 15, axis=0) + 1e-3 * np.random.default_rng(0).normal(size=(60, 32)))
     embedding = embedding_of(x)
-    shots = (Shot(0, 15), Shot(15, 30))
-    together, apart = (
-        select_keyframes(embedding, SelectConfig(), OPS, duration_seconds=30, shots=given).keyframes
-        for given in ((Shot(0, 30),), shots)
-    )
+    together, apart = (select(embedding, 30, shots).keyframes for shots in ([Shot(0, 30)], [Shot(0, 15), Shot(15, 30)]))
     assert len(together) == 1
     assert [frame.sample >= 30 for frame in apart] == [False, True]
-    asked = select_keyframes(embedding, SelectConfig(keyframes=2), OPS, duration_seconds=30, shots=(Shot(0, 30),))
-    assert len(asked.keyframes) == 2
+    assert len(select(embedding, 30, [Shot(0, 30)], keyframes=2).keyframes) == 2
 
 
 def test_each_slide_gets_a_key_frame() -> None:
@@ -272,9 +267,8 @@ def test_each_slide_gets_a_key_frame() -> None:
     still = replace(embedding_of(x, sharpness=sharpness), layout_change=np.zeros(60, np.float32))
     shots = (Shot(0, 10), Shot(10, 12), Shot(12, 22), Shot(22, 30))
 
-    def chosen(embedding: Embedding, **options: object) -> list[int]:
-        config = SelectConfig(**options)  # type: ignore[arg-type]
-        found = select_keyframes(embedding, config, OPS, duration_seconds=30, shots=shots).keyframes
+    def chosen(embedding: Embedding, **options: Any) -> list[int]:
+        found = select(embedding, 30, shots, **options).keyframes
         assert sum(frame.weight for frame in found) == pytest.approx(1)
         assert [frame.cluster for frame in found] == list(range(len(found)))
         return [frame.sample for frame in found]

@@ -33,9 +33,15 @@ class Aside:
         self._ticks = frozenset(self._wanted.values())
         self._pictures: dict[int, Any] = {}
 
-    def converter(self, sample_aspect_ratio: Fraction | None) -> AsideConverter:
-        """Makes the converter of a worker, which adds pictures."""
-        return AsideConverter(self, Converter(self.transform, sample_aspect_ratio))
+    def converter(self, sample_aspect_ratio: Fraction | None) -> Callable[[VideoFrame], None]:
+        """Makes the function with which a worker adds pictures of its frames."""
+        convert = Converter(self.transform, sample_aspect_ratio)
+
+        def add(frame: VideoFrame) -> None:
+            if frame.pts is not None and self.wants(frame.pts):
+                self.add(frame.pts, convert(frame))
+
+        return add
 
     def wants(self, ticks: int | None) -> bool:
         """Whether the picture at a pts is wanted and still missing."""
@@ -53,14 +59,3 @@ class Aside:
         """
         shown = {ticks: to_host(picture) for ticks, picture in self._pictures.items()}
         return {time: shown[ticks] for time, ticks in self._wanted.items() if ticks in shown}
-
-
-class AsideConverter:
-    """Adds pictures of the frames of one worker."""
-
-    def __init__(self, aside: Aside, converter: Converter) -> None:
-        self._aside, self._converter = aside, converter
-
-    def __call__(self, frame: VideoFrame) -> None:
-        if frame.pts is not None and self._aside.wants(frame.pts):
-            self._aside.add(frame.pts, self._converter(frame))

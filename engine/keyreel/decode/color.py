@@ -72,7 +72,7 @@ def orientation_of(frame: VideoFrame) -> Orientation:
     between quarter turns goes to the nearest one.
     """
     try:
-        data = {kind.type.name: kind for kind in _side_data(frame)}.get("DISPLAYMATRIX")
+        data: Any = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # an unknown kind of side data makes PyAV fail for all of it; flips are then missed
         return {90: (True, False, True), 180: (False, True, True), 270: (True, True, False)}.get(
             rotation_degrees(frame), (False, False, False)
@@ -83,11 +83,6 @@ def orientation_of(frame: VideoFrame) -> Orientation:
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return False, d < 0, a < 0
     return True, b < 0, c < 0
-
-
-def _side_data(frame: VideoFrame) -> list[Any]:
-    found: Any = frame.side_data
-    return [found[i] for i in range(len(found))]
 
 
 def display_size(

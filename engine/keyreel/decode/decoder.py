@@ -110,8 +110,7 @@ class CpuDecoder:
     Args:
         source: of the video.
         transform: size of the pictures; None for the full display resolution.
-        threads: of all workers together, or of one that works alone; 0 for as many as there are cores.
-        workers: how many share a file, with one thread each; by default one for each thread.
+        threads: of all workers together, one each, or of one that works alone; 0 for as many as there are cores.
         aside: collects thumbnails of some of the frames.
         converter: makes a Conversion for a stream's sample aspect ratio; by default one to RGB.
     """
@@ -124,11 +123,10 @@ class CpuDecoder:
         source: Source,
         transform: ImageTransform | None,
         threads: int = 0,
-        workers: int | None = None,
         aside: Aside | None = None,
         converter: Callable[[Fraction | None], Conversion] | None = None,
     ) -> None:
-        self.workers = workers or threads or min(_MAX_WORKERS, usable_cores())
+        self.workers = threads or min(_MAX_WORKERS, usable_cores())
         pixels = transform.height * transform.width if transform else 1920 * 1080
         self.ahead = max(2, _AHEAD_BYTES // (6 * self.workers * pixels))
         self._source, self._threads, self._aside = source, threads, aside

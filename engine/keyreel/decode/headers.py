@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from av.packet import Packet
 from av.video.reformatter import ColorTrc
@@ -11,7 +11,9 @@ from av.video.stream import VideoStream
 
 from keyreel.decode.sampling import PlanBroken
 
-_CRA, _BLA_N_LP = 21, 18  # nal_unit_type: ITU-T H.265, table 7-1
+# nal_unit_type: ITU-T H.265, table 7-1, and of the parameter sets.
+_CRA, _BLA_N_LP = 21, 18
+_PARAMETER_SETS = {"h264": (7, 8), "hevc": (32, 33, 34)}
 
 
 def is_shown(codec: str, packet: Packet[VideoStream]) -> bool:
@@ -61,7 +63,8 @@ class Keys:
             return bool(data) and (not data[0] & 1 if self._codec == "vp8" else _is_vp9_key(data))
         if self._codec not in ("h264", "hevc"):
             return True
-        own = parameter_sets(self._codec, data, self._extradata)
+        width = length_bytes(self._codec, self._extradata)
+        own = units_of(self._codec, data, width, _PARAMETER_SETS[self._codec])
         changed = {unit for unit in own if unit not in self._extradata}
         self._changed = self._changed | changed
         # A recovery point (H.264, D.2.8) that does not promise exact frames.
@@ -186,20 +189,9 @@ def length_bytes(codec: str, extradata: bytes) -> int:
     return (extradata[4 if codec == "h264" else 21] & 3) + 1 if extradata[:1] == b"\1" else 0
 
 
-def parameter_sets(codec: str, data: bytes, extradata: bytes) -> frozenset[bytes]:
-    """The parameter sets (of H.264 or HEVC) in a packet.
-
-    Args:
-        codec: h264 or hevc.
-        data: the packet, in annex B or with lengths before its units (ISO/IEC 14496-15).
-        extradata: of the container, which tells the two apart.
-    """
-    kinds = (7, 8) if codec == "h264" else (32, 33, 34)
-    found = set()
-    for unit in units(data, length_bytes(codec, extradata)):
-        if _kind(codec, unit) in kinds:
-            found.add(unit.rstrip(b"\0"))
-    return frozenset(found)
+def units_of(codec: str, data: bytes, width: int, kinds: Collection[int]) -> frozenset[bytes]:
+    """The units of some kinds in a packet of H.264 or HEVC, see `units`, without zeros at their ends."""
+    return frozenset(unit.rstrip(b"\0") for unit in units(data, width) if _kind(codec, unit) in kinds)
 
 
 def units(data: bytes, width: int) -> Iterator[bytes]:

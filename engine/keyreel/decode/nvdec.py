@@ -69,7 +69,6 @@ def open_stream(
     strict: bool,
     pool: DecoderPool | None = None,
     workers: int | None = None,
-    threads: int = 0,
     aside: Aside | None = None,
 ) -> Stream:
     """The wanted frames of a source as FrameStream gives them, `data` on the device.
@@ -84,7 +83,6 @@ def open_stream(
         strict: the device was demanded: what it cannot decode is an error.
         pool: of decoders; the device's own by default.
         workers: decoders that share a long file; as many as the device has engines by default.
-        threads: of the CPU's decoder, where that one is used.
         aside: collects small pictures of some of the frames.
 
     Raises:
@@ -93,7 +91,7 @@ def open_stream(
         SourceError: while iterating, as FrameStream.
     """
     pool = pool or pool_of(cuda)
-    on_cpu = UploadingDecoder(source, transform, threads, cuda, aside)
+    on_cpu = UploadingDecoder(source, transform, cuda, aside)
     try:
         claim = examined(source, pool)
         check_size(claim, transform, source.limits.max_pixels)
@@ -112,10 +110,8 @@ def open_stream(
 class UploadingDecoder(CpuDecoder):
     """Decodes on the CPU; batches lie on the device."""
 
-    def __init__(
-        self, source: Source, transform: ImageTransform | None, threads: int, cuda: Any, aside: Aside | None = None
-    ) -> None:
-        super().__init__(source, transform, threads, aside=aside)
+    def __init__(self, source: Source, transform: ImageTransform | None, cuda: Any, aside: Aside | None = None) -> None:
+        super().__init__(source, transform, aside=aside)
         self._cuda = cuda
 
     def stack(self, pictures: list[Any]) -> Any:

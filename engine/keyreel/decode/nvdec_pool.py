@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from keyreel.decode.decoder import DecoderFailed
-from keyreel.decode.headers import Bits, units
+from keyreel.decode.headers import Bits, units_of
 from keyreel.errors import BackendUnavailable
 
 
@@ -179,17 +179,13 @@ def sizes(codec: str, data: bytes, width: int = 0) -> set[object]:
     A stream in which more than one is found changes, or may change, midway.
 
     Args:
-        codec: h264, hevc and vp9; nothing is known of others.
+        codec: h264, hevc or vp9.
         data: the packet.
         width: of the lengths before units of h264 and hevc, 0 for start codes, which take far longer to find.
     """
-    if codec == "h264":
-        return {unit.rstrip(b"\0") for unit in units(data, width) if unit[0] & 31 == 7}
-    if codec == "hevc":
-        return {unit.rstrip(b"\0") for unit in units(data, width) if unit[0] >> 1 & 63 == 33}
     if codec == "vp9":
         return {size for frame in _vp9_frames(data) if (size := _vp9_size(frame))}
-    return set()
+    return set(units_of(codec, data, width, (7 if codec == "h264" else 33,)))
 
 
 def _vp9_frames(data: bytes) -> list[bytes]:

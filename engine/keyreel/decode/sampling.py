@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,10 +92,9 @@ def near(starts: F64, keys: NDArray[np.bool_], end: float, sampling: Sampling) -
     places = np.flatnonzero(keys)
     key_starts = starts[places]
     found: list[int] = []
-    for n in count():
-        t = sampling.start_seconds + n / sampling.fps
-        if t + TOLERANCE_SECONDS >= min(stop, end):
-            return found
+    n = 0
+    while (t := sampling.start_seconds + n / sampling.fps) + TOLERANCE_SECONDS < min(stop, end):
+        n += 1
         last = found[-1] if found else -1
         low = max(t - tolerance, sampling.start_seconds) - TOLERANCE_SECONDS
         high = min(t + tolerance + TOLERANCE_SECONDS, stop - TOLERANCE_SECONDS)
@@ -107,4 +105,4 @@ def near(starts: F64, keys: NDArray[np.bool_], end: float, sampling: Sampling) -
             found.append(min(close, key=lambda place: abs(float(starts[place]) - t)))
         elif shown > last:
             found.append(shown)
-    raise AssertionError  # the loop has no other end
+    return found

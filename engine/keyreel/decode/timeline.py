@@ -205,9 +205,10 @@ def scan(
         raise PlanBroken from error
     if not any(shown):
         raise PlanBroken
-    times, visible_packets = np.array(pts, np.int64), np.frombuffer(bytes(shown), np.bool_)
+    times, visible_packets = np.array(pts, np.int64), np.frombuffer(shown, np.bool_)
     fields = codec == "h264" and (context.field_order or 0) > 1
-    _check_order(stream, first, times, visible_packets, np.frombuffer(bytes(entry), np.bool_), fields=fields)
+    entries = np.frombuffer(entry, np.bool_)
+    _check_order(stream, first, times, visible_packets, entries, fields=fields)
     order = np.argsort(times, kind="stable")
     order = order[visible_packets[order]]
     if (np.diff(times[order]) * float(stream.time_base or TIME_BASE) > leap_seconds(container)).any():
@@ -223,9 +224,9 @@ def scan(
         pts=times,
         dts=np.array(dts, np.int64),
         size=np.array(size, np.int64),
-        key=np.frombuffer(bytes(key), np.bool_),
-        entry=np.frombuffer(bytes(entry), np.bool_),
-        joint=np.frombuffer(bytes(joint), np.bool_),
+        key=np.frombuffer(key, np.bool_),
+        entry=entries,
+        joint=np.frombuffer(joint, np.bool_),
         shown=order,
         end_ticks=end,
         clock=Clock.of(container, stream, int(times[order[0]]), late),
