@@ -218,11 +218,3 @@ def test_the_default_shift_is_the_bundles() -> None:
     off = model.encode([batch], EncodeConfig(shift="off")).embedding
     np.testing.assert_array_equal(default.scene, off.scene)
     assert np.abs(default.attention - off.attention).max() > 0.01
-
-
-def test_frames_of_another_size_are_refused() -> None:
-    batch = FrameBatch(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1), np.zeros(1, np.int64))
-    with pytest.raises(ValueError, match=r"\(8, 8\).*\(24, 32\)"):
-        encoder().encode([batch], EncodeConfig())
-    with pytest.raises(ValueError, match="no frames"):
-        encoder().encode([], EncodeConfig())
