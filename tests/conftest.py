@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 from cuda_on_host import host_cuda
 
+from keyreel import Engine
 from keyreel_kernels.cuda import Cuda
 
 # Which runtime runs a model must not hang on what is installed here. Tests that compare the two choose for themselves.
@@ -48,6 +49,13 @@ def media() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """The built-in model on the CPU."""
+    with Engine.from_pretrained(device="cpu") as engine:
+        yield engine
 
 
 def _devices() -> list[object]:

@@ -104,17 +104,11 @@ def outputs_of(page: Path, folder: Path) -> Iterator[tuple[Block, str]]:
                     exec(compile(block.code, page.name, "exec"), names)
                 yield block, said.getvalue().replace(str(folder), HOME)
                 continue
-            words = (
-                "bash",
-                "-eu",
-                "-o",
-                "pipefail",
-                "-c",
-                block.code.replace(f":{PORT}", f":{environment.get('PORT')}"),
-            )
             if block.note == "background":
                 environment["PORT"] = str(services.enter_context(_served(block.code, folder, environment)))
                 continue
+            code = block.code.replace(f":{PORT}", f":{environment.get('PORT')}")
+            words = ("bash", "-eu", "-o", "pipefail", "-c", code)
             done = subprocess.run(
                 words, cwd=folder, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True, check=False
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from numpy.typing import ArrayLike
 from planted import embedding_of, unit
 
 from keyreel.config import ImageTransform, Sampling
@@ -19,6 +20,20 @@ from keyreel.types import KeyFrame, Shot, Summary
 
 BEEP_SECONDS = 0.1
 TONE_HZ = 1000
+FLASHES = [0.6, 1.6, 2.6, 3.6, 4.6, 5.6, 6.6, 7.6]
+STEADY = [n / 25 for n in range(225)]
+# Gaps of 13 to 77 ms, with frames at the flashes: what a phone writes.
+_gaps = np.cumsum(np.random.default_rng(3).choice([0.013, 0.021, 0.040, 0.077], 260))
+VARIABLE = sorted({round(t, 3) for t in [0.0, *_gaps, *FLASHES, *(f + BEEP_SECONDS for f in FLASHES)] if t < 9})
+
+
+def in_reel(times: Iterable[float], spans: Iterable[Shot]) -> list[float]:
+    """Where times of the source come to lie in the reel."""
+    places, before = list[float](), 0.0
+    for span in spans:
+        places += [before + t - span.start_seconds for t in times if span.start_seconds <= t < span.stop_seconds]
+        before += span.duration_seconds
+    return places
 
 
 def beeps(seconds: float, times: Iterable[float], rate: int) -> np.ndarray:
@@ -40,9 +55,11 @@ def write_clip(
     rate: int = 44100,
     silent: tuple[float, float] | None = None,
     sound_starts: float = 0.0,
-    colours: Sequence[tuple[int, int, int]] | None = None,
+    colours: Sequence[ArrayLike] | None = None,
 ) -> Path:
-    """Writes a clip that is white for 0.1 s at each flash, with a beep at the same times; grey or `colours` else.
+    """Writes a clip that is white for 0.1 s at each flash, with a beep at the same times, else grey.
+
+    `colours` are those of the frames instead, or whole pictures.
 
     Times are seconds, those of frames are rounded to milliseconds. No sound is written in [start, stop) of `silent`
     and before `sound_starts`. The path's suffix is the container, `sound` FFmpeg's name of the encoder.
@@ -56,7 +73,7 @@ def write_clip(
         audio = out.add_stream(sound, rate=rate, layout="stereo") if sound else None
         for number, time in enumerate(frame_times):
             lit = any(flash <= time + 1e-6 < flash + BEEP_SECONDS for flash in flashes)
-            colour = colours[number] if colours else ((255,) * 3 if lit else (40 + number % 8,) * 3)
+            colour = colours[number] if colours is not None else ((255,) * 3 if lit else (40 + number % 8,) * 3)
             picture = np.broadcast_to(np.array(colour, np.uint8), (*size, 3))
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=1, dst_color_range=1)
@@ -81,7 +98,7 @@ def write_clip(
 
 
 def onsets(path: Path) -> tuple[list[float], list[float]]:
-    """(flash times, beep times) of a clip in seconds, by decoding all of it plainly."""
+    """(flash times, beep times) of a clip in seconds, by the time of each frame. Beeps are half a second apart."""
     flashes, dark = [], True
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
@@ -89,14 +106,13 @@ def onsets(path: Path) -> tuple[list[float], list[float]]:
             if bright and dark:
                 flashes.append(frame.time)
             dark = not bright
-    samples, starts = decode_sound(path)
+    beeps = [-1.0]
     with av.open(str(path)) as container:
-        rate = container.streams.audio[0].rate
-    loud = np.abs(samples[0]) > 0.15
-    # A beep begins where it is loud after 50 ms of quiet.
-    places = np.flatnonzero(loud)
-    begins = places[np.concatenate([[True], np.diff(places) > 0.05 * rate])] if len(places) else places
-    return flashes, [starts + place / rate for place in begins]
+        for frame in container.decode(audio=0):
+            loud = np.flatnonzero(np.abs(frame.to_ndarray()[0]) > 0.15)
+            times = float(frame.time) + loud / frame.sample_rate
+            beeps += [t for t in times[:1].tolist() if t > beeps[-1] + 0.5]
+    return flashes, beeps[1:]
 
 
 def decode_sound(path: Path) -> tuple[np.ndarray, float]:
@@ -158,7 +174,12 @@ def make_summary(
         importance=(0.5 + 0.5 * np.sin(np.arange(count) / 3)).astype(np.float32),
         device="cpu",
         device_reason="asked for",
-        config={"image": {"height": 224, "width": 224, "mode": "shortest"}, "fps": fps, "span": (1, 2)},
+        config={
+            "image": {"height": 224, "width": 224, "mode": "shortest"},
+            "select": {"similarity_limit": 0.97},
+            "fps": fps,
+            "span": (1, 2),
+        },
         warnings=warnings,
         timings_seconds={"decode": 0.5, "encode": 1.0, "fuse": 0.1, "select": 0.05, "total": 1.7},
         actions=None,  # what only an Engine can do is not used here

@@ -47,9 +47,8 @@ def test_the_lowest_of_several_texts_counts() -> None:
     assert Asked(vectors[:1], (plain,), (1.0,)).chance(scene, None, 3) is None
 
 
-def test_a_model_without_calibration_gives_none() -> None:
-    with Engine.from_pretrained(device="cpu", threads=1) as engine:
-        chances = engine.chances()
-        assert chances is not None
-        assert chances is engine.chances()
-        assert chances.background.shape == (len(chances.scale.background), engine.bundle.embedding_width)
+def test_the_background_of_the_built_in_model_is_encoded_once(engine: Engine) -> None:
+    chances = engine.chances()
+    assert chances is not None
+    assert chances is engine.chances()
+    assert chances.background.shape == (len(chances.scale.background), engine.bundle.embedding_width)

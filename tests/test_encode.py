@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import change_by_loops
+from planted import unit
 
 from keyreel.config import EncodeConfig, ImageTransform
 from keyreel.decode.stream import FrameStream
 from keyreel.encode import SHIFT_CUT, Encoder
 from keyreel.runtime.backend import Backend, resolve
-from keyreel.runtime.bundle import AttentionInput, Bundle, SubjectScale
+from keyreel.runtime.bundle import AttentionInput, Bundle
 from keyreel.types import Embedding, FrameBatch
 from keyreel_kernels import ops_for
 
@@ -32,10 +33,6 @@ def patch_means(frames: np.ndarray) -> np.ndarray:
     """[N, P, 3]: mean colour of each patch."""
     cells = frames.astype(np.float32).reshape(len(frames), GRID[0], 8, GRID[1], 8, 3)
     return cells.mean((2, 4)).reshape(len(frames), -1, 3) / 255
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 class Graph:
@@ -63,27 +60,13 @@ class Graph:
 
 
 def encoder(attention_input: AttentionInput = "frames", ops: Any = None) -> Encoder:
-    bundle = Bundle(
-        folder=Path("graphs"),
-        name="numpy",
-        family="average",
+    bundle = dataclasses.replace(
+        Bundle.find("builtin"),
         image=ImageTransform(*SIZE, mode="squash"),
         grid=GRID,
         prefix_tokens=PREFIX,
-        token_width=WIDTH,
-        embedding_width=OUT,
-        context_length=4,
-        clean="none",
-        unknown_mark=None,
         attention_input=attention_input,
         shift_default="fixed",
-        subject=SubjectScale(),
-        chance=None,
-        scene_similarity=0.5,
-        same_scene={},
-        same_vectors=frozenset(),
-        sha256="0" * 64,
-        manifest={},
     )
     return Encoder(bundle, Backend("cpu", "test", ops or ops_for("cpu"), Graph, FrameStream, 16))
 
@@ -235,11 +218,3 @@ def test_the_default_shift_is_the_bundles() -> None:
     off = model.encode([batch], EncodeConfig(shift="off")).embedding
     np.testing.assert_array_equal(default.scene, off.scene)
     assert np.abs(default.attention - off.attention).max() > 0.01
-
-
-def test_frames_of_another_size_are_refused() -> None:
-    batch = FrameBatch(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1), np.zeros(1, np.int64))
-    with pytest.raises(ValueError, match=r"\(8, 8\).*\(24, 32\)"):
-        encoder().encode([batch], EncodeConfig())
-    with pytest.raises(ValueError, match="no frames"):
-        encoder().encode([], EncodeConfig())

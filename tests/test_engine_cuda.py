@@ -17,13 +17,13 @@ from hosted_session import HostedSession
 from test_nvdec import host_module
 
 import keyreel
-from keyreel.config import EncodeConfig, ImageTransform, Sampling, SelectConfig
+from keyreel.config import EncodeConfig, Sampling, SelectConfig
 from keyreel.decode import nvdec_pool
 from keyreel.decode.nvdec import pool_of
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.runtime import backend
-from keyreel.runtime.backend import CUDA_BATCH, Backend, resolve
+from keyreel.runtime.backend import Backend, resolve
 from keyreel.runtime.bundle import Bundle
 from keyreel.types import FrameBatch
 from keyreel_kernels.cuda import Cuda
@@ -58,15 +58,8 @@ class Uploaded:
 
 
 def backend_on(cuda: Cuda, batch_size: int = 16) -> Backend:
-    def stream(
-        source: Source,
-        sampling: Sampling,
-        *,
-        transform: ImageTransform | None = None,
-        batch_size: int = CUDA_BATCH,
-        aside: Any = None,
-    ) -> Any:
-        return Uploaded(FrameStream(source, sampling, transform=transform, batch_size=batch_size), cuda)
+    def stream(source: Source, sampling: Sampling, *, aside: Any = None, **how: Any) -> Any:
+        return Uploaded(FrameStream(source, sampling, **how), cuda)
 
     if isinstance(cuda.cupy, HostedCupy):
         return Backend("cuda:0", "emulated", ops_on(cuda), HostedSession, stream, batch_size)

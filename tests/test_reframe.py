@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from render_clips import make_summary
+from render_clips import make_summary, write_clip
 
 from keyreel import Engine
 from keyreel.config import OutputConfig, Sampling, aspect_ratio
@@ -207,25 +206,15 @@ def test_a_whole_frame_stands_sharp_in_the_middle_of_a_blurred_one() -> None:
         assert side.mean() == pytest.approx(noise.mean(), abs=10)
 
 
-def write_walk(path: Path, size: tuple[int, int] = (180, 320), seconds: float = 5.0) -> None:
+def write_walk(path: Path) -> None:
     """A bright square, a third as high as the frame, that crosses a dusky ground from left to right."""
-    height, width = size
-    ramp = np.linspace(20, 70, height)[:, None] + np.linspace(0, 30, width)
+    ramp = np.linspace(20, 70, 180)[:, None] + np.linspace(0, 30, 320)
     ground = np.stack([ramp, 0.8 * ramp, ramp[::-1]], axis=-1).astype(np.uint8)
-    side = height // 3
-    with av.open(str(path), "w") as out:
-        video = out.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": "10"})
-        video.height, video.width, video.pix_fmt = *size, "yuv420p"
-        video.codec_context.colorspace = video.codec_context.color_primaries = video.codec_context.color_trc = 1
-        for number in range(round(seconds * 25)):
-            picture = ground.copy()
-            left = round((width - side) * (0.05 + 0.9 * number / (seconds * 25)))
-            picture[side : 2 * side, left : left + side] = 250, 220, 40
-            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=1, dst_color_range=1)
-            frame.pts, frame.time_base = number, Fraction(1, 25)
-            out.mux(video.encode(frame))
-        out.mux(video.encode(None))
+    frames = np.tile(ground, (125, 1, 1, 1))
+    for number, picture in enumerate(frames):
+        left = round(260 * (0.05 + 0.9 * number / 125))
+        picture[60:120, left : left + 60] = 250, 220, 40
+    write_clip(path, [n / 25 for n in range(125)], size=(180, 320), sound=None, colours=frames)
 
 
 def pictures(path: Path) -> list[np.ndarray]:
@@ -233,15 +222,14 @@ def pictures(path: Path) -> list[np.ndarray]:
         return [frame.to_ndarray(format="rgb24", src_colorspace=1) for frame in container.decode(video=0)]
 
 
-def test_a_reel_shows_the_moving_square(tmp_path: Path) -> None:
+def test_a_reel_shows_the_moving_square(engine: Engine, tmp_path: Path) -> None:
     """With the built-in model: the path of summary.json, the pixels of the reel, the effects of OTIO."""
     write_walk(tmp_path / "walk.mp4")
-    with Engine.from_pretrained(device="cpu") as engine:
-        summary = engine.summarize(tmp_path / "walk.mp4", sampling=Sampling(fps=4.0))
-        summary.save(tmp_path / "out", OutputConfig(aspect="9:16", otio=True, storyboard=False, thumbnails=False))
-        summary.render_reel(tmp_path / "fit.mp4", aspect="9:16", reframe="fit")
-        with pytest.raises(ValueError, match=r"unknown aspect '9x16', allowed: 9:16, 1:1, 4:5, 16:9"):
-            summary.render_reel(tmp_path / "no.mp4", aspect="9x16")
+    summary = engine.summarize(tmp_path / "walk.mp4", sampling=Sampling(fps=4.0))
+    summary.save(tmp_path / "out", OutputConfig(aspect="9:16", otio=True, storyboard=False, thumbnails=False))
+    summary.render_reel(tmp_path / "fit.mp4", aspect="9:16", reframe="fit")
+    with pytest.raises(ValueError, match=r"unknown aspect '9x16', allowed: 9:16, 1:1, 4:5, 16:9"):
+        summary.render_reel(tmp_path / "no.mp4", aspect="9x16")
     document = json.loads((tmp_path / "out/summary.json").read_text())
     jsonschema.validate(document, schema_of(SummaryDocument))
     [take] = document["reel"]["reframe"]["takes"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import pytest
 from av.packet import Packet
-from render_clips import write_clip
+from render_clips import STEADY, write_clip
 
 from keyreel.decode.source import Source
 from keyreel.render.captions import MILLISECONDS, Line, in_reel, in_turn, lines_of
@@ -20,7 +20,6 @@ LINES = [
     Line(6.0, 7.0, "The end."),
 ]
 SPANS = (Shot(1.0, 2.5), Shot(4.0, 6.5))
-STEADY = [n / 25 for n in range(200)]
 
 
 def captioned(path: Path, plain: Path, lines: list[Line]) -> Path:

@@ -102,7 +102,6 @@ def test_contact_sheet_holds_every_picture_with_a_caption(count, size):
         ((100, 200), {"height": 50, "width": 50, "mode": "shortest"}, (0, 0.25, 1, 0.75)),
         ((200, 100), {"height": 50, "width": 50, "mode": "longest"}, (0, -0.5, 1, 1.5)),
         ((200, 100), {"height": 50, "width": 50, "mode": "squash"}, (0, 0, 1, 1)),
-        ((100, 100), {}, (0, 0, 1, 1)),
     ],
 )
 def test_where_the_model_looked(size, image, area):

@@ -5,35 +5,23 @@ from __future__ import annotations
 import itertools
 import threading
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
 import pytest
-from render_clips import atoms, decode_sound, onsets, write_clip
+from render_clips import FLASHES, STEADY, VARIABLE, atoms, decode_sound, in_reel, onsets, write_clip
 
 from keyreel.config import Sampling
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.errors import RenderError
 from keyreel.render import reel, sound
+from keyreel.render.modes import make_reel
 from keyreel.render.reel import write_reel
 from keyreel.types import Shot
 
-FLASHES = [0.6, 1.6, 2.6, 3.6, 4.6, 5.6, 6.6, 7.6]
 SPANS = (Shot(0.3, 2.21), Shot(3.117, 4.95), Shot(6.2, 8.0))
-STEADY = [n / 25 for n in range(225)]
-# Gaps of 13 to 77 ms, with frames at the flashes: what a phone writes.
-_gaps = np.cumsum(np.random.default_rng(3).choice([0.013, 0.021, 0.040, 0.077], 260))
-VARIABLE = sorted({round(t, 3) for t in [0.0, *_gaps, *FLASHES, *(f + 0.1 for f in FLASHES)] if t < 9})
-
-
-def in_reel(times, spans):
-    """Where times of the source come to lie in the reel."""
-    places, before = [], 0.0
-    for span in spans:
-        places += [before + t - span.start_seconds for t in times if span.start_seconds <= t < span.stop_seconds]
-        before += span.duration_seconds
-    return places
 
 
 @pytest.fixture(autouse=True)
@@ -85,9 +73,8 @@ def test_sound_and_picture_stay_together_on_a_long_span_far_into_the_file(tmp_pa
 def test_a_video_that_starts_after_its_sound(tmp_path):
     shift = 0.52
     clip = write_clip(tmp_path / "later.mkv", [t + shift for t in STEADY], [f + shift for f in FLASHES])
-    spans = tuple(
-        Shot(s.start_seconds + shift, s.stop_seconds + shift) for s in SPANS
-    )  # on the file's clock, as players show it
+    # On the file's clock, as players show it.
+    spans = tuple(Shot(s.start_seconds + shift, s.stop_seconds + shift) for s in SPANS)
     write(clip, tmp_path / "reel.mp4", spans)
     flashes, beeps = onsets(tmp_path / "reel.mp4")
     assert flashes == pytest.approx(in_reel(FLASHES, SPANS), abs=0.002)
@@ -122,13 +109,12 @@ def test_each_joint_fades_and_the_length_is_exact(tmp_path):
 
 
 def test_frames_keep_their_times_and_spans_open_with_key_frames(tmp_path):
-    times = VARIABLE
-    clip = write_clip(tmp_path / "clip.mp4", times, FLASHES)
+    clip = write_clip(tmp_path / "clip.mp4", VARIABLE, FLASHES)
     write(clip, tmp_path / "reel.mp4", SPANS)
     wanted, before, joints = [], 0.0, []
     for span in SPANS:
-        shown = max(t for t in times if t <= span.start_seconds)
-        inside = [t for t in times if span.start_seconds < t < span.stop_seconds]
+        shown = max(t for t in VARIABLE if t <= span.start_seconds)
+        inside = [t for t in VARIABLE if span.start_seconds < t < span.stop_seconds]
         wanted += [before + max(t, span.start_seconds) - span.start_seconds for t in [shown, *inside]]
         joints.append(before)
         before += span.duration_seconds
@@ -294,9 +280,10 @@ def test_progress_rises_to_the_end_and_the_file_is_opened_once_for_pictures_and_
     assert opened.count("MainThread") == 3  # the text tracks, the colours of the first frame, the sound of all spans
 
 
-def test_a_reel_never_replaces_its_video(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["copy", "encode"])
+def test_a_reel_never_replaces_its_video(tmp_path: Path, mode: Literal["copy", "encode"]) -> None:
     path = write_clip(tmp_path / "clip.mp4", STEADY)
     before = path.read_bytes()
     with Source(path) as source, pytest.raises(RenderError, match="is the input video"):
-        write_reel(source, [Shot(0, 1)], path)
+        make_reel(source, [Shot(0, 1)], path, shots=(), mode=mode)
     assert path.read_bytes() == before

@@ -84,7 +84,7 @@ def source(tmp_path_factory):
 def page_of(source, summary, *, video_link="./clip.mp4", reel=REEL):
     pictures = [shrink(picture, 160) for _, picture in pictures_at(source, [k.pts_seconds for k in summary.keyframes])]
     files = [f"keyframes/{n}.jpg" for n in range(len(pictures))]
-    document = summary_document(summary, files=files, reel=reel)
+    document = summary_document(summary, files, reel, {})
     return storyboard_page(summary, document, pictures=pictures, video_link=video_link)
 
 
@@ -113,7 +113,7 @@ def test_everything_is_escaped(source):
         video=dataclasses.replace(summary.video, path=HOSTILE),
         embedding=dataclasses.replace(summary.embedding, model=HOSTILE),
         device_reason=HOSTILE,
-        config={HOSTILE: HOSTILE},
+        config={**summary.config, HOSTILE: HOSTILE},
     )
     text = page_of(source, summary, video_link=link_to(Path("/tmp") / HOSTILE.replace("/", "_"), Path("/tmp/out")))
     page = Page(text)
@@ -196,6 +196,15 @@ def browser(tmp_path_factory):
     return run
 
 
+def result_of(browser, page: Path, script: str, *options: str) -> list[str]:
+    """What a visitor's script leaves in `data-result`, without the policy, which would stop it too."""
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    page.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
+    dom, log = browser(page, "--dump-dom", *options)
+    assert "Uncaught" not in log
+    return re.search(r'data-result="([^"]*)"', dom).group(1).split(" ")
+
+
 # What a visitor does: a click on the second key-frame, keys on the timeline, a click in its middle.
 VISIT = """
 const result = [], look = () => result.push(document.querySelector("output").textContent + "|" +
@@ -206,8 +215,8 @@ press("ArrowRight"); look(); press("PageDown"); look(); press("End"); look(); pr
 const box = timeline.getBoundingClientRect();
 timeline.dispatchEvent(new MouseEvent("click", { clientX: box.left + box.width / 2, bubbles: true })); look();
 document.querySelector(".switch input").click(); look();
-document.body.dataset.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 result.push(toReel(4.5), fromReel(toReel(4.5)));
+result.push(document.documentElement.scrollWidth - document.documentElement.clientWidth);
 document.body.dataset.result = result.join(" ");
 """
 
@@ -222,14 +231,8 @@ def test_page_in_a_browser(source, tmp_path, browser):
     assert 'class="no-video"' not in dom
     assert "Content Security Policy" not in log
     assert "Uncaught" not in log
-    # The policy would stop the visitor's script too.
-    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
-    page.write_text(text.replace("</body>", f"<script>{VISIT}</script></body>"))
-    dom, log = browser(page, "--dump-dom", "--window-size=500,900", "--force-prefers-reduced-motion")
-    assert "Uncaught" not in log
-    assert 'data-wide="0"' in dom
     times = [k.pts_seconds for k in summary.keyframes]
-    found = re.search(r'data-result="([^"]*)"', dom).group(1).split(" ")
+    found = result_of(browser, page, VISIT, "--window-size=500,900", "--force-prefers-reduced-motion")
     duration = summary.video.duration_seconds
     wanted = [times[1], times[1] + 1, times[2], duration, 0.0, duration / 2]
     got = [float(entry.split("|")[0].split(":")[1]) for entry in found[:6]]
@@ -239,18 +242,17 @@ def test_page_in_a_browser(source, tmp_path, browser):
     spans = [tuple(s.values()) for s in json.loads((tmp_path / "out" / "summary.json").read_text())["reel"]["spans"]]
     before = sum(max(0.0, min(stop, 4.5) - start) for start, stop in spans if start < 4.5)
     shown = next((max(4.5, start) for start, stop in spans if stop > 4.5), spans[-1][1])
-    assert [float(entry) for entry in found[7:]] == pytest.approx([before, shown], abs=1e-6)
+    assert [float(entry) for entry in found[7:]] == pytest.approx([before, shown, 0], abs=1e-6)
 
 
 @pytest.mark.full
 def test_search_page_in_a_browser(tmp_path, browser):
     """With the focus on its card, the subject's part of the picture has a frame; the card stays as it was."""
     hit = SearchHit("https://example.org/a.mp4", 5.0, 6.0, 5.5, 0.2, None, "subject", (0.0, 0.5, 0.5, 0.5))
-    text = search_page("x", [hit], [np.full((90, 160, 3), 128, np.uint8)])
     page = tmp_path / "page.html"
-    page.write_text(text)
+    page.write_text(search_page("x", [hit], [np.full((90, 160, 3), 128, np.uint8)]))
     assert "Content Security Policy" not in browser(page, "--dump-dom")[1]
-    script = """<script>
+    script = """
       const frame = document.querySelector(".region"), card = document.querySelector(".card");
       frame.style.transition = "none";  // what counts is where it ends
       const look = () => [getComputedStyle(frame).opacity, card.clientWidth, card.clientHeight].join();
@@ -267,11 +269,9 @@ def test_search_page_in_a_browser(tmp_path, browser):
         if (!document.hasFocus() && (tries += 1) < 40) return;
         clearInterval(timer);
         measure();
-      }, 50);
-    </script></body>"""
-    page.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace("</body>", script))
-    dom, _ = browser(page, "--dump-dom", "--window-size=500,900", "--force-prefers-reduced-motion")
-    before, after, shares = re.search(r'data-result="([^"]*)"', dom).group(1).split(" ")
+      }, 50);"""
+    options = "--window-size=500,900", "--force-prefers-reduced-motion"
+    before, after, shares = result_of(browser, page, script, *options)
     assert (before.split(",")[0], after.split(",")[0]) == ("0", "1")
     assert before.split(",")[1:] == after.split(",")[1:]
     assert [float(share) for share in shares.split(",")] == pytest.approx([0, 0.5, 0.5, 1], abs=0.02)
@@ -281,7 +281,7 @@ def test_search_page_in_a_browser(tmp_path, browser):
 def test_a_click_on_a_result_plays_it_in_the_page(source, tmp_path, browser):
     hit = SearchHit(str(source.path), 2.0, 4.0, 3.0, 0.2)
     text = search_page("x", [hit, hit], [np.full((90, 160, 3), 128, np.uint8), np.zeros((160, 90, 3), np.uint8)])
-    script = """<script>
+    script = """
       const size = (tile) => `${tile.clientWidth}x${tile.clientHeight}`;
       const tiles = [...document.querySelectorAll(".picture")].map(size);
       document.querySelector("[data-play]").click();
@@ -292,13 +292,11 @@ def test_a_click_on_a_result_plays_it_in_the_page(source, tmp_path, browser):
         clearInterval(timer);
         const open = [box.open, film.currentTime.toFixed(1), film.error === null];
         document.querySelector("[data-close]").click();
-        document.body.dataset.result = [...open, box.open, film.hasAttribute("src"), ...tiles].join();
-      }, 50);
-    </script></body>"""
+        document.body.dataset.result = [...open, box.open, film.hasAttribute("src"), ...tiles].join(" ");
+      }, 50);"""
     page = tmp_path / "page.html"
-    page.write_text(re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace("</body>", script))
-    dom, _ = browser(page, "--dump-dom", "--virtual-time-budget=8000")
-    opened, seconds, plays, still, left, *tiles = re.search(r'data-result="([^"]*)"', dom).group(1).split(",")
+    page.write_text(text)
+    opened, seconds, plays, still, left, *tiles = result_of(browser, page, script, "--virtual-time-budget=8000")
     assert (opened, plays, still, left) == ("true", "true", "false", "false")
     assert float(seconds) == pytest.approx(2.0, abs=0.3)
     assert tiles[0] == tiles[1]  # a wide and an upright video

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import html.parser
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from test_render_storyboard import Page
 
 from keyreel import Engine, Sampling, Summary
 from keyreel.config import DecodeLimits, OutputConfig
@@ -22,12 +22,6 @@ from keyreel.types import Hits, SearchHit
 
 NAME = "<b onload=x>&.mp4"  # what a page must not take for markup
 BARE = {"reel": False, "storyboard": False, "thumbnails": False}
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine.from_pretrained(device="cpu") as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -47,33 +41,17 @@ def hits(summary: Summary) -> Hits[SearchHit]:
     return summary.search("a street", k=2)
 
 
-class _Page(html.parser.HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.pictures: list[str] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        assert not [name for name, _ in attrs if name.startswith("on")]
-        self.pictures += [value or "" for name, value in attrs if name == "src"]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_notebooks_show_pictures_and_escape_names(summary: Summary, hits: Hits[SearchHit]) -> None:
     shown = [(summary, 3), (hits, len(hits)), (Hits(hits), 0), (summary.embedding, 0)]
     for value, pictures in shown:
-        page = _Page(value._repr_html_())
-        assert len(page.pictures) == pictures
-        assert all(url.startswith("data:image/jpeg;base64,") for url in page.pictures)
-        assert not {"script", "link", "iframe"} & set(page.tags)
-        assert value is summary.embedding or NAME in page.text
-    marks = _Page(summary._repr_html_()).tags.count("rect")
-    assert marks == len(summary.scenes) + len(summary.keyframes)
+        page = Page(value._repr_html_())
+        assert len(page.all("img")) == pictures
+        assert all(image["src"].startswith("data:image/jpeg;base64,") for image in page.all("img"))
+        assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+        assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+        assert value is summary.embedding or NAME in "".join(page.text)
+    marks = Page(summary._repr_html_()).all("rect")
+    assert len(marks) == len(summary.scenes) + len(summary.keyframes)
 
 
 def test_a_notebook_shows_a_summary_whose_video_is_gone(engine: Engine, clip: Path, tmp_path: Path) -> None:
@@ -81,8 +59,8 @@ def test_a_notebook_shows_a_summary_whose_video_is_gone(engine: Engine, clip: Pa
     shutil.copy(clip, copy)
     summary = engine.summarize(copy, keyframes=2)
     copy.unlink()
-    page = _Page(summary._repr_html_())
-    assert page.pictures == []
+    page = Page(summary._repr_html_())
+    assert page.all("img") == []
     assert "gone.mp4" in page.text
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -20,6 +20,7 @@ from keyreel.render.pictures import at_most, pictures_at
 from keyreel.render.save import EMBEDDINGS, save_summary
 from keyreel.types import (
     F32,
+    KEYFRAME_FACTS,
     U8,
     Combined,
     Embedding,
@@ -35,17 +36,14 @@ from keyreel.types import (
 
 NOTEBOOK_HEIGHT = 180  # pixels, of the pictures in a notebook
 
-Find: TypeAlias = Callable[[Summary, Query | Combined, int], Hits[SearchHit]]
-Score: TypeAlias = Callable[[Summary, Query], F32]
-
 
 @dataclass(frozen=True, slots=True)
 class VideoActions:
     """Implements `SummaryActions` for one video. Without an engine it cannot search."""
 
     source: Source | None
-    find: Find | None = None
-    score: Score | None = None  # text -> [T] float32: the score of each sampled frame
+    find: Callable[[Summary, Query | Combined, int], Hits[SearchHit]] | None = None
+    score: Callable[[Summary, str], F32] | None = None  # text -> [T] float32: the score of each sampled frame
 
     def __reduce__(self) -> Any:
         path = None if self.source is None else self.source.path
@@ -139,12 +137,11 @@ def _summary(document: Mapping[str, Any], video: Mapping[str, Any], arrays: dict
     model = document["model"]
     embedding = Embedding(**arrays, grid=(rows, columns), model=model["name"], model_sha256=model["sha256"])
     samples = np.searchsorted(embedding.pts_seconds, [frame["pts_seconds"] for frame in document["keyframes"]])
-    names = ("pts_seconds", "frame_index", "cluster", "weight", "score", "quality")
     return Summary(
         video=VideoInfo(**video["info"]),
         embedding=embedding,
         keyframes=tuple(
-            KeyFrame(**{name: frame[name] for name in names}, sample=int(sample))
+            KeyFrame(**{name: frame[name] for name in KEYFRAME_FACTS}, sample=int(sample))
             for frame, sample in zip(document["keyframes"], samples, strict=True)
         ),
         shots=tuple(Shot(**span) for span in document["shots"]),

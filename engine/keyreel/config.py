@@ -24,6 +24,12 @@ def _check(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _check_choice(what: str, value: str, choices: Any) -> None:
+    """Raises ValueError unless a value is one of the texts of a Literal."""
+    allowed = get_args(choices)
+    _check(value in allowed, f"unknown {what} {value!r}, allowed: {', '.join(allowed)}")
+
+
 def _check_within(config: object, interval: str, *names: str) -> None:
     """Raises ValueError unless each named field is None or lies within an interval such as "(0, 1000]".
 
@@ -63,8 +69,7 @@ class Sampling:
     stop_seconds: float | None = None  # its end, exclusive; None: the end of the video
 
     def __post_init__(self) -> None:
-        allowed = get_args(SamplingMode)
-        _check(self.mode in allowed, f"unknown sampling mode {self.mode!r}, allowed: {', '.join(allowed)}")
+        _check_choice("sampling mode", self.mode, SamplingMode)
         _check_within(self, "(0, 1000]", "fps")
         _check_within(self, "[1, inf)", "every")
         _check_within(self, "[0, 1e9)", "tolerance_seconds", "start_seconds")
@@ -118,8 +123,8 @@ class EncodeConfig:
     batch_size: int | None = None  # frames in one model run; None: depends on the device
 
     def __post_init__(self) -> None:
-        allowed = get_args(ShiftMode)
-        _check(self.shift in (None, *allowed), f"unknown shift mode {self.shift!r}, allowed: {', '.join(allowed)}")
+        if self.shift is not None:
+            _check_choice("shift mode", self.shift, ShiftMode)
         _check_within(self, "[1, 32]", "shift_steps")
         _check_within(self, "(0, 0.5]", "shift_share")
         _check_within(self, "[0, 2]", "shift_threshold")
@@ -181,17 +186,15 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         _check_within(self, "(0, 1e9)", "reel_seconds")
-        orders, modes = get_args(ReelOrder), get_args(ReelMode)
-        _check(self.order in orders, f"unknown order {self.order!r}, allowed: {', '.join(orders)}")
-        _check(self.reel_mode in modes, f"unknown reel mode {self.reel_mode!r}, allowed: {', '.join(modes)}")
+        _check_choice("order", self.order, ReelOrder)
+        _check_choice("reel mode", self.reel_mode, ReelMode)
         _check_within(self, "[1, 95]", "jpeg_quality")
         _check_within(self, "[16, inf)", "keyframe_height", "reel_height")
         if self.aspect is not None:
             aspect_ratio(self.aspect)
-        allowed = get_args(ReframeMode)
-        _check(self.reframe in allowed, f"unknown reframe mode {self.reframe!r}, allowed: {', '.join(allowed)}")
-        allowed = get_args(Markers)
-        _check(self.markers in (None, *allowed), f"unknown markers {self.markers!r}, allowed: {', '.join(allowed)}")
+        _check_choice("reframe mode", self.reframe, ReframeMode)
+        if self.markers is not None:
+            _check_choice("markers", self.markers, Markers)
         shaped = self.aspect is not None or self.reframe == "follow"
         _check(shaped, f"reframe {self.reframe!r} needs an aspect, such as 9:16")
 

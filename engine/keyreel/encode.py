@@ -108,25 +108,18 @@ class Encoder:
         return config.shift if config.shift is not None else self.bundle.shift_default
 
     def encode(self, batches: Iterable[FrameBatch], config: EncodeConfig) -> Encoded:
-        """Encodes batches of frames of the model's size. At the end it copies only the embedding to the CPU.
-
-        Raises:
-            ValueError: frames of another size, or no frames.
-        """
+        """Encodes at least one batch of frames of the model's size. At the end it copies the embedding to the CPU."""
         with self._arrays.scope():
             return self._encode(batches, config)
 
     def _encode(self, batches: Iterable[FrameBatch], config: EncodeConfig) -> Encoded:
         xp, ops = self._arrays.xp, self._ops
-        size = (self.bundle.image.height, self.bundle.image.width)
         window = _Window(xp)
         fused: list[tuple[Any, Any, Any]] = []  # scene, subject, map
         signals, times, places = [], [], []
         last: Any = None  # histogram and layout of the frame before
         seconds = {"encode": 0.0, "fuse": 0.0}
         for batch in batches:
-            if batch.data.shape[1:3] != size:
-                raise ValueError(f"frames are {batch.data.shape[1:3]}, the model {self.bundle.name} takes {size}")
             with timed(seconds, "encode"):
                 frames = self._arrays.to_device(batch.data)
                 tokens = self._backbone.run({"frames": frames})["tokens"]
@@ -145,8 +138,6 @@ class Encoder:
                 times.append(batch.pts_seconds)
                 places.append(batch.frame_index)
                 fused += self._fuse(window, config, at_end=False)
-        if not times:
-            raise ValueError("there are no frames to encode")
         with timed(seconds, "fuse"):
             fused += self._fuse(window, config, at_end=True)
             scene, subject, maps = (xp.concatenate(part) for part in zip(*fused, strict=True))

@@ -247,6 +247,7 @@ class SearchHit:
     chance: float | None = None  # 0..1: probability that the best frame shows what the text says, see `keyreel.chance`
 
 
+KEYFRAME_FACTS = tuple(own.name for own in fields(KeyFrame) if own.name != "sample")
 HitT = TypeVar("HitT", bound=SearchHit)
 
 
@@ -372,9 +373,8 @@ class Summary(Tabular):
         Raises:
             MissingExtra: pyarrow is not installed.
         """
-        names = ("pts_seconds", "frame_index", "cluster", "weight", "score", "quality")
         columns: dict[str, Any] = {"video": [self.video.path] * len(self.keyframes)}
-        columns |= {name: [getattr(frame, name) for frame in self.keyframes] for name in names}
+        columns |= {name: [getattr(frame, name) for frame in self.keyframes] for name in KEYFRAME_FACTS}
         times = columns["pts_seconds"]
         for name, spans in (("shot", self.shots), ("scene", self.scenes)):
             starts = [span.start_seconds for span in spans]

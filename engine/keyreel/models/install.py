@@ -12,6 +12,7 @@ import importlib.metadata
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,15 +235,12 @@ def _tokenizer(wanted: Wanted, template: Template, checkpoint: Path, report: Pro
     beside = [checkpoint.parent / name for name in tokenizers.FILES] if wanted.checkpoint is not None else []
     others = (cache_root() / "models").glob("*/tokenizer.json") if known["kind"] == "merges" else ()
     for path in (*beside, *others):
-        try:
+        with suppress(ModelError):  # another model's
             return tokenizers.build(known, path)
-        except ModelError:
-            continue  # another model's
     weights = wanted.weights
     for name in tokenizers.FILES:
-        found = hub.download(weights.repository, name, weights.revision, 0, report, missing_ok=True)
-        if found is not None:
-            return tokenizers.build(known, found)
+        with suppress(hub.NoSuchFile):
+            return tokenizers.build(known, hub.download(weights.repository, name, weights.revision, 0, report))
     raise ModelError(f"{weights.repository} has none of {', '.join(tokenizers.FILES)}", hint=tokenizers.HINT)
 
 
@@ -303,8 +301,6 @@ def _compare(whole: Path, halves: Path, image: ImageTransform, ids: I64) -> dict
 def _versions(template: Template) -> dict[str, str]:
     found = dict(template.versions)
     for package in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found

@@ -22,14 +22,12 @@ from typing import Any, BinaryIO, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from keyreel.errors import ModelError, pip_install
+from keyreel.errors import ModelError
 
 SCHEMA = "keyreel.template/1"
 FOLDER = Path(__file__).with_name("templates")
 BUILTIN_FOLDER = Path(__file__).with_name("builtin")
 GRAPHS = ("backbone", "attention", "fusion", "text")
-
-EXPORT = f"`keyreel export MODEL` makes bundles of all models of open_clip (needs {pip_install('export')})"
 
 Array: TypeAlias = NDArray[Any]
 Step: TypeAlias = Sequence[Any]  # an operation and its arguments: numbers of earlier steps, or constants
@@ -60,9 +58,7 @@ class Template:
     """One architecture."""
 
     architecture: str  # as open_clip spells it
-    tensors: Mapping[
-        str, tuple[int, ...]
-    ]  # shape of each tensor of a checkpoint, by its name in open_clip's state dict
+    tensors: Mapping[str, tuple[int, ...]]  # shape of each tensor of a checkpoint, by its name in open_clip's state
     steps: Sequence[Step]
     # By precision, then graph: the number of bytes to copy, the step that fills the gap after them, and so on by turns.
     pieces: Mapping[str, Mapping[str, Sequence[int]]]
@@ -73,17 +69,9 @@ class Template:
     body: bytes = field(repr=False)
 
     @classmethod
-    def find(cls, architecture: str, folder: Path = FOLDER) -> Template:
-        """The template of an architecture that ships with keyreel.
-
-        Raises:
-            ModelError: there is no such template.
-        """
-        path = folder / f"{architecture}.xz"
-        if path.parent != folder or not path.is_file():
-            known = ", ".join(sorted(path.stem for path in folder.glob("*.xz")))
-            raise ModelError(f"keyreel has no template of {architecture!r}, it has {known}", hint=EXPORT)
-        return cls.read(path)
+    def find(cls, architecture: str) -> Template:
+        """The template of an architecture of the catalogue; all of them ship with keyreel."""
+        return cls.read(FOLDER / f"{architecture}.xz")
 
     @classmethod
     def read(cls, path: Path) -> Template:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ from keyreel.decode.packets import BROKEN
 from keyreel.decode.source import Source
 from keyreel.decode.timeline import start_seconds
 from keyreel.errors import RenderError
+from keyreel.render.captions import MILLISECONDS
 from keyreel.render.copy import MP4_OPTIONS
 from keyreel.types import Progress, Shot
-
-MILLISECONDS = Fraction(1, 1000)
 
 
 def write_chapters(source: Source, scenes: Sequence[Shot], folder: Path) -> Path:
@@ -38,8 +37,6 @@ def write_chapters(source: Source, scenes: Sequence[Shot], folder: Path) -> Path
         try:
             with av.open(str(path), "w", options=MP4_OPTIONS if suffix == ".mp4" else {}) as output:
                 picture = source.require_video(container)
-                kept = [picture, *container.streams.audio, *container.streams.subtitles]
-                streams = {own.index: output.add_stream_from_template(own, opaque=True) for own in kept}
                 offset = start_seconds(container, picture) or Fraction(0)
                 output.set_chapters(
                     [
@@ -53,7 +50,8 @@ def write_chapters(source: Source, scenes: Sequence[Shot], folder: Path) -> Path
                         for number, scene in enumerate(scenes, 1)
                     ]
                 )
-                _copy(source, container, output, streams)
+                kept = [picture, *container.streams.audio, *container.streams.subtitles]
+                _copy(source, container, output, kept)
         except BROKEN as error:
             path.unlink(missing_ok=True)
             raise RenderError(
@@ -77,8 +75,7 @@ def write_remux(source: Source, path: Path, progress: Progress) -> None:
         try:
             with av.open(str(path), "w", format="mp4", options=MP4_OPTIONS) as output:
                 kept = [source.require_video(container), *container.streams.audio[:1]]
-                streams = {own.index: output.add_stream_from_template(own, opaque=True) for own in kept}
-                _copy(source, container, output, streams, lambda seconds: progress("remux", seconds, total))
+                _copy(source, container, output, kept, lambda seconds: progress("remux", seconds, total))
         except BROKEN as error:
             raise RenderError(f"{source.name}: its packets cannot be copied into MP4: {error}") from error
 
@@ -87,13 +84,14 @@ def _copy(
     source: Source,
     container: Any,
     output: Any,
-    streams: Mapping[int, Any],
+    kept: Sequence[Any],
     tell: Callable[[float], None] = lambda seconds: None,
 ) -> None:
-    """Copies the packets of these streams; keys are indices in the container."""
+    """Copies the packets of these streams of the container."""
+    streams = {own.index: output.add_stream_from_template(own, opaque=True) for own in kept}
     held: dict[int, list[Any]] = {}  # packets before the first one of their stream with a dts
     begun: set[int] = set()
-    for packet in container.demux([container.streams[index] for index in streams]):
+    for packet in container.demux(kept):
         if not packet.size:
             continue
         if packet.pts is None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -15,7 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from keyreel.errors import Failure
 from keyreel.render.reframe import Camera, TakeMode
-from keyreel.types import AnsweredBy, SearchHit, Shot, Summary
+from keyreel.types import KEYFRAME_FACTS, AnsweredBy, SearchHit, Shot, Summary
 
 SUMMARY: Final = "keyreel.summary/1"
 
@@ -197,33 +196,21 @@ class SummaryDocument:
 
 
 def summary_document(
-    summary: Summary,
-    *,
-    files: Sequence[str | None] | None = None,
-    reel: ReelEntry | None = None,
-    render_seconds: float = 0.0,
-    stage_seconds: Mapping[str, float] = MappingProxyType({}),
+    summary: Summary, files: Sequence[str], reel: ReelEntry | None, seconds: Mapping[str, float]
 ) -> SummaryDocument:
     """Makes the document of a summary.
 
     Args:
-        files: path of each key-frame's picture, relative to summary.json, or None.
+        files: path of each key-frame's picture, relative to summary.json.
         reel: file and spans of the reel.
-        render_seconds: time for writing the outputs; added to the total.
-        stage_seconds: "thumbnails" and "reel", parts of render_seconds.
+        seconds: time of further stages, added to the summary's.
     """
     video, spent = summary.video, summary.timings_seconds
-    names = files if files is not None else [None] * len(summary.keyframes)
-    keyframes = [
-        KeyFrameEntry(k.pts_seconds, k.frame_index, k.cluster, k.weight, k.score, k.quality, name)
-        for k, name in zip(summary.keyframes, names, strict=True)
-    ]
-    timings = StageSeconds(
-        **{stage: spent.get(stage, 0.0) for stage in ("decode", "encode", "fuse", "select")},
-        render=spent.get("render", 0.0) + render_seconds,
-        **{stage: stage_seconds.get(stage, 0.0) for stage in ("thumbnails", "reel")},
-        total=spent.get("total", 0.0) + render_seconds,
+    keyframes = tuple(
+        KeyFrameEntry(**{name: getattr(keyframe, name) for name in KEYFRAME_FACTS}, file=file)
+        for keyframe, file in zip(summary.keyframes, files, strict=True)
     )
+    stages = [own.name for own in dataclasses.fields(StageSeconds)]
     return SummaryDocument(
         video=VideoEntry(
             path=video.path,
@@ -237,12 +224,12 @@ def summary_document(
         model=ModelEntry(summary.embedding.model, summary.embedding.model_sha256),
         device=DeviceEntry(summary.device, summary.device_reason),
         config=summary.config,
-        keyframes=tuple(sorted(keyframes, key=lambda k: k.pts_seconds)),
+        keyframes=keyframes,
         shots=summary.shots,
         scenes=summary.scenes,
         reel=reel,
         warnings=summary.warnings,
-        timings_seconds=timings,
+        timings_seconds=StageSeconds(*(spent.get(stage, 0.0) + seconds.get(stage, 0.0) for stage in stages)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +10,13 @@ from typing import Literal
 
 import numpy as np
 
-from keyreel.config import OutputConfig, ReelMode, SelectConfig
+from keyreel.config import OutputConfig, ReelMode
 from keyreel.decode.source import Source
 from keyreel.errors import RenderError
 from keyreel.render.copy import CONTAINERS, NotCopyable, plan_copy, write_copy
 from keyreel.render.pictures import attended_area
 from keyreel.render.plan import SNAP_SECONDS, ReelPlan, interest_of, plan_reel
-from keyreel.render.reel import DEFAULTS, check_target, write_reel
+from keyreel.render.reel import HEIGHT, write_reel
 from keyreel.render.reframe import Camera, plan_camera, window_of
 from keyreel.render.sound import SoundReader, quietest
 from keyreel.types import F32, F64, Progress, Shot, Summary
@@ -39,11 +39,6 @@ def check_ending(path: Path) -> None:
         raise RenderError(f"{path}: {what}", hint="name it reel.mp4")
 
 
-def _check_encodable(path: Path) -> None:
-    if path.suffix.lower() != ".mp4":
-        raise RenderError(f"{path}: an encoded reel is an MP4 file", hint="name it reel.mp4")
-
-
 def planned_reel(summary: Summary, source: Source, config: OutputConfig, query_scores: F32 | None = None) -> ReelPlan:
     """Plans the reel of a summary, within the analysed part of the video; see `plan.plan_reel`.
 
@@ -52,7 +47,6 @@ def planned_reel(summary: Summary, source: Source, config: OutputConfig, query_s
     begin, embedding = summary.shots[0].start_seconds, summary.embedding
     interest = interest_of(embedding, summary.shots, summary.importance)
     scores = interest if query_scores is None else query_scores
-    select = summary.config.get("select", {})
     with closing(SoundReader(source)) as sound:
 
         def quiet(seconds: float) -> float:
@@ -66,7 +60,7 @@ def planned_reel(summary: Summary, source: Source, config: OutputConfig, query_s
             vectors=embedding.joint,
             seconds=config.reel_seconds,
             whole=_has_another_shape(summary, config),
-            similarity_limit=select.get("similarity_limit", SelectConfig().similarity_limit),
+            similarity_limit=summary.config["select"]["similarity_limit"],
             quiet=quiet if summary.video.has_audio else None,
         )
     spans = _moved(plan.spans, begin)
@@ -79,12 +73,12 @@ def reel_camera(summary: Summary, config: OutputConfig, spans: Sequence[Shot]) -
     """Plans the camera of a reel of another shape; None for whole frames. See `reframe.plan_camera`."""
     if config.aspect is None or not _has_another_shape(summary, config):
         return None
-    embedding, image = summary.embedding, summary.config.get("image")
+    embedding = summary.embedding
     return plan_camera(
         embedding.attention,
         embedding.grid,
         embedding.pts_seconds,
-        area=attended_area(summary.video, image if isinstance(image, Mapping) else {}),
+        area=attended_area(summary.video, summary.config["image"]),
         size=summary.video.display_size,
         shots=summary.shots,
         spans=sorted(spans, key=lambda span: span.start_seconds),
@@ -115,7 +109,7 @@ def make_reel(
     *,
     shots: Sequence[Shot],
     mode: ReelMode = "auto",
-    height: int = DEFAULTS.reel_height,
+    height: int = HEIGHT,
     camera: Camera | None = None,
     any_container: bool = False,
     progress: Progress | None = None,
@@ -135,27 +129,26 @@ def make_reel(
         RenderError: the spans cannot be copied and `mode` is "copy", or the file cannot be written.
         SourceError: the video cannot be opened.
     """
-    check_target(source, path)
-    if mode == "encode":
-        _check_encodable(path)
-        write_reel(source, spans, path, height=height, camera=camera, progress=progress)
-        return Reel(path, "encode", "asked for", tuple(spans))
-    try:
-        if camera is not None:
-            raise NotCopyable("the reel's shape differs from the video's")
-        plan = plan_copy(source, spans, shots)
-        target = path.with_suffix(plan.suffix) if any_container else path
-        if target.suffix.lower() != plan.suffix:
-            raise NotCopyable(f"its packets fit into {plan.suffix}, not into {target.suffix or path.name}")
-        write_copy(source, plan, target, progress=progress)
-    except NotCopyable as error:
-        if mode == "copy":
-            raise RenderError(
-                f"{source.name}: the reel cannot be copied: {error}",
-                hint="encode it: --reel-mode auto (mode='auto')",
-            ) from error
-        _check_encodable(path)
-        write_reel(source, spans, path, height=height, camera=camera, progress=progress)
-        return Reel(path, "encode", f"cannot be copied: {error}", tuple(spans))
-    why = "asked for" if mode == "copy" else "all its parts start and end where packets can be cut"
-    return Reel(target, "copy", why, plan.spans)
+    if source.path is not None and path.exists() and path.samefile(source.path):
+        raise RenderError(f"{path}: is the input video and will not be overwritten", hint="give the reel another name")
+    reason = "asked for"
+    if mode != "encode":
+        try:
+            if camera is not None:
+                raise NotCopyable("the reel's shape differs from the video's")
+            plan = plan_copy(source, spans, shots)
+            target = path.with_suffix(plan.suffix) if any_container else path
+            if target.suffix.lower() != plan.suffix:
+                raise NotCopyable(f"its packets fit into {plan.suffix}, not into {target.suffix or path.name}")
+            write_copy(source, plan, target, progress=progress)
+            copied = reason if mode == "copy" else "all its parts start and end where packets can be cut"
+            return Reel(target, "copy", copied, plan.spans)
+        except NotCopyable as error:
+            if mode == "copy":
+                hint = "encode it: --reel-mode auto (mode='auto')"
+                raise RenderError(f"{source.name}: the reel cannot be copied: {error}", hint=hint) from error
+            reason = f"cannot be copied: {error}"
+    if path.suffix.lower() != ".mp4":
+        raise RenderError(f"{path}: an encoded reel is an MP4 file", hint="name it reel.mp4")
+    write_reel(source, spans, path, height=height, camera=camera, progress=progress)
+    return Reel(path, "encode", reason, tuple(spans))

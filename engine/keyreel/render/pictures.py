@@ -161,12 +161,11 @@ def attended_area(video: VideoInfo, image: Mapping[str, Any]) -> tuple[float, fl
         video: its display size.
         image: the bundle's {"height", "width", "mode"}.
     """
-    mode = image.get("mode", "shortest")
-    if mode in ("squash", "fit"):
+    if image["mode"] in ("squash", "fit"):
         return 0.0, 0.0, 1.0, 1.0
-    height, width = float(image.get("height", 1)), float(image.get("width", 1))
+    height, width = image["height"], image["width"]
     scales = (height / video.height, width / video.width)
-    scale = min(scales) if mode == "longest" else max(scales)
+    scale = min(scales) if image["mode"] == "longest" else max(scales)
     half_x, half_y = width / scale / video.width / 2, height / scale / video.height / 2
     return 0.5 - half_x, 0.5 - half_y, 0.5 + half_x, 0.5 + half_y
 

@@ -96,15 +96,7 @@ def plan_reel(
         whole: show all of a video that is too short for a reel, since the reel has another shape.
         similarity_limit: largest cosine of the best frames of two spans.
         quiet: maps a time to the quietest one within 0.4 s.
-
-    Raises:
-        ValueError: lengths disagree, or the duration is not a positive number.
     """
-    if not (np.isfinite(duration_seconds) and duration_seconds > 0):
-        raise ValueError(f"duration_seconds must be positive, got {duration_seconds}")
-    if not len(scores) == len(pts_seconds) == len(vectors):
-        shapes = f"scores {scores.shape}, pts_seconds {pts_seconds.shape} and vectors {vectors.shape}"
-        raise ValueError(f"{shapes} must agree")
     total = reel_seconds(seconds, duration_seconds)
     shortest = SHORTEST_REEL_SECONDS if seconds is None else 0.0
     if total < shortest or total > MOST * duration_seconds:

@@ -28,7 +28,7 @@ from keyreel.render.reframe import Camera
 from keyreel.render.sound import RATE, SoundReader, faded, placed_sound
 from keyreel.types import F32, U8, Progress, Shot, VideoInfo
 
-DEFAULTS = OutputConfig()
+HEIGHT = OutputConfig().reel_height
 # The first encoder that opens is used: some GPUs have no NVENC (A100, H100), and drivers limit its sessions.
 # x264: the quality (SSIM) of "veryfast" at 20 in 70 % of its time, with 1.1 to 1.6 times the bytes, see
 # benchmarks.reels. NVENC has not been measured: the middle preset, and 23, which its makers compare with x264's 22.
@@ -50,7 +50,7 @@ def write_reel(
     spans: Sequence[Shot],
     path: Path,
     *,
-    height: int = DEFAULTS.reel_height,
+    height: int = HEIGHT,
     camera: Camera | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -71,7 +71,6 @@ def write_reel(
         RenderError: no H.264 or AAC encoder, no frame can be decoded, or the file cannot be written.
         SourceError: the video cannot be opened.
     """
-    check_target(source, path)
     try:
         with atomic_write(path) as made, closing(SoundReader(source)) as sound:
             _write(source, sound, spans, made, height, camera, progress)
@@ -81,12 +80,6 @@ def write_reel(
         raise RenderError(
             f"{path}: the reel cannot be written: {error}", hint="check that the folder exists and the disk has space"
         ) from error
-
-
-def check_target(source: Source, path: Path) -> None:
-    """Raises RenderError if the reel would replace its video."""
-    if source.path is not None and path.exists() and path.samefile(source.path):
-        raise RenderError(f"{path}: is the input video and will not be overwritten", hint="give the reel another name")
 
 
 def _write(

@@ -26,7 +26,7 @@ from keyreel.render.pictures import at_most, contact_sheet, jpeg, keyframe_name,
 from keyreel.render.reframe import Camera
 from keyreel.render.storyboard import link_to, picture_edge, storyboard_page
 from keyreel.render.thumbnails import chapters, sprite, tile, tile_times, webvtt
-from keyreel.types import F32, Progress, Shot, Summary
+from keyreel.types import F32, Progress, Summary
 
 REPLACE = "replace keyreel's own files in it: --overwrite (overwrite=True)"
 OURS = {"summary.json", "scenes.vtt", "keyframes", "contact.jpg", "storyboard.html"}
@@ -96,20 +96,18 @@ def _write_all(
     began = time.perf_counter()
     seconds: dict[str, float] = {}
     files, small = _write_pictures(summary, source, made, config, progress, seconds)
-    spans: tuple[Shot, ...] = ()
     reel: ReelEntry | None = None
     camera: Camera | None = None
     if config.reel or config.otio or config.edl:
         plan = planned_reel(summary, source, config, query_scores)
-        spans = plan.spans
-        camera = reel_camera(summary, config, spans)
+        camera = reel_camera(summary, config, plan.spans)
         reframed = UNSET if camera is None else ReframeEntry.of(camera)
-        reel = ReelEntry(None, spans, None, plan.reason or "not asked for", reframed)
-    if config.reel and reel is not None and spans:
+        reel = ReelEntry(None, plan.spans, None, plan.reason or "not asked for", reframed)
+    if config.reel and reel is not None and reel.spans:
         reel_began = time.perf_counter()
         written = make_reel(
             source,
-            spans,
+            reel.spans,
             made / "reel.mp4",
             shots=summary.shots,
             mode=config.reel_mode,
@@ -119,8 +117,8 @@ def _write_all(
             progress=progress,
         )
         seconds["reel"] = time.perf_counter() - reel_began
-        spans = written.spans
-        reel = replace(reel, file=written.path.name, spans=spans, mode=written.mode, reason=written.reason)
+        reel = replace(reel, file=written.path.name, spans=written.spans, mode=written.mode, reason=written.reason)
+    spans = () if reel is None else reel.spans
     media = source.path.absolute().as_uri() if source.path is not None else summary.video.path
     if config.otio and spans:
         write_otio(summary.video, media, spans, made / "reel.otio", camera=camera)
@@ -137,8 +135,8 @@ def _write_all(
         _write_embeddings(summary, source, made / EMBEDDINGS)
 
     def document() -> SummaryDocument:
-        spent = time.perf_counter() - began
-        return summary_document(summary, files=files, reel=reel, render_seconds=spent, stage_seconds=seconds)
+        seconds["render"] = seconds["total"] = time.perf_counter() - began
+        return summary_document(summary, files, reel, seconds)
 
     if config.storyboard:
         link = link_to(source.path, target) if source.path is not None else None

@@ -107,21 +107,21 @@ def search_page(query: str, hits: Sequence[SearchHit], previews: Sequence[U8 | N
         previews: [H, W, 3] uint8 RGB of each hit's best frame, or None.
     """
     edge = picture_edge(max(32, len(hits)))
-
     best = max((hit.score for hit in hits), default=1.0)
-    cards = [
-        {
-            "hit": hit,
-            "picture": None if preview is None else Picture.of(shrink(preview, edge)),
-            "shown_seconds": hit.pts_seconds,
-            "region": hit.region if hit.answered_by == "subject" else None,
-            "fraction": hit.score / best if best > 0 else 0.0,
-            "name": base_name(hit.video),
-            "link": _moment_link(hit),
-            "play": link if (link := _moment_link(hit)) is not None and link.startswith("file:") else None,
-        }
-        for hit, preview in sorted(zip(hits, previews, strict=True), key=lambda row: -row[0].score)
-    ]
+    cards = []
+    for hit, preview in sorted(zip(hits, previews, strict=True), key=lambda row: -row[0].score):
+        link = _moment_link(hit)
+        cards.append(
+            {
+                "hit": hit,
+                "picture": None if preview is None else Picture.of(shrink(preview, edge)),
+                "region": hit.region if hit.answered_by == "subject" else None,
+                "fraction": hit.score / best if best > 0 else 0.0,
+                "name": base_name(hit.video),
+                "link": link,
+                "play": link if link is not None and link.startswith("file:") else None,
+            }
+        )
     return _page(
         "results.html", title=f"{query} · keyreel search", script=_asset("results.js"), query=query, cards=cards
     )
@@ -214,8 +214,7 @@ def _curve(importance: F32, pts_seconds: F64, duration: float) -> list[str]:
 
 
 def _cards(summary: Summary, document: SummaryDocument, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    embedding, image = summary.embedding, summary.config.get("image")
-    area = attended_area(summary.video, image if isinstance(image, Mapping) else {})
+    embedding, area = summary.embedding, attended_area(summary.video, summary.config["image"])
     cards = []
     for keyframe, entry, picture in zip(summary.keyframes, document.keyframes, pictures, strict=True):
         scale = OVERLAY_EDGE / max(picture.size)
