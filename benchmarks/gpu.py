@@ -30,8 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._common import RESULTS, ROOT, Absent, Row, Worker, parser_of, run, say
-from benchmarks._rows import table
+from benchmarks._common import RESULTS, ROOT, Absent, Row, Worker, parser_of, run, say, table
 from benchmarks.clips import Clip, clip
 from benchmarks.select import cloud, objective
 

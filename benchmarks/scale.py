@@ -2,9 +2,10 @@
 
 `search` asks actors of a local Ray, a shard each: in memory as 32-bit numbers, as the product keeps them, and with
 10,000,000 rows as 16-bit numbers in a mapped file. All is the product's own code but for where the rows come from.
-`recovery` kills the actor of a shard that was read from a library, `commits` writes with several processes, `kills`
-ends actors and replicas of the whole service under clients that know the right answers. Times are those of a machine
-that others may use: CPU-seconds are given beside them. `benchmarks.machines` has the model made of them.
+`recovery` kills the actor of a shard that was read from a library, `commits` writes with several processes. Times are
+those of a machine that others may use: CPU-seconds are given beside them. `fitted` and `modelled` go on from there.
+
+Kills under clients: `KEYREEL_CLUSTER_KILLS=50 pytest -m full tests/test_cluster.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import statistics
 import sys
@@ -28,11 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import _cluster as cluster
-from benchmarks._common import Row, cpu_seconds, parser_of, rows_of, run, say
-from benchmarks.clips import small_clips
-from benchmarks.machines import FPS, IN_MEMORY
-from keyreel import Engine, Library
+from benchmarks._common import Row, cpu_seconds, parser_of, resident_mib, rows_of, run
 from keyreel.cluster.search import RemoteSearch, ShardActor
 from keyreel.config import LibraryConfig
 from keyreel.library import schema, upkeep
@@ -47,6 +43,13 @@ from keyreel.search import Asked
 WIDTH, K, SHARDS = 256, 10, (1, 2, 4, 8)
 OF_VIDEO, OF_SHOT = 5000, 250  # rows
 SECONDS = 30.0  # for the queries of one set
+
+# The model of machines beyond this one: two frames a second, 1.5 vectors a frame (scenes, and subjects of half of them)
+# of 512 numbers; machines of 64 cores and 512 GiB, 32 GiB of them for other things.
+FPS, VECTORS_A_FRAME, MODEL_WIDTH = 2.0, 1.5, 512
+CORES, GIB = 64, 480
+HOURS = (10_000, 1_000_000, 100_000_000)
+IN_MEMORY = "memory, 32 bits"  # the measurements that it is fitted to
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -148,10 +151,6 @@ def cpu_of(pids: Sequence[int]) -> float:
     """CPU-seconds of processes."""
     found = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
     return sum(int(one[11]) + int(one[12]) for one in found) / os.sysconf("SC_CLK_TCK")
-
-
-def resident_mib() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def searched(ray: Any, path: Path, rows: int, shards: int, mapped: bool, seconds: float) -> dict[str, list[float]]:
@@ -284,58 +283,6 @@ def commits(folder: Path, writers: int, shards: int, videos: int) -> dict[str, l
     return {"commits_a_second": [there / seconds], "cpu_seconds": [cpu / there]}
 
 
-# --- kills ------------------------------------------------------------------------------------------------------------
-
-QUERIES = ("a red car", "a dog on a beach", "people in a street", "a bottle", "water")
-
-
-def killed(folder: Path, kills: int, clients: int, jobs: int) -> Iterator[tuple[Row, dict[str, list[float]]]]:
-    clips, uri = small_clips(folder, 10), folder / "served"
-    with Engine.from_pretrained(device="cpu", threads=1) as engine:
-        with Library(uri, engine, config=LibraryConfig(shards=3)) as library:
-            library.add(clips[:6])
-            right = cluster.answers(engine, library, QUERIES)
-        options = ("--replicas", "2", "--root", str(clips[0].parent), "--device", "cpu")
-        with cluster.cluster_served(uri, *options) as served:
-
-            def fits(query: str, answer: dict[str, Any]) -> bool:
-                return answer["query"] == query and cluster.is_one_of(right[query], answer)
-
-            ended: list[str] = []
-            with cluster.Clients(served, clients, [*QUERIES], fits) as asking:
-                time.sleep(2)
-                for number in range(kills):
-                    what = (cluster.SHARD, cluster.REPLICA)[number % 2]
-                    cluster.kill_one(served, what, number // 2)
-                    say(f"  kill {number + 1}: {what}; {asking.statuses}, {len(asking.wrong)} wrong")
-                    time.sleep(3)
-            for wrong in asking.wrong[:5]:
-                say(f"  wrong: {wrong}")
-            for clip in clips[6 : 6 + jobs]:
-                until = time.monotonic() + 120
-                while (answer := served.http.post("/api/v1/jobs", json={"path": str(clip)})).status_code == 503:
-                    if time.monotonic() > until:
-                        raise RuntimeError("the queue does not come back")
-                    time.sleep(0.5)
-                cluster.kill_one(served, cluster.JOBS, 0)
-                # Once each: a job that was at work three times when the queue ended has failed, as on one machine.
-                job = cluster.wait_for(served.http, answer.json()["id"])
-                say(f"  the queue was killed: {job['state']} {job['error'] or ''}")
-                ended.append(job["state"])
-    yield (
-        {"kills": kills, "clients": clients},
-        {
-            "whole": [asking.statuses.get(200, 0) - asking.partial],
-            "partial": [asking.partial],
-            "refused": [sum(count for status, count in asking.statuses.items() if status in (429, 503))],
-            "wrong": [len(asking.wrong)],
-            "slowest_seconds": [asking.slowest],
-            "jobs": [len(ended)],
-            "lost": [sum(state != "done" for state in ended)],
-        },
-    )
-
-
 def on_ray(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     import ray
 
@@ -358,25 +305,51 @@ def on_ray(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
         yield from rows_of("scale-recovery", {"rows": rows, "shards": count, "width": WIDTH}, "keyreel", found)
 
 
+# --- machines beyond this one -----------------------------------------------------------------------------------------
+
+
+def fitted(sizes: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
+    """Core-seconds a number and a shard, by least squares.
+
+    Args:
+        sizes: numbers in memory, shards and CPU-seconds of a query, of each measurement.
+    """
+    known = np.array([(numbers, shards) for numbers, shards, _ in sizes], float)
+    (number, shard), *_ = np.linalg.lstsq(known, np.array([cpu for _, _, cpu in sizes]), rcond=None)
+    return float(number), float(shard)
+
+
+def modelled(hours: int, number: float, shard: float, read: float) -> dict[str, float]:
+    """What a library of so many hours takes; arithmetic.
+
+    Args:
+        number, shard: see `fitted`.
+        read: rows that one core reads a second.
+    """
+    rows = hours * 3600 * FPS * VECTORS_A_FRAME
+    gib = rows * (4 * MODEL_WIDTH + 22) / 2**30
+    machines = math.ceil(gib / GIB)
+    core = number * rows * MODEL_WIDTH + shard * machines
+    return {
+        "memory_gib": gib,
+        "stored_gib": rows * 2 * MODEL_WIDTH * 1.1 / 2**30,  # and a tenth for pictures and records
+        "machines": machines,
+        "query_seconds": core / (machines * CORES),
+        "core_hours_a_million_queries": 1e6 * core / 3600,
+        "reload_seconds": rows / machines / (read * CORES),
+    }
+
+
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    quick = options.quick
     with tempfile.TemporaryDirectory(dir=options.content) as made:
         folder = Path(made)
-        if "commits" in options.only:
-            for writers, count in ((1, 1), (4, 1), (4, 4)) if not quick else ((1, 1), (2, 2)):
-                found = commits(folder, writers, count, 6 if quick else 60)
-                yield from rows_of("scale-commits", {"writers": writers, "shards": count}, "keyreel", found)
-        if "search" in options.only:
-            with redirect_stdout(sys.stderr):  # Ray prints there when a worker has died; stdout is for rows
-                rows = list(on_ray(options, folder))
-            yield from rows
-        if "kills" in options.only:
-            for params, found in killed(folder, *((2, 4, 1) if quick else (50, 32, 4))):
-                yield from rows_of("scale-kills", params, "keyreel", found)
+        for writers, count in ((1, 1), (2, 2)) if options.quick else ((1, 1), (4, 1), (4, 4)):
+            found = commits(folder, writers, count, 6 if options.quick else 60)
+            yield from rows_of("scale-commits", {"writers": writers, "shards": count}, "keyreel", found)
+        with redirect_stdout(sys.stderr):  # Ray prints there when a worker has died; stdout is for rows
+            rows = list(on_ray(options, folder))
+        yield from rows
 
 
 if __name__ == "__main__":
-    parser = parser_of(__doc__)
-    parts = ("commits", "search", "kills")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="some of the measurements")
-    raise SystemExit(run(parser, measure))
+    raise SystemExit(run(parser_of(__doc__), measure))
