@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -263,6 +263,15 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     media = ROOT.parent / "shared" / "media"
     parser.add_argument("--media", type=Path, default=media, help="folder of real clips")
     return parser
+
+
+def real_clips(options: argparse.Namespace, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Those of --media that are there; only the first with --quick."""
+    for name in names[:1] if options.quick else names:
+        if (path := options.media / name).exists():
+            yield name, path
+        else:
+            say(f"{name} is not in --media")
 
 
 def run(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], Iterable[Row]]) -> int:
