@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -39,7 +39,7 @@ import httpx
 import numpy as np
 
 from benchmarks import peers
-from benchmarks._common import Absent, Row, System, compare, parser_of, resident_mib, rows_of, run, say
+from benchmarks._common import Absent, Row, System, compare, parser_of, resident_mib, rows_of, run, say, timed
 from benchmarks.clips import small_clips
 from keyreel import Engine, KeyreelError, Library
 from keyreel.library import upkeep
@@ -155,14 +155,14 @@ def load(library: Path, videos: Path, count: int, seconds: float) -> dict[str, l
 
 def searches(address: str, count: int, *, kept: bool) -> list[float]:
     """Seconds of each search by text of one caller, with one connection or a new one for each."""
-    seconds = []
     with ExitStack() as stack:
         clients = [stack.enter_context(httpx.Client(base_url=address, timeout=60)) for _ in range(1 if kept else count)]
-        for number in range(count):
-            began = time.perf_counter()
+
+        def search(number: int) -> None:
             clients[number % len(clients)].get(f"/api/v1/search?q=thing+{number}").raise_for_status()
-            seconds.append(time.perf_counter() - began)
-    return seconds
+
+        _, found = timed(search, range(count))
+    return found
 
 
 def hold(stack: ExitStack, address: str, count: int, first: bytes) -> None:
@@ -200,31 +200,21 @@ def commits(folder: Path, clip: Path, most: int) -> Iterator[tuple[Row, dict[str
         ((_, rows),) = tables.rows([first.generation])
         previews, extras = tables.previews(first.generation), tables.extras(first.generation)
 
-        def look() -> None:
-            library.record(first.id), library.extras(first.id), library.previews(first.id)
-
-        def search() -> None:
-            library.search("a dog")
+        def look(id: str) -> None:
+            library.record(id), library.extras(id), library.previews(id)
 
         for number in range(most + 1):
             if number % max(most // 4, 1) == 0:
-                search()
-                found = {"details_seconds": timed(look), "search_seconds": timed(search)}
-                yield {"commits": number}, {**found, "resident_mib": [resident_mib()]}
+                library.search("a dog")
+                _, details = timed(look, 9 * [first.id])
+                _, searched = timed(library.search, 9 * ["a dog"])
+                found = {"details_seconds": details, "search_seconds": searched, "resident_mib": [resident_mib()]}
+                yield {"commits": number}, found
             vectors = draw.normal(size=rows.vectors.shape).astype(np.float32)
             own = dataclasses.replace(rows, vectors=vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
             names = {"id": uuid.uuid4().hex, "generation": uuid.uuid4().hex, "path": f"/videos/{number}.mp4"}
             tables.put(dataclasses.replace(first, **names), own, previews, extras)
             upkeep.tidy(tables)
-
-
-def timed(work: Callable[[], None]) -> list[float]:
-    found = []
-    for _ in range(9):
-        began = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - began)
-    return found
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:

@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._common import Row, cpu_seconds, parser_of, resident_mib, rows_of, run
+from benchmarks._common import Row, cpu_seconds, parser_of, resident_mib, rows_of, run, timed
 from keyreel.cluster.search import RemoteSearch, ShardActor
 from keyreel.config import LibraryConfig
 from keyreel.library import schema, upkeep
@@ -135,18 +135,6 @@ def questions(path: Path, rows: int) -> list[Asked]:
     return [Asked(one[None], (SubjectScale(),), (1.0,)) for one in near / np.linalg.norm(near, axis=1, keepdims=True)]
 
 
-def timed(work: Callable[[Asked], Any], queries: Sequence[Asked], seconds: float) -> list[float]:
-    took: list[float] = []
-    work(queries[0])
-    for query in queries:
-        began = time.perf_counter()
-        work(query)
-        took.append(time.perf_counter() - began)
-        if sum(took) > seconds:
-            break
-    return took
-
-
 def cpu_of(pids: Sequence[int]) -> float:
     """CPU-seconds of processes."""
     found = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
@@ -161,16 +149,16 @@ def searched(ray: Any, path: Path, rows: int, shards: int, mapped: bool, seconds
     pids = [pid for pid, _ in ray.get([actor.process.remote() for actor in actors])]
     queries = questions(path, rows)
     search = RemoteSearch(shards, lambda _: 0, 0.98, actors.__getitem__, wait=True, seconds=600.0)
+    search.hits(queries[:1], K)
     before = cpu_of(pids)
-    took = timed(lambda query: search.hits([query], K), queries, seconds)
-    cpu = (cpu_of(pids) - before) / (len(took) + 1)
-    where, own = Filter(), [None]
-    alone = [
-        statistics.median(
-            timed(lambda q, a=actor: ray.get(a.ask.remote("moments", [q], K, where, own)), queries, seconds / shards)
-        )
-        for actor in actors
-    ]
+    _, took = timed(lambda query: search.hits([query], K), queries, seconds)
+    cpu, alone = (cpu_of(pids) - before) / len(took), list[float]()
+    for actor in actors:
+
+        def ask(query: Asked, actor: Any = actor) -> Any:
+            return ray.get(actor.ask.remote("moments", [query], K, Filter(), [None]))
+
+        alone.append(statistics.median(timed(ask, queries, seconds / shards)[1]))
     memory = sum(most for _, most in ray.get([actor.process.remote() for actor in actors]))
     for actor in actors:
         ray.kill(actor)

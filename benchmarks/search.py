@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import peers
-from benchmarks._common import Row, System, compare, parser_of, rows_of, run
+from benchmarks._common import Row, System, compare, parser_of, rows_of, run, timed
 from benchmarks.clips import small_clips
 from keyreel import Engine, Library, Shot, Summary
 
@@ -119,13 +119,7 @@ def prepare(folder: Path, make: Callable[[Path], Callable[[Any], int]]) -> peers
 
     def every() -> tuple[list[int], list[float]]:
         search(queries[0])  # loads what the others find in memory
-        found: list[int] = []
-        seconds: list[float] = []
-        while len(found) < len(queries) and sum(seconds) < _SECONDS:
-            start = time.perf_counter()
-            found.append(search(queries[len(found)]))
-            seconds.append(time.perf_counter() - start)
-        return found, seconds
+        return timed(search, queries, _SECONDS)
 
     return every
 
