@@ -29,16 +29,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks._common import Row, cpu_seconds, parser_of, resident_mib, rows_of, run, timed
+from benchmarks.made_up import fill, record_of, rows_in
 from keyreel.cluster.search import RemoteSearch, ShardActor
 from keyreel.config import LibraryConfig
-from keyreel.library import schema, upkeep
+from keyreel.library import upkeep
 from keyreel.library.search import SearchIndex
 from keyreel.library.shards import open_tables
-from keyreel.library.types import Filter, Record, Rows
+from keyreel.library.types import Filter
 from keyreel.library.vectors import Matrix, Snapshot, Spans
 from keyreel.runtime.backend import resolve
 from keyreel.runtime.bundle import SubjectScale
 from keyreel.search import Asked
+from keyreel.types import F32
 
 WIDTH, K, SHARDS = 256, 10, (1, 2, 4, 8)
 OF_VIDEO, OF_SHOT = 5000, 250  # rows
@@ -48,6 +50,7 @@ SECONDS = 30.0  # for the queries of one set
 # of 512 numbers; machines of 64 cores and 512 GiB, 32 GiB of them for other things.
 FPS, VECTORS_A_FRAME, MODEL_WIDTH = 2.0, 1.5, 512
 CORES, GIB = 64, 480
+SHOTS: dict[str, Any] = {"shot": OF_SHOT, "fps": FPS}
 HOURS = (10_000, 1_000_000, 100_000_000)
 IN_MEMORY = "memory, 32 bits"  # the measurements that it is fitted to
 
@@ -70,24 +73,6 @@ def rows_file(folder: Path, rows: int) -> Path:
     return path
 
 
-def record_of(number: int) -> Record:
-    times = [OF_SHOT / FPS * shot for shot in range(OF_VIDEO // OF_SHOT + 1)]
-    return Record(
-        id=f"{number:08}",
-        path=f"/made-up/{number:08}.mp4",
-        size=1,
-        mtime_ns=1,
-        fingerprint=str(number),
-        generation=str(number),
-        frames=OF_VIDEO,
-        duration_seconds=times[-1],
-        indexed_at=0.0,
-        shots=tuple(itertools.pairwise(times)),
-        model="made-up",
-        model_sha256="0" * 64,
-    )
-
-
 class MappedShard(ShardActor):
     """A shard whose rows are a part of a file, mapped or read into memory."""
 
@@ -99,7 +84,7 @@ class MappedShard(ShardActor):
         vectors = stored if mapped else stored.astype(np.float32)
         back = np.zeros(count, np.int32)
         matrix = Matrix(vectors, frame / FPS, frame % OF_SHOT == 0, frame % OF_SHOT == 0, back, none)
-        records = tuple(record_of(first // OF_VIDEO + number) for number in range(videos))
+        records = tuple(record_of(first // OF_VIDEO + number, OF_VIDEO, **SHOTS) for number in range(videos))
         names = {record.id: number for number, record in enumerate(records)}
         low = np.arange(videos) * OF_VIDEO
         high = low + OF_VIDEO
@@ -177,29 +162,6 @@ def searched(ray: Any, path: Path, rows: int, shards: int, mapped: bool, seconds
 # --- recovery ---------------------------------------------------------------------------------------------------------
 
 
-def fill(uri: str, rows: int, shards: int) -> None:
-    """A library of made-up videos, written in bulk."""
-    tables, draw = open_tables(uri, shards=shards), np.random.default_rng(21)
-    tables.create(model="made-up", model_sha256="0" * 64, width=WIDTH)
-    parts: dict[int, tuple[list[Any], list[Record]]] = {}
-    for number in range(rows // OF_VIDEO):
-        vectors = draw.standard_normal((OF_VIDEO, WIDTH), np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        frame, record = np.arange(OF_VIDEO), record_of(number)
-        weight = np.ones(OF_VIDEO, np.float32)
-        own = Rows(frame / FPS, frame, vectors, frame // OF_SHOT, frame % OF_SHOT == 0, weight)
-        place = tables.number_of(record.id)
-        columns = tables.parts[place].table(schema.VECTORS).schema
-        written = schema.vector_rows(columns, record, own)
-        digest = schema.rows_of(written.select(schema.NUMBERS)).digest
-        made = parts.setdefault(place, ([], []))
-        made[0].append(written)
-        made[1].append(replace(record, digest=digest))
-    for place, (blocks, records) in parts.items():
-        tables.parts[place].add_rows(schema.arrow().concat_tables(blocks))
-        tables.parts[place].upsert(records)
-
-
 def recovered(ray: Any, uri: str, shards: int, kills: int) -> dict[str, list[float]]:
     """Seconds from a kill to a partial answer, and to a whole one; and what reading a shard takes."""
     kind = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(ShardActor)
@@ -233,20 +195,22 @@ def recovered(ray: Any, uri: str, shards: int, kills: int) -> dict[str, list[flo
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def unit_vectors(draw: np.random.Generator, count: int) -> F32:
+    vectors = draw.standard_normal((count, WIDTH), np.float32)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+
+
 def write(uri: str, writer: int, shards: int, videos: int, begin: Any, ended: Any) -> None:
     """In a process of its own: so many videos, all to shard `writer` modulo their number."""
     tables, draw = open_tables(uri), np.random.default_rng(writer)
     ids = (f"{writer}-{number}" for number in itertools.count())
     names = [id for id in itertools.islice(ids, 40 * shards * videos) if tables.number_of(id) == writer % shards]
-    vectors = draw.standard_normal((120, WIDTH), np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    frame, part = np.arange(120), tables.parts[writer % shards]
-    rows = Rows(frame / FPS, frame, vectors, frame // 40, frame % 40 == 0, np.ones(120, np.float32))
+    part, rows = tables.parts[writer % shards], rows_in(unit_vectors(draw, 120), shot=40, fps=FPS)
     part.records()
     begin.wait()
     before = cpu_seconds()
     for id in names[:videos]:
-        part.put(replace(record_of(0), id=id, path=f"/{id}.mp4", generation=id, frames=120), rows)
+        part.put(replace(record_of(0, 120, shot=40, fps=FPS), id=id, path=f"/{id}.mp4", generation=id), rows)
         upkeep.tidy(part)
     ended.put(cpu_seconds() - before)
 
@@ -288,7 +252,9 @@ def on_ray(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
             params = {"rows": rows, "shards": count, "width": WIDTH, "kept": kept}
             yield from rows_of("scale-search", params, "keyreel", found)
         rows, count = (20_000, 2) if options.quick else (200_000, 4)
-        fill(str(folder / "recovery"), rows, count)
+        draw = np.random.default_rng(21)
+        videos = (unit_vectors(draw, OF_VIDEO) for _ in range(rows // OF_VIDEO))
+        fill(str(folder / "recovery"), videos, width=WIDTH, shards=count, **SHOTS)
         found = recovered(ray, str(folder / "recovery"), count, 2 if options.quick else 8)
         yield from rows_of("scale-recovery", {"rows": rows, "shards": count, "width": WIDTH}, "keyreel", found)
 
