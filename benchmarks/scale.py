@@ -166,6 +166,7 @@ def recovered(ray: Any, uri: str, shards: int, kills: int) -> dict[str, list[flo
     """Seconds from a kill to a partial answer, and to a whole one; and what reading a shard takes."""
     kind = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(ShardActor)
     actors = [kind.remote(uri, number, None, "cpu") for number in range(shards)]
+    ray.get([actor.ready.remote() for actor in actors])
     tables = open_tables(uri)
     search = RemoteSearch(shards, tables.number_of, 0.98, actors.__getitem__, wait=False, seconds=60.0)
     query = Asked(np.eye(1, WIDTH, dtype=np.float32), (SubjectScale(),), (1.0,))
