@@ -117,9 +117,8 @@ def _path(image: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, Im
     thing: Object | None = outline(image) if rng.random() < 0.5 else None
     mask = None
     if thing is not None:
-        rows, columns = np.nonzero(thing.mask)
-        box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
-        image, mask = image.crop(box), Image.fromarray(thing.mask).crop(box)
+        mask = Image.fromarray(thing.mask)
+        image, mask = image.crop(mask.getbbox()), mask.crop(mask.getbbox())
     height = int(rng.integers(26, 91))
     width = int(np.clip(height * 9 / 16 * (image.width / image.height if mask else 1), 8, 90))
     ends = np.stack([rng.integers(0, SIZE + 1 - side, 2) for side in (width, height)], axis=1).astype(np.float32)
