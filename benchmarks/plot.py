@@ -187,29 +187,31 @@ def answers() -> str:
                 continue
             names = ("part", "videos", "asked", "moment", "library", "way", "seed")
             found[tuple(row.get(name) for name in names if name != "videos" or row["part"] == "moments")] = row
-    lines = []
+    lines = list[list[str]]()
+
+    def of(part: str) -> list[dict[str, Any]]:
+        return [row for row in found.values() if row["part"] == part]
+
     whats = {"joins": "a clip in a join", "long takes": "a part of a long take"}
-    for row in found.values():
-        if row["part"] == "moments" and (row["moment"] != "scene" or row["asked"] == "parts"):
+    for row in of("moments"):
+        if row["moment"] != "scene" or row["asked"] == "parts":
             what = "what comes into a long take" if row["asked"] == "events" else whats[row["videos"]]
             what += " of another draw" if row["seed"] else ""
             way = "the shot of the best frame" if row["moment"] == "shot" else f"the {row['moment']}"
             value = percent(row["iou_0.5"], row["iou_0.7"])
             lines.append([f"{what}: {way}, IoU of at least 0.5 / 0.7", f"{row['queries']}", value])
-    for row in found.values():
-        if row["part"] == "video_score" and row["library"] == "all":
-            precision = [
-                one["map"] for one in found.values() if one["part"] == "video_score" and one["way"] == row["way"]
-            ]
+    for row in of("video_score"):
+        if row["library"] == "all":
+            precision = statistics.mean(one["map"] for one in of("video_score") if one["way"] == row["way"])
             what = f"the right one of {row['videos']} videos, short and long: {row['way']}, recall at 1 / 5"
-            value = f"{percent(row['recall_at_1'], row['recall_at_5'])} ({statistics.mean(precision):.3f})"
+            value = f"{percent(row['recall_at_1'], row['recall_at_5'])} ({precision:.3f})"
             lines.append([f"{what} (mean average precision, over five libraries)", f"{row['queries']}", value])
-    for row in found.values():
-        if row["part"] == "conditions" and row["way"] in ("the first text", *_CONDITIONS):
+    for row in of("conditions"):
+        if row["way"] in ("the first text", *_CONDITIONS):
             what = "an object in a place" if row["asked"] == "both" else "an object that is elsewhere"
             lines.append([f"{what}: {row['way']}, mean average precision", f"{row['pairs']}", f"{row['map']:.3f}"])
-    for row in found.values():
-        if row["part"] == "feedback" and row["way"] in ("more 0, less 0", f"more {MORE:g}, less {LESS:g}"):
+    for row in of("feedback"):
+        if row["way"] in ("more 0, less 0", f"more {MORE:g}, less {LESS:g}"):
             what = f"a label's photographs, after feedback ({row['way']}): right ones in the first ten"
             lines.append([what, f"{row['labels']}", percent(row["precision_at_10"])])
     return table(["measured", "n", "value"], lines)
