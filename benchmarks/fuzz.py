@@ -16,11 +16,10 @@ import random
 import resource
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 
 import av
 
-from benchmarks._common import ROOT, Absent, Worker
+from benchmarks._common import ROOT, Absent, Worker, resident_mib
 from benchmarks.clips import Clip, frames, same_priority
 from keyreel import Engine, KeyreelError, Sampling
 from keyreel.errors import SourceError
@@ -61,14 +60,6 @@ _MODES = (
     Sampling(mode="times", times=(0.0, 0.5, 1.0, 90.0)),
     Sampling(mode="near", fps=1.0),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of one file."""
-
-    what: str  # "frames", or the class of the error
-    mebibytes: float  # of memory that the worker has by now
 
 
 def originals(folder: Path, media: Path) -> list[Path]:
@@ -142,8 +133,8 @@ def _engine() -> Engine:
     return Engine.from_pretrained(device="cpu", threads=1)
 
 
-def read(sources: Sequence[Path], seed: int, number: int, folder: Path) -> Result:
-    """Reads one damaged file; raises what is no error of the tree."""
+def read(sources: Sequence[Path], seed: int, number: int, folder: Path) -> tuple[str, float]:
+    """Reads one damaged file: "frames" or the class of its error, and MiB of this process; raises any other error."""
     data, draw = damaged(sources, seed, number)
     path = folder / f"{seed}-{number}"
     path.write_bytes(data)
@@ -161,13 +152,7 @@ def read(sources: Sequence[Path], seed: int, number: int, folder: Path) -> Resul
         raise AssertionError(f"{type(error).__name__} is no error of the video: {error}") from error
     finally:
         path.unlink()
-    return Result(what, memory_mebibytes())
-
-
-def memory_mebibytes() -> float:
-    """Of this process, as it is now."""
-    pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    return pages * resource.getpagesize() / 2**20
+    return what, resident_mib()
 
 
 def _limit() -> None:
@@ -178,42 +163,35 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
+def _worker() -> Worker:
+    made = Worker()
+    made.call(_limit, limit_seconds=SECONDS)
+    return made
+
+
 def fuzz(options: argparse.Namespace, sources: Sequence[Path], folder: Path) -> int:
     """Reads all files in workers and prints the counts; returns how many failed."""
-    numbers, lock = iter(range(options.files)), threading.Lock()
-    counts: Counter[str] = Counter()
-    memory: list[float] = []
+    began, idle = time.perf_counter(), [_worker() for _ in range(options.workers)]
 
-    def work() -> None:
-        worker: Worker | None = None
-        while True:
-            with lock:
-                number = next(numbers, None)
-            if number is None:
-                break
-            try:
-                if worker is None:
-                    worker = Worker()
-                    worker.call(_limit, limit_seconds=SECONDS)
-                result = worker.call(read, sources, options.seed, number, folder, limit_seconds=SECONDS)
-            except Absent as error:
-                print(f"--seed {options.seed} --only {number}: {error}", file=sys.stderr, flush=True)
-                result = Result("FAILED", memory[-1] if memory else 0.0)
-                if worker is not None:
-                    worker.close()
-                worker = None
-            with lock:
-                counts[result.what] += 1
-                memory.append(result.mebibytes)
-        if worker is not None:
+    def one(number: int) -> tuple[str, float | None]:
+        worker = idle.pop()
+        try:
+            found: tuple[str, float] = worker.call(read, sources, options.seed, number, folder, limit_seconds=SECONDS)
+            return found
+        except Absent as error:
+            print(f"--seed {options.seed} --only {number}: {error}", file=sys.stderr, flush=True)
             worker.close()
+            worker = _worker()
+            return "FAILED", None
+        finally:
+            idle.append(worker)
 
-    began = time.perf_counter()
-    threads = [threading.Thread(target=work) for _ in range(options.workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(options.workers) as pool:
+        results = list(pool.map(one, range(options.files)))
+    for worker in idle:
+        worker.close()
+    counts = Counter(what for what, _ in results)
+    memory = [own for _, own in results if own is not None] or [0.0]
     what = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     tenth = max(1, len(memory) // 10)
     grown = f"{median(memory[:tenth]):.0f} MiB in the first tenth, {median(memory[-tenth:]):.0f} in the last"

@@ -30,8 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._common import RESULTS, ROOT, Absent, Row, Worker, parser_of, run, say
-from benchmarks._rows import table
+from benchmarks._common import RESULTS, ROOT, Absent, Row, Worker, parser_of, run, say, table
 from benchmarks.clips import Clip, clip
 from benchmarks.select import cloud, objective
 
@@ -62,14 +61,13 @@ class Bench:
     def arrays(self) -> Any:
         return self.ops.arrays
 
-    def timed(self, work: Callable[[], Any], wait: Callable[[], Any] | None = None) -> Row:
+    def timed(self, work: Callable[[], Any]) -> Row:
         """`ms`: median of calls on an idle device, so with the launch; `ms_back_to_back`: mean of calls in a row."""
-        wait = wait or self.arrays.synchronize
 
         def once() -> float:
             began = time.perf_counter()
             work()
-            wait()
+            self.arrays.synchronize()
             return time.perf_counter() - began
 
         once()
@@ -79,7 +77,7 @@ class Bench:
         began = time.perf_counter()
         for _ in range(runs):
             work()
-        wait()
+        self.arrays.synchronize()
         together = 1e3 * (time.perf_counter() - began) / runs
         return {"ms": ms, "ms_back_to_back": together, "runs": runs}
 

@@ -6,22 +6,20 @@ photographs of one wide canvas and turns from one to the next; on one of them, a
 
 from __future__ import annotations
 
-import io
-import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
-from av.video.frame import VideoFrame
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from benchmarks.shot_clips import FPS, encode
 from keyreel.decode.source import Source
-from keyreel_export.builtin.data import Example, read_examples
+from keyreel.types import F32, U8
+from keyreel_export.builtin.data import Example, read_examples, read_images
 
-FPS, TAKE_FPS = 25, 10
+TAKE_FPS = 10
 SIZE = (360, 640)
 PARTS = 4
 SHORTEST, LONGEST = 2.0, 20.0  # seconds of a clip in a join
@@ -41,18 +39,17 @@ def join(media: Path, captions: Mapping[str, Sequence[str]], path: Path, seed: i
     """Writes four clips in a row, drawn without replacement."""
     draw = np.random.default_rng(seed)
     long = [name for name in captions if _seconds(media / name) >= SHORTEST]
-    names = [str(name) for name in draw.permutation(long)[:PARTS]]
     parts: list[Part] = []
-    count = 0
-    with av.open(str(path), "w") as output:
-        stream = _stream(output, FPS)
-        for name in names:
-            start = count
-            for picture in _clip(media / name, draw):
-                output.mux(stream.encode(VideoFrame.from_ndarray(picture, format="rgb24")))
-                count += 1
-            parts.append(Part(start / FPS, count / FPS, tuple(captions[name])))
-        output.mux(stream.encode(None))
+
+    def pictures() -> Iterator[U8]:
+        count = 0
+        for name in draw.permutation(long)[:PARTS].tolist():
+            shown = _clip(media / name, draw)
+            parts.append(Part(count / FPS, (count + len(shown)) / FPS, tuple(captions[name])))
+            count += len(shown)
+            yield from shown
+
+    encode(path, pictures())
     return tuple(parts)
 
 
@@ -61,9 +58,9 @@ def _seconds(path: Path) -> float:
         return source.probe().duration_seconds or 0.0
 
 
-def _clip(path: Path, draw: np.random.Generator) -> list[NDArray[np.uint8]]:
+def _clip(path: Path, draw: np.random.Generator) -> list[U8]:
     """Up to 20 s of a clip from a random place on, 25 frames a second, cut to 16:9."""
-    taken: list[NDArray[np.uint8]] = []
+    taken: list[U8] = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
@@ -92,7 +89,8 @@ def long_take(trainset: Path, path: Path, seed: int) -> tuple[Part, ...]:
         if one.labels[0] not in {label for other in chosen for label in other.labels}:
             chosen.append(one)
     height, width = round(SIZE[0] * 1.25), round(SIZE[1] * 1.25)
-    canvas = _canvas([_photo(trainset, one, (width, height)) for one in chosen[:PARTS]], width // 6)
+    photos = [image for _, image in sorted(read_images(trainset, chosen), key=lambda pair: pair[0])]
+    canvas = _canvas([_fit(photo, (width, height)) for photo in photos[:PARTS]], width // 6)
     pitch = width - width // 6
     dwell = draw.uniform(10, 60, PARTS)
     longest = int(draw.integers(PARTS))
@@ -110,36 +108,32 @@ def long_take(trainset: Path, path: Path, seed: int) -> tuple[Part, ...]:
     begin = parts[longest].start + draw.uniform(5, dwell[longest] - seconds - 5)
     parts.append(Part(begin, begin + seconds, chosen[PARTS].labels[:1], event=True))
     side = round(SIZE[0] * draw.uniform(0.5, 0.8))
-    thing = _photo(trainset, chosen[PARTS], (side, side))
+    thing = _fit(photos[PARTS], (side, side))
     corner = SIZE[0] - side, int(draw.integers(SIZE[1] - side))
     shake = np.zeros((len(places), 2))
     # The hand comes back: a walk that is pulled to its middle.
     for n in range(1, len(shake)):
         shake[n] = 0.97 * shake[n - 1] + draw.normal(0, 2.0, 2)
     light = 1 + 0.15 * np.sin(np.linspace(0, draw.uniform(4, 20), len(places)))
-    with av.open(str(path), "w") as output:
-        stream = _stream(output, TAKE_FPS)
+
+    def views() -> Iterator[U8]:
         for number, (place, (across, down), lit) in enumerate(zip(places, shake, light, strict=True)):
             left = int(np.clip(place * pitch + (width - SIZE[1]) / 2 + across, 0, canvas.shape[1] - SIZE[1]))
             top = int(np.clip((height - SIZE[0]) / 2 + down, 0, canvas.shape[0] - SIZE[0]))
             view = canvas[top : top + SIZE[0], left : left + SIZE[1]] * lit + draw.normal(0, 2.5, (*SIZE, 1))
             if begin <= number / TAKE_FPS < begin + seconds:
                 view[corner[0] :, corner[1] : corner[1] + side] = thing
-            shown = np.ascontiguousarray(np.clip(view, 0, 255).astype(np.uint8))
-            output.mux(stream.encode(VideoFrame.from_ndarray(shown, format="rgb24")))
-        output.mux(stream.encode(None))
+            yield np.clip(view, 0, 255).astype(np.uint8)
+
+    encode(path, views(), fps=TAKE_FPS)
     return tuple(parts)
 
 
-def _photo(trainset: Path, example: Example, size: tuple[int, int]) -> NDArray[np.float32]:
-    with tarfile.open(trainset / example.shard) as tar:
-        file = tar.extractfile(example.member)
-        assert file is not None
-        picture = Image.open(io.BytesIO(file.read())).convert("RGB")
-    return np.asarray(ImageOps.fit(picture, size), np.float32)
+def _fit(photo: Image.Image, size: tuple[int, int]) -> F32:
+    return np.asarray(ImageOps.fit(photo, size), np.float32)
 
 
-def _canvas(photos: Sequence[NDArray[np.float32]], seam: int) -> NDArray[np.float32]:
+def _canvas(photos: Sequence[F32], seam: int) -> F32:
     """Photographs side by side, one running into the next."""
     ramp = np.linspace(0, 1, seam, dtype=np.float32)[None, :, None]
     wide = photos[0]
@@ -147,10 +141,3 @@ def _canvas(photos: Sequence[NDArray[np.float32]], seam: int) -> NDArray[np.floa
         mixed = (1 - ramp) * wide[:, -seam:] + ramp * photo[:, :seam]
         wide = np.concatenate([wide[:, :-seam], mixed, photo[:, seam:]], axis=1)
     return wide
-
-
-def _stream(output: av.container.OutputContainer, rate: int) -> av.VideoStream:
-    stream = output.add_stream("libx264", rate=rate, options={"crf": "23", "preset": "veryfast"})
-    stream.height, stream.width = SIZE
-    stream.pix_fmt = "yuv420p"
-    return stream

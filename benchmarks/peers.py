@@ -101,10 +101,10 @@ def onnxruntime(frames: Any, folder: Path) -> Run:
     return lambda: session.run(None, {"frames": frames})[0]
 
 
-def openvino(frames: Any, folder: Path, precision: str = "bf16") -> Run:
+def openvino(frames: Any, folder: Path) -> Run:
     import openvino as library
 
-    hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    hints = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
     compiled = library.Core().compile_model(str(folder / "backbone.onnx"), "CPU", hints)
     request = compiled.create_infer_request()
     return lambda: request.infer({"frames": frames})[0].copy()
@@ -200,16 +200,12 @@ def scenedetect(paths: Sequence[Path], kind: str) -> Run:
     """detect() with a detector as it comes, but shots of half a second and longer, as keyreel has them."""
     import scenedetect
 
-    made = {
-        "adaptive": scenedetect.AdaptiveDetector,
-        "content": scenedetect.ContentDetector,
-        "histogram": scenedetect.HistogramDetector,
-    }[kind]
+    detector = getattr(scenedetect, f"{kind.title()}Detector")
 
     def run() -> Any:
         found = {}
         for path in paths:
-            scenes = scenedetect.detect(str(path), made(min_scene_len=12))
+            scenes = scenedetect.detect(str(path), detector(min_scene_len=12))
             found[path] = [start.seconds for start, _ in scenes[1:]]
         return found
 

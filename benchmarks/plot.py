@@ -12,10 +12,9 @@ import re
 import statistics
 from typing import Any
 
-from benchmarks._common import ROOT
-from benchmarks._rows import Medians, groups, number, rows, table
+from benchmarks._common import ROOT, Medians, groups, number, rows, table
 from benchmarks.gpu import counted
-from benchmarks.machines import HOURS, IN_MEMORY, MODEL_WIDTH, fitted, modelled
+from benchmarks.scale import HOURS, IN_MEMORY, MODEL_WIDTH, fitted, modelled
 from keyreel.models.catalogue import CATALOGUE
 from keyreel.render.reel import ENCODERS
 from keyreel.search import LESS, MORE, WITHOUT
@@ -36,16 +35,12 @@ def speed() -> str:
     """keyreel's time, and how many times as long others take."""
     by_gop = [one for gop in (60, 250) for one in groups("decode", codec="h264", height=1080, gop=gop)]
     whole = [one for gop in (60, 250) for one in groups("end_to_end", height=1080, gop=gop)]
-    searched = groups("library", rows=1_000_000)
+    clustered, searched = groups("select", frames=3_000), groups("library", rows=1_000_000)
     found = (
         ("one frame a second of {seconds} s of 1080p H.264, a key frame every {gop} frames", _DECODERS, by_gop),
         ("the same and their ViT-B/32 vectors, a key frame every {gop} frames", ("pyav + PIL + open_clip",), whole),
         ("{images} pictures through ViT-B/32", _RUNTIMES, groups("encode", model="ViT-B-32")),
-        (
-            "{clusters} clusters of {frames:,} frames ({data})",
-            ("scikit-learn n_init=1",),
-            groups("select", frames=3_000),
-        ),
+        ("{clusters} clusters of {frames:,} frames ({data})", ("scikit-learn n_init=1",), clustered),
         ("one query to {rows:,} frames, median, wall time", _SEARCHERS, searched),
     )
     lines = []
@@ -125,42 +120,43 @@ def measured() -> dict[str, list[dict[str, Any]]]:
 
 def quality() -> str:
     """What the built-in model finds, as it is by default."""
-    parts = measured()
+    parts, lines = measured(), list[list[str]]()
     label, caption = (next(r for r in parts[n] if r["vectors"] == BOTH) for n in ("labels", "captions"))
-    clip, unusual = (clips_of(parts, texts, "own") for texts in ("clips", "unusual"))
     (maps,), (keys,) = parts["attention"], parts["keyframes"]
+
+    def line(what: str, count: str, value: str) -> None:
+        lines.append([what, count, value])
 
     def told(row: dict[str, Any]) -> str:
         return f"{percent(row['present_kept'], row['absent_told'])} (area under the curve {row['auc']:.3f})"
 
     what = f"the most specific label of a photograph among {label['labels']} names, top-1 / top-5"
-    lines = [[what, f"{label['images']:,}", percent(label["specific_top1"], label["specific_top5"])]]
+    line(what, f"{label['images']:,}", percent(label["specific_top1"], label["specific_top5"]))
     what = f"COCO caption to its photograph among {caption['caption_images']:.0f}, recall at 1 / 5"
     recall = percent(caption["caption_recall_at_1"], caption["caption_recall_at_5"])
-    lines.append([what, f"{caption['captions']:.0f}", recall])
-    what = f"own captions to one of {clip['clips']} real clips, recall at 1 / 5"
-    lines.append([what, f"{clip['queries']}", percent(clip["recall_at_1"], clip["recall_at_5"])])
-    what = f"captions of words that no label has, to one of {unusual['clips']} real clips, recall at 1 / 5"
-    lines.append([what, f"{unusual['queries']}", percent(unusual["recall_at_1"], unusual["recall_at_5"])])
+    line(what, f"{caption['captions']:.0f}", recall)
+    for texts, what in (("clips", "own captions"), ("unusual", "captions of words that no label has,")):
+        row = clips_of(parts, texts, "own")
+        recall = percent(row["recall_at_1"], row["recall_at_5"])
+        line(f"{what} to one of {row['clips']} real clips, recall at 1 / 5", f"{row['queries']}", recall)
     for row in parts["absent"]:
         if (images := row["images"]) in (1, 20, 400):
             what = f"a label asked of {images:.0f} photograph{'s' if images > 1 else ''}"
-            what += ": there and a chance of 30 % or more / absent and less"
-            lines.append([what, "1,500 + 1,500", told(row)])
+            line(f"{what}: there and a chance of 30 % or more / absent and less", "1,500 + 1,500", told(row))
     for row in parts["absent_clips"]:
         what = "each clip alone" if row["clips"] == 1 else f"the {row['clips']} clips together"
         count = f"{row['present']} + {row['absent']}"
-        lines.append([f"own captions and absent things asked of {what}: the same", count, told(row)])
+        line(f"own captions and absent things asked of {what}: the same", count, told(row))
     for kind, how in (("plain", "as photographed"), ("placed", "put anywhere on a photograph of a place")):
-        what = f"attention on the one object of a picture, {how}, area under the curve"
         auc, prior, count = (maps[f"attention_{kind}_{name}"] for name in ("auc", "centre_auc", "pictures"))
-        lines.append([what, f"{count:.0f}", f"{auc:.3f} against {prior:.3f} of a centre prior"])
+        what = f"attention on the one object of a picture, {how}, area under the curve"
+        line(what, f"{count:.0f}", f"{auc:.3f} against {prior:.3f} of a centre prior")
     few, most = keys["keyframes_auto"]
     what = f"{keys['clips']} real clips in a row: clips with a key-frame, K = 8 / automatic K ({few} to {most})"
-    lines.append([what, f"{keys['draws']} draws", percent(keys["covered_k8"], keys["covered_auto"])])
+    line(what, f"{keys['draws']} draws", percent(keys["covered_k8"], keys["covered_auto"]))
     for row in parts.get("slides", ()):
         what = f"slides of {row['draws']} rendered talks that get one of {row['keyframes']} automatic key-frames"
-        lines.append([what, f"{row['slides']}", percent(row["covered"] / row["slides"])])
+        line(what, f"{row['slides']}", percent(row["covered"] / row["slides"]))
     return table(["measured", "n", "value"], lines)
 
 
@@ -169,11 +165,7 @@ def subjects() -> str:
     found = {(row["pan"], row["object_lines"], row["map"]): row for row in measured()["composites"]}
     ways = ("scene", "change", "attention", "attention and change", "attention of the shifted frame and change")
     sizes = sorted({(pan, lines) for pan, lines, _ in found})
-    head = [
-        "camera, object's height of 112 lines",
-        *(f"{way} alone" if way == "scene" else way for way in ways),
-        "inside",
-    ]
+    head = ["camera, object's height of 112 lines", "scene alone", *ways[1:], "inside"]
     lines = []
     for pan, size in sizes:
         own = [found[pan, size, way] for way in ways]
@@ -195,29 +187,31 @@ def answers() -> str:
                 continue
             names = ("part", "videos", "asked", "moment", "library", "way", "seed")
             found[tuple(row.get(name) for name in names if name != "videos" or row["part"] == "moments")] = row
-    lines = []
+    lines = list[list[str]]()
+
+    def of(part: str) -> list[dict[str, Any]]:
+        return [row for row in found.values() if row["part"] == part]
+
     whats = {"joins": "a clip in a join", "long takes": "a part of a long take"}
-    for row in found.values():
-        if row["part"] == "moments" and (row["moment"] != "scene" or row["asked"] == "parts"):
+    for row in of("moments"):
+        if row["moment"] != "scene" or row["asked"] == "parts":
             what = "what comes into a long take" if row["asked"] == "events" else whats[row["videos"]]
             what += " of another draw" if row["seed"] else ""
             way = "the shot of the best frame" if row["moment"] == "shot" else f"the {row['moment']}"
             value = percent(row["iou_0.5"], row["iou_0.7"])
             lines.append([f"{what}: {way}, IoU of at least 0.5 / 0.7", f"{row['queries']}", value])
-    for row in found.values():
-        if row["part"] == "video_score" and row["library"] == "all":
-            precision = [
-                one["map"] for one in found.values() if one["part"] == "video_score" and one["way"] == row["way"]
-            ]
+    for row in of("video_score"):
+        if row["library"] == "all":
+            precision = statistics.mean(one["map"] for one in of("video_score") if one["way"] == row["way"])
             what = f"the right one of {row['videos']} videos, short and long: {row['way']}, recall at 1 / 5"
-            value = f"{percent(row['recall_at_1'], row['recall_at_5'])} ({statistics.mean(precision):.3f})"
+            value = f"{percent(row['recall_at_1'], row['recall_at_5'])} ({precision:.3f})"
             lines.append([f"{what} (mean average precision, over five libraries)", f"{row['queries']}", value])
-    for row in found.values():
-        if row["part"] == "conditions" and row["way"] in ("the first text", *_CONDITIONS):
+    for row in of("conditions"):
+        if row["way"] in ("the first text", *_CONDITIONS):
             what = "an object in a place" if row["asked"] == "both" else "an object that is elsewhere"
             lines.append([f"{what}: {row['way']}, mean average precision", f"{row['pairs']}", f"{row['map']:.3f}"])
-    for row in found.values():
-        if row["part"] == "feedback" and row["way"] in ("more 0, less 0", f"more {MORE:g}, less {LESS:g}"):
+    for row in of("feedback"):
+        if row["way"] in ("more 0, less 0", f"more {MORE:g}, less {LESS:g}"):
             what = f"a label's photographs, after feedback ({row['way']}): right ones in the first ten"
             lines.append([what, f"{row['labels']}", percent(row["precision_at_10"])])
     return table(["measured", "n", "value"], lines)
@@ -236,16 +230,10 @@ def words() -> str:
     for texts, what in (("clips", "own captions"), ("unusual", "captions of words that no label has")):
         for tower, name in (("before", "labels only"), ("own", "with knowledge from text")):
             row = clips_of(parts, texts, tower)
-            cells = [
-                percent(row["recall_at_1"], row["recall_at_5"]),
-                f"{row['median_rank']:.0f}",
-                percent(row["joins"]),
-            ]
-            gains = [row[f"recall_at_{depth}_gain"] for depth in (1, 5)] if tower == "own" else []
-            cells += [
-                ", ".join(f"{100 * gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})" for gain, low, high in gains)
-            ]
-            lines.append([f"{row['queries']} {what}, {name}", *cells])
+            recall, rank = percent(row["recall_at_1"], row["recall_at_5"]), f"{row['median_rank']:.0f}"
+            gains = [[100 * v for v in row[f"recall_at_{depth}_gain"]] for depth in (1, 5)] if tower == "own" else []
+            gained = ", ".join(f"{gain:+.1f} ({low:+.1f} to {high:+.1f})" for gain, low, high in gains)
+            lines.append([f"{row['queries']} {what}, {name}", recall, rank, percent(row["joins"]), gained])
     head = ["texts, text tower", "recall at 1 / 5", "median rank", "right part of a join", "gain at 1, at 5 (95 %)"]
     return table(head, lines)
 
@@ -261,25 +249,15 @@ def unknown() -> str:
 
 def models() -> str:
     """The models that one command installs."""
-    lines = [
-        [
-            f"`{one.name}`",
-            f"{one.size_bytes / 1e6:,.0f} MB",
-            f"{one.gigaflops:g}",
-            str(one.width),
-            one.languages,
-            one.licence,
-            one.about,
-        ]
-        for one in CATALOGUE
-    ]
+    lines = []
+    for one in CATALOGUE:
+        numbers = [f"{one.size_bytes / 1e6:,.0f} MB", f"{one.gigaflops:g}", str(one.width)]
+        lines.append([f"`{one.name}`", *numbers, one.languages, one.licence, one.about])
     head = ("model", "download", "GFLOP a frame", "numbers a vector", "languages", "licence", "good for")
     [(params, found)] = groups("install", precision="fp32")
     took = found["keyreel"]
-    note = (
-        f"{params['model']} from a file on two cores: {number(took['wall_seconds'])} s, "
-        f"{number(took['peak_of_file'])} times the file in memory."
-    )
+    time, peak = number(took["wall_seconds"]), number(took["peak_of_file"])
+    note = f"{params['model']} from a file on two cores: {time} s, {peak} times the file in memory."
     return f"{table(head, lines)}\n\n{note}"
 
 
@@ -287,21 +265,15 @@ def summaries() -> str:
     """The main command beside its analysis and PySceneDetect."""
     lines = []
     for params, found in groups("summarize"):
-        ours, other = found["keyreel"], found.get("scenedetect")
-        cells = [f"{number(ours[name])} s" for name in ("wall_seconds", "cpu_seconds")]
-        beside = "reads no AV1" if other is None else f"{number(other['wall_seconds'])} s"
-        scenes = found.get("ffmpeg select=scene")
-        plain = "no scene" if scenes is None else f"{number(scenes['wall_seconds'])} s"
-        lines.append([f"`{params['clip']}`", *cells, f"{number(ours['of_analysis'])}x", beside, plain])
-    head = (
-        "clip",
-        "`summarize`, wall",
-        "CPU-s",
-        "of its analysis, CPU",
-        "PySceneDetect, wall",
-        "ffmpeg's filter, wall",
-    )
-    return table(head, lines)
+
+        def wall(system: str, without: str, found: dict[str, Medians] = found) -> str:
+            return f"{number(found[system]['wall_seconds'])} s" if system in found else without
+
+        ours = [f"{number(found['keyreel']['cpu_seconds'])} s", f"{number(found['keyreel']['of_analysis'])}x"]
+        others = [wall("scenedetect", "reads no AV1"), wall("ffmpeg select=scene", "no scene")]
+        lines.append([f"`{params['clip']}`", wall("keyreel", ""), *ours, *others])
+    head = ["clip", "`summarize`, wall", "CPU-s", "of its analysis, CPU"]
+    return table([*head, "PySceneDetect, wall", "ffmpeg's filter, wall"], lines)
 
 
 def presets() -> str:
@@ -357,73 +329,61 @@ def scale() -> str:
     def ms(found: Medians, name: str) -> str:
         return number(1e3 * found[name])
 
-    searched, written = [], []
+    searched, written, modelled_ = [], [], []
     for params, group in groups("scale-search"):
         own = group["keyreel"]
         times = [ms(own, f"{name}_seconds") for name in ("p50", "p99", "slowest_alone", "cpu")]
         memory = [number(own[f"{name}_mib"]) for name in ("actors", "driver")]
         searched.append([f"{params['rows']:,}", params["kept"], str(params["shards"]), *times, *memory])
     for params, group in groups("scale-commits"):
-        own = group["keyreel"]
-        rates = [number(own["commits_a_second"]), ms(own, "cpu_seconds")]
+        rates = [number(group["keyreel"]["commits_a_second"]), ms(group["keyreel"], "cpu_seconds")]
         written.append([str(params["writers"]), str(params["shards"]), *rates])
-    head = ("rows", "kept in", "shards", "p50 ms", "p99 ms", "slowest alone", "CPU-ms", "actors MiB", "driver MiB")
-    parts = [table(head, searched), table(("writers", "shards", "commits a second", "CPU-ms each"), written)]
-    [(params, group)] = groups("scale-recovery")
-    own = group["keyreel"]
-    parts.append(
-        f"A shard's actor killed, {params['rows']:,} rows in {params['shards']} shards: the first answer without it "
-        f"after {number(own['partial_seconds'])} s, the first whole one after {number(own['recovery_seconds'])} s; one "
-        f"process reads {own['read_rows_a_second']:,.0f} rows a second."
+    [(lost, group)] = groups("scale-recovery")
+    again = group["keyreel"]
+    [(kills, group)] = groups("scale-kills")
+    asked = group["keyreel"]
+    one, shard = fitted(
+        [
+            (params["rows"] * params["width"], params["shards"], group["keyreel"]["cpu_seconds"])
+            for params, group in groups("scale-search", kept=IN_MEMORY)
+        ]
     )
-    [(params, group)] = groups("scale-kills")
-    own = group["keyreel"]
-    parts.append(
-        f"{params['kills']} kills of shard actors and replicas under {params['clients']} clients: {own['whole']:,.0f} "
-        f"whole answers, {own['partial']:,.0f} that said how many shards they lacked, {own['refused']:,.0f} refused "
-        f"(429 or 503), {own['wrong']:,.0f} wrong; the slowest took {number(own['slowest_seconds'])} s. Of "
-        f"{own['jobs']:.0f} accepted jobs, the queue killed after each, {own['lost']:.0f} were lost."
-    )
-    sizes = [
-        (params["rows"] * params["width"], params["shards"], group["keyreel"]["cpu_seconds"])
-        for params, group in groups("scale-search", kept=IN_MEMORY)
-    ]
-    one, shard = fitted(sizes)
-    [(params, group)] = groups("scale-recovery")
-    read, lines = group["keyreel"]["read_rows_a_second"] * params["width"] / MODEL_WIDTH, []
     for hours in HOURS:
-        found = modelled(hours, one, shard, read)
+        found = modelled(hours, one, shard, again["read_rows_a_second"] * lost["width"] / MODEL_WIDTH)
         whole = [f"{found[name]:,.0f}" for name in ("memory_gib", "stored_gib", "machines")]
         rest = [number(found[name]) for name in ("query_seconds", "core_hours_a_million_queries", "reload_seconds")]
-        lines.append([f"{hours:,}", *whole, *rest])
-    parts.append(
-        f"Fitted: a query takes {number(1e9 * one)} core-seconds for a billion numbers in memory, and "
-        f"{number(1e3 * shard)} ms a shard."
+        modelled_.append([f"{hours:,}", *whole, *rest])
+    head = ("rows", "kept in", "shards", "p50 ms", "p99 ms", "slowest alone", "CPU-ms", "actors MiB", "driver MiB")
+    sizes = ("hours", "memory GiB", "stored GiB", "machines", "s a query", "core-hours a million", "s to reload one")
+    return "\n\n".join(
+        [
+            table(head, searched),
+            table(("writers", "shards", "commits a second", "CPU-ms each"), written),
+            f"A shard's actor killed, {lost['rows']:,} rows in {lost['shards']} shards: the first answer without it "
+            f"after {number(again['partial_seconds'])} s, the first whole one after "
+            f"{number(again['recovery_seconds'])} s; one process reads "
+            f"{again['read_rows_a_second']:,.0f} rows a second.",
+            f"{kills['kills']} kills of shard actors and replicas under {kills['clients']} clients: "
+            f"{asked['whole']:,.0f} whole answers, {asked['partial']:,.0f} that said how many shards they lacked, "
+            f"{asked['refused']:,.0f} refused (429 or 503), {asked['wrong']:,.0f} wrong; the slowest took "
+            f"{number(asked['slowest_seconds'])} s. Of {asked['jobs']:.0f} accepted jobs, the queue killed after each, "
+            f"{asked['lost']:.0f} were lost.",
+            f"Fitted: a query takes {number(1e9 * one)} core-seconds for a billion numbers in memory, and "
+            f"{number(1e3 * shard)} ms a shard.",
+            table(sizes, modelled_),
+        ]
     )
-    head = ("hours", "memory GiB", "stored GiB", "machines", "s a query", "core-hours a million", "s to reload one")
-    return "\n\n".join([*parts, table(head, lines)])
 
 
-SECTIONS = {
-    "counted": counted,
-    "headline": headline,
-    "scale": scale,
-    "presets": presets,
-    "models": models,
-    "summaries": summaries,
-    "speed": speed,
-    "library": library,
-    "quality": quality,
-    "shots": shots,
-    "answers": answers,
-    "subjects": subjects,
-    "words": words,
-    "unknown": unknown,
-}
+SECTIONS = (
+    *(counted, headline, scale, presets, models, summaries, speed, library, shots),
+    *(quality, answers, subjects, words, unknown),
+)
 
 
 def filled(page: str) -> str:
-    for name, section in SECTIONS.items():
+    for section in SECTIONS:
+        name = section.__name__
         if f"<!-- {name} -->" in page:
             block = f"<!-- {name} -->\n{section()}\n<!-- /{name} -->"
             page = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, page, flags=re.DOTALL)

@@ -32,7 +32,7 @@ from keyreel_export.builtin.data import SIZE, read_examples
 from keyreel_export.builtin.measure import Shown, Towers, ask_libraries, halves, interval, measure_labels, show
 from keyreel_export.builtin.saliency import find_objects, marked
 from keyreel_export.fit import mean_average_precision
-from keyreel_kernels.shift import adaptive_shift, patch_change, shift_tokens
+from keyreel_kernels.shift import adaptive_shift, shift_tokens
 from tests.concatenated import concatenate, stretches
 
 CLIPS = json.loads((ROOT / "benchmarks" / "quality_clips.json").read_text("utf-8"))
@@ -43,29 +43,29 @@ def photographs(model: str, trainset: Path) -> Iterator[Row]:
     """Labels and captions by the scene alone and by both vectors; absent things; where the object is; composites."""
     towers = Towers(Bundle.find(model).folder)
     shown = show(towers, trainset)
-    yield from ({"part": "labels", **row} for row in measure_labels(towers, shown))
-    yield from ({"part": "captions", **row} for row in measure_captions(towers, trainset))
-    for row in measure_absent(towers, halves(shown)[1]):
-        yield {"part": "absent", **row}
-    yield {"part": "attention", **measure_attention(towers, trainset)}
-    yield from ({"part": "composites", **row} for row in measure_composites(towers, trainset))
+    for part, rows in (
+        ("labels", measure_labels(towers, shown)),
+        ("captions", measure_captions(towers, trainset)),
+        ("absent", measure_absent(towers, halves(shown)[1])),
+        ("attention", [measure_attention(towers, trainset)]),
+        ("composites", measure_composites(towers, trainset)),
+    ):
+        yield from ({"part": part, **row} for row in rows)
 
 
 def measure_absent(towers: Towers, shown: Shown) -> list[Row]:
     """Are present labels told from absent ones? A row for each size of library, see `told_apart`."""
-    table = []
-    scale = towers.bundle.chance
+    scale, rows = towers.bundle.chance, list[Row]()
     if scale is None:
-        return []
+        return rows
     chances = Chances(towers.texts(scale.background), scale)
     for answers in ask_libraries(towers, shown, libraries=1500, seed=1):
         there, away = (
             np.array([chances.at(lead, answers.size) for lead in leads.lead.tolist()])
             for leads in (answers.present, answers.absent)
         )
-        row = {"images": float(answers.size), "libraries": float(len(there))}
-        table.append(row | told_apart(there, away))
-    return table
+        rows.append({"images": float(answers.size), "libraries": float(len(there)), **told_apart(there, away)})
+    return rows
 
 
 def told_apart(there: F64, away: F64) -> dict[str, float]:
@@ -119,15 +119,13 @@ def measure_composites(towers: Towers, trainset: Path) -> Iterator[Row]:
     bundle = towers.bundle
     for pan, size in itertools.product((0, 8), (36, 56, 76)):
         made = moving(objects, places, size=size, pan=pan, count=min(300, len(objects)))
-        count, length = made.frames.shape[:2]
-        flat = made.frames.reshape(-1, *made.frames.shape[2:])
-        tokens = np.concatenate([towers.run("backbone", frames=flat[n : n + 64]) for n in range(0, len(flat), 64)])
-        linked, clips = np.arange(length) > 0, tokens.reshape(count, length, *tokens.shape[1:])
-        config = EncodeConfig()
+        clips, moved = towers.moving(made.frames)
+        count, length = clips.shape[:2]
+        tokens, change = (own.reshape(-1, *own.shape[2:]) for own in (clips, moved))
+        linked, config = np.arange(length) > 0, EncodeConfig()
         steps, threshold = config.shift_steps, config.shift_threshold
         sources = [adaptive_shift(own, bundle.grid, linked, steps=steps, threshold=threshold) for own in clips]
         shifted = np.concatenate([shift_tokens(own, at, 0) for own, at in zip(clips, sources, strict=True)])
-        change = np.concatenate([patch_change(own, bundle.grid, linked, steps=steps) for own in clips])
         attention = {name: towers.run("attention", tokens=seen) for name, seen in (("", tokens), ("shift", shifted))}
         even = np.full_like(change, 1 / change.shape[1])
         names = sorted({label for things in made.things for thing in things for label in thing.labels[:1]})
@@ -140,8 +138,8 @@ def measure_composites(towers: Towers, trainset: Path) -> Iterator[Row]:
             "attention and change": (attention[""], change),
             "attention of the shifted frame and change": (attention["shift"], change),
         }
-        for way, (weights, moved) in ways.items():
-            found = towers.fused(tokens, weights, moved)
+        for way, (weights, changed) in ways.items():
+            found = towers.fused(tokens, weights, changed)
             subject = None if way == "scene" else found["subject"]
             scores = frame_scores(found["scene"], subject, texts.T, bundle.subject)
             best = scores.best.reshape(count, length, -1).max(axis=1)
@@ -206,6 +204,10 @@ def area_under_curve(maps: F32, masks: F32) -> F32:
     return found
 
 
+def text_towers(engine: Engine, before: Path | None) -> dict[str, Callable[[list[str]], F32]]:
+    return {**({} if before is None else {"before": Towers(before).texts}), "own": engine.encode_text}
+
+
 def clips(engine: Engine, media: Path, before: Path | None) -> Iterator[Row]:
     """Place of the right clip for each caption, by the scene alone and by both vectors.
 
@@ -215,10 +217,7 @@ def clips(engine: Engine, media: Path, before: Path | None) -> Iterator[Row]:
     seen = {
         name: engine.embed_video(media / name, sampling=Sampling(fps=2.0)) for name in CLIPS["unusual"] | CLIPS["clips"]
     }
-    towers: dict[str, Callable[[list[str]], F32]] = {"own": engine.encode_text}
-    if before is not None:
-        towers = {"before": Towers(before).texts, **towers}
-    scale = engine.bundle.subject
+    towers, scale = text_towers(engine, before), engine.bundle.subject
     for kind in ("clips", "unusual"):
         asked = [(text, place) for place, own in enumerate(CLIPS[kind].values()) for text in own]
         texts, own = [text for text, _ in asked], np.array([place for _, place in asked])
@@ -263,11 +262,9 @@ def in_the_right_part(best: F32, own: I64, *, parts: int = 4, draws: int = 200) 
 def unknown(engine: Engine, trainset: Path, before: Path | None) -> Iterator[Row]:
     """Queries of words that no label has: the nearest label names."""
     names = sorted({label for example in read_examples(trainset, "val") for label in example.labels[:1]})
-    towers: dict[str, Callable[[list[str]], F32]] = {"own": engine.encode_text}
-    if before is not None:
-        towers = {"before": Towers(before).texts, **towers}
     nearest = {
-        tower: (-encode(CLIPS["unknown"]) @ encode(names).T).argsort(axis=1)[:, :3] for tower, encode in towers.items()
+        tower: (-encode(CLIPS["unknown"]) @ encode(names).T).argsort(axis=1)[:, :3]
+        for tower, encode in text_towers(engine, before).items()
     }
     for n, query in enumerate(CLIPS["unknown"]):
         row: Row = {"part": "unknown", "query": query, "unknown_words": engine.unknown_words(query)}

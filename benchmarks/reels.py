@@ -1,21 +1,18 @@
 """How a reel is encoded: time, size and likeness of x264's presets, qualities (CRF) and of smaller pictures.
 
 Ten seconds of each clip are encoded as a reel; SSIM is that of ffmpeg's filter at the size of the source.
-
-    python -m benchmarks.reels -o benchmarks/results/reels.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks._common import Row, System, compare, parser_of, run, say
+from benchmarks._common import Row, System, compare, parser_of, real_clips, run
 
 CLIPS = (
     "natural/internal_emulator_transformer_output.mp4",  # 720p, a hand-held camera
@@ -24,12 +21,8 @@ CLIPS = (
     "long/long_1080p_lowbitrate.mp4",
 )
 SETTINGS = (
-    ("ultrafast", 20),
-    ("superfast", 20),
-    ("superfast", 22),
-    ("superfast", 24),
-    ("veryfast", 20),
-    ("faster", 20),
+    *(("ultrafast", 20), ("superfast", 20), ("superfast", 22)),
+    *(("superfast", 24), ("veryfast", 20), ("faster", 20)),
 )
 HEIGHTS = (720, 1080)
 SECONDS = 10.0
@@ -82,22 +75,14 @@ def ssim(clip: Path, made: Path) -> float:
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    for name in CLIPS[: 1 if options.quick else None]:
-        clip = options.media / name
-        if not clip.exists():
-            say(f"{clip} is not here")
-            continue
+    for name, clip in real_clips(options, CLIPS):
         for height in HEIGHTS[: 1 if "1080p" not in name else None]:
-            systems = [
-                System(
-                    f"{preset} {crf}",
-                    partial(encoder, clip, preset, crf, height, options.content),
-                    partial(likeness, clip),
-                )
-                for preset, crf in SETTINGS
-            ]
+            systems = []
+            for preset, crf in SETTINGS:
+                prepare = partial(encoder, clip, preset, crf, height, options.content)
+                systems.append(System(f"{preset} {crf}", prepare, partial(likeness, clip)))
             yield from compare("reels", {"clip": name, "height": height}, systems, runs=1 if options.quick else 3)
 
 
 if __name__ == "__main__":
-    sys.exit(run(parser_of(__doc__), measure))
+    raise SystemExit(run(parser_of(__doc__), measure))

@@ -2,9 +2,10 @@
 
 `search` asks actors of a local Ray, a shard each: in memory as 32-bit numbers, as the product keeps them, and with
 10,000,000 rows as 16-bit numbers in a mapped file. All is the product's own code but for where the rows come from.
-`recovery` kills the actor of a shard that was read from a library, `commits` writes with several processes, `kills`
-ends actors and replicas of the whole service under clients that know the right answers. Times are those of a machine
-that others may use: CPU-seconds are given beside them. `benchmarks.machines` has the model made of them.
+`recovery` kills the actor of a shard that was read from a library, `commits` writes with several processes. Times are
+those of a machine that others may use: CPU-seconds are given beside them. `fitted` and `modelled` go on from there.
+
+Kills under clients: `KEYREEL_CLUSTER_KILLS=50 pytest -m full tests/test_cluster.py`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ import itertools
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -28,25 +28,31 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import _cluster as cluster
-from benchmarks._common import Row, cpu_seconds, parser_of, rows_of, run, say
-from benchmarks.clips import small_clips
-from benchmarks.machines import FPS, IN_MEMORY
-from keyreel import Engine, Library
+from benchmarks._common import Row, cpu_seconds, parser_of, resident_mib, rows_of, run, timed
+from benchmarks.made_up import fill, record_of, rows_in
 from keyreel.cluster.search import RemoteSearch, ShardActor
 from keyreel.config import LibraryConfig
-from keyreel.library import schema, upkeep
+from keyreel.library import upkeep
 from keyreel.library.search import SearchIndex
 from keyreel.library.shards import open_tables
-from keyreel.library.types import Filter, Record, Rows
+from keyreel.library.types import Filter
 from keyreel.library.vectors import Matrix, Snapshot, Spans
 from keyreel.runtime.backend import resolve
 from keyreel.runtime.bundle import SubjectScale
 from keyreel.search import Asked
+from keyreel.types import F32
 
 WIDTH, K, SHARDS = 256, 10, (1, 2, 4, 8)
 OF_VIDEO, OF_SHOT = 5000, 250  # rows
 SECONDS = 30.0  # for the queries of one set
+
+# The model of machines beyond this one: two frames a second, 1.5 vectors a frame (scenes, and subjects of half of them)
+# of 512 numbers; machines of 64 cores and 512 GiB, 32 GiB of them for other things.
+FPS, VECTORS_A_FRAME, MODEL_WIDTH = 2.0, 1.5, 512
+CORES, GIB = 64, 480
+SHOTS: dict[str, Any] = {"shot": OF_SHOT, "fps": FPS}
+HOURS = (10_000, 1_000_000, 100_000_000)
+IN_MEMORY = "memory, 32 bits"  # the measurements that it is fitted to
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -67,24 +73,6 @@ def rows_file(folder: Path, rows: int) -> Path:
     return path
 
 
-def record_of(number: int) -> Record:
-    times = [OF_SHOT / FPS * shot for shot in range(OF_VIDEO // OF_SHOT + 1)]
-    return Record(
-        id=f"{number:08}",
-        path=f"/made-up/{number:08}.mp4",
-        size=1,
-        mtime_ns=1,
-        fingerprint=str(number),
-        generation=str(number),
-        frames=OF_VIDEO,
-        duration_seconds=times[-1],
-        indexed_at=0.0,
-        shots=tuple(itertools.pairwise(times)),
-        model="made-up",
-        model_sha256="0" * 64,
-    )
-
-
 class MappedShard(ShardActor):
     """A shard whose rows are a part of a file, mapped or read into memory."""
 
@@ -96,7 +84,7 @@ class MappedShard(ShardActor):
         vectors = stored if mapped else stored.astype(np.float32)
         back = np.zeros(count, np.int32)
         matrix = Matrix(vectors, frame / FPS, frame % OF_SHOT == 0, frame % OF_SHOT == 0, back, none)
-        records = tuple(record_of(first // OF_VIDEO + number) for number in range(videos))
+        records = tuple(record_of(first // OF_VIDEO + number, OF_VIDEO, **SHOTS) for number in range(videos))
         names = {record.id: number for number, record in enumerate(records)}
         low = np.arange(videos) * OF_VIDEO
         high = low + OF_VIDEO
@@ -132,26 +120,10 @@ def questions(path: Path, rows: int) -> list[Asked]:
     return [Asked(one[None], (SubjectScale(),), (1.0,)) for one in near / np.linalg.norm(near, axis=1, keepdims=True)]
 
 
-def timed(work: Callable[[Asked], Any], queries: Sequence[Asked], seconds: float) -> list[float]:
-    took: list[float] = []
-    work(queries[0])
-    for query in queries:
-        began = time.perf_counter()
-        work(query)
-        took.append(time.perf_counter() - began)
-        if sum(took) > seconds:
-            break
-    return took
-
-
 def cpu_of(pids: Sequence[int]) -> float:
     """CPU-seconds of processes."""
     found = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
     return sum(int(one[11]) + int(one[12]) for one in found) / os.sysconf("SC_CLK_TCK")
-
-
-def resident_mib() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def searched(ray: Any, path: Path, rows: int, shards: int, mapped: bool, seconds: float) -> dict[str, list[float]]:
@@ -162,16 +134,16 @@ def searched(ray: Any, path: Path, rows: int, shards: int, mapped: bool, seconds
     pids = [pid for pid, _ in ray.get([actor.process.remote() for actor in actors])]
     queries = questions(path, rows)
     search = RemoteSearch(shards, lambda _: 0, 0.98, actors.__getitem__, wait=True, seconds=600.0)
+    search.hits(queries[:1], K)
     before = cpu_of(pids)
-    took = timed(lambda query: search.hits([query], K), queries, seconds)
-    cpu = (cpu_of(pids) - before) / (len(took) + 1)
-    where, own = Filter(), [None]
-    alone = [
-        statistics.median(
-            timed(lambda q, a=actor: ray.get(a.ask.remote("moments", [q], K, where, own)), queries, seconds / shards)
-        )
-        for actor in actors
-    ]
+    _, took = timed(lambda query: search.hits([query], K), queries, seconds)
+    cpu, alone = (cpu_of(pids) - before) / len(took), list[float]()
+    for actor in actors:
+
+        def ask(query: Asked, actor: Any = actor) -> Any:
+            return ray.get(actor.ask.remote("moments", [query], K, Filter(), [None]))
+
+        alone.append(statistics.median(timed(ask, queries, seconds / shards)[1]))
     memory = sum(most for _, most in ray.get([actor.process.remote() for actor in actors]))
     for actor in actors:
         ray.kill(actor)
@@ -190,33 +162,11 @@ def searched(ray: Any, path: Path, rows: int, shards: int, mapped: bool, seconds
 # --- recovery ---------------------------------------------------------------------------------------------------------
 
 
-def fill(uri: str, rows: int, shards: int) -> None:
-    """A library of made-up videos, written in bulk."""
-    tables, draw = open_tables(uri, shards=shards), np.random.default_rng(21)
-    tables.create(model="made-up", model_sha256="0" * 64, width=WIDTH)
-    parts: dict[int, tuple[list[Any], list[Record]]] = {}
-    for number in range(rows // OF_VIDEO):
-        vectors = draw.standard_normal((OF_VIDEO, WIDTH), np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        frame, record = np.arange(OF_VIDEO), record_of(number)
-        weight = np.ones(OF_VIDEO, np.float32)
-        own = Rows(frame / FPS, frame, vectors, frame // OF_SHOT, frame % OF_SHOT == 0, weight)
-        place = tables.number_of(record.id)
-        columns = tables.parts[place].table(schema.VECTORS).schema
-        written = schema.vector_rows(columns, record, own)
-        digest = schema.rows_of(written.select(schema.NUMBERS)).digest
-        made = parts.setdefault(place, ([], []))
-        made[0].append(written)
-        made[1].append(replace(record, digest=digest))
-    for place, (blocks, records) in parts.items():
-        tables.parts[place].add_rows(schema.arrow().concat_tables(blocks))
-        tables.parts[place].upsert(records)
-
-
 def recovered(ray: Any, uri: str, shards: int, kills: int) -> dict[str, list[float]]:
     """Seconds from a kill to a partial answer, and to a whole one; and what reading a shard takes."""
     kind = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(ShardActor)
     actors = [kind.remote(uri, number, None, "cpu") for number in range(shards)]
+    ray.get([actor.ready.remote() for actor in actors])
     tables = open_tables(uri)
     search = RemoteSearch(shards, tables.number_of, 0.98, actors.__getitem__, wait=False, seconds=60.0)
     query = Asked(np.eye(1, WIDTH, dtype=np.float32), (SubjectScale(),), (1.0,))
@@ -246,20 +196,22 @@ def recovered(ray: Any, uri: str, shards: int, kills: int) -> dict[str, list[flo
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def unit_vectors(draw: np.random.Generator, count: int) -> F32:
+    vectors = draw.standard_normal((count, WIDTH), np.float32)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+
+
 def write(uri: str, writer: int, shards: int, videos: int, begin: Any, ended: Any) -> None:
     """In a process of its own: so many videos, all to shard `writer` modulo their number."""
     tables, draw = open_tables(uri), np.random.default_rng(writer)
     ids = (f"{writer}-{number}" for number in itertools.count())
     names = [id for id in itertools.islice(ids, 40 * shards * videos) if tables.number_of(id) == writer % shards]
-    vectors = draw.standard_normal((120, WIDTH), np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    frame, part = np.arange(120), tables.parts[writer % shards]
-    rows = Rows(frame / FPS, frame, vectors, frame // 40, frame % 40 == 0, np.ones(120, np.float32))
+    part, rows = tables.parts[writer % shards], rows_in(unit_vectors(draw, 120), shot=40, fps=FPS)
     part.records()
     begin.wait()
     before = cpu_seconds()
     for id in names[:videos]:
-        part.put(replace(record_of(0), id=id, path=f"/{id}.mp4", generation=id, frames=120), rows)
+        part.put(replace(record_of(0, 120, shot=40, fps=FPS), id=id, path=f"/{id}.mp4", generation=id), rows)
         upkeep.tidy(part)
     ended.put(cpu_seconds() - before)
 
@@ -284,58 +236,6 @@ def commits(folder: Path, writers: int, shards: int, videos: int) -> dict[str, l
     return {"commits_a_second": [there / seconds], "cpu_seconds": [cpu / there]}
 
 
-# --- kills ------------------------------------------------------------------------------------------------------------
-
-QUERIES = ("a red car", "a dog on a beach", "people in a street", "a bottle", "water")
-
-
-def killed(folder: Path, kills: int, clients: int, jobs: int) -> Iterator[tuple[Row, dict[str, list[float]]]]:
-    clips, uri = small_clips(folder, 10), folder / "served"
-    with Engine.from_pretrained(device="cpu", threads=1) as engine:
-        with Library(uri, engine, config=LibraryConfig(shards=3)) as library:
-            library.add(clips[:6])
-            right = cluster.answers(engine, library, QUERIES)
-        options = ("--replicas", "2", "--root", str(clips[0].parent), "--device", "cpu")
-        with cluster.cluster_served(uri, *options) as served:
-
-            def fits(query: str, answer: dict[str, Any]) -> bool:
-                return answer["query"] == query and cluster.is_one_of(right[query], answer)
-
-            ended: list[str] = []
-            with cluster.Clients(served, clients, [*QUERIES], fits) as asking:
-                time.sleep(2)
-                for number in range(kills):
-                    what = (cluster.SHARD, cluster.REPLICA)[number % 2]
-                    cluster.kill_one(served, what, number // 2)
-                    say(f"  kill {number + 1}: {what}; {asking.statuses}, {len(asking.wrong)} wrong")
-                    time.sleep(3)
-            for wrong in asking.wrong[:5]:
-                say(f"  wrong: {wrong}")
-            for clip in clips[6 : 6 + jobs]:
-                until = time.monotonic() + 120
-                while (answer := served.http.post("/api/v1/jobs", json={"path": str(clip)})).status_code == 503:
-                    if time.monotonic() > until:
-                        raise RuntimeError("the queue does not come back")
-                    time.sleep(0.5)
-                cluster.kill_one(served, cluster.JOBS, 0)
-                # Once each: a job that was at work three times when the queue ended has failed, as on one machine.
-                job = cluster.wait_for(served.http, answer.json()["id"])
-                say(f"  the queue was killed: {job['state']} {job['error'] or ''}")
-                ended.append(job["state"])
-    yield (
-        {"kills": kills, "clients": clients},
-        {
-            "whole": [asking.statuses.get(200, 0) - asking.partial],
-            "partial": [asking.partial],
-            "refused": [sum(count for status, count in asking.statuses.items() if status in (429, 503))],
-            "wrong": [len(asking.wrong)],
-            "slowest_seconds": [asking.slowest],
-            "jobs": [len(ended)],
-            "lost": [sum(state != "done" for state in ended)],
-        },
-    )
-
-
 def on_ray(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     import ray
 
@@ -353,30 +253,58 @@ def on_ray(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
             params = {"rows": rows, "shards": count, "width": WIDTH, "kept": kept}
             yield from rows_of("scale-search", params, "keyreel", found)
         rows, count = (20_000, 2) if options.quick else (200_000, 4)
-        fill(str(folder / "recovery"), rows, count)
+        draw = np.random.default_rng(21)
+        videos = (unit_vectors(draw, OF_VIDEO) for _ in range(rows // OF_VIDEO))
+        fill(str(folder / "recovery"), videos, width=WIDTH, shards=count, **SHOTS)
         found = recovered(ray, str(folder / "recovery"), count, 2 if options.quick else 8)
         yield from rows_of("scale-recovery", {"rows": rows, "shards": count, "width": WIDTH}, "keyreel", found)
 
 
+# --- machines beyond this one -----------------------------------------------------------------------------------------
+
+
+def fitted(sizes: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
+    """Core-seconds a number and a shard, by least squares.
+
+    Args:
+        sizes: numbers in memory, shards and CPU-seconds of a query, of each measurement.
+    """
+    known = np.array([(numbers, shards) for numbers, shards, _ in sizes], float)
+    (number, shard), *_ = np.linalg.lstsq(known, np.array([cpu for _, _, cpu in sizes]), rcond=None)
+    return float(number), float(shard)
+
+
+def modelled(hours: int, number: float, shard: float, read: float) -> dict[str, float]:
+    """What a library of so many hours takes; arithmetic.
+
+    Args:
+        number, shard: see `fitted`.
+        read: rows that one core reads a second.
+    """
+    rows = hours * 3600 * FPS * VECTORS_A_FRAME
+    gib = rows * (4 * MODEL_WIDTH + 22) / 2**30
+    machines = math.ceil(gib / GIB)
+    core = number * rows * MODEL_WIDTH + shard * machines
+    return {
+        "memory_gib": gib,
+        "stored_gib": rows * 2 * MODEL_WIDTH * 1.1 / 2**30,  # and a tenth for pictures and records
+        "machines": machines,
+        "query_seconds": core / (machines * CORES),
+        "core_hours_a_million_queries": 1e6 * core / 3600,
+        "reload_seconds": rows / machines / (read * CORES),
+    }
+
+
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    quick = options.quick
     with tempfile.TemporaryDirectory(dir=options.content) as made:
         folder = Path(made)
-        if "commits" in options.only:
-            for writers, count in ((1, 1), (4, 1), (4, 4)) if not quick else ((1, 1), (2, 2)):
-                found = commits(folder, writers, count, 6 if quick else 60)
-                yield from rows_of("scale-commits", {"writers": writers, "shards": count}, "keyreel", found)
-        if "search" in options.only:
-            with redirect_stdout(sys.stderr):  # Ray prints there when a worker has died; stdout is for rows
-                rows = list(on_ray(options, folder))
-            yield from rows
-        if "kills" in options.only:
-            for params, found in killed(folder, *((2, 4, 1) if quick else (50, 32, 4))):
-                yield from rows_of("scale-kills", params, "keyreel", found)
+        for writers, count in ((1, 1), (2, 2)) if options.quick else ((1, 1), (4, 1), (4, 4)):
+            found = commits(folder, writers, count, 6 if options.quick else 60)
+            yield from rows_of("scale-commits", {"writers": writers, "shards": count}, "keyreel", found)
+        with redirect_stdout(sys.stderr):  # Ray prints there when a worker has died; stdout is for rows
+            rows = list(on_ray(options, folder))
+        yield from rows
 
 
 if __name__ == "__main__":
-    parser = parser_of(__doc__)
-    parts = ("commits", "search", "kills")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="some of the measurements")
-    raise SystemExit(run(parser, measure))
+    raise SystemExit(run(parser_of(__doc__), measure))

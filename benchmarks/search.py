@@ -1,9 +1,8 @@
 """Exact search of a library of many frames, beside plain searches of the same vectors.
 
-The vectors are made up: a video has a direction, its shots lie around that, its frames around those. They come into
-the library through `Library.add`, by an Engine that returns them in place of what it sees, 500 a video. A query lies
-near one of the frames (cosine about 0.7). keyreel answers with moments of videos, the others with the ten best rows.
-`recall` is the share of queries whose best row a system finds; `add_seconds` is the time to add one video.
+The vectors are made up: a video has a direction, its shots lie around that, its frames around those, 500 a video. A
+query lies near one of the frames (cosine about 0.7). keyreel answers with moments of videos, the others with the ten
+best rows. `recall` is the share of queries whose best row a system finds.
 
 --content must not hold a library of another version of keyreel.
 """
@@ -11,10 +10,6 @@ near one of the frames (cosine about 0.7). keyreel answers with moments of video
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
-import struct
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import peers
-from benchmarks._common import Row, System, compare, parser_of, rows_of, run
-from benchmarks.clips import small_clips
-from keyreel import Engine, Library, Shot, Summary
+from benchmarks._common import Row, System, compare, parser_of, run, timed
+from benchmarks.made_up import fill
+from keyreel import Library
 
 WIDTH, K = 512, 10
 _ROWS, _SHOTS, _RATE = 500, 10, 250.0  # rows and shots of a video, rows a second
@@ -40,48 +35,6 @@ def vectors_of(number: int) -> Any:
     video, shot, frame = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts)
     found = video + 0.8 * np.repeat(shot, _ROWS // _SHOTS, axis=0) + 0.5 * frame
     return found / np.linalg.norm(found, axis=1, keepdims=True)
-
-
-class MadeUp(Engine):
-    """An Engine whose summaries of NUMBER.mp4 hold the made-up vectors of that number."""
-
-    def summarize(self, video: Any, **options: Any) -> Summary:
-        seen = super().summarize(video, **options)
-        own, row = seen.embedding, np.arange(_ROWS)
-        names = ("attention", "sharpness", "luma_mean", "luma_spread", "pixel_change", "layout_change")
-        embedding = dataclasses.replace(
-            own,
-            vectors=vectors_of(int(Path(seen.video.path).stem)),
-            subject=None,
-            pts_seconds=row / _RATE,
-            frame_index=row,
-            **{name: getattr(own, name)[row % len(own)] for name in names},
-        )
-        bounds = np.linspace(0, _ROWS / _RATE, _SHOTS + 1).tolist()
-        shots = tuple(Shot(start, stop) for start, stop in itertools.pairwise(bounds))
-        importance = np.ones(_ROWS, np.float32)
-        return dataclasses.replace(seen, embedding=embedding, shots=shots, importance=importance)
-
-
-def fill(folder: Path, videos: int) -> float:
-    """Makes the library; returns the seconds that adding a video took, with the encoding of its two-second clip."""
-    clips = folder.parent / "made-up"
-    clips.mkdir(exist_ok=True)
-    (clip,) = small_clips(folder.parent, 1)
-    paths = [clips / f"{number}.mp4" for number in range(videos)]
-    for number, path in enumerate(paths):
-        # An empty box at the end: other bytes, the same video.
-        path.write_bytes(clip.read_bytes() + struct.pack(">I4sQ", 16, b"free", number))
-    with MadeUp.from_pretrained(device="cpu") as engine:
-        engine.bundle = dataclasses.replace(engine.bundle, embedding_width=WIDTH)
-        with Library(folder, engine) as library:
-            library.add(paths[:1])  # imports LanceDB
-            began = time.perf_counter()
-            added = library.add(paths)
-            seconds = time.perf_counter() - began
-            library.compact()
-    assert all(one.failure is None for one in added), added
-    return seconds / (videos - 1)
 
 
 def ask(vectors: Any) -> tuple[Any, Any]:
@@ -119,13 +72,7 @@ def prepare(folder: Path, make: Callable[[Path], Callable[[Any], int]]) -> peers
 
     def every() -> tuple[list[int], list[float]]:
         search(queries[0])  # loads what the others find in memory
-        found: list[int] = []
-        seconds: list[float] = []
-        while len(found) < len(queries) and sum(seconds) < _SECONDS:
-            start = time.perf_counter()
-            found.append(search(queries[len(found)]))
-            seconds.append(time.perf_counter() - start)
-        return found, seconds
+        return timed(search, queries, _SECONDS)
 
     return every
 
@@ -146,8 +93,8 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         np.save(folder / "vectors.npy", vectors)
         np.save(folder / "queries.npy", queries)
         if not (folder / "library").exists():
-            seconds = fill(folder / "library", rows // _ROWS)
-            yield from rows_of("library", params, "keyreel", {"add_seconds": [seconds]})
+            videos = (vectors_of(number) for number in range(rows // _ROWS))
+            fill(str(folder / "library"), videos, width=WIDTH, shot=_ROWS // _SHOTS, fps=_RATE)
         del vectors
         makes = {"keyreel": keyreel, **{name: partial(peer, way=way) for name, way in _PEERS.items()}}
         systems = [System(name, partial(prepare, folder, make), partial(check, best)) for name, make in makes.items()]

@@ -6,10 +6,7 @@ or things that pass, changing exposure and quick turns. A boundary is a span of 
 
 from __future__ import annotations
 
-import io
-import json
-import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.clips import Clip, frames, same_priority
+from keyreel.types import U8
 
-U8 = NDArray[np.uint8]
 Frames: TypeAlias = list[U8]  # [H, W, 3] each
 FPS = 25
 SIZE = (180, 320)
@@ -126,16 +123,11 @@ def _cut_out(photo: Image.Image, draw: np.random.Generator) -> Image.Image:
 
 def photographs(trainset: Path, count: int, draw: np.random.Generator) -> list[Image.Image]:
     """Photographs of the validation part, of those that are not tiny."""
-    rows = [json.loads(line) for line in (trainset / "labels.jsonl").read_text("utf-8").splitlines()]
-    names = [row["file"] for row in rows if row["split"] == "val" and row["source"] != "tiny-imagenet"]
-    found = []
-    for name in draw.choice(names, count, replace=False).tolist():
-        shard, _, member = name.rpartition("/")
-        with tarfile.open(trainset / shard) as tar:
-            file = tar.extractfile(member)
-            assert file is not None
-            found.append(Image.open(io.BytesIO(file.read())).convert("RGB"))
-    return found
+    from keyreel_export.builtin.data import read_examples, read_images
+
+    usual = [one for one in read_examples(trainset, "val") if one.source != "tiny-imagenet"]
+    chosen = [usual[int(n)] for n in draw.choice(len(usual), count, replace=False)]
+    return [image for _, image in sorted(read_images(trainset, chosen), key=lambda pair: pair[0])]
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
@@ -270,15 +262,22 @@ def _with_pointer(page: Image.Image, spot: NDArray[np.float64]) -> U8:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, made: Frames, boundaries: Sequence[tuple[int, int]]) -> Known:
-    """Encodes a video with x264, whose key frames are its own choice."""
+def encode(path: Path, pictures: Iterable[U8], *, fps: int = FPS) -> int:
+    """Encodes pictures [H, W, 3] with x264, whose key frames are its own choice. Returns how many."""
+    count = 0
     with same_priority(), av.open(str(path), "w", format="mp4") as output:
-        stream: Any = output.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "24"})
-        stream.height, stream.width = made[0].shape[:2]
+        stream: Any = output.add_stream("libx264", rate=fps, options={"preset": "veryfast", "crf": "24"})
         stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 2
-        for number, picture in enumerate(made):
+        for count, picture in enumerate(pictures, 1):
+            if count == 1:
+                stream.height, stream.width = picture.shape[:2]
             frame = VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuv420p")
-            frame.pts, frame.time_base = number, Fraction(1, FPS)
+            frame.pts, frame.time_base = count - 1, Fraction(1, fps)
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
+    return count
+
+
+def write(path: Path, made: Frames, boundaries: Sequence[tuple[int, int]]) -> Known:
+    encode(path, made)
     return Known(path, tuple((start / FPS, stop / FPS) for start, stop in boundaries), len(made) / FPS)

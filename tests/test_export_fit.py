@@ -44,11 +44,10 @@ def write_pictures(folder: Path, count: int, size: tuple[int, int] = (48, 32)) -
     return folder
 
 
-@pytest.fixture
-def few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "CLIPS", 24)
-    monkeypatch.setattr(pictures, "CLIPS_A_PICTURE", 1)
-    monkeypatch.setattr(subject, "HELD_CLIPS", 8)
+def limit_clips(patch: pytest.MonkeyPatch, fitted: int = 24, held: int = 8) -> None:
+    patch.setattr(pictures, "CLIPS", fitted)
+    patch.setattr(pictures, "CLIPS_A_PICTURE", 1)
+    patch.setattr(subject, "HELD_CLIPS", held)
 
 
 def test_subfolders_and_tables_are_read_alike(tmp_path: Path) -> None:
@@ -161,9 +160,7 @@ def test_a_fit_finds_what_moves_in_pictures_it_has_not_seen(monkeypatch: pytest.
     side = subject.ImageSide(tower, module.UniformAttention(16), "tokens", fusion, ImageTransform(32, 32, "squash"))
     axes = dict(zip(HUES, torch.eye(len(HUES)), strict=True))
     monkeypatch.setattr(subject, "calibrate", lambda *_: calibration.Calibration(SubjectScale(), 1.0, 0.6))
-    monkeypatch.setattr(pictures, "CLIPS", 100)
-    monkeypatch.setattr(pictures, "CLIPS_A_PICTURE", 1)
-    monkeypatch.setattr(subject, "HELD_CLIPS", 60)
+    limit_clips(monkeypatch, 100, 60)
     parts = pictures.split(shown, seed=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -203,9 +200,11 @@ def test_what_is_true_of_a_frame_as_well_is_not_wrong() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["keyreel-tiny-rn", "keyreel-tiny-map", "keyreel-tiny-token", "keyreel-tiny-avg"])
-@pytest.mark.usefixtures("few_clips")
-def test_each_way_of_pooling_is_fitted(open_clip: Any, tmp_path: Path, name: str) -> None:
+def test_each_way_of_pooling_is_fitted(
+    open_clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """Its subject starts as the training-free one over uniform maps, and changes; the scene stays."""
+    limit_clips(monkeypatch)
     shown = pictures.split(pictures.read_pictures(write_pictures(tmp_path / "pictures", 5)), seed=0)
     model = tiny_models.build(open_clip, name, text=False)
     tower = split_tower(model)
@@ -235,9 +234,7 @@ def fitted(open_clip: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     before = Bundle.load(folder).sha256
     words = ["export", VIT, "-o", str(folder), "--random-weights", "--fit", str(write_pictures(top / "pictures", 5))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "CLIPS", 24)
-        patch.setattr(pictures, "CLIPS_A_PICTURE", 1)
-        patch.setattr(subject, "HELD_CLIPS", 8)
+        limit_clips(patch)
         done = CliRunner().invoke(app, [*words, "--attention", "uniform"])
     assert done.exit_code == 0, done.output
     return folder, before, done.stderr

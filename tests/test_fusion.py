@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from keyreel.errors import CheckpointMismatch, ModelError
-from keyreel_export.fusion import FLOOR, POWER, AveragePooling, TemporalSpatialFusion, load_projection
+from keyreel_export.fusion import FLOOR, POWER, TemporalSpatialFusion, load_projection
 from keyreel_export.towers import Tower, split_tower
 
 pytestmark = pytest.mark.full
@@ -112,15 +112,6 @@ def test_trained_projections(tower: Tower, tmp_path: Path, bias: bool) -> None:
         np.testing.assert_allclose(found[0].numpy(), expected(pooled[0], arrays[0]), atol=1e-5)
     np.testing.assert_allclose(alone[1].numpy(), expected(pooled[1], arrays[0]), atol=1e-5)
     np.testing.assert_allclose(both[1].numpy(), expected(pooled[1], arrays[1]), atol=1e-5)
-
-
-def test_average_pooling_is_the_weighted_mean() -> None:
-    """What the built-in model pools with."""
-    random = np.random.default_rng(7)
-    tokens, weights = random.standard_normal((2, 5, 4)), random.random((2, 5)) + 0.1
-    found = AveragePooling().features(torch.from_numpy(tokens), torch.from_numpy(np.log(3 * weights)))
-    expected = [np.average(t, axis=0, weights=w) for t, w in zip(tokens, weights, strict=True)]
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
 
 
 def test_projections_that_do_not_fit(tower: Tower, tmp_path: Path) -> None:

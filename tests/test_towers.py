@@ -53,13 +53,14 @@ def test_identity_with_open_clip(open_clip: Any, name: str) -> None:
     contrast = energy / energy.sum(1, keepdim=True)
     change = torch.rand(2, patches, generator=generator)
     with torch.no_grad():
-        tokens = tower.tokens(frames)
+        tokens = tower(frames)
         assert tokens.shape == (2, prefix + patches, width)
         assert tokens.dtype == torch.float32
-        pooled = [
-            F.normalize(tower.projection(tower.pooled(tokens, attention, torch.tensor(strength))), dim=-1)
+        biases = [
+            towers.pooling_bias(attention, torch.tensor(strength))
             for attention, strength in ((uniform, 1.0), (contrast, 0.0), (contrast, 2.0))
         ]
+        pooled = [F.normalize(tower.projection(tower.features(tokens, bias)), dim=-1) for bias in biases]
         scene, subject, weights = TemporalSpatialFusion(tower, tower.projection)(tokens, contrast, change)
     np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
     assert torch.isfinite(subject).all()
@@ -140,5 +141,5 @@ def test_query_attention_against_torch_with_a_mask(open_clip: Any, name: str) ->
                 attn_mask=mask.repeat_interleave(pool.num_heads, 0), use_separate_proj_weight=True,
                 q_proj_weight=pool.q_proj.weight, k_proj_weight=pool.k_proj.weight, v_proj_weight=pool.v_proj.weight,
             )[0][0]  # fmt: skip
-        found = tower.projection(tower.pooled(tokens, attention, torch.tensor(strength)))
+        found = tower.projection(tower.features(tokens, towers.pooling_bias(attention, torch.tensor(strength))))
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=2e-5)

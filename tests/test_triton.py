@@ -172,7 +172,3 @@ def test_the_command_line(tmp_path: Path) -> None:
     jsonschema.validate(printed, schema_of(ExportedModel))
     assert printed["manifest"]["name"] == "builtin"
     assert (target / "keyreel_image/1/model.onnx").is_file()
-    (target / "mine.txt").write_text("mine")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 4
-    assert "mine.txt" in done.stderr

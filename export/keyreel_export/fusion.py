@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from keyreel.errors import CheckpointMismatch, ModelError
-from keyreel_export.towers import pooling_bias
+from keyreel_export.towers import pooling_bias, weighted_mean
 
 POWER, FLOOR = 2.0, 0.02  # p and ε without training
 
@@ -35,7 +35,7 @@ class AveragePooling(nn.Module):
 
     def features(self, tokens: Tensor, bias: Tensor) -> Tensor:
         """Tokens [N, P, C] and a bias of their logits [N, P] -> [N, C]."""
-        return (bias.softmax(-1).to(tokens.dtype)[:, None] @ tokens)[:, 0]
+        return weighted_mean(tokens, bias)
 
 
 def subject_map(attention: Tensor, change: Tensor, power: Tensor | float, floor: Tensor | float) -> Tensor:

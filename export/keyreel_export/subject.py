@@ -132,19 +132,14 @@ def _precision(scores: F32, seen: Frames) -> dict[str, float]:
     return found
 
 
-def tensors(fit: Fit) -> dict[str, Tensor]:
-    """All fitted tensors, by name."""
+def write_tensors(fit: Fit, folder: Path) -> None:
+    """Writes all fitted tensors, by name, in float32."""
     head, scale = fit.head, fit.scale
     found = {f"attention.{name}": own for name, own in head.attention.state_dict().items()}
     found |= {f"projection.{name}": own for name, own in head.projection.state_dict().items()}
     found |= {"power": head.power.detach(), "floor": head.log_floor.detach().exp()}
     found |= {name: torch.tensor(getattr(scale, name)) for name in ("slope", "offset", "novelty")}
-    return {name: own.detach().clone().contiguous() for name, own in found.items()}
-
-
-def write_tensors(fit: Fit, folder: Path) -> None:
-    """Writes them in float32."""
-    save_file(tensors(fit), folder / FITTED)
+    save_file({name: own.detach().clone().contiguous() for name, own in found.items()}, folder / FITTED)
 
 
 def digest(layer: nn.Module) -> str:

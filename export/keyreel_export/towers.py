@@ -1,7 +1,8 @@
 """open_clip's image towers, split where they pool.
 
-Every CLIP image tower ends in a pooling with weights w[t,i] over patches, then a projection. `Tower.tokens` is all
-that comes before, `Tower.pooled` the pooling, with the weights multiplied by an attention map a[t,i] and renormalised:
+Every CLIP image tower ends in a pooling with weights w[t,i] over patches, then a projection. `Tower.forward` is all
+that comes before, `Tower.features` the pooling, with the weights multiplied by an attention map a[t,i] and
+renormalised:
 
     w'[t,i] ∝ w[t,i] · (P · a[t,i])^γ
 
@@ -37,6 +38,11 @@ def pooling_bias(attention: Tensor, strength: Tensor) -> Tensor:
     relative = attention.float() * attention.shape[1]
     # log 0 · γ would be NaN at γ = 0.
     return strength.float() * relative.clamp_min(1e-6).log()
+
+
+def weighted_mean(tokens: Tensor, bias: Tensor) -> Tensor:
+    """The mean of tokens [N, P, C] with the softmax of `bias` [N, P] as weights: [N, C]."""
+    return (bias.softmax(-1).to(tokens.dtype)[:, None] @ tokens)[:, 0]
 
 
 def query_attention(query: Tensor, keys: Tensor, values: Tensor, heads: int, bias: Tensor) -> Tensor:
@@ -87,18 +93,11 @@ class Tower(nn.Module):
         """Tokens [N, R+P, C] and the bias of the patches' logits [N, P] -> pooled features [N, F]."""
         raise NotImplementedError
 
-    def tokens(self, frames: Tensor) -> Tensor:
+    def forward(self, frames: Tensor) -> Tensor:
         """Frames uint8 [N, H, W, 3] -> tokens [N, R+P, C], float32 at any precision of the weights."""
         # Cast before permute: TensorRT cannot build a graph that permutes uint8.
         x = (frames.to(self.factor.dtype) - self.offset) * self.factor
         return self.encode(x.permute(0, 3, 1, 2)).float()
-
-    def pooled(self, tokens: Tensor, attention: Tensor, strength: Tensor) -> Tensor:
-        """Tokens [N, R+P, C] pooled under an attention map [N, P], rows sum to 1, with strength γ []: [N, F]."""
-        return self.features(tokens.to(self.factor.dtype), pooling_bias(attention, strength))
-
-    def forward(self, frames: Tensor) -> Tensor:
-        return self.tokens(frames)
 
     def _with_prefix(self, bias: Tensor) -> Tensor:
         return F.pad(bias, (self.prefix_tokens, 0))
@@ -110,11 +109,11 @@ class Tower(nn.Module):
         Raises:
             ModelError: the tower gives another grid than expected.
         """
-        tokens = self.tokens(torch.zeros(1, *self.image_size, 3, dtype=torch.uint8))
+        tokens = self(torch.zeros(1, *self.image_size, 3, dtype=torch.uint8))
         count = tokens.shape[1] - self.prefix_tokens
         if count != self.grid[0] * self.grid[1]:
             raise ModelError(f"the image tower gives {count} patches, its grid is {self.grid}", hint=SUPPORTED)
-        features = self.pooled(tokens, torch.full((1, count), 1 / count), torch.tensor(0.0))
+        features = self.features(tokens, torch.zeros(1, count))
         self.token_width = int(tokens.shape[2])
         self.feature_width = int(features.shape[1])
         self.embedding_width = int(self.projection(features).shape[1])
@@ -249,7 +248,7 @@ class TrunkAverageTokensTower(Tower):
         return tokens[:, self.body.num_prefix_tokens :]
 
     def features(self, tokens: Tensor, bias: Tensor) -> Tensor:
-        return _trunk_features(self.body, _weighted_mean(tokens, bias))
+        return _trunk_features(self.body, weighted_mean(tokens, bias))
 
 
 class AveragePoolTower(Tower):
@@ -269,7 +268,7 @@ class AveragePoolTower(Tower):
 
     def features(self, tokens: Tensor, bias: Tensor) -> Tensor:
         # The head averages its input, which does not change a map of one pixel.
-        pooled = _weighted_mean(tokens, bias)[:, :, None, None]
+        pooled = weighted_mean(tokens, bias)[:, :, None, None]
         features: Tensor = self.body.forward_head(pooled, pre_logits=True)
         return features.flatten(1)
 
@@ -371,8 +370,3 @@ def _trunk_projection(visual: Any) -> nn.Module:
 def _trunk_features(trunk: Any, pooled: Tensor) -> Tensor:
     features: Tensor = trunk.head_drop(trunk.fc_norm(pooled))
     return features
-
-
-def _weighted_mean(tokens: Tensor, bias: Tensor) -> Tensor:
-    weights = bias.softmax(-1).to(tokens.dtype)
-    return (weights[:, None] @ tokens)[:, 0]

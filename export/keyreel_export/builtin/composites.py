@@ -26,8 +26,14 @@ class Clips:
     """V videos of F frames each."""
 
     frames: U8  # [V, F, SIZE, SIZE, 3]
-    boxes: F32  # [V, F, 4]: left, top, right, bottom of the first object in pixels
     things: tuple[tuple[Example, ...], ...]  # the objects of each video, the place last
+
+
+@dataclass(frozen=True, slots=True)
+class Tracked(Clips):
+    """Videos of one object each, and where it is."""
+
+    boxes: F32  # [V, F, 4]: left, top, right, bottom in pixels
 
 
 def read_parts(trainset: Path, examples: Sequence[Example]) -> tuple[dict[Example, Image.Image], ...]:
@@ -47,7 +53,7 @@ def moving(
     pan: int,
     count: int,
     seed: int = 1,
-) -> Clips:
+) -> Tracked:
     """What is measured: `count` videos of six frames, each of another object `size` lines tall that crosses a place in
     a straight line, under a camera that pans by `pan` pixels a frame.
     """
@@ -67,10 +73,8 @@ def moving(
             frames.append(np.asarray(frame))
             boxes.append((x, y, x + width, y + size))
         things.append((names[number], ground))
-    shape = (count, length)
-    return Clips(
-        np.stack(frames).reshape(*shape, SIZE, SIZE, 3), np.array(boxes, np.float32).reshape(*shape, 4), tuple(things)
-    )
+    boxed = np.array(boxes, np.float32).reshape(count, length, 4)
+    return Tracked(np.stack(frames).reshape(count, length, SIZE, SIZE, 3), tuple(things), boxed)
 
 
 def varied(
@@ -81,7 +85,7 @@ def varied(
     """
     rng = np.random.default_rng(seed)
     names, grounds = list(objects), list(places)
-    frames, boxes, things = [], [], []
+    frames, things = [], []
     for _ in range(count):
         ground = grounds[rng.integers(len(grounds))]
         chosen = [names[int(n)] for n in rng.integers(len(names), size=1 + (rng.random() < 0.25))]
@@ -104,13 +108,8 @@ def varied(
                 frame.save(stream, "JPEG", quality=quality)
                 frame = Image.open(stream)
             frames.append(np.asarray(frame))
-            picture, _, first, step = paths[-1]
-            boxes.append((*(first + n * step), *(first + n * step + picture.size)))
         things.append((*chosen[::-1], ground))
-    shape = (count, FRAMES)
-    return Clips(
-        np.stack(frames).reshape(*shape, SIZE, SIZE, 3), np.array(boxes, np.float32).reshape(*shape, 4), tuple(things)
-    )
+    return Clips(np.stack(frames).reshape(count, FRAMES, SIZE, SIZE, 3), tuple(things))
 
 
 def _path(image: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, Image.Image | None, F32, F32]:
@@ -118,9 +117,8 @@ def _path(image: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, Im
     thing: Object | None = outline(image) if rng.random() < 0.5 else None
     mask = None
     if thing is not None:
-        rows, columns = np.nonzero(thing.mask)
-        box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
-        image, mask = image.crop(box), Image.fromarray(thing.mask).crop(box)
+        mask = Image.fromarray(thing.mask)
+        image, mask = image.crop(mask.getbbox()), mask.crop(mask.getbbox())
     height = int(rng.integers(26, 91))
     width = int(np.clip(height * 9 / 16 * (image.width / image.height if mask else 1), 8, 90))
     ends = np.stack([rng.integers(0, SIZE + 1 - side, 2) for side in (width, height)], axis=1).astype(np.float32)

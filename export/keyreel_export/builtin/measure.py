@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from keyreel.chance import lead_of
-from keyreel.config import ImageTransform
+from keyreel.config import EncodeConfig, ImageTransform
 from keyreel.runtime.bundle import Bundle, SubjectScale
 from keyreel.runtime.sessions import OnnxRuntimeSession
 from keyreel.runtime.text import Tokenizer
 from keyreel.search import frame_scores
 from keyreel_export.builtin.data import F32, SIZE, U8, Example, read_examples, read_images, square_view
+from keyreel_kernels.shift import patch_change
 
 LIBRARIES = (1, 2, 5, 10, 20, 50, 100, 200, 400)  # images in a library that is asked
 
@@ -56,6 +57,14 @@ class Towers:
             {"tokens": tokens, "attention": attention, "change": change}
         )
         return found
+
+    def moving(self, frames: U8) -> tuple[F32, F32]:
+        """frames [V, F, H, W, 3] of videos -> tokens [V, F, P, C], and how much each patch changes, [V, F, P]."""
+        flat, linked = frames.reshape(-1, *frames.shape[2:]), np.arange(frames.shape[1]) > 0
+        parts = [self.run("backbone", frames=flat[first : first + 64]) for first in range(0, len(flat), 64)]
+        tokens = np.concatenate(parts).reshape(*frames.shape[:2], *parts[0].shape[1:])
+        steps = EncodeConfig().shift_steps
+        return tokens, np.stack([patch_change(own, self.bundle.grid, linked, steps=steps) for own in tokens])
 
     def run(self, name: str, **feeds: Any) -> F32:
         """The one output of a graph."""

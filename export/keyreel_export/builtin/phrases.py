@@ -120,7 +120,6 @@ def train_tokenizer(texts: Iterable[str], size: int = 8192) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         min_frequency=2,
@@ -129,10 +128,16 @@ def train_tokenizer(texts: Iterable[str], size: int = 8192) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    start = tokenizer.token_to_id("[START]")
+    return bounded(tokenizer)
+
+
+def bounded(tokenizer: Tokenizer) -> Tokenizer:
+    """Begins texts with [START] and cuts and pads them to CONTEXT_LENGTH, in place."""
+    start, pad = (tokenizer.token_to_id(name) for name in ("[START]", "[PAD]"))
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="[START] $A", special_tokens=[("[START]", start)])
     tokenizer.enable_truncation(CONTEXT_LENGTH)
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"), pad_token="[PAD]", length=CONTEXT_LENGTH)
+    tokenizer.enable_padding(pad_id=pad, pad_token="[PAD]", length=CONTEXT_LENGTH)
     return tokenizer
 
 

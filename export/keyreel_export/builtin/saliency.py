@@ -72,13 +72,12 @@ def find_objects(trainset: Path, examples: Sequence[Example]) -> tuple[list[Obje
 def compose(thing: Object, place: Image.Image, rng: np.random.Generator, side: int) -> tuple[Image.Image, Image.Image]:
     """The object at a random size anywhere on the place; the picture and its mask, both [side, side]."""
     ground = place.resize((side, side), Image.Resampling.BICUBIC)
-    rows, columns = np.nonzero(thing.mask)
-    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
-    height, width = box[3] - box[1], box[2] - box[0]
-    scale = side * rng.uniform(0.25, 0.7) / max(height, width)
-    size = (max(4, int(width * scale)), max(4, int(height * scale)))
-    cut = Image.fromarray(thing.pixels).crop(box).resize(size, Image.Resampling.BILINEAR)
-    mask = Image.fromarray(thing.mask).crop(box).resize(size, Image.Resampling.BILINEAR)
+    picture, mask = Image.fromarray(thing.pixels), Image.fromarray(thing.mask)
+    box = mask.getbbox()
+    picture, mask = picture.crop(box), mask.crop(box)
+    scale = side * rng.uniform(0.25, 0.7) / max(mask.size)
+    size = (max(4, int(mask.width * scale)), max(4, int(mask.height * scale)))
+    cut, mask = (one.resize(size, Image.Resampling.BILINEAR) for one in (picture, mask))
     at = int(rng.integers(0, side - size[0] + 1)), int(rng.integers(0, side - size[1] + 1))
     ground.paste(cut, at, mask)
     whole = Image.new("L", (side, side))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from keyreel.runtime.words import words_of
 from keyreel_export.builtin.language import plural
-from keyreel_export.builtin.student import CONTEXT_LENGTH, UNKNOWN_MARK
+from keyreel_export.builtin.phrases import bounded
+from keyreel_export.builtin.student import UNKNOWN_MARK
 from keyreel_export.builtin.wordnet import Entry
 
 # Ranks in GloVe up to which words get a row: all, nouns of what can be seen, verbs and adjectives (by WordNet).
@@ -67,9 +68,4 @@ def make_tokenizer(words: Sequence[str]) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True),
         ]
     )
-    made.decoder = decoders.ByteLevel()
-    start = vocabulary["[START]"]
-    made.post_processor = processors.TemplateProcessing(single="[START] $A", special_tokens=[("[START]", start)])
-    made.enable_truncation(CONTEXT_LENGTH)
-    made.enable_padding(pad_id=vocabulary["[PAD]"], pad_token="[PAD]", length=CONTEXT_LENGTH)
-    return made
+    return bounded(made)

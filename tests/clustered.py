@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from served import Served
 
 from keyreel import Engine, Library
 from keyreel.library.merge import Search
@@ -24,15 +24,6 @@ from keyreel.library.search import SearchIndex
 from keyreel.library.shards import Shards
 
 SHARD, REPLICA, JOBS = "ray::ShardActor", "ray::ServeReplica", "ray::JobsActor"
-
-
-@dataclass(frozen=True)
-class Served:
-    """A service that runs."""
-
-    process: subprocess.Popen[bytes]
-    http: httpx.Client
-    address: str
 
 
 @contextmanager
