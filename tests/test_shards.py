@@ -19,6 +19,7 @@ from test_library_search import quarters, search_of, stored, subjects, unit, vid
 
 from keyreel import Library
 from keyreel.chance import Chances
+from keyreel.cli.documents import Index, Reshard
 from keyreel.config import LibraryConfig
 from keyreel.errors import Damaged, LibraryError
 from keyreel.library import schema
@@ -372,12 +373,12 @@ def test_processes_write_all_shards_at_once(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_the_commands(media: Callable[[str], Path], tmp_path: Path) -> None:
     uri, clip = str(tmp_path / "library"), media("natural/bikes.mp4")
-    made = document(None, "index", clip, "--library", uri, "--shards", 2)
+    made = document(Index, "index", clip, "--library", uri, "--shards", 2)
     assert [video["change"] for video in made["videos"]] == ["added"]
     assert len(open_tables(uri).parts) == 2
     wrong = run("index", clip, "--library", uri, "--shards", 3, code=6)
     assert "has 2 shards, not 3" in wrong.stderr
     assert "keyreel library reshard" in wrong.stderr
-    spread = document(None, "library", "reshard", uri, "--shards", 3)
+    spread = document(Reshard, "library", "reshard", uri, "--shards", 3)
     assert spread == {"schema": "keyreel.reshard/1", "library": uri, "shards": 3, "videos": 1}
     assert len(open_tables(uri).parts) == 3
