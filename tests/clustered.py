@@ -47,7 +47,7 @@ def cluster_served(library: Path, *options: str) -> Iterator[Served]:
 
 def _ready(process: subprocess.Popen[bytes], lines: list[str]) -> Iterator[Served]:
     assert process.stderr is not None
-    late = threading.Timer(180, process.kill)
+    late = threading.Timer(400, process.kill)
     late.start()
     for line in process.stderr:
         lines.append(line.decode(errors="replace"))

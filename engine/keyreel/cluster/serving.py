@@ -44,6 +44,7 @@ _QUERY_SHARE = 0.8  # share of a request's time for its query
 ENVIRONMENT = {
     "RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S": "1",  # Serve checks every 10 s whether an actor lives
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "keyreel.cluster.proxy.middlewares",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Serve kills a proxy that needs longer than 5 s to start
 }
 
 
@@ -170,7 +171,7 @@ def _start(options: Mapping[str, Any], host: str, port: int, *, everywhere: bool
     try:
         serve.start(proxy_location="EveryNode" if everywhere else "HeadOnly", http_options=where)
         serve.run(application(options), name=NAME, route_prefix="/")
-    except (RuntimeError, ray.exceptions.RayError) as error:
+    except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         raise LibraryError(f"the service cannot be started: {error}", hint="the logs of Ray say more") from error
 
 
