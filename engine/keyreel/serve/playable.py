@@ -128,7 +128,8 @@ class Copies:
             self._folder.mkdir(parents=True, exist_ok=True)
             with open_video() as file, Source(cast(BinaryIO, file)) as source:
                 self._write(source, self.path(name), report)
-            self._trim(self.path(name))
+            with suppress(FileNotFoundError):  # `forget` deleted one meanwhile
+                self._trim(self.path(name))
         except _Left:
             pass
         except Exception as error:  # noqa: BLE001 - it is the answer to whoever asks next
