@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks._common import ROOT, Medians, groups, number, rows, table
 from benchmarks.gpu import counted
-from benchmarks.scale import HOURS, IN_MEMORY, MODEL_WIDTH, fitted, modelled
+from benchmarks.machines import HOURS, IN_MEMORY, MODEL_WIDTH, fitted, modelled
 from keyreel.models.catalogue import CATALOGUE
 from keyreel.render.reel import ENCODERS
 from keyreel.search import LESS, MORE, WITHOUT

@@ -3,7 +3,7 @@
 `search` asks actors of a local Ray, a shard each: in memory as 32-bit numbers, as the product keeps them, and with
 10,000,000 rows as 16-bit numbers in a mapped file. All is the product's own code but for where the rows come from.
 `recovery` kills the actor of a shard that was read from a library, `commits` writes with several processes. Times are
-those of a machine that others may use: CPU-seconds are given beside them. `fitted` and `modelled` go on from there.
+those of a machine that others may use: CPU-seconds are given beside them. `benchmarks.machines` goes on from there.
 
 Kills under clients: `KEYREEL_CLUSTER_KILLS=50 pytest -m full tests/test_cluster.py`.
 """
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._common import Row, cpu_seconds, parser_of, resident_mib, rows_of, run, timed
+from benchmarks.machines import FPS, IN_MEMORY
 from benchmarks.made_up import fill, record_of, rows_in
 from keyreel.cluster.search import RemoteSearch, ShardActor
 from keyreel.config import LibraryConfig
@@ -45,14 +46,7 @@ from keyreel.types import F32
 WIDTH, K, SHARDS = 256, 10, (1, 2, 4, 8)
 OF_VIDEO, OF_SHOT = 5000, 250  # rows
 SECONDS = 30.0  # for the queries of one set
-
-# The model of machines beyond this one: two frames a second, 1.5 vectors a frame (scenes, and subjects of half of them)
-# of 512 numbers; machines of 64 cores and 512 GiB, 32 GiB of them for other things.
-FPS, VECTORS_A_FRAME, MODEL_WIDTH = 2.0, 1.5, 512
-CORES, GIB = 64, 480
 SHOTS: dict[str, Any] = {"shot": OF_SHOT, "fps": FPS}
-HOURS = (10_000, 1_000_000, 100_000_000)
-IN_MEMORY = "memory, 32 bits"  # the measurements that it is fitted to
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -261,38 +255,6 @@ def on_ray(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
 
 
 # --- machines beyond this one -----------------------------------------------------------------------------------------
-
-
-def fitted(sizes: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
-    """Core-seconds a number and a shard, by least squares.
-
-    Args:
-        sizes: numbers in memory, shards and CPU-seconds of a query, of each measurement.
-    """
-    known = np.array([(numbers, shards) for numbers, shards, _ in sizes], float)
-    (number, shard), *_ = np.linalg.lstsq(known, np.array([cpu for _, _, cpu in sizes]), rcond=None)
-    return float(number), float(shard)
-
-
-def modelled(hours: int, number: float, shard: float, read: float) -> dict[str, float]:
-    """What a library of so many hours takes; arithmetic.
-
-    Args:
-        number, shard: see `fitted`.
-        read: rows that one core reads a second.
-    """
-    rows = hours * 3600 * FPS * VECTORS_A_FRAME
-    gib = rows * (4 * MODEL_WIDTH + 22) / 2**30
-    machines = math.ceil(gib / GIB)
-    core = number * rows * MODEL_WIDTH + shard * machines
-    return {
-        "memory_gib": gib,
-        "stored_gib": rows * 2 * MODEL_WIDTH * 1.1 / 2**30,  # and a tenth for pictures and records
-        "machines": machines,
-        "query_seconds": core / (machines * CORES),
-        "core_hours_a_million_queries": 1e6 * core / 3600,
-        "reload_seconds": rows / machines / (read * CORES),
-    }
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
