@@ -125,3 +125,15 @@ def test_copies_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             copies.ask("c0", lambda: FileIO(clips[0]))
     finally:
         copies.close()
+
+
+def test_a_copy_that_is_deleted_as_it_is_finished_is_made_again(
+    tmp_path: Path, copies: Copies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = encode(tmp_path / "clip", codec="mpeg4", container="avi", frames=25)
+    trim = Copies._trim
+    monkeypatch.setattr(Copies, "_trim", lambda self, kept: (self.forget(kept.stem), trim(self, kept)))
+    copies.ask("ab", lambda: FileIO(clip))
+    copies._thread.submit(int).result()  # it has one thread: the copy is over
+    monkeypatch.undo()
+    assert ask(copies, clip).state == "done"

@@ -128,7 +128,7 @@ class Copies:
             self._folder.mkdir(parents=True, exist_ok=True)
             with open_video() as file, Source(cast(BinaryIO, file)) as source:
                 self._write(source, self.path(name), report)
-            with suppress(FileNotFoundError):  # `forget` deleted one meanwhile
+            with suppress(FileNotFoundError):  # `forget` deleted it meanwhile
                 self._trim(self.path(name))
         except _Left:
             pass
