@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from datetime import datetime
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +17,7 @@ from keyreel.render.pictures import at_most, attended_area, jpeg, picture_at, pi
 from keyreel.render.thumbnails import sprite, tile, tile_times, webvtt
 from keyreel.search import region, region_on
 from keyreel.shots import shot_of
-from keyreel.types import Embedding, KeyFrame, Progress, Summary
+from keyreel.types import KEYFRAME_FACTS, Embedding, Progress, Summary
 
 SPRITE = "sprite.jpg"  # file name of the sprite in the WebVTT
 JPEG_QUALITY = 82
@@ -56,7 +54,10 @@ def contents(
     )
     sheet, boxes = sprite([tiles[time] for time in tile_seconds])
     overview = {
-        "keyframes": [{**_numbers(frame), "shot": int(shot[frame.sample])} for frame in frames],
+        "keyframes": [
+            {**{name: getattr(frame, name) for name in KEYFRAME_FACTS}, "shot": int(shot[frame.sample])}
+            for frame in frames
+        ],
         "sprite": {"step_seconds": step, "columns": sheet.width // boxes[0][2], "tile": boxes[0][2:]},
         "attended_area": area,
         "config": summary.config,
@@ -64,12 +65,6 @@ def contents(
     }
     extras = Extras(jpeg(sheet, JPEG_QUALITY), webvtt(boxes, step, summary.stop_seconds, SPRITE), plain(overview))
     return rows, tuple(previews), extras
-
-
-def _numbers(frame: KeyFrame) -> dict[str, Any]:
-    values = asdict(frame)
-    del values["sample"]  # a row of the analysis
-    return values
 
 
 def frame_of(path: str, state: FileState, shape: tuple[int, int], seconds: float, *, max_height: int) -> bytes | None:

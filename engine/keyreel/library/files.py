@@ -153,7 +153,7 @@ class Catalog:
         if (record := self.find(video)) is not None:
             return [record]
         globs = (video, os.path.abspath(video))
-        found = [one for one in self._by_id.values() if any(fnmatchcase(one.path, glob) for glob in globs)]
+        found = [one for one in list(self._by_id.values()) if any(fnmatchcase(one.path, glob) for glob in globs)]
         return sorted(found, key=lambda record: record.path)
 
     def at(self, name: str) -> Record | None:
