@@ -197,9 +197,12 @@ def test_kills_under_clients(media: Callable[[str], Path], tmp_path: Path) -> No
                 for number in range(KILLS):
                     kill_one(served, (SHARD, REPLICA)[number % 2], number // 2)
                     time.sleep(2)
+                until = time.monotonic() + 60
+                while clients.statuses.get(200, 0) <= 50 and time.monotonic() < until:  # a busy machine answers fewer
+                    time.sleep(0.1)
             assert clients.wrong == []
             assert set(clients.statuses) <= {200, 429, 503}
-            assert clients.statuses[200] > 20
+            assert clients.statuses[200] > 50
             assert clients.slowest < 30
             assert clients.partial
             with clips[3].open("rb") as file:

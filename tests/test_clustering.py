@@ -366,6 +366,17 @@ def test_as_good_as_scikit_learn(number: int) -> None:
         assert found.objective[0] <= -float(sum(sums)) / len(x) * (1 - share)
 
 
+def test_repulsion_spreads_the_centroids() -> None:
+    draw = np.random.default_rng(4)
+    x, w = unit(1.5 * np.eye(1, 8) + 0.4 * draw.normal(size=(60, 8))), np.ones(60, np.float32)
+
+    def closest(penalty: float) -> float:
+        c = run(x, w, 4, penalty=penalty, margin=0.5).centroids[0]
+        return max(float(a @ b) for a, b in itertools.combinations(c, 2))
+
+    assert closest(1.0) < closest(0.1) < closest(0.0)
+
+
 @settings(max_examples=30, deadline=None)
 @given(DRAWS)
 def test_representatives_equal_loops(number: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,29 @@ def parts(media: Callable[[str], Path]) -> list[np.ndarray]:
     return stretches(media)
 
 
+def near(found: Sequence[float], true: Sequence[float], tolerance: float) -> int:
+    """How many true boundaries have a found one of their own within the tolerance."""
+    left, hits = list(found), 0
+    for time in true:
+        if fit := [at for at in left if abs(at - time) <= tolerance]:
+            left.remove(min(fit, key=lambda at: abs(at - time)))
+            hits += 1
+    return hits
+
+
 @pytest.mark.full
-@pytest.mark.parametrize(("fade_frames", "half_seconds"), [(0, 0.0), (10, 0.1)])
+@pytest.mark.parametrize(("fade_frames", "tolerance_seconds"), [(0, 0.021), (10, 0.3)])
 def test_cuts_and_fades_of_concatenated_real_clips(
-    engine: Engine, parts: list[np.ndarray], tmp_path: Path, fade_frames: int, half_seconds: float
+    engine: Engine, parts: list[np.ndarray], tmp_path: Path, fade_frames: int, tolerance_seconds: float
 ) -> None:
-    counts = np.zeros(3)
+    hits = found_count = true_count = 0
     for seed in range(4):
         clip = tmp_path / f"{seed}.mp4"
         cuts, _ = concatenate(parts, clip, seed, fade_frames=fade_frames)
-        known = shot_clips.Known(clip, tuple((cut - half_seconds, cut + half_seconds) for cut in cuts), 0)
-        counts += matched(known, starts_of(engine, clip))
-    hits, missed, false = counts
-    assert 2 * hits / (2 * hits + missed + false) >= 0.95, counts
+        found = [shot.start_seconds for shot in engine.summarize(clip).shots[1:]]
+        hits += near(found, cuts, tolerance_seconds)
+        found_count, true_count = found_count + len(found), true_count + len(cuts)
+    assert 2 * hits / (found_count + true_count) >= 0.95, f"{hits} of {true_count}, {found_count} found"
 
 
 @pytest.mark.full
