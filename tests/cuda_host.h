@@ -101,6 +101,11 @@ struct Thread {
     uint3 index{};
     unsigned linear = 0;
     Block* block = nullptr;
+    struct Copy {
+        void* to;
+        const void* from;
+    };
+    std::vector<std::vector<Copy>> copies{1};  // groups: done when they are waited for, the last is open
 #ifndef KR_THREADS
     State state = State::run;
     std::unique_ptr<char[]> stack;
@@ -314,6 +319,7 @@ inline std::string launch(dim3 grid, dim3 block, size_t shared, size_t together,
                 thread.index = {static_cast<unsigned>(n), 0, 0};
                 thread.linear = static_cast<unsigned>(n);
                 thread.block = &own;
+                thread.copies.assign(1, {});
             }
         }
         std::string error = run_group(threads, count);
@@ -371,6 +377,15 @@ const char* start(void (*kernel)(A...), const unsigned* grid, const unsigned* bl
 #define gridDim (krh::current.grid)
 
 inline void __syncthreads() { krh::wait(krh::State::block); }
+inline int __syncthreads_or(int predicate) {
+    krh::Thread& me = krh::self();
+    me.block->mailbox[me.linear] = predicate != 0;
+    krh::wait(krh::State::block);
+    bool any = false;
+    for (const uint64_t one : me.block->mailbox) any |= one != 0;
+    krh::wait(krh::State::block);
+    return any;
+}
 inline void __syncwarp(unsigned mask = KR_FULL_WARP) { krh::full(mask), krh::wait(krh::State::warp); }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int = 32) {
@@ -440,6 +455,15 @@ inline void kr_cluster_sync() { krh::wait(krh::State::group); }
 inline void kr_copy_async_16(void* shared, const void* global) {
     if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16)
         std::fprintf(stderr, "krh: a copy of 16 bytes that is not aligned\n"), std::abort();
-    std::memcpy(shared, global, 16);
+    krh::self().copies.back().push_back({shared, global});
 }
-inline void kr_copy_wait() {}
+inline void kr_copy_commit() { krh::self().copies.emplace_back(); }
+template <int ahead = 0>
+void kr_copy_wait() {
+    auto& groups = krh::self().copies;
+    const auto last = groups.end() - 1 - std::min<ptrdiff_t>(ahead, groups.end() - groups.begin() - 1);
+    for (auto group = groups.begin(); group != last; ++group)
+        for (const auto& copy : *group) std::memcpy(copy.to, copy.from, 16);
+    groups.erase(groups.begin(), last);
+}
+inline double rsqrt(double value) { return 1 / std::sqrt(value); }

@@ -38,6 +38,7 @@ _ENTRY = re.compile(
 _PARAMETERS = re.compile(_ENTRY.pattern + r"([^)]*)\)")
 _CLUSTERED = re.compile(r"KR_CLUSTER_KERNEL\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(")
 _LOCK = threading.RLock()
+_ALLOWED = set[int]()  # kernels that may have clusters of more than eight blocks
 _launching = threading.Lock()  # the emulation has one launch at a time
 
 
@@ -259,6 +260,8 @@ class HostedKernel:
         self._entry = getattr(module.library, f"krh_{name}")
         self._entry.restype = ctypes.c_char_p
         self.max_dynamic_shared_size_bytes = 48 << 10
+        self.kernel = SimpleNamespace(ptr=id(self))
+        _ALLOWED.discard(id(self))
 
     def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
         if shared_mem > self.max_dynamic_shared_size_bytes:
@@ -282,6 +285,8 @@ class HostedKernel:
         sizes = [ctypes.sizeof(held) for held in keep]
         full_grid, full_block = ((*shape, 1, 1)[:3] for shape in (grid, block))
         together = self._module.cluster if self._name in self._module.clustered else 1
+        if together > 8 and id(self) not in _ALLOWED:
+            raise RuntimeError("CUDA_ERROR_INVALID_CLUSTER_SIZE: more than eight blocks without asking for it")
         with _launching:
             error = self._entry(
                 (ctypes.c_uint * 3)(*full_grid),
@@ -318,6 +323,11 @@ class HostedModule:
 # --- the module ---------------------------------------------------------------------------------------------------
 
 
+def _set_attribute(function: int, attribute: int, value: int) -> None:
+    assert (attribute, value) == (14, 1), "CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED"
+    _ALLOWED.add(function)
+
+
 def _copy_memory(to: int, origin: int, count: int, kind: int, stream: int) -> None:
     assert kind == 3, "only what is on the device may be copied without being counted"
     cuda_streams.copied(to, origin, count, stream)
@@ -345,6 +355,7 @@ class HostedCupy:
             MemoryPool=lambda: SimpleNamespace(malloc=None, free_all_blocks=lambda: None),
             using_allocator=lambda _: nullcontext(),
             get_current_stream=cuda_streams.current,
+            driver=SimpleNamespace(funcSetAttribute=_set_attribute),
             runtime=SimpleNamespace(
                 getDeviceCount=lambda: 1,
                 getDeviceProperties=lambda _: properties,

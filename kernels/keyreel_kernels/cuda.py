@@ -23,6 +23,9 @@ FOLDER = Path(__file__).parent
 STANDARD = "-std=c++17"
 # A kernel must ask for more dynamic shared memory than this.
 _DEFAULT_SHARED_BYTES = 48 << 10
+# A kernel must be allowed more blocks in a cluster than this; CUfunction_attribute of the driver's cuda.h.
+_MOST_PORTABLE = 8
+_NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
 
 Defines: TypeAlias = tuple[tuple[str, int], ...]
 
@@ -183,6 +186,9 @@ class Cuda:
             key = (file, defines, name)
             if key not in self._kernels:
                 self._kernels[key] = self._modules[file, defines].get_function(name), _DEFAULT_SHARED_BYTES
+                if dict(defines).get("CLUSTER", 1) > _MOST_PORTABLE:
+                    pointer = self._kernels[key][0].kernel.ptr
+                    self.cupy.cuda.driver.funcSetAttribute(pointer, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
             kernel, allowed = self._kernels[key]
             if shared > allowed:
                 kernel.max_dynamic_shared_size_bytes = shared

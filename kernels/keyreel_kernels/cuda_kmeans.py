@@ -52,11 +52,12 @@ class Plan:
 
     cluster: int  # blocks of a team
     teams: int
-    capacity: int  # frames in a block's shared memory
+    capacity: int  # frames in a block's shared memory: all of its own, or two chunks of them
     tile: int  # centroids in it
     work_bytes: int  # for those centroids, and for what replaces them: sums, products
     stage_bytes: int  # for columns of centroids beside the sums; 0 where the sums lie in device memory
     sums_bytes: int  # for the sums while the centroids stay, where frames are loaded in chunks
+    picks: int  # places for the nearest centroid of a frame among some, where warps share the centroids; 0 for none
     shared: int  # bytes per block
 
 
@@ -64,7 +65,7 @@ def plan(cuda: Cuda, kind: int, width: int, most: int, lengths: I64) -> Plan:
     """The launch for problems of `lengths` frames, up to `most` clusters, vectors of `width`.
 
     A team has as few blocks as hold the longest problem in shared memory, or more if the device would be idle. Problems
-    that no team holds are read again in every round.
+    that no team holds are read again in every round, all but the two chunks that it began with.
     """
     padded, most = -(-width // 64) * 64, -(-most // 4) * 4
     tile = min(_MOST_TILE, -(-most // 8) * 8)
@@ -78,16 +79,31 @@ def plan(cuda: Cuda, kind: int, width: int, most: int, lengths: I64) -> Plan:
     row = padded * (4 if kind == FLOAT else 2) + 20
     whole = max(4, min(_MOST_ROWS, (cuda.shared_bytes - fixed) // row) // 4 * 4)
     size = blocks(cuda, len(lengths), int(lengths.max()), whole)
+    stays = lengths.max() <= size * whole
     sums = 0
-    if stage and lengths.max() > size * whole and 8 * tile * padded <= 0.7 * cuda.shared_bytes:
+    if stage and not stays and 8 * tile * padded <= 0.7 * cuda.shared_bytes:
         sums = 4 * tile * padded
         fixed, whole = fixed + sums, (cuda.shared_bytes - fixed - sums) // row // 4 * 4
     capacity = min(-(-int(lengths.max()) // size // 4) * 4, whole)
+    picks = _picks(capacity if stays else capacity // 2, tile)
+    room = (cuda.shared_bytes - fixed - 12 * picks) // row // 4 * 4
+    if room >= (capacity if stays else 4):
+        fixed, capacity = fixed + 12 * picks, min(capacity, room)
+    else:
+        picks = 0
     # More columns at a time, where there is room.
     while stage and 4 * stage // most < padded // size * 16 and fixed + stage + capacity * row <= cuda.shared_bytes:
         fixed, stage = fixed + stage, 2 * stage
     teams = max(1, min(len(lengths), cuda.multiprocessors // size, _MOST_PAIRS // (size * 4 * most * most)))
-    return Plan(size, teams, capacity, tile, work, stage, sums, -(-(fixed + capacity * row) // 16) * 16)
+    return Plan(size, teams, capacity, tile, work, stage, sums, picks, -(-(fixed + capacity * row) // 16) * 16)
+
+
+def _picks(frames: int, centroids: int) -> int:
+    """Places for `Plan.picks`: as `assign_rows` shares the centroids of 16 frames between warps that had none."""
+    parts, warps = 1, THREADS // 32
+    while 2 * parts * -(-frames // 16) <= warps and 16 * parts <= centroids:
+        parts *= 2
+    return parts * frames if parts > 1 else 0
 
 
 def _lead(most: int) -> int:
@@ -102,19 +118,20 @@ def bytes_a_round(plan: Plan, kind: int, width: int, k: int, frames: int, penalt
     centroids more.
 
     Returns:
-        frames: loaded again, 0 where shared memory holds them; sums: the blocks' sums, which the others read (and which
+        frames: loaded again, 0 where shared memory holds all; sums: the blocks' sums, which the others read (and which
         are written first, where they lie in device memory), and S; products: of pairs of centroids and S, which every
         block reads, with the centroids they are made of; centroids: which every block reads.
     """
     padded, size, fours = -(-width // 64) * 64, plan.cluster, -(-k // 4)
-    rows, chunks = 4 * k * padded, -(-frames // (size * plan.capacity))
+    own = -(-frames // size)
+    rows, chunks = 4 * k * padded, 1 if own <= plan.capacity else -(-own // (plan.capacity // 2))
     shares = plan.stage_bytes > 0 and (chunks == 1 or plan.sums_bytes > 0)
     tiles = fours * (2 * fours + 1) if penalty else 0
     pairs = 4 * k * (2 * k + 1) * (2 if penalty >= 1 else 1) if penalty else 0
     columns = (plan.stage_bytes if shares else plan.work_bytes) // (16 * fours)
     passes = max(1, -(-tiles // (THREADS // 2))) if columns < padded // size else 1
     return {
-        "frames": 0 if chunks == 1 else frames * width * (4 if kind == FLOAT else 2),
+        "frames": max(0, frames - size * plan.capacity) * width * (4 if kind == FLOAT else 2),
         "sums": rows * (size if shares else 2 * size * chunks + 2),
         "products": (1 if shares else 2) * passes * rows + (pairs + 16 * k) * (size + size * size),
         "centroids": size * rows,
@@ -123,9 +140,15 @@ def bytes_a_round(plan: Plan, kind: int, width: int, k: int, frames: int, penalt
 
 def blocks(cuda: Cuda, number: int, longest: int, whole: int) -> int:
     """Blocks of a team for `number` problems of up to `longest` frames; a block holds `whole` frames."""
-    sizes = (1, 2, 4, 8) if cuda.capability >= (9, 0) else (1,)
+    sizes: tuple[int, ...] = (1, 2, 4, 8) if cuda.capability >= (9, 0) else (1,)
+    # Only these architectures have 16, and a part of such a device (MIG) may lack the room for 16 neighbours.
+    if cuda.capability in ((9, 0), (10, 0), (10, 3)) and cuda.multiprocessors >= 100:
+        sizes = (*sizes, 16)
     size = next((n for n in sizes if -(-longest // n) <= whole), sizes[-1])
-    while 2 * size in sizes and 2 * size * number <= cuda.multiprocessors and longest >= 64 * size:
+    # What every block reads of the others grows with their number: 16 must be worth it.
+    while (
+        2 * size in sizes and 2 * size * number <= cuda.multiprocessors and longest >= (64 if size < 8 else 256) * size
+    ):
         size *= 2
     return size
 
@@ -195,7 +218,7 @@ def cluster(
         np.int64(total),
         *map(np.int32, (count, most, width, kind, wide)),
         *map(np.int32, (layout.capacity, layout.tile)),
-        *map(np.int32, (layout.work_bytes, layout.stage_bytes, layout.sums_bytes, iterations)),
+        *map(np.int32, (layout.work_bytes, layout.stage_bytes, layout.sums_bytes, layout.picks, iterations)),
         *(np.float64(penalty), np.float64(margin)),
     )
     grid, defines = (layout.teams * team,), _layout(team)

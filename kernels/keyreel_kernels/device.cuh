@@ -98,7 +98,8 @@ __device__ __forceinline__ void kr_cluster_sync() {
 #endif
 }
 
-// Copies 16 bytes from device to shared memory, both aligned to 16; complete after kr_copy_wait() and a barrier.
+// Copies 16 bytes from device to shared memory, both aligned to 16. This thread sees them after kr_copy_wait(), others
+// after a barrier.
 __device__ __forceinline__ void kr_copy_async_16(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
@@ -110,10 +111,18 @@ __device__ __forceinline__ void kr_copy_async_16(void* shared, const void* globa
 #endif
 }
 
-// Waits for this thread's copies.
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void kr_copy_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for this thread's groups of copies but the last `ahead`.
+template <int ahead = 0>
 __device__ __forceinline__ void kr_copy_wait() {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(ahead) : "memory");
 #endif
 }
 

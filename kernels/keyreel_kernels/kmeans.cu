@@ -2,7 +2,7 @@
 //
 // A team, the blocks of one thread-block cluster, works on one problem at a time and fetches problems until there are
 // none. Each block has a contiguous share of the frames, in shared memory from the first round to the last if they fit,
-// else loaded again in chunks in every round.
+// else loaded again in chunks in every round, one while the block works on another.
 //
 // A round: every frame finds its centroid and every block sums its frames by cluster (`survey`). | The blocks add their
 // sums, each for its own columns, out of each other's shared memory (`add_up`), and multiply all pairs of sums S and
@@ -17,25 +17,23 @@
 #include "kmeans_moves.cuh"
 
 // Labels of the block's frames and their sums by cluster.
-__device__ __noinline__ void survey(const Work& p, int turn) {
+__device__ __noinline__ void survey(Work& p, int turn) {
     if (p.k <= p.tile) load_panel(p, turn, 0);
-    for_chunks(p, [&](int from, int count) {
+    for_chunks(p, [&](int number, int from, int count) {
         assign_chunk(p, turn, count, false, nullptr);
         for (int n = threadIdx.x; n < count; n += THREADS) p.label(turn)[p.first + from + n] = p.here[n];
         __syncthreads();
-        sum_chunk(p, count, from > 0, p.filled(turn));
-        __syncthreads();
+        sum_chunk(p, count, number > 0, p.filled(turn));
     });
 }
 
 // clustering.relocate, for all clusters without a frame, one after the other.
-__device__ __noinline__ void relocate(const Work& p, int turn, const int* filled) {
+__device__ __noinline__ void relocate(Work& p, int turn, const int* filled) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (p.k <= p.tile) load_panel(p, turn, 0);
-    for_chunks(p, [&](int from, int count) {
+    for_chunks(p, [&](int, int from, int count) {
         assign_chunk(p, turn, count, true, filled);
         for (int n = threadIdx.x; n < count; n += THREADS) p.cosine[p.first + from + n] = p.best[n];
-        __syncthreads();
     });
     for (int j = 0; j < p.k; ++j) {
         if (filled[j]) continue;
@@ -86,10 +84,10 @@ __device__ __noinline__ void relocate(const Work& p, int turn, const int* filled
 }
 
 // Writes the final labels, cosines and centroids.
-__device__ __noinline__ void finish(const Work& p, int turn, int64_t* labels, float* similarity, float* centroids,
+__device__ __noinline__ void finish(Work& p, int turn, int64_t* labels, float* similarity, float* centroids,
                                     int most) {
     const float unit = p.kind == HALF ? 1.0f : 1.0f / SCALE;
-    for_chunks(p, [&](int from, int count) {
+    for_chunks(p, [&](int, int from, int count) {
         for (int row = threadIdx.x / 32; row < count; row += WARPS) {
             const int at = p.first + from + row, own = p.label(turn)[at];
             const Centre c = p.centre(turn, own);
@@ -103,7 +101,6 @@ __device__ __noinline__ void finish(const Work& p, int turn, int64_t* labels, fl
                 [&](int d) { return c.at(d); });
             if (threadIdx.x % 32 == 0) labels[at] = own, similarity[at] = static_cast<float>(to) * unit;
         }
-        __syncthreads();
     });
     for (int n = p.rank * THREADS + threadIdx.x; n < most * p.width; n += CLUSTER * THREADS)
         centroids[n] = n < p.k * p.width ? p.centre(turn, n / p.width).at(n % p.width) : 0.0f;
@@ -116,7 +113,7 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
            const int64_t* starts, const int64_t* seeds, float* centroids, int64_t* labels, float* similarity,
            double* objective, double* history, float* floats, double* doubles, int* ints, int* label_scratch,
            float* frame_scratch, unsigned* queue, int64_t frames, int problems, int most, int width, int kind, int wide,
-           int capacity, int tile, int work_bytes, int stage_bytes, int sums_bytes, int rounds,
+           int capacity, int tile, int work_bytes, int stage_bytes, int sums_bytes, int most_picks, int rounds,
            double penalty, double margin) {
     KR_SHARED(Work, shared);
     const Work& p = *shared;  // in shared memory: the products need the registers
@@ -132,17 +129,19 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
             p.rank = rank, p.most = four, p.width = width, p.padded = padded;
             p.low = padded / 4 * rank / CLUSTER * 4, p.high = padded / 4 * (rank + 1) / CLUSTER * 4;
             p.kind = kind, p.wide = wide, p.capacity = capacity, p.tile = tile;
-            p.work_floats = work_bytes / 4, p.stage_floats = stage_bytes / 4;
+            p.work_floats = work_bytes / 4, p.stage_floats = stage_bytes / 4, p.most_picks = most_picks;
             p.penalty = penalty, p.margin = margin, p.all_frames = frames;
 
             p.small = reinterpret_cast<double*>(shared) + WORK_BYTES / 8;
             p.panel = reinterpret_cast<uint16_t*>(p.small + 64), p.panel_lo = p.panel + tile * padded;
             p.stage = reinterpret_cast<float*>(p.panel) + work_bytes / 4;
-            p.hi = reinterpret_cast<uint16_t*>(p.stage + (stage_bytes + sums_bytes) / 4), p.lo = p.hi + capacity * padded;
-            p.key = reinterpret_cast<int*>(p.lo + (kind == FLOAT ? capacity * padded : 0));
+            p.all_hi = reinterpret_cast<uint16_t*>(p.stage + (stage_bytes + sums_bytes) / 4);
+            p.all_lo = p.all_hi + capacity * padded;
+            p.key = reinterpret_cast<int*>(p.all_lo + (kind == FLOAT ? capacity * padded : 0));
             p.order = p.key + capacity, p.here = p.order + capacity;
-            p.weight = reinterpret_cast<float*>(p.here + capacity), p.best = p.weight + capacity;
-            p.slack = p.best + capacity, p.begin = reinterpret_cast<int*>(p.slack + tile);
+            p.all_weight = reinterpret_cast<float*>(p.here + capacity), p.best = p.all_weight + capacity;
+            p.picks = p.best + capacity, p.slack = p.picks + 3 * most_picks;
+            p.begin = reinterpret_cast<int*>(p.slack + tile);
 
             // Large ones in device memory: what the block decides with, and its centroids' numbers and rows.
             const int64_t lead = four > MOST_LEAD ? 3 * square + four * (7 + (four + 31) / 32) : 0;
@@ -168,7 +167,9 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
             p.frames = static_cast<int>(spans[2 * m + 1] - start), p.k = static_cast<int>(clusters[m]);
             p.first = static_cast<int>(static_cast<int64_t>(p.frames) * p.rank / CLUSTER);
             p.own = static_cast<int>(static_cast<int64_t>(p.frames) * (p.rank + 1) / CLUSTER) - p.first;
-            p.shares = stage_bytes > 0 && (sums_bytes > 0 || (p.frames + CLUSTER - 1) / CLUSTER <= capacity);
+            const bool whole = (p.frames + CLUSTER - 1) / CLUSTER <= capacity;
+            p.chunk = whole ? capacity : capacity / 2, p.passes = 0;
+            p.shares = stage_bytes > 0 && (sums_bytes > 0 || whole);
             p.partial = !p.shares ? sums : sums_bytes > 0 ? p.stage + stage_bytes / 4 : reinterpret_cast<float*>(p.panel);
             p.x = static_cast<const char*>(x) + start * width * (kind == FLOAT ? 4 : 2), p.w = w + start;
             p.labels = label_scratch + at, p.cosine = frame_scratch + at, p.gained = p.cosine + frames;
@@ -191,7 +192,6 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
             if (d < width) value = seeds[row] < 0 ? KR_INFINITY : value_at(x, kind, seeds[row] * width + d);
             p.buffer(0, j)[d] = value;
         }
-        if (p.own <= capacity) load_rows(p, 0, p.own);
         kr_cluster_sync();
         weight = threadIdx.x < CLUSTER ? p.board[threadIdx.x * 4 + 3] : 0;
         weight = block_sum(weight, p.small);
@@ -199,7 +199,7 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
 
         int turn = 0;
         for (int round = 0;; ++round) {
-            survey(p, turn);
+            survey(*shared, turn);
             kr_cluster_sync();
             add_up(p);
             multiply_pairs(p, turn);
@@ -215,8 +215,8 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS)
                 kr_cluster_sync();
             }
             turn = 1 - turn;
-            if (verdict & EMPTY) relocate(p, turn, p.filled(1 - turn));
+            if (verdict & EMPTY) relocate(*shared, turn, p.filled(1 - turn));
         }
-        finish(p, p.last, labels + at, similarity + at, centroids + static_cast<int64_t>(m) * most * width, most);
+        finish(*shared, p.last, labels + at, similarity + at, centroids + static_cast<int64_t>(m) * most * width, most);
     }
 }

@@ -43,6 +43,7 @@ struct Work {
     double *diagonals, *lead, *board;
     int* mail;
     int kind, wide, width, padded, frames, first, own, k, most, tile, rank, low, high;
+    int chunk, passes;  // frames that are loaded at a time; how often all have been gone through
     int shares;  // whether `partial` lies in shared memory: where the panel was, if no chunk needs it any more
     int last;    // the turn of the result
     double penalty, margin, share;
@@ -50,10 +51,10 @@ struct Work {
     // shared memory
     double *small, *scale;
     int* place;
-    uint16_t *hi, *lo, *panel, *panel_lo;
-    float *weight, *best, *slack, *stage;
+    uint16_t *all_hi, *all_lo, *hi, *lo, *panel, *panel_lo;  // frames: of both chunks, and of the one at hand
+    float *all_weight, *weight, *best, *slack, *stage, *picks;
     int *here, *key, *order, *begin;
-    int capacity, work_floats, stage_floats;
+    int capacity, work_floats, stage_floats, most_picks;
 
     // Double buffers: of this round and the one before.
     __device__ __forceinline__ int* label(int turn) const { return labels + turn * all_frames; }
@@ -103,30 +104,81 @@ __device__ __forceinline__ void split(const float v[8], uint4& hi, uint4& lo) {
     hi = {high[0], high[1], high[2], high[3]}, lo = {low[0], low[1], low[2], low[3]};
 }
 
-// Loads frames [from, from + count) of this block into shared memory.
-__device__ __noinline__ void load_rows(const Work& p, int from, int count) {
-    const int pieces = p.padded / 8;
+// Calls `body(piece of a row, where it goes, where it is, how many columns are there)` for a chunk of this block's frames.
+template <class Body>
+__device__ __forceinline__ void for_pieces(const Work& p, int chunk, Body body) {
+    const int pieces = p.padded / 8, from = chunk * p.chunk, count = min(p.chunk, p.own - from);
     const int64_t base = p.first + from;
     for (int n = threadIdx.x; n < count * pieces; n += THREADS) {
-        const int row = n / pieces, piece = n % pieces, place = piece_at(row, piece, p.padded);
-        const int64_t at = (base + row) * p.width + piece * 8;
-        const int there = min(8, p.width - piece * 8);
-        if (p.kind == HALF && p.wide && there == 8) {
-            kr_copy_async_16(p.hi + place, static_cast<const uint16_t*>(p.x) + at);
-            continue;
+        const int row = n / pieces, piece = n % pieces;
+        const int place = chunk % 2 * p.chunk * p.padded + piece_at(row, piece, p.padded);
+        body(p.all_hi + place, p.all_lo + place, (base + row) * p.width + piece * 8, min(8, p.width - piece * 8));
+    }
+}
+
+// Begins to copy a chunk of this block's frames into its half of shared memory. Floats lie in the places of hi and lo
+// until `settle`.
+__device__ __noinline__ void fetch(const Work& p, int chunk) {
+    for_pieces(p, chunk, [&](uint16_t* hi, uint16_t* lo, int64_t at, int there) {
+        if (p.wide && there == 8) {
+            kr_copy_async_16(hi, static_cast<const char*>(p.x) + at * (p.kind == FLOAT ? 4 : 2));
+            if (p.kind == FLOAT) kr_copy_async_16(lo, static_cast<const float*>(p.x) + at + 4);
+            return;
         }
         float v[8];
-        load_eight(p.x, p.kind, p.wide, at, there, v);
-        if (p.kind == FLOAT)
-            for (int e = 0; e < 8; ++e) v[e] *= SCALE;
-        uint4 hi, lo;
-        split(v, hi, lo);
-        *reinterpret_cast<uint4*>(p.hi + place) = hi;
-        if (p.kind == FLOAT) *reinterpret_cast<uint4*>(p.lo + place) = lo;
-    }
+        load_eight(p.x, p.kind, false, at, there, v);
+        if (p.kind == FLOAT) {
+            *reinterpret_cast<float4*>(hi) = {v[0], v[1], v[2], v[3]};
+            *reinterpret_cast<float4*>(lo) = {v[4], v[5], v[6], v[7]};
+        } else {
+            uint4 none;
+            split(v, *reinterpret_cast<uint4*>(hi), none);
+        }
+    });
+    kr_copy_commit();
+}
+
+// Waits for a chunk, and makes it the one at hand. ahead: another one was begun after it.
+__device__ __noinline__ void settle(Work& p, int chunk, bool ahead) {
+    if (ahead)
+        kr_copy_wait<1>();
+    else
+        kr_copy_wait<0>();
+    // A thread converts what it has copied.
+    if (p.kind == FLOAT)
+        for_pieces(p, chunk, [&](uint16_t* hi, uint16_t* lo, int64_t, int) {
+            const float4 a = *reinterpret_cast<const float4*>(hi), b = *reinterpret_cast<const float4*>(lo);
+            const float v[8] = {a.x * SCALE, a.y * SCALE, a.z * SCALE, a.w * SCALE,
+                                b.x * SCALE, b.y * SCALE, b.z * SCALE, b.w * SCALE};
+            split(v, *reinterpret_cast<uint4*>(hi), *reinterpret_cast<uint4*>(lo));
+        });
     const float unit = p.kind == HALF ? 1.0f : 1.0f / SCALE;
-    for (int n = threadIdx.x; n < count; n += THREADS) p.weight[n] = p.w[base + n] * unit;
-    kr_copy_wait();
+    const int from = chunk * p.chunk;
+    for (int n = threadIdx.x; n < min(p.chunk, p.own - from); n += THREADS)
+        p.all_weight[chunk % 2 * p.chunk + n] = p.w[p.first + from + n] * unit;
+}
+
+// Calls `body(number, from, count)` with the block's frames at hand, chunk by chunk; at least once. Two chunks are in
+// shared memory: the next one is copied meanwhile, and as every pass begins where the last one ended, two need no copy.
+template <class Body>
+__device__ void for_chunks(Work& p, Body body) {
+    const int chunks = max(1, (p.own + p.chunk - 1) / p.chunk), passes = p.passes, step = passes % 2 ? -1 : 1;
+    const int held = passes ? 2 : 0;
+    int chunk = passes % 2 ? chunks - 1 : 0;
+    if (!held) fetch(p, chunk);
+    for (int n = 0; n < chunks; ++n, chunk += step) {
+        const bool ahead = n + 1 < chunks && n + 1 >= held;
+        if (ahead) fetch(p, chunk + step);
+        if (n >= held) settle(p, chunk, ahead);
+        if (threadIdx.x == 0) {
+            const int side = chunk % 2 * p.chunk;
+            p.hi = p.all_hi + side * p.padded, p.lo = p.all_lo + side * p.padded, p.weight = p.all_weight + side;
+        }
+        __syncthreads();
+        body(n, chunk * p.chunk, min(p.chunk, p.own - chunk * p.chunk));
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) p.passes = passes + 1;
     __syncthreads();
 }
 
@@ -222,46 +274,64 @@ __device__ __forceinline__ Pick pick(const float sum[NT][4], int side, int from,
     return out;
 }
 
-// The nearest centroid of each frame in shared memory, among this panel (from the from-th on) and earlier ones. exact:
-// `best` gets the full cosine, as several panels need. filled: clusters to consider, null for all.
+// The nearest centroid of each frame at hand, among this panel (from the from-th on) and earlier ones. exact: `best`
+// gets the full cosine, as several panels need. filled: clusters to consider, null for all. Where there are more warps
+// than tiles of 16 frames, a tile's centroids are shared by two or four of them.
 __device__ __noinline__ void assign_rows(const Work& p, int count, int from, bool exact, const int* filled) {
-    const int lane = threadIdx.x % 32, group = lane / 4, wanted = min(p.k - from, p.tile), eights = (wanted + 7) / 8;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wanted = min(p.k - from, p.tile);
+    const int eights = (wanted + 7) / 8, tiles = (count + 15) / 16;
     const float unit = (p.kind == HALF ? 1.0f : 1.0f / SCALE) / SCALE;
     float lacking = lane < p.tile ? p.slack[lane] : 0.0f;
     for (int step = 16; step; step /= 2) lacking = fmaxf(lacking, __shfl_xor_sync(KR_FULL_WARP, lacking, step));
     const float bound = (2 * lacking + SUM_ERROR) / unit;
-    for (int tile = threadIdx.x / 32; tile * 16 < count; tile += WARPS) {
-        const int top = min(tile * 16 + group, count - 1), bottom = min(tile * 16 + group + 8, count - 1);
-        Pick upper, lower;
-        for (bool fine = exact || p.kind == FLOAT;; fine = true) {
+    int parts = 1;
+    while (2 * parts * tiles <= WARPS && 2 * parts <= eights && 2 * parts * count <= p.most_picks) parts *= 2;
+    // Of one part they lie where nothing else is needed yet.
+    float* value = parts > 1 ? p.picks : reinterpret_cast<float*>(p.key);
+    float* second = parts > 1 ? p.picks + p.most_picks : p.best;
+    int* column = parts > 1 ? reinterpret_cast<int*>(p.picks + 2 * p.most_picks) : p.order;
+    unsigned* unsure = reinterpret_cast<unsigned*>(p.small);  // a bit for each frame
+    bool fine = exact || p.kind == FLOAT;
+    for (bool again = false;; fine = again = true) {
+        for (int n = warp; n < tiles * parts; n += WARPS) {
+            const int tile = n / parts, part = n % parts, left = eights * part / parts, right = eights * (part + 1) / parts;
+            if (again && !(unsure[tile / 2] >> tile % 2 * 16 & 0xffff)) continue;
+            const int upper = min(tile * 16 + lane / 4, count - 1), lower = min(tile * 16 + lane / 4 + 8, count - 1);
+            const int at = left * 8 * p.padded;
             float sum[NT][4] = {};
-            if (fine) multiply(p.hi, top, bottom, p.panel_lo, p.padded, eights, sum);
-            if (p.kind == FLOAT) multiply(p.lo, top, bottom, p.panel, p.padded, eights, sum);
-            multiply(p.hi, top, bottom, p.panel, p.padded, eights, sum);
-            upper = pick(sum, 0, from, wanted, filled), lower = pick(sum, 1, from, wanted, filled);
-            const bool sure = upper.best - upper.second > bound && lower.best - lower.second > bound;
-            if (fine || !__ballot_sync(KR_FULL_WARP, !sure)) break;
+            if (fine) multiply(p.hi, upper, lower, p.panel_lo + at, p.padded, right - left, sum);
+            if (p.kind == FLOAT) multiply(p.lo, upper, lower, p.panel + at, p.padded, right - left, sum);
+            multiply(p.hi, upper, lower, p.panel + at, p.padded, right - left, sum);
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                const Pick found = pick(sum, side, from + left * 8, min(wanted, right * 8) - left * 8, filled);
+                const int row = tile * 16 + lane / 4 + side * 8, place = part * count + row;
+                if (lane % 4 != side || row >= count) continue;
+                value[place] = found.best, column[place] = left * 8 + found.column;
+                if (!fine) second[place] = found.second;
+            }
         }
-        if (lane % 4 < 2) {
-            const int row = tile * 16 + group + lane % 4 * 8;
-            const float value = (lane % 4 ? lower.best : upper.best) * unit;
-            if (row < count && (from == 0 || value > p.best[row]))
-                p.best[row] = value, p.here[row] = from + (lane % 4 ? lower.column : upper.column);
+        __syncthreads();
+        bool close = false;
+        for (int base = warp * 32; base < count; base += THREADS) {
+            const int row = base + lane;
+            Pick found{-KR_INFINITY, -KR_INFINITY, 0};
+            for (int part = 0; part < parts && row < count; ++part) {
+                const int place = part * count + row;
+                const float one = value[place], other = fine ? -KR_INFINITY : second[place];
+                if (one > found.best)
+                    found = {one, fmaxf(found.best, other), column[place]};
+                else
+                    found.second = fmaxf(found.second, one);
+            }
+            const bool near = row < count && !fine && !(found.best - found.second > bound);
+            const unsigned bits = __ballot_sync(KR_FULL_WARP, near);
+            if (lane == 0) unsure[base / 32] = bits;
+            close |= near;
+            if (row < count && (from == 0 || found.best * unit > p.best[row]))
+                p.best[row] = found.best * unit, p.here[row] = from + found.column;
         }
-    }
-    __syncthreads();
-}
-
-// Calls `body(from, count)` with the block's frames in shared memory, chunk by chunk; at least once.
-template <class Body>
-__device__ void for_chunks(const Work& p, Body body) {
-    for (int from = 0; from == 0 || from < p.own; from += p.capacity) {
-        const int count = min(p.capacity, p.own - from);
-        if (p.own > p.capacity) {
-            __syncthreads();
-            load_rows(p, from, count);
-        }
-        body(from, count);
+        if (!__syncthreads_or(close)) return;
     }
 }
 

@@ -132,62 +132,72 @@ struct Lead {
 
 __device__ double over(double closeness) { return closeness > 0 ? closeness : 0; }
 
-// The sum over a warp of numbers >= 0, which are mostly all zero.
-__device__ double sparse_sum(double value) {
-    if (!__ballot_sync(KR_FULL_WARP, value > 0)) return 0;
-    for (int step = 16; step; step /= 2) value += __shfl_xor_sync(KR_FULL_WARP, value, step);
-    return value;
+// Adds up two numbers over the block, or over a warp that is alone, the same in all threads. Mostly all are zero.
+__device__ void sparse_sums(double& one, double& two, bool alone, double* small) {
+    const bool any = one != 0 || two != 0;
+    if (!(alone ? __ballot_sync(KR_FULL_WARP, any) : __syncthreads_or(any))) return;
+    for (int step = 16; step; step /= 2)
+        one += __shfl_xor_sync(KR_FULL_WARP, one, step), two += __shfl_xor_sync(KR_FULL_WARP, two, step);
+    if (alone) return;
+    if (threadIdx.x % 32 == 0) small[threadIdx.x / 32] = one, small[32 + threadIdx.x / 32] = two;
+    __syncthreads();
+    one = two = 0;
+    for (int n = 0; n < WARPS; ++n) one += small[n], two += small[32 + n];
+    __syncthreads();
 }
 
-// clustering.move from inner products, by one warp. Returns whether any move takes more than S_j.
-__device__ __noinline__ bool moves_in_turn(const Work& p) {
+// clustering.move from inner products, by the block; by its first warp alone where a lane has one centroid: barriers
+// would cost more than the others could do. Returns whether any move takes more than S_j.
+__device__ __noinline__ bool moves_in_turn(const Work& p, bool alone) {
     const Lead m(p);
-    const int lane = threadIdx.x % 32, words = (p.k + 31) / 32;
+    const int threads = alone ? 32 : THREADS, words = (p.k + 31) / 32, me = threadIdx.x;
     const double mu = p.penalty / p.k;
+    const auto meet = [&] {
+        if (alone)
+            __syncwarp();
+        else
+            __syncthreads();
+    };
     bool any = false;
     for (int j = 0; j < p.k; ++j) {
         double *cc = m.cc + j * p.k, *cs = m.cs + j * p.k, *ss = m.ss + j * p.k;
+        unsigned* close = m.close + j * words;
         const double fit = cs[j];
-        double excess = 0, square = 0;
-        for (int word = 0; word < words; ++word) {
-            const int i = word * 32 + lane;
-            const bool close = i < p.k && i != j && cc[i] > p.margin;
-            if (close) excess += cc[i] - p.margin;
-            const unsigned bits = __ballot_sync(KR_FULL_WARP, close);
-            if (lane == 0) m.close[j * words + word] = bits;
+        for (int i = me; i < words * 32; i += threads) {
+            const unsigned bits = __ballot_sync(KR_FULL_WARP, i < p.k && i != j && cc[min(i, p.k - 1)] > p.margin);
+            if (i % 32 == 0) close[i / 32] = bits;
         }
-        __syncwarp();
-        excess = sparse_sum(excess);
+        meet();
         // Products of the goal S_j - mu sum of close c with each c_i and S_i.
-        for (int i = lane; i < p.k; i += 32) {
+        double excess = 0, square = 0;
+        for (int i = me; i < p.k; i += threads) {
             double c = m.cs[i * p.k + j], s = ss[i];
-            for (int word = 0; word < words && excess > 0; ++word)
-                for (unsigned bits = m.close[j * words + word]; bits; bits &= bits - 1) {
+            for (int word = 0; word < words; ++word)
+                for (unsigned bits = close[word]; bits; bits &= bits - 1) {
                     const int l = word * 32 + __ffs(static_cast<int>(bits)) - 1;
                     c -= mu * m.cc[l * p.k + i], s -= mu * m.cs[l * p.k + i];
                 }
             m.with_c[i] = c, m.with_s[i] = s;
-            if (i != j && cc[i] > p.margin) square += c;
+            if (close[i / 32] >> i % 32 & 1) excess += cc[i] - p.margin, square += c;
         }
-        __syncwarp();
-        if (excess > 0)
-            for (int step = 16; step; step /= 2) square += __shfl_xor_sync(KR_FULL_WARP, square, step);
-        const double length = sqrt(fmax(m.with_s[j] - mu * square, 0.0));
+        meet();
+        sparse_sums(excess, square, alone, p.small);
         // The hinges lie above their linear parts, so that no move gains more than the linear minimiser promises.
+        const double goal = fmax(m.with_s[j] - mu * square, 1e-30), shrunk = rsqrt(goal), length = goal * shrunk;
         bool moving = ss[j] > 0 && length >= 1e-12 && length - m.with_c[j] > TOLERANCE;
         const double cost = mu * excess - fit;
         double sums_share = 0, own_share = 1;
         for (double part = 1; moving && part >= 0.25; part /= 2) {
-            const double stay = 1 - part, along = part / length;
+            const double stay = 1 - part, along = part * shrunk;
             const double norm = stay * stay * cc[j] + 2 * stay * along * m.with_c[j] + part * part;
-            const double shrink = 1 / fmax(sqrt(norm), 1e-30);
-            double now = 0;
-            for (int i = lane; i < p.k; i += 32)
+            const double shrink = rsqrt(fmax(norm, 1e-60));
+            double now = 0, none = 0;
+            for (int i = me; i < p.k; i += threads)
                 if (i != j) now += over((stay * cc[i] + along * m.with_c[i]) * shrink - p.margin);
-            now = sparse_sum(now);
+            sparse_sums(now, none, alone, p.small);
             if (mu * now - (stay * fit + along * m.with_s[j]) * shrink >= cost - TOLERANCE) continue;
-            __syncwarp();
-            for (int i = lane; i < p.k; i += 32) {
+            meet();
+            for (int i = me; i < p.k; i += threads) {
                 const double c = i == j ? 1 : (stay * cc[i] + along * m.with_c[i]) * shrink;
                 cc[i] = c, m.cc[i * p.k + j] = c;
                 cs[i] = (stay * cs[i] + along * m.with_s[i]) * shrink;
@@ -196,8 +206,8 @@ __device__ __noinline__ bool moves_in_turn(const Work& p) {
             moving = false;
             any |= excess > 0 || stay > 0;
         }
-        if (lane == 0) m.along[j] = sums_share, m.stay[j] = own_share;
-        __syncwarp();
+        if (me == 0) m.along[j] = sums_share, m.stay[j] = own_share;
+        meet();
     }
     return any;
 }
@@ -251,7 +261,8 @@ __device__ __noinline__ int decide(Work& p, int turn, int round, int rounds, dou
             near |= !(m.cc[n] <= p.margin && m.cs[n] <= p.margin * to && m.ss[n] <= p.margin * to * from);
         }
     if (block_sum(near, p.small) > 0) {
-        close = threadIdx.x < 32 && moves_in_turn(p);
+        const bool alone = p.k <= 32;
+        close = (!alone || threadIdx.x < 32) && moves_in_turn(p, alone);
         close = block_sum(close, p.small) > 0;
     } else {
         for (int j = threadIdx.x; j < p.k; j += THREADS) {

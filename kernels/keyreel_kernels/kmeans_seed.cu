@@ -98,6 +98,7 @@ KR_CLUSTER_KERNEL __launch_bounds__(THREADS, 1)
             else
                 for (int64_t n = threadIdx.x * 2; n < whole; n += THREADS * 2)
                     *reinterpret_cast<uint16_t*>(stage + n) = *reinterpret_cast<const uint16_t*>(own + n);
+            kr_copy_commit();
             kr_copy_wait();
             own = stage;
         }
