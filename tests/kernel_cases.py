@@ -11,13 +11,14 @@ import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from bounds import FLOAT32, FLOAT32_SUM, KERNEL_LEVELS
 from numpy.typing import NDArray
 from planted import degenerate, some_video, unit
 
-from keyreel_kernels import Ops, clustering, pictures, shift
+from keyreel_kernels import Ops, clustering, cuda_kmeans, pictures, shift
 from keyreel_kernels.clustering import STILL, Clusters, label_starts
 from keyreel_kernels.cuda import Cuda
 from keyreel_kernels.cuda_kmeans import ROUNDING
@@ -480,3 +481,12 @@ def case(cuda: Cuda, name: str) -> None:
             x, spans = unit(draw.normal(size=(40, 9))), np.array([[0, 40]])
             rules: dict[str, Any] = {"penalty": 0.5, "margin": 0.3, "iterations": 2}
             check_cluster(cuda, x, np.ones(40, np.float32), spans, np.array([37]), np.arange(40)[None], **rules)
+            few = cuda_kmeans.blocks(cuda, 1, 100, 50)
+            for kind, width, kib in (("float16", 64, 12), ("float32", 64, 18), ("float32", 30, 18)):
+                x, w, seeds = unit(draw.normal(size=(100, width))), draw.random(100).astype(np.float32), np.arange(12)[None]
+                with patch.object(cuda, "shared_bytes", kib << 10), patch.object(cuda_kmeans, "blocks", lambda *_: few):
+                    number = cuda_kmeans.kind_of(np.empty(0, kind))
+                    layout = cuda_kmeans.plan(cuda, number, width, 12, np.array([100]))
+                    assert few * layout.capacity < 100  # at least three chunks
+                    assert layout.picks  # warps share centroids
+                    check_cluster(cuda, x, w, np.array([[0, 100]]), np.array([12]), seeds, kind=kind, **rules)

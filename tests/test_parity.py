@@ -287,7 +287,9 @@ def test_sources_and_gathers(
 DEVICES: dict[str, dict[str, Any]] = {
     "one multiprocessor": {"sms": 1},
     "large": {"sms": 64},
+    "whole": {"sms": 132},
     "small memory": {"shared_bytes": 12 << 10, "sms": 3},
+    "whole, small memory": {"shared_bytes": 12 << 10, "sms": 132},
     "no clusters": {"capability": (7, 5), "sms": 3},
     "no clusters, small memory": {"capability": (7, 5), "shared_bytes": 12 << 10, "sms": 5},
 }
@@ -327,13 +329,16 @@ def test_cluster(
         ("large", [100, 70], 2, True),
         ("large", [130], 4, True),
         ("large", [300], 8, True),
+        ("whole", [2050], 16, True),
         ("small memory", [450], 8, False),
+        ("small memory", [900, 100], 8, False),
+        ("whole, small memory", [2100], 16, False),
         ("no clusters", [61, 33, 7, 40], 1, True),
         ("no clusters, small memory", [130, 120, 90, 70], 1, False),
     ],
 )
 def test_every_layout(name: str, counts: list[int], blocks: int, stays: bool, kind: str) -> None:
-    """Clusters of 1, 2, 4 and 8 blocks; frames that stay in shared memory and frames that are loaded again."""
+    """Clusters of 1 to 16 blocks; frames that stay in shared memory and frames that are loaded again."""
     where, draw = device(name), np.random.default_rng(len(counts))
     number = {"float16": cuda_kmeans.HALF, "float32": cuda_kmeans.FLOAT}[kind]
     clear = total = 0
@@ -479,6 +484,7 @@ def test_launches_fit_the_device(
     assert layout.capacity >= 4
     assert layout.tile % 8 == 0 < layout.tile <= 32
     assert layout.cluster == 1 or card[0] >= (9, 0)
+    assert layout.cluster <= 8 or (card[0] == (9, 0) and sms >= 100)
     # 600 frames of 512 halves stay in the memory of four blocks; a single video gets eight.
     large = host_cuda(sms=132)
     many, one = (cuda_kmeans.plan(large, cuda_kmeans.HALF, 512, 32, np.full(n, 600)) for n in (256, 1))
