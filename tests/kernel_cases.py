@@ -483,7 +483,8 @@ def case(cuda: Cuda, name: str) -> None:
             check_cluster(cuda, x, np.ones(40, np.float32), spans, np.array([37]), np.arange(40)[None], **rules)
             few = cuda_kmeans.blocks(cuda, 1, 100, 50)
             for kind, width, kib in (("float16", 64, 12), ("float32", 64, 18), ("float32", 30, 18)):
-                x, w, seeds = unit(draw.normal(size=(100, width))), draw.random(100).astype(np.float32), np.arange(12)[None]
+                x, w = unit(draw.normal(size=(100, width))), draw.random(100).astype(np.float32)
+                seeds = np.arange(12)[None]
                 with patch.object(cuda, "shared_bytes", kib << 10), patch.object(cuda_kmeans, "blocks", lambda *_: few):
                     number = cuda_kmeans.kind_of(np.empty(0, kind))
                     layout = cuda_kmeans.plan(cuda, number, width, 12, np.array([100]))

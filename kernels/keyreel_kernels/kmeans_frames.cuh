@@ -104,7 +104,7 @@ __device__ __forceinline__ void split(const float v[8], uint4& hi, uint4& lo) {
     hi = {high[0], high[1], high[2], high[3]}, lo = {low[0], low[1], low[2], low[3]};
 }
 
-// Calls `body(piece of a row, where it goes, where it is, how many columns are there)` for a chunk of this block's frames.
+// For each piece of a chunk of this block's frames, calls `body(its places in hi and lo, that in x, columns there)`.
 template <class Body>
 __device__ __forceinline__ void for_pieces(const Work& p, int chunk, Body body) {
     const int pieces = p.padded / 8, from = chunk * p.chunk, count = min(p.chunk, p.own - from);
@@ -294,7 +294,8 @@ __device__ __noinline__ void assign_rows(const Work& p, int count, int from, boo
     bool fine = exact || p.kind == FLOAT;
     for (bool again = false;; fine = again = true) {
         for (int n = warp; n < tiles * parts; n += WARPS) {
-            const int tile = n / parts, part = n % parts, left = eights * part / parts, right = eights * (part + 1) / parts;
+            const int tile = n / parts, part = n % parts;
+            const int left = eights * part / parts, right = eights * (part + 1) / parts;
             if (again && !(unsure[tile / 2] >> tile % 2 * 16 & 0xffff)) continue;
             const int upper = min(tile * 16 + lane / 4, count - 1), lower = min(tile * 16 + lane / 4 + 8, count - 1);
             const int at = left * 8 * p.padded;

@@ -2,6 +2,7 @@
 
 #define LANES 16  // that read one row
 #define GROUPS (THREADS / LANES)
+#define AT_ONCE 4  // loads of inner products in flight, for each block of the team
 
 // The sum over LANES lanes, the same in each of them. Whole warp.
 __device__ __forceinline__ double lanes_sum(double value) {
@@ -132,9 +133,10 @@ struct Lead {
 
 __device__ double over(double closeness) { return closeness > 0 ? closeness : 0; }
 
-// Adds up two numbers over the block, or over a warp that is alone, the same in all threads. Mostly all are zero.
+// Adds up two numbers, mostly zero, over the block or over a warp that is alone: the same in all threads. A barrier.
 __device__ void sparse_sums(double& one, double& two, bool alone, double* small) {
     const bool any = one != 0 || two != 0;
+    if (alone) __syncwarp();
     if (!(alone ? __ballot_sync(KR_FULL_WARP, any) : __syncthreads_or(any))) return;
     for (int step = 16; step; step /= 2)
         one += __shfl_xor_sync(KR_FULL_WARP, one, step), two += __shfl_xor_sync(KR_FULL_WARP, two, step);
@@ -180,7 +182,6 @@ __device__ __noinline__ bool moves_in_turn(const Work& p, bool alone) {
             m.with_c[i] = c, m.with_s[i] = s;
             if (close[i / 32] >> i % 32 & 1) excess += cc[i] - p.margin, square += c;
         }
-        meet();
         sparse_sums(excess, square, alone, p.small);
         // The hinges lie above their linear parts, so that no move gains more than the linear minimiser promises.
         const double goal = fmax(m.with_s[j] - mu * square, 1e-30), shrunk = rsqrt(goal), length = goal * shrunk;
@@ -196,7 +197,6 @@ __device__ __noinline__ bool moves_in_turn(const Work& p, bool alone) {
                 if (i != j) now += over((stay * cc[i] + along * m.with_c[i]) * shrink - p.margin);
             sparse_sums(now, none, alone, p.small);
             if (mu * now - (stay * fit + along * m.with_s[j]) * shrink >= cost - TOLERANCE) continue;
-            meet();
             for (int i = me; i < p.k; i += threads) {
                 const double c = i == j ? 1 : (stay * cc[i] + along * m.with_c[i]) * shrink;
                 cc[i] = c, m.cc[i * p.k + j] = c;
@@ -219,23 +219,46 @@ __device__ __noinline__ int decide(Work& p, int turn, int round, int rounds, dou
     const Lead m(p);
     __syncthreads();
     double part = 0;
-    for (int n = threadIdx.x; n < 4 * squares; n += THREADS) {
-        const int row = n / (2 * p.k), column = n % (2 * p.k), i = row % p.k, j = column % p.k;
-        const bool diagonal = i == j && column >= p.k;
-        if (row > column || (p.penalty == 0 && !diagonal)) continue;
+    for (int n = threadIdx.x; n < 2 * p.k; n += THREADS) {
+        const int kind = n / p.k, j = n % p.k;
         double sum = 0;
 #pragma unroll
-        for (int block = 0; block < CLUSTER; ++block) {
-            const float* pair = p.pairs + static_cast<int64_t>(block - p.rank) * 2 * square + n;
-            sum += diagonal ? p.diagonals[(block - p.rank) * 2 * p.most + row / p.k * p.most + j] : *pair;
-            if (p.penalty >= 1 && !diagonal) sum += pair[square];
+        for (int block = 0; block < CLUSTER; ++block)
+            sum += p.diagonals[(block - p.rank) * 2 * p.most + kind * p.most + j];
+        (kind ? m.ss : m.cs)[j * p.k + j] = sum;
+        if (!kind) part -= sum;
+    }
+    // The other pairs, row <= column of [2 k, 2 k]: the first row and the last, which have 2 k + 1 together, are one here,
+    // and so on. Several at a time, as each waits for device memory.
+    const int long_row = 2 * p.k + 1, pairs = p.penalty > 0 ? p.k * long_row : 0;
+    for (int first = threadIdx.x; first < pairs; first += AT_ONCE * THREADS) {
+        int rows[AT_ONCE], columns[AT_ONCE];
+        double sums[AT_ONCE] = {};
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; ++n) {
+            const int pair = min(first + n * THREADS, pairs - 1);
+            const int place = pair % long_row, left = 2 * p.k - pair / long_row;
+            rows[n] = place < left ? 2 * p.k - left : left - 1;
+            columns[n] = rows[n] + (place < left ? place : place - left);
         }
-        if (row < p.k && column >= p.k)
-            m.cs[i * p.k + j] = sum;
-        else
-            (row < p.k ? m.cc : m.ss)[i * p.k + j] = (row < p.k ? m.cc : m.ss)[j * p.k + i] = sum;
-        if (column < p.k && i < j) part += p.penalty / p.k * over(sum - p.margin);
-        if (row < p.k && diagonal) part -= sum;
+        for (int digits = 0; digits < (p.penalty >= 1 ? 2 : 1); ++digits)
+#pragma unroll
+            for (int block = 0; block < CLUSTER; ++block)
+#pragma unroll
+                for (int n = 0; n < AT_ONCE; ++n)
+                    sums[n] += p.pairs[static_cast<int64_t>(block - p.rank) * 2 * square + digits * square +
+                                       rows[n] * 2 * p.k + columns[n]];
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; ++n) {
+            const int i = rows[n] % p.k, j = columns[n] % p.k;
+            const bool sum_row = rows[n] >= p.k, sum_column = columns[n] >= p.k;
+            if (first + n * THREADS >= pairs || (i == j && sum_column)) continue;
+            if (sum_row == sum_column)
+                (sum_row ? m.ss : m.cc)[i * p.k + j] = (sum_row ? m.ss : m.cc)[j * p.k + i] = sums[n];
+            else
+                m.cs[i * p.k + j] = sums[n];
+            if (!sum_column && i < j) part += p.penalty / p.k * over(sums[n] - p.margin);
+        }
     }
     const double now = block_sum(part, p.small);
     // Rounding centroids and sums may raise J by a few ulp at rest.
