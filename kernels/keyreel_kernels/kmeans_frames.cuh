@@ -140,10 +140,7 @@ __device__ __noinline__ void fetch(const Work& p, int chunk) {
 
 // Waits for a chunk, and makes it the one at hand. ahead: another one was begun after it.
 __device__ __noinline__ void settle(Work& p, int chunk, bool ahead) {
-    if (ahead)
-        kr_copy_wait<1>();
-    else
-        kr_copy_wait<0>();
+    ahead ? kr_copy_wait<1>() : kr_copy_wait<0>();
     // A thread converts what it has copied.
     if (p.kind == FLOAT)
         for_pieces(p, chunk, [&](uint16_t* hi, uint16_t* lo, int64_t, int) {
