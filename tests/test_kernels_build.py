@@ -26,7 +26,7 @@ from keyreel_kernels.cuda_kmeans import THREADS
 pytestmark = pytest.mark.full
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 VARIANTS: list[tuple[str, Defines]] = [
-    *((file, (("CLUSTER", n), ("THREADS", THREADS))) for file in ("kmeans.cu", "kmeans_seed.cu") for n in (1, 2, 4, 8)),
+    *((file, (("CLUSTER", n), ("THREADS", THREADS))) for file in ("kmeans.cu", "kmeans_seed.cu") for n in (1, 2, 4, 8, 16)),
     *((file, ()) for file in ("pictures.cu", "shift.cu")),
 ]
 _ENTRY = re.compile(r'(?:extern\s+"C"\s+__global__\s+void|KR_CLUSTER_KERNEL)\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)')

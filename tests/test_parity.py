@@ -485,10 +485,14 @@ def test_launches_fit_the_device(
     assert layout.tile % 8 == 0 < layout.tile <= 32
     assert layout.cluster == 1 or card[0] >= (9, 0)
     assert layout.cluster <= 8 or (card[0] == (9, 0) and sms >= 100)
-    # 600 frames of 512 halves stay in the memory of four blocks; a single video gets eight.
+    # 600 frames of 512 halves stay in the memory of four blocks; a single video gets eight, a long one 16 and chunks.
     large = host_cuda(sms=132)
     many, one = (cuda_kmeans.plan(large, cuda_kmeans.HALF, 512, 32, np.full(n, 600)) for n in (256, 1))
     assert (many.cluster, many.teams, many.capacity, one.cluster, one.capacity) == (4, 33, 152, 8, 76)
+    long = cuda_kmeans.plan(large, cuda_kmeans.HALF, 512, 32, np.array([3000]))
+    assert (long.cluster, long.capacity, long.picks) == (16, 92, 4 * 46)
+    again = cuda_kmeans.bytes_a_round(long, cuda_kmeans.HALF, 512, 32, 3000, 0.1)["frames"]
+    assert again == (3000 - 16 * 92) * 512 * 2
     # The sums of four blocks: three parts are read by another block, the total is written once and read by all.
     moved = cuda_kmeans.bytes_a_round(many, cuda_kmeans.HALF, 512, 32, 600, 0.1)
     assert (moved["frames"], moved["sums"], moved["centroids"]) == (0, 4 * 65536, 4 * 65536)
