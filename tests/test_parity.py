@@ -355,7 +355,7 @@ def test_every_layout(name: str, counts: list[int], blocks: int, stays: bool, ki
 
 
 @full
-def test_a_device_without_room_for_sixteen_neighbours_gets_eight(cuda: Cuda) -> None:
+def test_a_device_without_room_for_sixteen_neighbours_gets_eight() -> None:
     where, draw = host_cuda(sms=132, most_neighbours=8), np.random.default_rng(7)
     x, w, spans, k, seeds = some_problems(draw, [2050], 24, 6)
     check_cluster(where, x, w, spans[:1], k[:1], seeds[:1], penalty=0.1, margin=0.5, iterations=5)
