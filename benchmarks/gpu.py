@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu [--quick] [--video CLIP] [--only WORD ...] [-o FILE]
 
-In order of importance: the parity tests; k-means and the pictures of a decoder; the chain from a
-file to a summary, with NVDEC alone beside it; the encoder. A case whose package is missing says so, and one that
-fails or takes more than four minutes says how.
+The parity tests; what the device can do: a copy, a barrier of a team of blocks; k-means, beside flash-kmeans and by
+blocks of a team, and the pictures of a decoder; the chain from a file to a summary, with NVDEC alone beside it; the
+encoder. A case whose package is missing says so, and one that fails or takes too long says how. With KEYREEL_REHEARSE
+set, sizes are such that a CPU can do them.
 
 Exit codes: 1 when a case or a parity test failed; 5 without a CUDA device, and then nothing is written.
 """
@@ -27,6 +28,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -35,9 +37,12 @@ from benchmarks.clips import Clip, clip
 from benchmarks.select import cloud, objective
 
 NO_DEVICE = 5
-LIMIT_SECONDS = 240.0  # of one case
 WIDTH, CLUSTERS = 512, 32
-SHAPES = ((256, 600), (1, 600), (1, 3000), (1, 100_000))  # videos x frames
+REHEARSED = "KEYREEL_REHEARSE" in os.environ
+SHAPES = ((2, 40), (1, 70)) if REHEARSED else ((256, 600), (1, 600), (1, 3000), (1, 100_000))  # videos x frames
+SWEPT, TEAMS = ((70,), (1, 2)) if REHEARSED else ((600, 3000), (1, 2, 4, 8))  # frames of a video, blocks of a team
+PICTURES = {"height": 90, "width": 160, "count": 2} if REHEARSED else {"height": 1080, "width": 1920, "count": 16}
+COPIED_MIB = (1,) if REHEARSED else (16, 2048)  # what the cache of a large GPU holds, and what none does
 PENALTY, MARGIN, CLOSE_MARGIN, ROUNDS = 0.1, 0.8, 0.1, 25
 
 
@@ -61,23 +66,25 @@ class Bench:
     def arrays(self) -> Any:
         return self.ops.arrays
 
-    def timed(self, work: Callable[[], Any]) -> Row:
+    def timed(self, work: Callable[[], Any], synchronize: Callable[[], Any] | None = None) -> Row:
         """`ms`: median of calls on an idle device, so with the launch; `ms_back_to_back`: mean of calls in a row."""
+        synchronize = synchronize or self.arrays.synchronize
 
         def once() -> float:
             began = time.perf_counter()
             work()
-            self.arrays.synchronize()
+            synchronize()
             return time.perf_counter() - began
 
         once()
         taken = once()
-        runs = max(1 if taken > 0.5 else 3, min(50, int((0.15 if self.quick else 0.5) / taken)))
+        runs = max(1 if taken > 0.5 else 3, int((0.15 if self.quick else 0.5) / taken))
+        runs = min(runs, 1 if REHEARSED else 50)
         ms = 1e3 * statistics.median(once() for _ in range(runs))
         began = time.perf_counter()
         for _ in range(runs):
             work()
-        self.arrays.synchronize()
+        synchronize()
         together = 1e3 * (time.perf_counter() - began) / runs
         return {"ms": ms, "ms_back_to_back": together, "runs": runs}
 
@@ -95,6 +102,38 @@ def parity(bench: Bench) -> Row:
         raise RuntimeError(f"no test ran: {' / '.join(lines[-3:])[:400]}")
     failures = [line[:300] for line in lines if line.startswith(("FAILED ", "ERROR "))]
     return {"status": "failed" if done.returncode else "ok", "said": lines[-1], "failures": failures[:20]}
+
+
+def copied(bench: Bench, mib: int) -> Row:
+    """A copy on the device: every byte is read and written once, so no kernel moves more bytes a second."""
+    arrays = bench.arrays
+    with arrays.scope():
+        given = arrays.to_device(np.random.default_rng(0).integers(0, 256, mib << 20, np.uint8))
+        made = arrays.xp.empty_like(given)
+        row = bench.timed(lambda: arrays.xp.copyto(made, given))
+    return {**row, "gb_per_s": 2 * given.nbytes / row["ms_back_to_back"] / 1e6}
+
+
+_BARRIERS = """
+KR_CLUSTER_KERNEL barriers(int rounds) {
+    for (int n = 0; n < rounds; ++n) kr_cluster_sync();
+}
+"""
+
+
+def barriers(bench: Bench) -> Row:
+    """Microseconds of a barrier of a team of blocks, the whole device at it; a round of k-means has two or three."""
+    from keyreel_kernels.cuda import FOLDER, STANDARD
+    from keyreel_kernels.cuda_kmeans import THREADS
+
+    arrays, rounds, found = bench.arrays, 20 if REHEARSED else 1000, {}
+    with arrays.scope():
+        for team in TEAMS if arrays.capability >= (9, 0) else (1,):
+            code, options = (FOLDER / "device.cuh").read_text("utf-8") + _BARRIERS, (STANDARD, f"-DCLUSTER={team}")
+            kernel = arrays.xp.RawModule(code=code, options=options).get_function("barriers")
+            given = (arrays.multiprocessors // team * team,), (THREADS,), (np.int32(rounds),)
+            found[str(team)] = 1e3 * bench.timed(partial(kernel, *given))["ms_back_to_back"] / rounds
+    return {"us_by_blocks": found, "rounds": rounds}
 
 
 @cache
@@ -122,6 +161,8 @@ def keyreel(
         before = arrays.bytes_to_host
         found = bench.ops.cluster(given, weights, spans, count, first, **options)
         row["bytes_to_host"] = arrays.bytes_to_host - before
+        gains = np.diff(arrays.to_host(found.history)) != 0
+        row["rounds"] = float(np.minimum(gains.sum(1) + 1, ROUNDS).mean())  # the last one gains nothing
         labels = arrays.to_host(found.labels).reshape(videos, frames)
     kind, width, most = cuda_kmeans.kind_of(given), x.shape[-1], seeds.shape[1]
     layout = cuda_kmeans.plan(arrays, kind, width, most, np.full(videos, frames))
@@ -129,6 +170,35 @@ def keyreel(
     own = frames * width * given.dtype.itemsize
     row |= {"blocks": layout.cluster, "bytes_a_round": moved, "times_the_frames": sum(moved.values()) / own}
     return {**row, "fit": float(np.mean(list(map(objective, x[:16], labels[:16]))))}
+
+
+def swept(bench: Bench, frames: int, team: int) -> Row:
+    """k-means by teams of another size than `cuda_kmeans.blocks` chooses."""
+    from keyreel_kernels import cuda_kmeans
+
+    with mock.patch.object(cuda_kmeans, "blocks", return_value=team):
+        return keyreel(bench, 1, frames, "float16", PENALTY)
+
+
+def flash_kmeans(bench: Bench, videos: int, frames: int) -> Row:
+    """flash-kmeans from the same centroids. It has no penalty, and goes on until those of no video move.
+
+    Its own tolerance of 1e-8 is 0 in half precision: it would never stop.
+    """
+    import torch
+    from flash_kmeans.kmeans_triton_impl import batch_kmeans_Cosine  # elsewhere it falls back in silence
+
+    if not torch.cuda.is_available():
+        raise Absent("torch has no CUDA device")
+    torch.cuda.set_device(bench.device)
+    x, seeds = problem(videos, frames)
+    rows = x, np.take_along_axis(x, seeds[:, :, None], 1)
+    given, first = (torch.from_numpy(own.astype(np.float16)).cuda() for own in rows)
+    run = partial(batch_kmeans_Cosine, given, CLUSTERS, max_iters=ROUNDS, tol=1e-4, init_centroids=first)
+    row = bench.timed(run, torch.cuda.synchronize)
+    labels, _, rounds = run()
+    fit = np.mean(list(map(objective, x[:16], labels[:16].cpu().numpy())))
+    return {**row, "rounds": rounds, "fit": float(fit)}
 
 
 def counted() -> str:
@@ -148,7 +218,7 @@ def counted() -> str:
     return table([*head, "all, of the frames", "without the penalty"], lines)
 
 
-def surfaces(bench: Bench, height: int = 1080, width: int = 1920, count: int = 16) -> Row:
+def surfaces(bench: Bench, height: int, width: int, count: int) -> Row:
     """NV12 pictures of a decoder to the model's pictures, one launch."""
     from keyreel_kernels.surfaces import Surface
 
@@ -172,7 +242,8 @@ class Copied:
         self.inputs, self.outputs, self.close = session.inputs, session.outputs, session.close
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        given = {name: self._arrays.to_host(feed) for name, feed in feeds.items()}
+        with self._arrays.scope():  # not counted: a runtime for CUDA would copy nothing
+            given = {name: feed.get() for name, feed in feeds.items()}
         return {name: self._arrays.to_device(value) for name, value in self._session.run(given).items()}
 
 
@@ -212,7 +283,8 @@ def _clip(bench: Bench) -> tuple[Path, int]:
     """The clip that is decoded and how many frames it has."""
     import av
 
-    path = bench.video or clip(bench.scratch, Clip(seconds=8 if bench.quick else 20))
+    made = Clip(height=90, seconds=2, fps=10) if REHEARSED else Clip(seconds=8 if bench.quick else 20)
+    path = bench.video or clip(bench.scratch, made)
     with av.open(str(path)) as container:
         return path, sum(1 for packet in container.demux(video=0) if packet.size)
 
@@ -270,6 +342,8 @@ def cases(*, quick: bool) -> dict[str, Callable[[Bench], Row]]:
     )
     return {
         "parity tests": parity,
+        **{f"copy of {mib} MiB": partial(copied, mib=mib) for mib in COPIED_MIB},
+        "barrier": barriers,
         **{
             f"k-means {videos} x {frames}: keyreel {dtype}, penalty {penalty}, margin {margin}": partial(
                 keyreel, videos=videos, frames=frames, dtype=dtype, penalty=penalty, margin=margin
@@ -277,7 +351,15 @@ def cases(*, quick: bool) -> dict[str, Callable[[Bench], Row]]:
             for dtype, penalty, margin in kinds
             for videos, frames in SHAPES
         },
-        "pictures 16 x 1080p NV12 -> 224": surfaces,
+        **{
+            f"k-means {videos} x {frames}: flash-kmeans float16": partial(flash_kmeans, videos=videos, frames=frames)
+            for videos, frames in SHAPES
+        },
+        **{
+            f"sweep 1 x {frames}: {team} blocks": partial(swept, frames=frames, team=team)
+            for frames, team in product(SWEPT, TEAMS)
+        },
+        f"pictures {PICTURES['count']} x {PICTURES['height']}p NV12 -> 224": partial(surfaces, **PICTURES),
         "NVDEC alone": nvdec,
         "summary, 2 frames a second": partial(summary, mode="fps"),
         "summary, every frame": partial(summary, mode="all"),
@@ -308,7 +390,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             continue
         row: Row = {"case": "gpu", "name": name, "quick": options.quick, "status": "ok"}
         try:
-            row |= worker.call(run_case, case, *about, limit_seconds=LIMIT_SECONDS)
+            row |= worker.call(run_case, case, *about, limit_seconds=options.limit)
         except Absent as error:
             row |= {"status": {"skipped": "missing"}.get(error.kind, error.kind), "reason": str(error)}
             if error.kind == "failed":  # it may have lost the device
@@ -332,6 +414,7 @@ def main() -> int:
     parser = parser_of(__doc__)
     parser.set_defaults(output=RESULTS / "gpu.jsonl")
     parser.add_argument("--device", type=int, default=0, help="number of the CUDA device")
+    parser.add_argument("--limit", type=float, default=240, metavar="SECONDS", help="of one case (240)")
     parser.add_argument("--video", type=Path, help="decode this clip instead of a rendered one")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="cases whose names have one of these words in them")
     device = parser.parse_args().device
