@@ -57,8 +57,9 @@ fi
 
 if [ "$run" = correctness ]; then
     step probe 20 bash -c 'nvidia-smi; ldconfig -p | grep -E "nvcuvid|nvidia-encode"; python3 -c "
-import sys, keyreel
+import sys, cupy, keyreel
 from keyreel_kernels import ops_for
+cupy.show_config()
 print(sys.version, keyreel.__version__, ops_for(\"cuda:0\").arrays)"'
     step kernels 120 "${tests[@]}" "${kernels[@]}"
     step nvdec 60 "${tests[@]}" "${nvdec[@]}"

@@ -54,7 +54,7 @@ def pack(folder: Path, media: Path) -> int:
         clip, copy = media / name, folder / "media" / name
         if clip.is_file() and (name == _CLIP or clip.stat().st_size <= _CLIP_BYTES):
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(clip, copy)
+            shutil.copyfile(clip, copy)
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [*(ROOT / name for name in filter(None, tracked.split("\0"))), *folder.rglob("*")]
     return sum(path.stat().st_size for path in files if path.is_file())
