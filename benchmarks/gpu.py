@@ -40,7 +40,7 @@ NO_DEVICE = 5
 WIDTH, CLUSTERS = 512, 32
 REHEARSED = "KEYREEL_REHEARSE" in os.environ
 SHAPES = ((2, 40), (1, 70)) if REHEARSED else ((256, 600), (1, 600), (1, 3000), (1, 100_000))  # videos x frames
-SWEPT, TEAMS = ((70,), (1, 2)) if REHEARSED else ((600, 3000), (1, 2, 4, 8))  # frames of a video, blocks of a team
+SWEPT, TEAMS = ((70,), (1, 2)) if REHEARSED else ((600, 3000), (1, 2, 4, 8, 16))  # frames of a video, blocks of a team
 PICTURES = {"height": 90, "width": 160, "count": 2} if REHEARSED else {"height": 1080, "width": 1920, "count": 16}
 COPIED_MIB = (1,) if REHEARSED else (16, 2048)  # what the cache of a large GPU holds, and what none does
 PENALTY, MARGIN, CLOSE_MARGIN, ROUNDS = 0.1, 0.8, 0.1, 25
@@ -121,18 +121,25 @@ KR_CLUSTER_KERNEL barriers(int rounds) {
 """
 
 
+def largest_team(bench: Bench) -> int:
+    """Blocks of the largest team that k-means takes on the device."""
+    from keyreel_kernels.cuda_kmeans import blocks
+
+    return blocks(bench.arrays, 1, 1 << 30, 1)
+
+
 def barriers(bench: Bench) -> Row:
     """Microseconds of a barrier of a team of blocks, the whole device at it; a round of k-means has two or three."""
-    from keyreel_kernels.cuda import FOLDER, STANDARD
+    from keyreel_kernels import cuda
     from keyreel_kernels.cuda_kmeans import THREADS
 
     arrays, rounds, found = bench.arrays, 20 if REHEARSED else 1000, {}
-    with arrays.scope():
-        for team in TEAMS if arrays.capability >= (9, 0) else (1,):
-            code, options = (FOLDER / "device.cuh").read_text("utf-8") + _BARRIERS, (STANDARD, f"-DCLUSTER={team}")
-            kernel = arrays.xp.RawModule(code=code, options=options).get_function("barriers")
-            given = (arrays.multiprocessors // team * team,), (THREADS,), (np.int32(rounds),)
-            found[str(team)] = 1e3 * bench.timed(partial(kernel, *given))["ms_back_to_back"] / rounds
+    code = (cuda.FOLDER / "device.cuh").read_text("utf-8") + _BARRIERS
+    for team in (team for team in TEAMS if team <= largest_team(bench)):
+        grid, how = (arrays.multiprocessors // team * team,), {"defines": (("CLUSTER", team),)}
+        run = partial(arrays.launch, "barriers", "barriers", grid, (THREADS,), (np.int32(rounds),), **how)
+        with mock.patch.object(cuda, "source_of", return_value=code):
+            found[str(team)] = 1e3 * bench.timed(run)["ms_back_to_back"] / rounds
     return {"us_by_blocks": found, "rounds": rounds}
 
 
@@ -176,6 +183,8 @@ def swept(bench: Bench, frames: int, team: int) -> Row:
     """k-means by teams of another size than `cuda_kmeans.blocks` chooses."""
     from keyreel_kernels import cuda_kmeans
 
+    if team > largest_team(bench):
+        raise Absent("the device has no such teams")
     with mock.patch.object(cuda_kmeans, "blocks", return_value=team):
         return keyreel(bench, 1, frames, "float16", PENALTY)
 
