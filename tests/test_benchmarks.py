@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import SHARED
 
-from benchmarks import fuzz, gpu, gpu_checks, gpu_pack, select
+from benchmarks import fuzz, gpu, gpu_checks, gpu_kmeans, gpu_pack, select
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,8 +111,8 @@ def test_cases_of_the_gpu_script_on_the_emulated_device(cuda: Any) -> None:
 
     bench = gpu.Bench(0, quick=True, video=None, scratch=Path())
     bench.ops = ops_on(cuda)
-    row = gpu.keyreel(bench, 3, 40, "float32", 0.1, width=64, clusters=5)
-    x, _ = gpu.problem(3, 40, 64, 5)
+    row = gpu_kmeans.keyreel(bench, 3, 40, "float32", 0.1, width=64, clusters=5)
+    x, _ = gpu_kmeans.problem(3, 40, 64, 5)
     assert row["fit"] == pytest.approx(
         np.mean([select.objective(own, select.keyreel(own, 5)()) for own in x]), abs=0.03
     )
