@@ -1,6 +1,7 @@
 """Checks of the kernels on a CUDA device that need no test runner, for sanitizers and profilers.
 
-python -m benchmarks.gpu_checks launches [OPERATION ...]   each kernel at its smallest shapes, against NumPy
+python -m benchmarks.gpu_checks launches [OPERATION ...]   each kernel at its smallest shapes, against NumPy; "teams":
+                                                           k-means by as many blocks as the device lets together
 python -m benchmarks.gpu_checks repeat [TIMES [FRAMES]]    k-means gives the same while pictures are made beside it
 python -m benchmarks.gpu_checks profile                    k-means and pictures at the sizes of benchmarks.gpu
 """
@@ -23,11 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 
 def launches(*names: str) -> None:
-    from kernel_cases import NAMES, case
+    from kernel_cases import NAMES, case, check_cluster, some_problems
 
     ops = ops_for("cuda:0")
-    for name in names or NAMES:
-        case(ops.arrays, name)  # type: ignore[arg-type]
+    for name in names or (*NAMES, "teams"):
+        if name == "teams":  # of 8 and of 16 blocks, where the device has them
+            for frames in (600, 2100):
+                problems = some_problems(np.random.default_rng(0), [frames], 24, 8)
+                check_cluster(ops.arrays, *problems, penalty=0.5, margin=0.3, iterations=3)  # type: ignore[arg-type]
+        else:
+            case(ops.arrays, name)  # type: ignore[arg-type]
         print(name, flush=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from itertools import product
 from types import SimpleNamespace
@@ -30,13 +31,6 @@ KR_CLUSTER_KERNEL barriers(int rounds) {
 """
 
 
-def largest_team(bench: Bench) -> int:
-    """Blocks of the largest team that k-means takes on the device."""
-    from keyreel_kernels.cuda_kmeans import blocks
-
-    return blocks(bench.arrays, 1, 1 << 30, 1)
-
-
 def barriers(bench: Bench) -> Row:
     """Microseconds of a barrier of a team of blocks, the whole device at it; a round of k-means has two or three."""
     from keyreel_kernels import cuda
@@ -44,10 +38,12 @@ def barriers(bench: Bench) -> Row:
 
     arrays, rounds, found = bench.arrays, 20 if REHEARSED else 1000, {}
     code = (cuda.FOLDER / "device.cuh").read_text("utf-8") + _BARRIERS
-    for team in (team for team in TEAMS if team <= largest_team(bench)):
+    for team in TEAMS:
+        if team > arrays.most_neighbours:
+            break
         grid, how = (arrays.multiprocessors // team * team,), {"defines": (("CLUSTER", team),)}
         run = partial(arrays.launch, "barriers", "barriers", grid, (THREADS,), (np.int32(rounds),), **how)
-        with mock.patch.object(cuda, "source_of", return_value=code):
+        with mock.patch.object(cuda, "source_of", return_value=code), suppress(cuda.TooManyNeighbours):
             found[str(team)] = 1e3 * bench.timed(run)["ms_back_to_back"] / rounds
     return {"us_by_blocks": found, "rounds": rounds}
 
@@ -92,9 +88,12 @@ def swept(bench: Bench, frames: int, team: int) -> Row:
     """k-means by teams of another size than `cuda_kmeans.blocks` chooses."""
     from keyreel_kernels import cuda_kmeans
 
-    if team > largest_team(bench):
-        raise Absent("the device has no such teams")
-    with mock.patch.object(cuda_kmeans, "blocks", return_value=team):
+    def blocks(cuda: Any, *_: int) -> int:
+        if team > cuda.most_neighbours:
+            raise Absent("the device has no such teams")
+        return team
+
+    with mock.patch.object(cuda_kmeans, "blocks", blocks):
         return keyreel(bench, 1, frames, "float16", PENALTY)
 
 
@@ -123,7 +122,7 @@ def counted() -> str:
     """What a round of k-means on a GPU moves, by the kernel's arithmetic for one with 132 multiprocessors."""
     from keyreel_kernels.cuda_kmeans import FLOAT, HALF, bytes_a_round, plan
 
-    device: Any = SimpleNamespace(capability=(9, 0), shared_bytes=227 << 10, multiprocessors=132)
+    device: Any = SimpleNamespace(shared_bytes=227 << 10, multiprocessors=132, most_neighbours=16)
     lines = []
     for (videos, frames), (name, kind) in product(SHAPES, (("float16", HALF), ("float32", FLOAT))):
         layout = plan(device, kind, WIDTH, CLUSTERS, np.full(videos, frames))
@@ -153,6 +152,9 @@ def kmeans_cases() -> dict[str, Callable[[Bench], Row]]:
             for dtype, penalty, margin in kinds
             for videos, frames in SHAPES
         },
+        f"k-means 1 x {SHAPES[1][1]} as for key-frames: keyreel float32, twice the width": partial(
+            keyreel, *SHAPES[1], dtype="float32", penalty=PENALTY, width=2 * WIDTH
+        ),
         **{
             f"k-means {videos} x {frames}: flash-kmeans float16": partial(flash_kmeans, videos=videos, frames=frames)
             for videos, frames in SHAPES
