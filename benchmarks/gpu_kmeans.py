@@ -153,7 +153,7 @@ def kmeans_cases() -> dict[str, Callable[[Bench], Row]]:
             for videos, frames in SHAPES
         },
         f"k-means 1 x {SHAPES[1][1]} as for key-frames: keyreel float32, twice the width": partial(
-            keyreel, *SHAPES[1], dtype="float32", penalty=PENALTY, width=2 * WIDTH
+            keyreel, videos=SHAPES[1][0], frames=SHAPES[1][1], dtype="float32", penalty=PENALTY, width=2 * WIDTH
         ),
         **{
             f"k-means {videos} x {frames}: flash-kmeans float16": partial(flash_kmeans, videos=videos, frames=frames)

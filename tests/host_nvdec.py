@@ -208,11 +208,11 @@ def packed(frame: av.VideoFrame) -> np.ndarray[Any, Any]:
     return np.concatenate(planes(frame))
 
 
-@functools.cache
 class NotHere(Exception):
     """There is nothing to test here."""
 
 
+@functools.cache
 def load() -> tuple[Any, Any, _Driver]:
     """The package, the stub and its driver.
 
