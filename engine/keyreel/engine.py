@@ -151,7 +151,9 @@ class Engine:
     ) -> Stream:
         """Decodes frames. Returns an iterator of FrameBatch: close it, or use it in a `with`.
 
-        On a CUDA device `FrameBatch.data` is a CuPy array; other libraries read it through DLPack.
+        On a CUDA device `FrameBatch.data` is a CuPy array; other libraries read it through DLPack. It is ready on the
+        stream that was current when the batch was taken. Keep the batch until your work on it is done: its memory goes
+        to keyreel's next work.
 
         Args:
             sampling: which frames; by default two a second.
