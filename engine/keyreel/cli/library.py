@@ -41,7 +41,7 @@ def open_library(uri: str, model: str | None, device: str, config: LibraryConfig
 def model_of(uri: str) -> str:
     """The name of a library's model; the built-in one if there is no library."""
     with keyreel.Library(uri) as library:
-        return library.stats().model if library.exists() else "builtin"
+        return library.model if library.exists() else "builtin"
 
 
 def list_videos(
