@@ -104,7 +104,7 @@ def _write_all(
     camera: Camera | None = None
     if config.reel or config.otio or config.edl:
         plan = planned_reel(summary, source, config, query_scores)
-        camera = reel_camera(summary, config, plan.spans)
+        camera = reel_camera(summary, source, config, plan.spans)
         reframed = UNSET if camera is None else ReframeEntry.of(camera)
         reel = ReelEntry(None, plan.spans, None, plan.reason or "not asked for", reframed)
     if config.reel and reel is not None and reel.spans:
