@@ -220,7 +220,7 @@ def test_each_tower_is_loaded_when_it_is_needed(engine: Engine) -> None:
 
     backend = dataclasses.replace(engine.backend, open_session=open_session)
     frames, images = np.zeros((1, 40, 40, 3), np.uint8), ["backbone", "attention", "fusion"]
-    with Engine(engine.bundle, backend) as fresh, ThreadPoolExecutor(2) as pool:
+    with Engine(engine.bundle, backend, images=False) as fresh, ThreadPoolExecutor(2) as pool:
         assert opened == []
         np.testing.assert_array_equal(fresh.encode_text("a"), engine.encode_text("a"))
         assert opened == ["text"]
@@ -230,6 +230,7 @@ def test_each_tower_is_loaded_when_it_is_needed(engine: Engine) -> None:
         assert opened == ["text", *images]
     opened.clear()
     with Engine(engine.bundle, backend) as fresh:
+        assert opened == images
         fresh.warmup()
         assert opened == [*images, "text"]
 

@@ -63,7 +63,7 @@ class Engine:
             summary.save("out")
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, images: bool = True) -> None:
         if bundle.precision not in backend.precisions:
             hint = f"export it with --precision {backend.precisions[0]}, or use another device"
             where = f"{backend.device} ({backend.reason})"
@@ -74,23 +74,27 @@ class Engine:
         self._text: TextEncoder | None = None
         self._chances: Chances | None = None
         self._closed = False
-        # Apart, since texts must not wait for the image tower: building its TensorRT plans may take minutes.
         self._image_lock, self._text_lock = threading.Lock(), threading.Lock()
+        if images:
+            self._images()
 
     @classmethod
     def from_pretrained(
-        cls, model: str | os.PathLike[str] = BUILTIN, *, device: str = "auto", threads: int | None = None
+        cls,
+        model: str | os.PathLike[str] = BUILTIN,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        images: bool = True,
     ) -> Engine:
-        """Chooses a model and a device, and checks the model's files.
-
-        The towers for images and texts are loaded when they are first needed, or by `warmup`. With TensorRT that also
-        builds the plans that the cache lacks, which may take minutes.
+        """Loads a model onto a device. With TensorRT it builds missing plans, which may take minutes.
 
         Args:
             model: "builtin"; the name of an installed or exported model, such as "ViT-B-32/laion2b_s34b_b79k"; or the
                 folder of a bundle.
             device: "auto", "cpu" or "cuda:N". An explicit device never falls back.
             threads: threads inside one operator; by default the runtime chooses.
+            images: load the image tower now. If False, only when it is needed: a search by text does without it.
 
         Raises:
             ModelError: the model is not found or damaged.
@@ -98,7 +102,7 @@ class Engine:
             MissingExtra: no runtime is installed.
         """
         bundle = Bundle.find(model)
-        engine = cls(bundle, resolve(device, threads=threads, precision=bundle.precision))
+        engine = cls(bundle, resolve(device, threads=threads, precision=bundle.precision), images=images)
         _log.info("device %s: %s; model %s", engine.backend.device, engine.backend.reason, bundle.name)
         return engine
 
@@ -119,9 +123,7 @@ class Engine:
             self.backend.release()
 
     def warmup(self) -> None:
-        """Does the slow work of the first calls now.
-
-        It loads both towers, builds missing TensorRT plans, compiles kernels and records CUDA graphs.
+        """Does the slow work of the first calls now: opens both towers, compiles kernels, records CUDA graphs.
 
         Raises:
             ModelError: a TensorRT plan cannot be built, or gives other values than the graph.
@@ -420,9 +422,7 @@ class Engine:
         with self._text_lock:
             self._check_open()
             if self._text is None:
-                self._text = TextEncoder(
-                    self.bundle, self.backend.open_session(self.bundle.file("text.onnx")), self.backend.ops.arrays
-                )
+                self._text = TextEncoder(self.bundle, self.backend)
             return self._text
 
     def _images(self) -> Encoder:
