@@ -68,8 +68,7 @@ class Engine:
             hint = f"export it with --precision {backend.precisions[0]}, or use another device"
             where = f"{backend.device} ({backend.reason})"
             raise ModelError(f"{bundle.name} is in {bundle.precision}, which {where} does not run", hint=hint)
-        self.bundle = bundle
-        self.backend = backend
+        self.bundle, self.backend = bundle, backend
         self._encoder: Encoder | None = None
         self._text: TextEncoder | None = None
         self._chances: Chances | None = None
@@ -156,8 +155,7 @@ class Engine:
         """Decodes frames. Returns an iterator of FrameBatch: close it, or use it in a `with`.
 
         On a CUDA device `FrameBatch.data` is a CuPy array; other libraries read it through DLPack. It is ready on the
-        stream that was current when the batch was taken. Keep the batch until your work on it is done: its memory goes
-        to keyreel's next work.
+        stream that was current when it was taken. Keep it until your work on it is done: memory is used again at once.
 
         Args:
             sampling: which frames; by default two a second.
