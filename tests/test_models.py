@@ -273,6 +273,23 @@ def test_a_folder_with_other_things_is_left_alone(known: hub_server.Hub, tmp_pat
     assert known.asked == []
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rename = tmp_path / "model", Path.rename
+    folder.mkdir()
+    (folder / "mine").write_text("earlier")
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.name == "made":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(KeyboardInterrupt), folders.replacing(folder) as made:
+        (made / "mine").write_text("new")
+    assert (folder / "mine").read_text() == "earlier"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_libraries_go_on_after_another_install(known: hub_server.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is installed anew, by a newer keyreel, names the one before it, which has the same vectors."""
     before = Bundle.load(install.install(NAME))

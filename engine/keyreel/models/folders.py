@@ -50,9 +50,15 @@ def replacing(folder: Path) -> Iterator[Path]:
         made = Path(aside) / "made"
         made.mkdir()
         yield made
+        old = Path(aside) / "replaced"
         if folder.exists():
-            folder.rename(Path(aside) / "replaced")
-        made.rename(folder)
+            folder.rename(old)
+        try:
+            made.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
 
 
 def foreign_to_bundle(folder: Path) -> str | None:
