@@ -123,8 +123,9 @@ class HostedArray:
         self._host[_plain(index)] = _plain(value)
 
     def get(self) -> np.ndarray[Any, Any]:
-        work([self._host])
-        cuda_streams.current().synchronize()
+        with cuda_streams.Device(self.device.id):  # as CuPy does
+            work([self._host])
+            cuda_streams.current().synchronize()
         return self._host.copy()
 
     @property
@@ -133,7 +134,7 @@ class HostedArray:
 
     @property
     def device(self) -> Any:
-        return SimpleNamespace(id=0)
+        return SimpleNamespace(id=cuda_streams.device_of(self._host))
 
     @property
     def T(self) -> HostedArray:
@@ -143,7 +144,7 @@ class HostedArray:
         return self._host.__dlpack__()
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (2, 0)  # kDLCUDA
+        return (2, self.device.id)  # kDLCUDA
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -259,6 +260,7 @@ class HostedKernel:
         self._module, self._name = module, name
         self._entry = getattr(module.library, f"krh_{name}")
         self._entry.restype = ctypes.c_char_p
+        self._device = cuda_streams.device()
         self.max_dynamic_shared_size_bytes = 48 << 10
         self.kernel = SimpleNamespace(ptr=id(self))
         _ALLOWED.discard(id(self))
@@ -266,6 +268,7 @@ class HostedKernel:
     def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
         if shared_mem > self.max_dynamic_shared_size_bytes:
             raise RuntimeError("CUDA_ERROR_INVALID_VALUE: more shared memory than the kernel asked for")
+        assert self._device == cuda_streams.device(), "the kernel was loaded on another device"
         values, keep = [], []
         arrays: dict[bool, list[Any]] = {True: [], False: []}
         for value, constant in zip(args, self._module.constants[self._name], strict=False):
@@ -349,7 +352,7 @@ class HostedCupy:
             "sharedMemPerBlockOptin": shared_bytes,
         }
         self.cuda = SimpleNamespace(
-            Device=lambda *_: nullcontext(),
+            Device=cuda_streams.Device,
             Stream=cuda_streams.Stream,
             Event=cuda_streams.Event,
             MemoryPool=lambda: SimpleNamespace(malloc=None, free_all_blocks=lambda: None),
@@ -383,6 +386,6 @@ class HostedCupy:
         return _wrapped(found) if callable(found) and not isinstance(found, type) else found
 
 
-def host_cuda(**device: Any) -> Cuda:
+def host_cuda(index: int = 0, **device: Any) -> Cuda:
     """A Cuda whose arrays and kernels are the CPU's. device: capability, shared_bytes, sms."""
-    return Cuda(0, cupy=HostedCupy(**device))
+    return Cuda(index, cupy=HostedCupy(**device))

@@ -4,6 +4,7 @@ The emulation computes at once, so a missing join would never show. Instead each
 have in ThreadSanitizer: it knows how far the others had come when it last waited for them. A stream that uses what
 another one wrote, or writes what another one reads, without having waited for that, is a `Fault`. So is memory that is
 freed while a stream other than its own may still use it: CuPy's pool gives it to its own stream's next work at once.
+A stream, an event or memory that is used while another device than its own is current is a `Fault` too.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ Clock = dict[int, int]  # how many pieces of work of a stream, by its pointer
 
 
 class Fault(AssertionError):
-    """Work of two streams that nothing puts in order."""
+    """Work of two streams that nothing puts in order, or on another device than the current one."""
 
 
 class _Memory:
     """Of one allocation: who wrote it last and who has read it since."""
 
-    def __init__(self, stream: int) -> None:
-        self.stream = stream
-        self.wrote: tuple[int, int] = (stream, 0)
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.device = stream.ptr, stream.place
+        self.wrote: tuple[int, int] = (stream.ptr, 0)
         self.read: Clock = {}
 
 
@@ -46,9 +47,38 @@ def _merge(into: Clock, other: Clock) -> None:
         into[stream] = max(into.get(stream, 0), count)
 
 
+def device() -> int:
+    """The index of this thread's current device."""
+    return _devices()[-1] if _devices() else 0
+
+
+def _devices() -> list[int]:
+    if not hasattr(_local, "devices"):
+        _local.devices = []
+    devices: list[int] = _local.devices
+    return devices
+
+
+class Device:
+    """cupy.cuda.Device; current inside `with`."""
+
+    def __init__(self, index: int) -> None:
+        self.id = index
+
+    def __enter__(self) -> Device:
+        _devices().append(self.id)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _devices().pop()
+
+
 class Event:
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    """cupy.cuda.Event; of the device that is current."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.device = device()
+        self.clock: Clock = {}
 
     def synchronize(self) -> None:
         with _lock:
@@ -56,44 +86,60 @@ class Event:
 
 
 class Stream:
-    """cupy.cuda.Stream; current inside `with`."""
+    """cupy.cuda.Stream; of the device that is current, whose current stream it is inside `with`."""
 
     def __init__(self, *_: Any, pointer: int | None = None, **__: Any) -> None:
         self.ptr = next(_pointers) if pointer is None else pointer
+        self.device = None if pointer == 0 else device()  # each device has a null stream: here it is the same one
         self.clock: Clock = {}
         _streams[self.ptr] = self
 
+    @property
+    def place(self) -> int:
+        return device() if self.device is None else self.device
+
+    def _expect(self, index: int) -> None:
+        if self.place != index:
+            raise Fault(_fault(f"stream {self.ptr:#x} of device {self.place} is used on device {index}"))
+
     def __enter__(self) -> Stream:
-        _stack().append(self)
+        self._expect(device())
+        _stack(self.place).append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        _stack().pop()
+        _stack(self.place).pop()
 
-    def record(self, _: Any = None) -> Event:
+    def record(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        self._expect(event.device)
         with _lock:
-            return Event(dict(self.clock))
+            event.clock = dict(self.clock)
+        return event
 
     def wait_event(self, event: Event) -> None:
+        self._expect(device())
         with _lock:
             _merge(self.clock, event.clock)
 
     def synchronize(self) -> None:
-        self.record().synchronize()
+        with _lock:
+            _merge(_host, self.clock)
 
 
 _null = Stream(pointer=0)
 
 
-def _stack() -> list[Stream]:
-    if not hasattr(_local, "stack"):
-        _local.stack = []
-    stack: list[Stream] = _local.stack
+def _stack(index: int) -> list[Stream]:
+    if not hasattr(_local, "stacks"):
+        _local.stacks = {}
+    stack: list[Stream] = _local.stacks.setdefault(index, [])
     return stack
 
 
 def current() -> Stream:
-    return _stack()[-1] if _stack() else _null
+    stack = _stack(device())
+    return stack[-1] if stack else _null
 
 
 def root(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -107,9 +153,15 @@ def _memory(array: np.ndarray[Any, Any]) -> _Memory:
     owner = root(array)
     address = owner.__array_interface__["data"][0]
     if address not in _memories:
-        _memories[address] = _Memory(current().ptr)
+        _memories[address] = _Memory(current())
         weakref.finalize(owner, _free, address).atexit = False
     return _memories[address]
+
+
+def device_of(array: np.ndarray[Any, Any]) -> int:
+    """The device on which its memory was taken."""
+    with _lock:
+        return _memory(array).device
 
 
 def _fault(text: str) -> str:
@@ -155,6 +207,8 @@ def work(
             other, count = memory.wrote
             if other != by.ptr and by.clock.get(other, 0) < count:
                 wrong = f"stream {by.ptr:#x} uses what stream {other:#x} writes, and does not wait for it"
+            if memory.device != by.place:
+                wrong = f"stream {by.ptr:#x} of device {by.place} uses memory of device {memory.device}"
         for memory in written:
             for other, count in memory.read.items():
                 if other != by.ptr and by.clock.get(other, 0) < count:
@@ -169,9 +223,10 @@ def work(
 
 def queued(address: int, size: int, stream: int) -> None:
     """A copy into memory that is not NumPy's, by the stream with that pointer; see host_nvdec.py."""
+    by = _streams.get(stream, _null)
     with _lock:
-        _memories.setdefault(address, _Memory(stream))
-    work(stream=_streams.get(stream, _null), raw=[(address, size, True)])
+        _memories.setdefault(address, _Memory(by))
+    work(stream=by, raw=[(address, size, True)])
 
 
 def forget(address: int, size: int) -> None:

@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import cuda_streams
 import numpy as np
 import pytest
 from bounds import FLOAT32
 from cuda_on_host import host_cuda
+from cuda_streams import Fault
 
 from keyreel_kernels import cuda as module
 from keyreel_kernels import pictures
@@ -50,7 +52,7 @@ def test_a_launch_runs_and_defines_make_variants(cuda: Cuda, written: Callable[[
 
 
 def test_each_variant_is_compiled_once(written: Callable[[str], str]) -> None:
-    emulated, file = host_cuda(), written(HEAD + SUM)
+    emulated, file = host_cuda(1), written(HEAD + SUM)
     made: list[Any] = []
     plain = emulated.cupy.RawModule
 
@@ -137,6 +139,25 @@ def test_streams_are_put_in_step(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) ->
         done.clear()
         cuda.join()
         assert done == expected
+
+
+def test_the_emulation_finds_what_runs_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each new thread begins on device 0; CUDA answers cudaErrorInvalidResourceHandle."""
+    monkeypatch.setattr(cuda_streams, "faults", [])
+    emulated = host_cuda(1)
+    with emulated.scope():
+        there, event = emulated.to_device(np.zeros(3)), emulated.stream.record()
+    assert there.device.id == 1
+    for use in (
+        emulated.stream.record,
+        emulated.stream.__enter__,
+        lambda: emulated.stream.wait_event(event),
+        lambda: emulated.stream.record(cuda_streams.Event()),
+        lambda: there + there,
+    ):
+        with pytest.raises(Fault, match="of device 1"):
+            use()
+    assert len(cuda_streams.faults) == 5
 
 
 def test_nothing_leaves_by_itself(cuda: Cuda) -> None:

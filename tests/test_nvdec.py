@@ -514,10 +514,13 @@ def test_each_join_is_needed(
     """Without one of them, cuda_streams.py finds work of two streams that nothing orders."""
     if taken_out is not None:
         taken_out(host, monkeypatch)
-    callers, ops = host.cuda.cupy.cuda.Stream(), ops_on(host.cuda)
+    ops, here = ops_on(host.cuda), host.cuda.cupy.cuda.Device(host.cuda.index)
+    with here:
+        callers = host.cuda.cupy.cuda.Stream()
 
     def read() -> None:
-        with Source(media("natural/bikes.mp4")) as source, callers, suppress(cuda_streams.Fault, BackendUnavailable):
+        ends = suppress(cuda_streams.Fault, BackendUnavailable)
+        with Source(media("natural/bikes.mp4")) as source, here, callers, ends:
             for batch in host.open(source, Sampling("every", every=10), ops=ops, batch_size=4, strict=True):
                 (batch.data + batch.data).get()
 
