@@ -4,14 +4,17 @@ The emulation computes at once, so a missing join would never show. Instead each
 have in ThreadSanitizer: it knows how far the others had come when it last waited for them. A stream that uses what
 another one wrote, or writes what another one reads, without having waited for that, is a `Fault`. So is memory that is
 freed while a stream other than its own may still use it: CuPy's pool gives it to its own stream's next work at once.
+Freed memory is filled with 0xAB and lies idle for a while, so that an address of it that is used later is a `Fault`.
 A stream, an event or memory that is used while another device than its own is current is a `Fault` too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,13 +24,14 @@ Clock = dict[int, int]  # how many pieces of work of a stream, by its pointer
 
 
 class Fault(AssertionError):
-    """Work of two streams that nothing puts in order, or on another device than the current one."""
+    """Work of two streams that nothing puts in order, on another device than the current one, or on freed memory."""
 
 
 class _Memory:
-    """Of one allocation: who wrote it last and who has read it since."""
+    """One allocation: how many arrays refer to it, who wrote it last and who has read it since."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, address: int, size: int, stream: Stream, owner: np.ndarray[Any, Any] | None = None) -> None:
+        self.address, self.size, self.owner, self.holders = address, size, owner, 0
         self.stream, self.device = stream.ptr, stream.place
         self.wrote: tuple[int, int] = (stream.ptr, 0)
         self.read: Clock = {}
@@ -37,6 +41,8 @@ _lock = threading.RLock()
 _local = threading.local()
 _host: Clock = {}  # what the host has waited for
 _memories: dict[int, _Memory] = {}  # by address
+_freed: deque[_Memory] = deque()  # the last ones, which keep their addresses
+_FREED, _FREED_BYTES = 256, 64 << 20  # at most
 _streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
 _pointers = itertools.count(0x1000, 0x10)
 faults: list[str] = []  # also of work whose thread has no one to tell
@@ -150,12 +156,29 @@ def root(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _memory(array: np.ndarray[Any, Any]) -> _Memory:
+    return _memories[_address(root(array))]
+
+
+def _address(owner: np.ndarray[Any, Any]) -> int:
+    address: int = owner.__array_interface__["data"][0]
+    return address
+
+
+def hold(array: np.ndarray[Any, Any]) -> None:
+    """An array of the device begins: memory is taken with the first one that refers to it."""
     owner = root(array)
-    address = owner.__array_interface__["data"][0]
-    if address not in _memories:
-        _memories[address] = _Memory(current())
-        weakref.finalize(owner, _free, address).atexit = False
-    return _memories[address]
+    with _lock:
+        address = _address(owner)
+        _memories.setdefault(address, _Memory(address, owner.nbytes, current(), owner)).holders += 1
+
+
+def drop(array: np.ndarray[Any, Any]) -> None:
+    """An array of the device ends: memory is freed with the last one that refers to it."""
+    with _lock:
+        memory = _memory(array)
+        memory.holders -= 1
+        if not memory.holders:
+            _free(memory)
 
 
 def device_of(array: np.ndarray[Any, Any]) -> int:
@@ -169,15 +192,18 @@ def _fault(text: str) -> str:
     return text
 
 
-def _free(address: int) -> None:
-    with _lock:
-        memory = _memories.pop(address)
-        if (owner := _streams.get(memory.stream)) is None:
-            return
-        _merge(owner.clock, _host)
+def _free(memory: _Memory) -> None:
+    del _memories[memory.address]
+    if (own := _streams.get(memory.stream)) is not None:
+        _merge(own.clock, _host)
         for stream, count in (*memory.read.items(), memory.wrote):
-            if stream != memory.stream and owner.clock.get(stream, 0) < count:
+            if stream != memory.stream and own.clock.get(stream, 0) < count:
                 _fault(f"memory of stream {memory.stream:#x} is freed while stream {stream:#x} may use it")
+    if memory.owner is not None and memory.owner.flags.owndata:
+        ctypes.memset(memory.address, 0xAB, memory.size)
+    _freed.append(memory)
+    while len(_freed) > _FREED or sum(one.size for one in _freed) > _FREED_BYTES:
+        _freed.popleft()
 
 
 def work(
@@ -200,9 +226,12 @@ def work(
         _merge(by.clock, _host)
         now = by.clock[by.ptr] = by.clock.get(by.ptr, 0) + 1
         read, written = [_memory(one) for one in reads if one.nbytes], [_memory(one) for one in writes if one.nbytes]
+        wrong, everything = "", _memories.copy().values()  # a copy, since arrays may end at any time
         for address, size, write in raw:
-            (written if write else read).extend(m for at, m in _memories.items() if address <= at < address + size)
-        wrong = ""
+            found = [m for m in everything if m.address < address + size and address < m.address + m.size]
+            (written if write else read).extend(found)
+            if not found:
+                wrong = f"stream {by.ptr:#x} uses what lies at {address:#x}, which was freed or never taken"
         for memory in (*read, *written):
             other, count = memory.wrote
             if other != by.ptr and by.clock.get(other, 0) < count:
@@ -225,7 +254,7 @@ def queued(address: int, size: int, stream: int) -> None:
     """A copy into memory that is not NumPy's, by the stream with that pointer; see host_nvdec.py."""
     by = _streams.get(stream, _null)
     with _lock:
-        _memories.setdefault(address, _Memory(by))
+        _memories.setdefault(address, _Memory(address, size, by))
     work(stream=by, raw=[(address, size, True)])
 
 
