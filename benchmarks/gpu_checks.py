@@ -1,46 +1,47 @@
 """Checks of the kernels on a CUDA device that need no test runner, for sanitizers and profilers.
 
-python -m benchmarks.gpu_checks launches [OPERATION ...]   each kernel at its smallest shapes, against NumPy
+python -m benchmarks.gpu_checks launches [OPERATION ...]   each kernel at its smallest shapes, against NumPy; "teams":
+                                                           k-means by as many blocks as the device lets together
 python -m benchmarks.gpu_checks repeat [TIMES [FRAMES]]    k-means gives the same while pictures are made beside it
-python -m benchmarks.gpu_checks sweep                      k-means by blocks of a team: one JSON line each
+python -m benchmarks.gpu_checks profile                    k-means and pictures at the sizes of benchmarks.gpu
 """
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
-from keyreel_kernels import cuda_kmeans, ops_for
+from benchmarks import gpu, gpu_kmeans
+from keyreel_kernels import ops_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 
 def launches(*names: str) -> None:
-    from kernel_cases import NAMES, case
+    from kernel_cases import NAMES, case, check_cluster, some_problems
 
     ops = ops_for("cuda:0")
-    for name in names or NAMES:
-        case(ops.arrays, name)  # type: ignore[arg-type]
+    for name in names or (*NAMES, "teams"):
+        if name == "teams":  # of 8 and of 16 blocks, where the device has them
+            for frames in (600, 2100):
+                problems = some_problems(np.random.default_rng(0), [frames], 24, 8)
+                check_cluster(ops.arrays, *problems, penalty=0.5, margin=0.3, iterations=3)  # type: ignore[arg-type]
+        else:
+            case(ops.arrays, name)  # type: ignore[arg-type]
         print(name, flush=True)
-
-
-def _problem(frames: int, clusters: int = 32, width: int = 512) -> tuple[object, ...]:
-    from benchmarks.select import cloud
-
-    spans, count = np.array([[0, frames]]), np.array([clusters])
-    seeds = np.sort(np.random.default_rng(0).choice(frames, clusters, replace=False))[None]
-    return cloud(frames, width).astype(np.float16), np.ones(frames, np.float32), spans, count, seeds
 
 
 def repeat(times: str = "200", frames: str = "600") -> None:
     """The other lane launches on the decoding stream, as a decoder does, so that memory changes hands as it will."""
     ops, done = ops_for("cuda:0"), threading.Event()
-    x, w, *control = _problem(int(frames))
+    x, seeds = gpu_kmeans.problem(1, int(frames))
+    control = np.array([[0, int(frames)]]), np.array([gpu_kmeans.CLUSTERS]), seeds
     pictures = np.random.default_rng(1).integers(0, 256, (4, 90, 160, 3), np.uint8)
     size = {"height": 32, "width": 32, "mode": "shortest", "interpolation": "bicubic"}
 
@@ -54,7 +55,8 @@ def repeat(times: str = "200", frames: str = "600") -> None:
     beside.start()
     try:
         with ops.arrays.scope():
-            given, weights = ops.arrays.to_device(x), ops.arrays.to_device(w)
+            given = ops.arrays.to_device(x[0].astype(np.float16))
+            weights = ops.arrays.to_device(np.ones(int(frames), np.float32))
             first: list[bytes] = []
             for n in range(int(times)):
                 found = ops.cluster(given, weights, *control, penalty=0.1, margin=0.3, iterations=25)
@@ -68,24 +70,19 @@ def repeat(times: str = "200", frames: str = "600") -> None:
     print(f"the same {times} times")
 
 
-def sweep() -> None:
-    ops, own = ops_for("cuda:0"), cuda_kmeans.blocks
-    for frames in (600, 3000):
-        x, w, *control = _problem(frames)
-        with ops.arrays.scope():
-            given, weights = ops.arrays.to_device(x), ops.arrays.to_device(w)
-            for size in (1, 2, 4, 8):
-                cuda_kmeans.blocks = lambda *_, size=size: size
-                taken = []
-                for _ in range(6):  # the first compiles
-                    began = time.perf_counter()
-                    ops.cluster(given, weights, *control, penalty=0.1, margin=0.8, iterations=25)
-                    ops.arrays.synchronize()
-                    taken.append(time.perf_counter() - began)
-                row = {"case": "sweep", "frames": frames, "blocks": size, "ms": 1e3 * min(taken)}
-                print(json.dumps(row), flush=True)
-    cuda_kmeans.blocks = own
+def profile() -> None:
+    """Each is launched once or twice: a profiler runs a launch many times."""
+
+    def once(_: gpu.Bench, work: Callable[[], object]) -> gpu.Row:
+        work()
+        return {"ms_back_to_back": math.inf}
+
+    with mock.patch.object(gpu.Bench, "timed", once):
+        bench = gpu.Bench(0, quick=True, video=None, scratch=Path())
+        for videos, frames in gpu_kmeans.SHAPES:
+            print(gpu_kmeans.keyreel(bench, videos, frames, "float16", gpu_kmeans.PENALTY), flush=True)
+        print(gpu.surfaces(bench, **gpu.PICTURES))
 
 
 if __name__ == "__main__":
-    {"launches": launches, "repeat": repeat, "sweep": sweep}[sys.argv[1]](*sys.argv[2:])
+    {"launches": launches, "repeat": repeat, "profile": profile}[sys.argv[1]](*sys.argv[2:])

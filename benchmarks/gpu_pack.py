@@ -1,10 +1,9 @@
-"""Makes the folder that is brought to a GPU machine without a network, and checks its size.
+"""Makes the folder that is brought, with this checkout, to a GPU machine without a network, and checks their size.
 
     python -m benchmarks.gpu_pack FOLDER [--media DIR]
 
-It holds this checkout's tracked files, the small clips of the tests of NVDEC (the others skip), and wheels for Python
-3.12 of what such a machine lacks beside torch, CuPy, onnxruntime, pytest and hypothesis. PyNvVideoCodec is left with
-what it loads.
+It holds the small clips of the tests of NVDEC (the others skip), and wheels for Python 3.12 of what such a machine
+lacks beside torch, torchvision, CuPy, onnxruntime, pytest and hypothesis. PyNvVideoCodec is left with what it loads.
 """
 
 from __future__ import annotations
@@ -14,24 +13,19 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST_MIB = 60
+MOST_MIB = 60  # such machines take 64
 PYTHON = "3.12"
-# pillow 11: later wheels carry an AVIF encoder of 5 MB.
-WHEELS = (
-    *("av", "ftfy", "wcwidth", "jinja2", "markupsafe", "msgspec", "pathspec", "pillow==11.0.0", "safetensors"),
-    *("flash-kmeans", "PyNvVideoCodec==2.2.4"),
-)
+# Without what torch and torchvision need: Jinja2, Pillow.
+WHEELS = (*("av", "ftfy", "wcwidth", "msgspec", "pathspec", "flash-kmeans", "PyNvVideoCodec==2.2.4"),)
 _LOADED = re.compile(
     r"PyNvVideoCodec/(__init__\.py|decoders/.*|transcoder/.*|VersionCheck.*|PyNvVideoCodec_130.*"
     r"|libavformat\.so\.\d+|libavutil\.so\.\d+)|pynvvideocodec\./.*|.*\.dist-info/.*"
 )
 _CLIP, _CLIP_BYTES = "natural/bikes.mp4", 120_000  # the one that most tests read, and the most of another one
-_LEFT_OUT = ("benchmarks/results/", "engine/guide/", "export/", "tests/golden/")
 
 
 def trim(wheel: Path) -> None:
@@ -45,25 +39,22 @@ def trim(wheel: Path) -> None:
 
 
 def pack(folder: Path, media: Path) -> int:
-    """Fills an empty folder; returns its bytes."""
+    """Fills an empty folder; returns its bytes and those of the checkout's tracked files."""
     wheels = folder / "wheels"
     wheels.mkdir(parents=True)
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", wheels]
     subprocess.run([*pip, f"--python-version={PYTHON}", *WHEELS], check=True)
     for wheel in wheels.glob("[Pp]y[Nn]v*.whl"):
         trim(wheel)
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     clips = set(re.findall(r'"((?:format|broken)/\w[^"]+)"', (ROOT / "tests/test_nvdec.py").read_text("utf-8")))
-    with tarfile.open(folder / "keyreel.tar.xz", "w:xz") as tar:
-        for name in filter(None, tracked.split("\0")):
-            if not name.startswith(_LEFT_OUT):
-                tar.add(ROOT / name, f"keyreel/{name}")
-        for name in (_CLIP, *sorted(clips)):
-            clip = media / name
-            if clip.is_file() and (name == _CLIP or clip.stat().st_size <= _CLIP_BYTES):
-                tar.add(clip, f"shared/media/{name}")
-    shutil.copy(ROOT / "benchmarks" / "first_gpu_run.sh", folder)
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    for name in (_CLIP, *sorted(clips)):
+        clip, copy = media / name, folder / "media" / name
+        if clip.is_file() and (name == _CLIP or clip.stat().st_size <= _CLIP_BYTES):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(clip, copy)
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [*(ROOT / name for name in filter(None, tracked.split("\0"))), *folder.rglob("*")]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def main() -> int:
@@ -72,7 +63,7 @@ def main() -> int:
     parser.add_argument("--media", type=Path, default=ROOT.parent / "shared" / "media", help="folder of real clips")
     options = parser.parse_args()
     mib = pack(options.folder, options.media) / 2**20
-    print(f"{options.folder}: {mib:.1f} MiB of {MOST_MIB}")
+    print(f"{options.folder} and the checkout: {mib:.1f} MiB of {MOST_MIB}")
     return int(mib > MOST_MIB)
 
 

@@ -13,7 +13,7 @@ import statistics
 from typing import Any
 
 from benchmarks._common import ROOT, Medians, groups, number, rows, table
-from benchmarks.gpu import counted
+from benchmarks.gpu_kmeans import counted
 from benchmarks.machines import HOURS, IN_MEMORY, MODEL_WIDTH, fitted, modelled
 from keyreel.models.catalogue import CATALOGUE
 from keyreel.render.reel import ENCODERS

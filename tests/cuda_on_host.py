@@ -298,7 +298,7 @@ class HostedKernel:
         full_grid, full_block = ((*shape, 1, 1)[:3] for shape in (grid, block))
         together = self._module.cluster if self._name in self._module.clustered else 1
         if together > 8 and id(self) not in _ALLOWED:
-            raise RuntimeError("CUDA_ERROR_INVALID_CLUSTER_SIZE: more than eight blocks without asking for it")
+            raise DriverError("CUDA_ERROR_INVALID_CLUSTER_SIZE: more than eight blocks without asking for it")
         with _launching:
             error = self._entry(
                 (ctypes.c_uint * 3)(*full_grid),
@@ -335,9 +335,8 @@ class HostedModule:
 # --- the module ---------------------------------------------------------------------------------------------------
 
 
-def _set_attribute(function: int, attribute: int, value: int) -> None:
-    assert (attribute, value) == (14, 1), "CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED"
-    _ALLOWED.add(function)
+class DriverError(RuntimeError):
+    """CUDADriverError."""
 
 
 def _copy_memory(to: int, origin: int, count: int, kind: int, stream: int) -> None:
@@ -352,7 +351,19 @@ class HostedCupy:
     ndarray = HostedArray
     RawModule = HostedModule
 
-    def __init__(self, *, capability: tuple[int, int] = (9, 0), shared_bytes: int = 227 << 10, sms: int = 4) -> None:
+    def __init__(
+        self,
+        *,
+        capability: tuple[int, int] = (9, 0),
+        shared_bytes: int = 227 << 10,
+        sms: int = 4,
+        most_neighbours: int = 16,
+    ) -> None:
+        def set_attribute(function: int, attribute: int, value: int) -> None:
+            assert (attribute, value) == (14, 1), "CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED"
+            if most_neighbours > 8:
+                _ALLOWED.add(function)
+
         properties = {
             "name": b"emulated",
             "major": capability[0],
@@ -367,7 +378,7 @@ class HostedCupy:
             MemoryPool=lambda: SimpleNamespace(malloc=None, free_all_blocks=lambda: None),
             using_allocator=lambda _: nullcontext(),
             get_current_stream=cuda_streams.current,
-            driver=SimpleNamespace(funcSetAttribute=_set_attribute),
+            driver=SimpleNamespace(funcSetAttribute=set_attribute, CUDADriverError=DriverError),
             runtime=SimpleNamespace(
                 getDeviceCount=lambda: 1,
                 getDeviceProperties=lambda _: properties,
@@ -396,5 +407,5 @@ class HostedCupy:
 
 
 def host_cuda(index: int = 0, **device: Any) -> Cuda:
-    """A Cuda whose arrays and kernels are the CPU's. device: capability, shared_bytes, sms."""
+    """A Cuda whose arrays and kernels are the CPU's. device: capability, shared_bytes, sms, most_neighbours."""
     return Cuda(index, cupy=HostedCupy(**device))

@@ -210,21 +210,26 @@ def packed(frame: av.VideoFrame) -> np.ndarray[Any, Any]:
     return np.concatenate(planes(frame))
 
 
+class NotHere(Exception):
+    """There is nothing to test here."""
+
+
 @functools.cache
 def load() -> tuple[Any, Any, _Driver]:
     """The package, the stub and its driver.
 
     Raises:
-        ImportError: PyNvVideoCodec is not installed, or a driver is, with which the real one is tested.
+        NotHere: PyNvVideoCodec is not installed, or a driver is, with which the real one is tested.
+        ImportError: the package asks the driver for something that nvdec_stub.c lacks.
     """
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         spec = importlib.util.find_spec("PyNvVideoCodec")
     else:
-        raise ImportError("a CUDA driver is there")
+        raise NotHere("a CUDA driver is there")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("PyNvVideoCodec is not installed")
+        raise NotHere("PyNvVideoCodec is not installed")
     folder = Path(tempfile.mkdtemp(prefix="keyreel-nvdec-"))
     stub = folder / _STUB
     command = [os.environ.get("CC", "gcc"), "-std=c17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]

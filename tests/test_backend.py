@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_hints_install_from_where_keyreel_came(monkeypatch: pytest.MonkeyPatch, 
             return noted[-1]
 
     monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages" / "keyreel" / "errors.py"))
-    monkeypatch.setattr(errors.metadata, "distribution", lambda name: Installed())
+    monkeypatch.setattr(metadata, "distribution", lambda name: Installed())
     for text, wanted in (
         (None, "keyreel[serve]"),
         ('{"url": "file:///a%20b", "dir_info": {}}', "keyreel[serve] @ file:///a%20b"),

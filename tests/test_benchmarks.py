@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import SHARED
 
-from benchmarks import fuzz, gpu, gpu_checks, gpu_pack, select
+from benchmarks import fuzz, gpu, gpu_checks, gpu_kmeans, gpu_pack, select
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,8 +111,8 @@ def test_cases_of_the_gpu_script_on_the_emulated_device(cuda: Any) -> None:
 
     bench = gpu.Bench(0, quick=True, video=None, scratch=Path())
     bench.ops = ops_on(cuda)
-    row = gpu.keyreel(bench, 3, 40, "float32", 0.1, width=64, clusters=5)
-    x, _ = gpu.problem(3, 40, 64, 5)
+    row = gpu_kmeans.keyreel(bench, 3, 40, "float32", 0.1, width=64, clusters=5)
+    x, _ = gpu_kmeans.problem(3, 40, 64, 5)
     assert row["fit"] == pytest.approx(
         np.mean([select.objective(own, select.keyreel(own, 5)()) for own in x]), abs=0.03
     )
@@ -136,3 +141,69 @@ def test_the_checks_of_the_first_run(cuda: Any, monkeypatch: pytest.MonkeyPatch,
     gpu_pack.trim(wheel)
     with zipfile.ZipFile(wheel) as packed:
         assert {name: packed.read(name) for name in packed.namelist()} == {kept: b"x" * 9}
+
+
+def first_run(run: str, folder: Path, *before: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """Rehearses it with the packages of this Python; the exit code of each step."""
+    (folder / "brought").mkdir()
+    path = os.pathsep.join([*map(str, before), str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["bash", "benchmarks/first_gpu_run.sh", run, str(folder / "out"), str(folder / "brought")]
+    environment = {**os.environ, "PATH": path, "KEYREEL_REHEARSE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    steps = map(json.loads, (folder / "out" / "steps.jsonl").read_text("utf-8").splitlines())
+    return done, {step["step"]: step["exit"] for step in steps}
+
+
+def numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        for one in value.values():
+            yield from numbers(one)
+    elif isinstance(value, (int, float)):
+        yield value
+
+
+def test_the_first_run_measures_speed(tmp_path: Path) -> None:
+    done, steps = first_run("speed", tmp_path)
+    log = (tmp_path / "out" / "speed.log").read_text("utf-8")
+    assert (done.returncode, set(steps.values())) == (0, {0}), log
+    assert list(steps) == ["rows", "decode", "flash-kmeans", "sweep", "profile"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "gpu.jsonl").read_text("utf-8").splitlines()]
+    rows = [row for row in rows if row["name"] != "machine"]
+    found = {row["name"]: row for row in rows}
+    assert len(found) == len(rows)
+    counts = {"copy": 1, "barrier": 1, "k-means": 4 * 2 + 1 + 2, "pictures": 1, "NVDEC": 1, "summary": 2, "sweep": 2}
+    assert Counter(re.split("[ ,]", name)[0] for name in found) == counts
+    for row in rows:
+        # flash-kmeans has no form for a CPU.
+        assert row["status"] == ("missing" if "flash" in row["name"] else "ok"), row
+        assert all(math.isfinite(one) and one >= 0 for one in numbers(row)), row
+    assert found["NVDEC alone"]["frames_missing"] == 0
+    assert found["summary, every frame"]["frames"] == 20
+    assert found["summary, every frame"]["bytes_to_host"] < found["summary, every frame"]["bytes_of_pictures"]
+    assert [found[f"sweep 1 x 70: {team} blocks"]["blocks"] for team in (1, 2)] == [1, 2]
+    assert set(found["barrier"]["us_by_blocks"]) == {"1", "2"}
+    assert log.count("times_the_frames") >= 2 + 2 * 10  # what a profiler sees was run
+
+
+def test_a_step_of_the_first_run_that_fails_or_hangs_stops_no_other(tmp_path: Path) -> None:
+    tools, real = tmp_path / "tools", shutil.which("timeout")
+    tools.mkdir()
+    for name, text in (
+        ("timeout", f'shift 3; exec {real} 1 "$@"'),
+        ("python3", 'case "$*" in *copy*) exit 3 ;; *NVDEC*) sleep 60 ;; *) echo ran ;; esac'),
+    ):
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n", "utf-8")
+        (tools / name).chmod(0o755)
+    done, steps = first_run("speed", tmp_path, tools)
+    assert steps == {"rows": 3, "decode": 124, "flash-kmeans": 0, "sweep": 0, "profile": 0}
+    assert done.returncode == 1
+    assert "speed: 2 steps failed" in done.stdout
+    log = (tmp_path / "out" / "speed.log").read_text("utf-8").splitlines()
+    assert log == ["=== rows", "=== decode", "=== flash-kmeans", "ran", "=== sweep", "ran", "=== profile", "ran"]
+
+
+def test_the_steps_of_a_first_run_fit_in_the_time_that_it_has() -> None:
+    text = (ROOT / "benchmarks/first_gpu_run.sh").read_text("utf-8")
+    for run in text.split('if [ "$run" = correctness ]')[1].split("\nelse\n"):
+        limits = [(name, int(seconds)) for name, seconds in re.findall(r"^ +step (\S+) (\d+) ", run, re.MULTILINE)]
+        assert sum(seconds * (3 if name == "$tool" else 1) for name, seconds in limits) == 330

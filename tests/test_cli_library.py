@@ -305,8 +305,7 @@ def test_a_library_asks_for_its_own_model(library: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(keyreel.Engine, "from_pretrained", from_pretrained)
     run("search", "a dog", "--library", tmp_path / "none", code=1)
     run("search", "a dog", "--library", library, "--model", "mine", code=1)
-    stats = keyreel.Library(library).stats()
-    monkeypatch.setattr(keyreel.Library, "stats", lambda _: dataclasses.replace(stats, model="own"))
+    monkeypatch.setattr(keyreel.Library, "model", "own")
     run("index", "a.mp4", "--library", library, code=1)
     assert asked == ["builtin", "mine", "own"]
 

@@ -21,6 +21,7 @@ from keyreel.errors import BackendUnavailable, ModelNotFound, RenderError, Sourc
 from keyreel.render.modes import planned_reel
 from keyreel.render.thumbnails import tile, tile_times
 from keyreel.runtime.bundle import SubjectScale
+from keyreel.runtime.sessions import Session
 from keyreel.search import frame_scores, region
 
 
@@ -208,6 +209,30 @@ def test_a_closed_engine(clip: Path) -> None:
         engine.summarize(clip)
     with pytest.raises(ValueError, match="closed"):
         engine.encode_text("a")
+
+
+def test_each_tower_is_loaded_when_it_is_needed(engine: Engine) -> None:
+    opened: list[str] = []
+
+    def open_session(path: Path) -> Session:
+        opened.append(path.stem)
+        return engine.backend.open_session(path)
+
+    backend = dataclasses.replace(engine.backend, open_session=open_session)
+    frames, images = np.zeros((1, 40, 40, 3), np.uint8), ["backbone", "attention", "fusion"]
+    with Engine(engine.bundle, backend, images=False) as fresh, ThreadPoolExecutor(2) as pool:
+        assert opened == []
+        np.testing.assert_array_equal(fresh.encode_text("a"), engine.encode_text("a"))
+        assert opened == ["text"]
+        for found in pool.map(fresh.embed, [frames] * 4):
+            np.testing.assert_array_equal(found, engine.embed(frames))
+        fresh.encode_text("b")
+        assert opened == ["text", *images]
+    opened.clear()
+    with Engine(engine.bundle, backend) as fresh:
+        assert opened == images
+        fresh.warmup()
+        assert opened == [*images, "text"]
 
 
 def test_options_reach_every_stage(engine: Engine, clip: Path) -> None:

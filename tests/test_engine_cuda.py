@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,17 @@ from hosted_session import HostedSession
 from test_nvdec import host_module
 
 import keyreel
+from benchmarks.gpu import Copied
 from keyreel.config import EncodeConfig, Sampling, SelectConfig
 from keyreel.decode import nvdec_pool
 from keyreel.decode.nvdec import pool_of
 from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
+from keyreel.errors import BackendUnavailable, MissingExtra
 from keyreel.runtime import backend
-from keyreel.runtime.backend import Backend, resolve
+from keyreel.runtime.backend import Backend, open_cuda_session
 from keyreel.runtime.bundle import Bundle
+from keyreel.runtime.sessions import OnnxRuntimeSession
 from keyreel.types import FrameBatch
 from keyreel_kernels.cuda import Cuda
 from keyreel_kernels.ops import ops_on
@@ -60,14 +65,23 @@ class Uploaded:
         return FrameBatch(self._cuda.to_device(batch.data), batch.pts_seconds, batch.frame_index)
 
 
+def opener(cuda: Cuda) -> Callable[[Path], Any]:
+    """Opens graphs for the device; where no runtime for CUDA is installed, the CPU runs them, with copies."""
+    if isinstance(cuda.cupy, HostedCupy):
+        return HostedSession
+    opens = partial(open_cuda_session, cuda=cuda, batch_size=16)
+    try:
+        opens(Bundle.find("builtin").file("text.onnx")).close()
+    except (BackendUnavailable, MissingExtra):
+        return lambda path: Copied(OnnxRuntimeSession(path, threads=0), cuda)
+    return opens
+
+
 def backend_on(cuda: Cuda, batch_size: int = 16) -> Backend:
     def stream(source: Source, sampling: Sampling, *, aside: Any = None, **how: Any) -> Any:
         return Uploaded(FrameStream(source, sampling, **how), cuda)
 
-    if isinstance(cuda.cupy, HostedCupy):
-        return Backend("cuda:0", "emulated", ops_on(cuda), HostedSession, stream, batch_size)
-    found = resolve("cuda:0")
-    return Backend("cuda:0", "test", ops_on(cuda), found.open_session, stream, batch_size)
+    return Backend("cuda:0", "test", ops_on(cuda), opener(cuda), stream, batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +150,10 @@ def test_from_packets_to_summary(
     cuda: Cuda, reference: keyreel.Engine, media: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The backend as it is made for a device, with NVDEC or its stub."""
-    ops = ops_on(cuda)
     if isinstance(cuda.cupy, HostedCupy):
         module = host_module()
         monkeypatch.setattr(nvdec_pool, "import_module", lambda _: module)
-        monkeypatch.setattr(backend, "open_cuda_session", lambda path, cuda, batch_size: HostedSession(path))
-    made = backend._cuda(ops, "test", strict=True)
+    made = replace(backend._cuda(ops_on(cuda), "test", strict=True), open_session=opener(cuda))
     want = reference.summarize(media(CLIP))
     with keyreel.Engine(Bundle.find("builtin"), made) as engine:
         got = engine.summarize(media(CLIP))

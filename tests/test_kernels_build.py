@@ -23,12 +23,12 @@ from typing import Any
 import pytest
 
 from keyreel_kernels.cuda import FOLDER, STANDARD, Defines, source_of
-from keyreel_kernels.cuda_kmeans import THREADS
+from keyreel_kernels.cuda_kmeans import _layout
 
 pytestmark = pytest.mark.full
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 VARIANTS: list[tuple[str, Defines]] = [
-    *((file, (("CLUSTER", n), ("THREADS", THREADS))) for file in ("kmeans.cu", "kmeans_seed.cu") for n in (1, 2, 4, 8, 16)),
+    *((file, _layout(blocks)) for file in ("kmeans.cu", "kmeans_seed.cu") for blocks in (1, 2, 4, 8, 16)),
     *((file, ()) for file in ("pictures.cu", "shift.cu")),
 ]
 _ENTRY = re.compile(r'(?:extern\s+"C"\s+__global__\s+void|KR_CLUSTER_KERNEL)\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)')

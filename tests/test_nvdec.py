@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from av.video.reformatter import ColorRange
 from cuda_on_host import HostedCupy
-from host_nvdec import HostDecoder, HostNvdec, packed
+from host_nvdec import HostDecoder, HostNvdec, NotHere, packed
 from numpy.typing import NDArray
 from test_decode import render
 
@@ -120,7 +120,7 @@ def real_module() -> Any:
 def host_module(**caps: int) -> HostNvdec:
     try:
         return HostNvdec(**caps)
-    except ImportError as error:
+    except NotHere as error:
         pytest.skip(str(error))
 
 

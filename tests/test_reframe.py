@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -19,12 +20,23 @@ from keyreel.config import OutputConfig, Sampling, aspect_ratio
 from keyreel.decode.source import Source
 from keyreel.render import reframe
 from keyreel.render.documents import SummaryDocument, schema_of
-from keyreel.render.pictures import attended_area
-from keyreel.render.reframe import ACCELERATION, BINS, EASE, SPEED, STEP_SECONDS, TRAVEL, Camera, plan_camera
+from keyreel.render.modes import reel_camera
+from keyreel.render.pictures import attended_area, pictures_at
+from keyreel.render.reframe import (
+    ACCELERATION,
+    BINS,
+    EASE,
+    SPEED,
+    STEP_SECONDS,
+    TRAVEL,
+    WHOLE,
+    Camera,
+    plan_camera,
+    within_bars,
+)
 from keyreel.render.save import save_summary
-from keyreel.types import F32, F64, I64, Shot, VideoInfo
-
-WHOLE = (0.0, 0.0, 1.0, 1.0)
+from keyreel.render.thumbnails import tile_transform
+from keyreel.types import F32, F64, I64, U8, Shot, VideoInfo
 
 
 def blobs(centres: list[float], grid: tuple[int, int] = (7, 7), floor: float = 0.01) -> F32:
@@ -267,3 +279,94 @@ def test_each_clip_has_its_own_takes(media, tmp_path: Path) -> None:
     assert [take for own in takes for take in own] == reel["reframe"]["takes"]
     for own, span in zip(takes, reel["spans"], strict=True):
         assert (own[0]["start_seconds"], own[-1]["stop_seconds"]) == (span["start_seconds"], span["stop_seconds"])
+
+
+def padded(pictures: U8, lines: tuple[int, int, int, int]) -> U8:
+    """Pictures [N, H, W, 3] with black bars of so many lines: left, top, right, bottom."""
+    left, top, right, bottom = lines
+    return np.pad(pictures, ((0, 0), (top, bottom), (left, right), (0, 0)))
+
+
+def small_pictures(path: Path, stop: float, step: float) -> U8:
+    with Source(path) as source:
+        small = tile_transform(*source.probe().display_size)
+        return np.stack([one for _, one in pictures_at(source, np.arange(0.0, stop, step).tolist(), small)])
+
+
+@pytest.mark.parametrize("name", ["bikes", "bottle-detection", "car-detection", "flower", "stream-of-water", "test"])
+def test_a_dark_scene_has_no_bars(media, name: str) -> None:
+    own = small_pictures(media(f"natural/{name}.mp4"), 3.0, 0.5)
+    darker = [np.clip(own.astype(int) - by, 0, 255).astype(np.uint8) for by in (40, 80, 120, 160)]
+    y, x = (np.linspace(-1, 1, side)[:, None] for side in own.shape[1:3])
+    stage = (own * np.clip(1.2 - np.hypot(y, x.T), 0, 1)[..., None]).astype(np.uint8)  # lit in the middle only
+    for found in (own, *darker, own // 20, stage):
+        assert within_bars(found) == WHOLE
+    for lines in ((0, 12, 0, 0), (0, 12, 0, 20)):  # such as a black sky
+        assert within_bars(padded(own, lines)) == WHOLE
+
+
+@pytest.mark.parametrize("lines", [(0, 12, 0, 12), (20, 0, 20, 0), (80, 0, 81, 0), (9, 6, 10, 7), (0, 30, 0, 30)])
+@pytest.mark.parametrize("name", ["bikes", "car-detection", "flower"])
+def test_bars_are_found(media, name: str, lines: tuple[int, int, int, int]) -> None:
+    own = small_pictures(media(f"natural/{name}.mp4"), 3.0, 0.5)
+    made = padded(own, lines)
+    height, width = made.shape[1:3]
+    left, top, right, bottom = (n + 1 if n else 0 for n in lines)
+    wanted = left / width, top / height, (width - left - right) / width, (height - top - bottom) / height
+    faded = np.concatenate([made // 10, made // 10, made, made[:2] * 0])
+    for found in (made, np.maximum(made, 4), faded):
+        assert within_bars(found) == pytest.approx(wanted)
+    assert within_bars(made[:2]) == WHOLE  # too few to tell
+    titled = made.copy()
+    titled[3, -4:-2, -4:-2] = 200  # something is in the bar
+    assert within_bars(titled) == WHOLE
+
+
+def test_real_bars_are_found(media) -> None:
+    """A film of 4:3 in 640 x 360; its edges, measured in whole frames, are at 72 and 568."""
+    own = small_pictures(media("natural/chaplin.mp4"), 9.0, 1.0)
+    x, y, width, height = within_bars(own)
+    assert (y, height) == (0, 1)
+    assert 72 < x * 640 <= 72 + 2 * 4
+    assert 568 - 2 * 4 <= (x + width) * 640 < 568
+
+
+def test_a_camera_keeps_within_the_bars() -> None:
+    """As if the video had no bars."""
+    walk = blobs(np.linspace(0.15, 0.85, 12).tolist())
+    inside, shots = (0.1, 0.25, 0.8, 0.5), [Shot(0, 6)]
+    plain = camera_of(walk, size=(540, 1536))
+    area = (0.1, 0.25, 0.9, 0.75)  # of the maps, which cover what is within the bars
+    pts = np.arange(12) / 2
+    barred = plan_camera(
+        walk, (7, 7), pts, area=area, size=(1080, 1920), shots=shots, spans=shots, aspect="9:16", inside=inside
+    )
+    assert [take.mode for take in barred.takes] == [take.mode for take in plain.takes] == ["path"]
+    for seconds in np.linspace(0, 5.9, 30):
+        x, y, width, height = plain.region(seconds)
+        wanted = 0.1 + 0.8 * x, 0.25 + 0.5 * y, 0.8 * width, 0.5 * height
+        assert barred.region(seconds) == pytest.approx(wanted, abs=0.01)
+    assert barred.sizes(1080, 1920, 1080) == ((540, 304), (1080, 1920))
+
+
+def test_a_reel_of_a_letterboxed_clip_shows_no_bars(engine: Engine, media, tmp_path: Path) -> None:
+    own = np.stack(pictures(media("natural/bikes.mp4"))[:75])
+    made = padded(own, (0, 44, 0, 44))
+    write_clip(tmp_path / "wide.mp4", [n / 25 for n in range(75)], size=made.shape[1:3], sound=None, colours=made)
+    summary = engine.summarize(tmp_path / "wide.mp4")
+    bare = dataclasses.replace(summary, thumbnails={})
+    with Source(tmp_path / "wide.mp4") as source:
+        config = OutputConfig(aspect="9:16")
+        cameras = [reel_camera(one, source, config, summary.shots) for one in (summary, bare)]
+    for camera in cameras:
+        assert camera is not None
+        x, y, width, height = camera.inside
+        assert (x, width) == (0, 1)
+        assert 44 <= y * 360 <= 44 + 2 * 4
+        assert 316 - 2 * 4 <= (y + height) * 360 <= 316
+    for mode in ("follow", "fit"):
+        summary.render_reel(tmp_path / f"{mode}.mp4", seconds=2, aspect="9:16", reframe=mode)
+        shown = np.stack(pictures(tmp_path / f"{mode}.mp4"))
+        assert shown.shape[2] / shown.shape[1] == pytest.approx(9 / 16, abs=0.01)
+        assert 254 <= shown.shape[1] <= 272  # lines of the picture itself
+        assert shown.max(axis=(0, 2, 3)).min() > 80  # no line is black all along

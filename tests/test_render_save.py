@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -182,6 +184,76 @@ def test_a_failed_rename_puts_the_old_folder_back(
         save_summary(summary, source, out, QUICK)
     assert contents(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# A process that saves as the parent does, and kills itself before rename number N or when it deletes.
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from test_render_save import FORCE, Source, make_summary, save_summary
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def count(*names, rename=os.rename, left=[int(sys.argv[3])]):
+    left[0] -= 1
+    kill() if left[0] == 0 else rename(*names)
+
+os.rename, shutil.rmtree = count, kill
+with Source(Path(sys.argv[1])) as source:
+    save_summary(make_summary(source, keyframes=2), source, Path(sys.argv[2]), FORCE)
+"""
+
+
+@pytest.mark.parametrize("rename", [1, 2, 3, 4, 5])
+def test_a_kill_while_a_folder_is_replaced_loses_nothing(
+    summary: Summary, source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture, rename: int
+) -> None:
+    """The renames: the folder away, the new one in its place, the user's file into it, the old one to be deleted."""
+    out = tmp_path / "out"
+    save_summary(summary, source, out, QUICK)
+    (out / "letter.txt").write_text("dear")
+    before = contents(out)
+    words = [sys.executable, "-c", KILLED, str(source.path), str(out), str(rename)]
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert out.exists() == (rename != 2)
+    with pytest.raises(RenderError, match=r"also letter\.txt"):  # refused, but what was there is back
+        save_summary(summary, source, out, QUICK)
+    assert ("the earlier content is back" in caplog.text) == (rename == 2)
+    if rename <= 2:
+        assert contents(out) == before
+    else:  # the killed run had put its own two key-frames in place
+        assert (out / "letter.txt").read_text() == "dear"
+        assert len(list((out / "keyframes").iterdir())) == 2
+    save_summary(summary, source, out, FORCE)
+    assert {path.name for path in out.iterdir()} == {*ALWAYS, "letter.txt"}
+    assert len(list((out / "keyframes").iterdir())) == 3
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".part"] == ["out"]
+
+
+def test_what_came_after_a_kill_is_kept_too(summary: Summary, source: Source, tmp_path: Path) -> None:
+    """The folder that a killed run has moved away, and one that the user has made meanwhile."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    save_summary(summary, source, out, QUICK)
+    (out / "letter.txt").write_text("dear")
+    old = tmp_path / f".keyreel-0-{save._mark(out)}.old"
+    out.rename(old)
+    save_summary(summary, source, other, QUICK)
+    before = contents(old)
+    out.mkdir()
+    (out / "letter.txt").write_text("another")
+    for _ in range(2):
+        with pytest.raises(RenderError, match=rf"is in {old} and cannot go back(.|\n)*Hint: move away"):
+            save_summary(summary, source, out, FORCE)
+        assert contents(old) == before
+        assert (out / "letter.txt").read_text() == "another"
+        (out / "summary.json").write_bytes((other / "summary.json").read_bytes())
+    (out / "letter.txt").rename(tmp_path / "mine.txt")
+    save_summary(summary, source, out, FORCE)
+    assert (out / "letter.txt").read_text() == "dear"
+    assert not old.exists()
 
 
 def test_a_missing_package_is_found_before_the_work(

@@ -96,6 +96,33 @@ def test_the_cpu_session(graph: str) -> None:
         session.run(given)
 
 
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_a_small_batch_of_frames_runs_in_the_shape_of_a_large_one(
+    asked: list[Any], graph: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device each change of shape plans all convolutions again. Texts are not filled up."""
+    cuda, rows = host_cuda(), list[int]()
+    bound = HostProvider(Bundle.find("builtin").file(graph), cuda)
+    given = sample_feeds(signature(bound._session))
+    bind = onnxruntime.IOBinding.bind_input
+
+    def noted(self: Any, name: str, device: str, index: int, dtype: Any, shape: Any, pointer: int) -> None:
+        rows.extend(shape[:1])
+        bind(self, name, device, index, dtype, shape, pointer)
+
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_input", noted)
+    whole = {name: np.repeat(array, 3, 0)[:7] if array.ndim else array for name, array in given.items()}
+    frames = any(array.ndim > 2 for array in whole.values())
+    for count, shape in ((2, 2), (7, 7), (3, 7 if frames else 3), (7, 7), (1, 7 if frames else 1)):
+        rows.clear()
+        feeds = {name: array[-count:] if array.ndim else array for name, array in whole.items()}
+        expected = bound._session.run(None, feeds)
+        found = bound.run({name: cuda.to_device(array) for name, array in feeds.items()})
+        assert set(rows) == {shape}
+        for array, wanted in zip(found.values(), expected, strict=True):
+            np.testing.assert_allclose(cuda.to_host(array), wanted, atol=1e-6)
+
+
 def test_threads_share_a_bound_session(asked: list[Any]) -> None:
     cuda = host_cuda()
     session = HostProvider(FUSION, cuda)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -441,6 +442,8 @@ def test_the_export_command_builds_plans_for_the_device_at_hand(
 def test_the_device_computes_what_the_cpu_does(
     cuda: Cuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, graph: str
 ) -> None:
+    if find_spec("tensorrt") is None and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("neither TensorRT nor onnxruntime for CUDA is installed")
     monkeypatch.setenv("KEYREEL_CACHE", str(tmp_path))
     session, reference = open_cuda_session(builtin(graph), cuda, batch_size=8), OnnxRuntimeSession(builtin(graph))
     feeds = sample_feeds(signature(reference._session))

@@ -18,7 +18,7 @@ from keyreel.runtime.words import misspellings, sound, stems, words_of
 def encoder() -> TextEncoder:
     bundle = Bundle.find("builtin")
     backend = resolve("cpu", threads=1)
-    return TextEncoder(bundle, backend.open_session(bundle.file("text.onnx")), backend.ops.arrays)
+    return TextEncoder(bundle, backend)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class VideoActions:
             shots=summary.shots,
             mode=output.reel_mode,
             height=output.reel_height,
-            camera=reel_camera(summary, output, plan.spans),
+            camera=reel_camera(summary, source, output, plan.spans),
         ).spans
 
     def search(self, summary: Summary, query: Query | Combined, k: int) -> Hits[SearchHit]:

@@ -63,42 +63,46 @@ class Engine:
             summary.save("out")
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, images: bool = True) -> None:
         if bundle.precision not in backend.precisions:
             hint = f"export it with --precision {backend.precisions[0]}, or use another device"
             where = f"{backend.device} ({backend.reason})"
             raise ModelError(f"{bundle.name} is in {bundle.precision}, which {where} does not run", hint=hint)
-        self.bundle = bundle
-        self.backend = backend
-        self._encoder: Encoder | None = Encoder(bundle, backend)
+        self.bundle, self.backend = bundle, backend
+        self._encoder: Encoder | None = None
         self._text: TextEncoder | None = None
         self._chances: Chances | None = None
-        self._lock = threading.Lock()
+        self._closed = False
+        self._image_lock, self._text_lock = threading.Lock(), threading.Lock()
+        if images:
+            self._images()
 
     @classmethod
     def from_pretrained(
-        cls, model: str | os.PathLike[str] = BUILTIN, *, device: str = "auto", threads: int | None = None
+        cls,
+        model: str | os.PathLike[str] = BUILTIN,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        images: bool = True,
     ) -> Engine:
-        """Loads a model onto a device.
-
-        With TensorRT it builds the plans that the cache lacks, which may take minutes.
+        """Loads a model onto a device. With TensorRT it builds missing plans, which may take minutes.
 
         Args:
             model: "builtin"; the name of an installed or exported model, such as "ViT-B-32/laion2b_s34b_b79k"; or the
                 folder of a bundle.
             device: "auto", "cpu" or "cuda:N". An explicit device never falls back.
             threads: threads inside one operator; by default the runtime chooses.
+            images: load the image tower now. If False, only when it is needed: a search by text does without it.
 
         Raises:
             ModelError: the model is not found or damaged.
             BackendUnavailable: the device does not work.
             MissingExtra: no runtime is installed.
         """
-        began = time.perf_counter()
         bundle = Bundle.find(model)
-        engine = cls(bundle, resolve(device, threads=threads, precision=bundle.precision))
-        _log.info("model %s, loaded in %.2f s", bundle.name, time.perf_counter() - began)
-        _log.info("device %s: %s", engine.backend.device, engine.backend.reason)
+        engine = cls(bundle, resolve(device, threads=threads, precision=bundle.precision), images=images)
+        _log.info("device %s: %s; model %s", engine.backend.device, engine.backend.reason, bundle.name)
         return engine
 
     def __enter__(self) -> Engine:
@@ -109,18 +113,16 @@ class Engine:
 
     def close(self) -> None:
         """Frees the model. Idempotent. Wait for running calls first."""
-        with self._lock, self.backend.ops.arrays.scope():
-            if self._encoder is not None:
-                self._encoder.close()
-            if self._text is not None:
-                self._text.close()
+        with self._image_lock, self._text_lock, self.backend.ops.arrays.scope():
+            self._closed = True
+            for tower in (self._encoder, self._text):
+                if tower is not None:
+                    tower.close()
             self._encoder = self._text = None
             self.backend.release()
 
     def warmup(self) -> None:
-        """Does the slow work of the first calls now: opens the text tower, compiles kernels, records CUDA graphs.
-
-        `from_pretrained` has already loaded the image tower and built missing plans.
+        """Does the slow work of the first calls now: opens both towers, compiles kernels, records CUDA graphs.
 
         Raises:
             ModelError: a TensorRT plan cannot be built, or gives other values than the graph.
@@ -129,9 +131,10 @@ class Engine:
         numbers = np.arange(size)
         grey = np.full((size, image.height, image.width, 3), 128, np.uint8)
         batch = FrameBatch(grey, numbers.astype(np.float64), numbers)
+        images = self._images()
         for _ in range(2):  # the first run of a plan is recorded, the second replays it
             with self.backend.running():
-                found = self._images.encode([batch], EncodeConfig())
+                found = images.encode([batch], EncodeConfig())
                 self._select(found, SelectConfig(), float(size), ())
         self.encode_text("a")
         self.chances()
@@ -151,7 +154,8 @@ class Engine:
     ) -> Stream:
         """Decodes frames. Returns an iterator of FrameBatch: close it, or use it in a `with`.
 
-        On a CUDA device `FrameBatch.data` is a CuPy array; other libraries read it through DLPack.
+        On a CUDA device `FrameBatch.data` is a CuPy array; other libraries read it through DLPack. It is ready on the
+        stream that was current when it was taken. Keep it until your work on it is done: memory is used again at once.
 
         Args:
             sampling: which frames; by default two a second.
@@ -179,7 +183,7 @@ class Engine:
         data: Any = frames.data if isinstance(frames, FrameBatch) else frames
         if not hasattr(data, "__dlpack__"):
             raise TypeError(f"frames must be a FrameBatch or an array with __dlpack__, got {type(frames).__name__}")
-        arrays = self.backend.ops.arrays
+        arrays, images = self.backend.ops.arrays, self._images()
         on_device = not on_host(data)
         arrays.join()
         with self.backend.running():
@@ -192,7 +196,7 @@ class Engine:
             parts = (slice(start, start + size) for start in range(0, len(data), size))
             fit, image = self.backend.ops.transform, dataclasses.asdict(self.bundle.image)
             batches = (FrameBatch(fit(data[p], **image), count[p].astype(np.float64), count[p]) for p in parts)
-            found = self._images.encode(batches, EncodeConfig(subject=False))  # waits: its end copies to the CPU
+            found = images.encode(batches, EncodeConfig(subject=False))  # waits: its end copies to the CPU
         vectors: F32 = found.vectors if on_device else found.embedding.vectors
         return vectors
 
@@ -210,13 +214,13 @@ class Engine:
             SourceError: the video cannot be decoded.
         """
         source, sampling, encode = _as_source(video), sampling or Sampling(), encode or EncodeConfig()
-        image = self.bundle.image
+        image, images = self.bundle.image, self._images()
         with (
             self.backend.running(),
             self.frames(source, sampling, transform=image, batch_size=encode.batch_size) as stream,
         ):
             batches = _with_progress(stream, progress, source, sampling)
-            return self._images.encode(batches, encode).embedding
+            return images.encode(batches, encode).embedding
 
     @span("keyreel.encode_text")
     def encode_text(self, texts: str | Sequence[str]) -> F32:
@@ -296,7 +300,6 @@ class Engine:
             Cancelled: `cancel` returned True.
             ValueError, TypeError: wrong or contradicting arguments.
         """
-        began = time.perf_counter()
         for name, value, kind in (
             ("sampling", sampling, Sampling),
             ("encode", encode, EncodeConfig),
@@ -321,6 +324,8 @@ class Engine:
             raise TypeError("this video is a Source, which has its own limits")
         source = video if isinstance(video, Source) else Source(video, limits=limits or DecodeLimits())
         _log.debug("%s: %s, %s, %s", source.name, sampling, encode, select)
+        images = self._images()
+        began = time.perf_counter()
 
         def checkpoint() -> None:
             if cancel is not None and cancel():
@@ -336,7 +341,7 @@ class Engine:
             self.backend.open_stream(source, sampling, transform=image, batch_size=size, aside=aside) as stream,
         ):
             batches = _with_progress(distinct(stream), progress, source, sampling, checkpoint)
-            encoded = self._images.encode(batches, encode)
+            encoded = images.encode(batches, encode)
             warnings, decode_seconds = stream.warnings, stream.decode_seconds
             duration = info.duration_seconds if stream.end_seconds is None else stream.end_seconds
         embedding = encoded.embedding
@@ -369,7 +374,7 @@ class Engine:
                 "sampling": dataclasses.asdict(sampling),
                 "encode": {
                     **dataclasses.asdict(encode),
-                    "shift": self._images.shift_mode(encode),
+                    "shift": images.shift_mode(encode),
                 },
                 "select": dataclasses.asdict(select),
                 "image": dataclasses.asdict(self.bundle.image),
@@ -413,21 +418,22 @@ class Engine:
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _texts(self) -> TextEncoder:
-        with self._lock:
-            if self._encoder is None:
-                raise ValueError("the engine is closed")
-            if self._text is None:  # loaded on first use: key-frames alone need no text tower
-                self._text = TextEncoder(
-                    self.bundle, self.backend.open_session(self.bundle.file("text.onnx")), self.backend.ops.arrays
-                )
+        with self._text_lock:
+            self._check_open()
+            if self._text is None:
+                self._text = TextEncoder(self.bundle, self.backend)
             return self._text
 
-    @property
     def _images(self) -> Encoder:
-        encoder = self._encoder
-        if encoder is None:
+        with self._image_lock:
+            self._check_open()
+            if self._encoder is None:
+                self._encoder = Encoder(self.bundle, self.backend)
+            return self._encoder
+
+    def _check_open(self) -> None:
+        if self._closed:
             raise ValueError("the engine is closed")
-        return encoder
 
     def _select(
         self, encoded: Encoded, config: SelectConfig, duration_seconds: float, shots: Sequence[Shot]

@@ -33,7 +33,6 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -168,6 +167,8 @@ def pip_install(extra: str) -> str:
     checkout = Path(__file__).parents[2]
     if (checkout / "pyproject.toml").is_file():  # editable, or not installed at all
         return f"pip install -e {shlex.quote(f'{checkout}[{extra}]')}"
+    from importlib import metadata  # slow to import, and rarely needed
+
     with contextlib.suppress(metadata.PackageNotFoundError):
         if noted := metadata.distribution("keyreel").read_text("direct_url.json"):
             origin = json.loads(noted)

@@ -6,8 +6,10 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pathspec
+if TYPE_CHECKING:
+    import pathspec
 
 # fmt: off
 SUFFIXES = frozenset((
@@ -108,6 +110,8 @@ def _rules_of(folder: Path) -> list[tuple[Path, pathspec.GitIgnoreSpec]]:
         lines = (folder / IGNORE_FILE).read_text("utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return []
+    import pathspec  # slow to import, and few folders have such a file
+
     return [(folder, pathspec.GitIgnoreSpec.from_lines(lines))]
 
 

@@ -23,8 +23,8 @@ FOLDER = Path(__file__).parent
 STANDARD = "-std=c++17"
 # A kernel must ask for more dynamic shared memory than this.
 _DEFAULT_SHARED_BYTES = 48 << 10
-# A kernel must be allowed more blocks in a cluster than this; CUfunction_attribute of the driver's cuda.h.
-_MOST_PORTABLE = 8
+# A kernel must be allowed more blocks in a thread-block cluster than all devices have. In the driver's cuda.h.
+_MOST_PORTABLE, _MOST = 8, 16
 _NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
 
 Defines: TypeAlias = tuple[tuple[str, int], ...]
@@ -45,6 +45,10 @@ def source_of(file: str) -> str:
         if found := re.fullmatch(r'#include "(\w+\.cuh)"', line):
             lines[number] = f'{text(found[1])}\n#line {number + 1} "{file}"'
     return "\n".join([text("device.cuh"), *lines])
+
+
+class TooManyNeighbours(Exception):
+    """The device has no room for a cluster of so many blocks: `Cuda.most_neighbours` is lower now."""
 
 
 class Cuda:
@@ -79,6 +83,8 @@ class Cuda:
         self.capability: tuple[int, int] = (int(found["major"]), int(found["minor"]))
         self.multiprocessors = int(found["multiProcessorCount"])
         self.shared_bytes = int(found["sharedMemPerBlockOptin"])
+        most = _MOST if self.multiprocessors >= _MOST else _MOST_PORTABLE
+        self.most_neighbours = most if self.capability >= (9, 0) else 1  # blocks of a cluster
         self.pool = cuda.MemoryPool()
 
     def __repr__(self) -> str:
@@ -168,16 +174,25 @@ class Cuda:
 
         Raises:
             ValueError: more shared memory than a block can have, or an empty grid.
+            TooManyNeighbours: more blocks in a cluster (CLUSTER) than the device has room for.
         """
         if shared > self.shared_bytes:
             raise ValueError(f"{name} asks for {shared} bytes of shared memory, {self.name} has {self.shared_bytes}")
         if not all(grid) or not all(block):
             raise ValueError(f"{name}: a grid of {tuple(grid)} blocks of {tuple(block)} threads is empty")
-        kernel = self._kernel(file, name, defines, max(shared, _DEFAULT_SHARED_BYTES))
-        with self.scope():
-            kernel(tuple(grid), tuple(block), tuple(args), shared_mem=shared)
+        many = dict(defines).get("CLUSTER", 1) > _MOST_PORTABLE
+        try:
+            kernel = self._kernel(file, name, defines, max(shared, _DEFAULT_SHARED_BYTES), many=many)
+            with self.scope():
+                kernel(tuple(grid), tuple(block), tuple(args), shared_mem=shared)
+        except self.cupy.cuda.driver.CUDADriverError as error:
+            if not many:
+                raise
+            # Some architectures have no more, and a part of a device (MIG) may lack neighbours.
+            self.most_neighbours = _MOST_PORTABLE
+            raise TooManyNeighbours from error
 
-    def _kernel(self, file: str, name: str, defines: Defines, shared: int) -> Any:
+    def _kernel(self, file: str, name: str, defines: Defines, shared: int, *, many: bool) -> Any:
         """The compiled kernel, allowed at least `shared` bytes of dynamic shared memory."""
         with self._compiling, self.cupy.cuda.Device(self.index):
             if (file, defines) not in self._modules:
@@ -186,7 +201,7 @@ class Cuda:
             key = (file, defines, name)
             if key not in self._kernels:
                 self._kernels[key] = self._modules[file, defines].get_function(name), _DEFAULT_SHARED_BYTES
-                if dict(defines).get("CLUSTER", 1) > _MOST_PORTABLE:
+                if many:
                     pointer = self._kernels[key][0].kernel.ptr
                     self.cupy.cuda.driver.funcSetAttribute(pointer, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
             kernel, allowed = self._kernels[key]

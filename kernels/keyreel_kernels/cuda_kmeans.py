@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keyreel_kernels.clustering import Clusters, check_seeds, label_starts
-from keyreel_kernels.cuda import Cuda, Defines
+from keyreel_kernels.cuda import Cuda, Defines, TooManyNeighbours
 
 Array: TypeAlias = Any
 I64: TypeAlias = NDArray[np.int64]
@@ -35,8 +35,8 @@ _MOST_TILE = 32
 _RECORD_BYTES = 1024
 _MOST_LEAD = 32
 _MOST_ROWS = 512
-# Products of pairs of centroids and sums that all teams together may keep in device memory: 1 GiB of float64.
-_MOST_PAIRS = 1 << 27
+# What all teams together may keep in device memory of products of pairs of centroids and sums, 56 bytes for each two.
+_MOST_PAIR_BYTES = 1 << 30
 # Shared memory that reductions over a block take.
 _SUM_BYTES = 512
 
@@ -94,7 +94,7 @@ def plan(cuda: Cuda, kind: int, width: int, most: int, lengths: I64) -> Plan:
     # More columns at a time, where there is room.
     while stage and 4 * stage // most < padded // size * 16 and fixed + stage + capacity * row <= cuda.shared_bytes:
         fixed, stage = fixed + stage, 2 * stage
-    teams = max(1, min(len(lengths), cuda.multiprocessors // size, _MOST_PAIRS // (size * 4 * most * most)))
+    teams = max(1, min(len(lengths), cuda.multiprocessors // size, _MOST_PAIR_BYTES // (size * 56 * most * most)))
     return Plan(size, teams, capacity, tile, work, stage, sums, picks, -(-(fixed + capacity * row) // 16) * 16)
 
 
@@ -140,10 +140,7 @@ def bytes_a_round(plan: Plan, kind: int, width: int, k: int, frames: int, penalt
 
 def blocks(cuda: Cuda, number: int, longest: int, whole: int) -> int:
     """Blocks of a team for `number` problems of up to `longest` frames; a block holds `whole` frames."""
-    sizes: tuple[int, ...] = (1, 2, 4, 8) if cuda.capability >= (9, 0) else (1,)
-    # Only these architectures have 16, and a part of such a device (MIG) may lack the room for 16 neighbours.
-    if cuda.capability in ((9, 0), (10, 0), (10, 3)) and cuda.multiprocessors >= 100:
-        sizes = (*sizes, 16)
+    sizes = [n for n in (1, 2, 4, 8, 16) if n <= cuda.most_neighbours]
     size = next((n for n in sizes if -(-longest // n) <= whole), sizes[-1])
     # What every block reads of the others grows with their number: 16 must be worth it.
     while (
@@ -222,7 +219,10 @@ def cluster(
         *(np.float64(penalty), np.float64(margin)),
     )
     grid, defines = (layout.teams * team,), _layout(team)
-    cuda.launch("kmeans.cu", "kmeans", grid, (THREADS,), args, shared=layout.shared, defines=defines)
+    try:
+        cuda.launch("kmeans.cu", "kmeans", grid, (THREADS,), args, shared=layout.shared, defines=defines)
+    except TooManyNeighbours:
+        return cluster(cuda, x, w, spans, k, seeds, penalty=penalty, margin=margin, iterations=iterations)
     return found
 
 
@@ -284,7 +284,10 @@ def seed(cuda: Cuda, x: Array, w: Array, offsets: I64, count: int) -> tuple[Arra
     wide = width % 8 == 0 and x.data.ptr % 16 == 0
     numbers = map(np.int32, (videos, count, width, kind, wide, sums.shape[1], staged))
     args, shared = (x, w, starts, sums, *scratch, rows, gaps, *numbers), shared if staged else fixed
-    cuda.launch("kmeans_seed.cu", "seed", grid, (THREADS,), args, shared=shared, defines=_layout(size))
+    try:
+        cuda.launch("kmeans_seed.cu", "seed", grid, (THREADS,), args, shared=shared, defines=_layout(size))
+    except TooManyNeighbours:
+        return seed(cuda, x, w, offsets, count)
     return rows, gaps
 
 

@@ -28,11 +28,13 @@ CLUSTER = ClusterConfig()  # defaults
 
 
 @contextlib.contextmanager
-def open_library(uri: str, model: str | None, device: str, config: LibraryConfig | None = None) -> Iterator[Library]:
-    """Opens a library with an engine; by default with its own model."""
+def open_library(
+    uri: str, model: str | None, device: str, config: LibraryConfig | None = None, *, images: bool = True
+) -> Iterator[Library]:
+    """Opens a library with an engine; by default with its own model. For `images` see `Engine.from_pretrained`."""
     model = model or model_of(uri)
     with (
-        keyreel.Engine.from_pretrained(model, device=device) as engine,
+        keyreel.Engine.from_pretrained(model, device=device, images=images) as engine,
         keyreel.Library(uri, engine, config=config) as library,
     ):
         yield library
@@ -41,7 +43,7 @@ def open_library(uri: str, model: str | None, device: str, config: LibraryConfig
 def model_of(uri: str) -> str:
     """The name of a library's model; the built-in one if there is no library."""
     with keyreel.Library(uri) as library:
-        return library.stats().model if library.exists() else "builtin"
+        return library.model if library.exists() else "builtin"
 
 
 def list_videos(

@@ -158,11 +158,14 @@ def verify(
 
 def ensure(name: str | None, *, yes: bool, quiet: bool = False) -> None:
     """Installs a missing model of the catalogue if the user allows it, else raises an error with the command."""
-    from keyreel.errors import ModelError
     from keyreel.models import catalogue
+
+    if name is None or (weights := catalogue.find(name)) is None:
+        return
+    from keyreel.errors import ModelError
     from keyreel.models.install import installed
 
-    if name is None or (weights := catalogue.find(name)) is None or name in installed():
+    if name in installed():
         return
     if not yes:
         size = f"{weights.size_bytes / 1e6:,.0f} MB, licence: {weights.licence}"

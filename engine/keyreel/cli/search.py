@@ -135,7 +135,7 @@ def search(
         query = keyreel.Combined(_library_query(text, image, like), **conditions)
         bare = like is not None and not (also or without)  # it needs no model
         ensure(model, yes=yes, quiet=quiet)
-        with keyreel.Library(library) if bare else open_library(library, model, device) as searched:
+        with keyreel.Library(library) if bare else open_library(library, model, device, images=False) as searched:
             found = _search_library(searched, query, k, where, videos=whole, pictures=pictures)
     else:
         options.reject(context, _OF_LIBRARY, "works with --library only")

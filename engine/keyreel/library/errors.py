@@ -1,7 +1,8 @@
-"""Translates LanceDB's errors to LibraryError."""
+"""The errors of a library; translates LanceDB's to them."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,12 @@ def cut_short(uri: str) -> Full:
     """The error for incomplete files that LanceDB committed nevertheless."""
     hint = "free disk space, or raise the limit on the size of files"
     return Full(f"the library {uri} cannot be written: a write was cut short", hint=hint)
+
+
+def unknown_video(video: str | os.PathLike[str]) -> LibraryError:
+    """The error for a video that the library does not have."""
+    hint = "`keyreel library list` shows all; give a path, an id or a pattern for the whole path"
+    return LibraryError(f"no video of the library matches {os.fspath(video)!r}", hint=hint)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from keyreel.errors import Damaged, LibraryError, ModelNotFound
 from keyreel.library import upkeep
 from keyreel.library.asked import asked
 from keyreel.library.contents import frame_of
-from keyreel.library.errors import REPAIR, Outdated
+from keyreel.library.errors import REPAIR, Outdated, unknown_video
 from keyreel.library.export import export_parquet
 from keyreel.library.files import Catalog, FileState, is_gone, names_of
 from keyreel.library.indexing import Indexer
@@ -109,6 +109,11 @@ class Library:
     def exists(self) -> bool:
         """Whether the library exists; the first `add` creates it."""
         return self._tables.exists()
+
+    @property
+    def model(self) -> str:
+        """The name of the model that made the vectors."""
+        return self._tables.model()[0]
 
     def close(self) -> None:
         """Closes the tables and frees vectors and pictures in memory. The engine stays open. Idempotent."""
@@ -225,7 +230,7 @@ class Library:
         for video in given:
             chosen = catalog.fitting(os.fspath(video))
             if not chosen:
-                raise _unknown(video)
+                raise unknown_video(video)
             found |= {record.id: record for record in chosen}
         self._tables.drop(list(found))
         return sorted(found.values(), key=lambda record: record.path)
@@ -303,7 +308,7 @@ class Library:
         given = os.fspath(video)
         record = next(iter(self._tables.records([given])), None) or Catalog(self._tables.records()).find(given)
         if record is None:
-            raise _unknown(video)
+            raise unknown_video(video)
         return record
 
     def preview(self, video: str | os.PathLike[str], seconds: float, *, decode: bool = True) -> bytes:
@@ -493,8 +498,3 @@ class Library:
             lambda video: self.record(video).id,
             lambda example: self._search().vector(example),
         )
-
-
-def _unknown(video: str | os.PathLike[str]) -> LibraryError:
-    hint = "`keyreel library list` shows all; give a path, an id or a pattern for the whole path"
-    return LibraryError(f"no video of the library matches {os.fspath(video)!r}", hint=hint)

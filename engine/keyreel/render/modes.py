@@ -14,12 +14,15 @@ from keyreel.config import OutputConfig, ReelMode
 from keyreel.decode.source import Source
 from keyreel.errors import RenderError
 from keyreel.render.copy import CONTAINERS, NotCopyable, plan_copy, write_copy
-from keyreel.render.pictures import attended_area
+from keyreel.render.pictures import attended_area, pictures_at
 from keyreel.render.plan import SNAP_SECONDS, ReelPlan, interest_of, plan_reel
 from keyreel.render.reel import HEIGHT, write_reel
-from keyreel.render.reframe import Camera, plan_camera, window_of
+from keyreel.render.reframe import Camera, plan_camera, window_of, within_bars
 from keyreel.render.sound import SoundReader, quietest
+from keyreel.render.thumbnails import tile_transform
 from keyreel.types import F32, F64, Progress, Shot, Summary
+
+BAR_PICTURES = 12  # at most, to find black bars in if the analysis kept no thumbnails
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +72,16 @@ def planned_reel(summary: Summary, source: Source, config: OutputConfig, query_s
     return ReelPlan(spans, plan.reason)
 
 
-def reel_camera(summary: Summary, config: OutputConfig, spans: Sequence[Shot]) -> Camera | None:
+def reel_camera(summary: Summary, source: Source, config: OutputConfig, spans: Sequence[Shot]) -> Camera | None:
     """Plans the camera of a reel of another shape; None for whole frames. See `reframe.plan_camera`."""
     if config.aspect is None or not _has_another_shape(summary, config):
         return None
-    embedding = summary.embedding
+    embedding, pictures = summary.embedding, [*summary.thumbnails.values()]
+    if not pictures:
+        some = np.linspace(0, len(embedding) - 1, BAR_PICTURES).round().astype(int)
+        times = np.unique(embedding.pts_seconds[some]).tolist()
+        small = tile_transform(*summary.video.display_size)
+        pictures = [picture for _, picture in pictures_at(source, times, small)]
     return plan_camera(
         embedding.attention,
         embedding.grid,
@@ -84,6 +92,7 @@ def reel_camera(summary: Summary, config: OutputConfig, spans: Sequence[Shot]) -
         spans=sorted(spans, key=lambda span: span.start_seconds),
         aspect=config.aspect,
         mode=config.reframe,
+        inside=within_bars(pictures),
     )
 
 

@@ -1,8 +1,9 @@
 """Plans a virtual camera: the part of each frame that a reel of another shape shows.
 
-The window is the largest one of the wanted shape that fits into the frame, so it moves along one side of the frame
-only. That side has BINS bins; the place of a window is its first bin. A subject map, summed across that side, is a
-density m[t, u] over the bins u. Each take, the part of a span in one shot, is planned independently:
+The window is the largest one of the wanted shape that fits into the frame, or into the part of it within black bars.
+So it moves along one side only. That side has BINS bins; the place of a window is its first bin. A subject map, summed
+across that side, is a density m[t, u] over the bins u. Each take, the part of a span in one shot, is planned
+independently:
 
 fixed: one place for the whole take: of those that hold the most of the map, up to GAIN, the one with the least cost.
 path: if moving holds more, by more than GAIN. The places p_t, one each STEP_SECONDS, with the least cost
@@ -39,8 +40,13 @@ TRAVEL, EASE = 0.6, 0.6  # cost of a move by one side, and of a change of speed 
 GAIN = 0.05  # share of the map that justifies a path, or a less central place
 FLAT = 0.3  # of what a window cannot hold of an even map: one that is closer to it, in total variation, has no subject
 RIVAL, AWAY = 0.5, 0.25  # a place AWAY windows off with RIVAL times the window's mass is a second subject
+BLACK, LIT = 16, 40  # 0..255; the lines of a bar are at most BLACK, the pictures beside it mostly above LIT
+LIT_SHARE = 0.25  # of the pictures that must show where a bar ends: the others may be dark
+UNEVEN = 2  # lines by which two opposite bars may differ
+LEAST_PICTURES, LEAST_PART = 3, 0.25  # to find bars in; of a side that is within them
 BLUR_EDGE = 48  # pixels, long side of the picture that is blurred
 
+WHOLE: Region = (0.0, 0.0, 1.0, 1.0)
 TakeMode: TypeAlias = Literal["fixed", "path", "fit"]
 
 
@@ -80,17 +86,18 @@ class Camera:
     aspect: str
     window: tuple[float, float]  # width and height, as fractions of the frame's
     takes: tuple[Take, ...]  # in time order
+    inside: Region = WHOLE  # the part of the frame within black bars
 
     def region(self, seconds: float) -> Region | None:
-        """The part of the frame to show at a time; None for the whole frame before blurred sides."""
+        """The part of the frame to show at a time; None for all within the bars, before blurred sides."""
         starts = [take.start_seconds for take in self.takes]
         take = self.takes[max(bisect_right(starts, seconds + 1e-6) - 1, 0)]
         return None if take.mode == "fit" else self.region_of(take, seconds)
 
     def region_of(self, take: Take, seconds: float) -> Region:
         """The part of the frame that a take (fixed or path) shows at a time."""
-        along, (width, height) = take.along(seconds), self.window
-        return along * (1 - width), along * (1 - height), width, height
+        along, (width, height), (x, y, wide, high) = take.along(seconds), self.window, self.inside
+        return x + along * (wide - width), y + along * (high - height), width, height
 
     def sizes(self, height: int, width: int, most: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Returns ((height, width) of the reel, both even; size of the whole frames to cut it from).
@@ -110,7 +117,11 @@ class Camera:
             frame: [H, W, 3] uint8, the whole picture. size: (h, w), see `sizes`.
         """
         region = self.region(seconds)
-        return blurred_sides(frame, size) if region is None else cut_out(frame, region, size)
+        if region is not None:
+            return cut_out(frame, region, size)
+        x, y, wide, high = self.inside
+        shown = round(high * frame.shape[0]), round(wide * frame.shape[1])
+        return blurred_sides(cut_out(frame, (x, y, wide, high), shown), size)
 
 
 def cut_out(frame: U8, region: Region, size: tuple[int, int]) -> U8:
@@ -135,7 +146,41 @@ def blurred_sides(frame: U8, size: tuple[int, int]) -> U8:
     return made
 
 
-def window_of(height: int, width: int, aspect: str) -> tuple[float, float]:
+def within_bars(pictures: Sequence[U8]) -> Region:
+    """Finds the part of a video's frames within black bars, as fractions; all of them if there are no bars.
+
+    A bar is black in all pictures, ends at a straight edge, and has one as thick on the other side. So a dark scene, or
+    somebody on a black stage, is not taken for one.
+
+    Args:
+        pictures: of one size [H, W, 3], from all over the video. A line more than the bar's is cut off, which may be
+            half black in a picture that was scaled down.
+    """
+    if len(pictures) < LEAST_PICTURES:
+        return WHOLE
+    light = np.stack(pictures).max(axis=3)  # [N, H, W]
+    top, bottom = _bars(light)
+    left, right = _bars(light[:, top : light.shape[1] - bottom].swapaxes(1, 2))
+    height, width = light.shape[1:]
+    return left / width, top / height, 1 - (left + right) / width, 1 - (top + bottom) / height
+
+
+def _bars(light: U8) -> tuple[int, int]:
+    """The lines to cut off at both ends of the first side of pictures [N, side, other side]; 0, 0 without bars."""
+    lines = light.shape[1]
+    lit = np.flatnonzero(light.max(axis=(0, 2)) > BLACK)
+    if not len(lit):
+        return 0, 0
+    first, last = int(lit[0]), lines - 1 - int(lit[-1])
+    if min(first, last) < 1 or abs(first - last) > UNEVEN or first + last + 2 > (1 - LEAST_PART) * lines:
+        return 0, 0
+    beside = np.median(light[:, [first + 1, lines - last - 2]], axis=2)  # the lines at the edges may be half black
+    if np.quantile(beside, 1 - LIT_SHARE, axis=0).min() <= LIT:
+        return 0, 0
+    return first + 1, last + 1
+
+
+def window_of(height: float, width: float, aspect: str) -> tuple[float, float]:
     """(width, height) of the largest window of a shape in a frame, as fractions of the frame's."""
     ratio = aspect_ratio(aspect) * height / width
     return min(1.0, ratio), min(1.0, 1 / ratio)
@@ -152,6 +197,7 @@ def plan_camera(
     spans: Sequence[Shot],
     aspect: str,
     mode: ReframeMode = "follow",
+    inside: Region = WHOLE,
 ) -> Camera:
     """Plans the camera of a reel.
 
@@ -162,10 +208,13 @@ def plan_camera(
         size: (height, width) of the frames in pixels.
         shots, spans: in time order; the spans are the reel's.
         aspect: "9:16", see `OutputConfig.aspect`.
+        inside: the part of the frame to show, see `within_bars`.
     """
-    window = window_of(*size, aspect)
+    x, y, wide, high = inside
+    window = window_of(size[0] * high, size[1] * wide, aspect)
     moves = 0 if window[0] < window[1] else 1
-    density = density_of(maps, grid, area, axis=moves)
+    within = (area[0] - x) / wide, (area[1] - y) / high, (area[2] - x) / wide, (area[3] - y) / high
+    density = density_of(maps, grid, within, axis=moves)
     # Rounded down: the window's range in bins is then no smaller than in the frame, and the bounds hold there too.
     width = max(1, int(window[moves] * BINS + 1e-9))
     takes = []
@@ -175,10 +224,10 @@ def plan_camera(
             continue
         count = max(1, math.ceil((stop - start) / STEP_SECONDS - 1e-9)) + 2
         times = start + (np.arange(count) - 0.5) * STEP_SECONDS
-        inside = np.clip(times, start, stop)
-        chosen, reason, places = decide(_between(density[rows], pts_seconds[rows], inside), width)
+        shown = np.clip(times, start, stop)
+        chosen, reason, places = decide(_between(density[rows], pts_seconds[rows], shown), width)
         takes.append(Take(start, stop, chosen, reason, tuple((places / max(1, BINS - width)).tolist())))
-    return Camera(aspect, window, tuple(takes))
+    return Camera(aspect, (window[0] * wide, window[1] * high), tuple(takes), inside)
 
 
 def _pieces(

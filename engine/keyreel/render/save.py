@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -28,6 +30,7 @@ from keyreel.render.storyboard import link_to, picture_edge, storyboard_page
 from keyreel.render.thumbnails import chapters, sprite, tile, tile_times, webvtt
 from keyreel.types import F32, Progress, Summary
 
+_log = logging.getLogger(__name__)
 REPLACE = "replace keyreel's own files in it: --overwrite (overwrite=True)"
 OURS = {"summary.json", "scenes.vtt", "keyframes", "contact.jpg", "storyboard.html"}
 OURS |= {"reel.mp4", "reel.mkv", "reel.otio", "reel.edl", "thumbs.vtt", "thumbs.jpg", "scenes.csv"}
@@ -50,7 +53,7 @@ def save_summary(
 
     It replaces an empty folder, or one that holds only an earlier summary of the same video; with `overwrite` any
     folder, but keeps its other files. After an error or Ctrl-C the target has not changed, and nothing half-written is
-    left.
+    left. If a kill left the target's earlier content under a hidden name, this puts it back first.
 
     Args:
         summary: what to write.
@@ -66,11 +69,12 @@ def save_summary(
         SourceError: the video cannot be read again.
     """
     target = folder.resolve()
-    _check_replaceable(target, source, summary.video.path, overwrite=config.overwrite)
-    if config.otio or config.edl or config.markers:  # before the work, not after it
-        import_otio(edl=config.edl or config.markers == "edl", fcpxml=config.markers == "fcpxml")
     made = hidden(target)
     try:
+        _recover(target)
+        _check_replaceable(target, source, summary.video.path, overwrite=config.overwrite)
+        if config.otio or config.edl or config.markers:  # before the work, not after it
+            import_otio(edl=config.edl or config.markers == "edl", fcpxml=config.markers == "fcpxml")
         target.parent.mkdir(parents=True, exist_ok=True)
         made.mkdir()
         _write_all(summary, source, made, target, config, query_scores, progress)
@@ -100,7 +104,7 @@ def _write_all(
     camera: Camera | None = None
     if config.reel or config.otio or config.edl:
         plan = planned_reel(summary, source, config, query_scores)
-        camera = reel_camera(summary, config, plan.spans)
+        camera = reel_camera(summary, source, config, plan.spans)
         reframed = UNSET if camera is None else ReframeEntry.of(camera)
         reel = ReelEntry(None, plan.spans, None, plan.reason or "not asked for", reframed)
     if config.reel and reel is not None and reel.spans:
@@ -249,7 +253,7 @@ def _swap(made: Path, target: Path) -> None:
     if not target.exists():
         os.rename(made, target)
         return
-    old = made.with_suffix(".old")
+    old = made.with_name(f"{made.stem}-{_mark(target)}.old")
     try:
         os.rename(target, old)
         os.rename(made, target)
@@ -257,7 +261,39 @@ def _swap(made: Path, target: Path) -> None:
         if old.exists() and not target.exists():
             os.rename(old, target)
         raise
+    _clear(old, target)
+
+
+def _clear(old: Path, target: Path) -> None:
+    """Moves the files that are not ours from the old folder to the new one, and deletes the rest."""
     for entry in old.iterdir():
         if entry.name not in OURS:
+            if os.path.lexists(target / entry.name):
+                raise _left(old, target, f"there is a new {entry.name}")
             os.rename(entry, target / entry.name)
-    shutil.rmtree(old, ignore_errors=True)
+    gone = hidden(target)  # from here on a kill leaves nothing that would be put back
+    os.rename(old, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    """Ends a swap that a kill has interrupted: the old folder goes back, or away if the new one is in place."""
+    for old in target.parent.glob(f".keyreel-*-{_mark(target)}.old"):
+        if (target / "summary.json").exists():
+            _clear(old, target)
+            continue
+        try:
+            os.rename(old, target)
+        except OSError as error:
+            raise _left(old, target, str(error)) from error
+        _log.warning("%s: a run was killed while it replaced this folder; the earlier content is back", target)
+
+
+def _mark(target: Path) -> str:
+    """The part of an old folder's name that tells whose it is; the target's name itself may be too long."""
+    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]
+
+
+def _left(old: Path, target: Path, why: str) -> RenderError:
+    what = f"{target}: a run was killed; the earlier content is in {old} and cannot go back: {why}"
+    return RenderError(what, hint=f"move away what is in {target}, and run this again")

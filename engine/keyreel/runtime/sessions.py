@@ -76,7 +76,11 @@ class OnnxRuntimeSession:
 
 
 class OnnxRuntimeCudaSession:
-    """A graph on onnxruntime's CUDA provider, on the device's stream. Arrays are CuPy arrays and stay on the device."""
+    """A graph on onnxruntime's CUDA provider, on the device's stream. Arrays are CuPy arrays and stay on the device.
+
+    A convolution is planned anew, for milliseconds, whenever the number of rows changes (microsoft/onnxruntime#23006).
+    So frames are filled up to the most rows that came before: a video's last batch is as large as the others.
+    """
 
     _provider, _device = "CUDAExecutionProvider", "cuda"
 
@@ -87,8 +91,7 @@ class OnnxRuntimeCudaSession:
         settings = {
             "device_id": str(cuda.index),
             "user_compute_stream": str(cuda.stream.ptr),
-            # The default tries every algorithm, again for each new number of rows, such as each video's last batch.
-            "cudnn_conv_algo_search": "HEURISTIC",
+            "cudnn_conv_algo_search": "HEURISTIC",  # the default tries every algorithm at each plan
         }
         probe, hint = "onnxruntime on cuda", _reinstall("gpu")
         try:
@@ -108,6 +111,7 @@ class OnnxRuntimeCudaSession:
             raise BackendUnavailable(message, probe=probe, hint=hint)
         self._cuda = cuda
         self._lock = threading.Lock()
+        self._most = 0  # rows of frames
         # The stream keeps the order: onnxruntime need not wait at the end of a run.
         self._options = runtime.RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -129,7 +133,13 @@ class OnnxRuntimeCudaSession:
             # `ascontiguousarray` would make a scalar a vector.
             arrays = {name: cuda.cupy.ascontiguousarray(a) if a.ndim else a for name, a in arrays.items()}
             rows = max((len(array) for array in arrays.values() if array.ndim), default=0)
-            found = {name: cuda.cupy.empty((rows, *dims), np.float32) for name, dims in self._dims.items()}
+            size = rows
+            if rows and any(array.ndim > 2 for array in arrays.values()):  # not token ids
+                size = self._most = max(rows, self._most)
+            if size > rows:
+                more = {n: cuda.cupy.repeat(a[-1:], size - rows, axis=0) for n, a in arrays.items() if a.ndim}
+                arrays |= {name: cuda.cupy.concatenate([arrays[name], rest]) for name, rest in more.items()}
+            found = {name: cuda.cupy.empty((size, *dims), np.float32) for name, dims in self._dims.items()}
             binding = session.io_binding()
             try:
                 for bind, bound in ((binding.bind_input, arrays), (binding.bind_output, found)):
@@ -139,7 +149,7 @@ class OnnxRuntimeCudaSession:
                     session.run_with_iobinding(binding, self._options)
             except Exception as error:  # onnxruntime's own errors have no common public base
                 raise _refused(arrays, error) from error
-            return found
+            return {name: array[:rows] for name, array in found.items()}
 
     def close(self) -> None:
         """Frees the graph, after all work on the stream is done. Idempotent."""

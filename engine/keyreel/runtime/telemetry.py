@@ -1,4 +1,4 @@
-"""Spans and histograms with opentelemetry-api, if installed.
+"""Spans and histograms with opentelemetry-api, in an application that has imported it.
 
 The application chooses the exporter; the API alone does nothing.
 """
@@ -6,6 +6,7 @@ The application chooses the exporter; the API alone does nothing.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,8 +33,9 @@ def record_stages(seconds: Mapping[str, float]) -> None:
         histogram.record(spent, {"stage": stage})
 
 
-@functools.cache
 def _api() -> Any:
+    if sys.modules.get("opentelemetry") is None:  # no exporter is set up, and the import takes time
+        return None
     try:
         import opentelemetry.metrics
         import opentelemetry.trace

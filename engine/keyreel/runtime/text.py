@@ -14,11 +14,10 @@ import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
 from keyreel.errors import ModelError
+from keyreel.runtime.backend import Backend
 from keyreel.runtime.bundle import Bundle
-from keyreel.runtime.sessions import Session
 from keyreel.runtime.words import SILENT, misspellings, sound, stems, words_of
 from keyreel.types import F32, I64
-from keyreel_kernels.arrays import Arrays
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -141,8 +140,8 @@ class Tokenizer:
 class TextEncoder:
     """Encodes texts in the space of the frame vectors."""
 
-    def __init__(self, bundle: Bundle, session: Session, arrays: Arrays) -> None:
-        self._session, self._arrays = session, arrays
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self._session, self._arrays = backend.open_session(bundle.file("text.onnx")), backend.ops.arrays
         self._width = bundle.embedding_width
         self.tokenizer = Tokenizer.of(bundle)
 
