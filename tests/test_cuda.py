@@ -262,6 +262,23 @@ def test_mma_is_a_product(cuda: Cuda, written: Callable[[str], str]) -> None:
     np.testing.assert_array_equal(cuda.to_host(out), d + a.astype(np.float32) @ b.astype(np.float32))
 
 
+def test_products_and_sums_are_fused(cuda: Cuda, written: Callable[[str], str]) -> None:
+    """What rounding cut off a product is left if its rounded value is subtracted, as NVRTC compiles it."""
+    file = written(
+        HEAD + "(const float* a, const float* b, const float* product, float* rest) {\n"
+        "    rest[threadIdx.x] = a[threadIdx.x] * b[threadIdx.x] - product[threadIdx.x];\n}\n"
+    )
+    a, b = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    expected = a.astype(np.float64) * b - a * b
+    assert expected.all()
+    with cuda.scope():
+        rest = cuda.to_device(np.zeros(64, np.float32))
+        cuda.launch(file, "kernel", (1,), (64,), (*map(cuda.to_device, (a, b, a * b)), rest))
+    found = cuda.to_host(rest)
+    assert found.any(), "nothing is fused: this CPU has no FMA, or the compiler does not use it"
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.full
 def test_halves_are_converted_as_numpy_does(cuda: Cuda, written: Callable[[str], str]) -> None:
     file = written(
