@@ -529,6 +529,21 @@ def _planes_freed_early(host: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def faults_of_reading(host: Device, path: Path, *, strict: bool = True) -> list[str]:
+    """What cuda_streams.py finds while a caller uses batches on a stream of its own."""
+    ops, here = ops_on(host.cuda), host.cuda.cupy.cuda.Device(host.cuda.index)
+    ends, kept = suppress(cuda_streams.Fault, BackendUnavailable), []
+    with here, host.cuda.cupy.cuda.Stream() as callers, Source(path) as source, ends:
+        with host.open(source, Sampling("every", every=3), ops=ops, batch_size=4, strict=strict) as stream:
+            kept += [(batch.data, batch.data + batch.data) for batch in stream]
+        callers.synchronize()  # not earlier: it would put all work in order
+    kept.clear()
+    gc.collect()
+    found = [*cuda_streams.faults]
+    cuda_streams.faults.clear()
+    return found
+
+
 @pytest.mark.parametrize(
     ("taken_out", "said"),
     [
@@ -549,20 +564,18 @@ def test_each_join_is_needed(
     """Without one of them, cuda_streams.py finds work of two streams that nothing orders, or on freed memory."""
     if taken_out is not None:
         taken_out(host, monkeypatch)
-    ops, here = ops_on(host.cuda), host.cuda.cupy.cuda.Device(host.cuda.index)
-    with here:
-        callers = host.cuda.cupy.cuda.Stream()
-
-    ends, kept = suppress(cuda_streams.Fault, BackendUnavailable), []
-    with Source(media("natural/bikes.mp4")) as source, here, callers, ends:
-        with host.open(source, Sampling("every", every=3), ops=ops, batch_size=4, strict=True) as stream:
-            kept += [(batch.data, batch.data + batch.data) for batch in stream]
-        callers.synchronize()  # not earlier: it would put all work in order
-    kept.clear()
-    gc.collect()
-    found = [*cuda_streams.faults]
-    cuda_streams.faults.clear()
+    found = faults_of_reading(host, media("natural/bikes.mp4"))
     assert found == [] if said is None else any(said in fault for fault in found)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_pictures_of_the_cpu_are_joined_too(
+    host: Device, media: Media, monkeypatch: pytest.MonkeyPatch, joined: bool
+) -> None:
+    if not joined:
+        _no_join(host, monkeypatch)
+    found = faults_of_reading(host, media("format/sample.avi"), strict=False)
+    assert found == [] if joined else any("does not wait for it" in fault for fault in found)
 
 
 # --- failures
