@@ -69,7 +69,7 @@ def cuda(request: pytest.FixtureRequest) -> Cuda:
     With KEYREEL_FAIL_WITHOUT_CUDA=1 a device that is missing is a failure.
     """
     if request.param == "emulated":
-        return host_cuda()
+        return host_cuda(1)  # never the current device by chance: that is 0 in each new thread
     try:
         device = Cuda(0)
         device.synchronize()

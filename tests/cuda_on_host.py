@@ -15,6 +15,7 @@ import re
 import subprocess
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ import numpy as np
 from cuda_streams import root, work
 
 from keyreel_kernels.cuda import STANDARD, Cuda
+from keyreel_kernels.cuda_pictures import SOURCE
 
 HEADER = Path(__file__).with_name("cuda_host.h")
 FLAVOURS = {
@@ -87,8 +89,10 @@ class HostedArray:
 
     __array_ufunc__ = None
 
-    def __init__(self, host: np.ndarray[Any, Any]) -> None:
-        self._host = host
+    def __init__(self, host: np.ndarray[Any, Any], keep: Any = None) -> None:
+        self._host, self._keep = host, keep
+        cuda_streams.hold(host)
+        weakref.finalize(self, cuda_streams.drop, host).atexit = False
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
@@ -114,17 +118,16 @@ class HostedArray:
         return f"HostedArray({self._host!r})"
 
     def __getitem__(self, index: Any) -> HostedArray:
-        found = np.asarray(self._host[_plain(index)])
-        _done((self, index), found)
-        return HostedArray(found)
+        return _done((self, index), self._host[_plain(index)])
 
     def __setitem__(self, index: Any, value: Any) -> None:
         work(_hosts((index, value)), [self._host])
         self._host[_plain(index)] = _plain(value)
 
     def get(self) -> np.ndarray[Any, Any]:
-        work([self._host])
-        cuda_streams.current().synchronize()
+        with cuda_streams.Device(self.device.id):  # as CuPy does
+            work([self._host])
+            cuda_streams.current().synchronize()
         return self._host.copy()
 
     @property
@@ -133,7 +136,7 @@ class HostedArray:
 
     @property
     def device(self) -> Any:
-        return SimpleNamespace(id=0)
+        return SimpleNamespace(id=cuda_streams.device_of(self._host))
 
     @property
     def T(self) -> HostedArray:
@@ -143,14 +146,14 @@ class HostedArray:
         return self._host.__dlpack__()
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (2, 0)  # kDLCUDA
+        return (2, self.device.id)  # kDLCUDA
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         _known("ndarray", name)
         found = getattr(self._host, name)
-        return _wrapped(found) if callable(found) else found
+        return _wrapped(found, self) if callable(found) else found
 
 
 def _plain(value: Any) -> Any:
@@ -167,22 +170,21 @@ def _plain(value: Any) -> Any:
 
 
 def _hosts(value: Any) -> Iterator[np.ndarray[Any, Any]]:
-    """All arrays in arguments or results."""
+    """The memory of all arrays in arguments or results."""
     if isinstance(value, HostedArray):
-        value = value._host
-    if isinstance(value, np.ndarray):
-        yield value
+        yield value._host
     elif isinstance(value, (tuple, list, dict)):
         for one in value.values() if isinstance(value, dict) else value:
             yield from _hosts(one)
 
 
-def _done(given: Any, found: Any) -> None:
-    """Records work that read `given` and made `found`; a view is no work."""
-    taken = list(_hosts(given))
-    made = [np.asarray(one) for one in _hosts(found)]
+def _done(given: Any, found: Any) -> Any:
+    """`found` as arrays of the device. Records work that read `given` and made it; a view is no work."""
+    result = _back(found)
+    taken, made = list(_hosts(given)), list(_hosts(result))
     if not {id(root(one)) for one in taken} & {id(root(one)) for one in made}:
         work(taken, made)
+    return result
 
 
 def _back(value: Any) -> Any:
@@ -193,15 +195,16 @@ def _back(value: Any) -> Any:
     return value
 
 
-def _wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapped(function: Callable[..., Any], *bound: HostedArray) -> Callable[..., Any]:
+    """bound: the array whose method it is."""
+
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
         found = function(*_plain(args), **_plain(options))
         if function.__name__ == "copyto":
             work(_hosts(args[1]), _hosts(args[0]))
-        else:
-            _done((args, options), found if isinstance(found, (tuple, list)) else np.asarray(found))
-        return _back(found)
+            return None
+        return _done((bound, args, options), found)
 
     return call
 
@@ -209,10 +212,8 @@ def _wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 def _operator(name: str, *, swapped: bool) -> Callable[..., Any]:
     function = getattr(operator, name)
 
-    def apply(*given: Any) -> HostedArray:
-        found = np.asarray(function(*map(_plain, given[::-1] if swapped else given)))
-        _done(given, found)
-        return HostedArray(found)
+    def apply(*given: Any) -> Any:
+        return _done(given, function(*map(_plain, given[::-1] if swapped else given)))
 
     return apply
 
@@ -254,11 +255,21 @@ def _known(owner: str, name: str) -> None:
 # --- kernels ------------------------------------------------------------------------------------------------------
 
 
+def _pointed(name: str, args: Any) -> list[tuple[int, int, bool]]:
+    """What a kernel reads at the addresses in its table, as `work` takes it."""
+    if name != "pictures":
+        return []
+    table, out = args[0]._host, args[1]._host
+    sources = table.view(np.uint8)[: len(out) * SOURCE.itemsize].view(SOURCE)
+    return [(int(address), 1, False) for address in sources["planes"].ravel() if address]
+
+
 class HostedKernel:
     def __init__(self, module: HostedModule, name: str) -> None:
         self._module, self._name = module, name
         self._entry = getattr(module.library, f"krh_{name}")
         self._entry.restype = ctypes.c_char_p
+        self._device = cuda_streams.device()
         self.max_dynamic_shared_size_bytes = 48 << 10
         self.kernel = SimpleNamespace(ptr=id(self))
         _ALLOWED.discard(id(self))
@@ -266,12 +277,13 @@ class HostedKernel:
     def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
         if shared_mem > self.max_dynamic_shared_size_bytes:
             raise RuntimeError("CUDA_ERROR_INVALID_VALUE: more shared memory than the kernel asked for")
+        assert self._device == cuda_streams.device(), "the kernel was loaded on another device"
         values, keep = [], []
         arrays: dict[bool, list[Any]] = {True: [], False: []}
         for value, constant in zip(args, self._module.constants[self._name], strict=False):
             if isinstance(value, HostedArray):
                 arrays[constant].append(value._host)
-        work(arrays[True], arrays[False])
+        work(arrays[True], arrays[False], raw=_pointed(self._name, args))
         for value in args:
             if isinstance(value, HostedArray):
                 held: Any = ctypes.c_void_p(value._host.ctypes.data)
@@ -360,7 +372,7 @@ class HostedCupy:
             "sharedMemPerBlockOptin": shared_bytes,
         }
         self.cuda = SimpleNamespace(
-            Device=lambda *_: nullcontext(),
+            Device=cuda_streams.Device,
             Stream=cuda_streams.Stream,
             Event=cuda_streams.Event,
             MemoryPool=lambda: SimpleNamespace(malloc=None, free_all_blocks=lambda: None),
@@ -379,12 +391,12 @@ class HostedCupy:
         """From NumPy: a copy, as one to a device is."""
         if isinstance(value, HostedArray):
             return value if dtype is None else value.astype(dtype)
-        made = np.array(value, dtype=dtype)
-        work((), [made])
-        return HostedArray(made)
+        made = HostedArray(np.array(value, dtype=dtype))
+        work((), [made._host])
+        return made
 
     def from_dlpack(self, value: Any) -> HostedArray:
-        return value if isinstance(value, HostedArray) else HostedArray(np.from_dlpack(value))
+        return value if isinstance(value, HostedArray) else HostedArray(np.from_dlpack(value), keep=value)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -394,6 +406,6 @@ class HostedCupy:
         return _wrapped(found) if callable(found) and not isinstance(found, type) else found
 
 
-def host_cuda(**device: Any) -> Cuda:
+def host_cuda(index: int = 0, **device: Any) -> Cuda:
     """A Cuda whose arrays and kernels are the CPU's. device: capability, shared_bytes, sms, most_neighbours."""
-    return Cuda(0, cupy=HostedCupy(**device))
+    return Cuda(index, cupy=HostedCupy(**device))

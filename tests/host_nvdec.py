@@ -22,13 +22,15 @@ from typing import Any
 
 import av
 import numpy as np
-from cuda_streams import forget, queued
+from cuda_streams import device, forget, queued
 
 _CODECS = {4: "h264", 8: "hevc", 10: "vp9", 11: "av1"}
 _DELAY = 2  # pictures that are held back though they are ready
 _CHROMA = {"yuv420": 1, "yuv422": 2, "yuv444": 3}
 _SOURCE, _STUB = Path(__file__).with_name("nvdec_stub.c"), "libkrnv.so.1"
 _DRIVER = (b"libcuda.so.1\0", b"libnvcuvid.so.1\0", b"libnvidia-encode.so.1\0")
+
+_ONLY = {"gpuid": 0}  # the stub's only device, whatever the emulated one's number
 
 _Long, _Address = ctypes.c_longlong, ctypes.c_void_p
 
@@ -301,11 +303,15 @@ class HostNvdec:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
+    def GetDecoderCaps(self, **how: Any) -> Any:
+        return self._real.GetDecoderCaps(**how | _ONLY)
+
     def CreateDecoder(self, **how: Any) -> HostDecoder:
         assert how["usedevicememory"]
         if self.refuse is not None:
             raise self._real.PyNvVCException(self.refuse)
-        decoder = HostDecoder(self, self._real.CreateDecoder(**how))
+        assert how["gpuid"] == device(), "made while another device is current"
+        decoder = HostDecoder(self, self._real.CreateDecoder(**how | _ONLY))
         self.created += 1
         self.alive.add(decoder)
         self.most_alive = max(self.most_alive, len(self.alive))

@@ -21,9 +21,10 @@ class HostedSession:
     def run(self, feeds: Mapping[str, HostedArray]) -> dict[str, HostedArray]:
         if not all(isinstance(array, HostedArray) for array in feeds.values()):
             raise TypeError(f"not on the device: {[type(array).__name__ for array in feeds.values()]}")
-        found = self._session.run({name: array._host for name, array in feeds.items()})
-        work([array._host for array in feeds.values()], found.values())
-        return {name: HostedArray(array) for name, array in found.items()}
+        computed = self._session.run({name: array._host for name, array in feeds.items()})
+        found = {name: HostedArray(array) for name, array in computed.items()}
+        work(*([array._host for array in arrays.values()] for arrays in (feeds, found)))
+        return found
 
     def close(self) -> None:
         self._session.close()

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from cuda_on_host import host_cuda
+from cuda_streams import device
 
 from keyreel.runtime.bundle import Bundle
 from keyreel.runtime.plans import Signature
@@ -54,11 +55,13 @@ class Recording:
         self.refused: set[str] = set()  # calls that are answered with False or None
         self.spoil: Callable[[Any, bool], Any] = lambda array, _replayed: array  # what an output becomes
         self.streams: dict[int, Stream] = {}
+        self.device = 0
         self.numbers = itertools.count()  # of the contexts
         complaints: Any = []
         self.installed = TensorRT(self, "tensorrt", self.__version__, _logger(self, complaints), complaints)
 
     def note(self, name: str, *arguments: Any) -> bool:
+        assert device() == self.device or name == "synchronize", f"{name} while another device is current"
         self.calls.append((name, *arguments))
         if name in self.refused:
             self.installed.logger.log(Severity.ERROR, f"{name} is out of order")
@@ -229,7 +232,8 @@ class Stream:
 
 def recording_cuda(trt: Recording, **device: Any) -> Cuda:
     """A device whose streams are written down by `trt`."""
-    cuda = host_cuda(**device)
+    cuda = host_cuda(1, **device)
+    trt.device = cuda.index
     cuda.cupy.cuda.Stream = lambda non_blocking: Stream(trt)
     cuda.cupy.cuda.runtime.streamCaptureModeThreadLocal = 1
     cuda.stream = Stream(trt)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import cuda_streams
 import numpy as np
 import pytest
 from bounds import FLOAT32
-from cuda_on_host import host_cuda
+from cuda_on_host import HostedCupy, host_cuda
+from cuda_streams import Fault
 
 from keyreel_kernels import cuda as module
 from keyreel_kernels import pictures
 from keyreel_kernels.arrays import HostArrays
 from keyreel_kernels.cuda import Cuda
 from keyreel_kernels.ops import ops_on
+from keyreel_kernels.surfaces import Surface
 
 HEAD = 'extern "C" __global__ void kernel'
 SUM = "(const float* x, int n, float* out) {\n    if (threadIdx.x < n) out[threadIdx.x] = x[threadIdx.x] + PLUS;\n}\n"
@@ -50,7 +54,7 @@ def test_a_launch_runs_and_defines_make_variants(cuda: Cuda, written: Callable[[
 
 
 def test_each_variant_is_compiled_once(written: Callable[[str], str]) -> None:
-    emulated, file = host_cuda(), written(HEAD + SUM)
+    emulated, file = host_cuda(1), written(HEAD + SUM)
     made: list[Any] = []
     plain = emulated.cupy.RawModule
 
@@ -139,6 +143,73 @@ def test_streams_are_put_in_step(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) ->
         assert done == expected
 
 
+def test_the_emulation_finds_what_runs_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each new thread begins on device 0; CUDA answers cudaErrorInvalidResourceHandle."""
+    monkeypatch.setattr(cuda_streams, "faults", [])
+    emulated = host_cuda(1)
+    with emulated.scope():
+        there, event = emulated.to_device(np.zeros(3)), emulated.stream.record()
+    assert there.device.id == 1
+    for use in (
+        emulated.stream.record,
+        emulated.stream.__enter__,
+        lambda: emulated.stream.wait_event(event),
+        lambda: emulated.stream.record(cuda_streams.Event()),
+        lambda: there + there,
+    ):
+        with pytest.raises(Fault, match="of device 1"):
+            use()
+    assert len(cuda_streams.faults) == 5
+
+
+def test_the_emulation_poisons_freed_memory() -> None:
+    emulated = host_cuda(1)
+    with emulated.scope():
+        there = emulated.to_device(np.arange(9.0))
+        view, address = there[2:], there.data.ptr
+        del there
+        assert ctypes.string_at(address, 8) == bytes(8)  # a view keeps it
+        del view
+        assert ctypes.string_at(address, 72) == b"\xab" * 72
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_contiguous_copy_lives_until_it_is_read(cuda: Cuda, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    """The kernel reads frames at addresses in a table, which keep nothing alive."""
+    frames = np.random.default_rng(0).integers(0, 256, (3, 37, 90, 3), np.uint8)
+    size: dict[str, Any] = {"height": 24, "width": 24, "mode": "squash", "interpolation": "bicubic"}
+    with cuda.scope():
+        strided = cuda.to_device(frames)[:, :, ::2]
+    if whole:
+        found = cuda.to_host(ops_on(cuda).transform(strided, **size))
+        assert np.abs(found.astype(int) - pictures.transform(frames[:, :, ::2], **size)).max() <= 1
+        return
+    if not isinstance(cuda.cupy, HostedCupy):
+        pytest.skip("a real device does not tell")
+    copy = cuda.cupy.ascontiguousarray
+
+    class Dropped(list[Any]):
+        """Where a copy lay."""
+
+        def __init__(self, array: Any) -> None:
+            super().__init__(range(len(array)))
+            self.shape, self.strides, self.data = array.shape, array.strides, array.data
+
+    monkeypatch.setattr(cuda.cupy, "ascontiguousarray", lambda array: Dropped(copy(array)))
+    monkeypatch.setattr(cuda_streams, "faults", [])
+    with pytest.raises(Fault, match="was freed"):
+        ops_on(cuda).transform(strided, **size)
+
+
+def test_planes_that_go_up_live_until_they_are_read(cuda: Cuda) -> None:
+    draw = np.random.default_rng(0)
+    planes = [draw.integers(16, 236, shape, np.uint8) for shape in ((32, 48), (16, 24, 2))]
+    surfaces = [Surface(tuple(planes), 8, "bt709", False, (32, 48))] * 2
+    size: dict[str, Any] = {"height": 20, "width": 20, "mode": "squash", "interpolation": "bilinear"}
+    found = cuda.to_host(ops_on(cuda).frames_from_surfaces(surfaces, **size))
+    assert np.abs(found.astype(int) - pictures.frames_from_surfaces(surfaces, **size)).max() <= 1
+
+
 def test_nothing_leaves_by_itself(cuda: Cuda) -> None:
     with cuda.scope():
         there = cuda.to_device(np.arange(3.0))
@@ -189,6 +260,23 @@ def test_mma_is_a_product(cuda: Cuda, written: Callable[[str], str]) -> None:
         out = cuda.to_device(d)
         cuda.launch(file, "kernel", (1,), (32,), (cuda.to_device(a), cuda.to_device(b), out))
     np.testing.assert_array_equal(cuda.to_host(out), d + a.astype(np.float32) @ b.astype(np.float32))
+
+
+def test_products_and_sums_are_fused(cuda: Cuda, written: Callable[[str], str]) -> None:
+    """What rounding cut off a product is left if its rounded value is subtracted, as NVRTC compiles it."""
+    file = written(
+        HEAD + "(const float* a, const float* b, const float* product, float* rest) {\n"
+        "    rest[threadIdx.x] = a[threadIdx.x] * b[threadIdx.x] - product[threadIdx.x];\n}\n"
+    )
+    a, b = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    expected = a.astype(np.float64) * b - a * b
+    assert expected.all()
+    with cuda.scope():
+        rest = cuda.to_device(np.zeros(64, np.float32))
+        cuda.launch(file, "kernel", (1,), (64,), (*map(cuda.to_device, (a, b, a * b)), rest))
+    found = cuda.to_host(rest)
+    assert found.any(), "nothing is fused: this CPU has no FMA, or the compiler does not use it"
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.full

@@ -5,12 +5,15 @@ On a machine without a GPU the device is emulated: the same kernels, arrays that
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cuda_streams
 import numpy as np
 import pytest
 from bounds import FLOAT32_SUM
@@ -169,24 +172,42 @@ def test_from_packets_to_summary(
         assert one.start_seconds == pytest.approx(other.start_seconds, abs=0.05)
 
 
-def test_frames_on_the_device_give_vectors_on_the_device(
-    engine: keyreel.Engine, reference: keyreel.Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (20, 40, 56, 3), dtype=np.uint8)
+def vectors_on_a_stream(engine: keyreel.Engine, frames: Any) -> Any:
+    """Vectors of frames that the caller's stream writes, read on that stream."""
     cuda: Any = engine.backend.ops.arrays
-    before = cuda.bytes_to_host
-    joined: list[int] = []
-    monkeypatch.setattr(cuda, "join", lambda: joined.append(len(joined)))
-    there = engine.embed(cuda.to_device(frames))
-    assert joined == [0, 1]  # the caller's stream, before and after
-    assert isinstance(there, cuda.cupy.ndarray)
-    want = reference.embed(frames)
+    with cuda.cupy.cuda.Device(cuda.index), cuda.cupy.cuda.Stream(non_blocking=True):
+        there = engine.embed(cuda.cupy.asarray(frames))
+        assert isinstance(there, cuda.cupy.ndarray)
+        return (there + 0).get()
+
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (20, 40, 56, 3), dtype=np.uint8)
+
+
+def test_frames_on_the_device_give_vectors_on_the_device(engine: keyreel.Engine, reference: keyreel.Engine) -> None:
+    cuda: Any = engine.backend.ops.arrays
+    want = reference.embed(FRAMES)
     # Resized by our kernel there and by NumPy here: a rounding apart, so one level of 255 in some pixels.
-    cosine = (cuda.to_host(there) * want).sum(1)
-    assert cosine.min() > 0.999
-    assert isinstance(engine.embed(frames), np.ndarray)
+    assert (vectors_on_a_stream(engine, FRAMES) * want).sum(1).min() > 0.999
+    with cuda.scope():
+        assert (cuda.to_host(engine.embed(cuda.to_device(FRAMES))) * want).sum(1).min() > 0.999
+    before = cuda.bytes_to_host
+    assert isinstance(engine.embed(FRAMES), np.ndarray)
     assert cuda.bytes_to_host > before
+
+
+def test_the_join_with_the_callers_stream_is_needed(engine: keyreel.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before. After it, `embed` has waited for the device."""
+    cuda: Any = engine.backend.ops.arrays
+    if not isinstance(cuda.cupy, HostedCupy):
+        pytest.skip("a real device does not tell")
+    monkeypatch.setattr(cuda, "join", lambda: None)
+    with suppress(cuda_streams.Fault):
+        vectors_on_a_stream(engine, FRAMES)
+    gc.collect()
+    found = [*cuda_streams.faults]
+    cuda_streams.faults.clear()
+    assert "does not wait for it" in found[0]
 
 
 def test_warming_up_runs_everything_once(engine: keyreel.Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +38,7 @@ _USED = re.compile(
 )
 
 
-# What CuPy adds (cupy/cuda/compiler.py).
+# What CuPy adds.
 CUPY = ("--device-as-default-execution-space", "-ftz=true")
 
 
@@ -75,6 +77,34 @@ def name_of(value: object) -> str | None:
 
 def test_every_file_is_compiled() -> None:
     assert {file for file, _ in VARIANTS} == {path.name for path in FOLDER.glob("*.cu")}
+
+
+class Given(Exception):
+    """The options that CuPy gives to NVRTC."""
+
+
+def test_the_flags_are_those_of_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy's own way from a module's options to NVRTC's, as far as that goes without a device."""
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+
+    def compiles(options: tuple[str, ...], *_: Any) -> None:
+        raise Given(options)
+
+    monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "1")
+    monkeypatch.delenv("CUPY_CUDA_COMPILE_WITH_DEBUG", raising=False)
+    try:
+        core, compiler = import_module("cupy._core.core"), import_module("cupy.cuda.compiler")
+        monkeypatch.setattr(compiler, "_use_pch", False)
+        monkeypatch.setattr(compiler, "_preprocess", lambda *_: "")
+        monkeypatch.setattr(compiler, "_get_nvrtc_version", lambda: (13, 0))
+        monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda *_: ("-arch=sm_90", "cubin"))
+        monkeypatch.setattr(compiler, "_NVRTCProgram", lambda *_, **__: SimpleNamespace(compile=compiles))
+        core.compile_with_cache("", (STANDARD,), "90")
+    except (ImportError, AttributeError, TypeError) as error:
+        pytest.skip(f"this CuPy compiles in another way, its flags are not compared: {error}")
+    except Given as given:
+        added = [one for one in given.args[0] if not one.startswith("-I") and one not in (STANDARD, "-arch=sm_90")]
+    assert sorted(added) == sorted(CUPY)
 
 
 @pytest.mark.parametrize("other", [False, True], ids=["newest", "other"])

@@ -37,7 +37,7 @@ from keyreel.decode.source import Source
 from keyreel.decode.stream import FrameStream
 from keyreel.errors import BackendUnavailable, NoFrames, SourceNotFound, UnsupportedCodec
 from keyreel.types import FrameBatch
-from keyreel_kernels import ops_for
+from keyreel_kernels import cuda_pictures, ops_for
 from keyreel_kernels.cuda import Cuda
 from keyreel_kernels.ops import ops_on
 from keyreel_kernels.surfaces import Surface
@@ -491,6 +491,10 @@ def _no_join(host: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host.cuda, "join", lambda: None)
 
 
+def _no_wait_to_let_go(host: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.cuda.decoding, "wait_event", lambda _: None)
+
+
 def _another_stream(host: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     create = host.module.CreateDecoder
     monkeypatch.setattr(
@@ -498,10 +502,56 @@ def _another_stream(host: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _surfaces_of_another_stream(host: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = host.cuda.cupy.empty
+
+    def taken(*how: Any) -> Any:
+        with host.cuda.scope(host.cuda.stream):
+            return empty(*how)
+
+    monkeypatch.setattr(host.cuda.cupy, "empty", taken)
+
+
+def _planes_read_on_another_stream(host: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = cuda_pictures.frames_from_surfaces
+
+    def converted(cuda: Cuda, *surfaces: Any, **how: Any) -> Any:
+        with cuda.scope(cuda.stream):
+            return convert(cuda, *surfaces, **how)
+
+    monkeypatch.setattr(cuda_pictures, "frames_from_surfaces", converted)
+
+
+def _planes_freed_early(host: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe = cuda_pictures._describe_planes
+    monkeypatch.setattr(
+        cuda_pictures, "_describe_planes", lambda source, planes: describe(source, [plane.copy() for plane in planes])
+    )
+
+
+def faults_of_reading(host: Device, path: Path, *, strict: bool = True) -> list[str]:
+    """What cuda_streams.py finds while a caller uses batches on a stream of its own."""
+    ops, here = ops_on(host.cuda), host.cuda.cupy.cuda.Device(host.cuda.index)
+    ends, kept = suppress(cuda_streams.Fault, BackendUnavailable), []
+    with here, host.cuda.cupy.cuda.Stream() as callers, Source(path) as source, ends:
+        with host.open(source, Sampling("every", every=3), ops=ops, batch_size=4, strict=strict) as stream:
+            kept += [(batch.data, batch.data + batch.data) for batch in stream]
+        callers.synchronize()  # not earlier: it would put all work in order
+    kept.clear()
+    gc.collect()
+    found = [*cuda_streams.faults]
+    cuda_streams.faults.clear()
+    return found
+
+
 @pytest.mark.parametrize(
     ("taken_out", "said"),
     [
         (None, None),
+        (_no_wait_to_let_go, "is freed while"),
+        (_surfaces_of_another_stream, "is freed while"),
+        (_planes_read_on_another_stream, "does not wait for it"),
+        (_planes_freed_early, "was freed"),
         (_no_wait, "does not wait for it"),
         (_no_keeping, "is freed while"),
         (_no_join, "does not wait for it"),
@@ -511,25 +561,21 @@ def _another_stream(host: Device, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_join_is_needed(
     host: Device, media: Media, monkeypatch: pytest.MonkeyPatch, taken_out: Any, said: str | None
 ) -> None:
-    """Without one of them, cuda_streams.py finds work of two streams that nothing orders."""
+    """Without one of them, cuda_streams.py finds work of two streams that nothing orders, or on freed memory."""
     if taken_out is not None:
         taken_out(host, monkeypatch)
-    callers, ops = host.cuda.cupy.cuda.Stream(), ops_on(host.cuda)
+    found = faults_of_reading(host, media("natural/bikes.mp4"))
+    assert found == [] if said is None else any(said in fault for fault in found)
 
-    def read() -> None:
-        with Source(media("natural/bikes.mp4")) as source, callers, suppress(cuda_streams.Fault, BackendUnavailable):
-            for batch in host.open(source, Sampling("every", every=10), ops=ops, batch_size=4, strict=True):
-                (batch.data + batch.data).get()
 
-    found: list[str] = []
-    for _ in range(5 if said else 1):  # a caller that happens to wait in time hides one
-        read()
-        gc.collect()
-        found += cuda_streams.faults
-        cuda_streams.faults.clear()
-        if said and any(said in fault for fault in found):
-            return
-    assert (found == []) == (said is None)
+@pytest.mark.parametrize("joined", [True, False])
+def test_pictures_of_the_cpu_are_joined_too(
+    host: Device, media: Media, monkeypatch: pytest.MonkeyPatch, joined: bool
+) -> None:
+    if not joined:
+        _no_join(host, monkeypatch)
+    found = faults_of_reading(host, media("format/sample.avi"), strict=False)
+    assert found == [] if joined else any("does not wait for it" in fault for fault in found)
 
 
 # --- failures

@@ -196,8 +196,7 @@ class Engine:
             parts = (slice(start, start + size) for start in range(0, len(data), size))
             fit, image = self.backend.ops.transform, dataclasses.asdict(self.bundle.image)
             batches = (FrameBatch(fit(data[p], **image), count[p].astype(np.float64), count[p]) for p in parts)
-            found = images.encode(batches, EncodeConfig(subject=False))
-        arrays.join()
+            found = images.encode(batches, EncodeConfig(subject=False))  # waits: its end copies to the CPU
         vectors: F32 = found.vectors if on_device else found.embedding.vectors
         return vectors
 

@@ -197,9 +197,10 @@ class NvDecoder:
     def stack(self, pictures: list[Any]) -> Any:
         """A batch on the computing stream, which waits for the pictures; they are kept until it has read them."""
         cuda = self.cuda
-        cuda.stream.wait_event(cuda.decoding.record())
-        batch = _stacked(cuda, pictures)
-        self._stacked.append((pictures, cuda.stream.record()))
+        with cuda.scope():  # an event is of the device that is current, and a stream takes only its own device's
+            cuda.stream.wait_event(cuda.decoding.record())
+            batch = _stacked(cuda, pictures)
+            self._stacked.append((pictures, cuda.stream.record()))
         _let_go(cuda, self._stacked, _KEPT_BATCHES)
         return batch
 
@@ -214,9 +215,10 @@ class NvDecoder:
 
 def _let_go(cuda: Any, stacked: deque[tuple[Any, Any]], kept: int) -> None:
     """Drops the pictures of all but the last batches, whose memory decoding takes: it waits until they were read."""
-    while len(stacked) > kept:
-        cuda.decoding.wait_event(stacked[0][1])
-        stacked.popleft()
+    with cuda.scope():
+        while len(stacked) > kept:
+            cuda.decoding.wait_event(stacked[0][1])
+            stacked.popleft()
 
 
 class NvWorker:

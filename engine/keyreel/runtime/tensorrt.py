@@ -49,7 +49,8 @@ def open_tensorrt(path: Path, cuda: Cuda, *, batch_size: int, progress: Progress
     with building(key):
         with contextlib.suppress(PlanStale):  # another process may have built it meanwhile
             return TensorRTSession(read_plan(key), cuda, profile, name=path.name)
-        plan = build_plan(path, profile, capability=cuda.capability, timing_cache=key.timings(), progress=progress)
+        with cuda.scope():  # it times its choices on the current device
+            plan = build_plan(path, profile, capability=cuda.capability, timing_cache=key.timings(), progress=progress)
         session = TensorRTSession(plan, cuda, profile, name=path.name)
         try:
             cosines = check_plan(path, session.signature, profile.largest, session.run_on_host)
