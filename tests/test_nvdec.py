@@ -9,11 +9,14 @@ import gc
 import importlib
 import os
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -382,6 +385,65 @@ def test_seams_are_exact(
         many = count > 1 and options.get("g") != "1000"
         assert (device.module.most_alive > 1) == many
         assert device.module.most_alive <= count + 1  # and one that failed, as long as its error is looked at
+
+
+@pytest.mark.parametrize(("most", "waiting"), [({"_READ_PACKETS": 5}, 5), ({"_READ_BYTES": 0}, 1)])
+def test_lanes_read_in_turn_and_decode_side_by_side(
+    host: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: dict[str, int], waiting: int
+) -> None:
+    for name, value in (most | {"_PART_PACKETS": 8}).items():
+        monkeypatch.setattr(runs, name, value)
+    path = render(tmp_path / "long.mp4", range(0, 6_000, 40), options={"g": "12", "bf": "2"}, size=(160, 144))
+    prepare, decode = nvdec.NvWorker.prepare, nvdec.NvWorker.decode
+    reads: list[Any] = []
+    fed: Counter[Any] = Counter()
+    ahead: list[int] = []
+    together = threading.Barrier(3)
+
+    def slowly(worker: Any, packet: Any) -> Any:
+        time.sleep(0.001)  # lets the others run
+        reads.append(worker)
+        ahead.append(reads.count(worker) - fed[worker])
+        return prepare(worker, packet)
+
+    def side_by_side(worker: Any, packet: Any, **how: Any) -> Any:
+        if not fed[worker]:
+            together.wait(20)
+        fed[worker] += packet is not None
+        return decode(worker, packet, **how)
+
+    monkeypatch.setattr(nvdec.NvWorker, "prepare", slowly)
+    monkeypatch.setattr(nvdec.NvWorker, "decode", side_by_side)
+    check(host, path, Sampling("all"), workers=3)
+    assert len(reads) == fed.total() == 150
+    assert max(ahead) == waiting
+    turns = 1 + sum(one is not other for one, other in pairwise(reads))
+    assert turns <= 13 * -(-12 // waiting)  # 13 parts of 12 packets
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_packet_that_the_filter_refuses(
+    host: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Only its picture is lost, though packets are filtered before those ahead of them are decoded."""
+    monkeypatch.setattr(runs, "_PART_PACKETS", 8)
+    path = render(tmp_path / "long.mp4", range(0, 4_000, 40), options={"g": "10", "bf": "0", "refs": "1"})
+    make = nvdec.BitStreamFilterContext
+
+    class Refusing:
+        def __init__(self, *args: Any) -> None:
+            self._real = make(*args)
+
+        def filter(self, packet: Any) -> Any:
+            if packet.pts * packet.time_base == Fraction(69, 25):
+                raise av.error.InvalidDataError(1, "Invalid data found when processing input")
+            return self._real.filter(packet)
+
+    monkeypatch.setattr(nvdec, "BitStreamFilterContext", Refusing)
+    got, warnings = host.read(path, Sampling("every", every=1), workers=count)
+    assert got.pts_seconds.tolist() == pytest.approx([n / 25 for n in range(100) if n != 69])
+    assert warnings == ("damaged packets skipped: 1 (first: Invalid data found when processing input)",)
+    assert host.pool.busy == 0
 
 
 # --- the pool

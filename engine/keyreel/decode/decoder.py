@@ -48,8 +48,11 @@ class Worker(Protocol):
     stream: VideoStream
     threaded: bool  # a damaged packet loses frames that other threads are decoding
 
-    def decode(self, packet: Packet[VideoStream] | None, *, wanted: bool = True) -> Sequence[Any]:
-        """Decodes a packet. Returns the pictures that are ready, in display order; after None all that are left.
+    def prepare(self, packet: Packet[VideoStream]) -> Any:
+        """Brings a packet, the next of the file, into the form that `decode` takes; may be ahead of it."""
+
+    def decode(self, packet: Any, *, wanted: bool = True) -> Sequence[Any]:
+        """Decodes a prepared packet. Returns the pictures that are ready, in display order; after None all others.
 
         They are valid until the next call. The decoder may leave out the picture of a packet that is not `wanted`.
 
@@ -166,6 +169,9 @@ class CpuWorker:
     small: Callable[[VideoFrame], None] | None  # sees each converted picture
     note: Callable[..., None]
     name: str  # of the source
+
+    def prepare(self, packet: Packet[VideoStream]) -> Packet[VideoStream]:
+        return packet
 
     def decode(self, packet: Packet[VideoStream] | None, *, wanted: bool = True) -> Sequence[VideoFrame]:
         context = self.stream.codec_context

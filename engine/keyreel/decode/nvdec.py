@@ -30,7 +30,8 @@ from keyreel.decode.complaints import COMPLAINTS
 from keyreel.decode.decoder import CpuDecoder, Decoder, DecoderFailed
 from keyreel.decode.headers import length_bytes
 from keyreel.decode.nvdec_claim import Claim, Declined, check_size, examined
-from keyreel.decode.nvdec_pool import DecoderPool, DevicePicture, one_line, sizes
+from keyreel.decode.nvdec_pool import DecoderPool, DevicePacket, DevicePicture, one_line, sizes
+from keyreel.decode.packets import BROKEN
 from keyreel.decode.parallel import NoWorker, Stopped
 from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.source import Source
@@ -243,7 +244,7 @@ class NvWorker:
         self._module, self._decoder, self._format = owner.pool.module, decoder, owner.claim.format
         self._sizes: set[object] = set()
         self._surface = getattr(self._module.Pixel_Format, self._format.surface)
-        self._waiting: dict[int, tuple[int, bool, bool]] = {}  # pts: duration, key, not to be shown
+        self._waiting: dict[int, tuple[int, bool, bool]] = {}  # pts: `DevicePacket.about`
         # pts of the first packet since the last drain, and, as a heap, of those that wait and are not shown before it:
         # these come in order, and surely. The others may need pictures that were not fed.
         self._first: int | None = None
@@ -256,7 +257,21 @@ class NvWorker:
         except av.error.FFmpegError as error:
             raise self._failure(f"its parameter sets are damaged: {error.strerror}") from error
 
-    def decode(self, packet: Packet[VideoStream] | None, *, wanted: bool = True) -> Sequence[DevicePicture]:
+    def prepare(self, packet: Packet[VideoStream]) -> DevicePacket:
+        # The filter takes the packet's content, so everything is asked of it before; what it adds lies in key packets.
+        pts, key, codec = packet.pts, packet.is_keyframe, self._format.codec
+        about = (packet.duration or 0, key, packet.is_discard)
+        adds = self._filter is not None and key
+        try:
+            found = set() if adds else sizes(codec, bytes(packet), self._width)
+            parts = [packet] if self._filter is None else self._filter.filter(packet)
+            if adds:
+                found = found.union(*(sizes(codec, bytes(part)) for part in parts))
+        except BROKEN as error:
+            return DevicePacket(pts, about, [], set(), error)
+        return DevicePacket(pts, about, parts, found)
+
+    def decode(self, packet: DevicePacket | None, *, wanted: bool = True) -> Sequence[DevicePicture]:
         """As `Worker.decode`; nothing is skipped.
 
         Raises:
@@ -265,21 +280,18 @@ class NvWorker:
         """
         if packet is None:
             return self._drain()
-        # The filter takes the packet's content, so everything is asked of it before; what it adds lies in key packets.
-        pts, key, codec = packet.pts, packet.is_keyframe, self._format.codec
-        about = (packet.duration or 0, key, packet.is_discard)
-        if self._filter is None or not key:
-            self._sizes |= sizes(codec, bytes(packet), self._width)
+        if packet.error is not None:
+            raise packet.error
+        pts = packet.pts
+        self._sizes |= packet.sizes
+        if len(self._sizes) > 1:
+            raise self._failure("the size or the format of its pictures may change on the way")
         pictures: list[DevicePicture] = []
-        for part in [packet] if self._filter is None else self._filter.filter(packet):
-            if self._filter is not None and key:
-                self._sizes |= sizes(codec, bytes(part), 0)
-            if len(self._sizes) > 1:
-                raise self._failure("the size or the format of its pictures may change on the way")
+        for part in packet.parts:
             if pts is None or pts in self._waiting:
                 raise self._failure("it has packets with no pts of their own")
             self._first = pts if self._first is None else self._first
-            self._waiting[pts] = about
+            self._waiting[pts] = packet.about
             if pts >= self._first:
                 heappush(self._due, pts)
             pictures += self._feed(part.buffer_ptr, part.size, pts)

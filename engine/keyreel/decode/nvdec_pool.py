@@ -10,7 +10,7 @@ import threading
 import weakref
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from keyreel.decode.decoder import DecoderFailed
 from keyreel.decode.headers import Bits, units_of
@@ -44,6 +44,16 @@ class Format:
         """Shape of a surface: luma, and below it chroma of the same width."""
         height, width = self.shown
         return height * 3 // 2 if self.chroma == "420" else height * 3, width
+
+
+class DevicePacket(NamedTuple):
+    """A packet in NVDEC's form."""
+
+    pts: int | None
+    about: tuple[int, bool, bool]  # duration, key, not to be shown
+    parts: list[Any]  # packets
+    sizes: set[object]  # see `sizes`
+    error: Exception | None = None  # it cannot be brought into this form
 
 
 @dataclass(slots=True)

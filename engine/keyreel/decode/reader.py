@@ -201,13 +201,14 @@ class Reader:
         self._check_end(timeline.clock.seconds(timeline.end_ticks), timeline.promised_seconds)
         found = self._plan(timeline, Picker(self._sampling, times), given)
         workers = max(1, min(self._decoder.workers, WORKERS_PIXELS // timeline.pixels))
+        turn = threading.Lock()
         cut = parts(timeline, list(found), workers) if workers > 1 else [list(found)]
 
         @contextmanager
         def open_worker() -> Iterator[Callable[[list[int]], Iterator[tuple[int, Any]]]]:
             with self._opened(alone=len(cut) == 1) as worker:
                 keys, gap = self._sampling.mode == "keyframes", self._decoder.gap
-                cursor = Cursor(worker, timeline, self._go_on, self._fed, gap=gap, keys=keys)
+                cursor = Cursor(worker, timeline, self._go_on, self._fed, turn, gap=gap, keys=keys)
                 yield lambda ranks: worker.convert(cursor.frames(ranks))
 
         if len(cut) == 1:
@@ -352,7 +353,7 @@ class Reader:
             if packet is not None and packet.is_keyframe and worker.stream.codec_context.name in _UNTYPED:
                 self._keys |= {packet.pts} - {None}
             try:
-                frames = worker.decode(packet)
+                frames = worker.decode(None if packet is None else worker.prepare(packet))
             except BROKEN as error:
                 if worker.threaded:
                     raise FramesLost from error

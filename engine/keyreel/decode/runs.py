@@ -7,6 +7,7 @@ difference it raises `PlanBroken`, and the caller decodes everything.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -23,6 +24,7 @@ from keyreel.decode.sampling import PlanBroken
 from keyreel.decode.timeline import Timeline
 
 _SEEK_PACKETS = 64  # reading this many takes longer than a seek: 0.3 ms, against 0.03 to 0.13 by container
+_READ_PACKETS, _READ_BYTES = 32, 4 << 20  # most that are read at a time; the last packet may exceed it
 _PART_PACKETS = 64  # a smaller part is not worth starting a decoder
 
 
@@ -160,6 +162,7 @@ class Cursor:
         timeline: of its stream.
         checkpoint: called often; raises to stop.
         fed: called before each packet goes to the decoder.
+        turn: shared by the cursors of a file; held while one of them reads.
         gap: see `runs`.
         keys: the ranks are key frames, which the decoder must confirm.
     """
@@ -170,12 +173,14 @@ class Cursor:
         timeline: Timeline,
         checkpoint: Callable[[], None],
         fed: Callable[[], None],
+        turn: threading.Lock,
         *,
         gap: int = 0,
         keys: bool = False,
     ) -> None:
         self._packets = Packets(worker.container, worker.stream, timeline, checkpoint)
         self._worker, self._timeline, self._fed, self._gap, self._keys = worker, timeline, fed, gap, keys
+        self._turn = turn
         self._rank = np.full(len(timeline.pts), -1)  # rank of each packet's frame, -1 without one
         self._rank[timeline.shown] = np.arange(len(timeline.shown))
 
@@ -229,10 +234,28 @@ class Cursor:
             raise PlanBroken
         self._worker.flush()
 
-    def _feed(self, run: Run, wanted: set[int]) -> Iterator[tuple[Packet[VideoStream] | None, bool]]:
+    def _feed(self, run: Run, wanted: set[int]) -> Iterator[tuple[Any, bool]]:
         """Yields the packets of a run and whether their frames are needed, then None, which drains the decoder."""
-        for place in range(run.first, run.stop):
-            packet = self._packets(place)
-            self._fed()
-            yield packet, not self._timeline.skippable or int(self._rank[place]) in wanted
+        places, some = iter(range(run.first, run.stop)), list[tuple[int, Any]]()
+        while self._read(places, some):
+            for place, packet in some:
+                self._fed()
+                yield packet, not self._timeline.skippable or int(self._rank[place]) in wanted
         yield None, True
+
+    def _read(self, places: Iterator[int], some: list[tuple[int, Any]]) -> bool:
+        """Replaces `some` by the next packets, prepared; False at the end.
+
+        FFmpeg's functions let other threads run, a dozen times a packet. Cursors that read at the same time would wake
+        each other at each of them, which takes longer than reading.
+        """
+        size = 0
+        with self._turn:
+            some.clear()
+            for place in places:
+                packet = self._packets(place)
+                size += packet.size
+                some.append((place, self._worker.prepare(packet)))
+                if len(some) == _READ_PACKETS or size > _READ_BYTES:
+                    break
+        return bool(some)
