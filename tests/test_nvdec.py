@@ -28,6 +28,7 @@ import pytest
 from av.video.reformatter import ColorRange
 from cuda_on_host import HostedCupy
 from host_nvdec import HostDecoder, HostNvdec, NotHere, packed
+from hub_server import serving
 from numpy.typing import NDArray
 from test_decode import render
 
@@ -419,6 +420,27 @@ def test_lanes_read_in_turn_and_decode_side_by_side(
     assert max(ahead) == waiting
     turns = 1 + sum(one is not other for one, other in pairwise(reads))
     assert turns <= 13 * -(-12 // waiting)  # 13 parts of 12 packets
+
+
+def test_lanes_at_a_server_do_not_wait_for_each_other(
+    host: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_PART_PACKETS", 8)
+    path = render(tmp_path / "long.mp4", range(0, 6_000, 40), options={"g": "12", "bf": "2"}, size=(160, 144))
+    prepare, seen, together = nvdec.NvWorker.prepare, set[Any](), threading.Barrier(3)
+
+    def side_by_side(worker: Any, packet: Any) -> Any:
+        if worker not in seen:
+            seen.add(worker)
+            together.wait(20)
+        return prepare(worker, packet)
+
+    monkeypatch.setattr(nvdec.NvWorker, "prepare", side_by_side)
+    with serving({"my/films/a.mp4": path.read_bytes()}) as hub:
+        url, limits = f"{hub.url}/my/films/resolve/main/a.mp4", DecodeLimits(allow_network=True)
+        with Source(url, limits=limits) as source, host.open(source, Sampling("all"), workers=3) as stream:
+            assert sum(len(batch) for batch in stream) == 150
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -7,8 +7,8 @@ difference it raises `PlanBroken`, and the caller decodes everything.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -162,7 +162,7 @@ class Cursor:
         timeline: of its stream.
         checkpoint: called often; raises to stop.
         fed: called before each packet goes to the decoder.
-        turn: shared by the cursors of a file; held while one of them reads.
+        turn: shared by the cursors of a file, entered while one of them reads.
         gap: see `runs`.
         keys: the ranks are key frames, which the decoder must confirm.
     """
@@ -173,7 +173,7 @@ class Cursor:
         timeline: Timeline,
         checkpoint: Callable[[], None],
         fed: Callable[[], None],
-        turn: threading.Lock,
+        turn: AbstractContextManager[object],
         *,
         gap: int = 0,
         keys: bool = False,

@@ -70,7 +70,7 @@ class Source:
         self.limits = limits
         self.path: Path | None = None
         self._video: Any = video
-        self._url: str | None = None
+        self.url: str | None = None  # of a video at a server
         self._lock, self._file_lock = threading.RLock(), threading.Lock()
         self._copy: Any = None  # the temporary file of a stream that cannot seek
         self._analysed = self._closed = False
@@ -80,7 +80,7 @@ class Source:
         if isinstance(video, str) and video == "-":
             self.name = "<stdin>"
         elif isinstance(video, str) and _SCHEME.match(video) and not os.path.exists(video):
-            self.name = self._url = video
+            self.name = self.url = video
         elif isinstance(video, (str, os.PathLike)):
             self.name = os.fspath(video)
             # Absolute, so that a change of the working folder does not matter.
@@ -122,7 +122,7 @@ class Source:
         target, head = self._target()
         refuse_playlists(self.name, head)
         options = {
-            "protocol_whitelist": "http,https,tcp,tls" if self._url else "file",
+            "protocol_whitelist": "http,https,tcp,tls" if self.url else "file",
             "format_whitelist": _CONTAINERS,
             "max_pixels": str(self.limits.max_pixels),
             # Without it, FFmpeg asks servers to close connections. Where one does so and sends no header that says it,
@@ -130,13 +130,13 @@ class Source:
             "multiple_requests": "1",
         }
         try:
-            timeout = (20.0, 60.0) if self._url else None
+            timeout = (20.0, 60.0) if self.url else None
             container: InputContainer = av.open(target, mode="r", options=options, timeout=timeout, **_METADATA)
         except (*BROKEN, OSError) as error:
             damaged = isinstance(error, av.error.InvalidDataError | av.error.EOFError)
             if damaged and self._is_scrambled():
                 raise encrypted(self.name) from error
-            raise refusal(self.name, error, head, remote=self._url is not None) from error
+            raise refusal(self.name, error, head, remote=self.url is not None) from error
         try:
             with self.guarded():
                 self._check(container)
@@ -256,8 +256,8 @@ class Source:
 
     def _target(self) -> tuple[Any, bytes]:
         """The target for FFmpeg, and its first bytes."""
-        if self._url is not None:
-            if not re.match(r"https?://", self._url, re.I):
+        if self.url is not None:
+            if not re.match(r"https?://", self.url, re.I):
                 allowed = "Allowed: a path, '-' for standard input, and http(s) URLs where the network is allowed."
                 raise SourceError(f"{self.name}: this kind of address cannot be opened. {allowed}", hint="Download it.")
             if not self.limits.allow_network:
@@ -265,7 +265,7 @@ class Source:
                     f"{self.name}: URLs are not opened by default.",
                     hint="Allow it (--allow-network, DecodeLimits(allow_network=True)), or download the file first.",
                 )
-            return self._url, b""
+            return self.url, b""
         if self.path is not None:
             return f"file:{self.path.absolute()}", head_of_file(self.name, self.path)
         target: Any
@@ -328,7 +328,7 @@ class Source:
             yield packet
 
     def _is_scrambled(self) -> bool:
-        if self._url is not None:
+        if self.url is not None:
             return False
         target, _ = self._target()
         with reading(self.name):
