@@ -324,7 +324,6 @@ class Engine:
             raise TypeError("this video is a Source, which has its own limits")
         source = video if isinstance(video, Source) else Source(video, limits=limits or DecodeLimits())
         _log.debug("%s: %s, %s, %s", source.name, sampling, encode, select)
-        images = self._images()
         began = time.perf_counter()
 
         def checkpoint() -> None:
@@ -332,7 +331,7 @@ class Engine:
                 raise Cancelled(f"{source.name}: cancelled")
 
         source.timeline(checkpoint)
-        info = source.probe()
+        info, images = source.probe(), self._images()
         aside = thumbnails_of(source, info, sampling.stop_seconds) if thumbnails else None
         image, size = self.bundle.image, encode.batch_size or self.backend.batch_size
         with (
