@@ -991,15 +991,26 @@ def test_stop_leaves_what_was_committed(library: Library, clips: list[Path]) -> 
 @pytest.mark.full
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupt_leaves_what_was_committed(library: Library, clips: list[Path], workers: int) -> None:
-    told = []
+    told, noticed = [], threading.Event()
+
+    def interrupt(*_: object) -> None:
+        noticed.set()
+        raise KeyboardInterrupt
 
     def tell(entry: Added) -> None:
         told.append(entry)
         if len(told) == 1:
             signal.raise_signal(signal.SIGINT) if workers == 1 else os.kill(os.getpid(), signal.SIGINT)
+            noticed.wait(
+                60
+            )  # this is a working thread; on a busy machine the others would end before the main one runs
 
-    with pytest.raises(KeyboardInterrupt):
-        library.add(clips, IndexConfig(workers=workers), tell=tell)
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            library.add(clips, IndexConfig(workers=workers), tell=tell)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("keyreel-index")]
     assert {record.path for record in library.list()} == {entry.path for entry in told}
     assert 1 <= len(told) < 4
