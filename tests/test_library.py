@@ -1001,9 +1001,7 @@ def test_an_interrupt_leaves_what_was_committed(library: Library, clips: list[Pa
         told.append(entry)
         if len(told) == 1:
             signal.raise_signal(signal.SIGINT) if workers == 1 else os.kill(os.getpid(), signal.SIGINT)
-            noticed.wait(
-                60
-            )  # this is a working thread; on a busy machine the others would end before the main one runs
+            noticed.wait(60)  # on a busy machine the other worker would go on before the main thread runs
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
