@@ -157,8 +157,7 @@ class NvDecoder:
         aside: Aside | None = None,
     ) -> None:
         self.claim, self.pool, self.cuda, self.ops, self.transform = claim, pool, cuda, ops, transform
-        self.aside = aside
-        self._name, self._fallback = source.name, fallback
+        self.aside, self._name, self._fallback = aside, source.name, fallback
         self.workers = min(workers or claim.engines, pool.limit)
         self.whole = self.workers == 1
         height, width = claim.display if transform is None else (transform.height, transform.width)
