@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MOST_MIB = 60  # such machines take 64
 PYTHON = "3.12"
-# Without what torch and torchvision need: Jinja2, Pillow.
-WHEELS = (*("av", "ftfy", "wcwidth", "msgspec", "pathspec", "flash-kmeans", "PyNvVideoCodec==2.2.4"),)
+# Without what torch and torchvision need: Jinja2, Pillow. wcwidth, which ftfy needs, before it was compiled.
+WHEELS = ("av", "ftfy", "wcwidth==0.2.13", "msgspec", "pathspec", "flash-kmeans", "PyNvVideoCodec==2.2.4")
 _LOADED = re.compile(
     r"PyNvVideoCodec/(__init__\.py|decoders/.*|transcoder/.*|VersionCheck.*|PyNvVideoCodec_130.*"
     r"|libavformat\.so\.\d+|libavutil\.so\.\d+)|pynvvideocodec\./.*|.*\.dist-info/.*"
