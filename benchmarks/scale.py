@@ -254,9 +254,6 @@ def on_ray(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
         yield from rows_of("scale-recovery", {"rows": rows, "shards": count, "width": WIDTH}, "keyreel", found)
 
 
-# --- machines beyond this one -----------------------------------------------------------------------------------------
-
-
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(dir=options.content) as made:
         folder = Path(made)

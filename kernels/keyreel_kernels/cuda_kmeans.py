@@ -35,6 +35,8 @@ _MOST_TILE = 32
 _RECORD_BYTES = 1024
 _MOST_LEAD = 32
 _MOST_ROWS = 512
+# Blocks of a team, and the frames that are worth so many: what each block reads of the others grows with their number.
+_WORTH = {1: 1, 2: 64, 4: 128, 8: 256, 16: 2048}
 # What all teams together may keep in device memory of products of pairs of centroids and sums, 56 bytes for each two.
 _MOST_PAIR_BYTES = 1 << 30
 # Shared memory that reductions over a block take.
@@ -140,14 +142,10 @@ def bytes_a_round(plan: Plan, kind: int, width: int, k: int, frames: int, penalt
 
 def blocks(cuda: Cuda, number: int, longest: int, whole: int) -> int:
     """Blocks of a team for `number` problems of up to `longest` frames; a block holds `whole` frames."""
-    sizes = [n for n in (1, 2, 4, 8, 16) if n <= cuda.most_neighbours]
+    sizes = [n for n in _WORTH if n <= cuda.most_neighbours]
     size = next((n for n in sizes if -(-longest // n) <= whole), sizes[-1])
-    # What every block reads of the others grows with their number: 16 must be worth it.
-    while (
-        2 * size in sizes and 2 * size * number <= cuda.multiprocessors and longest >= (64 if size < 8 else 256) * size
-    ):
-        size *= 2
-    return size
+    idle = [n for n in sizes if n * number <= cuda.multiprocessors and longest >= _WORTH[n]]
+    return max([size, *idle])
 
 
 def kind_of(x: Array) -> int:

@@ -201,7 +201,7 @@ class Reader:
         self._check_end(timeline.clock.seconds(timeline.end_ticks), timeline.promised_seconds)
         found = self._plan(timeline, Picker(self._sampling, times), given)
         workers = max(1, min(self._decoder.workers, WORKERS_PIXELS // timeline.pixels))
-        # At a server lanes would wait longer for its answers to the others than for each other.
+        # Not at a server: lanes would wait for its answers to the others.
         turn = nullcontext() if self._source.url else threading.Lock()
         cut = parts(timeline, list(found), workers) if workers > 1 else [list(found)]
 

@@ -236,26 +236,25 @@ class Cursor:
 
     def _feed(self, run: Run, wanted: set[int]) -> Iterator[tuple[Any, bool]]:
         """Yields the packets of a run and whether their frames are needed, then None, which drains the decoder."""
-        places, some = iter(range(run.first, run.stop)), list[tuple[int, Any]]()
-        while self._read(places, some):
+        places = iter(range(run.first, run.stop))
+        while some := self._read(places):
             for place, packet in some:
                 self._fed()
                 yield packet, not self._timeline.skippable or int(self._rank[place]) in wanted
         yield None, True
 
-    def _read(self, places: Iterator[int], some: list[tuple[int, Any]]) -> bool:
-        """Replaces `some` by the next packets, prepared; False at the end.
+    def _read(self, places: Iterator[int]) -> list[tuple[int, Any]]:
+        """The next packets, prepared; none at the end.
 
         FFmpeg's functions let other threads run, a dozen times a packet. Cursors that read at the same time would wake
         each other at each of them, which takes longer than reading.
         """
-        size = 0
+        some, size = list[tuple[int, Any]](), 0
         with self._turn:
-            some.clear()
             for place in places:
                 packet = self._packets(place)
                 size += packet.size
                 some.append((place, self._worker.prepare(packet)))
                 if len(some) == _READ_PACKETS or size > _READ_BYTES:
                     break
-        return bool(some)
+        return some
